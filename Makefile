@@ -1,0 +1,24 @@
+# make install   .venv with torch, Detectron2 and this package (a second time: seconds)
+# make test      the test suite
+# make demo      trains baseline and RePr on the embedded shapes on the CPU and prints their COCO AP
+# make lint      ruff
+
+PYTHON ?= python3
+export PYTHON
+
+.PHONY: install test demo lint clean
+
+install:
+	@tools/install.sh
+
+test: install
+	.venv/bin/python -m pytest -q tests
+
+demo: install
+	.venv/bin/python tools/demo.py
+
+lint: install
+	.venv/bin/ruff check . && .venv/bin/ruff format --check .
+
+clean:
+	rm -rf .venv *.egg-info .pytest_cache .ruff_cache

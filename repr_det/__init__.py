@@ -1,0 +1,39 @@
+"""RePr (CVPR 2019) for Detectron2: drop the filters that overlap most, train the rest, bring them back orthogonal."""
+
+__version__ = "0.1.0"
+
+try:
+    import torch  # noqa: F401
+except ImportError as error:
+    raise ImportError("repr_det needs PyTorch: pip install torch torchvision, or `make install`") from error
+
+from repr_det.errors import UserError
+from repr_det.layers import FilterLayer, find_filter_layers
+from repr_det.schedule import RePrSchedule
+from repr_det.scheme import RePrScheme
+
+_DETECTRON2_NAMES = {
+    "RePrHook": "repr_det.hook",
+    "Trainer": "repr_det.engine",
+    "add_repr_config": "repr_det.config",
+    "validate_repr_config": "repr_det.config",
+}
+__all__ = ["FilterLayer", "RePrSchedule", "RePrScheme", "UserError", "find_filter_layers", *_DETECTRON2_NAMES]
+
+
+def __getattr__(name: str):
+    # Loaded on first use: a plain PyTorch loop needs no Detectron2.
+    if name not in _DETECTRON2_NAMES:
+        raise AttributeError(f"module 'repr_det' has no attribute {name!r}")
+    import importlib
+
+    try:
+        module = importlib.import_module(_DETECTRON2_NAMES[name])
+    except ModuleNotFoundError as error:
+        if error.name is None or not error.name.startswith("detectron2"):
+            raise
+        raise ImportError(
+            f"repr_det.{name} needs Detectron2, which is not installed: run `make install` in the folder of repr_det, "
+            "or follow https://detectron2.readthedocs.io/en/latest/tutorials/install.html"
+        ) from error
+    return getattr(module, name)

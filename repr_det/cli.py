@@ -1,0 +1,231 @@
+"""What the command-line tools share: arguments, the config they stand for, and every check before the first step."""
+
+import argparse
+import contextlib
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# Detectron2 of 2024 under a current torch warns at every start about what its users cannot change.
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|detectron2|fvcore)\.")
+warnings.filterwarnings("ignore", message=r"(?s).*(pkg_resources|torch\.meshgrid).*")
+
+import torch
+import yaml
+from detectron2.config import CfgNode, get_cfg
+from detectron2.engine import default_argument_parser, default_setup
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+from detectron2.utils.logger import setup_logger
+
+from repr_det.config import add_repr_config, schedule_from_config, validate_repr_config, without_repr
+from repr_det.datasets import check_registered, class_names, register_builtin, register_coco_format
+from repr_det.errors import UserError
+from repr_det.files import write_atomically
+
+STOCK_CONFIG_FILE = "config_detectron2.yaml"
+
+
+def train_argument_parser() -> argparse.ArgumentParser:
+    """Stock Detectron2's arguments plus --baseline and --register."""
+    parser = default_argument_parser()
+    parser.description = "Train a Detectron2 detector with RePr, or its baseline, and evaluate it with COCO AP."
+    add_data_argument(parser)
+    parser.add_argument(
+        "--baseline",
+        action="store_true",
+        help="the same run with RePr off; OUTPUT_DIR gets the suffix _baseline unless it is given on the command line",
+    )
+    return parser
+
+
+def add_data_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--register",
+        nargs=3,
+        action="append",
+        default=[],
+        metavar=("NAME", "JSON", "IMAGE_ROOT"),
+        help="register COCO-format data under NAME (repeatable); NUM_CLASSES follows from it unless given in opts",
+    )
+
+
+def run_tool(main: Callable[[], Any]) -> None:
+    """Runs a tool; a UserError ends it with one line on stderr and status 2."""
+    try:
+        main()
+    except UserError as error:
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {error}\n")
+        sys.exit(2)
+
+
+def build_config(
+    config_file: str, opts: list[str], register: list[list[str]] | None = None, baseline: bool = False
+) -> CfgNode:
+    """The frozen config of a run.
+
+    Args:
+        config_file: a yaml file with or without the node REPR.
+        opts: KEY VALUE pairs as on the command line.
+        register: NAME, JSON, IMAGE_ROOT of COCO-format data sets.
+        baseline: switch RePr off, see ``train_argument_parser``.
+
+    Raises:
+        UserError: the file is missing or malformed, a key is unknown, a value has the wrong type, a data set is bad.
+    """
+    cfg = get_cfg()
+    add_repr_config(cfg)
+    if not os.path.isfile(config_file):
+        raise UserError(f"--config-file {config_file!r} is not a file" if config_file else "--config-file is missing")
+    if len(opts) % 2:
+        raise UserError(f"options after the flags must be KEY VALUE pairs, got {len(opts)} words: {' '.join(opts)}")
+    with _as_user_error(config_file):
+        cfg.merge_from_file(config_file)
+    with _as_user_error("command line"):
+        cfg.merge_from_list(opts)
+    register_builtin()
+    for name, json_file, image_root in register or []:
+        register_coco_format(name, json_file, image_root)
+    given = set(opts[::2])
+    names = {name for name, *_ in register or []}
+    trained = [name for name in cfg.DATASETS.TRAIN if name in names]
+    if trained:
+        for key in ("MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.RETINANET.NUM_CLASSES"):
+            if key not in given:
+                cfg.merge_from_list([key, len(class_names(trained[0]))])
+    if baseline:
+        cfg.REPR.ENABLED = False
+        if "OUTPUT_DIR" not in given:
+            cfg.OUTPUT_DIR = cfg.OUTPUT_DIR.rstrip("/") + "_baseline"
+    cfg.freeze()
+    return cfg
+
+
+def check_run(cfg: CfgNode, resume: bool = False, eval_only: bool = False, num_gpus: int = 1) -> None:
+    """Everything that can be known to be wrong before a model is built or a file written.
+
+    Raises:
+        UserError: naming the key, file or folder.
+    """
+    _check_device(cfg, num_gpus)
+    if not eval_only:
+        validate_repr_config(cfg)
+        check_output_folder(cfg, resume)
+    check_datasets(cfg, eval_only)
+    _check_weights(cfg)
+
+
+def check_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
+    """Every data set of the run exists, is well formed and has no more classes than the model."""
+    if not eval_only and not cfg.DATASETS.TRAIN:
+        raise UserError("DATASETS.TRAIN is empty: name at least one registered data set")
+    if eval_only and not cfg.DATASETS.TEST:
+        raise UserError("DATASETS.TEST is empty: name at least one registered data set")
+    retina = cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
+    key = "MODEL.RETINANET.NUM_CLASSES" if retina else "MODEL.ROI_HEADS.NUM_CLASSES"
+    num_classes = cfg.MODEL.RETINANET.NUM_CLASSES if retina else cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    for name in (*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST):
+        check_registered(name)
+        if len(class_names(name)) != num_classes:
+            raise UserError(f"{key} is {num_classes}, but {name} has {len(class_names(name))} classes: set it to that")
+
+
+def check_output_folder(cfg: CfgNode, resume: bool) -> None:
+    """A new run gets a folder without another run's files; a resumed one the folder of the same run."""
+    folder = Path(cfg.OUTPUT_DIR)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"OUTPUT_DIR {folder} is a file, not a folder")
+    parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not os.access(parent, os.W_OK):
+        raise UserError(f"OUTPUT_DIR {folder} cannot be written ({parent} is read-only): give another folder")
+    traces = [p.name for p in folder.glob("*") if p.name in _RUN_FILES or p.suffix == ".pth"] if folder.exists() else []
+    if not traces:
+        return
+    if not resume:
+        raise UserError(
+            f"OUTPUT_DIR {folder} holds another run ({', '.join(sorted(traces)[:3])}): add --resume to continue it, or "
+            "give another OUTPUT_DIR"
+        )
+    saved = folder / "config.yaml"
+    if saved.exists():
+        _check_same_run(cfg, saved)
+
+
+_RUN_FILES = ("last_checkpoint", "metrics.json", "repr_events.jsonl", "config.yaml")
+
+
+def _check_same_run(cfg: CfgNode, saved: Path) -> None:
+    with _as_user_error(str(saved)):
+        old = get_cfg()
+        add_repr_config(old)
+        old.merge_from_file(str(saved))
+    if old.REPR.ENABLED != cfg.REPR.ENABLED:
+        raise UserError(
+            f"OUTPUT_DIR {saved.parent} holds a run with REPR.ENABLED {old.REPR.ENABLED}, this one has "
+            f"{cfg.REPR.ENABLED}: give another OUTPUT_DIR"
+        )
+    if cfg.REPR.ENABLED and schedule_from_config(old) != schedule_from_config(cfg):
+        raise UserError(
+            f"OUTPUT_DIR {saved.parent} holds a run with {schedule_from_config(old)}, this one has "
+            f"{schedule_from_config(cfg)}: resume with the same schedule or give another OUTPUT_DIR"
+        )
+
+
+def setup(args: argparse.Namespace, cfg: CfgNode) -> None:
+    """Detectron2's default_setup (log files, config.yaml, seeds), and the config that stock tools can read."""
+    default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="repr_det", abbrev_name="repr")
+    if comm.is_main_process() and cfg.OUTPUT_DIR:
+        write_atomically(Path(cfg.OUTPUT_DIR) / STOCK_CONFIG_FILE, without_repr(cfg).dump())
+
+
+@contextlib.contextmanager
+def _as_user_error(source: str):
+    """Config libraries raise KeyError, ValueError, AssertionError and yaml errors for what a user typed."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (KeyError, ValueError, AssertionError, TypeError, AttributeError, OSError, yaml.YAMLError) as error:
+        text = " ".join(str(error.args[0] if error.args else error).split())
+        if isinstance(error, yaml.YAMLError):
+            text = "not valid YAML: " + " ".join(str(error).split())
+        raise UserError(f"{source}: {text or type(error).__name__}") from error
+
+
+def _check_device(cfg: CfgNode, num_gpus: int) -> None:
+    if num_gpus < 1:
+        raise UserError(f"--num-gpus must be at least 1, got {num_gpus}")
+    device = str(cfg.MODEL.DEVICE)
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise UserError(f"MODEL.DEVICE {device!r} is not a device: use cuda or cpu") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"MODEL.DEVICE is {device!r} but torch sees no GPU: add MODEL.DEVICE cpu to the command line")
+    if kind == "cuda" and num_gpus > torch.cuda.device_count():
+        raise UserError(f"--num-gpus {num_gpus}, but torch sees {torch.cuda.device_count()} GPU(s)")
+    if cfg.SOLVER.AMP.ENABLED and kind != "cuda":
+        raise UserError(f"SOLVER.AMP.ENABLED needs a GPU in Detectron2, MODEL.DEVICE is {device!r}: set it to False")
+    if cfg.SOLVER.IMS_PER_BATCH % num_gpus:
+        raise UserError(f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} must be a multiple of --num-gpus {num_gpus}")
+
+
+def _check_weights(cfg: CfgNode) -> None:
+    weights = cfg.MODEL.WEIGHTS
+    if not weights:
+        return
+    try:
+        local = PathManager.get_local_path(weights)
+        found = os.path.isfile(local)
+        reason = "it is not a file"
+    except Exception as error:  # whatever a download handler raises, the user needs the same line
+        found, reason = False, " ".join(str(error).split())
+    if not found:
+        raise UserError(
+            f"MODEL.WEIGHTS {weights!r} cannot be read ({reason}): give the path of a local file, or MODEL.WEIGHTS '' "
+            "to train from random weights"
+        )

@@ -1,0 +1,94 @@
+"""Ranking criteria by name: one score a filter, the largest is dropped first (RePr, section 4 and the table of 5)."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from repr_det.errors import UserError
+from repr_det.layers import FilterLayer
+from repr_det.orthogonality import expected_overlap, inter_filter_orthogonality
+from repr_det.passes import TrainingPasses
+
+Scores = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a criterion may look at besides the layers.
+
+    Attributes:
+        generator: source of randomness.
+        passes: how to run training batches; None where there is none.
+        num_batches: how many of them (REPR.CRITERION_BATCHES).
+        cycle: which batches.
+    """
+
+    generator: torch.Generator
+    passes: TrainingPasses | None = None
+    num_batches: int = 0
+    cycle: int = 0
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """``score(layers, context)`` -> layer name -> (J,); ``needs_data`` where it runs training batches."""
+
+    score: Callable[[Sequence[FilterLayer], Context], Scores]
+    needs_data: bool = False
+
+
+CRITERIA: dict[str, Criterion] = {}
+
+
+def get_criterion(name: str) -> Criterion:
+    """Raises UserError for a name that is not in CRITERIA."""
+    if name not in CRITERIA:
+        raise UserError(f"REPR.CRITERION must be one of {', '.join(sorted(CRITERIA))}, got {name!r}")
+    return CRITERIA[name]
+
+
+def _of_weight(name: str) -> Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor], Tensor]]:
+    """Registers a function of one layer's weight, (J, ...) -> (J,), as a criterion."""
+
+    def register(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        CRITERIA[name] = Criterion(lambda layers, _: {layer.name: function(layer.weight.detach()) for layer in layers})
+        return function
+
+    return register
+
+
+_of_weight("ortho")(inter_filter_orthogonality)
+
+
+@_of_weight("ortho_calibrated")
+def calibrated_overlap(weight: Tensor) -> Tensor:
+    """O_f over its expectation for random directions, so that layers of different d compare: about 1 untrained."""
+    num_filters = len(weight)
+    if num_filters == 1:
+        return weight.new_zeros(1)
+    return inter_filter_orthogonality(weight) / expected_overlap(num_filters, weight[0].numel())
+
+
+@_of_weight("ortho_released")
+def released_overlap(weight: Tensor) -> Tensor:
+    """What the author's released code computes instead of the paper's O_f: the matrix is scaled by one norm, and the
+    signed projections are averaged before the absolute value: |mean_j (What What^T - I)[f, j]|, What = W / ||W||_F."""
+    rows = torch.nan_to_num(weight.detach().flatten(1).float())
+    rows = rows / rows.norm().clamp_min(torch.finfo(torch.float32).tiny)
+    return ((rows @ rows.sum(0) - 1) / len(rows)).abs()
+
+
+@_of_weight("weight_norm")
+def small_weight_norm(weight: Tensor) -> Tensor:
+    """Minus the mean squared weight of the filter: the smallest filters are dropped first."""
+    return -torch.nan_to_num(weight.detach().flatten(1).float()).square().mean(1)
+
+
+def _random(layers: Sequence[FilterLayer], context: Context) -> Scores:
+    device = context.generator.device
+    return {x.name: torch.rand(x.num_filters, generator=context.generator, device=device) for x in layers}
+
+
+CRITERIA["random"] = Criterion(_random)

@@ -1,0 +1,190 @@
+"""Inter-filter orthogonality (RePr, section 4) and the directions that a returning filter takes (section 3).
+
+Shape shorthand:
+    J: filters of a layer        d: weights of one filter, C_in / groups * kh * kw
+    K: filters that were kept    M: filters that were dropped    n = K + M
+
+Pure tensor functions; weights may have any trailing shape, rows are filters. A row that is zero or not finite has no
+direction: it overlaps with nothing (O_f = 0), nothing has to be orthogonal to it, and no function here returns NaN.
+"""
+
+import itertools
+import math
+
+import torch
+from torch import Tensor
+
+# Squared singular values of the unit-row matrix below this are the null space: cosines of at most 1e-6.
+_NULL_EIGENVALUE = 1e-12
+# Eigenvalues closer than this, relative to the largest, count as one eigenspace.
+_SAME_EIGENVALUE = 1e-9
+# What the single-precision route must reach, or the next slower one is taken.
+_ACCEPTED_COSINE = 3e-6
+
+
+def unit_filters(weight: Tensor) -> Tensor:
+    """Every filter scaled to unit L2 norm.
+
+    Args:
+        weight: (J, ...), any floating type.
+
+    Returns:
+        (J, d) in float32 (float64 stays); rows that are zero or not finite become zero.
+    """
+    if weight.dim() < 2 or not weight.is_floating_point():
+        raise ValueError(f"weight must be a floating-point tensor (J, ...), got {weight.dtype} {tuple(weight.shape)}")
+    rows = weight.detach().flatten(1)
+    if rows.dtype in (torch.float16, torch.bfloat16):
+        rows = rows.float()
+    # Scaling by the largest entry first keeps the squares of tiny or huge weights in range.
+    largest = rows.abs().amax(1, keepdim=True)
+    usable = torch.isfinite(largest) & (largest > 0)
+    rows = torch.where(usable, rows / torch.where(usable, largest, 1), 0)
+    return rows / rows.norm(dim=1, keepdim=True).clamp_min(1)
+
+
+def inter_filter_orthogonality(weight: Tensor) -> Tensor:
+    """O_f of the paper (eq. 1 and 2): P = |What What^T - I|, O_f = sum of row f of P / J.
+
+    Args:
+        weight: (J, ...) filters of one layer.
+
+    Returns:
+        (J,) in [0, 1); the largest overlaps most with its neighbours and is dropped first.
+    """
+    unit = unit_filters(weight)
+    overlap = unit @ unit.T
+    # The diagonal of P is zero by definition, also where rounding leaves |f|^2 a little off 1.
+    overlap.fill_diagonal_(0)
+    return overlap.abs_().sum(1) / len(unit)
+
+
+def expected_overlap(num_filters: int, dimension: int) -> float:
+    """O_f of random directions: (J - 1) / J * E|cos|, E|cos| = Gamma(d / 2) / (sqrt(pi) Gamma((d + 1) / 2)).
+
+    Args:
+        num_filters: J.
+        dimension: d.
+    """
+    mean_cosine = math.exp(math.lgamma(dimension / 2) - math.lgamma((dimension + 1) / 2)) / math.sqrt(math.pi)
+    return (num_filters - 1) / num_filters * mean_cosine
+
+
+def least_overlap_filters(kept: Tensor, dropped: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Directions for M returning filters with the least overlap with the kept and with their own old values.
+
+    With A (n, d) the unit rows of both arguments, the new rows are orthonormal and span the eigenvectors of the M
+    smallest eigenvalues of A^T A, so the sum of their squared cosines to A is minimal; where a null space of dimension
+    >= M exists (section 3 of the paper) they lie in it. Inside an eigenspace the directions are uniformly random. Where
+    M > d they are floor(M / d) randomly rotated orthonormal bases and the remainder from the smallest eigenvalues.
+
+    Cost O(d n^2); nothing d x d is factorised where d > n + M.
+
+    Args:
+        kept: (K, ...) current values of the filters that stayed; K may be 0.
+        dropped: (M, ...) values of the dropped filters before the drop, same trailing shape.
+        generator: source of the random directions, on any device; None takes torch's default one.
+
+    Returns:
+        (M, ...) unit rows with dtype and device of ``dropped``.
+
+    Raises:
+        ValueError: the trailing shapes differ.
+    """
+    if kept.shape[1:] != dropped.shape[1:]:
+        raise ValueError(f"kept and dropped filters differ in shape: {tuple(kept.shape)}, {tuple(dropped.shape)}")
+    num_new = len(dropped)
+    if num_new == 0:
+        return dropped.clone()
+    rows = unit_filters(torch.cat([kept.to(dropped), dropped]))
+    dimension = rows.shape[1]
+    if len(rows) + num_new <= dimension:
+        new = _null_space_rows(rows, num_new, generator)
+    else:
+        blocks = [_random_rotation(dimension, rows, generator) for _ in range(num_new // dimension)]
+        if num_new % dimension:
+            blocks.append(_smallest_eigenvectors(rows.double(), num_new % dimension, generator).to(rows))
+        new = torch.cat(blocks)
+    return new.to(dropped).reshape(dropped.shape)
+
+
+def _randn(rows: int, columns: int, like: Tensor, generator: torch.Generator | None) -> Tensor:
+    device = like.device if generator is None else generator.device
+    return torch.randn(rows, columns, generator=generator, device=device, dtype=like.dtype).to(like.device)
+
+
+def _random_rotation(size: int, like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Haar-distributed orthogonal (size, size)."""
+    q, r = torch.linalg.qr(_randn(size, size, like, generator))
+    return q * torch.where(r.diagonal() < 0, -1.0, 1.0).to(q)
+
+
+def _null_space_rows(rows: Tensor, num_new: int, generator: torch.Generator | None) -> Tensor:
+    """(num_new, d) random orthonormal rows orthogonal to ``rows`` (n, d), n + num_new <= d."""
+    start = _randn(num_new, rows.shape[1], rows, generator)
+    new = _project_by_cholesky(rows, start)
+    if new is None or _worst_error(rows, new) > _ACCEPTED_COSINE:
+        # Householder QR: the leading columns span the rows whatever their rank, the last ones are orthogonal to them.
+        new = torch.linalg.qr(torch.cat([rows, start]).T)[0][:, len(rows) :].T
+    return new
+
+
+def _project_by_cholesky(rows: Tensor, start: Tensor) -> Tensor | None:
+    """``start`` made orthogonal to ``rows`` and orthonormal by Gram matrices, or None where one is near singular."""
+    gram, info = torch.linalg.cholesky_ex(rows @ rows.T)
+    if info.item() != 0:
+        return None
+    new = start
+    for _ in range(2):  # the second pass removes what the conditioning of the first left over
+        new = new - torch.cholesky_solve(rows @ new.T, gram).T @ rows
+        own, info = torch.linalg.cholesky_ex(new @ new.T)
+        if info.item() != 0:
+            return None
+        new = torch.linalg.solve_triangular(own, new, upper=False)
+    return new
+
+
+def _worst_error(rows: Tensor, new: Tensor) -> float:
+    """Largest of |cos(row, new)| and |new new^T - I|."""
+    own = new @ new.T
+    own.diagonal().sub_(1)
+    worst = torch.stack([(rows @ new.T).abs().max(), own.abs().max()]).max().item()
+    return worst if math.isfinite(worst) else math.inf
+
+
+def _smallest_eigenvectors(rows: Tensor, num_new: int, generator: torch.Generator | None) -> Tensor:
+    """(num_new, d) orthonormal rows that span the smallest eigenvalues of rows^T rows, random inside eigenspaces."""
+    count, dimension = rows.shape
+    if count >= dimension:
+        values, vectors = torch.linalg.eigh(rows.T @ rows)
+        null_size = int((values <= _NULL_EIGENVALUE * values[-1].clamp_min(1)).sum())
+        vectors = vectors.T
+    else:
+        # From the smaller Gram matrix: the row space by its eigenvectors, the null space as what is orthogonal to it.
+        values, vectors = torch.linalg.eigh(rows @ rows.T)
+        rank = int((values > _NULL_EIGENVALUE * values[-1].clamp_min(1)).sum())
+        null_size = dimension - rank
+        values = values[count - rank :]
+        row_space = torch.linalg.qr(rows.T @ vectors[:, count - rank :])[0]
+        size = min(null_size, num_new)
+        null = _randn(dimension, size, rows, generator)
+        for _ in range(2):
+            null = torch.linalg.qr(null - row_space @ (row_space.T @ null))[0]
+        values = torch.cat([values.new_zeros(size), values])
+        vectors = torch.cat([null.T, row_space.T])
+        null_size = size
+    values = values.clone()
+    values[:null_size] = 0
+    return _rotate_eigenspaces(values, vectors, num_new, generator)
+
+
+def _rotate_eigenspaces(values: Tensor, vectors: Tensor, num_new: int, generator: torch.Generator | None) -> Tensor:
+    """The first ``num_new`` of the ascending eigenvector rows after a random rotation inside each eigenspace."""
+    breaks = (values.diff() > _SAME_EIGENVALUE * values[-1].clamp_min(1)).nonzero().flatten() + 1
+    edges = [0, *breaks.tolist(), len(values)]
+    rotated = []
+    for first, last in itertools.pairwise(edges):
+        if first >= num_new:
+            break
+        rotated.append(_random_rotation(last - first, vectors, generator) @ vectors[first:last])
+    return torch.cat(rotated)[:num_new]

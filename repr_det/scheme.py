@@ -1,0 +1,315 @@
+"""RePrScheme: drops filters, holds them at zero, brings them back (RePr, algorithm 1); knows no trainer.
+
+In a plain loop:
+
+    scheme = RePrScheme(find_filter_layers(model, ["*conv*"]), optimizer)
+    for i, batch in enumerate(batches):
+        train_step(batch)                       # forward, backward, optimizer.step()
+        if i in schedule.drop_iters:
+            scheme.drop()
+        elif i in schedule.restore_iters:
+            scheme.restore()
+"""
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from repr_det.calibration import match_moments, measure_moments
+from repr_det.criteria import Context, get_criterion
+from repr_det.distributed import broadcast_, check_agreement, rank
+from repr_det.errors import UserError
+from repr_det.layers import BATCH, FROZEN, FilterLayer, zero_rows_
+from repr_det.orthogonality import inter_filter_orthogonality, least_overlap_filters, unit_filters
+from repr_det.passes import TrainingPasses
+from repr_det.selection import check_capacity, select_filters
+
+SCALES = ("kept", "old", "unit")
+FROZEN_NORM_MODES = ("recalibrate", "keep")
+
+
+@dataclass
+class Transition:
+    """What a drop or a restore did.
+
+    Attributes:
+        event: "drop" or "restore".
+        cycle: index of the cycle, from 0.
+        dropped: layer name -> indices of the filters that left or came back.
+        overlap_before, overlap_after: mean O_f over the filters in use before and after.
+        max_cosine: layer name -> largest |cos| of a new filter to the kept and old ones (restores only).
+        seconds: wall-clock time.
+    """
+
+    event: str
+    cycle: int
+    dropped: dict[str, list[int]]
+    overlap_before: float
+    overlap_after: float
+    max_cosine: dict[str, float]
+    seconds: float
+
+
+class RePrScheme:
+    """The state machine full -> drop -> sub-network -> restore -> full.
+
+    Invariants while filters are dropped: every entry of ``FilterLayer.tensors()`` of a dropped filter is exactly 0, its
+    gradient is 0 as soon as it is computed (before DDP, clipping and the optimizer see it), and its optimizer state is
+    0: no optimizer whose step is zero for a zero parameter, gradient and state moves it.
+
+    Args:
+        layers: the layers that take part, in ranking order.
+        optimizer: holds their parameters.
+        criterion: a name in ``criteria.CRITERIA``.
+        drop_ratio, max_drop_per_layer: see ``selection.select_filters``.
+        scale: norm of a new filter: "kept" the mean norm of the filters that stayed, "old" its own before the drop,
+            "unit" 1.
+        frozen_norm: what FrozenBN statistics do at a restore: "recalibrate" to the channel's old moments, or "keep".
+        criterion_batches, calibration_batches: training batches that they may look at.
+        seed: all randomness comes from it and the cycle; the same on every rank.
+        passes: how to run training batches; needed by data-driven criteria and by "recalibrate".
+
+    Raises:
+        UserError: an option is out of range, or a layer's weight is not in the optimizer.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[FilterLayer],
+        optimizer: torch.optim.Optimizer,
+        *,
+        criterion: str = "ortho",
+        drop_ratio: float = 0.3,
+        max_drop_per_layer: float = 0.5,
+        scale: str = "kept",
+        frozen_norm: str = "recalibrate",
+        criterion_batches: int = 8,
+        calibration_batches: int = 4,
+        seed: int = 0,
+        passes: TrainingPasses | None = None,
+    ) -> None:
+        if scale not in SCALES:
+            raise UserError(f"REPR.REINIT.SCALE must be one of {', '.join(SCALES)}, got {scale!r}")
+        if frozen_norm not in FROZEN_NORM_MODES:
+            choices = ", ".join(FROZEN_NORM_MODES)
+            raise UserError(f"REPR.REINIT.FROZEN_NORM must be one of {choices}, got {frozen_norm!r}")
+        self.layers = list(layers)
+        check_capacity({layer.name: layer.num_filters for layer in self.layers}, drop_ratio, max_drop_per_layer)
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for layer in self.layers:
+            if id(layer.weight) not in held:
+                raise UserError(f"REPR: the optimizer does not hold the weight of {layer.name}; exclude that layer")
+        self.optimizer = optimizer
+        self.criterion_name = criterion
+        self.criterion = get_criterion(criterion)
+        self.drop_ratio = drop_ratio
+        self.max_drop_per_layer = max_drop_per_layer
+        self.scale = scale
+        self.calibrated = [x for x in self.layers if x.kind == FROZEN] if frozen_norm == "recalibrate" else []
+        self.criterion_batches = criterion_batches
+        self.calibration_batches = calibration_batches
+        self.seed = seed
+        self.passes = passes
+        if passes is None and (self.criterion.needs_data or self.calibrated):
+            reason = f"criterion {criterion!r}" if self.criterion.needs_data else "FrozenBN re-calibration"
+            raise UserError(f"REPR: {reason} looks at training batches: give RePrScheme(passes=...) or choose another")
+        self.cycle = 0
+        self.masks: dict[str, Tensor] = {}
+        self._rows: dict[str, Tensor] = {}
+        self._old: dict[str, dict[str, Tensor]] = {}
+        self._handles: list[Any] = []
+
+    @property
+    def is_sub(self) -> bool:
+        """Whether filters are dropped now."""
+        return bool(self.masks)
+
+    @property
+    def num_dropped(self) -> int:
+        return sum(len(rows) for rows in self._rows.values())
+
+    @torch.no_grad()
+    def drop(self) -> Transition:
+        """Scores all filters, drops the worst and remembers their values. Collective where there are several ranks."""
+        if self.is_sub:
+            raise RuntimeError("filters are dropped already: restore() comes before the next drop()")
+        start = time.perf_counter()
+        scores = self._scores()
+        masks = select_filters(scores, self.drop_ratio, self.max_drop_per_layer)
+        masks = {layer.name: masks[layer.name].to(layer.weight.device) for layer in self.layers}
+        broadcast_(list(masks.values()))
+        overlaps = scores if self.criterion_name == "ortho" else self._overlaps()
+        before = _mean(overlaps.values())
+        self._hold(masks)
+        if self.calibrated:
+            moments = measure_moments(
+                self._dropping(self.calibrated), self._rows, self.passes, self.calibration_batches, self.cycle
+            )
+        self._old = {}
+        for layer in self.layers:
+            rows = self._rows[layer.name]
+            old = {"weight": layer.weight[rows].cpu()}
+            if layer.kind == FROZEN:
+                old["norm.weight"] = layer.norm.weight[rows].cpu()
+                old["norm.bias"] = layer.norm.bias[rows].cpu()
+            if layer in self.calibrated and layer.name in moments:
+                old["moments"] = moments[layer.name]
+            self._old[layer.name] = old
+            zero_rows_(layer.tensors().values(), rows)
+            self._zero_optimizer_state(layer)
+        self._check_agreement("after the drop")
+        after = _mean(self._overlaps(kept_only=True).values())
+        return self._transition("drop", before, after, {}, start)
+
+    @torch.no_grad()
+    def restore(self) -> Transition:
+        """Brings the dropped filters back with the least overlap. Collective where there are several ranks."""
+        if not self.is_sub:
+            raise RuntimeError("no filters are dropped: drop() comes before restore()")
+        start = time.perf_counter()
+        before = _mean(self._overlaps(kept_only=True).values())
+        cosines = {}
+        dropping = self._dropping(self.layers)
+        for number, layer in enumerate(self.layers):
+            if layer in dropping:
+                cosines[layer.name] = self._restore_layer(layer, self._generator(1, number))
+        broadcast_([tensor for layer in dropping for tensor in _state(layer)])
+        if self.calibrated:
+            wanted = {x.name: self._old[x.name]["moments"] for x in self.calibrated if "moments" in self._old[x.name]}
+            match_moments(
+                self._dropping(self.calibrated), self._rows, wanted, self.passes, self.calibration_batches, self.cycle
+            )
+            broadcast_([s for layer in self._dropping(self.calibrated) for s in layer.running_statistics()])
+        self._check_agreement("after the restore")
+        after = _mean(self._overlaps().values())
+        transition = self._transition("restore", before, after, cosines, start)
+        self._release()
+        self.cycle += 1
+        return transition
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that ``load_state_dict`` needs; loads under ``torch.load(weights_only=True)``."""
+        return {
+            "cycle": self.cycle,
+            "seed": self.seed,
+            "masks": {name: mask.cpu() for name, mask in self.masks.items()},
+            "old": self._old,
+            "filters": {layer.name: layer.num_filters for layer in self.layers},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from ``state``; model and optimizer must have been loaded from the same checkpoint.
+
+        Raises:
+            UserError: the state is of other layers, or dropped filters are not zero in the model.
+        """
+        mine = {layer.name: layer.num_filters for layer in self.layers}
+        if state["filters"] != mine:
+            differing = sorted(set(state["filters"].items()) ^ set(mine.items()))
+            raise UserError(
+                f"the checkpoint's RePr state covers {len(state['filters'])} layers and this run {len(mine)}; first "
+                f"difference {differing[0]}: resume with the REPR.LAYERS and MODEL of the run that wrote it"
+            )
+        self._release()
+        self.cycle = state["cycle"]
+        self.seed = state["seed"]
+        if not state["masks"]:
+            return
+        self._hold({layer.name: state["masks"][layer.name].to(layer.weight.device) for layer in self.layers})
+        self._old = {name: {k: v.cpu() for k, v in old.items()} for name, old in state["old"].items()}
+        for layer in self.layers:
+            if any(tensor[self._rows[layer.name]].count_nonzero() for tensor in layer.tensors().values()):
+                raise UserError(
+                    f"the RePr state says that filters of {layer.name} are dropped, but they are not zero in the "
+                    "model: weights and RePr state come from different checkpoints"
+                )
+
+    def _scores(self) -> dict[str, Tensor]:
+        context = Context(self._generator(0), self.passes, self.criterion_batches, self.cycle)
+        return self.criterion.score(self.layers, context)
+
+    def _generator(self, purpose: int, layer: int = 0) -> torch.Generator:
+        """A stream of its own for every cycle, purpose and layer, so that nothing depends on what was drawn before."""
+        generator = torch.Generator(self.layers[0].weight.device)
+        mixed = (self.seed, self.cycle, purpose, layer)
+        return generator.manual_seed(int.from_bytes(_digest(mixed), "little"))
+
+    def _hold(self, masks: dict[str, Tensor]) -> None:
+        self.masks = masks
+        self._rows = {name: mask.nonzero().flatten() for name, mask in masks.items()}
+        for layer in self._dropping(self.layers):
+            for parameter in layer.moving_parameters():
+                rows = self._rows[layer.name]
+                self._handles.append(parameter.register_hook(lambda grad, rows=rows: grad.index_fill(0, rows, 0)))
+
+    def _release(self) -> None:
+        self.masks, self._rows, self._old = {}, {}, {}
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _dropping(self, layers: list[FilterLayer]) -> list[FilterLayer]:
+        return [layer for layer in layers if len(self._rows[layer.name])]
+
+    def _restore_layer(self, layer: FilterLayer, generator: torch.Generator) -> float:
+        rows, mask = self._rows[layer.name], self.masks[layer.name]
+        old = self._old[layer.name]["weight"].to(layer.weight)
+        kept = layer.weight[~mask]
+        new = least_overlap_filters(kept, old, generator)
+        worst = (unit_filters(torch.cat([kept, old])) @ new.flatten(1).float().T).abs().max().item()
+        shape = (-1, *[1] * (new.dim() - 1))
+        if self.scale == "kept":
+            new = new * kept.flatten(1).norm(dim=1).mean()
+        elif self.scale == "old":
+            new = new * old.flatten(1).norm(dim=1).view(shape)
+        layer.weight[rows] = new
+        if layer.conv.bias is not None:
+            layer.conv.bias[rows] = 0
+        if layer.kind == FROZEN:
+            layer.norm.weight[rows] = self._old[layer.name]["norm.weight"].to(layer.norm.weight)
+            layer.norm.bias[rows] = self._old[layer.name]["norm.bias"].to(layer.norm.bias)
+        elif layer.norm is not None and layer.norm.weight is not None:
+            layer.norm.weight[rows] = 1
+            layer.norm.bias[rows] = 0
+        if layer.kind == BATCH and layer.running_statistics() is not None:
+            layer.norm.running_mean[rows] = 0
+            layer.norm.running_var[rows] = 1
+        self._zero_optimizer_state(layer)
+        return worst
+
+    def _zero_optimizer_state(self, layer: FilterLayer) -> None:
+        rows = self._rows[layer.name]
+        for parameter in layer.parameters():
+            state = self.optimizer.state.get(parameter, {})
+            zero_rows_((t for t in state.values() if torch.is_tensor(t) and t.shape == parameter.shape), rows)
+
+    def _overlaps(self, kept_only: bool = False) -> dict[str, Tensor]:
+        return {
+            x.name: inter_filter_orthogonality(x.weight[~self.masks[x.name]] if kept_only else x.weight)
+            for x in self.layers
+        }
+
+    def _check_agreement(self, when: str) -> None:
+        check_agreement({x.name: [self.masks[x.name], *_state(x)] for x in self.layers}, f"RePr {when}, rank {rank()}")
+
+    def _transition(self, event: str, before: float, after: float, cosines: dict, start: float) -> Transition:
+        dropped = {name: rows.tolist() for name, rows in self._rows.items() if len(rows)}
+        return Transition(event, self.cycle, dropped, before, after, cosines, time.perf_counter() - start)
+
+
+def _state(layer: FilterLayer) -> list[Tensor]:
+    # Running statistics of BN differ from rank to rank by design (only SyncBN shares them); frozen ones must not.
+    return [*layer.tensors().values(), *(layer.running_statistics() if layer.kind == FROZEN else ())]
+
+
+def _mean(overlaps: Any) -> float:
+    return torch.cat([x.float().cpu() for x in overlaps]).mean().item()
+
+
+def _digest(numbers: tuple[int, ...]) -> bytes:
+    return hashlib.sha256(repr(numbers).encode()).digest()[:7]
