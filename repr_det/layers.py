@@ -50,6 +50,11 @@ class FilterLayer:
                 f"REPR cannot drop filters of {self.name}: its norm {type(self.norm).__name__} is none of BN, SyncBN, "
                 f"FrozenBN and GN; add {self.name!r} to REPR.LAYERS.EXCLUDE or change MODEL.*.NORM"
             )
+        if self.kind != NONE and self.norm.weight is None:
+            raise UserError(
+                f"REPR cannot drop filters of {self.name}: its norm {type(self.norm).__name__} has no weight "
+                f"(affine=False) to switch a channel off with; add {self.name!r} to REPR.LAYERS.EXCLUDE"
+            )
         if parametrize.is_parametrized(self.conv) or any(
             type(hook).__name__ in ("WeightNorm", "SpectralNorm") for hook in self.conv._forward_pre_hooks.values()
         ):
@@ -123,7 +128,7 @@ def find_filter_layers(
 
     Frozen convs and the offset convs of deformable blocks never take part. The norm of a conv is ``norms[name]`` where
     given, else its attribute ``norm`` (Detectron2), else the module that directly follows it in its parent if that is a
-    norm over the same channels (torchvision's conv1, bn1 and nn.Sequential(conv, bn, ...)).
+    norm (torchvision's conv1, bn1 and nn.Sequential(conv, bn, ...)); a BN or GN over other channels is not its own.
 
     Args:
         model: not wrapped in DistributedDataParallel.
@@ -131,7 +136,8 @@ def find_filter_layers(
         norms: conv name -> the norm that follows it, for models of another shape.
 
     Raises:
-        UserError: no trainable conv matches the patterns, or one has a norm or parametrisation that RePr cannot handle.
+        UserError: no trainable conv matches the patterns, one has a norm or parametrisation that RePr cannot handle, or
+            one shares a parameter with another module.
     """
     for key, patterns in (("INCLUDE", include), ("EXCLUDE", exclude)):
         if isinstance(patterns, str) or not all(isinstance(p, str) for p in patterns):
@@ -150,11 +156,26 @@ def find_filter_layers(
             + (f" ({frozen} that match are frozen, see MODEL.BACKBONE.FREEZE_AT)" if frozen else "")
             + f"; trainable here: {_abbreviated(trainable)}"
         )
-    owners: dict[int, str] = {}
-    for name in chosen:
-        if (first := owners.setdefault(id(convs[name].weight), name)) != name:
-            raise UserError(f"REPR cannot drop filters of {name}: it shares its weight with {first}; exclude both")
-    return [FilterLayer(name, convs[name], _norm_of(model, name, convs[name], norms or {})) for name in chosen]
+    layers = [FilterLayer(name, convs[name], _norm_of(model, name, convs[name], norms or {})) for name in chosen]
+    _check_sharing(model, layers)
+    return layers
+
+
+def _check_sharing(model: nn.Module, layers: list[FilterLayer]) -> None:
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(name)
+    norms: dict[int, str] = {}
+    for layer in layers:
+        sharing = {name for p in layer.parameters() for name in owners.get(id(p), []) if len(owners[id(p)]) > 1}
+        if layer.norm is not None:
+            sharing.add(norms.setdefault(id(layer.norm), layer.name))
+        if others := sorted(sharing - {layer.name}):
+            raise UserError(
+                f"REPR cannot drop filters of {layer.name}: it shares its weight or norm with {others[0]}; "
+                f"add {layer.name!r} to REPR.LAYERS.EXCLUDE"
+            )
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
@@ -169,13 +190,18 @@ def _abbreviated(names: list[str], most: int = 12) -> str:
 def _norm_of(model: nn.Module, name: str, conv: nn.Conv2d, norms: Mapping[str, nn.Module | None]) -> nn.Module | None:
     if name in norms:
         return norms[name]
-    if hasattr(conv, "norm"):
+    if getattr(conv, "norm", None) is not None:
         return conv.norm
     siblings = list(model.get_submodule(name.rpartition(".")[0]).children())
     # By identity: Module.__eq__ is identity, and a conv may stand in its parent under one name only.
     position = siblings.index(conv) + 1
     follower = siblings[position] if position < len(siblings) else None
-    channels = getattr(follower, "num_features", getattr(follower, "num_channels", None))
-    if channels == conv.out_channels and norm_kind(follower) in (BATCH, FROZEN, GROUP):
-        return follower
-    return None
+    kind = norm_kind(follower)
+    if kind in (BATCH, GROUP):
+        channels = follower.num_features if kind == BATCH else follower.num_channels
+    elif kind == FROZEN:
+        channels = len(follower.weight)  # torchvision's keeps no num_features
+    else:
+        # A norm of another kind is returned for FilterLayer to refuse.
+        return follower if "norm" in type(follower).__name__.lower() else None
+    return follower if channels == conv.out_channels else None

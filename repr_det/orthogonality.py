@@ -14,10 +14,12 @@ import math
 import torch
 from torch import Tensor
 
-# Squared singular values of the unit-row matrix below this are the null space: cosines of at most 1e-6.
+# Squared singular values of the unit-row matrix below this are the null space: cosines of at most 1e-6. Rounding in
+# double precision leaves up to the second, relative to the largest, where the exact value is 0.
 _NULL_EIGENVALUE = 1e-12
-# Eigenvalues closer than this, relative to the largest, count as one eigenspace.
-_SAME_EIGENVALUE = 1e-9
+_NULL_ROUNDING = 1e-14
+# Eigenvalues closer than this, relative to themselves, count as one eigenspace: rounding of single-precision weights.
+_SAME_EIGENVALUE = 3e-6
 # What the single-precision route must reach, or the next slower one is taken.
 _ACCEPTED_COSINE = 3e-6
 
@@ -121,11 +123,10 @@ def _random_rotation(size: int, like: Tensor, generator: torch.Generator | None)
 
 def _null_space_rows(rows: Tensor, num_new: int, generator: torch.Generator | None) -> Tensor:
     """(num_new, d) random orthonormal rows orthogonal to ``rows`` (n, d), n + num_new <= d."""
-    start = _randn(num_new, rows.shape[1], rows, generator)
-    new = _project_by_cholesky(rows, start)
+    new = _project_by_cholesky(rows, _randn(num_new, rows.shape[1], rows, generator))
     if new is None or _worst_error(rows, new) > _ACCEPTED_COSINE:
-        # Householder QR: the leading columns span the rows whatever their rank, the last ones are orthogonal to them.
-        new = torch.linalg.qr(torch.cat([rows, start]).T)[0][:, len(rows) :].T
+        # Not QR: for dependent rows it adds directions of its own choice, and the new rows would avoid those too.
+        new = _smallest_eigenvectors(rows.double(), num_new, generator).to(rows)
     return new
 
 
@@ -157,34 +158,36 @@ def _smallest_eigenvectors(rows: Tensor, num_new: int, generator: torch.Generato
     count, dimension = rows.shape
     if count >= dimension:
         values, vectors = torch.linalg.eigh(rows.T @ rows)
-        null_size = int((values <= _NULL_EIGENVALUE * values[-1].clamp_min(1)).sum())
+        null_size = int((values <= _null_threshold(values)).sum())
         vectors = vectors.T
     else:
         # From the smaller Gram matrix: the row space by its eigenvectors, the null space as what is orthogonal to it.
         values, vectors = torch.linalg.eigh(rows @ rows.T)
-        rank = int((values > _NULL_EIGENVALUE * values[-1].clamp_min(1)).sum())
-        null_size = dimension - rank
-        values = values[count - rank :]
+        rank = int((values > _null_threshold(values)).sum())
         row_space = torch.linalg.qr(rows.T @ vectors[:, count - rank :])[0]
-        size = min(null_size, num_new)
-        null = _randn(dimension, size, rows, generator)
+        null_size = min(dimension - rank, num_new)
+        null = _randn(dimension, null_size, rows, generator)
         for _ in range(2):
             null = torch.linalg.qr(null - row_space @ (row_space.T @ null))[0]
-        values = torch.cat([values.new_zeros(size), values])
+        values = torch.cat([values.new_zeros(null_size), values[count - rank :]])
         vectors = torch.cat([null.T, row_space.T])
-        null_size = size
-    values = values.clone()
-    values[:null_size] = 0
-    return _rotate_eigenspaces(values, vectors, num_new, generator)
-
-
-def _rotate_eigenspaces(values: Tensor, vectors: Tensor, num_new: int, generator: torch.Generator | None) -> Tensor:
-    """The first ``num_new`` of the ascending eigenvector rows after a random rotation inside each eigenspace."""
-    breaks = (values.diff() > _SAME_EIGENVALUE * values[-1].clamp_min(1)).nonzero().flatten() + 1
-    edges = [0, *breaks.tolist(), len(values)]
-    rotated = []
-    for first, last in itertools.pairwise(edges):
-        if first >= num_new:
-            break
-        rotated.append(_random_rotation(last - first, vectors, generator) @ vectors[first:last])
+    rotated = [
+        _random_rotation(last - first, vectors, generator) @ vectors[first:last]
+        for first, last in itertools.pairwise(_eigenspaces(values.tolist(), null_size))
+        if first < num_new
+    ]
     return torch.cat(rotated)[:num_new]
+
+
+def _null_threshold(values: Tensor) -> float:
+    return max(_NULL_EIGENVALUE, _NULL_ROUNDING * values[-1].item())
+
+
+def _eigenspaces(values: list[float], null_size: int) -> list[int]:
+    """Edges of the runs of equal ascending eigenvalues; the null space is one, whatever comes close to it."""
+    edges = [0]
+    for i in range(null_size, len(values)):
+        if i == null_size or values[i] > values[edges[-1]] * (1 + _SAME_EIGENVALUE):
+            edges.append(i)
+    # A null space of dimension 0 has no edge of its own.
+    return [*(edges if null_size else edges[1:]), len(values)]

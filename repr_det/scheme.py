@@ -261,12 +261,13 @@ class RePrScheme:
         old = self._old[layer.name]["weight"].to(layer.weight)
         kept = layer.weight[~mask]
         new = least_overlap_filters(kept, old, generator)
-        worst = (unit_filters(torch.cat([kept, old])) @ new.flatten(1).float().T).abs().max().item()
+        worst = (unit_filters(torch.cat([kept, old])) @ unit_filters(new).T).abs().max().item()
         shape = (-1, *[1] * (new.dim() - 1))
         if self.scale == "kept":
-            new = new * kept.flatten(1).norm(dim=1).mean()
+            norms = kept.flatten(1).norm(dim=1)
+            new = new * norms[torch.isfinite(norms)].mean().nan_to_num(1.0)
         elif self.scale == "old":
-            new = new * old.flatten(1).norm(dim=1).view(shape)
+            new = new * old.flatten(1).norm(dim=1).nan_to_num(1.0, 1.0).view(shape)
         layer.weight[rows] = new
         if layer.conv.bias is not None:
             layer.conv.bias[rows] = 0
