@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import logging
 import os
 import sys
 import warnings
@@ -25,6 +26,7 @@ from repr_det.config import add_repr_config, schedule_from_config, validate_repr
 from repr_det.datasets import check_registered, class_names, register_builtin, register_coco_format
 from repr_det.errors import UserError
 from repr_det.files import write_atomically
+from repr_det.resume import check_last_checkpoint
 
 STOCK_CONFIG_FILE = "config_detectron2.yaml"
 
@@ -152,16 +154,20 @@ def check_output_folder(cfg: CfgNode, resume: bool) -> None:
     saved = folder / "config.yaml"
     if saved.exists():
         _check_same_run(cfg, saved)
+    check_last_checkpoint(str(folder))
 
 
 _RUN_FILES = ("last_checkpoint", "metrics.json", "repr_events.jsonl", "config.yaml")
 
 
 def _check_same_run(cfg: CfgNode, saved: Path) -> None:
-    with _as_user_error(str(saved)):
-        old = get_cfg()
-        add_repr_config(old)
-        old.merge_from_file(str(saved))
+    old = get_cfg()
+    add_repr_config(old)
+    try:
+        with _as_user_error(str(saved)):
+            old.merge_from_file(str(saved))
+    except UserError:
+        return  # cut short by a crash; the checkpoint itself knows its schedule
     if old.REPR.ENABLED != cfg.REPR.ENABLED:
         raise UserError(
             f"OUTPUT_DIR {saved.parent} holds a run with REPR.ENABLED {old.REPR.ENABLED}, this one has "
@@ -177,9 +183,15 @@ def _check_same_run(cfg: CfgNode, saved: Path) -> None:
 def setup(args: argparse.Namespace, cfg: CfgNode) -> None:
     """Detectron2's default_setup (log files, config.yaml, seeds), and the config that stock tools can read."""
     default_setup(cfg, args)
+    logging.getLogger("detectron2.engine.train_loop").addFilter(_one_line_for_user_errors)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="repr_det", abbrev_name="repr")
     if comm.is_main_process() and cfg.OUTPUT_DIR:
         write_atomically(Path(cfg.OUTPUT_DIR) / STOCK_CONFIG_FILE, without_repr(cfg).dump())
+
+
+def _one_line_for_user_errors(record: logging.LogRecord) -> bool:
+    """Detectron2 logs a traceback for whatever ends a run; what a user can act on is one line, printed by run_tool."""
+    return not (record.exc_info and isinstance(record.exc_info[1], UserError))
 
 
 @contextlib.contextmanager

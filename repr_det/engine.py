@@ -1,12 +1,10 @@
 """Trainer: Detectron2's DefaultTrainer with RePr, COCO evaluation, and several processes on the CPU too."""
 
-import logging
 import os
 import weakref
 
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
-from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, create_ddp_model
+from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, create_ddp_model, hooks
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import COCOEvaluator
 from detectron2.utils import comm
@@ -15,9 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from repr_det.config import scale_to_world
 from repr_det.errors import UserError
+from repr_det.guard import FiniteGuard, NonFiniteError, describe, first_non_finite
 from repr_det.hook import RePrHook
-
-logger = logging.getLogger(__name__)
+from repr_det.resume import AtomicCheckpointer, ExactResume, remove_unfinished_saves, resumable
 
 
 class Trainer(DefaultTrainer):
@@ -25,12 +23,15 @@ class Trainer(DefaultTrainer):
 
     With REPR.ENABLED False (or no such node) it trains bit for bit as stock Detectron2 does. Several processes work on
     the CPU as well (gloo), and SOLVER.REFERENCE_WORLD_SIZE scales the schedule of REPR along with that of SOLVER.
+    Checkpoints are written atomically and hold what a resumed run needs to continue exactly (``resume.ExactResume``); a
+    run whose loss, gradients or weights are not finite stops before it saves them (``guard.FiniteGuard``).
 
     Args:
         cfg: a Detectron2 config, with ``add_repr_config`` applied for RePr.
 
     Raises:
         UserError: REPR is wrong.
+        NonFiniteError: while training.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -40,22 +41,44 @@ class Trainer(DefaultTrainer):
         self.cfg = cfg
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
-        data_loader = self.build_train_loader(cfg)
+        data_loader = resumable(self.build_train_loader(cfg), cfg)
         model = _distributed(model)
         inner = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
         self._trainer = inner(model, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = DetectionCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        if comm.is_main_process():
+            remove_unfinished_saves(cfg.OUTPUT_DIR)
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.register_hooks(self.build_hooks())
 
-    def build_hooks(self) -> list[HookBase | None]:
-        """Detectron2's hooks and RePrHook, which moves itself to its place when training starts."""
-        hooks = super().build_hooks()
-        if "REPR" in self.cfg and self.cfg.REPR.ENABLED:
-            hooks.append(RePrHook(self.cfg))
-        return hooks
+    def build_hooks(self) -> list[HookBase]:
+        """Detectron2's hooks, FiniteGuard, ExactResume, and RePrHook, which moves itself to its place."""
+        cfg, built = self.cfg, [hook for hook in super().build_hooks() if hook is not None]
+        repr_hook = RePrHook(cfg) if "REPR" in cfg and cfg.REPR.ENABLED else None
+        transitions = () if repr_hook is None else (*repr_hook.schedule.drop_iters, *repr_hook.schedule.restore_iters)
+
+        def weights_matter(iteration: int) -> bool:
+            return (iteration + 1) % cfg.SOLVER.CHECKPOINT_PERIOD == 0 or iteration in transitions
+
+        saving = next(
+            i for i, hook in enumerate(built) if isinstance(hook, (hooks.PeriodicCheckpointer, hooks.EvalHook))
+        )
+        loader = self._trainer.data_loader
+        exact = ExactResume(loader, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD, cfg.OUTPUT_DIR)
+        built.insert(saving, exact)
+        built.insert(0, FiniteGuard(not cfg.SOLVER.AMP.ENABLED, weights_matter))
+        return built if repr_hook is None else [*built, repr_hook]
+
+    def run_step(self) -> None:
+        """One step; a loss that is not finite is reported with its phase and the first layer that shows it."""
+        try:
+            super().run_step()
+        except FloatingPointError as error:
+            found = first_non_finite(self.model)
+            what = "the loss is not finite" + (f", nor is {found}" if found else "")
+            raise NonFiniteError(describe(self, what)) from error
 
     def load_state_dict(self, state_dict: dict) -> None:
         saved = "RePrHook" in state_dict.get("hooks", {})

@@ -1,5 +1,6 @@
 """Files that are whole or absent: written beside their place and renamed into it."""
 
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -19,3 +20,20 @@ def write_atomically(path: str | Path, text: str) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def truncate_log(path: str | Path, start_iter: int) -> None:
+    """Cuts a file of one json object a line, in the order of their "iteration", before the first line that is not of an
+    iteration before ``start_iter`` or that a crash cut short. Does nothing where there is no such file."""
+    if not os.path.exists(path):
+        return
+    with open(path, "r+b") as file:
+        keep = 0
+        for line in file:
+            try:
+                if not line.endswith(b"\n") or json.loads(line)["iteration"] >= start_iter:
+                    break
+            except (ValueError, KeyError, TypeError):
+                break
+            keep += len(line)
+        file.truncate(keep)

@@ -19,15 +19,16 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from repr_det.config import scale_to_world, schedule_from_config, validate_repr_config
 from repr_det.errors import UserError
-from repr_det.files import write_atomically
+from repr_det.files import truncate_log
 from repr_det.layers import find_filter_layers
 from repr_det.passes import TrainingPasses, preserved_random_state
+from repr_det.resume import ExactResume
 from repr_det.scheme import RePrScheme, Transition
 from repr_det.selection import drop_total
 
 EVENTS_FILE = "repr_events.jsonl"
 # Hooks that must see the network after a transition: ours goes before the first of them.
-_LATER_HOOKS = (hooks.PreciseBN, hooks.PeriodicCheckpointer, hooks.EvalHook, hooks.PeriodicWriter)
+_LATER_HOOKS = (hooks.PreciseBN, ExactResume, hooks.PeriodicCheckpointer, hooks.EvalHook, hooks.PeriodicWriter)
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,8 @@ class RePrHook(HookBase):
                 f"checkpoint holds {'a sub-network' if self.scheme.is_sub else 'the full network'}: it was written by "
                 "another schedule or without RePr; resume with that one, or start anew in another OUTPUT_DIR"
             )
-        self._trim_events(trainer.start_iter)
+        if comm.is_main_process():  # transitions that this run, resumed from an earlier checkpoint, will make again
+            truncate_log(self._events_path(), trainer.start_iter)
         self._log_plan()
 
     def after_step(self) -> None:
@@ -207,13 +209,6 @@ class RePrHook(HookBase):
     def _events_path(self) -> str:
         os.makedirs(self.cfg.OUTPUT_DIR, exist_ok=True)
         return os.path.join(self.cfg.OUTPUT_DIR, EVENTS_FILE)
-
-    def _trim_events(self, start_iter: int) -> None:
-        """Forgets transitions that this run, resumed from an earlier checkpoint, will make again."""
-        path = self._events_path()
-        if comm.is_main_process() and os.path.exists(path):
-            kept = [e for e in read_events(path) if e["iteration"] < start_iter]
-            write_atomically(path, "".join(json.dumps(event) + "\n" for event in kept))
 
 
 def read_events(path: str) -> list[dict[str, Any]]:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from repr_det.errors import UserError
 
@@ -55,12 +54,10 @@ class FilterLayer:
                 f"REPR cannot drop filters of {self.name}: its norm {type(self.norm).__name__} has no weight "
                 f"(affine=False) to switch a channel off with; add {self.name!r} to REPR.LAYERS.EXCLUDE"
             )
-        if parametrize.is_parametrized(self.conv) or any(
-            type(hook).__name__ in ("WeightNorm", "SpectralNorm") for hook in self.conv._forward_pre_hooks.values()
-        ):
+        if not _owns_weight(self.conv):
             raise UserError(
-                f"REPR cannot drop filters of {self.name}: its weight is re-parametrised (weight norm, spectral norm); "
-                f"add {self.name!r} to REPR.LAYERS.EXCLUDE"
+                f"REPR cannot drop filters of {self.name}: its weight is re-parametrised (weight norm, spectral norm, "
+                f"pruning); add {self.name!r} to REPR.LAYERS.EXCLUDE"
             )
 
     @property
@@ -147,7 +144,11 @@ def find_filter_layers(
         for name, module in model.named_modules()
         if isinstance(module, nn.Conv2d) and not name.endswith("_offset")
     }
-    trainable = [name for name, conv in convs.items() if conv.weight.requires_grad]
+    trainable = [
+        name
+        for name, conv in convs.items()
+        if (conv.weight.requires_grad if _owns_weight(conv) else any(p.requires_grad for p in conv.parameters()))
+    ]
     chosen = [n for n in trainable if _matches(n, include) and not _matches(n, exclude)]
     if not chosen:
         frozen = sum(_matches(name, include) for name in convs) - sum(_matches(n, include) for n in trainable)
@@ -169,13 +170,18 @@ def _check_sharing(model: nn.Module, layers: list[FilterLayer]) -> None:
     norms: dict[int, str] = {}
     for layer in layers:
         sharing = {name for p in layer.parameters() for name in owners.get(id(p), []) if len(owners[id(p)]) > 1}
-        if layer.norm is not None:
+        if layer.kind != NONE:
             sharing.add(norms.setdefault(id(layer.norm), layer.name))
         if others := sorted(sharing - {layer.name}):
             raise UserError(
                 f"REPR cannot drop filters of {layer.name}: it shares its weight or norm with {others[0]}; "
                 f"add {layer.name!r} to REPR.LAYERS.EXCLUDE"
             )
+
+
+def _owns_weight(conv: nn.Conv2d) -> bool:
+    """Whether the weight is a parameter, not computed from others before every forward pass."""
+    return "weight" in dict(conv.named_parameters(recurse=False))
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

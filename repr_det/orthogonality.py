@@ -55,7 +55,8 @@ def inter_filter_orthogonality(weight: Tensor) -> Tensor:
         (J,) in [0, 1); the largest overlaps most with its neighbours and is dropped first.
     """
     unit = unit_filters(weight)
-    overlap = unit @ unit.T
+    with torch.autocast(unit.device.type, enabled=False):
+        overlap = unit @ unit.T
     # The diagonal of P is zero by definition, also where rounding leaves |f|^2 a little off 1.
     overlap.fill_diagonal_(0)
     return overlap.abs_().sum(1) / len(unit)
@@ -100,13 +101,14 @@ def least_overlap_filters(kept: Tensor, dropped: Tensor, generator: torch.Genera
         return dropped.clone()
     rows = unit_filters(torch.cat([kept.to(dropped), dropped]))
     dimension = rows.shape[1]
-    if len(rows) + num_new <= dimension:
-        new = _null_space_rows(rows, num_new, generator)
-    else:
-        blocks = [_random_rotation(dimension, rows, generator) for _ in range(num_new // dimension)]
-        if num_new % dimension:
-            blocks.append(_smallest_eigenvectors(rows.double(), num_new % dimension, generator).to(rows))
-        new = torch.cat(blocks)
+    with torch.autocast(rows.device.type, enabled=False):
+        if len(rows) + num_new <= dimension:
+            new = _null_space_rows(rows, num_new, generator)
+        else:
+            blocks = [_random_rotation(dimension, rows, generator) for _ in range(num_new // dimension)]
+            if num_new % dimension:
+                blocks.append(_smallest_eigenvectors(rows.double(), num_new % dimension, generator).to(rows))
+            new = torch.cat(blocks)
     return new.to(dropped).reshape(dropped.shape)
 
 

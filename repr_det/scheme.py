@@ -24,7 +24,7 @@ from repr_det.calibration import match_moments, measure_moments
 from repr_det.criteria import Context, get_criterion
 from repr_det.distributed import broadcast_, check_agreement, rank
 from repr_det.errors import UserError
-from repr_det.layers import BATCH, FROZEN, FilterLayer, zero_rows_
+from repr_det.layers import BATCH, FROZEN, NONE, FilterLayer, zero_rows_
 from repr_det.orthogonality import inter_filter_orthogonality, least_overlap_filters, unit_filters
 from repr_det.passes import TrainingPasses
 from repr_det.selection import check_capacity, select_filters
@@ -274,9 +274,10 @@ class RePrScheme:
         if layer.kind == FROZEN:
             layer.norm.weight[rows] = self._old[layer.name]["norm.weight"].to(layer.norm.weight)
             layer.norm.bias[rows] = self._old[layer.name]["norm.bias"].to(layer.norm.bias)
-        elif layer.norm is not None and layer.norm.weight is not None:
+        elif layer.kind != NONE:
             layer.norm.weight[rows] = 1
-            layer.norm.bias[rows] = 0
+            if layer.norm.bias is not None:
+                layer.norm.bias[rows] = 0
         if layer.kind == BATCH and layer.running_statistics() is not None:
             layer.norm.running_mean[rows] = 0
             layer.norm.running_var[rows] = 1

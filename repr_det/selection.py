@@ -32,7 +32,8 @@ def check_capacity(sizes: dict[str, int], drop_ratio: float, max_drop_per_layer:
     if room < total:
         raise UserError(
             f"REPR.MAX_DROP_PER_LAYER {max_drop_per_layer} lets {room} of {sum(sizes.values())} filters be dropped, "
-            f"REPR.DROP_RATIO {drop_ratio} needs {total}: raise the cap to {drop_ratio} or more, or lower the ratio"
+            f"REPR.DROP_RATIO {drop_ratio} needs {total} (one filter of a layer always stays): "
+            f"raise the cap to {drop_ratio} or more, or lower the ratio"
         )
 
 

@@ -1,0 +1,196 @@
+"""COCO box AP for many resampled lists of images at once, from one matching of detections to ground truth.
+
+Shape shorthand: B resampled lists, I images, K categories, T = 10 IoU thresholds, D detections of a category, P of
+them true positives.
+
+A resampled list is a vector of I multiplicities. COCO's AP of the list follows from the matches of the single images,
+because matching never crosses images: detections sorted by score, cumulative sums of multiplicity over true and false
+positives, the precision envelope, its mean at 101 recalls.
+"""
+
+import contextlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+_AREAS = ("all", "small", "medium", "large")
+_MAX_DETECTIONS = 100
+_CHUNK = 2_000_000  # multiplicities held at once (B x D)
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """One category in one area range, detections by falling score."""
+
+    image: np.ndarray  # (D,) index of the image
+    true: np.ndarray  # (T, D) matches an object that counts
+    false: np.ndarray  # (T, D) matches none, and counts
+    positives: np.ndarray  # (I,) objects that count
+
+
+@dataclass(frozen=True)
+class Matches:
+    """The matches of one set of detections.
+
+    Attributes:
+        image_ids: (I,) ids of the evaluated images, in COCO's order.
+        categories: (K,) names, in the order of their ids.
+    """
+
+    image_ids: tuple[int, ...]
+    categories: tuple[str, ...]
+    _cells: dict[str, list[_Cell]]
+
+
+def match(truth: COCO, detections: Sequence[dict[str, Any]], image_ids: Sequence[int] | None = None) -> Matches:
+    """Matches detections to the ground truth as COCO does (boxes, at most 100 detections an image and category).
+
+    Args:
+        truth: the annotations.
+        detections: COCO results: image_id, category_id, bbox (XYWH, px), score.
+        image_ids: the images to evaluate; None for all.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):
+        # loadRes cannot take an empty list; an evaluation without results matches nothing all the same.
+        found = truth.loadRes([dict(d) for d in detections]) if detections else _empty_results(truth)
+        evaluation = COCOeval(truth, found, "bbox")
+        if image_ids is not None:
+            evaluation.params.imgIds = list(image_ids)
+        evaluation.params.maxDets = [_MAX_DETECTIONS]
+        evaluation.evaluate()
+    params = evaluation.params
+    images, areas = len(params.imgIds), len(params.areaRng)
+    cells: dict[str, list[_Cell]] = {area: [] for area in _AREAS}
+    for k in range(len(params.catIds)):
+        for a, area in enumerate(params.areaRngLbl):
+            start = (k * areas + a) * images
+            cells[area].append(_cell(evaluation.evalImgs[start : start + images], len(params.iouThrs)))
+    names = tuple(str(truth.cats[i]["name"]) for i in params.catIds)
+    return Matches(tuple(params.imgIds), names, cells)
+
+
+@dataclass(frozen=True)
+class Resampled:
+    """AP in percent of B lists of images; NaN where a list holds no such object.
+
+    Attributes:
+        metrics: name in METRICS -> (B,).
+        categories: (B, K) AP of every category.
+    """
+
+    metrics: dict[str, np.ndarray]
+    categories: np.ndarray
+
+
+def average_precision(matches: Matches, multiplicities: np.ndarray, areas: Sequence[str] = _AREAS) -> Resampled:
+    """COCO AP, AP50, AP75, APs, APm, APl and AP by category.
+
+    Args:
+        multiplicities: (B, I) how often each image occurs in each list.
+        areas: the area ranges to compute; metrics of others are left out.
+    """
+    multiplicities = np.asarray(multiplicities, dtype=np.float64)
+    by_area = {
+        area: np.stack([_cell_ap(cell, multiplicities) for cell in matches._cells[area]], axis=1) for area in areas
+    }  # (B, K, T)
+    metrics = {}
+    if "all" in by_area:
+        everything = by_area["all"]
+        metrics = {
+            "AP": _mean(everything),
+            "AP50": _mean(everything[:, :, 0]),
+            "AP75": _mean(everything[:, :, 5]),
+        }
+    for name, area in (("APs", "small"), ("APm", "medium"), ("APl", "large")):
+        if area in by_area:
+            metrics[name] = _mean(by_area[area])
+    categories = by_area["all"].mean(axis=2) * 100 if "all" in by_area else np.empty((len(multiplicities), 0))
+    return Resampled(metrics, categories)
+
+
+def bootstrap_multiplicities(images: int, samples: int, seed: int = 0) -> np.ndarray:
+    """(samples, images): lists of as many images, drawn with replacement."""
+    rng = np.random.default_rng(seed)
+    return rng.multinomial(images, np.full(images, 1 / images), size=samples)
+
+
+def _empty_results(truth: COCO) -> COCO:
+    found = COCO()
+    found.dataset = {"images": truth.dataset["images"], "categories": truth.dataset["categories"], "annotations": []}
+    found.createIndex()
+    return found
+
+
+def _cell(evaluated: list[dict[str, Any] | None], thresholds: int) -> _Cell:
+    positives = np.zeros(len(evaluated))
+    image, scores = [np.empty(0, np.int64)], [np.empty(0)]
+    matched, ignored = [np.empty((thresholds, 0), bool)], [np.empty((thresholds, 0), bool)]
+    for index, one in enumerate(evaluated):
+        if one is None:
+            continue
+        positives[index] = np.count_nonzero(np.asarray(one["gtIgnore"]) == 0)
+        found = np.asarray(one["dtScores"], dtype=float)
+        image.append(np.full(len(found), index))
+        scores.append(found)
+        matched.append(np.asarray(one["dtMatches"]).reshape(thresholds, -1) != 0)
+        ignored.append(np.asarray(one["dtIgnore"]).reshape(thresholds, -1) != 0)
+    order = np.argsort(-np.concatenate(scores), kind="mergesort")
+    is_matched, is_ignored = np.concatenate(matched, axis=1)[:, order], np.concatenate(ignored, axis=1)[:, order]
+    true, false = is_matched & ~is_ignored, ~is_matched & ~is_ignored
+    counts = (true | false).any(axis=0)
+    return _Cell(np.concatenate(image)[order][counts], true[:, counts], false[:, counts], positives)
+
+
+def _cell_ap(cell: _Cell, multiplicities: np.ndarray) -> np.ndarray:
+    """(B, T): AP at every IoU threshold, NaN where a list has no object that counts."""
+    lists, thresholds = len(multiplicities), len(cell.true)
+    result = np.empty((lists, thresholds))
+    step = max(1, _CHUNK // max(1, len(cell.image)))
+    for start in range(0, lists, step):
+        chunk = multiplicities[start : start + step]
+        objects = chunk @ cell.positives
+        weights = chunk[:, cell.image]
+        for t in range(thresholds):
+            result[start : start + step, t] = _interpolated(weights, cell.true[t], cell.false[t], objects)
+    result[multiplicities @ cell.positives == 0] = np.nan
+    return result
+
+
+def _interpolated(weights: np.ndarray, true: np.ndarray, false: np.ndarray, objects: np.ndarray) -> np.ndarray:
+    """(B,) mean over 101 recalls of the precision envelope.
+
+    Only true positives raise recall, so only precision at their places counts. A recall threshold r takes the
+    precision at the first detection whose recall reaches r; so the j-th true positive counts once for every threshold
+    between the recall before it and its own.
+    """
+    where = np.flatnonzero(true)
+    if not len(where):
+        return np.zeros(len(weights))
+    wrong = np.flatnonzero(false)
+    passed = np.zeros((len(weights), len(wrong) + 1))
+    np.cumsum(weights[:, wrong], axis=1, out=passed[:, 1:])
+    right = np.cumsum(weights[:, where], axis=1)
+    wrong_before = passed[:, np.searchsorted(wrong, where)]
+    precision = right / (right + wrong_before + np.spacing(1))
+    envelope = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+    recall = right / np.maximum(objects, 1)[:, None]
+    reached = np.searchsorted(_RECALLS, recall.ravel(), side="right").reshape(recall.shape)
+    return (envelope * np.diff(reached, axis=1, prepend=0)).sum(axis=1) / len(_RECALLS)
+
+
+_RECALLS = np.linspace(0.0, 1.00, round((1.00 - 0.0) / 0.01) + 1)  # as pycocotools makes them
+
+
+def _mean(values: np.ndarray) -> np.ndarray:
+    """(B, ...) -> (B,) mean in percent over what is there, NaN where nothing is."""
+    flat = values.reshape(len(values), -1)
+    there = np.isfinite(flat)
+    count = there.sum(axis=1)
+    total = np.where(there, flat, 0).sum(axis=1)
+    return np.divide(100 * total, count, out=np.full(len(flat), np.nan), where=count > 0)

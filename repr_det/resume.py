@@ -1,0 +1,291 @@
+"""Exact resume: a run that was killed and resumed ends with the weights of the run that was not.
+
+Stock Detectron2 restores model, optimizer and iteration, but starts the data order over and forgets every random state.
+Here a checkpoint also holds the random states of all ranks and the position of the training data stream: how many
+samples each loader worker has delivered, its random state before the last of them, and the samples that wait in the
+aspect-ratio buckets. An undisturbed run sees exactly stock Detectron2's batches.
+
+The same number of ranks and loader workers is needed; otherwise the data order starts over, with a warning.
+"""
+
+import itertools
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.data import build_detection_train_loader
+from detectron2.data.common import AspectRatioGroupedDataset, ToIterableDataset
+from detectron2.engine import HookBase, hooks
+from detectron2.utils import comm
+from torch.utils.data import IterableDataset, get_worker_info
+
+from repr_det.errors import UserError
+from repr_det.files import truncate_log, write_atomically
+from repr_det.passes import random_state, set_random_state
+
+logger = logging.getLogger(__name__)
+_ORIGIN = "repr_det/origin"  # key of a sample: (worker, number in that worker's stream, index, random state before)
+_SAVING = ".saving-"
+
+
+class AtomicCheckpointer(DetectionCheckpointer):
+    """DetectionCheckpointer whose files are whole or absent: written beside their place and renamed into it."""
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """As DetectionCheckpointer.save; ``last_checkpoint`` changes only once the file is on the disk."""
+        if not self.save_dir or not self.save_to_disk:
+            return
+        final = self.save_dir
+        try:
+            with tempfile.TemporaryDirectory(dir=final, prefix=_SAVING) as self.save_dir:
+                self._final = final
+                super().save(name, **kwargs)  # ends in tag_last_checkpoint
+        finally:
+            self.save_dir = final
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        written = os.path.join(self.save_dir, last_filename_basename)
+        with open(written, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(written, os.path.join(self._final, last_filename_basename))
+        write_atomically(os.path.join(self._final, "last_checkpoint"), last_filename_basename)
+
+
+def remove_unfinished_saves(folder: str) -> None:
+    """Deletes what a killed ``AtomicCheckpointer.save`` left behind."""
+    for leftover in Path(folder).glob(f"{_SAVING}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+class _Indices:
+    """Stands for a map-style data set in ToIterableDataset, to get at the indices that a worker is given."""
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+class _Stream(IterableDataset):
+    """ToIterableDataset that marks every sample with its origin and can start in the middle."""
+
+    def __init__(self, source: ToIterableDataset) -> None:
+        self.dataset = source.dataset
+        self.indices = ToIterableDataset(_Indices(), source.sampler, source.shard_sampler, source.shard_chunk_size)
+        self.consumed: dict[int, tuple[int, dict | None]] = {}  # worker -> samples delivered, state before the last one
+
+    def __iter__(self) -> Iterator[dict]:
+        info = get_worker_info()
+        worker = -1 if info is None else info.id
+        done, state = self.consumed.get(worker, (0, None))
+        for number, index in enumerate(self.indices):
+            if number < done - 1:
+                continue
+            if number == done - 1:
+                # In a worker the augmentation of the last delivered sample leads to the state before the next one; in
+                # the main process the checkpoint's own random state does.
+                if info is not None:
+                    set_random_state(state)
+                    self.dataset[index]
+                continue
+            before = random_state()
+            sample = self.dataset[index]
+            sample[_ORIGIN] = (worker, number, index, before)
+            yield sample
+
+
+class ResumableLoader:
+    """A loader of ``build_detection_train_loader`` whose position can be saved and taken up again.
+
+    Args:
+        loader: made from a map-style data set by Detectron2.
+        cfg: gives IMS_PER_BATCH, ASPECT_RATIO_GROUPING and NUM_WORKERS.
+
+    Raises:
+        TypeError: the loader is of another making.
+    """
+
+    def __init__(self, loader: Any, cfg: CfgNode) -> None:
+        source = loader
+        while not isinstance(source, ToIterableDataset):
+            if (source := getattr(source, "dataset", None)) is None:
+                raise TypeError(f"{type(loader).__name__} was not made by build_detection_train_loader")
+        self.stream = _Stream(source)
+        self.num_workers = cfg.DATALOADER.NUM_WORKERS
+        self.loader = build_detection_train_loader(
+            dataset=self.stream,
+            mapper=None,
+            sampler=None,
+            total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
+            aspect_ratio_grouping=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
+            num_workers=self.num_workers,
+        )
+        self.dataset = self.stream  # so that others find the map-style data set as in Detectron2's own loaders
+        self._last: dict[int, tuple] = {}
+
+    def start(self) -> None:
+        """Makes torch's iterator now instead of with the first batch: it draws from torch's random state and forks the
+        workers, which a resumed run has to do before its random state is put back."""
+        if isinstance(self.loader, AspectRatioGroupedDataset):
+            self.loader.dataset = iter(self.loader.dataset)
+        else:
+            self.loader = iter(self.loader)
+
+    def __iter__(self) -> Iterator[list[dict]]:
+        for batch in self.loader:
+            for sample in batch:
+                self._note(sample.pop(_ORIGIN))
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Loads under ``torch.load(weights_only=True)``."""
+        last = dict(self._last)
+        buckets = [[sample[_ORIGIN] for sample in bucket] for bucket in self._buckets()]
+        for worker, number, _, before in itertools.chain.from_iterable(buckets):
+            if number >= last.get(worker, (-1, None))[0]:
+                last[worker] = (number, before)
+        return {
+            "num_workers": self.num_workers,
+            "sampler": self._sampler_seeds(),
+            "consumed": {worker: [number + 1, before] for worker, (number, before) in last.items()},
+            "buckets": [[list(origin) for origin in bucket] for bucket in buckets],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues after the last batch that the saved loader gave out; before the first ``iter``."""
+        if state["num_workers"] != self.num_workers:
+            logger.warning(
+                "DATALOADER.NUM_WORKERS was %d and is %d: the data order of this run starts over",
+                state["num_workers"],
+                self.num_workers,
+            )
+            return
+        vars(self.stream.indices.sampler).update(state["sampler"])
+        self.stream.consumed = {worker: tuple(done) for worker, done in state["consumed"].items()}
+        self._last = {worker: (number - 1, before) for worker, (number, before) in state["consumed"].items()}
+        for bucket, origins in zip(self._buckets(), state["buckets"], strict=True):
+            for worker, number, index, before in origins:
+                set_random_state(before)
+                sample = self.stream.dataset[index]
+                sample[_ORIGIN] = (worker, number, index, before)
+                bucket.append(sample)
+
+    def _note(self, origin: tuple) -> None:
+        worker, number, _, before = origin
+        if number >= self._last.get(worker, (-1, None))[0]:
+            self._last[worker] = (number, before)
+
+    def _buckets(self) -> list[list[dict]]:
+        return self.loader._buckets if isinstance(self.loader, AspectRatioGroupedDataset) else []
+
+    def _sampler_seeds(self) -> dict[str, int]:
+        return {k: v for k, v in vars(self.stream.indices.sampler).items() if k.startswith("_seed")}
+
+
+class ExactResume(HookBase):
+    """Saves and restores what stock checkpoints lack. Belongs right before the PeriodicCheckpointer.
+
+    Where a checkpoint and an evaluation fall on the same iteration the checkpoint comes first, so a resumed run makes
+    that evaluation again: its result is not lost, and it draws the random numbers that it drew before.
+
+    Args:
+        loader: the training loader.
+        checkpoint_period: SOLVER.CHECKPOINT_PERIOD.
+        eval_period: TEST.EVAL_PERIOD.
+        folder: OUTPUT_DIR, whose logs forget what lies after the checkpoint.
+    """
+
+    def __init__(self, loader: ResumableLoader | Any, checkpoint_period: int, eval_period: int, folder: str) -> None:
+        self.loader = loader
+        self.checkpoint_period = checkpoint_period
+        self.eval_period = eval_period
+        self.folder = folder
+        self._saved: dict[str, Any] = {}
+        self._loaded: dict[str, Any] | None = None
+
+    def before_train(self) -> None:
+        if comm.is_main_process():
+            truncate_log(os.path.join(self.folder, "metrics.json"), self.trainer.start_iter)
+        if self._loaded is None:
+            return
+        ranks = self._loaded["ranks"]
+        if self._loaded["iteration"] != self.trainer.start_iter - 1 or len(ranks) != comm.get_world_size():
+            logger.warning(
+                "The random states in this checkpoint are those after iteration %d of %d process(es): the data order "
+                "of this run starts over",
+                self._loaded["iteration"],
+                len(ranks),
+            )
+            self._loaded = None
+            return
+        mine = ranks[comm.get_rank()]
+        if mine["loader"] is not None and isinstance(self.loader, ResumableLoader):
+            self.loader.load_state_dict(mine["loader"])
+
+    def before_step(self) -> None:
+        if self._loaded is None:
+            return
+        if isinstance(self.loader, ResumableLoader):
+            self.loader.start()
+        set_random_state(self._loaded["ranks"][comm.get_rank()]["random"])
+        self._loaded = None
+        iteration = self.trainer.iter
+        if self.eval_period > 0 and iteration % self.eval_period == 0:
+            evaluation = next((h for h in self.trainer._hooks if isinstance(h, hooks.EvalHook)), None)
+            if evaluation is not None:
+                self.trainer.storage.iter = iteration - 1
+                evaluation._do_eval()
+                self.trainer.storage.iter = iteration
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        if done % self.checkpoint_period == 0 or done >= self.trainer.max_iter:
+            loader = self.loader.state_dict() if isinstance(self.loader, ResumableLoader) else None
+            ranks = comm.gather({"random": random_state(), "loader": loader})
+            self._saved = {"iteration": self.trainer.iter, "ranks": ranks}
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._saved
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._loaded = state
+
+
+def resumable(loader: Iterable, cfg: CfgNode) -> Iterable:
+    """``loader`` as a ResumableLoader where that is possible, else itself with a warning."""
+    try:
+        return ResumableLoader(loader, cfg)
+    except TypeError as error:
+        logger.warning("The data order of a resumed run will start over: %s", error)
+        return loader
+
+
+def check_last_checkpoint(folder: str) -> None:
+    """Raises UserError where ``last_checkpoint`` in ``folder`` names a file that is not there or cannot be read."""
+    tag = Path(folder) / "last_checkpoint"
+    if not tag.exists():
+        return
+    name = ""
+    with suppress(UnicodeDecodeError):
+        name = tag.read_text(encoding="utf-8").strip()
+    if not name or not (Path(folder) / name).is_file():
+        raise UserError(
+            f"{tag} names {name!r}, which is not there: write the name of a checkpoint in that folder into it"
+        )
+    try:
+        torch.load(Path(folder) / name, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        raise UserError(
+            f"the last checkpoint {Path(folder) / name} cannot be read ({_first_line(error)}): write the name of "
+            f"an older one into {tag}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]

@@ -1,0 +1,97 @@
+"""Runs that are killed with SIGKILL and resumed end with the weights of the run that was not, bit for bit."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+OPTS = (
+    "SOLVER.MAX_ITER 14 REPR.ENABLED True REPR.S1_ITERS 3 REPR.S2_ITERS 3 REPR.NUM_CYCLES 2 SOLVER.CHECKPOINT_PERIOD 2 "
+    "TEST.EVAL_PERIOD 6"
+).split()
+# Every kind of moment, at seeded iterations: S1 is iterations 0-2 and 6-8, S2 3-5 and 9-11; drops after 2 and 8,
+# restores after 5 and 11, evaluations after 5, 11 and the end, checkpoints after every second.
+MOMENTS = ["step", "before hooks", "drop", "restore", "save", "tag", "evaluation"]
+NUM_KILLS = int(os.environ.get("KILLS", "12"))
+
+
+@pytest.fixture(scope="module")
+def server():
+    command = [sys.executable, str(HERE / "training_process.py")]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    yield process
+    process.stdin.close()
+    process.wait(60)
+
+
+def trained(server, data, folder, opts, resume=False, kill=None):
+    order = {
+        "opts": [*opts, "OUTPUT_DIR", str(folder)],
+        "json": str(data / "tiny.json"),
+        "images": str(data / "images"),
+        "resume": resume,
+        "kill": kill,
+        "log": str(folder) + ".log",
+    }
+    server.stdin.write(json.dumps(order) + "\n")
+    server.stdin.flush()
+    answer = json.loads(server.stdout.readline())
+    if not answer["killed"] and answer["status"]:
+        raise AssertionError(f"the run failed:\n{Path(order['log']).read_text()[-3000:]}")
+    return answer["killed"]
+
+
+def outcome(folder):
+    state = torch.load(folder / "model_final.pth", weights_only=True)
+    events = [{**json.loads(line), "seconds": 0} for line in (folder / "repr_events.jsonl").read_text().splitlines()]
+    scores = {}
+    for line in (folder / "metrics.json").read_text().splitlines():
+        row = json.loads(line)
+        scores.setdefault(row["iteration"], {}).update({k: v for k, v in row.items() if k.startswith("bbox/")})
+    return (
+        state["model"],
+        state["trainer"]["_trainer"]["optimizer"]["state"],
+        events,
+        {k: v for k, v in scores.items() if v},
+    )
+
+
+def assert_same(a, b):
+    for x, y in zip(a[:2], b[:2], strict=True):
+        assert x.keys() == y.keys()
+        for name in x:
+            if torch.is_tensor(x[name]):
+                assert torch.equal(x[name], y[name]), name
+            else:
+                assert all(torch.equal(x[name][k], y[name][k]) for k in x[name]), name
+    assert a[2] == b[2]
+    assert repr(a[3]) == repr(b[3])  # NaN where no such objects exist
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_killed_and_resumed_bit_for_bit(server, tiny_data, tmp_path, workers):
+    opts = [*OPTS, "DATALOADER.NUM_WORKERS", str(workers)]
+    assert not trained(server, tiny_data, tmp_path / "straight", opts)
+    rng = random.Random(workers)
+    kills = [{"at": moment, "iteration": rng.randrange(12)} for moment in MOMENTS]
+    kills += [{"after_seconds": rng.uniform(0.5, 6)} for _ in range(NUM_KILLS - len(kills))]
+    rng.shuffle(kills)
+    killed, started = 0, False
+    for kill in kills:
+        # Moments that this run has passed already would not come again: they are tried on a run of its own.
+        folder = tmp_path / f"killed{killed}" if "at" in kill else tmp_path / "killed"
+        killed += trained(server, tiny_data, folder, opts, resume="at" not in kill and started, kill=kill)
+        if "at" in kill:
+            assert not trained(server, tiny_data, folder, opts, resume=True)
+            assert_same(outcome(tmp_path / "straight"), outcome(folder))
+        else:
+            started = True
+    trained(server, tiny_data, tmp_path / "killed", opts, resume=True)
+    assert_same(outcome(tmp_path / "straight"), outcome(tmp_path / "killed"))
+    assert killed >= len(MOMENTS)
