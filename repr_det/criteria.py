@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from repr_det import data_criteria, oracle
+from repr_det.data_criteria import Scores
 from repr_det.errors import UserError
 from repr_det.layers import FilterLayer
 from repr_det.orthogonality import expected_overlap, inter_filter_orthogonality
 from repr_det.passes import TrainingPasses
-
-Scores = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,12 @@ class Context:
 
 @dataclass(frozen=True)
 class Criterion:
-    """``score(layers, context)`` -> layer name -> (J,); ``needs_data`` where it runs training batches."""
+    """``score(layers, context)`` -> layer name -> (J,); ``needs_data`` where it runs training batches, ``max_filters``
+    where it is too slow for more."""
 
     score: Callable[[Sequence[FilterLayer], Context], Scores]
     needs_data: bool = False
+    max_filters: int | None = None
 
 
 CRITERIA: dict[str, Criterion] = {}
@@ -92,3 +94,48 @@ def _random(layers: Sequence[FilterLayer], context: Context) -> Scores:
 
 
 CRITERIA["random"] = Criterion(_random)
+
+
+def _of_batches(
+    name: str,
+    function: Callable[[Sequence[FilterLayer], TrainingPasses, int, int], Scores],
+    max_filters: int | None = None,
+) -> None:
+    """Registers a function of layers, passes, number of batches and cycle as a criterion."""
+
+    def score(layers: Sequence[FilterLayer], context: Context) -> Scores:
+        if context.passes is None:
+            raise UserError(f"REPR.CRITERION {name!r} looks at training batches: give Context(passes=...)")
+        return function(layers, context.passes, context.num_batches, context.cycle)
+
+    CRITERIA[name] = Criterion(score, needs_data=True, max_filters=max_filters)
+
+
+def _oracle(layers: Sequence[FilterLayer], passes: TrainingPasses, num_batches: int, cycle: int) -> Scores:
+    increase = oracle.ablation(layers, passes, list(passes.batches(num_batches, cycle)))
+    return {layer.name: -increase[layer.name].to(layer.weight.device) for layer in layers}
+
+
+_of_batches("mean_activation", data_criteria.low_activation)
+_of_batches("apoz", data_criteria.share_of_zeros)
+_of_batches("gradient", data_criteria.small_gradient)
+_of_batches("taylor", data_criteria.small_taylor)
+_of_batches("hessian", data_criteria.small_fisher)
+# The filter whose removal hurts least on these batches comes first.
+_of_batches("oracle", _oracle, oracle.MAX_FILTERS)
+
+
+def correlation_with_oracle(
+    layers: Sequence[FilterLayer], context: Context, criteria: Sequence[str]
+) -> dict[str, float]:
+    """Spearman's rank correlation of criteria with the oracle over the filters of all layers (the paper's figure 4).
+
+    Args:
+        context: its batches are what criteria and oracle look at; held-out images for the paper's oracle.
+        criteria: names in CRITERIA.
+
+    Returns:
+        criterion -> correlation in [-1, 1]; NaN where all scores of a criterion are equal.
+    """
+    reference = get_criterion("oracle").score(layers, context)
+    return {name: oracle.rank_correlation(get_criterion(name).score(layers, context), reference) for name in criteria}

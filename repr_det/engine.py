@@ -80,6 +80,11 @@ class Trainer(DefaultTrainer):
             what = "the loss is not finite" + (f", nor is {found}" if found else "")
             raise NonFiniteError(describe(self, what)) from error
 
+    def after_train(self) -> None:
+        # A finished run that is resumed for its evaluation would count one iteration too many.
+        self.iter = min(self.iter, self.max_iter)
+        super().after_train()
+
     def load_state_dict(self, state_dict: dict) -> None:
         saved = "RePrHook" in state_dict.get("hooks", {})
         enabled = any(isinstance(hook, RePrHook) for hook in self._hooks)

@@ -32,7 +32,7 @@ from repr_det.files import truncate_log, write_atomically
 from repr_det.passes import random_state, set_random_state
 
 logger = logging.getLogger(__name__)
-_ORIGIN = "repr_det/origin"  # key of a sample: (worker, number in that worker's stream, index, random state before)
+_ORIGIN = "repr_det/origin"  # key of a sample: (stream, number in that stream, index, random state before)
 _SAVING = ".saving-"
 
 
@@ -65,38 +65,42 @@ def remove_unfinished_saves(folder: str) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-class _Indices:
-    """Stands for a map-style data set in ToIterableDataset, to get at the indices that a worker is given."""
-
-    def __getitem__(self, index: int) -> int:
-        return index
-
-
 class _Stream(IterableDataset):
-    """ToIterableDataset that marks every sample with its origin and can start in the middle."""
+    """ToIterableDataset that marks every sample with its origin and can start in the middle.
+
+    A stream is the share of the sampler's indices that one loader worker is given (all of them without workers).
+
+    Attributes:
+        consumed: stream -> samples delivered so far, random state before the last of them.
+        first: the stream of worker 0; torch asks its workers in turn, beginning with that one.
+    """
 
     def __init__(self, source: ToIterableDataset) -> None:
-        self.dataset = source.dataset
-        self.indices = ToIterableDataset(_Indices(), source.sampler, source.shard_sampler, source.shard_chunk_size)
-        self.consumed: dict[int, tuple[int, dict | None]] = {}  # worker -> samples delivered, state before the last one
+        self.dataset, self.sampler = source.dataset, source.sampler
+        self.chunk = source.shard_chunk_size if source.shard_sampler else 0
+        self.consumed: dict[int, tuple[int, dict]] = {}
+        self.first = 0
 
     def __iter__(self) -> Iterator[dict]:
         info = get_worker_info()
-        worker = -1 if info is None else info.id
-        done, state = self.consumed.get(worker, (0, None))
-        for number, index in enumerate(self.indices):
-            if number < done - 1:
+        workers = 1 if info is None else info.num_workers
+        mine = 0 if info is None else (info.id + self.first) % workers
+        done, state = self.consumed.get(mine, (0, None))
+        number = -1
+        for position, index in enumerate(self.sampler):
+            if self.chunk and (position // self.chunk) % workers != mine:
                 continue
-            if number == done - 1:
-                # In a worker the augmentation of the last delivered sample leads to the state before the next one; in
-                # the main process the checkpoint's own random state does.
-                if info is not None:
+            number += 1
+            if number < done:
+                if number == done - 1 and info is not None:
+                    # In a worker the augmentation of the last delivered sample leads to the state before the next one;
+                    # in the main process the checkpoint's own random state is that.
                     set_random_state(state)
                     self.dataset[index]
                 continue
             before = random_state()
             sample = self.dataset[index]
-            sample[_ORIGIN] = (worker, number, index, before)
+            sample[_ORIGIN] = (mine, number, index, before)
             yield sample
 
 
@@ -127,6 +131,8 @@ class ResumableLoader:
             num_workers=self.num_workers,
         )
         self.dataset = self.stream  # so that others find the map-style data set as in Detectron2's own loaders
+        grouped = isinstance(self.loader, AspectRatioGroupedDataset)
+        self._per_delivery = 1 if grouped else self.loader.batch_size  # samples that a worker hands over at a time
         self._last: dict[int, tuple] = {}
 
     def start(self) -> None:
@@ -147,13 +153,13 @@ class ResumableLoader:
         """Loads under ``torch.load(weights_only=True)``."""
         last = dict(self._last)
         buckets = [[sample[_ORIGIN] for sample in bucket] for bucket in self._buckets()]
-        for worker, number, _, before in itertools.chain.from_iterable(buckets):
-            if number >= last.get(worker, (-1, None))[0]:
-                last[worker] = (number, before)
+        for stream, number, _, before in itertools.chain.from_iterable(buckets):
+            if number >= last.get(stream, (-1, None))[0]:
+                last[stream] = (number, before)
         return {
             "num_workers": self.num_workers,
             "sampler": self._sampler_seeds(),
-            "consumed": {worker: [number + 1, before] for worker, (number, before) in last.items()},
+            "consumed": {stream: [number + 1, before] for stream, (number, before) in last.items()},
             "buckets": [[list(origin) for origin in bucket] for bucket in buckets],
         }
 
@@ -166,26 +172,28 @@ class ResumableLoader:
                 self.num_workers,
             )
             return
-        vars(self.stream.indices.sampler).update(state["sampler"])
-        self.stream.consumed = {worker: tuple(done) for worker, done in state["consumed"].items()}
-        self._last = {worker: (number - 1, before) for worker, (number, before) in state["consumed"].items()}
+        vars(self.stream.sampler).update(state["sampler"])
+        self.stream.consumed = {stream: tuple(done) for stream, done in state["consumed"].items()}
+        deliveries = sum(count for count, _ in state["consumed"].values()) // self._per_delivery
+        self.stream.first = deliveries % max(1, self.num_workers)
+        self._last = {stream: (number - 1, before) for stream, (number, before) in state["consumed"].items()}
         for bucket, origins in zip(self._buckets(), state["buckets"], strict=True):
-            for worker, number, index, before in origins:
+            for stream, number, index, before in origins:
                 set_random_state(before)
                 sample = self.stream.dataset[index]
-                sample[_ORIGIN] = (worker, number, index, before)
+                sample[_ORIGIN] = (stream, number, index, before)
                 bucket.append(sample)
 
     def _note(self, origin: tuple) -> None:
-        worker, number, _, before = origin
-        if number >= self._last.get(worker, (-1, None))[0]:
-            self._last[worker] = (number, before)
+        stream, number, _, before = origin
+        if number >= self._last.get(stream, (-1, None))[0]:
+            self._last[stream] = (number, before)
 
     def _buckets(self) -> list[list[dict]]:
         return self.loader._buckets if isinstance(self.loader, AspectRatioGroupedDataset) else []
 
     def _sampler_seeds(self) -> dict[str, int]:
-        return {k: v for k, v in vars(self.stream.indices.sampler).items() if k.startswith("_seed")}
+        return {k: v for k, v in vars(self.stream.sampler).items() if k.startswith("_seed")}
 
 
 class ExactResume(HookBase):

@@ -15,10 +15,26 @@ OPTS = (
     "SOLVER.MAX_ITER 14 REPR.ENABLED True REPR.S1_ITERS 3 REPR.S2_ITERS 3 REPR.NUM_CYCLES 2 SOLVER.CHECKPOINT_PERIOD 2 "
     "TEST.EVAL_PERIOD 6"
 ).split()
-# Every kind of moment, at seeded iterations: S1 is iterations 0-2 and 6-8, S2 3-5 and 9-11; drops after 2 and 8,
-# restores after 5 and 11, evaluations after 5, 11 and the end, checkpoints after every second.
-MOMENTS = ["step", "before hooks", "drop", "restore", "save", "tag", "evaluation"]
-NUM_KILLS = int(os.environ.get("KILLS", "12"))
+# (moment, first iteration, last iteration): the run is killed the first time that the moment comes at or after an
+# iteration drawn from the range. S1 is iterations 0-2 and 6-8, S2 3-5 and 9-11; drops end 2 and 8, restores 5 and 11,
+# evaluations 5, 11 and the run, checkpoints every second iteration.
+MOMENTS = [
+    ("step", 0, 2),
+    ("drop", 0, 2),
+    ("step", 3, 4),
+    ("restore", 3, 5),
+    ("save", 4, 5),
+    ("evaluation", 4, 5),
+    ("tag", 6, 7),
+    ("before hooks", 6, 8),
+    ("drop", 6, 8),
+    ("step", 9, 10),
+    ("restore", 9, 11),
+    ("evaluation", 10, 11),
+    ("save", 12, 13),
+    ("evaluation", 12, 13),
+]
+ROUNDS = int(os.environ.get("KILL_ROUNDS", "1"))  # `make soak` sets more
 
 
 @pytest.fixture(scope="module")
@@ -75,23 +91,15 @@ def assert_same(a, b):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_killed_and_resumed_bit_for_bit(server, tiny_data, tmp_path, workers):
+@pytest.mark.parametrize("round_", range(ROUNDS))
+def test_killed_and_resumed_bit_for_bit(server, tiny_data, tmp_path, workers, round_):
     opts = [*OPTS, "DATALOADER.NUM_WORKERS", str(workers)]
     assert not trained(server, tiny_data, tmp_path / "straight", opts)
-    rng = random.Random(workers)
-    kills = [{"at": moment, "iteration": rng.randrange(12)} for moment in MOMENTS]
-    kills += [{"after_seconds": rng.uniform(0.5, 6)} for _ in range(NUM_KILLS - len(kills))]
-    rng.shuffle(kills)
-    killed, started = 0, False
-    for kill in kills:
-        # Moments that this run has passed already would not come again: they are tried on a run of its own.
-        folder = tmp_path / f"killed{killed}" if "at" in kill else tmp_path / "killed"
-        killed += trained(server, tiny_data, folder, opts, resume="at" not in kill and started, kill=kill)
-        if "at" in kill:
-            assert not trained(server, tiny_data, folder, opts, resume=True)
-            assert_same(outcome(tmp_path / "straight"), outcome(folder))
-        else:
-            started = True
-    trained(server, tiny_data, tmp_path / "killed", opts, resume=True)
+    rng = random.Random(1000 * round_ + workers)
+    kills = [{"at": moment, "iteration": rng.randint(first, last)} for moment, first, last in MOMENTS]
+    for _ in range(2 * round_):
+        kills.insert(rng.randrange(len(kills)), {"after_seconds": rng.uniform(0.2, 4)})
+    killed = [trained(server, tiny_data, tmp_path / "killed", opts, i > 0, kill) for i, kill in enumerate(kills)]
+    assert all(killed), [kill for kill, was in zip(kills, killed, strict=True) if not was]
+    assert not trained(server, tiny_data, tmp_path / "killed", opts, resume=True)
     assert_same(outcome(tmp_path / "straight"), outcome(tmp_path / "killed"))
-    assert killed >= len(MOMENTS)

@@ -104,7 +104,11 @@ def check_planned(run: Run, config: dict[str, Any]) -> None:
     """
     if not (run.folder / "config.yaml").exists():
         return
-    found, wanted = flatten(read_config(run.folder)), flatten(config)
+    try:
+        found = flatten(read_config(run.folder))
+    except UserError:  # cut short by a crash: the run had not begun to train
+        return
+    wanted = flatten(config)
     key = first_difference(found, wanted, free=("OUTPUT_DIR",) if run.arm == REPR else ("OUTPUT_DIR", "REPR."))
     if key is not None:
         raise UserError(

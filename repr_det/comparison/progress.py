@@ -17,6 +17,7 @@ class _State:
     phase: str = "waiting"  # waiting, running, done
     iteration: int = 0
     loss: float = math.nan
+    step_seconds: float | None = None  # Detectron2's own figure: no evaluations, but there from the first report on
     first: tuple[int, float] | None = None  # iteration and time of the first report of this session
     latest: tuple[int, float] | None = None
     seen: tuple[float, int] = (0.0, 0)
@@ -25,7 +26,7 @@ class _State:
     @property
     def seconds_per_iteration(self) -> float | None:
         if self.first is None or self.latest is None or self.latest[0] <= self.first[0]:
-            return None
+            return self.step_seconds
         return (self.latest[1] - self.first[1]) / (self.latest[0] - self.first[0])
 
 
@@ -100,6 +101,7 @@ class Progress:
             return
         # The line written last, not the highest iteration: a resumed run repeats some.
         state.iteration, state.loss = lines[-1]["iteration"] + 1, lines[-1]["total_loss"]
+        state.step_seconds = lines[-1].get("time")
         state.latest = (state.iteration, stat.st_mtime)
         state.first = state.first or state.latest
 

@@ -12,8 +12,8 @@ import yaml
 
 from repr_det.errors import UserError
 
-# Written by RePrHook, one line a transition: {"iteration", "event", "cycle", "overlap": {layer: [O_f of every filter]}},
-# before a drop and after a restore. Runs of older versions have none.
+# Written by RePrHook, a line before each drop and after each restore: {"iteration", "event", "cycle", "overlap":
+# {layer: [O_f of every filter]}}. Runs of older versions have none.
 OVERLAPS_FILE = "repr_overlaps.jsonl"
 
 

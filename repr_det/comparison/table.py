@@ -1,0 +1,49 @@
+"""The comparison as text for a terminal."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from repr_det.comparison.runs import BASELINE, REPR
+
+
+def number(value: float, sign: bool = False) -> str:
+    """One decimal; "n/a" where there is none."""
+    if value is None or not math.isfinite(value):
+        return "n/a"
+    return f"{value:+.1f}" if sign else f"{value:.1f}"
+
+
+def metrics_table(metrics: Mapping[str, Mapping[str, Any]]) -> str:
+    """Rows baseline, RePr, difference; columns the metrics (``Comparison.results["metrics"]``)."""
+    several = any(row[BASELINE]["n"] > 1 for row in metrics.values())
+    lines: list[Sequence[str]] = [["", *metrics]]
+    for title, arm in (("baseline", BASELINE), ("RePr", REPR)):
+        lines.append([title, *(_mean_and_sd(row[arm], several) for row in metrics.values())])
+    lines.append(["RePr - baseline", *(number(row["difference"]["mean"], sign=True) for row in metrics.values())])
+    if several:
+        lines.append(["95 % CI", *(_interval(row["difference"]) for row in metrics.values())])
+    return _aligned(lines)
+
+
+def _mean_and_sd(summary: Mapping[str, Any], several: bool) -> str:
+    return f"{number(summary['mean'])} ± {number(summary['sd'])}" if several else number(summary["mean"])
+
+
+def _interval(difference: Mapping[str, Any]) -> str:
+    if not math.isfinite(difference["low"]):
+        return "n/a"
+    return f"{difference['low']:+.1f} .. {difference['high']:+.1f}"
+
+
+def _aligned(lines: list[Sequence[str]]) -> str:
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    rows = []
+    for line in lines:
+        cells = [
+            line[0].ljust(widths[0]),
+            *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)),
+        ]
+        rows.append("   ".join(cells).rstrip())
+    rule = "-" * max(map(len, rows))
+    return "\n".join([rows[0], rule, *rows[1:]])

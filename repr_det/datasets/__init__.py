@@ -1,0 +1,33 @@
+"""Data sets: the embedded shapes data set, and the registration and checking of COCO-format data."""
+
+from repr_det.datasets.coco_format import (
+    CocoSummary,
+    check_coco_format,
+    check_registered,
+    class_names,
+    num_classes,
+    register_bccd,
+    register_coco_format,
+)
+from repr_det.datasets.shapes import CLASS_NAMES, build_shapes, generate_shapes, register_shapes
+
+__all__ = [
+    "CLASS_NAMES",
+    "CocoSummary",
+    "build_shapes",
+    "check_coco_format",
+    "check_registered",
+    "class_names",
+    "generate_shapes",
+    "num_classes",
+    "register_bccd",
+    "register_builtin",
+    "register_coco_format",
+    "register_shapes",
+]
+
+
+def register_builtin() -> None:
+    """Register shapes_train, shapes_val, bccd_train and bccd_val; the coco_* names are registered by Detectron2."""
+    register_shapes()
+    register_bccd()

@@ -1,0 +1,398 @@
+"""Registration of COCO-format data, and a check that finds what would stop Detectron2 in the middle of a run."""
+
+import difflib
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from PIL import Image
+
+from repr_det.datasets.shapes import build_shapes
+from repr_det.errors import UserError
+
+MAX_HEADERS = 2000  # image files whose header is read, evenly spread over the data set; all are checked for existence
+MAX_USELESS_BOXES = 0.001  # share of boxes without area or outside their image, which Detectron2 drops, that passes
+# with a warning: COCO's own train2017 has 2 in 860,001
+EXIF_ORIENTATION = 274
+TRANSPOSED = (5, 6, 7, 8)  # orientations that swap width and height
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CocoSummary:
+    """What a COCO-format data set holds; classes are sorted by category id, which is their order in Detectron2."""
+
+    num_images: int
+    num_boxes: int
+    class_names: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    evaluation_gap: str | None = None  # why COCO evaluation would fail where training would not
+
+
+def check_coco_format(
+    json_file: str | os.PathLike,
+    image_root: str | os.PathLike,
+    name: str | None = None,
+    *,
+    allow_no_boxes: bool = False,
+    for_evaluation: bool = True,
+    decode: bool = False,
+    max_headers: int = MAX_HEADERS,
+) -> CocoSummary:
+    """Check the json and the image files of a detection data set in COCO format.
+
+    Args:
+        name: the data set's name, for the messages
+        allow_no_boxes: accept a json without annotations
+        for_evaluation: ask also for what only COCO evaluation needs (`area` and `iscrowd` of every annotation)
+        decode: decode the image files instead of reading their headers, which also finds truncated ones
+        max_headers: how many image files are opened, evenly spread; existence and emptiness are checked for all
+
+    Raises:
+        UserError: one line that names the file, the first thing found wrong, and what would be right
+    """
+    json_file, image_root = Path(json_file).expanduser(), Path(image_root).expanduser()
+    prefix = f"data set {name}: " if name else ""
+
+    def fail(problem: str) -> NoReturn:
+        raise UserError(f"{prefix}{json_file}: {problem}")
+
+    content = ({"annotations": []} if allow_no_boxes else {}) | _read_json(json_file, prefix)
+    for key in ("images", "categories", "annotations"):
+        if key not in content:
+            fail(f"has no '{key}' (COCO format has images, annotations and categories, found: {_listed(content)})")
+        entries = content[key]
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            fail(f"'{key}' must be a list of objects")
+        if not entries and not (key == "annotations" and allow_no_boxes):
+            fail(f"'{key}' is empty")
+    classes = _check_categories(content["categories"], fail)
+    sizes = _check_images(content["images"], fail)
+    duplicates_known = "minival" in str(json_file)  # COCO's 2014 minival repeats ids, and Detectron2 lets it pass
+    gap = _check_annotations(content["annotations"], sizes, classes, duplicates_known, fail)
+    if gap and for_evaluation:
+        fail(gap)
+    _check_files(content["images"], image_root, decode, max_headers, prefix, json_file)
+    ids, names = zip(*sorted(classes.items()), strict=True)
+    return CocoSummary(len(sizes), len(content["annotations"]), names, ids, gap)
+
+
+def _listed(names: Iterable, limit: int = 8) -> str:
+    names = [str(name) for name in names]
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "") or "nothing"
+
+
+def _is_int(value: object) -> bool:
+    return type(value) is int  # and not bool
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _read_json(json_file: Path, prefix: str) -> dict:
+    if not json_file.is_file():
+        what = "is not a file" if json_file.exists() else "does not exist"
+        raise UserError(f"{prefix}annotation file {json_file} {what}")
+    try:
+        with json_file.open(encoding="utf-8") as file:
+            content = json.load(file)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{prefix}{json_file} is not valid JSON (line {error.lineno}, column {error.colno}: {error.msg}); "
+            "it may be truncated"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{prefix}{json_file} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    except OSError as error:
+        raise UserError(f"{prefix}{json_file} cannot be read: {error.strerror}") from error
+    if not isinstance(content, dict):
+        kind = type(content).__name__
+        raise UserError(
+            f"{prefix}{json_file}: must hold an object with images, annotations and categories, got a {kind}"
+        )
+    return content
+
+
+def _check_categories(categories: list[dict], fail: Callable[[str], NoReturn]) -> dict[int, str]:
+    """Category id -> name."""
+    classes: dict[int, str] = {}
+    for number, category in enumerate(categories):
+        category_id, name = category.get("id"), category.get("name")
+        if not _is_int(category_id):
+            fail(f"category number {number} must have an integer id, got {category_id!r}")
+        if not isinstance(name, str) or not name:
+            fail(f"category {category_id} must have a name, got {name!r}")
+        if category_id in classes:
+            fail(f"category id {category_id} occurs twice ('{classes[category_id]}' and '{name}')")
+        if name in classes.values():
+            fail(f"category name '{name}' occurs twice")
+        classes[category_id] = name
+    return classes
+
+
+def _check_images(images: list[dict], fail: Callable[[str], NoReturn]) -> dict[int | str, tuple[int, int]]:
+    """Image id -> (width, height)."""
+    sizes: dict[int | str, tuple[int, int]] = {}
+    for number, image in enumerate(images):
+        image_id, file_name = image.get("id"), image.get("file_name")
+        if not _is_int(image_id) and not isinstance(image_id, str):
+            fail(f"image number {number} must have an id (integer or string), got {image_id!r}")
+        if image_id in sizes:
+            fail(f"image id {image_id!r} occurs twice")
+        if not isinstance(file_name, str) or not file_name:
+            fail(f"image {image_id!r} must have a file_name, got {file_name!r}")
+        for key in ("width", "height"):
+            if not _is_int(image.get(key)) or image[key] <= 0:
+                fail(f"image {image_id!r} ('{file_name}') must have a positive integer {key}, got {image.get(key)!r}")
+        sizes[image_id] = (image["width"], image["height"])
+    if len({type(image_id) for image_id in sizes}) > 1:
+        fail("image ids must be all integers or all strings, found both")
+    return sizes
+
+
+def _check_annotations(
+    annotations: list[dict],
+    sizes: dict[int | str, tuple[int, int]],
+    classes: dict[int, str],
+    duplicates_known: bool,
+    fail: Callable[[str], NoReturn],
+) -> str | None:
+    """What keeps COCO evaluation, but not training, from working."""
+    seen: set[int] = set()
+    useless: list[str] = []
+    lacking: dict[str, list[int]] = {"area": [], "iscrowd": []}
+    crowds = 0
+    for number, annotation in enumerate(annotations):
+        annotation_id = annotation.get("id")
+        if not _is_int(annotation_id):
+            fail(f"annotation number {number} must have an integer id (pycocotools needs it), got {annotation_id!r}")
+        label = f"annotation {annotation_id}"
+        if annotation_id in seen and not duplicates_known:
+            fail(f"annotation id {annotation_id} occurs twice")
+        seen.add(annotation_id)
+        for key in ("image_id", "category_id", "bbox"):
+            if key not in annotation:
+                fail(f"{label} has no {key}")
+        image_id, category_id, box = annotation["image_id"], annotation["category_id"], annotation["bbox"]
+        if not isinstance(image_id, (int, str)) or image_id not in sizes:
+            fail(f"{label} names image_id {image_id!r}, which is not in 'images'")
+        if not _is_int(category_id) or category_id not in classes:
+            fail(
+                f"{label} names category_id {category_id!r}, which is not in 'categories' ({_listed(sorted(classes))})"
+            )
+        if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
+            fail(f"{label} must have a bbox of four finite numbers [x, y, width, height], got {box!r}")
+        x, y, width, height = box
+        if width < 0 or height < 0:
+            fail(f"{label} has a bbox of negative size: {box} is read as [x, y, width, height]")
+        if width == 0 or height == 0:
+            useless.append(f"{label} has a bbox without area: {box} is read as [x, y, width, height]")
+        elif x >= sizes[image_id][0] or y >= sizes[image_id][1] or x + width <= 0 or y + height <= 0:
+            size = "{}x{}".format(*sizes[image_id])
+            useless.append(f"{label} has a bbox outside its image {image_id!r}, which is {size}: {box}")
+        crowd = annotation.get("iscrowd", 0)
+        if crowd not in (0, 1):
+            fail(f"{label} must have iscrowd 0 or 1, got {crowd!r}")
+        crowds += crowd
+        if annotation.get("ignore", 0) != 0:
+            fail(f"{label} has 'ignore' set, which Detectron2 does not support: remove it or set iscrowd to 1")
+        if not _is_segmentation(annotation.get("segmentation")):
+            fail(f"{label} must have a segmentation of polygons [[x, y, ...], ...] or RLE, or none")
+        for key, ids in lacking.items():
+            if not _is_number(annotation.get(key)):
+                ids.append(annotation_id)
+    if len(useless) > MAX_USELESS_BOXES * len(annotations):
+        fail(useless[0] + (f" ({len(useless)} such boxes)" if len(useless) > 1 else ""))
+    if useless:
+        logger.warning("%s; %d such boxes of %d are left aside", useless[0], len(useless), len(annotations))
+    if annotations and crowds == len(annotations):
+        fail(f"all {crowds} annotations are crowd regions (iscrowd 1), none is an object to train on")
+    if 0 in seen:
+        logger.warning("annotation id 0 means 'no match' to pycocotools, so that box never counts as found: start at 1")
+    for key, ids in lacking.items():
+        if ids:
+            rule = {"area": "the object's area in pixels, or width * height", "iscrowd": "0 for a single object"}[key]
+            return (
+                f"{len(ids)} annotations have no '{key}', which COCO evaluation needs ({rule}); the first is {ids[0]}"
+            )
+    return None
+
+
+def _is_segmentation(value: object) -> bool:
+    if isinstance(value, dict):
+        return {"counts", "size"} <= value.keys()
+    return not value or (isinstance(value, list) and all(isinstance(polygon, list) for polygon in value))
+
+
+def _check_files(
+    images: list[dict], image_root: Path, decode: bool, max_headers: int, prefix: str, json_file: Path
+) -> None:
+    if not image_root.is_dir():
+        what = "is not a folder" if image_root.exists() else "does not exist"
+        raise UserError(f"{prefix}image folder {image_root} {what}")
+    missing, empty = [], []
+    for image in images:
+        path = os.path.join(image_root, image["file_name"])
+        try:
+            if os.stat(path).st_size == 0:
+                empty.append(image["file_name"])
+        except (OSError, ValueError):
+            missing.append(image["file_name"])
+    for names, what in ((missing, "missing"), (empty, "empty (0 bytes)")):
+        if names:
+            share = f"{len(names)} of {len(images)} image files"
+            raise UserError(f"{prefix}{json_file}: {share} are {what} in {image_root}; the first is '{names[0]}'")
+    opened = min(len(images), max_headers)
+    for i in range(opened):
+        image = images[i * len(images) // opened]
+        path, expected = image_root / image["file_name"], (image["width"], image["height"])
+        try:
+            size = _size_as_read(path, expected, decode)
+        except Exception as error:  # Pillow raises many kinds: OSError, SyntaxError, DecompressionBombError, ...
+            reason = str(error).replace("\n", " ") or type(error).__name__
+            raise UserError(f"{prefix}{path} cannot be read as an image: {reason}") from error
+        if size != expected:
+            found, wanted = "{}x{}".format(*size), "{}x{}".format(*expected)
+            raise UserError(
+                f"{prefix}{json_file}: image {image['id']!r} must have the file's width and height {found} "
+                f"(EXIF orientation applied), got {wanted} for '{image['file_name']}'"
+            )
+
+
+def _size_as_read(path: Path, expected: tuple[int, int], decode: bool) -> tuple[int, int]:
+    """(width, height) as Detectron2's `read_image` returns it, with the EXIF orientation applied."""
+    with Image.open(path) as image:
+        if decode:
+            image.load()
+        if image.format == "PNG" and "exif" not in image.info and image.size == expected:
+            return image.size  # asking this file for EXIF data would decode it
+        try:
+            orientation = image.getexif().get(EXIF_ORIENTATION)
+        except Exception:  # damaged EXIF data; Detectron2 ignores them too
+            orientation = None
+        return image.size[::-1] if orientation in TRANSPOSED else image.size
+
+
+# ---- registered data sets ----
+
+_summaries: dict[tuple, CocoSummary] = {}
+
+
+def _check_once(json_file: str, image_root: str, name: str, allow_no_boxes: bool) -> CocoSummary:
+    """`check_coco_format`, remembered for as long as the json does not change."""
+    path = Path(json_file)
+    state = (path.stat().st_mtime_ns, path.stat().st_size) if path.is_file() else None
+    key = (json_file, image_root, allow_no_boxes, state)
+    if key not in _summaries:
+        options = {"allow_no_boxes": allow_no_boxes, "for_evaluation": False}
+        _summaries[key] = check_coco_format(json_file, image_root, name, **options)
+    return _summaries[key]
+
+
+def register_coco_format(name: str, json_file: str | os.PathLike, image_root: str | os.PathLike) -> None:
+    """Check a COCO-format data set and register it with Detectron2 under `name`; again with the same files: no effect.
+
+    Raises:
+        UserError: the name is registered with other files, or what `check_coco_format` finds (what only evaluation
+            needs is left to `check_registered`)
+    """
+    if not name:
+        raise UserError("the name of a data set must not be empty")
+    paths = [os.path.abspath(os.path.expanduser(path)) for path in (json_file, image_root)]
+    if name in DatasetCatalog:
+        metadata = MetadataCatalog.get(name)
+        before = [metadata.get(key) for key in ("json_file", "image_root")]
+        if None in before or [*map(os.path.realpath, before)] != [*map(os.path.realpath, paths)]:
+            raise UserError(f"data set {name} is already registered with {before[0] or 'other data'}, not {paths[0]}")
+        return
+    summary = _check_once(*paths, name, False)
+    register_coco_instances(name, {"thing_classes": list(summary.class_names)}, *paths)
+
+
+def register_bccd() -> None:
+    """Register `bccd_train` and `bccd_val` (blood cells) at $DETECTRON2_DATASETS/bccd; again: no effect."""
+    root = os.path.abspath(os.path.join(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")), "bccd"))
+    for split in ("train", "val"):
+        if f"bccd_{split}" not in DatasetCatalog:
+            json_file = os.path.join(root, "annotations", f"instances_{split}.json")
+            register_coco_instances(f"bccd_{split}", {}, json_file, os.path.join(root, split))
+
+
+def _refuse_unknown(name: str) -> None:
+    if name not in DatasetCatalog:
+        close = difflib.get_close_matches(name, DatasetCatalog.list(), n=3)
+        hint = f"did you mean {' or '.join(close)}? " if close else ""
+        raise UserError(f"unknown data set '{name}': {hint}Register your own with --register NAME JSON IMAGE_ROOT")
+
+
+def check_registered(name: str, *, for_evaluation: bool = True, allow_no_boxes: bool = False) -> CocoSummary | None:
+    """Check a data set by its registered name; the shapes data set is drawn first where it is absent.
+
+    Returns:
+        the summary, or None for a data set that is not in COCO format, about which nothing is known
+
+    Raises:
+        UserError: the name is unknown, or what `check_coco_format` finds, or the classes of the json are not those
+            that Detectron2 has registered under this name
+    """
+    _refuse_unknown(name)
+    metadata = MetadataCatalog.get(name)
+    if metadata.get("shapes_root"):
+        build_shapes(metadata.shapes_root)
+    json_file, image_root = metadata.get("json_file"), metadata.get("image_root")
+    if json_file is None or image_root is None or metadata.get("evaluator_type") != "coco":
+        return None
+    _refuse_absent(name, json_file)
+    summary = _check_once(json_file, image_root, name, allow_no_boxes)
+    if for_evaluation and summary.evaluation_gap:
+        raise UserError(f"data set {name}: {json_file}: {summary.evaluation_gap}")
+    if tuple(metadata.get("thing_classes", summary.class_names)) != summary.class_names:
+        raise UserError(
+            f"data set {name}: {json_file}: its categories ({_listed(summary.class_names)}) must be those registered "
+            f"under this name ({_listed(metadata.thing_classes)}); register your own data under another name"
+        )
+    if tuple(metadata.get("thing_dataset_id_to_contiguous_id", summary.category_ids)) != summary.category_ids:
+        raise UserError(f"data set {name}: {json_file}: its category ids are not those registered under this name")
+    return summary
+
+
+def _refuse_absent(name: str, json_file: str) -> None:
+    """For data under Detectron2's root folder, say how that folder is set."""
+    root = os.getenv("DETECTRON2_DATASETS", "datasets")
+    inside = os.path.relpath(json_file, os.path.expanduser(root))
+    if not os.path.exists(json_file) and not inside.startswith(os.pardir):
+        setting = f"it is '{root}'" if "DETECTRON2_DATASETS" in os.environ else "it is not set: 'datasets' is used"
+        raise UserError(
+            f"data set {name}: annotation file {json_file} does not exist; DETECTRON2_DATASETS must name the folder "
+            f"that holds {inside.split(os.sep)[0]}/ ({setting})"
+        )
+
+
+def class_names(name: str) -> tuple[str, ...]:
+    """The classes of a registered data set, in the order of their contiguous ids.
+
+    Raises:
+        UserError: the name is unknown, or the data set must be read to know its classes and is wrong
+    """
+    _refuse_unknown(name)
+    names = MetadataCatalog.get(name).get("thing_classes")
+    if names is None:
+        summary = check_registered(name, for_evaluation=False, allow_no_boxes=True)
+        if summary is None:
+            raise UserError(f"data set {name} has no thing_classes in its metadata and is not in COCO format")
+        return summary.class_names
+    return tuple(names)
+
+
+def num_classes(name: str) -> int:
+    """The number of classes of a registered data set: what MODEL.ROI_HEADS.NUM_CLASSES must be. See `class_names`."""
+    return len(class_names(name))

@@ -1,0 +1,514 @@
+"""COCO-format data: every kind of damage gets its one-line error, odd but sound data pass here and in Detectron2."""
+
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.data.datasets import load_coco_json, register_coco_instances
+from detectron2.evaluation import COCOEvaluator
+from detectron2.structures import Boxes, Instances
+from PIL import Image
+
+from repr_det import datasets
+from repr_det.datasets import coco_format
+from repr_det.errors import UserError
+
+SIZES = {1: (40, 30), 2: (30, 40), 5: (64, 64)}  # image id -> width, height
+
+
+class Folder:
+    """Three images (the last without objects), four boxes, two classes; `content` is what the json will hold."""
+
+    def __init__(self, root: Path) -> None:
+        self.json, self.images = root / "truth.json", root / "images"
+        self.images.mkdir(parents=True)
+        for image_id, size in SIZES.items():
+            Image.new("RGB", size, (image_id, 80, 120)).save(self.images / f"{image_id}.jpg")
+        boxes = [(1, 3, [2, 3, 10, 12]), (1, 7, [20.5, 1, 15, 20]), (2, 3, [0, 0, 30, 40]), (2, 7, [5, 5, 9, 9])]
+        self.content = {
+            "images": [{"id": i, "file_name": f"{i}.jpg", "width": w, "height": h} for i, (w, h) in SIZES.items()],
+            "annotations": [
+                {"id": n, "image_id": i, "category_id": c, "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
+                for n, (i, c, box) in enumerate(boxes, 1)
+            ],
+            "categories": [{"id": 3, "name": "cell"}, {"id": 7, "name": "plate"}],
+        }
+
+    def check(self, **options):
+        self.json.write_text(json.dumps(self.content))
+        return datasets.check_coco_format(self.json, self.images, **options)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return Folder(tmp_path / "data")
+
+
+@pytest.fixture
+def catalogs(monkeypatch):
+    """Detectron2's catalogs; what a test registers is gone afterwards."""
+    for catalog in (DatasetCatalog, MetadataCatalog):
+        monkeypatch.setattr(catalog, "data", {k: v for k, v in catalog.data.items() if not k.startswith("bccd_")})
+    monkeypatch.setattr(coco_format, "_summaries", {})
+
+
+def test_a_sound_folder(folder):
+    assert folder.check() == datasets.CocoSummary(3, 4, ("cell", "plate"), (3, 7), None)
+
+
+# ---- wrong content ----
+
+
+def set_key(key, number, **values):
+    def change(content):
+        entry = content[key][number]
+        entry.update(values)
+        for name in [name for name, value in values.items() if value is ...]:
+            del entry[name]
+
+    return change
+
+
+def image(number, **values):
+    return set_key("images", number, **values)
+
+
+def annotation(number, **values):
+    return set_key("annotations", number, **values)
+
+
+def category(number, **values):
+    return set_key("categories", number, **values)
+
+
+def whole(**values):
+    def change(content):
+        content.update(values)
+        for key in [key for key, value in values.items() if value is ...]:
+            del content[key]
+
+    return change
+
+
+WRONG = [
+    (whole(images=...), "has no 'images' (COCO format has images, annotations and categories, found: annotations, cat"),
+    (whole(annotations=...), "has no 'annotations'"),
+    (whole(categories=...), "has no 'categories'"),
+    (whole(images=[]), "'images' is empty"),
+    (whole(annotations=[]), "'annotations' is empty"),
+    (whole(categories=[]), "'categories' is empty"),
+    (whole(images={"1": {}}), "'images' must be a list of objects"),
+    (whole(annotations=None), "'annotations' must be a list of objects"),
+    (whole(categories=["cell"]), "'categories' must be a list of objects"),
+    (image(1, id=...), "image number 1 must have an id (integer or string), got None"),
+    (image(1, id=1.5), "image number 1 must have an id (integer or string), got 1.5"),
+    (image(1, id=1), "image id 1 occurs twice"),
+    (image(2, id="five"), "image ids must be all integers or all strings"),
+    (image(0, file_name=...), "image 1 must have a file_name, got None"),
+    (image(0, file_name=""), "image 1 must have a file_name, got ''"),
+    (image(0, width=...), "image 1 ('1.jpg') must have a positive integer width, got None"),
+    (image(0, height=0), "image 1 ('1.jpg') must have a positive integer height, got 0"),
+    (image(0, height=-30), "must have a positive integer height, got -30"),
+    (image(0, width=40.0), "must have a positive integer width, got 40.0"),
+    (image(0, width="40"), "must have a positive integer width, got '40'"),
+    (image(0, width=True), "must have a positive integer width, got True"),
+    (category(0, id=...), "category number 0 must have an integer id, got None"),
+    (category(0, id="3"), "category number 0 must have an integer id, got '3'"),
+    (category(1, id=3), "category id 3 occurs twice ('cell' and 'plate')"),
+    (category(1, name="cell"), "category name 'cell' occurs twice"),
+    (category(1, name=...), "category 7 must have a name, got None"),
+    (annotation(1, id=...), "annotation number 1 must have an integer id (pycocotools needs it), got None"),
+    (annotation(1, id=1), "annotation id 1 occurs twice"),
+    (annotation(0, image_id=...), "annotation 1 has no image_id"),
+    (annotation(0, category_id=...), "annotation 1 has no category_id"),
+    (annotation(0, bbox=...), "annotation 1 has no bbox"),
+    (annotation(2, image_id=9), "annotation 3 names image_id 9, which is not in 'images'"),
+    (annotation(2, image_id=[2]), "annotation 3 names image_id [2], which is not in 'images'"),
+    (annotation(2, category_id=0), "annotation 3 names category_id 0, which is not in 'categories' (3, 7)"),
+    (
+        annotation(2, bbox=[1, 2, 3]),
+        "annotation 3 must have a bbox of four finite numbers [x, y, width, height], got [1,",
+    ),
+    (annotation(2, bbox=[]), "must have a bbox of four finite numbers"),
+    (annotation(2, bbox=[1, 2, 3, "4"]), "must have a bbox of four finite numbers"),
+    (annotation(2, bbox=[1, 2, None, 4]), "must have a bbox of four finite numbers"),
+    (annotation(2, bbox=[1, 2, float("nan"), 4]), "must have a bbox of four finite numbers"),
+    (annotation(2, bbox=[1, float("-inf"), 3, 4]), "must have a bbox of four finite numbers"),
+    (
+        annotation(2, bbox=[9, 9, -3, 4]),
+        "annotation 3 has a bbox of negative size: [9, 9, -3, 4] is read as [x, y, wid",
+    ),
+    (annotation(2, bbox=[9, 9, 3, 0]), "annotation 3 has a bbox without area: [9, 9, 3, 0] is read as"),
+    (annotation(2, bbox=[30, 0, 5, 5]), "annotation 3 has a bbox outside its image 2, which is 30x40: [30, 0, 5, 5]"),
+    (annotation(2, bbox=[3, -9, 5, 9]), "annotation 3 has a bbox outside its image 2"),
+    (annotation(2, iscrowd=2), "annotation 3 must have iscrowd 0 or 1, got 2"),
+    (annotation(2, ignore=1), "annotation 3 has 'ignore' set, which Detectron2 does not support"),
+    (annotation(2, segmentation=[1, 2, 3, 4, 5, 6]), "annotation 3 must have a segmentation of polygons"),
+    (annotation(2, segmentation={"size": [4, 4]}), "annotation 3 must have a segmentation of polygons"),
+    (annotation(2, area=...), "1 annotations have no 'area', which COCO evaluation needs"),
+    (annotation(2, area=None), "1 annotations have no 'area'"),
+    (
+        annotation(2, iscrowd=...),
+        "1 annotations have no 'iscrowd', which COCO evaluation needs (0 for a single object); ",
+    ),
+    (lambda content: [a.update(iscrowd=1) for a in content["annotations"]], "all 4 annotations are crowd regions"),
+    (image(0, file_name="no.jpg"), "1 of 3 image files are missing in "),
+    (image(0, file_name="n\0.jpg"), "1 of 3 image files are missing in "),
+    (
+        image(0, width=30, height=40),
+        "image 1 must have the file's width and height 40x30 (EXIF orientation applied), got 30x",
+    ),
+]
+
+
+@pytest.mark.parametrize("change, message", WRONG, ids=[message[:60] for _, message in WRONG])
+def test_wrong_content(folder, change, message):
+    change(folder.content)
+    with pytest.raises(UserError) as caught:
+        folder.check(name="mine")
+    text = str(caught.value)
+    assert message in text and str(folder.json) in text and text.startswith("data set mine: ") and "\n" not in text
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (b"", "is not valid JSON (line 1, column 1: Expecting value)"),
+        (
+            b'{"images": [\n  {"id": 1, "fi',
+            "is not valid JSON (line 2, column 13: Unterminated string starting at); it may be truncated",
+        ),
+        (b"<html>", "is not valid JSON (line 1, column 1: Expecting value)"),
+        (b"[]", "must hold an object with images, annotations and categories, got a list"),
+        (b"null", "must hold an object"),
+        (b'{"images": "\xff"}', "is not UTF-8 text: invalid start byte at byte 12"),
+    ],
+)
+def test_files_that_are_no_coco_json(folder, text, message):
+    folder.json.write_bytes(text)
+    with pytest.raises(UserError) as caught:
+        datasets.check_coco_format(folder.json, folder.images)
+    assert message in str(caught.value) and str(folder.json) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_absent_files_and_folders(folder, tmp_path):
+    with pytest.raises(UserError, match=r"annotation file .*truth\.json does not exist"):
+        datasets.check_coco_format(folder.json, folder.images)
+    with pytest.raises(UserError, match="images is not a file"):
+        datasets.check_coco_format(folder.images, folder.images)
+    folder.check()
+    with pytest.raises(UserError, match=r"image folder .*nowhere does not exist"):
+        datasets.check_coco_format(folder.json, tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"image folder .*truth\.json is not a folder"):
+        datasets.check_coco_format(folder.json, folder.json)
+
+
+def test_damaged_image_files(folder):
+    for number in (2, 5):
+        (folder.images / f"{number}.jpg").write_bytes(b"")
+    with pytest.raises(UserError, match=r"2 of 3 image files are empty \(0 bytes\) in .*; the first is '2\.jpg'"):
+        folder.check()
+    (folder.images / "2.jpg").write_bytes(b"no image")
+    shutil.copy(folder.images / "1.jpg", folder.images / "5.jpg")
+    with pytest.raises(UserError, match=r"2\.jpg cannot be read as an image"):
+        folder.check()
+    (folder.images / "2.jpg").unlink()
+    (folder.images / "2.jpg").mkdir()
+    with pytest.raises(UserError, match=r"2\.jpg cannot be read as an image: .*directory"):
+        folder.check()
+
+
+def test_a_truncated_image_is_found_by_decoding(folder):
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(folder.images / "5.jpg")
+    data = (folder.images / "5.jpg").read_bytes()
+    (folder.images / "5.jpg").write_bytes(data[: len(data) // 2])
+    folder.check()
+    with pytest.raises(UserError, match=r"5\.jpg cannot be read as an image: .*truncated"):
+        folder.check(decode=True)
+
+
+def test_headers_are_read_of_evenly_spread_images(folder, monkeypatch):
+    folder.content["images"] = [{"id": i, "file_name": "5.jpg", "width": 64, "height": 64} for i in range(1, 101)]
+    folder.content["annotations"] = [a | {"bbox": [1, 1, 9, 9]} for a in folder.content["annotations"]]
+    opened, open_image = [], Image.open
+    monkeypatch.setattr(Image, "open", lambda path: (opened.append(path), open_image(path))[1])
+    assert folder.check(max_headers=7).num_images == 100 and len(opened) == 7
+    folder.content["images"][1]["width"] = 63
+    folder.check(max_headers=7)
+    with pytest.raises(UserError, match="image 2 must have"):
+        folder.check()
+
+
+# ---- odd, but sound ----
+
+
+def as_detectron2_reads_it(folder, name="repr_det_test_folder"):
+    """Stock loading and mapping of every image, without random resizing: width and height must fit."""
+    register_coco_instances(name, {}, str(folder.json), str(folder.images))
+    try:
+        cfg = get_cfg()
+        cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.RANDOM_FLIP = (0,), "none"
+        mapper = DatasetMapper(cfg, is_train=True)
+        return [mapper(record) for record in DatasetCatalog.get(name)]
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def rle_crowd(folder):
+    crowd = {"counts": [0, 600, 600], "size": [30, 40]}
+    annotation(0, iscrowd=1, segmentation=crowd)(folder.content)
+    return [1, 2, 0]
+
+
+def greyscale(folder):
+    Image.new("L", SIZES[1]).save(folder.images / "1.jpg")
+
+
+def palette_png(folder):
+    Image.new("P", SIZES[1]).save(folder.images / "1.png")
+    image(0, file_name="1.png")(folder.content)
+
+
+def exif_rotated(folder):
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.new("RGB", SIZES[1][::-1]).save(folder.images / "1.jpg", exif=exif)
+
+
+def exif_rotated_png(folder):
+    exif = Image.Exif()
+    exif[274] = 8
+    Image.new("RGB", SIZES[1][::-1]).save(folder.images / "1.png", exif=exif)
+    image(0, file_name="1.png")(folder.content)
+
+
+def exif_upside_down(folder):
+    exif = Image.Exif()
+    exif[274] = 3
+    Image.new("RGB", SIZES[1]).save(folder.images / "1.jpg", exif=exif)
+
+
+def damaged_exif(folder):
+    Image.new("RGB", SIZES[1]).save(folder.images / "1.jpg", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
+
+
+def unicode_subfolder(folder):
+    (folder.images / "große Bilder 細胞").mkdir()
+    (folder.images / "1.jpg").rename(folder.images / "große Bilder 細胞" / "ein s.jpg")
+    image(0, file_name="große Bilder 細胞/ein s.jpg")(folder.content)
+
+
+def sticks_out(folder):
+    annotation(0, bbox=[-2, -2.5, 50, 60])(folder.content)
+
+
+def unsorted_sparse_categories(folder):
+    folder.content["categories"] = [{"id": 7, "name": "plate"}, {"id": 90, "name": "none"}, {"id": 3, "name": "cell"}]
+
+
+def string_image_ids(folder):
+    for entry in folder.content["images"]:
+        entry["id"] = str(entry["id"])
+    for entry in folder.content["annotations"]:
+        entry["image_id"] = str(entry["image_id"])
+
+
+def polygons_and_extras(folder):
+    annotation(0, segmentation=[[2, 3, 12, 3, 12, 15]], score=0.3)(folder.content)
+    annotation(1, segmentation=[])(folder.content)
+    folder.content |= {"info": {}, "licenses": []}
+
+
+ODD = [rle_crowd, greyscale, palette_png, exif_rotated, exif_rotated_png, exif_upside_down, damaged_exif]
+ODD += [unicode_subfolder, sticks_out, unsorted_sparse_categories, string_image_ids, polygons_and_extras]
+
+
+@pytest.mark.parametrize("change", ODD)
+def test_odd_but_sound_data_pass_here_and_in_detectron2(tmp_path, change):
+    folder = Folder(tmp_path / "a folder with späces")
+    boxes = change(folder) or [2, 2, 0]
+    summary = folder.check()
+    assert summary.num_images == 3 and summary.num_boxes == 4 and set(summary.class_names) >= {"cell", "plate"}
+    assert folder.check(decode=True) == summary
+    records = as_detectron2_reads_it(folder)
+    assert [len(record["instances"]) for record in records] == boxes
+    assert [tuple(record["image"].shape[:0:-1]) for record in records] == list(SIZES.values())
+    ids = {name: summary.class_names.index(name) for name in ("cell", "plate")}
+    assert records[1]["instances"].gt_classes.tolist() == [ids["cell"], ids["plate"]]
+
+
+@pytest.mark.parametrize("size", [SIZES[1], SIZES[1][::-1]])
+def test_exif_rotation_decides_which_size_is_right(folder, size):
+    exif_rotated(folder)
+    image(0, width=size[0], height=size[1])(folder.content)
+    if size == SIZES[1]:
+        folder.check()
+    else:
+        with pytest.raises(UserError, match="width and height 40x30"):
+            folder.check()
+
+
+def test_no_boxes_where_they_are_not_needed(folder):
+    for change in (whole(annotations=[]), whole(annotations=...)):
+        change(folder.content)
+        assert folder.check(allow_no_boxes=True).num_boxes == 0
+
+
+def test_a_few_useless_boxes_pass_with_a_warning_as_in_coco_train2017(folder, caplog):
+    first = folder.content["annotations"][0]
+    folder.content["annotations"] = [first | {"id": i} for i in range(1, 2001)]
+    annotation(9, bbox=[296.65, 388.33, 1.03, 0.0])(folder.content)
+    annotation(10, bbox=[2, 3, 4, 0])(folder.content)
+    with caplog.at_level(logging.WARNING):
+        folder.check()
+    assert "annotation 10 has a bbox without area" in caplog.text and "2 such boxes of 2000" in caplog.text
+    annotation(11, bbox=[40, 30, 4, 4])(folder.content)
+    with pytest.raises(UserError, match=r"annotation 10 has a bbox without area.* \(3 such boxes\)"):
+        folder.check()
+
+
+def test_training_needs_less_than_evaluation(folder):
+    annotation(2, area=...)(folder.content)
+    assert "'area'" in folder.check(for_evaluation=False).evaluation_gap
+    assert len(as_detectron2_reads_it(folder)) == 3
+
+
+def ap_of_the_truth(folder, name):
+    """Stock COCO evaluation of the true boxes."""
+    load_coco_json(str(folder.json), str(folder.images), name)
+    MetadataCatalog.get(name).json_file = str(folder.json)
+    evaluator = COCOEvaluator(name, ("bbox",), distributed=False)
+    evaluator.reset()
+    classes = MetadataCatalog.get(name).thing_dataset_id_to_contiguous_id
+    for entry in folder.content["images"]:
+        truth = [a for a in folder.content["annotations"] if a["image_id"] == entry["id"]]
+        found = Instances((entry["height"], entry["width"]), scores=torch.ones(len(truth)))
+        boxes = torch.tensor([a["bbox"] for a in truth]).reshape(-1, 4)
+        found.pred_boxes = Boxes(torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1))
+        found.pred_classes = torch.tensor([classes[a["category_id"]] for a in truth], dtype=torch.long)
+        evaluator.process([{"image_id": entry["id"]}], [{"instances": found}])
+    return evaluator.evaluate()["bbox"]["AP"]
+
+
+@pytest.mark.parametrize("key", ["area", "iscrowd"])
+def test_what_is_called_an_evaluation_gap_breaks_coco_evaluation(folder, catalogs, key):
+    folder.check()
+    assert ap_of_the_truth(folder, "sound") == pytest.approx(100)
+    annotation(2, **{key: ...})(folder.content)
+    assert folder.check(for_evaluation=False).evaluation_gap
+    with pytest.raises(KeyError, match=key):
+        ap_of_the_truth(folder, "gap")
+
+
+def test_annotation_id_zero_is_warned_of_since_pycocotools_never_matches_it(folder, catalogs, caplog):
+    annotation(0, id=0)(folder.content)
+    with caplog.at_level(logging.WARNING):
+        folder.check()
+    assert "annotation id 0 means 'no match' to pycocotools" in caplog.text
+    assert ap_of_the_truth(folder, "zero") < 90
+
+
+# ---- registration ----
+
+
+def test_registering_twice_and_with_other_files(folder, catalogs, tmp_path, monkeypatch):
+    folder.check()
+    datasets.register_coco_format("mine", folder.json, folder.images)
+    monkeypatch.chdir(folder.json.parent)
+    datasets.register_coco_format("mine", "truth.json", "images")
+    other = Folder(tmp_path / "other")
+    other.check()
+    for paths in ((other.json, other.images), (folder.json, other.images)):
+        with pytest.raises(UserError, match=r"data set mine is already registered with .*truth\.json"):
+            datasets.register_coco_format("mine", *paths)
+    with pytest.raises(UserError, match="voc_2007_val is already registered with other data"):
+        datasets.register_coco_format("voc_2007_val", folder.json, folder.images)
+    with pytest.raises(UserError, match="must not be empty"):
+        datasets.register_coco_format("", folder.json, folder.images)
+    assert datasets.check_registered("mine").num_boxes == 4
+    assert datasets.class_names("mine") == ("cell", "plate") and datasets.num_classes("mine") == 2
+    assert len(DatasetCatalog.get("mine")) == 3 and MetadataCatalog.get("mine").evaluator_type == "coco"
+
+
+def test_wrong_data_are_not_registered(folder, catalogs):
+    annotation(0, bbox=[1, 2, 3])(folder.content)
+    with pytest.raises(UserError):
+        folder.check()
+    with pytest.raises(UserError, match=r"data set mine: .*annotation 1 must have a bbox"):
+        datasets.register_coco_format("mine", folder.json, folder.images)
+    assert "mine" not in DatasetCatalog
+
+
+def test_a_changed_json_is_checked_again(folder, catalogs):
+    folder.check()
+    datasets.register_coco_format("mine", folder.json, folder.images)
+    annotation(0, area=...)(folder.content)
+    with pytest.raises(UserError):
+        folder.check()
+    assert datasets.check_registered("mine", for_evaluation=False).evaluation_gap
+    with pytest.raises(UserError, match=r"data set mine: .*1 annotations have no 'area'"):
+        datasets.check_registered("mine")
+
+
+def test_unknown_names(catalogs):
+    for check in (datasets.check_registered, datasets.num_classes):
+        with pytest.raises(
+            UserError, match=r"unknown data set 'coco_2017_trian': did you mean coco_2017_train .*--register"
+        ):
+            check("coco_2017_trian")
+        with pytest.raises(
+            UserError, match="unknown data set 'zzz': Register your own with --register NAME JSON IMAGE"
+        ):
+            check("zzz")
+    assert "zzz" not in MetadataCatalog.list()
+
+
+def test_builtin_names(catalogs, folder, monkeypatch):
+    assert datasets.num_classes("coco_2017_val") == 80 and datasets.class_names("coco_2017_val")[0] == "person"
+    assert datasets.check_registered("voc_2007_val") is None
+    folder.check()
+    monkeypatch.setattr(
+        MetadataCatalog.get("coco_2017_val"), "__dict__", MetadataCatalog.get("coco_2017_val").as_dict()
+    )
+    monkeypatch.setitem(MetadataCatalog.get("coco_2017_val").__dict__, "json_file", str(folder.json))
+    monkeypatch.setitem(MetadataCatalog.get("coco_2017_val").__dict__, "image_root", str(folder.images))
+    with pytest.raises(UserError, match=r"its categories \(cell, plate\) must be those registered .*\(person, bicycle"):
+        datasets.check_registered("coco_2017_val")
+
+
+def test_absent_bccd_says_where_it_is_looked_for(catalogs, tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    datasets.register_bccd()
+    datasets.register_bccd()
+    with pytest.raises(
+        UserError, match=r"bccd_val: .*instances_val\.json does not exist; DETECTRON2_DATASETS must .* bccd/"
+    ):
+        datasets.check_registered("bccd_val")
+
+
+@pytest.mark.parametrize(
+    "name, images, boxes, classes",
+    [
+        ("coco/annotations/instances_train2017.json coco/train2017", 92, 829, 80),
+        ("coco/annotations/instances_val2017.json coco/val2017", 66, 560, 80),
+        ("bccd/annotations/instances_train.json bccd/train", 205, 2804, 3),
+        ("bccd/annotations/instances_val.json bccd/val", 87, 1137, 3),
+    ],
+)
+def test_real_data(name, images, boxes, classes):
+    json_file, image_root = (Path(os.getenv("DETECTRON2_DATASETS", "datasets")) / part for part in name.split())
+    if not json_file.exists():
+        pytest.skip(f"{json_file} is absent")
+    summary = datasets.check_coco_format(json_file, image_root)
+    if summary.num_images > 1000:
+        pytest.skip(f"{json_file} is not the small excerpt whose counts are known")
+    assert (summary.num_images, summary.num_boxes, len(summary.class_names)) == (images, boxes, classes)

@@ -1,0 +1,359 @@
+"""The shapes data set: same pixels everywhere, boxes against brute force, difficulty, the folder, the registration."""
+
+import fcntl
+import hashlib
+import json
+import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import COCOEvaluator
+from detectron2.structures import Boxes, Instances
+
+from repr_det.datasets import drawing, shapes
+from repr_det.errors import UserError
+
+PINNED = {
+    "train": "41d3e0d859dbedf3f004f7fc3eed38c8d0bec3d2663be2ba75168a727d11ac31",
+    "val": "2f8db2b11d6bb65eda67ec5dedcebf02490cfdca4b24b2419cfb44e9629a4dfa",
+}
+
+
+@pytest.fixture(scope="module")
+def sample():
+    """The first 80 validation images."""
+    return list(shapes.generate_shapes(shapes.SPLITS["val"][0], 80))
+
+
+# ---- determinism ----
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_pixels_and_annotations_are_the_pinned_ones(split):
+    digest = hashlib.sha256()
+    for image, objects in shapes.generate_shapes(shapes.SPLITS[split][0], 20):
+        digest.update(repr(image.shape).encode() + image.tobytes() + json.dumps(objects, sort_keys=True).encode())
+    assert digest.hexdigest() == PINNED[split]
+
+
+def test_an_image_does_not_depend_on_how_many_are_drawn(sample):
+    for (image, objects), (again, objects_again) in zip(shapes.generate_shapes(2, 3), sample[:3], strict=True):
+        assert np.array_equal(image, again) and objects == objects_again
+
+
+def test_splits_share_no_image():
+    digests = [{hashlib.sha256(image.tobytes()).digest() for image, _ in shapes.generate_shapes(s, 30)} for s in (1, 2)]
+    assert len(digests[0]) == len(digests[1]) == 30 and not digests[0] & digests[1]
+
+
+def test_the_sine_table_is_far_from_rounding_ties():
+    """So that another libm cannot round an entry the other way."""
+    exact = [drawing.ONE * math.sin(math.radians(degree)) for degree in range(360)]
+    assert min(abs(abs(value - math.floor(value)) - 0.5) for value in exact) > 1e-6
+
+
+# ---- boxes ----
+
+
+def corners_in_float(loops, radius, stretch, degree):
+    angle = math.radians(degree)
+    turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    return [np.array(loop) / drawing.ONE * (1, stretch / 100) @ turn.T * radius + radius + 1 for loop in loops]
+
+
+@pytest.mark.parametrize("degree", [0, 17, 90, 211])
+@pytest.mark.parametrize("radius", [6, 23, 80])
+@pytest.mark.parametrize("name", shapes.CLASS_NAMES)
+def test_stencil_against_even_odd_rule_in_float(name, radius, degree):
+    loops, stretch = drawing.outline(name), 85
+    mask = drawing.stencil(loops, radius, stretch, degree)
+    y, x = np.mgrid[: mask.shape[0], : mask.shape[1]].astype(float)
+    inside, distance = np.zeros(mask.shape, bool), np.full(mask.shape, np.inf)
+    for corners in corners_in_float(loops, radius, stretch, degree):
+        for (ax, ay), (bx, by) in zip(corners, np.roll(corners, -1, 0), strict=True):
+            if ay != by:
+                inside ^= ((ay <= y) != (by <= y)) & (x > ax + (y - ay) * (bx - ax) / (by - ay))
+            t = np.clip(((x - ax) * (bx - ax) + (y - ay) * (by - ay)) / ((bx - ax) ** 2 + (by - ay) ** 2), 0, 1)
+            distance = np.minimum(distance, np.hypot(x - ax - t * (bx - ax), y - ay - t * (by - ay)))
+    assert mask.shape == (2 * radius + 3, 2 * radius + 3)
+    clear = distance > 0.15  # px from the outline: corners lie on a grid of 1/16 px
+    assert clear.mean() > 0.8 and np.array_equal(mask[clear], inside[clear])
+
+
+def test_circle_and_square_against_closed_forms():
+    y, x = np.mgrid[-41:42, -41:42]
+    circle = drawing.stencil(drawing.outline("circle"), 40)
+    assert abs(int(circle.sum()) - math.pi * 40**2) < 0.01 * math.pi * 40**2
+    assert not circle[np.hypot(x, y) > 40.1].any() and circle[np.hypot(x, y) < 39.8].all()
+    square = drawing.stencil(drawing.outline("square"), 40)  # stands on a corner
+    assert np.array_equal(
+        square[np.abs(np.abs(x) + np.abs(y) - 40) > 0.2],
+        (np.abs(x) + np.abs(y) < 40)[np.abs(np.abs(x) + np.abs(y) - 40) > 0.2],
+    )
+
+
+def test_box_and_area_of_a_single_shape_are_those_of_the_pixels_it_changes(monkeypatch):
+    monkeypatch.setattr(drawing, "TEXTURES", ("solid",))
+    for key in ("CLUTTER", "OCCLUDERS", "NOISE", "PATCHES"):
+        monkeypatch.setattr(shapes, key, (0, 0))
+    for key in ("BLUR", "LOW_CONTRAST"):
+        monkeypatch.setattr(shapes, key, 0)
+    monkeypatch.setattr(shapes, "OBJECTS", (1, 1))
+    drawn = list(shapes.generate_shapes(5, 60))
+    monkeypatch.setattr(shapes, "OBJECTS", (0, 0))
+    clipped = 0
+    for (image, objects), (background, none) in zip(drawn, shapes.generate_shapes(5, 60), strict=True):
+        assert none == []
+        if not objects:
+            continue
+        changed = (image != background).any(2)
+        rows, columns = np.nonzero(changed)
+        x, y, w, h = objects[0]["bbox"]
+        assert [x, y, x + w - 1, y + h - 1] == [columns.min(), rows.min(), columns.max(), rows.max()]
+        assert objects[0]["area"] == changed.sum()
+        clipped += x == 0 or y == 0 or x + w == image.shape[1] or y + h == image.shape[0]
+    assert clipped > 5
+
+
+def test_every_object_stays_visible_and_many_are_partly_hidden(monkeypatch):
+    painted = []  # per image: (mask over the image, whole area or None for clutter), in painting order
+
+    class Recorder(shapes._Canvas):
+        def __init__(self, dice):
+            painted.append([])
+            super().__init__(dice)
+
+        def paint(self, where, inside, colour, **options):
+            mask = np.zeros((self.height, self.width), bool)
+            mask[where] = inside
+            painted[-1].append([mask, None])
+            super().paint(where, inside, colour, **options)
+
+        def add_shape(self, diameter):
+            before = len(self.objects)
+            super().add_shape(diameter)
+            if len(self.objects) > before:
+                painted[-1][-1][1] = self.full_areas[-1]
+
+    monkeypatch.setattr(shapes, "_Canvas", Recorder)
+    hidden, total = 0, 0
+    for _, objects in shapes.generate_shapes(2, 40):
+        whole = [area for _, area in painted[-1] if area is not None]
+        assert len(whole) == len(objects)
+        covered = np.zeros(painted[-1][0][0].shape, bool)
+        for mask, area in reversed(painted[-1]):
+            if area is not None:
+                visible = int((mask & ~covered).sum())
+                assert visible >= shapes.MIN_VISIBLE / 100 * area
+                total, hidden = total + 1, hidden + (visible < 0.9 * mask.sum())
+            covered |= mask
+    assert 0.15 < hidden / total < 0.8
+
+
+# ---- difficulty ----
+
+
+def test_images_and_objects_have_the_documented_form(sample):
+    for image, objects in sample:
+        assert image.dtype == np.uint8 and image.shape[0] in shapes.IMAGE_SIDES and image.shape[1] in shapes.IMAGE_SIDES
+        assert 1 <= len(objects) <= shapes.OBJECTS[1]
+        for thing in objects:
+            assert set(thing) == {"bbox", "category_id", "area", "iscrowd"} and thing["iscrowd"] == 0
+            x, y, w, h = thing["bbox"]
+            assert all(type(v) is int for v in (x, y, w, h, thing["area"], thing["category_id"]))
+            assert x >= 0 and y >= 0 and w > 0 and h > 0 and x + w <= image.shape[1] and y + h <= image.shape[0]
+            assert 0 < thing["area"] <= w * h
+
+
+def test_every_scale_and_class_occurs(sample):
+    objects = [thing for _, things in sample for thing in things]
+    areas = np.array([thing["area"] for thing in objects])
+    shares = [(areas < 32**2).mean(), ((areas >= 32**2) & (areas <= 96**2)).mean(), (areas > 96**2).mean()]
+    assert shares[0] > 0.3 and shares[1] > 0.25 and shares[2] > 0.02
+    counts = np.bincount([thing["category_id"] for thing in objects], minlength=9)
+    assert counts[0] == 0 and len(counts) == 9 and counts[1:].min() > 0.05 * len(objects)
+
+
+# ---- the folder ----
+
+
+@pytest.fixture
+def few_images(monkeypatch):
+    monkeypatch.setattr(shapes, "SPLITS", {"train": (1, 4), "val": (2, 3)})
+    shapes._stamp.cache_clear()
+    yield
+    shapes._stamp.cache_clear()
+
+
+def contents(root):
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def test_the_folder_holds_what_is_generated(few_images, tmp_path, capsys):
+    root = shapes.build_shapes(tmp_path / "a folder" / "shäpes")
+    assert capsys.readouterr().err.count("\n") == 1
+    for split, (seed, count) in shapes.SPLITS.items():
+        truth = json.loads((root / "annotations" / f"{split}.json").read_text())
+        assert [c["name"] for c in truth["categories"]] == list(shapes.CLASS_NAMES)
+        assert [a["id"] for a in truth["annotations"]] == list(range(1, len(truth["annotations"]) + 1))
+        assert len(list((root / split).iterdir())) == len(truth["images"]) == count
+        for entry, (image, objects) in zip(truth["images"], shapes.generate_shapes(seed, count), strict=True):
+            stored = cv2.imdecode(np.fromfile(root / split / entry["file_name"], np.uint8), cv2.IMREAD_COLOR)
+            assert np.array_equal(stored, image) and image.shape[:2] == (entry["height"], entry["width"])
+            mine = [a for a in truth["annotations"] if a["image_id"] == entry["id"]]
+            assert [{k: v for k, v in a.items() if k not in ("id", "image_id")} for a in mine] == objects
+    assert [path.name for path in root.parent.iterdir()] == ["shäpes"]  # no temporary folder stays
+
+
+def test_a_finished_folder_is_reused_silently(few_images, tmp_path, capsys):
+    root = shapes.build_shapes(tmp_path / "shapes", progress=False)
+    (root / "train" / "000001.png").write_bytes(b"mark")
+    shapes.build_shapes(root)
+    assert (root / "train" / "000001.png").read_bytes() == b"mark"
+    assert capsys.readouterr().err == ""
+
+
+def test_a_folder_of_another_version_is_rebuilt(few_images, tmp_path):
+    root = shapes.build_shapes(tmp_path / "shapes", progress=False)
+    wanted = contents(root)
+    (root / "VERSION").write_text("repr_det shapes 0 abc\n")
+    (root / "train" / "old.png").write_bytes(b"old")
+    shapes.build_shapes(root, progress=False)
+    assert contents(root) == wanted and [path.name for path in tmp_path.iterdir()] == ["shapes"]
+
+
+@pytest.mark.parametrize("foreign", ["photo.jpg", "VERSION"])
+def test_a_foreign_folder_is_left_alone(few_images, tmp_path, foreign):
+    (tmp_path / foreign).write_bytes(b"\xffmine")
+    with pytest.raises(UserError, match="holds other files"):
+        shapes.build_shapes(tmp_path, progress=False)
+    assert contents(tmp_path) == {foreign: b"\xffmine"}
+
+
+def test_a_file_in_the_way_is_reported(few_images, tmp_path):
+    (tmp_path / "shapes").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        shapes.build_shapes(tmp_path / "shapes")
+    with pytest.raises(UserError, match=r"cannot be written.*DETECTRON2_DATASETS"):
+        shapes.build_shapes(tmp_path / "shapes" / "inside")
+
+
+@pytest.mark.parametrize("before", ["absent", "empty", "outdated"])
+def test_an_interrupted_build_changes_nothing(few_images, tmp_path, monkeypatch, before):
+    root = tmp_path / "shapes"
+    if before == "empty":
+        root.mkdir()
+    elif before == "outdated":
+        shapes.build_shapes(root, progress=False)
+        (root / "VERSION").write_text("repr_det shapes 0 abc\n")
+    wanted, calls, encode = contents(root), [], cv2.imencode
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return encode(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(cv2, "imencode", interrupted)
+        shapes.build_shapes(root, progress=False)
+    assert contents(root) == wanted
+    assert [path.name for path in tmp_path.iterdir()] == ([] if before == "absent" else ["shapes"])
+    shapes.build_shapes(root, progress=False)
+    assert len(contents(root)) == 4 + 3 + 2 + 1
+
+
+@pytest.mark.parametrize("before", ["absent", "empty", "outdated"])
+def test_of_builders_at_the_same_time_one_builds(few_images, tmp_path, monkeypatch, before):
+    wanted = contents(shapes.build_shapes(tmp_path / "reference" / "shapes", progress=False))
+    root, write, writes = tmp_path / "shapes", shapes._write, []
+    if before == "empty":
+        root.mkdir()
+    elif before == "outdated":
+        shapes.build_shapes(root, progress=False)
+        (root / "VERSION").write_text("repr_det shapes 0 abc\n")
+    monkeypatch.setattr(shapes, "_write", lambda *args: (writes.append(args), write(*args)))
+    start = threading.Barrier(4, timeout=60)
+
+    def build():
+        start.wait()
+        return shapes.build_shapes(root, progress=False)
+
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(build) for _ in range(4)]:
+            assert done.result() == root
+    assert contents(root) == wanted and len(writes) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["reference", "shapes"]
+
+
+def test_builders_on_a_file_system_without_locks(few_images, tmp_path, monkeypatch):
+    wanted = contents(shapes.build_shapes(tmp_path / "reference" / "shapes", progress=False))
+    together, swap_in = threading.Barrier(4, timeout=60), shapes._swap_in
+
+    def no_lock(handle, operation):
+        raise OSError("not supported")
+
+    monkeypatch.setattr(fcntl, "flock", no_lock)
+    monkeypatch.setattr(shapes, "_swap_in", lambda *args: (together.wait(), swap_in(*args)))
+    root = tmp_path / "shapes"
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(shapes.build_shapes, root, False) for _ in range(4)]:
+            assert done.result() == root
+    assert contents(root) == wanted
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["reference", "shapes"]
+
+
+# ---- Detectron2 ----
+
+
+@pytest.fixture
+def catalogs(monkeypatch):
+    """Detectron2's catalogs without the shapes; what a test registers is gone afterwards."""
+    for catalog in (DatasetCatalog, MetadataCatalog):
+        monkeypatch.setattr(catalog, "data", {k: v for k, v in catalog.data.items() if not k.startswith("shapes_")})
+
+
+def test_registration_is_lazy_and_may_be_repeated(few_images, catalogs, tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "data"))
+    shapes.register_shapes()
+    shapes.register_shapes()
+    shapes.register_shapes(tmp_path / "data" / "shapes")
+    assert not (tmp_path / "data").exists()
+    with pytest.raises(UserError, match=r"shapes_train is already registered with .*data"):
+        shapes.register_shapes(tmp_path / "elsewhere")
+    records = DatasetCatalog.get("shapes_val")
+    truth = json.loads((tmp_path / "data" / "shapes" / "annotations" / "val.json").read_text())
+    assert [(r["image_id"], len(r["annotations"])) for r in records] == [
+        (i["id"], sum(a["image_id"] == i["id"] for a in truth["annotations"])) for i in truth["images"]
+    ]
+    assert {o["category_id"] for r in records for o in r["annotations"]} <= set(range(len(shapes.CLASS_NAMES)))
+    assert MetadataCatalog.get("shapes_val").thing_classes == list(shapes.CLASS_NAMES)
+    assert len(DatasetCatalog.get("shapes_train")) == 4
+
+
+def test_names_taken_by_others_are_refused(catalogs, tmp_path):
+    DatasetCatalog.register("shapes_train", list)
+    with pytest.raises(UserError, match="shapes_train is already registered with other data"):
+        shapes.register_shapes(tmp_path)
+
+
+@pytest.mark.parametrize("shift, expected", [(0, (99.99, 100.01)), (200, (-0.01, 0.01))])
+def test_coco_evaluator_of_true_and_of_displaced_boxes(few_images, catalogs, tmp_path, shift, expected):
+    shapes.register_shapes(tmp_path / "shapes")
+    records = DatasetCatalog.get("shapes_val")
+    evaluator = COCOEvaluator("shapes_val", ("bbox",), distributed=False)
+    evaluator.reset()
+    for record in records:
+        found = Instances((record["height"], record["width"]))
+        boxes = torch.tensor([o["bbox"] for o in record["annotations"]], dtype=torch.float32)
+        found.pred_boxes = Boxes(torch.cat([boxes[:, :2] + shift, boxes[:, :2] + boxes[:, 2:] + shift], 1))
+        found.scores = torch.ones(len(boxes))
+        found.pred_classes = torch.tensor([o["category_id"] for o in record["annotations"]])
+        evaluator.process([record], [{"instances": found}])
+    low, high = expected
+    assert evaluator._metadata.evaluator_type == "coco" and low <= evaluator.evaluate()["bbox"]["AP"] <= high
