@@ -2,11 +2,12 @@
 # make test      the test suite
 # make demo      trains baseline and RePr on the embedded shapes on the CPU and prints their COCO AP
 # make lint      ruff
+# make soak      kills and resumes runs at many more moments than make test
 
 PYTHON ?= python3
 export PYTHON
 
-.PHONY: install test demo lint clean
+.PHONY: install test demo lint soak clean
 
 install:
 	@tools/install.sh
@@ -22,3 +23,6 @@ lint: install
 
 clean:
 	rm -rf .venv *.egg-info .pytest_cache .ruff_cache
+
+soak: install
+	KILL_ROUNDS=20 .venv/bin/python -m pytest -q tests/test_kill.py

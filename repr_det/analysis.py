@@ -173,9 +173,9 @@ def layers_by_config(checkpoint: Checkpoint, cfg: Any) -> list[FilterLayer]:
         weight = weights.get(f"{layer.name}.weight")
         if weight is None or weight.shape != layer.weight.shape:
             wanted = "x".join(map(str, layer.weight.shape))
-            has = "none" if weight is None else "x".join(map(str, weight.shape))
+            has = "absent" if weight is None else "x".join(map(str, weight.shape))
             raise UserError(
-                f"{checkpoint.path}: the model of the config has {layer.name}.weight of {wanted}, the checkpoint {has}: "
+                f"{checkpoint.path}: {layer.name}.weight is {wanted} in the model of the config and {has} in the file: "
                 "give the config of the run that wrote it"
             )
         found.append(_stand_in(layer.name, weight))
@@ -280,9 +280,8 @@ def as_table(analysis: Analysis) -> str:
     formats = ("", "", "", "", ".4f", ".4f", ".4f", ".4f", "", "")
     text = tabulate(rows, headers, floatfmt=formats, colalign=("left", *["right"] * 9))
     text += (
-        "\n\nO_f: inter-filter orthogonality (random: its value for random directions). drop: what "
-        f"{analysis.criterion} takes\nat drop ratio {analysis.drop_ratio:g}, at most {analysis.max_drop_per_layer:g} of "
-        "a layer."
+        "\n\nO_f: inter-filter orthogonality (random: its value for random directions). drop: what the criterion\n"
+        f"{analysis.criterion} takes at drop ratio {analysis.drop_ratio:g}, cap {analysis.max_drop_per_layer:g}."
     )
     broken = [f"{layer.name} {layer.not_finite}" for layer in analysis.layers if layer.not_finite]
     if broken:
@@ -347,12 +346,12 @@ def plot(path: str | Path, checkpoint: Checkpoint, analysis: Analysis) -> None:
     left.set_yticks(positions, [layer.name for layer in layers], fontsize=7)
     left.set_ylim(len(layers) - 0.5, -0.5)
     left.set_xlim(left=0)
-    left.set_xlabel("inter-filter orthogonality $O_f$: range, middle half, median")
+    left.set_xlabel("inter-filter orthogonality $O_f$: range, middle half, median", fontsize=8)
     left.legend(fontsize=7, frameon=False, loc="lower right")
     right.barh(positions, [100 * len(layer.dropped) / layer.filters for layer in layers], color="#7a7a7a", height=0.7)
     right.axvline(100 * analysis.max_drop_per_layer, color="#c8501e", linewidth=0.8, linestyle="--")
     right.set_xlim(0, 100)
-    right.set_xlabel(f"% that {analysis.criterion} drops at ratio {analysis.drop_ratio:g}\n(dashed: cap of a layer)")
+    right.set_xlabel(f"% dropped by {analysis.criterion} at {analysis.drop_ratio:g}\n(dashed: cap)", fontsize=8)
     for axes in (left, right):
         axes.grid(axis="x", linewidth=0.4, alpha=0.5)
         axes.spines[["top", "right"]].set_visible(False)

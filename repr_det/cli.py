@@ -5,6 +5,7 @@ import contextlib
 import logging
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_argument_parser, default_setup
+from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
@@ -26,7 +28,10 @@ from repr_det.config import add_repr_config, schedule_from_config, validate_repr
 from repr_det.datasets import check_registered, class_names, register_builtin, register_coco_format
 from repr_det.errors import UserError
 from repr_det.files import write_atomically
+from repr_det.layers import find_filter_layers
 from repr_det.resume import check_last_checkpoint
+from repr_det.safe_pickle import load_checkpoint
+from repr_det.selection import check_capacity
 
 STOCK_CONFIG_FILE = "config_detectron2.yaml"
 
@@ -117,7 +122,21 @@ def check_run(cfg: CfgNode, resume: bool = False, eval_only: bool = False, num_g
         validate_repr_config(cfg)
         check_output_folder(cfg, resume)
     check_datasets(cfg, eval_only)
+    if cfg.REPR.ENABLED and not eval_only:
+        check_layers(cfg)
     _check_weights(cfg)
+
+
+def check_layers(cfg: CfgNode) -> None:
+    """REPR.LAYERS matches trainable convs that RePr can handle, and the caps leave room for REPR.DROP_RATIO."""
+    shapes_only = cfg.clone()
+    shapes_only.defrost()
+    shapes_only.MODEL.DEVICE = "meta"
+    with _as_user_error("MODEL"), torch.device("meta"):
+        model = build_model(shapes_only)
+    layers = find_filter_layers(model, cfg.REPR.LAYERS.INCLUDE, cfg.REPR.LAYERS.EXCLUDE)
+    sizes = {layer.name: layer.num_filters for layer in layers}
+    check_capacity(sizes, cfg.REPR.DROP_RATIO, cfg.REPR.MAX_DROP_PER_LAYER)
 
 
 def check_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
@@ -141,8 +160,12 @@ def check_output_folder(cfg: CfgNode, resume: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"OUTPUT_DIR {folder} is a file, not a folder")
     parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not os.access(parent, os.W_OK):
-        raise UserError(f"OUTPUT_DIR {folder} cannot be written ({parent} is read-only): give another folder")
+    if not parent.is_dir():
+        raise UserError(f"OUTPUT_DIR {folder} cannot be made: {parent} is a file")
+    try:
+        tempfile.TemporaryFile(dir=parent).close()
+    except OSError as error:  # read-only, full, a file system without room for files
+        raise UserError(f"OUTPUT_DIR {folder} cannot be written ({error.strerror}): give another folder") from error
     traces = [p.name for p in folder.glob("*") if p.name in _RUN_FILES or p.suffix == ".pth"] if folder.exists() else []
     if not traces:
         return
@@ -182,6 +205,9 @@ def _check_same_run(cfg: CfgNode, saved: Path) -> None:
 
 def setup(args: argparse.Namespace, cfg: CfgNode) -> None:
     """Detectron2's default_setup (log files, config.yaml, seeds), and the config that stock tools can read."""
+    if str(cfg.MODEL.DEVICE) == "cpu" and comm.get_world_size() > 1 and "OMP_NUM_THREADS" not in os.environ:
+        # Every process would take all cores for itself, and they would wait for each other most of the time.
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // comm.get_local_size()))
     default_setup(cfg, args)
     logging.getLogger("detectron2.engine.train_loop").addFilter(_one_line_for_user_errors)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="repr_det", abbrev_name="repr")
@@ -202,9 +228,9 @@ def _as_user_error(source: str):
     except UserError:
         raise
     except (KeyError, ValueError, AssertionError, TypeError, AttributeError, OSError, yaml.YAMLError) as error:
-        text = " ".join(str(error.args[0] if error.args else error).split())
-        if isinstance(error, yaml.YAMLError):
-            text = "not valid YAML: " + " ".join(str(error).split())
+        # str() of a KeyError is the repr of its message.
+        text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+        text = " ".join((f"not valid YAML: {text}" if isinstance(error, yaml.YAMLError) else text).split())
         raise UserError(f"{source}: {text or type(error).__name__}") from error
 
 
@@ -241,3 +267,5 @@ def _check_weights(cfg: CfgNode) -> None:
             f"MODEL.WEIGHTS {weights!r} cannot be read ({reason}): give the path of a local file, or MODEL.WEIGHTS '' "
             "to train from random weights"
         )
+    if local.endswith((".pth", ".pkl")):
+        load_checkpoint(local)

@@ -159,6 +159,7 @@ class RePrHook(HookBase):
             calibration_batches=node.REINIT.CALIBRATION_BATCHES,
             seed=seed,
             passes=training_passes(self.cfg, model, trainer),
+            slim_model=model if node.SLIM else None,
         )
 
     def _log_plan(self) -> None:

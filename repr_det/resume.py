@@ -18,7 +18,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_train_loader
@@ -30,6 +29,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from repr_det.errors import UserError
 from repr_det.files import truncate_log, write_atomically
 from repr_det.passes import random_state, set_random_state
+from repr_det.safe_pickle import load_checkpoint
 
 logger = logging.getLogger(__name__)
 _ORIGIN = "repr_det/origin"  # key of a sample: (stream, number in that stream, index, random state before)
@@ -37,7 +37,10 @@ _SAVING = ".saving-"
 
 
 class AtomicCheckpointer(DetectionCheckpointer):
-    """DetectionCheckpointer whose files are whole or absent: written beside their place and renamed into it."""
+    """DetectionCheckpointer whose files are whole or absent (written beside their place and renamed into it), and which
+    executes nothing that a file contains: torch files are loaded as weights only, pickles by a restricted unpickler."""
+
+    _resuming = False
 
     def save(self, name: str, **kwargs: Any) -> None:
         """As DetectionCheckpointer.save; ``last_checkpoint`` changes only once the file is on the disk."""
@@ -50,6 +53,36 @@ class AtomicCheckpointer(DetectionCheckpointer):
                 super().save(name, **kwargs)  # ends in tag_last_checkpoint
         finally:
             self.save_dir = final
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+        """As in Detectron2; a run that is resumed must find every weight of its model."""
+        self._resuming = resume and self.has_checkpoint()
+        return super().resume_or_load(path, resume=resume)
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        if not filename.endswith(".pkl"):
+            return super()._load_file(filename)
+        data = load_checkpoint(filename)
+        if "model" in data and "__author__" in data:
+            return data
+        weights = data.get("blobs", data)
+        weights = {name: value for name, value in weights.items() if not name.endswith("_momentum")}
+        return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
+
+    def _torch_load(self, f: str) -> dict[str, Any]:
+        return load_checkpoint(f)
+
+    def _load_model(self, checkpoint: dict[str, Any]) -> Any:
+        found = super()._load_model(checkpoint)
+        parameters = {name for name, _ in self.model.named_parameters()}
+        unfit = [n for n in (*found.missing_keys, *(n for n, *_ in found.incorrect_shapes)) if n in parameters]
+        if unfit and (self._resuming or len(unfit) == len(parameters)):
+            most = "all weights" if self._resuming else "any weight"
+            raise UserError(
+                f"the checkpoint does not hold {most} of this model: {unfit[0]} is missing or of another shape "
+                f"({len(unfit)} of {len(parameters)}); use the MODEL of the run that wrote it"
+            )
+        return found
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         written = os.path.join(self.save_dir, last_filename_basename)
@@ -287,13 +320,6 @@ def check_last_checkpoint(folder: str) -> None:
             f"{tag} names {name!r}, which is not there: write the name of a checkpoint in that folder into it"
         )
     try:
-        torch.load(Path(folder) / name, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        raise UserError(
-            f"the last checkpoint {Path(folder) / name} cannot be read ({_first_line(error)}): write the name of "
-            f"an older one into {tag}"
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        load_checkpoint(Path(folder) / name)
+    except UserError as error:
+        raise UserError(f"{error}; to resume from an older one write its name into {tag}") from error

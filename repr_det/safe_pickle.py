@@ -129,4 +129,5 @@ def _existing(path: str | Path) -> Path:
 
 
 def _one_line(error: Exception, reason: str, most: int = 100) -> str:
-    return f"{type(error).__name__}: {' '.join(reason.split())[:most]}".rstrip(": ")
+    sentence = " ".join(reason.split()).split(". ")[0]
+    return f"{type(error).__name__}: {sentence[:most]}".rstrip(": ")

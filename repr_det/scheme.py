@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from repr_det.calibration import match_moments, measure_moments
 from repr_det.criteria import Context, get_criterion
@@ -73,6 +73,8 @@ class RePrScheme:
         criterion_batches, calibration_batches: training batches that they may look at.
         seed: all randomness comes from it and the cycle; the same on every rank.
         passes: how to run training batches; needed by data-driven criteria and by "recalibrate".
+        slim_model: the model that holds the layers, to leave dropped channels out of its computation
+            (``slim.SlimNetwork``); None computes them as zeros.
 
     Raises:
         UserError: an option is out of range, or a layer's weight is not in the optimizer.
@@ -92,6 +94,7 @@ class RePrScheme:
         calibration_batches: int = 4,
         seed: int = 0,
         passes: TrainingPasses | None = None,
+        slim_model: nn.Module | None = None,
     ) -> None:
         if scale not in SCALES:
             raise UserError(f"REPR.REINIT.SCALE must be one of {', '.join(SCALES)}, got {scale!r}")
@@ -115,6 +118,7 @@ class RePrScheme:
         self.calibration_batches = calibration_batches
         self.seed = seed
         self.passes = passes
+        self.slim_model = slim_model
         if passes is None and (self.criterion.needs_data or self.calibrated):
             reason = f"criterion {criterion!r}" if self.criterion.needs_data else "FrozenBN re-calibration"
             raise UserError(f"REPR: {reason} looks at training batches: give RePrScheme(passes=...) or choose another")
@@ -123,6 +127,7 @@ class RePrScheme:
         self._rows: dict[str, Tensor] = {}
         self._old: dict[str, dict[str, Tensor]] = {}
         self._handles: list[Any] = []
+        self._slim: Any = None
 
     @property
     def is_sub(self) -> bool:
@@ -163,6 +168,7 @@ class RePrScheme:
             zero_rows_(layer.tensors().values(), rows)
             self._zero_optimizer_state(layer)
         self._check_agreement("after the drop")
+        self._go_slim()
         after = _mean(self._overlaps(kept_only=True).values())
         return self._transition("drop", before, after, {}, start)
 
@@ -174,6 +180,7 @@ class RePrScheme:
         start = time.perf_counter()
         before = _mean(self._overlaps(kept_only=True).values())
         cosines = {}
+        self._leave_slim()
         dropping = self._dropping(self.layers)
         for number, layer in enumerate(self.layers):
             if layer in dropping:
@@ -228,6 +235,7 @@ class RePrScheme:
                     f"the RePr state says that filters of {layer.name} are dropped, but they are not zero in the "
                     "model: weights and RePr state come from different checkpoints"
                 )
+        self._go_slim()
 
     def _scores(self) -> dict[str, Tensor]:
         context = Context(self._generator(0), self.passes, self.criterion_batches, self.cycle)
@@ -247,7 +255,20 @@ class RePrScheme:
                 rows = self._rows[layer.name]
                 self._handles.append(parameter.register_hook(lambda grad, rows=rows: grad.index_fill(0, rows, 0)))
 
+    def _go_slim(self) -> None:
+        if self.slim_model is not None:
+            from repr_det.slim import SlimNetwork  # knows Detectron2's blocks, so it imports Detectron2
+
+            self._slim = SlimNetwork(self.slim_model, self.layers, self.masks)
+            self._slim.install()
+
+    def _leave_slim(self) -> None:
+        if self._slim is not None:
+            self._slim.remove()
+            self._slim = None
+
     def _release(self) -> None:
+        self._leave_slim()
         self.masks, self._rows, self._old = {}, {}, {}
         for handle in self._handles:
             handle.remove()

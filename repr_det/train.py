@@ -1,16 +1,17 @@
 """The training command: ``python -m repr_det.train`` and tools/train_net.py."""
 
 import argparse
+import os
 
 from repr_det.cli import build_config, check_run, run_tool, setup, train_argument_parser  # isort: skip (silences warnings)
 
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.engine import launch
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
 from repr_det.engine import Trainer
+from repr_det.resume import AtomicCheckpointer
 
 
 def config_of(args: argparse.Namespace) -> CfgNode:
@@ -23,7 +24,7 @@ def main(args: argparse.Namespace) -> dict:
     setup(args, cfg)
     if args.eval_only:
         model = Trainer.build_model(cfg)
-        DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        AtomicCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         results = Trainer.test(cfg, model)
         if comm.is_main_process():
             verify_results(cfg, results)
@@ -36,7 +37,10 @@ def main(args: argparse.Namespace) -> dict:
 def start(argv: list[str] | None = None) -> None:
     """Parses arguments, checks everything that can be checked, then launches the processes."""
     args = train_argument_parser().parse_args(argv)
-    check_run(config_of(args), args.resume, args.eval_only, args.num_gpus)
+    cfg = config_of(args)
+    check_run(cfg, args.resume, args.eval_only, args.num_gpus)
+    if str(cfg.MODEL.DEVICE) == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # several CPU processes talk by gloo, also on a machine with GPUs
     launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,))
 
 

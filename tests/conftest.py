@@ -1,10 +1,6 @@
 """A COCO-format data set of 12 tiny images, registered as tiny_train and tiny_val, and a detector small enough to train
 on it in seconds."""
 
-import os
-
-os.environ.setdefault("OMP_NUM_THREADS", "2")
-
 import json
 from pathlib import Path
 

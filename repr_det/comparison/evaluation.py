@@ -17,6 +17,7 @@ from detectron2.evaluation.evaluator import inference_context
 from detectron2.modeling import build_model
 from pycocotools.coco import COCO
 
+from repr_det.cli import check_datasets
 from repr_det.comparison.matches import average_precision, match
 from repr_det.comparison.records import read_config
 from repr_det.config import add_repr_config
@@ -37,13 +38,22 @@ def load_truth(name: str) -> COCO:
         UserError: it is not registered, or has no COCO json.
     """
     check_registered(name)
-    if name not in DatasetCatalog.list():
-        raise UserError(f"the data set {name} is not registered: give --register {name} JSON IMAGE_ROOT")
     path = getattr(MetadataCatalog.get(name), "json_file", None)
     if path is None or not Path(path).is_file():
         raise UserError(f"the data set {name} has no COCO json file ({path})")
     with contextlib.redirect_stdout(io.StringIO()):
         return COCO(path)
+
+
+def load_validation_truth(folder: Path) -> COCO:
+    """The annotations of DATASETS.TEST of a run.
+
+    Raises:
+        UserError: they are not at hand, or their classes are not those that the run was trained with.
+    """
+    cfg = load_config(folder)
+    check_datasets(cfg, eval_only=True)
+    return load_truth(cfg.DATASETS.TEST[0])
 
 
 def read_predictions(folder: Path) -> list[dict[str, Any]] | None:
@@ -97,6 +107,7 @@ def train_ap(folder: Path, images: int, cache: Path) -> float | None:
 
 def _train_ap(folder: Path, images: int) -> float | None:
     cfg = load_config(folder)
+    check_datasets(cfg)
     name = cfg.DATASETS.TRAIN[0]
     truth = load_truth(name)
     dicts = evenly_spaced(DatasetCatalog.get(name), images)

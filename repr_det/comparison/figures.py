@@ -206,7 +206,7 @@ def wall_clock(times: Mapping[str, Mapping[str, float]]) -> str:
 def _draw_seeds(ax: Axes, seeds: list[list[tuple[int, float]]], shade: str) -> None:
     for points in seeds:
         if points:
-            ax.plot(*zip(*points, strict=True), color=shade, linewidth=0.7, alpha=0.45 if len(seeds) > 1 else 1)
+            ax.plot(*zip(*points, strict=True), color=shade, linewidth=0.7, alpha=0.55 if len(seeds) > 1 else 1)
     common = sorted(set.intersection(*(set(dict(points)) for points in seeds)))
     if common:
         mean = [np.mean([dict(points)[x] for points in seeds]) for x in common]
@@ -225,6 +225,9 @@ def _limit_to_data(ax: Axes, losses: list[float]) -> None:
 
 
 def _draw_quantiles(ax: Axes, row: float, values: np.ndarray, shade: str) -> None:
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return
     low, first, middle, third, high = np.percentile(values, [5, 25, 50, 75, 95])
     ax.plot([low, high], [row, row], color=shade, linewidth=0.9, solid_capstyle="butt")
     ax.plot([first, third], [row, row], color=shade, linewidth=2.8, solid_capstyle="butt")

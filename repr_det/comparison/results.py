@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from pycocotools.coco import COCO
 
-from repr_det.comparison.evaluation import load_truth, read_predictions, train_ap
+from repr_det.comparison.evaluation import load_validation_truth, read_predictions, train_ap
 from repr_det.comparison.matches import METRICS, Matches, average_precision, bootstrap_multiplicities, match
 from repr_det.comparison.pairing import Pair
 from repr_det.comparison.records import read_config, read_events, read_metrics, read_wall_clock
@@ -103,10 +103,16 @@ def compare(
     config = read_config(pairs[0].baseline.folder)
     dataset = config["DATASETS"]["TEST"][0]
     try:
-        truth = load_truth(dataset)
+        truth = load_validation_truth(pairs[0].baseline.folder)
     except UserError as error:
         truth = None
         notes.append(f"No bootstrap over images and no gallery: {error}.")
+    if truth is not None and (strange := _without_truth(everyone, truth)):
+        truth = None
+        notes.append(
+            "No bootstrap over images and no gallery: "
+            f"{strange.run.folder} has detections on images that {dataset} lacks."
+        )
     for one in everyone:
         if train_images:
             say(f"AP on {train_images} training images: {one.run.name}")
@@ -224,6 +230,12 @@ def _run_entry(one: RunData) -> dict[str, Any]:
     }
 
 
+def _without_truth(everyone: list[RunData], truth: COCO) -> RunData | None:
+    """The first run whose detections are on images that the annotations do not know."""
+    known = truth.imgs.keys()
+    return next((one for one in everyone if not {d["image_id"] for d in one.detections or []} <= known), None)
+
+
 def _bootstrap(data: list[tuple[RunData, RunData]], truth: COCO, samples: int, notes: list[str]) -> dict[str, Any]:
     """{"pairs": [{metric: {"difference", "low", "high"}}], "mean": the same for the mean over the pairs}."""
     missing = [one.run.folder for pair in data for one in pair if one.detections is None]
@@ -257,8 +269,8 @@ def _check_agreement(one: RunData, ap: float, notes: list[str]) -> None:
     logged = one.value("AP")
     if math.isfinite(logged) and not abs(ap - logged) < 0.01:
         notes.append(
-            f"{one.run.folder}: the saved detections give AP {ap:.2f}, metrics.json says {logged:.2f}; they come from "
-            "different evaluations, so do not trust the bootstrap of this pair."
+            f"{one.run.folder}: the saved detections give AP {ap:.2f}, metrics.json says {logged:.2f}. The "
+            "annotations have changed since, or these are different evaluations: do not trust the bootstrap of this pair."
         )
 
 

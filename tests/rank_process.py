@@ -1,0 +1,51 @@
+"""What one of two processes does in test_processes.py; importable, as spawned processes need."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, os.path.dirname(__file__))
+
+import torch
+from conftest import ROOT, SMALL
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+
+from repr_det import Trainer
+from repr_det.cli import build_config, setup, train_argument_parser
+
+
+class Misbehave(HookBase):
+    """Dies in rank 1, or changes one weight there, at the start of iteration 1."""
+
+    def __init__(self, how: str) -> None:
+        self.how = how
+
+    def before_step(self) -> None:
+        if self.trainer.iter == 1 and comm.get_rank() == 1:
+            if self.how == "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            with torch.no_grad():
+                model = getattr(self.trainer.model, "module", self.trainer.model)
+                model.backbone.bottom_up.res4[0].conv2.weight[5] += 1
+
+
+def main(folder: str, json_file: str, images: str, opts: list[str], how: str = "") -> None:
+    register = [[name, json_file, images] for name in ("tiny_train", "tiny_val")]
+    out = ["OUTPUT_DIR", str(Path(folder) / "run")]
+    cfg = build_config(str(ROOT / "configs" / "baseline_r50_fpn.yaml"), [*SMALL, *opts, *out], register)
+    setup(train_argument_parser().parse_args([]), cfg)
+    trainer = Trainer(cfg)
+    if how:
+        trainer.register_hooks([Misbehave(how)])
+    trainer.resume_or_load(resume=True)
+    try:
+        trainer.train()
+    except RuntimeError as error:
+        if "differs between" not in str(error):
+            raise
+        (Path(folder) / f"error{comm.get_rank()}.txt").write_text(str(error))
+        return
+    model = getattr(trainer.model, "module", trainer.model)
+    torch.save(model.state_dict(), Path(folder) / f"rank{comm.get_rank()}.pth")

@@ -1,0 +1,237 @@
+"""What a user can get wrong on the command line, in the config and in files: one line, before anything is written."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from repr_det import UserError
+from repr_det.cli import build_config, check_run, run_tool
+from repr_det.train import start
+
+ROOT = Path(__file__).resolve().parents[1]
+ON = ["REPR.ENABLED", "True", "SOLVER.MAX_ITER", "40", "REPR.S1_ITERS", "6", "REPR.S2_ITERS", "3"]
+
+
+def refused(cfg_maker, *opts, resume=False, num_gpus=1):
+    with pytest.raises(UserError) as error:
+        check_run(cfg_maker(*opts), resume=resume, num_gpus=num_gpus)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+CONFIG = [
+    (["REPR.DROP_RATIO", "1.3"], "REPR.DROP_RATIO must be in (0, 1), got 1.3"),
+    (["REPR.DROP_RATIO", "0.0"], "REPR.DROP_RATIO must be in (0, 1), got 0.0"),
+    (["REPR.DROP_RATIO", "1.0"], "REPR.DROP_RATIO must be in (0, 1), got 1.0"),
+    (["REPR.DROP_RATIO", "-0.3"], "REPR.DROP_RATIO must be in (0, 1), got -0.3"),
+    (["REPR.DROP_RATIO", "float('nan')"], "command line: "),
+    (["REPR.DROP_RATIO", "much"], "command line: Type mismatch"),
+    (["REPR.MAX_DROP_PER_LAYER", "0.2"], "must be at least REPR.DROP_RATIO 0.3, got 0.2"),
+    (["REPR.MAX_DROP_PER_LAYER", "0.0"], "REPR.MAX_DROP_PER_LAYER must be in (0, 1], got 0.0"),
+    (["REPR.MAX_DROP_PER_LAYER", "1.5"], "REPR.MAX_DROP_PER_LAYER must be in (0, 1], got 1.5"),
+    (["REPR.CRITERION", "orto"], "REPR.CRITERION must be one of"),
+    (["REPR.CRITERION", "3"], "command line: Type mismatch"),
+    (["REPR.CRITERION_BATCHES", "0"], "REPR.CRITERION_BATCHES must be at least 1, got 0"),
+    (["REPR.REINIT.CALIBRATION_BATCHES", "-1"], "REPR.REINIT.CALIBRATION_BATCHES must be at least 1, got -1"),
+    (["REPR.REINIT.SCALE", "large"], "REPR.REINIT.SCALE must be one of kept, old, unit, got 'large'"),
+    (["REPR.REINIT.FROZEN_NORM", "x"], "REPR.REINIT.FROZEN_NORM must be one of recalibrate, keep, got 'x'"),
+    (["REPR.S1_ITERS", "-5"], "REPR.S1_ITERS must be an integer of at least 1, got -5"),
+    (["REPR.S2_ITERS", "0"], "REPR.S1_ITERS 6 and REPR.S2_ITERS 0: set both"),
+    (["REPR.S1_ITERS", "2.5"], "command line: Type mismatch"),
+    (["REPR.NUM_CYCLES", "0"], "REPR.NUM_CYCLES must be an integer of at least 1, got 0"),
+    (["REPR.START_ITER", "-1"], "REPR.START_ITER must be an integer of at least 0, got -1"),
+    (["REPR.NUM_CYCLES", "5"], "= 45 iterations and then some of the full network, but SOLVER.MAX_ITER is 40"),
+    (["SOLVER.MAX_ITER", "27"], "= 27 iterations and then some of the full network, but SOLVER.MAX_ITER is 27"),
+    (
+        ["REPR.S1_ITERS", "0", "REPR.S2_ITERS", "0", "SOLVER.MAX_ITER", "8"],
+        "do not fit between REPR.START_ITER 0 and 6",
+    ),
+    (["REPR.LAYERS.INCLUDE", "['nothing.*']"], "matches no trainable Conv2d; trainable here: backbone."),
+    (["REPR.LAYERS.EXCLUDE", "['*']"], "matches no trainable Conv2d"),
+    (["REPR.LAYERS.INCLUDE", "['backbone.bottom_up.res2*conv*']", "MODEL.BACKBONE.FREEZE_AT", "2"], "4 that match are"),
+    (["REPR.LAYERS.INCLUDE", "[3]"], "REPR.LAYERS.INCLUDE must be a list of patterns, got [3]"),
+    (["REPR.LAYERS.INCLUDE", "conv"], "command line: Type mismatch"),
+    (["MODEL.RESNETS.NORM", "LN"], "its norm LayerNorm is none of BN, SyncBN, FrozenBN and GN"),
+    (["MODEL.RESNETS.DEPTH", "19"], "MODEL: 19"),
+    (["REPR.DROP_RATE", "0.3"], "command line: Non-existent key: REPR.DROP_RATE"),
+    (["REPR.ENABLED", "maybe"], "command line: Type mismatch"),
+    (["REPR.ENABLED"], "must be KEY VALUE pairs, got"),
+    (["MODEL.DEVICE", "gpu"], "MODEL.DEVICE 'gpu' is not a device"),
+    (["SOLVER.AMP.ENABLED", "True"], "SOLVER.AMP.ENABLED needs a GPU"),
+    (["DATASETS.TRAIN", "('tiny_trian',)"], "tiny_trian"),
+    (["DATASETS.TRAIN", "()"], "DATASETS.TRAIN is empty"),
+    (["MODEL.ROI_HEADS.NUM_CLASSES", "80"], "MODEL.ROI_HEADS.NUM_CLASSES is 80, but tiny_train has 2 classes"),
+    (["MODEL.WEIGHTS", "nowhere/model.pth"], "MODEL.WEIGHTS 'nowhere/model.pth' cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("opts", "fragment"), CONFIG, ids=[" ".join(opts) for opts, _ in CONFIG])
+def test_config_values(tiny_cfg, tmp_path, opts, fragment):
+    assert fragment in refused(tiny_cfg, *ON, *opts)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_that_is_not_there(tiny_cfg):
+    assert "MODEL.DEVICE is 'cuda' but torch sees no GPU" in refused(tiny_cfg, *ON, "MODEL.DEVICE", "cuda")
+
+
+def test_numbers_of_processes(tiny_cfg):
+    assert "--num-gpus must be at least 1, got 0" in refused(tiny_cfg, *ON, num_gpus=0)
+    assert "must be a multiple of --num-gpus 3" in refused(tiny_cfg, *ON, num_gpus=3)
+
+
+@pytest.mark.parametrize(
+    ("text", "fragment"),
+    [
+        (None, "is not a file"),
+        ("MODEL: [1, 2", "not valid YAML"),
+        ("REPR:\n  ENABLE: True\n", "Non-existent config key: REPR.ENABLE"),
+        ("REPR: 5\n", "REPR"),
+        ("MODEL:\n  WEIGHTS: 5\n", "Type mismatch"),
+        ("_BASE_: nowhere.yaml\n", "nowhere.yaml"),
+        ("- a\n- b\n", ""),
+        ("\x00\x01", ""),
+    ],
+)
+def test_config_files(tmp_path, text, fragment):
+    path = tmp_path / "my config ü.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError) as error:
+        build_config(str(path), [])
+    assert fragment in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def checkpoint_files(folder):
+    good = {"model": {"backbone.x": torch.zeros(3)}, "iteration": 3}
+    torch.save(good, folder / "good.pth")
+    whole = (folder / "good.pth").read_bytes()
+    bomb = Bomb(folder / "executed")
+    files = {
+        "truncated.pth": whole[: len(whole) // 2],
+        "empty.pth": b"",
+        "text.pth": b"not a checkpoint",
+        "bomb.pkl": pickle.dumps({"model": bomb}),
+        "text.pkl": b"not a pickle",
+        "truncated.pkl": pickle.dumps({"model": {"w": np.zeros(100)}})[:80],
+        "empty.pkl": b"",
+    }
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    torch.save({"model": bomb}, folder / "bomb.pth")
+    return [*files, "bomb.pth"]
+
+
+@pytest.mark.parametrize("name", ["truncated", "empty", "text", "bomb"])
+@pytest.mark.parametrize("kind", ["pth", "pkl"])
+def test_weights_files(tiny_cfg, tmp_path, name, kind):
+    assert f"{name}.{kind}" in checkpoint_files(tmp_path)
+    message = refused(tiny_cfg, *ON, "MODEL.WEIGHTS", str(tmp_path / f"{name}.{kind}"))
+    assert f"{name}.{kind}" in message
+    assert not (tmp_path / "executed").exists()
+
+
+def test_weights_of_a_foreign_architecture(tiny_cfg, tmp_path):
+    from repr_det import Trainer
+
+    torch.save({"model": {"features.0.weight": torch.zeros(3)}}, tmp_path / "vgg.pth")
+    trainer = Trainer(tiny_cfg(*ON, "MODEL.WEIGHTS", str(tmp_path / "vgg.pth")))
+    with pytest.raises(UserError, match="does not hold any weight of this model"):
+        trainer.resume_or_load(resume=False)
+
+
+def test_official_pickles_load(tiny_cfg, tmp_path):
+    from repr_det import Trainer
+
+    cfg = tiny_cfg(*ON, "MODEL.WEIGHTS", str(tmp_path / "R-18.pkl"))
+    trainer = Trainer(cfg)
+    rng = np.random.default_rng(0)
+    stem = rng.normal(size=(64, 3, 7, 7)).astype(np.float32)
+    with open(tmp_path / "R-18.pkl", "wb") as file:
+        pickle.dump(
+            {"model": {"stem.conv1.weight": stem}, "__author__": "torchvision", "matching_heuristics": True}, file
+        )
+    trainer.resume_or_load(resume=False)
+    np.testing.assert_array_equal(trainer.model.backbone.bottom_up.stem.conv1.weight.detach().numpy(), stem)
+
+
+@pytest.mark.parametrize("trace", ["model_0000003.pth", "last_checkpoint", "metrics.json", "repr_events.jsonl"])
+def test_folder_of_another_run_is_left_alone(tiny_cfg, tmp_path, trace):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / trace).write_text("precious")
+    message = refused(tiny_cfg, *ON)
+    assert "holds another run" in message and trace in message and "--resume" in message
+    assert {p.name: p.read_text() for p in folder.iterdir()} == {trace: "precious"}
+
+
+def test_resume_of_another_schedule_arm_or_broken_checkpoint(tiny_cfg, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(tiny_cfg(*ON).dump())
+    message = refused(tiny_cfg, *ON, "REPR.S1_ITERS", "5", resume=True)
+    assert "s1_iters=6" in message and "s1_iters=5" in message
+    assert "REPR.ENABLED True, this one has False" in refused(tiny_cfg, "SOLVER.MAX_ITER", "40", resume=True)
+    (folder / "last_checkpoint").write_text("model_0000009.pth")
+    assert "names 'model_0000009.pth', which is not there" in refused(tiny_cfg, *ON, resume=True)
+    (folder / "model_0000009.pth").write_bytes(b"half")
+    assert "to resume from an older one write its name into" in refused(tiny_cfg, *ON, resume=True)
+    (folder / "last_checkpoint").write_bytes(b"\xff\xfe")
+    assert "which is not there" in refused(tiny_cfg, *ON, resume=True)
+
+
+def test_output_folder_that_is_a_file_or_cannot_be_made(tiny_cfg, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "is a file, not a folder" in refused(tiny_cfg, *ON, "OUTPUT_DIR", str(tmp_path / "file"))
+    assert refused(tiny_cfg, *ON, "OUTPUT_DIR", str(tmp_path / "file" / "run"))
+    if os.path.isdir("/proc/self"):  # a folder that even root cannot write to
+        assert "cannot be written" in refused(tiny_cfg, *ON, "OUTPUT_DIR", "/proc/self/run")
+
+
+def test_one_line_and_status_2(tiny_data, tmp_path, capsys):
+    argv = ["--config-file", str(ROOT / "configs" / "repr_r50_fpn.yaml"), "--register", "mine", "nowhere.json", "."]
+    with pytest.raises(SystemExit) as stopped:
+        run_tool(lambda: start(argv))
+    error = capsys.readouterr().err.strip()
+    assert stopped.value.code == 2 and "\n" not in error and "nowhere.json" in error
+
+
+def test_real_process(tmp_path):
+    """The command as a user types it; everything else here runs in this process to be fast."""
+    command = [
+        sys.executable,
+        str(ROOT / "tools" / "train_net.py"),
+        "--config-file",
+        str(ROOT / "configs" / "nope.yaml"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.strip().splitlines() == [
+        f"train_net.py: error: --config-file {str(ROOT / 'configs' / 'nope.yaml')!r} is not a file"
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_num_classes_follow_from_registered_data(tiny_data, tmp_path):
+    config, json_file = str(ROOT / "configs" / "repr_r50_fpn.yaml"), str(tiny_data / "tiny.json")
+    register = [["followed", json_file, str(tiny_data / "images")]]
+    opts = ["DATASETS.TRAIN", "('followed',)", "DATASETS.TEST", "('followed',)"]
+    assert build_config(config, opts, register).MODEL.ROI_HEADS.NUM_CLASSES == 2
+    assert build_config(config, [*opts, "MODEL.ROI_HEADS.NUM_CLASSES", "9"], register).MODEL.ROI_HEADS.NUM_CLASSES == 9
+    assert json.loads(Path(json_file).read_text())["categories"][0]["name"] == "blue"

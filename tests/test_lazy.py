@@ -1,0 +1,177 @@
+"""The LazyConfig route: the same schedule, layers and model as the yaml twin, and a short run with resume."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.config import LazyConfig
+from detectron2.modeling import build_model
+from detectron2.utils.env import seed_all_rng
+from fvcore.common.param_scheduler import CosineParamScheduler
+from omegaconf import OmegaConf
+
+from repr_det import RePrHook, UserError, find_filter_layers
+from repr_det.cli import build_config
+from repr_det.config import schedule_from_config
+from repr_det.hook import read_events
+from repr_det.lazy import LazyTrainer, instantiate, load_lazy_config, repr_cfg_from_lazy, start
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = str(ROOT / "configs" / "lazy" / "repr_faster_rcnn_r50_fpn.py")
+SMALL = f"""
+from detectron2.config import LazyConfig
+from detectron2.model_zoo import get_config
+
+globals().update(LazyConfig.load({CONFIG!r}))
+_bottom_up = model.backbone.bottom_up
+_bottom_up.freeze_at = 0
+_bottom_up.stem.norm = _bottom_up.stages.norm = "BN"
+_bottom_up.stages.depth = 18
+del _bottom_up.stages["stride_in_1x1"]
+model.backbone.out_channels = 16
+model.proposal_generator.head.in_channels = 16
+model.proposal_generator.anchor_generator.sizes = [[8], [16], [32], [48], [64]]
+model.proposal_generator.post_nms_topk = (20, 20)
+model.roi_heads.box_head.input_shape.channels = 16
+model.roi_heads.box_head.fc_dims = [16]
+model.roi_heads.box_predictor.input_shape.channels = 16
+model.roi_heads.num_classes = 2
+dataloader.train.dataset.names = "tiny_train"
+dataloader.test.dataset.names = "tiny_val"
+dataloader.train.total_batch_size = 1
+dataloader.train.num_workers = dataloader.test.num_workers = 0
+for _loader in (dataloader.train, dataloader.test):
+    _loader.mapper.augmentations[0].short_edge_length = 64
+    _loader.mapper.augmentations[0].max_size = 96
+optimizer.lr = 0.001
+train.update(device="cpu", init_checkpoint="", max_iter=4, eval_period=0, seed=5)
+train.checkpointer.period = 2
+repr.update(S1_ITERS=1, S2_ITERS=2, NUM_CYCLES=1)
+"""
+
+
+@pytest.fixture
+def small_config(tiny_data, tmp_path) -> str:
+    (tmp_path / "small.py").write_text(SMALL)
+    return str(tmp_path / "small.py")
+
+
+def test_same_schedule_layers_and_model_as_the_yaml_twin():
+    lazy = load_lazy_config(CONFIG, ["train.device=cpu", "train.init_checkpoint="])
+    twin = build_config(str(ROOT / "configs/repr_r50_fpn.yaml"), ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""])
+    yacs = repr_cfg_from_lazy(lazy)
+    assert yacs.REPR == twin.REPR and yacs.REPR.ENABLED
+    for key in ("IMS_PER_BATCH", "MAX_ITER", "STEPS", "LR_SCHEDULER_NAME", "REFERENCE_WORLD_SIZE"):
+        assert yacs.SOLVER[key] == twin.SOLVER[key], key
+    assert schedule_from_config(yacs) == schedule_from_config(twin)
+    assert RePrHook(yacs).schedule.drop_iters == (9999, 24999, 39999)
+    assert (yacs.DATASETS.TRAIN, yacs.DATASETS.TEST) == (twin.DATASETS.TRAIN, twin.DATASETS.TEST)
+    assert yacs.DATALOADER.ASPECT_RATIO_GROUPING and yacs.MODEL.ROI_HEADS.NUM_CLASSES == 80
+    ours, theirs = instantiate(lazy.model), build_model(twin)
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+    names = [[x.name for x in find_filter_layers(m, yacs.REPR.LAYERS.INCLUDE)] for m in (ours, theirs)]
+    assert names[0] == names[1] and len(names[0]) == 39
+
+
+@pytest.mark.parametrize(
+    ("overrides", "steps", "name"),
+    [
+        ([], (60000, 80000), "WarmupMultiStepLR"),
+        (["train.max_iter=900"], (600, 800), "WarmupMultiStepLR"),  # milestones count in units of the last one
+        (
+            ["lr_multiplier.scheduler.num_updates=180000", "lr_multiplier.scheduler.milestones=[60000,80000]"],
+            (30000, 40000),
+            "WarmupMultiStepLR",
+        ),
+    ],
+)
+def test_learning_rate_steps(overrides, steps, name):
+    yacs = repr_cfg_from_lazy(load_lazy_config(CONFIG, overrides))
+    solver = yacs.SOLVER
+    assert solver.get("STEPS") == steps and solver.get("LR_SCHEDULER_NAME") == name
+    # Where the multiplier really steps, with fvcore's own scheduler.
+    scheduler = instantiate(load_lazy_config(CONFIG, overrides).lr_multiplier.scheduler)
+    total = solver.MAX_ITER
+    for step in steps:
+        assert scheduler(step / total) < scheduler((step - 1) / total)
+
+
+def test_other_schedulers_have_no_steps():
+    lazy = load_lazy_config(CONFIG, ["repr.NUM_CYCLES=1"])
+    bare = OmegaConf.to_container(lazy.lr_multiplier.scheduler)
+    lazy.lr_multiplier = bare  # without the warm-up around it
+    assert repr_cfg_from_lazy(lazy).SOLVER.STEPS == (60000, 80000)
+    lazy.lr_multiplier = {"_target_": CosineParamScheduler, "start_value": 1, "end_value": 0}
+    yacs = repr_cfg_from_lazy(lazy)
+    assert yacs.SOLVER.STEPS == () and schedule_from_config(yacs).end_iter == 67500  # 3/4 of 90000
+
+
+def trained(config: str, folder: Path, *overrides: str, resume: bool = False) -> LazyTrainer:
+    seed_all_rng(5)
+    trainer = LazyTrainer(load_lazy_config(config, [f"train.output_dir={folder}", *overrides]))
+    trainer.resume_or_load(resume=resume)
+    trainer.train()
+    return trainer
+
+
+def test_trains_evaluates_and_resumes_bit_for_bit(small_config, tmp_path):
+    straight = trained(small_config, tmp_path / "a")
+    events = read_events(str(tmp_path / "a" / "repr_events.jsonl"))
+    assert [(e["event"], e["iteration"]) for e in events] == [("drop", 0), ("restore", 2)]
+    dropped = sum(map(len, events[0]["dropped"].values()))
+    assert dropped == int(0.3 * sum(x.num_filters for x in find_filter_layers(straight.model, ["*res*.conv*"])))
+    assert "AP" in straight._last_eval_results["bbox"]
+    sub = torch.load(tmp_path / "a" / "model_0000001.pth", weights_only=True)
+    name, rows = next(iter(events[0]["dropped"].items()))
+    assert not sub["model"][f"{name}.weight"][rows].any()
+
+    # The second half again, from the checkpoint in the middle of the sub-network phase.
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "model_0000001.pth").write_bytes((tmp_path / "a" / "model_0000001.pth").read_bytes())
+    (tmp_path / "b" / "last_checkpoint").write_text("model_0000001.pth")
+    resumed = trained(small_config, tmp_path / "b", resume=True)
+    for key, value in straight.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[key]), key
+    with pytest.raises(UserError, match="trained with RePr on, this run has it off"):
+        trained(small_config, tmp_path / "b", "repr.ENABLED=False", resume=True)
+
+
+def test_command_line(small_config, tmp_path):
+    args = ["--config-file", small_config, f"train.output_dir={tmp_path / 'run'}", "train.max_iter=4"]
+    start(args)
+    assert (tmp_path / "run" / "model_final.pth").exists() and (tmp_path / "run" / "repr_events.jsonl").exists()
+    assert LazyConfig.load(str(tmp_path / "run" / "config.yaml")).repr.ENABLED is True
+    with pytest.raises(UserError, match="holds another run"):
+        start(args)
+    start(["--config-file", small_config, "--baseline", "--eval-only", *args[2:]])
+
+
+@pytest.mark.parametrize(
+    ("args", "fragment"),
+    [
+        (["--config-file", "nope.py"], "--config-file 'nope.py' is not a .py file"),
+        ([], "--config-file is missing"),
+        (
+            ["--config-file", "{small}", "repr.NOPE=1"],
+            "the node repr of the LazyConfig: Non-existent config key: REPR.NOPE",
+        ),
+        (["--config-file", "{small}", "repr.DROP_RATIO=1.5"], "REPR.DROP_RATIO must be in (0, 1), got 1.5"),
+        (["--config-file", "{small}", "repr.DROP_RATIO=many"], "the node repr of the LazyConfig: Type mismatch"),
+        (["--config-file", "{small}", "repr=3"], "repr must be a dict with the keys of REPR, got 3"),
+        (["--config-file", "{small}", "repr.S1_ITERS=50"], "needs START_ITER 0 + NUM_CYCLES 1"),
+        (["--config-file", "{small}", "DROP_RATIO", "0.2"], "overrides must be path.key=value"),
+        (["--config-file", "{small}", "train.max_iter=soon"], "train.max_iter must be an integer, got 'soon'"),
+        (["--config-file", "{small}", "train.init_checkpoint=gone.pth"], "'gone.pth' cannot be read"),
+        (["--config-file", "{small}", "model.roi_heads.num_classes=7"], "has 2 classes"),
+        (["--config-file", "{broken}"], "broken.py: NameError: name 'models' is not defined"),
+        (["--config-file", "{empty}"], "empty.py lacks model: define model, dataloader"),
+    ],
+)
+def test_wrong_input_gets_one_line_before_the_first_step(small_config, tmp_path, args, fragment):
+    (tmp_path / "broken.py").write_text("model = models.resnet")
+    (tmp_path / "empty.py").write_text("train = dict(max_iter=3)")
+    files = {"{small}": small_config, "{broken}": str(tmp_path / "broken.py"), "{empty}": str(tmp_path / "empty.py")}
+    with pytest.raises(UserError) as error:
+        start([*(files.get(a, a) for a in args), *([f"train.output_dir={tmp_path / 'x'}"] if args else [])])
+    assert fragment in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "x").exists()

@@ -1,0 +1,73 @@
+"""Two gloo processes on the CPU: same masks as one process, same weights on both ranks, no hang when one dies."""
+
+import json
+import multiprocessing
+import time
+
+import pytest
+import torch
+from detectron2.engine import launch
+from rank_process import main
+
+TRANSITIONS = (
+    "SOLVER.MAX_ITER 6 REPR.ENABLED True REPR.S1_ITERS 1 REPR.S2_ITERS 2 REPR.NUM_CYCLES 1 SOLVER.CHECKPOINT_PERIOD 1 "
+    "DATASETS.TEST ()"
+).split()
+
+
+def run(folder, data, num_processes, opts, how=""):
+    folder.mkdir(exist_ok=True)
+    args = (str(folder), str(data / "tiny.json"), str(data / "images"), opts, how)
+    # In a process of its own, so that the process group does not stay in this one.
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=launch, args=(main, num_processes, 1, 0, "auto", args))
+    process.start()
+    process.join(150)
+    assert not process.is_alive(), "hangs"
+    return process.exitcode
+
+
+def events(folder):
+    return [json.loads(line) for line in (folder / "run" / "repr_events.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("norm", "criterion"), [("BN", "ortho"), ("FrozenBN", "taylor")])
+def test_both_ranks_agree_and_drop_what_one_process_drops(tiny_data, tmp_path, norm, criterion):
+    opts = [*TRANSITIONS, "MODEL.RESNETS.NORM", norm, "REPR.CRITERION", criterion, "SOLVER.BASE_LR", "0.0001"]
+    if criterion == "ortho":
+        opts += ["SOLVER.WARMUP_FACTOR", "0.0"]  # the first step changes nothing: one process has the same weights
+    assert run(tmp_path / "two", tiny_data, 2, opts) == 0
+    ranks = [torch.load(tmp_path / "two" / f"rank{rank}.pth", weights_only=True) for rank in (0, 1)]
+    for name in ranks[0]:
+        if norm == "FrozenBN" or "running" not in name:  # BN keeps statistics of its own on every rank
+            assert torch.equal(ranks[0][name], ranks[1][name]), name
+    if criterion == "ortho":
+        assert run(tmp_path / "one", tiny_data, 1, opts) == 0
+        assert events(tmp_path / "one")[0]["dropped"] == events(tmp_path / "two")[0]["dropped"]
+    assert [e["event"] for e in events(tmp_path / "two")] == ["drop", "restore"]
+
+
+def test_two_processes_resume_bit_for_bit(tiny_data, tmp_path):
+    assert run(tmp_path / "straight", tiny_data, 2, TRANSITIONS) == 0
+    assert run(tmp_path / "stopped", tiny_data, 2, TRANSITIONS, "die") != 0
+    assert run(tmp_path / "stopped", tiny_data, 2, TRANSITIONS) == 0
+    for rank in (0, 1):
+        a, b = (torch.load(tmp_path / x / f"rank{rank}.pth", weights_only=True) for x in ("straight", "stopped"))
+        for name in a:
+            # Plain BN's running statistics are not synchronised, and a checkpoint holds those of rank 0 alone.
+            if rank == 0 or "running" not in name:
+                assert torch.equal(a[name], b[name]), name
+
+
+def test_a_rank_that_dies_ends_the_other(tiny_data, tmp_path):
+    start = time.monotonic()
+    assert run(tmp_path, tiny_data, 2, TRANSITIONS, "die") != 0
+    assert time.monotonic() - start < 90  # start-up included
+
+
+def test_ranks_that_disagree_are_told_apart(tiny_data, tmp_path):
+    opts = [*TRANSITIONS, "REPR.START_ITER", "2"]
+    assert run(tmp_path, tiny_data, 2, opts, "change") == 0
+    for rank in (0, 1):
+        message = (tmp_path / f"error{rank}.txt").read_text()
+        assert "layer backbone.bottom_up.res4.0.conv2 differs between rank 0 and rank(s) [1]" in message
