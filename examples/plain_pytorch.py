@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repr_det import RePrSchedule, RePrScheme, UserError, find_filter_layers
-from repr_det.criteria import CRITERIA, Context, correlation_with_oracle
+from repr_det.criteria import CRITERIA, Context, correlation_with_oracle, get_criterion
 from repr_det.passes import TrainingPasses
 
 BATCH_SIZE = 50
@@ -135,6 +135,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.epochs < 1:
         raise UserError(f"--epochs must be at least 1, got {args.epochs}")
+
+    get_criterion(args.criterion)
 
     training, held_out, test = digits(args.train_images)
     scores: dict[str, dict[str, list[float]]] = {arm: {"train": [], "test": []} for arm in ("baseline", "RePr")}

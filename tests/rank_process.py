@@ -17,7 +17,7 @@ from repr_det.cli import build_config, setup, train_argument_parser
 
 
 class Misbehave(HookBase):
-    """Dies in rank 1, or changes one weight there, at the start of iteration 1."""
+    """Dies in rank 1, or changes the weights of one layer there, at the start of iteration 1."""
 
     def __init__(self, how: str) -> None:
         self.how = how
@@ -28,7 +28,7 @@ class Misbehave(HookBase):
                 os.kill(os.getpid(), signal.SIGKILL)
             with torch.no_grad():
                 model = getattr(self.trainer.model, "module", self.trainer.model)
-                model.backbone.bottom_up.res4[0].conv2.weight[5] += 1
+                model.backbone.bottom_up.res4[0].conv2.weight *= 1.5
 
 
 def main(folder: str, json_file: str, images: str, opts: list[str], how: str = "") -> None:

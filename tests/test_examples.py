@@ -1,13 +1,14 @@
-"""examples/ as a user runs them: a process of their own in which Detectron2 cannot be imported."""
+"""examples/ as a user runs them, in a process of their own in which Detectron2 cannot be imported."""
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "plain_pytorch.py"
 WITHOUT_DETECTRON2 = """
 import runpy, sys
 sys.modules["detectron2"] = sys.modules["fvcore"] = None
@@ -16,13 +17,10 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def run(*args: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", WITHOUT_DETECTRON2, str(ROOT / "examples" / "plain_pytorch.py"), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
-
-
 def test_plain_pytorch_trains_both_arms_and_asks_the_oracle():
-    done = run("--seeds", 1, 2, "--epochs", 15, "--train-images", 300, "--lr", 0.05, "--oracle")
+    options = "--seeds 1 2 --epochs 15 --train-images 300 --lr 0.05 --oracle".split()
+    command = [sys.executable, "-c", WITHOUT_DETECTRON2, str(SCRIPT), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     seeds = dict(re.findall(r"seed (\d): test accuracy (.*) \(", done.stdout))
     accuracy = {
@@ -43,13 +41,17 @@ def test_plain_pytorch_trains_both_arms_and_asks_the_oracle():
 
 
 @pytest.mark.parametrize(
-    ("args", "line"),
+    ("options", "line"),
     [
-        (["--criterion", "nope"], "REPR.CRITERION must be one of"),
-        (["--train-images", 5000], "--train-images must be 50 to 1297, got 5000"),
-        (["--epochs", 1, "--train-images", 50], "REPR.S1_ITERS must be an integer of at least 1, got 0"),
+        ("--criterion nope", "REPR.CRITERION must be one of"),
+        ("--train-images 5000", "--train-images must be 50 to 1297, got 5000"),
+        ("--epochs 0", "--epochs must be at least 1, got 0"),
+        ("--epochs 1 --train-images 50", "REPR.S1_ITERS must be an integer of at least 1, got 0"),
     ],
 )
-def test_plain_pytorch_says_in_one_line_what_is_wrong(args, line):
-    done = run(*args)
-    assert done.returncode == 2 and line in done.stderr and done.stderr.count("\n") == 1
+def test_plain_pytorch_says_in_one_line_what_is_wrong(monkeypatch, capsys, options, line):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *options.split(), "--seeds", "1"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and line in error and error.count("\n") == 1

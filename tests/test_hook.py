@@ -166,7 +166,7 @@ def simple_run(cfg, batches, stop=8, resume=False):
     return model
 
 
-@pytest.mark.parametrize("stop", [1, 2, 3, 5, 6], ids=lambda s: f"after {s}")
+@pytest.mark.parametrize("stop", [2, 4], ids=lambda s: f"after {s}")
 @pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
 def test_registered_alone_in_a_simple_trainer_and_resumed_bit_for_bit(tiny_cfg, tmp_path, norm, stop):
     opts = [*SCHEDULE, "MODEL.RESNETS.NORM", norm, "SOLVER.BASE_LR", "0.001", "SOLVER.IMS_PER_BATCH", "1"]

@@ -269,8 +269,8 @@ def _check_agreement(one: RunData, ap: float, notes: list[str]) -> None:
     logged = one.value("AP")
     if math.isfinite(logged) and not abs(ap - logged) < 0.01:
         notes.append(
-            f"{one.run.folder}: the saved detections give AP {ap:.2f}, metrics.json says {logged:.2f}. The "
-            "annotations have changed since, or these are different evaluations: do not trust the bootstrap of this pair."
+            f"{one.run.folder}: the saved detections give AP {ap:.2f}, metrics.json says {logged:.2f}. "
+            "The annotations have changed since, or these are two evaluations: do not trust this pair's bootstrap."
         )
 
 
