@@ -14,7 +14,8 @@ from detectron2.data.samplers import TrainingSampler
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
-from torch import nn
+from detectron2.utils.events import EventStorage
+from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from repr_det.config import scale_to_world, schedule_from_config, validate_repr_config
@@ -27,6 +28,7 @@ from repr_det.scheme import RePrScheme, Transition
 from repr_det.selection import drop_total
 
 EVENTS_FILE = "repr_events.jsonl"
+OVERLAPS_FILE = "repr_overlaps.jsonl"  # O_f of every filter before each drop and after each restore
 # Hooks that must see the network after a transition: ours goes before the first of them.
 _LATER_HOOKS = (hooks.PreciseBN, ExactResume, hooks.PeriodicCheckpointer, hooks.EvalHook, hooks.PeriodicWriter)
 
@@ -73,7 +75,8 @@ class RePrHook(HookBase):
                 "another schedule or without RePr; resume with that one, or start anew in another OUTPUT_DIR"
             )
         if comm.is_main_process():  # transitions that this run, resumed from an earlier checkpoint, will make again
-            truncate_log(self._events_path(), trainer.start_iter)
+            for name in (EVENTS_FILE, OVERLAPS_FILE):
+                truncate_log(self._path(name), trainer.start_iter)
         self._log_plan()
 
     def after_step(self) -> None:
@@ -204,12 +207,18 @@ class RePrHook(HookBase):
             transition.seconds,
         )
         if comm.is_main_process():
-            with open(self._events_path(), "a", encoding="utf-8") as file:
-                file.write(json.dumps({"iteration": iteration, **dataclasses.asdict(transition)}) + "\n")
+            line = {"iteration": iteration, **dataclasses.asdict(transition)}
+            overlap = {"overlap": line.pop("overlaps")}
+            self._append(OVERLAPS_FILE, {key: line[key] for key in ("iteration", "event", "cycle")} | overlap)
+            self._append(EVENTS_FILE, line)
 
-    def _events_path(self) -> str:
+    def _append(self, name: str, line: dict[str, Any]) -> None:
+        with open(self._path(name), "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def _path(self, name: str) -> str:
         os.makedirs(self.cfg.OUTPUT_DIR, exist_ok=True)
-        return os.path.join(self.cfg.OUTPUT_DIR, EVENTS_FILE)
+        return os.path.join(self.cfg.OUTPUT_DIR, name)
 
 
 def read_events(path: str) -> list[dict[str, Any]]:
@@ -253,10 +262,15 @@ def training_passes(cfg: CfgNode, model: nn.Module, trainer: Any) -> TrainingPas
                 loader = build(own)
             return list(itertools.islice(loader, number))
 
+    def loss(batch: list[dict]) -> Tensor:
+        # Detectron2's models log scalars and images as they run; those of extra passes are not the training's.
+        with EventStorage(0):
+            return sum(model(batch).values())
+
     return TrainingPasses(
         model=model,
         batches=batches,
-        loss=lambda batch: sum(model(batch).values()),
+        loss=loss,
         join=lambda many: list(itertools.chain.from_iterable(many)),
     )
 

@@ -44,6 +44,7 @@ class Transition:
         overlap_before, overlap_after: mean O_f over the filters in use before and after.
         max_cosine: layer name -> largest |cos| of a new filter to the kept and old ones (restores only).
         seconds: wall-clock time.
+        overlaps: layer -> O_f of every filter, before a drop and after a restore.
     """
 
     event: str
@@ -53,6 +54,7 @@ class Transition:
     overlap_after: float
     max_cosine: dict[str, float]
     seconds: float
+    overlaps: dict[str, list[float]]
 
 
 class RePrScheme:
@@ -170,7 +172,7 @@ class RePrScheme:
         self._check_agreement("after the drop")
         self._go_slim()
         after = _mean(self._overlaps(kept_only=True).values())
-        return self._transition("drop", before, after, {}, start)
+        return self._transition("drop", before, after, {}, overlaps, start)
 
     @torch.no_grad()
     def restore(self) -> Transition:
@@ -193,8 +195,9 @@ class RePrScheme:
             )
             broadcast_([s for layer in self._dropping(self.calibrated) for s in layer.running_statistics()])
         self._check_agreement("after the restore")
-        after = _mean(self._overlaps().values())
-        transition = self._transition("restore", before, after, cosines, start)
+        overlaps = self._overlaps()
+        after = _mean(overlaps.values())
+        transition = self._transition("restore", before, after, cosines, overlaps, start)
         self._release()
         self.cycle += 1
         return transition
@@ -320,9 +323,12 @@ class RePrScheme:
     def _check_agreement(self, when: str) -> None:
         check_agreement({x.name: [self.masks[x.name], *_state(x)] for x in self.layers}, f"RePr {when}, rank {rank()}")
 
-    def _transition(self, event: str, before: float, after: float, cosines: dict, start: float) -> Transition:
+    def _transition(
+        self, event: str, before: float, after: float, cosines: dict, overlaps: dict[str, Tensor], start: float
+    ) -> Transition:
         dropped = {name: rows.tolist() for name, rows in self._rows.items() if len(rows)}
-        return Transition(event, self.cycle, dropped, before, after, cosines, time.perf_counter() - start)
+        values = {name: [round(v, 6) for v in overlap.tolist()] for name, overlap in overlaps.items()}
+        return Transition(event, self.cycle, dropped, before, after, cosines, time.perf_counter() - start, values)
 
 
 def _state(layer: FilterLayer) -> list[Tensor]:

@@ -219,3 +219,9 @@ def test_reference_world_size_scales_the_schedule(tiny_cfg):
     hook = RePrHook(cfg)
     assert (hook.schedule.start_iter, hook.schedule.s1_iters, hook.schedule.s2_iters) == (2, 4, 2)
     assert Trainer(cfg).cfg.SOLVER.MAX_ITER == 16
+
+
+def test_extra_passes_leave_no_trace_in_the_log(tiny_cfg):
+    cfg = tiny_cfg(*SCHEDULE, "REPR.CRITERION", "taylor", "REPR.CRITERION_BATCHES", "2", "DATASETS.TEST", "()")
+    logged = trained(Trainer, cfg).storage.histories()
+    assert {len(logged[name].values()) for name in ("rpn/num_pos_anchors", "total_loss")} == {8}
