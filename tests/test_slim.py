@@ -247,7 +247,7 @@ def test_a_whole_detector_with_fpn_convs(tiny_cfg):
     cfg = tiny_cfg("MODEL.RESNETS.NORM", "BN")
     torch.manual_seed(0)
     masked = build_model(cfg).double()
-    layers, masks = drop(masked, ["backbone.bottom_up.res*.conv*", "backbone.fpn_*"])
+    _, masks = drop(masked, ["backbone.bottom_up.res*.conv*", "backbone.fpn_*"])
     slim = copy.deepcopy(masked)
     batch = [dict(image=torch.randint(0, 256, (3, 64, 64), generator=torch.Generator().manual_seed(4)))] * 2
     for model in (masked, slim):
