@@ -15,7 +15,6 @@ from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
-from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 

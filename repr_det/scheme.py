@@ -112,6 +112,11 @@ class RePrScheme:
         self.optimizer = optimizer
         self.criterion_name = criterion
         self.criterion = get_criterion(criterion)
+        total = sum(layer.num_filters for layer in self.layers)
+        if self.criterion.max_filters is not None and total > self.criterion.max_filters:
+            raise UserError(
+                f"REPR.CRITERION {criterion!r} takes at most {self.criterion.max_filters} filters, REPR.LAYERS has {total}"
+            )
         self.drop_ratio = drop_ratio
         self.max_drop_per_layer = max_drop_per_layer
         self.scale = scale

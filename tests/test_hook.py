@@ -225,9 +225,3 @@ def test_extra_passes_leave_no_trace_in_the_log(tiny_cfg):
     cfg = tiny_cfg(*SCHEDULE, "REPR.CRITERION", "taylor", "REPR.CRITERION_BATCHES", "2", "DATASETS.TEST", "()")
     logged = trained(Trainer, cfg).storage.histories()
     assert {len(logged[name].values()) for name in ("rpn/num_pos_anchors", "total_loss")} == {8}
-
-
-def test_extra_passes_leave_no_trace_in_the_log(tiny_cfg):
-    cfg = tiny_cfg(*SCHEDULE, "REPR.CRITERION", "taylor", "REPR.CRITERION_BATCHES", "2", "DATASETS.TEST", "()")
-    logged = trained(Trainer, cfg).storage.histories()
-    assert {len(logged[name].values()) for name in ("rpn/num_pos_anchors", "total_loss")} == {8}
