@@ -115,7 +115,8 @@ class RePrScheme:
         total = sum(layer.num_filters for layer in self.layers)
         if self.criterion.max_filters is not None and total > self.criterion.max_filters:
             raise UserError(
-                f"REPR.CRITERION {criterion!r} takes at most {self.criterion.max_filters} filters, REPR.LAYERS has {total}"
+                f"REPR.CRITERION {criterion!r} takes at most {self.criterion.max_filters} filters, "
+                f"REPR.LAYERS has {total}"
             )
         self.drop_ratio = drop_ratio
         self.max_drop_per_layer = max_drop_per_layer
