@@ -1,5 +1,6 @@
 """The runner of a comparison with a fake training command: at once, skipped, resumed, failed, killed."""
 
+import functools
 import io
 import json
 import os
@@ -154,7 +155,9 @@ run_comparison_tool(lambda: run_all([Run("repr", 1, Path(sys.argv[2]), 40, flags
 
 def _start_parent(run):
     command = [sys.executable, "-c", PARENT, run.flags[1], str(run.folder)]
-    parent = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    # A shell starts background jobs with SIGINT ignored, and so would these tests' children be where they are one.
+    listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    parent = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
     deadline = time.monotonic() + 40
     while not (run.folder / "metrics.json").exists():
         assert parent.poll() is None and time.monotonic() < deadline
