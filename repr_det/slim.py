@@ -36,8 +36,8 @@ _NORM_FORWARDS += [nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward]
 _PER_CHANNEL = ("weight", "bias", "running_mean", "running_var")
 
 # Kept counts are rounded up to a multiple of this by channels that are dropped, which changes no number. oneDNN (AVX2)
-# computes in blocks of 8 channels: the convs of R50 at 70 % of their channels took 1.09 times what their FLOPs say with
-# odd counts and 1.02 times with multiples of 8; 16 gained nothing more. The half-precision kernels of cuDNN want 8 too.
+# computes in blocks of 8 channels: R50's backbone took no longer with multiples of 8 or 16 than with odd counts, in
+# spite of the additional FLOPs. The half-precision kernels of cuDNN want multiples of 8.
 _MULTIPLE = 8
 
 
@@ -47,7 +47,7 @@ class SlimNetwork:
     Outputs, gradients and the running statistics of kept channels are the masked network's up to rounding, in training
     and in evaluation, under autocast too. Inside Detectron2's BasicBlock and BottleneckBlock the kept channels flow on
     to the next conv, which leaves out the same input channels, and those of the last conv are added onto the shortcut;
-    FrozenBN is folded into the sliced conv there and anywhere else. Every other conv (FPN, plain nets, deformable
+    FrozenBN is folded into the sliced convs and into the shortcut's. Every other conv (FPN, plain nets, deformable
     blocks, and a conv before a grouped one) computes its kept rows and scatters them into zeros; before GN or a norm
     class of its own the zeros come first, for it may look at all channels. Grouped convs, padding modes other than
     zeros and convs whose forward pass is not nn.Conv2d's or Detectron2's stay masked.
@@ -141,14 +141,18 @@ class SlimNetwork:
                 self._install_conv(conv, rows, given, scatter=not flows_on)
             given = rows if flows_on else None
         if given is not None:
+            shortcut = block.shortcut
+            if shortcut is not None and shortcut not in kept and _sliceable(shortcut) and _folds(shortcut.norm):
+                self._install_conv(shortcut, None, None, scatter=False)
             self._replace(block, _BlockForward(block, chain, given))
 
     def _install_conv(self, conv: nn.Module, rows: "_Rows | None", columns: "_Rows | None", scatter: bool) -> None:
         norm = getattr(conv, "norm", None)
         slices_norm = norm is not None and rows is not None and _channelwise(norm)
+        forward = _ConvForward(conv, rows, columns, scatter and rows is not None, slices_norm)
         if slices_norm:
             self._replace(norm, _NormForward(norm, rows))
-        self._replace(conv, _ConvForward(conv, rows, columns, scatter and rows is not None, slices_norm))
+        self._replace(conv, forward)
 
     def _replace(self, module: nn.Module, forward: Any) -> None:
         module.forward = forward
@@ -190,18 +194,18 @@ class _Rows(NamedTuple):
 class _Selection:
     """Rows of tensors (J, ...) and, of conv weights (J, C, kh, kw), input channels; None takes all."""
 
-    def __init__(self, rows: _Rows | None, columns: _Rows | None = None) -> None:
+    def __init__(self, rows: _Rows | None, columns: _Rows | None = None, taps: int = 1) -> None:
         self.rows = rows
         self.columns = columns
         self.taken = self.put_back = None
-        if rows is not None and columns is not None:
+        if rows is not None and columns is not None and taps > 1:
             # One gather instead of two, in both directions, on a weight seen as a table of kernels (J * C, kh * kw).
             width, padded = len(columns.inverse), len(columns.index) + 1
             self.taken = (rows.index[:, None] * width + columns.index).flatten().int()
             self.put_back = (rows.inverse[:, None] * padded + columns.inverse).flatten().int()
 
     def take(self, tensor: Tensor) -> Tensor:
-        if tensor.dim() == 4 and tensor.shape[2:].numel() > 1 and self.taken is not None:
+        if self.taken is not None:
             kernels = tensor.reshape(-1, tensor.shape[2:].numel()).index_select(0, self.taken)
             return kernels.view(len(self.rows.index), len(self.columns.index), *tensor.shape[2:])
         if self.rows is not None:
@@ -221,7 +225,7 @@ class _Selection:
             torch.mul(part, scale.view(-1, 1, 1), out=padded[:count, :width])
         padded[count:] = 0
         padded[:, width:] = 0
-        if taps > 1 and self.put_back is not None:
+        if self.put_back is not None:
             return padded.view(-1, taps).index_select(0, self.put_back).view(shape)
         if self.columns is not None:
             padded = padded.index_select(1, self.columns.inverse)
@@ -236,12 +240,46 @@ class _Slice(torch.autograd.Function):
         ctx.shape, ctx.selection = tensor.shape, selection
         ctx.save_for_backward(scale)
         taken = selection.take(tensor)
-        return taken if scale is None else taken.mul_(scale.view(-1, *[1] * (taken.dim() - 1)))
+        if scale is None:
+            return taken
+        return torch.mul(taken, _along_rows(scale, taken), out=None if taken is tensor else taken)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple:
         return ctx.selection.put(grad, ctx.saved_tensors[0], ctx.shape), None, None
+
+
+def _along_rows(scale: Tensor, like: Tensor) -> Tensor:
+    return scale.view(-1, *[1] * (like.dim() - 1))
+
+
+def _sliced(tensor: Tensor, selection: _Selection, scale: Tensor | None = None) -> Tensor:
+    if torch.jit.is_tracing():  # export and FLOP counters: the tracer does not know the Function
+        tensor = selection.take(tensor)
+        return tensor if scale is None else tensor * _along_rows(scale, tensor)
+    return _Slice.apply(tensor, selection, scale)
+
+
+class _AddChannels(torch.autograd.Function):
+    """``_add_channels`` that keeps nothing but the index; autograd of index_add keeps the part as well."""
+
+    @staticmethod
+    def forward(ctx, whole: Tensor, part: Tensor, index: Tensor) -> Tensor:
+        ctx.index = index
+        return whole.to(part.dtype, copy=True).index_add_(1, index, part)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple:
+        return grad if ctx.needs_input_grad[0] else None, grad.index_select(1, ctx.index), None
+
+
+def _add_channels(whole: Tensor, part: Tensor, index: Tensor) -> Tensor:
+    """``whole`` (N, J, H, W) plus ``part`` (N, K, H, W) at the channels ``index``; ``whole`` itself stays."""
+    if torch.jit.is_tracing():
+        return whole.to(part.dtype).index_add(1, index, part)
+    return _AddChannels.apply(whole, part, index)
 
 
 class _ConvForward:
@@ -256,11 +294,11 @@ class _ConvForward:
     ) -> None:
         self.conv = conv
         self.rows = rows
-        self.of_weight = _Selection(rows, columns)
-        self.of_bias = None if conv.bias is None or rows is None else _Selection(rows)
+        self.of_weight = _Selection(rows, columns, conv.weight[0, 0].numel())
+        self.of_bias = _Selection(rows)
         self.scatter = scatter
         self.slices_norm = slices_norm
-        self.folds = slices_norm and norm_kind(conv.norm) == FROZEN
+        self.folds = _folds(getattr(conv, "norm", None))
 
     def __call__(self, x: Tensor) -> Tensor:
         conv, rows = self.conv, self.rows
@@ -269,19 +307,28 @@ class _ConvForward:
         folds = self.folds and not norm._forward_hooks and not norm._forward_pre_hooks
         scale = shift = None
         if folds:
-            scale, shift = (t.index_select(0, rows.index) for t in _frozen_affine(norm))
-        weight = _Slice.apply(conv.weight, self.of_weight, scale)
-        bias = conv.bias if self.of_bias is None else _Slice.apply(conv.bias, self.of_bias, scale)
+            scale, shift = _frozen_affine(norm)
+            if rows is not None:
+                scale, shift = scale.index_select(0, rows.index), shift.index_select(0, rows.index)
+        weight = _sliced(conv.weight, self.of_weight, scale)
+        bias = conv.bias
+        if bias is not None and (rows is not None or folds):
+            bias = _sliced(bias, self.of_bias, scale)
         if folds:
             bias = shift if bias is None else bias + shift
         x = F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation)
         if self.slices_norm and not folds:
             x = norm(x)
         if self.scatter:
-            x = x.new_zeros(x.shape[0], len(rows.inverse), *x.shape[2:]).index_add_(1, rows.index, x)
-        if norm is not None and not self.slices_norm:
+            x = _add_channels(x.new_zeros(()).expand(x.shape[0], len(rows.inverse), *x.shape[2:]), x, rows.index)
+        if norm is not None and not self.slices_norm and not folds:
             x = norm(x)
         return x if activation is None else activation(x)
+
+
+def _folds(norm: nn.Module | None) -> bool:
+    """Whether it is a FrozenBN that can become part of the conv before it."""
+    return norm is not None and _channelwise(norm) and norm_kind(norm) == FROZEN
 
 
 def _frozen_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
@@ -306,8 +353,7 @@ class _NormForward:
             for name, tensor in buffers.items()
         }
         held["_parameters"] = {
-            name: None if tensor is None else _Slice.apply(tensor, self.selection, None)
-            for name, tensor in parameters.items()
+            name: None if tensor is None else _sliced(tensor, self.selection) for name, tensor in parameters.items()
         }
         held["_buffers"] = sliced
         try:
@@ -335,6 +381,4 @@ class _BlockForward:
         for number, conv in enumerate(self.chain):
             out = conv(F.relu_(out) if number else out)
         shortcut = x if self.block.shortcut is None else self.block.shortcut(x)
-        # Not in place: conv1 needs the shortcut for its backward pass.
-        total = shortcut.to(out.dtype, copy=True).index_add_(1, self.rows.index, out)
-        return F.relu_(total)
+        return F.relu_(_add_channels(shortcut, out, self.rows.index))
