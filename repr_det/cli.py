@@ -18,16 +18,17 @@ warnings.filterwarnings("ignore", message=r"(?s).*(pkg_resources|torch\.meshgrid
 import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
-from detectron2.engine import default_argument_parser, default_setup
+from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
 from repr_det.config import add_repr_config, schedule_from_config, validate_repr_config, without_repr
+from repr_det.criteria import get_criterion
 from repr_det.datasets import check_registered, class_names, register_builtin, register_coco_format
 from repr_det.errors import UserError
-from repr_det.files import write_atomically
+from repr_det.files import run_traces, write_atomically
 from repr_det.layers import find_filter_layers
 from repr_det.resume import check_last_checkpoint
 from repr_det.safe_pickle import load_checkpoint
@@ -89,9 +90,9 @@ def build_config(
         raise UserError(f"--config-file {config_file!r} is not a file" if config_file else "--config-file is missing")
     if len(opts) % 2:
         raise UserError(f"options after the flags must be KEY VALUE pairs, got {len(opts)} words: {' '.join(opts)}")
-    with _as_user_error(config_file):
+    with as_user_error(config_file):
         cfg.merge_from_file(config_file)
-    with _as_user_error("command line"):
+    with as_user_error("command line"):
         cfg.merge_from_list(opts)
     register_builtin()
     for name, json_file, image_root in register or []:
@@ -128,15 +129,17 @@ def check_run(cfg: CfgNode, resume: bool = False, eval_only: bool = False, num_g
 
 
 def check_layers(cfg: CfgNode) -> None:
-    """REPR.LAYERS matches trainable convs that RePr can handle, and the caps leave room for REPR.DROP_RATIO."""
+    """REPR.LAYERS matches trainable convs that RePr can handle, few enough for REPR.CRITERION, and the caps leave room
+    for REPR.DROP_RATIO."""
     shapes_only = cfg.clone()
     shapes_only.defrost()
     shapes_only.MODEL.DEVICE = "meta"
-    with _as_user_error("MODEL"), torch.device("meta"):
+    with as_user_error("MODEL"), torch.device("meta"):
         model = build_model(shapes_only)
     layers = find_filter_layers(model, cfg.REPR.LAYERS.INCLUDE, cfg.REPR.LAYERS.EXCLUDE)
     sizes = {layer.name: layer.num_filters for layer in layers}
     check_capacity(sizes, cfg.REPR.DROP_RATIO, cfg.REPR.MAX_DROP_PER_LAYER)
+    get_criterion(cfg.REPR.CRITERION, sum(sizes.values()))
 
 
 def check_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
@@ -166,12 +169,12 @@ def check_output_folder(cfg: CfgNode, resume: bool) -> None:
         tempfile.TemporaryFile(dir=parent).close()
     except OSError as error:  # read-only, full, a file system without room for files
         raise UserError(f"OUTPUT_DIR {folder} cannot be written ({error.strerror}): give another folder") from error
-    traces = [p.name for p in folder.glob("*") if p.name in _RUN_FILES or p.suffix == ".pth"] if folder.exists() else []
+    traces = run_traces(folder)
     if not traces:
         return
     if not resume:
         raise UserError(
-            f"OUTPUT_DIR {folder} holds another run ({', '.join(sorted(traces)[:3])}): add --resume to continue it, or "
+            f"OUTPUT_DIR {folder} holds another run ({', '.join(traces[:3])}): add --resume to continue it, or "
             "give another OUTPUT_DIR"
         )
     saved = folder / "config.yaml"
@@ -180,14 +183,11 @@ def check_output_folder(cfg: CfgNode, resume: bool) -> None:
     check_last_checkpoint(str(folder))
 
 
-_RUN_FILES = ("last_checkpoint", "metrics.json", "repr_events.jsonl", "config.yaml")
-
-
 def _check_same_run(cfg: CfgNode, saved: Path) -> None:
     old = get_cfg()
     add_repr_config(old)
     try:
-        with _as_user_error(str(saved)):
+        with as_user_error(str(saved)):
             old.merge_from_file(str(saved))
     except UserError:
         return  # cut short by a crash; the checkpoint itself knows its schedule
@@ -205,14 +205,26 @@ def _check_same_run(cfg: CfgNode, saved: Path) -> None:
 
 def setup(args: argparse.Namespace, cfg: CfgNode) -> None:
     """Detectron2's default_setup (log files, config.yaml, seeds), and the config that stock tools can read."""
-    if str(cfg.MODEL.DEVICE) == "cpu" and comm.get_world_size() > 1 and "OMP_NUM_THREADS" not in os.environ:
+    setup_process(args, cfg, str(cfg.MODEL.DEVICE), cfg.OUTPUT_DIR)
+    if comm.is_main_process() and cfg.OUTPUT_DIR:
+        write_atomically(Path(cfg.OUTPUT_DIR) / STOCK_CONFIG_FILE, without_repr(cfg).dump())
+
+
+def setup_process(args: argparse.Namespace, cfg: Any, device: str, folder: str) -> None:
+    """Threads, logs and seeds of one process of a run, for a yaml config or a LazyConfig."""
+    if device == "cpu" and comm.get_world_size() > 1 and "OMP_NUM_THREADS" not in os.environ:
         # Every process would take all cores for itself, and they would wait for each other most of the time.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // comm.get_local_size()))
     default_setup(cfg, args)
     logging.getLogger("detectron2.engine.train_loop").addFilter(_one_line_for_user_errors)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="repr_det", abbrev_name="repr")
-    if comm.is_main_process() and cfg.OUTPUT_DIR:
-        write_atomically(Path(cfg.OUTPUT_DIR) / STOCK_CONFIG_FILE, without_repr(cfg).dump())
+    setup_logger(folder, distributed_rank=comm.get_rank(), name="repr_det", abbrev_name="repr")
+
+
+def launch_processes(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace, device: str) -> None:
+    """Runs ``main(args)`` in the processes that ``args`` asks for."""
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # several CPU processes talk by gloo, also on a machine with GPUs
+    launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,))
 
 
 def _one_line_for_user_errors(record: logging.LogRecord) -> bool:
@@ -221,7 +233,7 @@ def _one_line_for_user_errors(record: logging.LogRecord) -> bool:
 
 
 @contextlib.contextmanager
-def _as_user_error(source: str):
+def as_user_error(source: str):
     """Config libraries raise KeyError, ValueError, AssertionError and yaml errors for what a user typed."""
     try:
         yield

@@ -6,7 +6,8 @@ from detectron2.engine import DefaultTrainer
 from repr_det.criteria import get_criterion
 from repr_det.errors import UserError
 from repr_det.schedule import RePrSchedule
-from repr_det.scheme import FROZEN_NORM_MODES, SCALES
+from repr_det.scheme import check_reinit
+from repr_det.selection import check_shares
 
 
 def add_repr_config(cfg: CfgNode) -> None:
@@ -57,21 +58,13 @@ def validate_repr_config(cfg: CfgNode) -> RePrSchedule | None:
     node = cfg.REPR
     if not node.ENABLED:
         return None
-    if not 0 < node.DROP_RATIO < 1:
-        raise UserError(f"REPR.DROP_RATIO must be in (0, 1), got {node.DROP_RATIO}")
-    if not 0 < node.MAX_DROP_PER_LAYER <= 1:
-        raise UserError(f"REPR.MAX_DROP_PER_LAYER must be in (0, 1], got {node.MAX_DROP_PER_LAYER}")
+    check_shares(node.DROP_RATIO, node.MAX_DROP_PER_LAYER)
     if node.MAX_DROP_PER_LAYER < node.DROP_RATIO:
         raise UserError(
             f"REPR.MAX_DROP_PER_LAYER must be at least REPR.DROP_RATIO {node.DROP_RATIO}, got {node.MAX_DROP_PER_LAYER}"
         )
     get_criterion(node.CRITERION)
-    for key, value, choices in (
-        ("SCALE", node.REINIT.SCALE, SCALES),
-        ("FROZEN_NORM", node.REINIT.FROZEN_NORM, FROZEN_NORM_MODES),
-    ):
-        if value not in choices:
-            raise UserError(f"REPR.REINIT.{key} must be one of {', '.join(choices)}, got {value!r}")
+    check_reinit(node.REINIT.SCALE, node.REINIT.FROZEN_NORM)
     for key, value in (
         ("CRITERION_BATCHES", node.CRITERION_BATCHES),
         ("REINIT.CALIBRATION_BATCHES", node.REINIT.CALIBRATION_BATCHES),

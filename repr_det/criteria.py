@@ -44,10 +44,13 @@ class Criterion:
 CRITERIA: dict[str, Criterion] = {}
 
 
-def get_criterion(name: str) -> Criterion:
-    """Raises UserError for a name that is not in CRITERIA."""
+def get_criterion(name: str, num_filters: int = 0) -> Criterion:
+    """Raises UserError for a name that is not in CRITERIA, or a criterion that is too slow for so many filters."""
     if name not in CRITERIA:
         raise UserError(f"REPR.CRITERION must be one of {', '.join(sorted(CRITERIA))}, got {name!r}")
+    most = CRITERIA[name].max_filters
+    if most is not None and num_filters > most:
+        raise UserError(f"REPR.CRITERION {name!r} takes at most {most} filters, REPR.LAYERS has {num_filters}")
     return CRITERIA[name]
 
 

@@ -5,6 +5,16 @@ import os
 import tempfile
 from pathlib import Path
 
+EVENTS_FILE = "repr_events.jsonl"  # every drop and restore
+OVERLAPS_FILE = "repr_overlaps.jsonl"  # O_f of every filter before each drop and after each restore
+METRICS_FILE = "metrics.json"
+_TRACES = ("last_checkpoint", METRICS_FILE, EVENTS_FILE, "config.yaml")
+
+
+def run_traces(folder: str | Path) -> list[str]:
+    """The names in ``folder`` that say that a run has begun there; [] where it is empty or absent."""
+    return sorted(p.name for p in Path(folder).glob("*") if p.name in _TRACES or p.suffix == ".pth")
+
 
 def write_atomically(path: str | Path, text: str) -> None:
     """Replaces ``path`` by ``text`` (UTF-8); a crash leaves the old file or the new one."""

@@ -32,17 +32,16 @@ class FiniteGuard(HookBase):
     def after_step(self) -> None:
         model = self.trainer.model
         if self.check_gradients:
-            self._check({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, "gradient")
+            self._check(_gradients(model), "gradient")
         if self.weights_at(self.trainer.iter):
             self._check(dict(model.named_parameters()), "weight")
 
     def _check(self, tensors: dict[str, Tensor], what: str) -> None:
         if not tensors or all_finite(tensors.values()):
             return
-        name = next((n for n, t in tensors.items() if not torch.isfinite(t).all()), None)
         # A sum may overflow where every entry is finite: only an entry that is not stops the run.
-        if name is not None:
-            raise NonFiniteError(describe(self.trainer, f"the {what} of {name.removeprefix('module.')} is not finite"))
+        if name := _first_not_finite(tensors):
+            raise NonFiniteError(describe(self.trainer, f"the {what} of {name} is not finite"))
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
@@ -53,12 +52,19 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
 
 def first_non_finite(model: nn.Module) -> str | None:
     """The first parameter whose value, else whose gradient, is not finite."""
-    for what, of in (("weight", lambda p: p.detach()), ("gradient", lambda p: p.grad)):
-        for name, parameter in model.named_parameters():
-            tensor = of(parameter)
-            if tensor is not None and not torch.isfinite(tensor).all():
-                return f"the {what} of {name.removeprefix('module.')}"
+    for what, tensors in (("weight", dict(model.named_parameters())), ("gradient", _gradients(model))):
+        if name := _first_not_finite(tensors):
+            return f"the {what} of {name}"
     return None
+
+
+def _gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def _first_not_finite(tensors: dict[str, Tensor]) -> str | None:
+    found = (name for name, tensor in tensors.items() if not torch.isfinite(tensor).all())
+    return next((name.removeprefix("module.") for name in found), None)
 
 
 def describe(trainer: object, what: str) -> str:

@@ -18,17 +18,15 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from repr_det.config import scale_to_world, schedule_from_config, validate_repr_config
+from repr_det.config import scale_to_world, validate_repr_config
 from repr_det.errors import UserError
-from repr_det.files import truncate_log
+from repr_det.files import EVENTS_FILE, OVERLAPS_FILE, truncate_log
 from repr_det.layers import find_filter_layers
 from repr_det.passes import TrainingPasses, preserved_random_state
 from repr_det.resume import ExactResume
 from repr_det.scheme import RePrScheme, Transition
 from repr_det.selection import drop_total
 
-EVENTS_FILE = "repr_events.jsonl"
-OVERLAPS_FILE = "repr_overlaps.jsonl"  # O_f of every filter before each drop and after each restore
 # Hooks that must see the network after a transition: ours goes before the first of them.
 _LATER_HOOKS = (hooks.PreciseBN, ExactResume, hooks.PeriodicCheckpointer, hooks.EvalHook, hooks.PeriodicWriter)
 
@@ -53,9 +51,8 @@ class RePrHook(HookBase):
         cfg = scale_to_world(cfg, comm.get_world_size())
         if not cfg.REPR.ENABLED:
             raise UserError("RePrHook needs REPR.ENABLED True, got False")
-        validate_repr_config(cfg)
         self.cfg = cfg
-        self.schedule = schedule_from_config(cfg)
+        self.schedule = validate_repr_config(cfg)
         self.scheme: RePrScheme | None = None
         self._loaded: dict[str, Any] | None = None
 
@@ -66,7 +63,8 @@ class RePrHook(HookBase):
         if self.scheme is None:
             self.scheme = self._build_scheme()
         if self._loaded is not None:
-            self._apply_loaded_state()
+            self.scheme.load_state_dict(self._loaded["scheme"])
+            self._loaded = None
         expected = self.schedule.phase(trainer.start_iter)
         if (expected == "sub") != self.scheme.is_sub:
             raise UserError(
@@ -130,10 +128,6 @@ class RePrHook(HookBase):
             "REPR.REINIT.SCALE": node.REINIT.SCALE,
             "REPR.REINIT.FROZEN_NORM": node.REINIT.FROZEN_NORM,
         }
-
-    def _apply_loaded_state(self) -> None:
-        self.scheme.load_state_dict(self._loaded["scheme"])
-        self._loaded = None
 
     def _move_into_place(self) -> None:
         registered = self.trainer._hooks
@@ -219,18 +213,6 @@ class RePrHook(HookBase):
     def _path(self, name: str) -> str:
         os.makedirs(self.cfg.OUTPUT_DIR, exist_ok=True)
         return os.path.join(self.cfg.OUTPUT_DIR, name)
-
-
-def read_events(path: str) -> list[dict[str, Any]]:
-    """The transitions in a repr_events.jsonl; a line that a crash cut short is left out."""
-    events = []
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            try:
-                events.append(json.loads(line))
-            except json.JSONDecodeError:
-                logger.warning("%s: leaving out a line that is not JSON: %.60s", path, line)
-    return events
 
 
 def training_passes(cfg: CfgNode, model: nn.Module, trainer: Any) -> TrainingPasses:

@@ -1,20 +1,18 @@
 """The LazyConfig route: what RePrHook needs from a LazyConfig with a node ``repr``, and a Trainer for such a config."""
 
 import argparse
-import logging
 import os
 from collections.abc import Iterable
 from typing import Any
 
-from repr_det.cli import _one_line_for_user_errors, check_run, train_argument_parser  # isort: skip (silences warnings)
+from repr_det.cli import as_user_error, check_run, launch_processes, setup_process, train_argument_parser  # isort: skip
 
 import torch
 from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
-from detectron2.engine import HookBase, default_setup, hooks, launch
+from detectron2.engine import HookBase, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
@@ -43,11 +41,8 @@ def repr_cfg_from_lazy(cfg: DictConfig) -> CfgNode:
     node = cfg.get("repr") or {}
     if not isinstance(node, (dict, DictConfig)):
         raise UserError(f"repr must be a dict with the keys of REPR, got {node!r}")
-    try:
+    with as_user_error("the node repr of the LazyConfig"):
         yacs.merge_from_other_cfg(CfgNode({"REPR": OmegaConf.to_container(OmegaConf.create(node), resolve=True)}))
-    except (KeyError, ValueError, AssertionError) as error:
-        text = str(error.args[0] if error.args else error)
-        raise UserError(f"the node repr of the LazyConfig: {' '.join(text.split())}") from error
 
     def get(key: str, default: Any) -> Any:
         return OmegaConf.select(cfg, key, default=default)
@@ -181,9 +176,7 @@ def evaluate(cfg: DictConfig, model: nn.Module) -> dict | None:
 def main(args: argparse.Namespace) -> None:
     """One process of a run: trains, or only evaluates."""
     cfg = load_lazy_config(args.config_file, args.opts, args.register, args.baseline)
-    default_setup(cfg, args)
-    logging.getLogger("detectron2.engine.train_loop").addFilter(_one_line_for_user_errors)
-    setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="repr_det", abbrev_name="repr")
+    setup_process(args, cfg, str(cfg.train.device), cfg.train.output_dir)
     if args.eval_only:
         model = instantiate(cfg.model).to(cfg.train.device)
         AtomicCheckpointer(model, cfg.train.output_dir).resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
@@ -199,9 +192,7 @@ def start(argv: list[str] | None = None) -> None:
     args = train_argument_parser().parse_args(argv)
     yacs = repr_cfg_from_lazy(load_lazy_config(args.config_file, args.opts, args.register, args.baseline))
     check_run(yacs, args.resume, args.eval_only, args.num_gpus)
-    if yacs.MODEL.DEVICE == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # several CPU processes talk by gloo, also on a machine with GPUs
-    launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,))
+    launch_processes(main, args, yacs.MODEL.DEVICE)
 
 
 def _names(value: Any) -> tuple[str, ...]:

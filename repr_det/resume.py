@@ -27,7 +27,7 @@ from detectron2.utils import comm
 from torch.utils.data import IterableDataset, get_worker_info
 
 from repr_det.errors import UserError
-from repr_det.files import truncate_log, write_atomically
+from repr_det.files import METRICS_FILE, truncate_log, write_atomically
 from repr_det.passes import random_state, set_random_state
 from repr_det.safe_pickle import load_checkpoint
 
@@ -252,7 +252,7 @@ class ExactResume(HookBase):
 
     def before_train(self) -> None:
         if comm.is_main_process():
-            truncate_log(os.path.join(self.folder, "metrics.json"), self.trainer.start_iter)
+            truncate_log(os.path.join(self.folder, METRICS_FILE), self.trainer.start_iter)
         if self._loaded is None:
             return
         ranks = self._loaded["ranks"]

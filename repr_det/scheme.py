@@ -25,7 +25,7 @@ from repr_det.criteria import Context, get_criterion
 from repr_det.distributed import broadcast_, check_agreement, rank
 from repr_det.errors import UserError
 from repr_det.layers import BATCH, FROZEN, NONE, FilterLayer, zero_rows_
-from repr_det.orthogonality import inter_filter_orthogonality, least_overlap_filters, unit_filters
+from repr_det.orthogonality import inter_filter_orthogonality, least_overlap_filters, overlap_of_kept, unit_filters
 from repr_det.passes import TrainingPasses
 from repr_det.selection import check_capacity, select_filters
 
@@ -55,6 +55,13 @@ class Transition:
     max_cosine: dict[str, float]
     seconds: float
     overlaps: dict[str, list[float]]
+
+
+def check_reinit(scale: str, frozen_norm: str) -> None:
+    """Raises UserError for a mode that does not exist."""
+    for key, value, choices in (("SCALE", scale, SCALES), ("FROZEN_NORM", frozen_norm, FROZEN_NORM_MODES)):
+        if value not in choices:
+            raise UserError(f"REPR.REINIT.{key} must be one of {', '.join(choices)}, got {value!r}")
 
 
 class RePrScheme:
@@ -98,11 +105,7 @@ class RePrScheme:
         passes: TrainingPasses | None = None,
         slim_model: nn.Module | None = None,
     ) -> None:
-        if scale not in SCALES:
-            raise UserError(f"REPR.REINIT.SCALE must be one of {', '.join(SCALES)}, got {scale!r}")
-        if frozen_norm not in FROZEN_NORM_MODES:
-            choices = ", ".join(FROZEN_NORM_MODES)
-            raise UserError(f"REPR.REINIT.FROZEN_NORM must be one of {choices}, got {frozen_norm!r}")
+        check_reinit(scale, frozen_norm)
         self.layers = list(layers)
         check_capacity({layer.name: layer.num_filters for layer in self.layers}, drop_ratio, max_drop_per_layer)
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -111,13 +114,7 @@ class RePrScheme:
                 raise UserError(f"REPR: the optimizer does not hold the weight of {layer.name}; exclude that layer")
         self.optimizer = optimizer
         self.criterion_name = criterion
-        self.criterion = get_criterion(criterion)
-        total = sum(layer.num_filters for layer in self.layers)
-        if self.criterion.max_filters is not None and total > self.criterion.max_filters:
-            raise UserError(
-                f"REPR.CRITERION {criterion!r} takes at most {self.criterion.max_filters} filters, "
-                f"REPR.LAYERS has {total}"
-            )
+        self.criterion = get_criterion(criterion, sum(layer.num_filters for layer in self.layers))
         self.drop_ratio = drop_ratio
         self.max_drop_per_layer = max_drop_per_layer
         self.scale = scale
@@ -158,7 +155,9 @@ class RePrScheme:
         broadcast_(list(masks.values()))
         overlaps = scores if self.criterion_name == "ortho" else self._overlaps()
         before = _mean(overlaps.values())
+        after = _mean([overlap_of_kept(x.weight, overlaps[x.name], masks[x.name]) for x in self.layers])
         self._hold(masks)
+        moments: dict[str, Tensor] = {}
         if self.calibrated:
             moments = measure_moments(
                 self._dropping(self.calibrated), self._rows, self.passes, self.calibration_batches, self.cycle
@@ -170,14 +169,13 @@ class RePrScheme:
             if layer.kind == FROZEN:
                 old["norm.weight"] = layer.norm.weight[rows].cpu()
                 old["norm.bias"] = layer.norm.bias[rows].cpu()
-            if layer in self.calibrated and layer.name in moments:
+            if layer.name in moments:
                 old["moments"] = moments[layer.name]
             self._old[layer.name] = old
             zero_rows_(layer.tensors().values(), rows)
             self._zero_optimizer_state(layer)
         self._check_agreement("after the drop")
         self._go_slim()
-        after = _mean(self._overlaps(kept_only=True).values())
         return self._transition("drop", before, after, {}, overlaps, start)
 
     @torch.no_grad()

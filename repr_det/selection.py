@@ -21,12 +21,17 @@ def drop_cap(num_filters: int, max_drop_per_layer: float) -> int:
     return max(0, min(num_filters - 1, math.ceil(max_drop_per_layer * num_filters - _ROUNDING)))
 
 
-def check_capacity(sizes: dict[str, int], drop_ratio: float, max_drop_per_layer: float) -> None:
-    """Raises UserError where the caps of all layers together leave less than ``drop_ratio`` of the filters to drop."""
+def check_shares(drop_ratio: float, max_drop_per_layer: float) -> None:
+    """Raises UserError for a share that is out of range."""
     if not 0 < drop_ratio < 1:
         raise UserError(f"REPR.DROP_RATIO must be in (0, 1), got {drop_ratio}")
     if not 0 < max_drop_per_layer <= 1:
         raise UserError(f"REPR.MAX_DROP_PER_LAYER must be in (0, 1], got {max_drop_per_layer}")
+
+
+def check_capacity(sizes: dict[str, int], drop_ratio: float, max_drop_per_layer: float) -> None:
+    """Raises UserError where the caps of all layers together leave less than ``drop_ratio`` of the filters to drop."""
+    check_shares(drop_ratio, max_drop_per_layer)
     total = drop_total(sum(sizes.values()), drop_ratio)
     room = sum(drop_cap(size, max_drop_per_layer) for size in sizes.values())
     if room < total:

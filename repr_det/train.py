@@ -1,12 +1,10 @@
 """The training command: ``python -m repr_det.train`` and tools/train_net.py."""
 
 import argparse
-import os
 
-from repr_det.cli import build_config, check_run, run_tool, setup, train_argument_parser  # isort: skip (silences warnings)
+from repr_det.cli import build_config, check_run, launch_processes, run_tool, setup, train_argument_parser  # isort: skip (silences warnings)
 
 from detectron2.config import CfgNode
-from detectron2.engine import launch
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
@@ -39,9 +37,7 @@ def start(argv: list[str] | None = None) -> None:
     args = train_argument_parser().parse_args(argv)
     cfg = config_of(args)
     check_run(cfg, args.resume, args.eval_only, args.num_gpus)
-    if str(cfg.MODEL.DEVICE) == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # several CPU processes talk by gloo, also on a machine with GPUs
-    launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,))
+    launch_processes(main, args, str(cfg.MODEL.DEVICE))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from pycocotools.coco import COCO
 
 from repr_det.cli import build_config
 from repr_det.datasets import register_coco_format
@@ -22,6 +23,14 @@ MODEL.ROI_BOX_HEAD.FC_DIM 32 MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION 3 INPUT.MIN_SI
 INPUT.MIN_SIZE_TEST 64 INPUT.MAX_SIZE_TEST 96 DATALOADER.NUM_WORKERS 0 SOLVER.IMS_PER_BATCH 2 SOLVER.BASE_LR 0.005
 SOLVER.WARMUP_ITERS 2 SOLVER.CHECKPOINT_PERIOD 1000 SEED 7 DATASETS.TRAIN ('tiny_train',) DATASETS.TEST ('tiny_val',)
 """.split()
+
+
+def coco_of(dataset: dict) -> COCO:
+    """The pycocotools object of a data set in memory."""
+    truth = COCO()
+    truth.dataset = dataset
+    truth.createIndex()
+    return truth
 
 
 @pytest.fixture(scope="session")

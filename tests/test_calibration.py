@@ -135,6 +135,15 @@ def buffers(net: nn.Module) -> dict[str, dict[str, torch.Tensor]]:
     }
 
 
+def assert_same_moments(after, before, masks):
+    """Mean and standard deviation of the masked channels of every layer."""
+    for name in LAYERS:
+        for moment in range(2):
+            np.testing.assert_allclose(
+                after[name][moment][masks[name]], before[name][moment][masks[name]], rtol=1e-4, atol=1e-5
+            )
+
+
 @pytest.mark.parametrize("model", [InsideNet, SiblingNet])
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
 @pytest.mark.parametrize("scale", ["kept", "unit"])
@@ -200,11 +209,7 @@ def test_moments_of_the_second_cycle_are_matched_too():
     train(net, optimizer, 2)
     scheme.restore()
     after = output_statistics(net, images)
-    for name in LAYERS:
-        for moment in range(2):
-            np.testing.assert_allclose(
-                after[name][moment][masks[name]], before[name][moment][masks[name]], rtol=1e-4, atol=1e-5
-            )
+    assert_same_moments(after, before, masks)
 
 
 def test_a_restore_after_saving_and_loading_matches_the_same_moments(tmp_path):
@@ -219,11 +224,7 @@ def test_a_restore_after_saving_and_loading_matches_the_same_moments(tmp_path):
     loaded.load_state_dict(saved["scheme"])
     loaded.restore()
     after = output_statistics(other, images)
-    for name in LAYERS:
-        for moment in range(2):
-            np.testing.assert_allclose(
-                after[name][moment][masks[name]], before[name][moment][masks[name]], rtol=1e-4, atol=1e-5
-            )
+    assert_same_moments(after, before, masks)
 
 
 # --- channels that have no scale ------------------------------------------------------------------------------------

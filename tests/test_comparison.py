@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pycocotools.coco import COCO
+from conftest import coco_of
 from pycocotools.cocoeval import COCOeval
 
 from repr_det.comparison.matches import METRICS, average_precision, bootstrap_multiplicities, match
@@ -79,13 +79,6 @@ def test_percentile_interval_of_known_samples():
 # ---- AP over resampled images ----
 
 
-def _coco(dataset):
-    truth = COCO()
-    truth.dataset = dataset
-    truth.createIndex()
-    return truth
-
-
 @pytest.fixture(scope="module")
 def noisy():
     """24 images, 3 categories (one rare), crowds, all sizes, and detections with ties in their scores."""
@@ -124,7 +117,7 @@ def noisy():
 
 def _pycocotools(dataset, detections):
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = _coco(dataset)
+        truth = coco_of(dataset)
         evaluation = COCOeval(truth, truth.loadRes([dict(d) for d in detections]), "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
@@ -141,7 +134,7 @@ def _agree(found, expected):
 
 def test_every_image_once_is_pycocotools(noisy):
     dataset, detections = noisy
-    found = average_precision(match(_coco(dataset), detections), np.ones((1, 24)))
+    found = average_precision(match(coco_of(dataset), detections), np.ones((1, 24)))
     stats, classes = _pycocotools(dataset, detections)
     _agree([found.metrics[metric][0] for metric in METRICS], stats)
     _agree(found.categories[0], classes)
@@ -151,7 +144,7 @@ def test_every_image_once_is_pycocotools(noisy):
 @pytest.mark.parametrize("number", range(6))
 def test_a_resampled_list_is_pycocotools_on_a_data_set_with_copied_images(noisy, number):
     dataset, detections = noisy
-    matches = match(_coco(dataset), detections)
+    matches = match(coco_of(dataset), detections)
     lists = bootstrap_multiplicities(24, 6, seed=11)
     assert lists.sum(axis=1).tolist() == [24] * 6
     # Independent: copy images, objects and detections as often as the list says, under new ids.
@@ -181,7 +174,7 @@ def test_ap_of_three_detections_worked_by_hand():
     )
     boxes = ([0, 0, 50, 50], [0, 120, 50, 50], [100, 0, 50, 50])
     detections = [dict(image_id=1, category_id=1, bbox=b, score=0.9 - 0.1 * i) for i, b in enumerate(boxes)]
-    found = average_precision(match(_coco(dataset), detections), np.ones((1, 1)))
+    found = average_precision(match(coco_of(dataset), detections), np.ones((1, 1)))
     assert found.metrics["AP"][0] == pytest.approx(100 * (51 + 50 * 2 / 3) / 101, abs=1e-9)
     assert found.metrics["APm"][0] == pytest.approx(found.metrics["AP"][0])
     assert math.isnan(found.metrics["APs"][0])  # no small object
@@ -192,14 +185,14 @@ def test_no_detections_and_a_list_without_objects(noisy):
     lists = np.zeros((2, 24))
     lists[0] = 1
     lists[1, -1] = 24  # an image without objects
-    found = average_precision(match(_coco(dataset), []), lists).metrics["AP"]
+    found = average_precision(match(coco_of(dataset), []), lists).metrics["AP"]
     assert found[0] == 0 and math.isnan(found[1])
 
 
 def test_a_subset_of_images_ignores_the_rest(noisy):
     dataset, detections = noisy
     ids = [image["id"] for image in dataset["images"][:9]]
-    found = average_precision(match(_coco(dataset), detections, ids), np.ones((1, 9)), areas=("all",))
+    found = average_precision(match(coco_of(dataset), detections, ids), np.ones((1, 9)), areas=("all",))
     smaller = dict(
         dataset,
         images=dataset["images"][:9],
@@ -211,7 +204,7 @@ def test_a_subset_of_images_ignores_the_rest(noisy):
 
 def test_a_thousand_resampled_lists_take_seconds(noisy):
     dataset, detections = noisy
-    matches = match(_coco(dataset), detections)
+    matches = match(coco_of(dataset), detections)
     start = time.perf_counter()
     average_precision(matches, bootstrap_multiplicities(24, 1000))
     assert time.perf_counter() - start < 5

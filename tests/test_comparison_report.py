@@ -12,8 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SMALL
-from pycocotools.coco import COCO
+from conftest import SMALL, coco_of
 
 from repr_det.comparison.command import main
 from repr_det.comparison.evaluation import evenly_spaced
@@ -31,13 +30,6 @@ ROOT = Path(__file__).resolve().parents[1]
 def _metrics(folder, *rows):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def _coco(dataset):
-    truth = COCO()
-    truth.dataset = dataset
-    truth.createIndex()
-    return truth
 
 
 # ---- which runs belong together ----
@@ -82,7 +74,7 @@ def finished(named_data, tiny_cfg, tmp_path):
         (folder / "inference").mkdir()
         (folder / "inference" / "coco_instances_results.json").write_text(json.dumps(detections))
         with contextlib.redirect_stdout(io.StringIO()):
-            result = average_precision(match(_coco(truth), detections), np.ones((1, 12)))
+            result = average_precision(match(coco_of(truth), detections), np.ones((1, 12)))
         final = {f"bbox/{m}": float(v[0]) for m, v in result.metrics.items()}
         final |= {
             f"bbox/AP-{c['name']}": float(v) for c, v in zip(truth["categories"], result.categories[0], strict=True)

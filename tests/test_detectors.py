@@ -13,8 +13,8 @@ from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
 
 from repr_det import RePrHook, Trainer, find_filter_layers
+from repr_det.comparison.records import read_events
 from repr_det.datasets import register_coco_format
-from repr_det.hook import read_events
 
 # Sub-network at iterations 1 and 2.
 SCHEDULE = "REPR.ENABLED True REPR.S1_ITERS 1 REPR.S2_ITERS 2 REPR.NUM_CYCLES 1 SOLVER.MAX_ITER 5".split()
@@ -128,7 +128,7 @@ def test_drops_and_restores(tiny_cfg, tmp_path, tiny_masks, detector, slim):
     trainer._hooks.insert(0, watch)  # before RePrHook, whose own passes would be seen too
     watch.trainer = trainer
     trainer.train()
-    check(watch, read_events(str(tmp_path / "run" / "repr_events.jsonl")), layers, slim)
+    check(watch, read_events(tmp_path / "run"), layers, slim)
 
 
 def check(watch, events, layers, slim):
@@ -166,4 +166,4 @@ def test_retinanet_in_a_simple_trainer(tiny_cfg, tmp_path):
     watch = Watch([x.name for x in layers])
     trainer.register_hooks([watch, RePrHook(cfg)])
     trainer.train(0, cfg.SOLVER.MAX_ITER)
-    check(watch, read_events(str(tmp_path / "run" / "repr_events.jsonl")), layers, slim=False)
+    check(watch, read_events(tmp_path / "run"), layers, slim=False)

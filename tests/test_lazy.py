@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 
 from repr_det import RePrHook, UserError, find_filter_layers
 from repr_det.cli import build_config
+from repr_det.comparison.records import read_events
 from repr_det.config import schedule_from_config
-from repr_det.hook import read_events
 from repr_det.lazy import LazyTrainer, instantiate, load_lazy_config, repr_cfg_from_lazy, start
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -116,7 +116,7 @@ def trained(config: str, folder: Path, *overrides: str, resume: bool = False) ->
 
 def test_trains_evaluates_and_resumes_bit_for_bit(small_config, tmp_path):
     straight = trained(small_config, tmp_path / "a")
-    events = read_events(str(tmp_path / "a" / "repr_events.jsonl"))
+    events = read_events(tmp_path / "a")
     assert [(e["event"], e["iteration"]) for e in events] == [("drop", 0), ("restore", 2)]
     dropped = sum(map(len, events[0]["dropped"].values()))
     assert dropped == int(0.3 * sum(x.num_filters for x in find_filter_layers(straight.model, ["*res*.conv*"])))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from repr_det.orthogonality import expected_overlap, inter_filter_orthogonality, least_overlap_filters
+from repr_det.orthogonality import expected_overlap, inter_filter_orthogonality, least_overlap_filters, overlap_of_kept
 
 COSINE = 1e-5  # what repr-method.md asks of a null space
 
@@ -484,3 +484,18 @@ def test_autocast_does_not_lower_the_precision(kept, dropped, dimension):
     if dimension == 576:
         assert_null(new, kept, dropped)
     np.testing.assert_allclose(score.float().numpy(), overlap_by_hand(kept), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("num_filters", "dimension", "num_dropped"), [(6, 9, 2), (300, 27, 90), (520, 64, 260), (5, 3, 4)]
+)
+def test_overlap_of_kept_filters_is_their_own_metric(num_filters, dimension, num_dropped):
+    rng = np.random.default_rng(3)
+    weight = rng.normal(size=(num_filters, dimension))
+    dropped = np.zeros(num_filters, bool)
+    dropped[rng.permutation(num_filters)[:num_dropped]] = True
+    tensor = torch.from_numpy(weight)
+    found = overlap_of_kept(tensor, inter_filter_orthogonality(tensor), torch.from_numpy(dropped))
+    unit = weight[~dropped] / np.linalg.norm(weight[~dropped], axis=1, keepdims=True)
+    expected = np.abs(unit @ unit.T - np.eye(len(unit))).sum(1) / len(unit)
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-12)

@@ -19,8 +19,8 @@ from repr_det.datasets import drawing, shapes
 from repr_det.errors import UserError
 
 PINNED = {
-    "train": "0e2c535b981be1c845260754d3f096b39cc6558e70dc981d63935b3804bfedb1",
-    "val": "51594abc25dcb48d73d08806ccf22e8d0dd40e4d2303067e37916e133b969a48",
+    "train": "5810b0c366d207ddbb5ced37ae3ac1f79d860162de5a1ceafbe30c0455f9de10",
+    "val": "ccabf867feafa6411227f012d34cbdfd24226bc9b60d16a2e184ee1c535e76fb",
 }
 
 
@@ -174,7 +174,7 @@ def test_every_scale_and_class_occurs(sample):
     objects = [thing for _, things in sample for thing in things]
     areas = np.array([thing["area"] for thing in objects])
     shares = [(areas < 32**2).mean(), ((areas >= 32**2) & (areas <= 96**2)).mean(), (areas > 96**2).mean()]
-    assert shares[0] > 0.3 and shares[1] > 0.25 and shares[2] > 0.002
+    assert shares[0] > 0.2 and shares[1] > 0.4 and shares[2] > 0.02
     counts = np.bincount([thing["category_id"] for thing in objects], minlength=len(shapes.CLASS_NAMES) + 1)
     assert counts[0] == 0 and len(counts) == len(shapes.CLASS_NAMES) + 1 and counts[1:].min() > 0.05 * len(objects)
 

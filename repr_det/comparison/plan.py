@@ -8,8 +8,9 @@ from detectron2.config import CfgNode
 
 from repr_det.cli import build_config, check_run
 from repr_det.comparison.pairing import check_planned
-from repr_det.comparison.runs import BASELINE, REPR, Run, has_begun, is_finished, planned_run
+from repr_det.comparison.runs import BASELINE, REPR, Run, is_finished, planned_run
 from repr_det.errors import UserError
+from repr_det.files import run_traces
 
 _OWN_KEYS = {"SEED": "--seeds", "OUTPUT_DIR": "--output", "REPR.ENABLED": "the arm"}
 
@@ -68,4 +69,4 @@ def plan_runs(
 def _check(run: Run, cfg: CfgNode, num_gpus: int) -> None:
     check_planned(run, yaml.safe_load(cfg.dump()))
     if not is_finished(run):
-        check_run(cfg, resume=has_begun(run.folder), num_gpus=num_gpus)
+        check_run(cfg, resume=bool(run_traces(run.folder)), num_gpus=num_gpus)

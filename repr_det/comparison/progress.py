@@ -10,6 +10,7 @@ from typing import TextIO
 
 from repr_det.comparison.records import read_json_lines
 from repr_det.comparison.runs import Run
+from repr_det.files import METRICS_FILE
 
 
 @dataclass
@@ -88,7 +89,7 @@ class Progress:
             self._drawn = 0
 
     def _read(self, run: Run) -> None:
-        state, path = self.states[run], run.folder / "metrics.json"
+        state, path = self.states[run], run.folder / METRICS_FILE
         try:
             stat = path.stat()
         except OSError:
@@ -96,7 +97,7 @@ class Progress:
         if (stat.st_mtime, stat.st_size) == state.seen:
             return
         state.seen = (stat.st_mtime, stat.st_size)
-        lines = [line for line in read_json_lines(run.folder / "metrics.json") if "total_loss" in line]
+        lines = [line for line in read_json_lines(run.folder / METRICS_FILE) if "total_loss" in line]
         if not lines or stat.st_mtime < state.since:  # what an earlier session wrote says nothing about speed
             return
         # The line written last, not the highest iteration: a resumed run repeats some.

@@ -11,10 +11,7 @@ from typing import Any
 import yaml
 
 from repr_det.errors import UserError
-
-# Written by RePrHook, a line before each drop and after each restore: {"iteration", "event", "cycle", "overlap":
-# {layer: [O_f of every filter]}}. Runs of older versions have none.
-OVERLAPS_FILE = "repr_overlaps.jsonl"
+from repr_det.files import EVENTS_FILE, METRICS_FILE, OVERLAPS_FILE
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
@@ -36,7 +33,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 def read_metrics(folder: Path) -> dict[int, dict[str, float]]:
     """Iteration -> everything logged for it, in order. A resumed run repeats iterations: the later line counts."""
     rows: dict[int, dict[str, float]] = {}
-    for line in read_json_lines(folder / "metrics.json"):
+    for line in read_json_lines(folder / METRICS_FILE):
         if isinstance(line.get("iteration"), int):
             rows.setdefault(line["iteration"], {}).update(line)
     return dict(sorted(rows.items()))
@@ -44,11 +41,12 @@ def read_metrics(folder: Path) -> dict[int, dict[str, float]]:
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
     """The transitions of a RePr run in order; [] for a baseline."""
-    return read_json_lines(folder / "repr_events.jsonl")
+    return read_json_lines(folder / EVENTS_FILE)
 
 
 def read_overlaps(folder: Path) -> list[dict[str, Any]]:
-    """The O_f snapshots of a RePr run, see OVERLAPS_FILE."""
+    """The O_f snapshots of a RePr run, one before each drop and after each restore: {"iteration", "event", "cycle",
+    "overlap": {layer: [O_f of every filter]}}; [] for runs of older versions."""
     return [line for line in read_json_lines(folder / OVERLAPS_FILE) if isinstance(line.get("overlap"), dict)]
 
 

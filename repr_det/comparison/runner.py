@@ -17,8 +17,9 @@ from typing import IO, Any
 
 from repr_det.cli import run_tool
 from repr_det.comparison.progress import Progress
-from repr_det.comparison.runs import Run, has_begun, is_finished
+from repr_det.comparison.runs import Run, is_finished
 from repr_det.errors import UserError
+from repr_det.files import run_traces
 
 OUTPUT_FILE = "stdout.txt"
 _LOCK_FILE = ".running"
@@ -94,7 +95,7 @@ class _Job:
 
     @classmethod
     def start(cls, run: Run, slot: int, jobs: int, num_gpus: int) -> "_Job":
-        command = run.command(resume=has_begun(run.folder))
+        command = run.command(resume=bool(run_traces(run.folder)))
         run.folder.mkdir(parents=True, exist_ok=True)
         lock = _lock(run)
         output = (run.folder / OUTPUT_FILE).open("a", encoding="utf-8")

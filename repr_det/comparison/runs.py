@@ -10,8 +10,6 @@ from repr_det.comparison.records import read_metrics
 
 BASELINE, REPR = "baseline", "repr"
 ARM_NAMES = {BASELINE: "baseline", REPR: "RePr"}
-# Any of these in a folder means that a run has begun there (repr_det.cli refuses such a folder without --resume).
-_TRACES = ("last_checkpoint", "metrics.json", "repr_events.jsonl", "config.yaml")
 
 
 @dataclass(frozen=True)
@@ -63,11 +61,6 @@ def planned_run(
         flags += ["--register", *words]
     own = [*opts, "SEED", str(seed), "OUTPUT_DIR", str(folder)]
     return Run(arm, seed, folder, max_iter, tuple(flags), tuple(own))
-
-
-def has_begun(folder: Path) -> bool:
-    """Whether the folder holds traces of a run, finished or not."""
-    return any((folder / name).exists() for name in _TRACES) or any(folder.glob("*.pth"))
 
 
 def final_row(folder: Path, max_iter: int) -> dict[str, float] | None:

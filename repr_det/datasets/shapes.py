@@ -28,7 +28,7 @@ from repr_det.datasets.drawing import Dice, bar, blob, distractor, far, mix, nea
 from repr_det.errors import UserError
 
 # What the data set is, and how hard. Any change makes another data set: folders built before are rebuilt on next use.
-GENERATOR_VERSION = 1
+GENERATOR_VERSION = 2
 # Every class has a colour of its own (blue, green, red) that OWN_COLOUR percent of its shapes have, more or less: a cue
 # that is learnt in minutes, but neither clutter nor the other shapes respect it.
 CLASSES = {
@@ -42,9 +42,9 @@ CLASSES = {
 CLASS_NAMES = tuple(CLASSES)
 OWN_COLOUR = 75
 SPLITS = {"train": (1, 600), "val": (2, 150)}  # split seed, number of images
-IMAGE_SIDES = (112, 128, 144)  # px; height and width are drawn independently
+IMAGE_SIDES = (160, 184, 208)  # px; height and width are drawn independently
 OBJECTS = (3, 6)  # shapes tried an image
-SCALES = ((16, 30, 20), (32, 80, 60), (96, 130, 20))  # diameter in px: least, most, percent of the shapes
+SCALES = ((20, 42, 25), (45, 112, 60), (134, 180, 15))  # diameter in px: least, most, percent of the shapes
 TURN = 15  # degrees, either way
 STRETCH = (72, 100)  # percent: width of a shape across its axis, relative to its length
 MIN_VISIBLE = 30  # percent of a shape (its part outside the image included) that nothing hides
