@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import logging
 import os
+import re
 import sys
 import tempfile
 import warnings
@@ -23,12 +24,13 @@ from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from repr_det.config import add_repr_config, schedule_from_config, validate_repr_config, without_repr
 from repr_det.criteria import get_criterion
 from repr_det.datasets import check_registered, class_names, register_builtin, register_coco_format
 from repr_det.errors import UserError
-from repr_det.files import run_traces, write_atomically
+from repr_det.files import disk_is_full, run_traces, write_atomically
 from repr_det.layers import find_filter_layers
 from repr_det.resume import check_last_checkpoint
 from repr_det.safe_pickle import load_checkpoint
@@ -62,11 +64,15 @@ def add_data_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def run_tool(main: Callable[[], Any]) -> None:
-    """Runs a tool; a UserError ends it with one line on stderr and status 2."""
+    """Runs a tool; a UserError or a full disk ends it with one line on stderr and status 2."""
     try:
         main()
-    except UserError as error:
-        sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {error}\n")
+    except (UserError, OSError) as error:
+        if not isinstance(error, UserError) and not disk_is_full(error):
+            raise
+        full = f"{error}: free space; a run goes on with --resume"
+        what = _last_line(error) if isinstance(error, UserError) else full
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {what}\n")
         sys.exit(2)
 
 
@@ -224,12 +230,25 @@ def launch_processes(main: Callable[[argparse.Namespace], Any], args: argparse.N
     """Runs ``main(args)`` in the processes that ``args`` asks for."""
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # several CPU processes talk by gloo, also on a machine with GPUs
-    launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,))
+    try:
+        launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,))
+    except ProcessRaisedException as error:
+        if not re.search(r"\nrepr_det\.[\w.]+Error: .*$", str(error).rstrip()):
+            raise
+        raise UserError(_last_line(error)) from None
+    except ProcessExitedException as error:
+        raise UserError(f"{error}, so the run stops; what is saved is untouched: continue with --resume") from None
+
+
+def _last_line(error: Exception) -> str:
+    """The message; of an error from another process, whose message is a traceback, the one that ends it."""
+    return re.sub(r"^repr_det\.[\w.]+Error: ", "", str(error).rstrip().rpartition("\n")[2])
 
 
 def _one_line_for_user_errors(record: logging.LogRecord) -> bool:
     """Detectron2 logs a traceback for whatever ends a run; what a user can act on is one line, printed by run_tool."""
-    return not (record.exc_info and isinstance(record.exc_info[1], UserError))
+    error = record.exc_info[1] if record.exc_info else None
+    return not (isinstance(error, UserError) or disk_is_full(error))
 
 
 @contextlib.contextmanager

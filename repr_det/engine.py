@@ -2,8 +2,10 @@
 
 import os
 import weakref
+from collections.abc import Iterable
 
 from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper, build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, create_ddp_model, hooks
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import COCOEvaluator
@@ -12,6 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from repr_det.config import scale_to_world
+from repr_det.datasets.reading import NamingMapper
 from repr_det.errors import UserError
 from repr_det.guard import FiniteGuard, NonFiniteError, describe, first_non_finite
 from repr_det.hook import RePrHook
@@ -94,6 +97,16 @@ class Trainer(DefaultTrainer):
                 f"has it {'on' if enabled else 'off'}: resume with the same arm, or give another OUTPUT_DIR"
             )
         super().load_state_dict(state_dict)
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Iterable:
+        """Detectron2's, whose errors name the image file."""
+        return build_detection_train_loader(cfg, mapper=NamingMapper(DatasetMapper(cfg, True)))
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable:
+        """Detectron2's, whose errors name the image file."""
+        return build_detection_test_loader(cfg, dataset_name, mapper=NamingMapper(DatasetMapper(cfg, False)))
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:

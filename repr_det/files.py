@@ -1,5 +1,6 @@
 """Files that are whole or absent: written beside their place and renamed into it."""
 
+import errno
 import json
 import os
 import tempfile
@@ -30,6 +31,11 @@ def write_atomically(path: str | Path, text: str) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def disk_is_full(error: BaseException | None) -> bool:
+    """Whether ``error`` says that nothing more can be written: no space, quota or file size limit reached."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def truncate_log(path: str | Path, start_iter: int) -> None:

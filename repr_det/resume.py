@@ -51,6 +51,13 @@ class AtomicCheckpointer(DetectionCheckpointer):
             with tempfile.TemporaryDirectory(dir=final, prefix=_SAVING) as self.save_dir:
                 self._final = final
                 super().save(name, **kwargs)  # ends in tag_last_checkpoint
+        except (OSError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # where torch writes its files
+                raise
+            raise UserError(
+                f"the checkpoint {name} could not be written to {final}: {_reason(error)}; the checkpoints "
+                "before it are untouched: free space, then --resume"
+            ) from error
         finally:
             self.save_dir = final
 
@@ -90,6 +97,13 @@ class AtomicCheckpointer(DetectionCheckpointer):
             os.fsync(file.fileno())
         os.replace(written, os.path.join(self._final, last_filename_basename))
         write_atomically(os.path.join(self._final, "last_checkpoint"), last_filename_basename)
+
+
+def _reason(error: BaseException) -> str:
+    """What the system said where torch hides it behind an error of its own."""
+    while not isinstance(error, OSError) and error.__context__ is not None:
+        error = error.__context__
+    return str(error).splitlines()[0]
 
 
 def remove_unfinished_saves(folder: str) -> None:

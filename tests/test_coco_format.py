@@ -225,14 +225,25 @@ def test_damaged_image_files(folder):
         folder.check()
 
 
-def test_a_truncated_image_is_found_by_decoding(folder):
+def test_a_truncated_image_is_found_by_decoding(folder, monkeypatch):
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(noise).save(folder.images / "5.jpg")
     data = (folder.images / "5.jpg").read_bytes()
     (folder.images / "5.jpg").write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match=r"5\.jpg cannot be read as an image: .*truncated"):
+        folder.check()
+    monkeypatch.setattr(coco_format, "DECODED_BYTES", 0)  # as in a large data set
     folder.check()
     with pytest.raises(UserError, match=r"5\.jpg cannot be read as an image: .*truncated"):
         folder.check(decode=True)
+
+
+@pytest.mark.parametrize("bits", [np.uint16, np.int32, np.float32])
+def test_pixels_of_more_than_8_bits_are_refused(folder, bits):
+    Image.fromarray(np.ones(SIZES[5][::-1], bits)).save(folder.images / "5.tif")
+    folder.content["images"][2]["file_name"] = "5.tif"
+    with pytest.raises(UserError, match=r"5\.tif cannot be read as an image: its pixels have more than 8 bits"):
+        folder.check()
 
 
 def test_headers_are_read_of_evenly_spread_images(folder, monkeypatch):

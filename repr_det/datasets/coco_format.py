@@ -20,6 +20,7 @@ from repr_det.errors import UserError
 MAX_HEADERS = 2000  # image files whose header is read, evenly spread over the data set; all are checked for existence
 MAX_USELESS_BOXES = 0.001  # share of boxes without area or outside their image, which Detectron2 drops, that passes
 # with a warning: COCO's own train2017 has 2 in 860,001
+DECODED_BYTES = 50_000_000  # data sets with image files of no more than this are decoded: a second or two
 EXIF_ORIENTATION = 274
 TRANSPOSED = (5, 6, 7, 8)  # orientations that swap width and height
 
@@ -53,7 +54,8 @@ def check_coco_format(
         name: the data set's name, for the messages
         allow_no_boxes: accept a json without annotations
         for_evaluation: ask also for what only COCO evaluation needs (`area` and `iscrowd` of every annotation)
-        decode: decode the image files instead of reading their headers, which also finds truncated ones
+        decode: decode the image files instead of reading their headers, which also finds truncated ones; small data
+            sets are always decoded
         max_headers: how many image files are opened, evenly spread; existence and emptiness are checked for all
 
     Raises:
@@ -239,11 +241,13 @@ def _check_files(
     if not image_root.is_dir():
         what = "is not a folder" if image_root.exists() else "does not exist"
         raise UserError(f"{prefix}image folder {image_root} {what}")
-    missing, empty = [], []
+    missing, empty, total = [], [], 0
     for image in images:
         path = os.path.join(image_root, image["file_name"])
         try:
-            if os.stat(path).st_size == 0:
+            size = os.stat(path).st_size
+            total += size
+            if size == 0:
                 empty.append(image["file_name"])
         except (OSError, ValueError):
             missing.append(image["file_name"])
@@ -251,7 +255,7 @@ def _check_files(
         if names:
             share = f"{len(names)} of {len(images)} image files"
             raise UserError(f"{prefix}{json_file}: {share} are {what} in {image_root}; the first is '{names[0]}'")
-    opened = min(len(images), max_headers)
+    opened, decode = min(len(images), max_headers), decode or total <= DECODED_BYTES
     for i in range(opened):
         image = images[i * len(images) // opened]
         path, expected = image_root / image["file_name"], (image["width"], image["height"])
@@ -271,6 +275,11 @@ def _check_files(
 def _size_as_read(path: Path, expected: tuple[int, int], decode: bool) -> tuple[int, int]:
     """(width, height) as Detectron2's `read_image` returns it, with the EXIF orientation applied."""
     with Image.open(path) as image:
+        if image.mode.startswith(("I", "F")):
+            raise ValueError(
+                f"its pixels have more than 8 bits (mode {image.mode}), which Detectron2 would clip to 0..255; convert "
+                "it to 8 bits"
+            )
         if decode:
             image.load()
         if image.format == "PNG" and "exif" not in image.info and image.size == expected:

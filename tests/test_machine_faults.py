@@ -1,0 +1,100 @@
+"""A full disk and an image that goes bad while training: one line, nothing saved is lost, and the run goes on."""
+
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, SMALL
+from detectron2.engine import HookBase
+from detectron2.utils.env import seed_all_rng
+
+from repr_det import Trainer, UserError
+
+OPTS = (
+    "SOLVER.MAX_ITER 8 REPR.ENABLED True REPR.S1_ITERS 3 REPR.S2_ITERS 3 REPR.NUM_CYCLES 1 DATASETS.TEST () "
+    "SOLVER.CHECKPOINT_PERIOD 2"
+).split()
+
+
+class At(HookBase):
+    """Calls ``action`` before iteration 5, in the sub-network phase."""
+
+    def __init__(self, action):
+        self.action = action
+
+    def before_step(self):
+        if self.trainer.iter == 5:
+            self.action()
+
+
+def end_of(cfg, *hooks, resume=False):
+    seed_all_rng(99 if resume else 5)
+    trainer = Trainer(cfg)
+    trainer.register_hooks(hooks)
+    trainer.resume_or_load(resume=resume)
+    trainer.train()
+    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+
+def assert_same(a, b):
+    for name, value in a.items():
+        assert torch.equal(value, b[name]), name
+
+
+def test_full_disk(tiny_cfg, tmp_path):
+    """A limit on the size of files refuses writes as a full disk does, in the middle of a checkpoint."""
+    straight = end_of(tiny_cfg(*OPTS, "OUTPUT_DIR", tmp_path / "straight"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    cfg = tiny_cfg(*OPTS)
+    try:
+        with pytest.raises(UserError) as error:
+            end_of(cfg, At(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(error.value)
+    assert "the checkpoint model_0000005 could not be written" in str(error.value) and "File too large" in str(
+        error.value
+    )
+    folder = tmp_path / "run"
+    assert (folder / "last_checkpoint").read_text() == "model_0000003.pth"
+    assert sorted(p.name for p in folder.iterdir() if "model" in p.name or "saving" in p.name) == [
+        "model_0000001.pth",
+        "model_0000003.pth",
+    ]
+    assert_same(end_of(cfg, resume=True), straight)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_image_that_goes_bad(tiny_cfg, tiny_data, tmp_path, workers):
+    opts = [*OPTS, "DATALOADER.NUM_WORKERS", workers, "SOLVER.MAX_ITER", 24, "SOLVER.CHECKPOINT_PERIOD", 1]
+    straight = end_of(tiny_cfg(*opts, "OUTPUT_DIR", tmp_path / "straight"))
+    path = tiny_data / "images" / "4.png"
+    whole = path.read_bytes()
+    cfg = tiny_cfg(*opts)
+    try:
+        with pytest.raises(UserError) as error:
+            end_of(cfg, At(lambda: path.write_bytes(whole[: len(whole) // 2])))
+    finally:
+        path.write_bytes(whole)
+    last_line = str(error.value).rstrip().rpartition("\n")[2]  # workers put a traceback before it
+    assert f"{path} cannot be read: " in last_line and "repair the file, then --resume" in last_line
+    assert_same(end_of(cfg, resume=True), straight)
+
+
+def test_error_in_one_of_two_processes_is_one_line(tiny_data, tmp_path):
+    register = [
+        x
+        for name in ("tiny_train", "tiny_val")
+        for x in ("--register", name, tiny_data / "tiny.json", tiny_data / "images")
+    ]
+    command = [
+        *(sys.executable, ROOT / "tools" / "train_net.py", "--config-file", ROOT / "configs" / "baseline_r50_fpn.yaml"),
+        *(*register, "--num-gpus", 2, *SMALL, *OPTS, "SOLVER.BASE_LR", "1e20", "OUTPUT_DIR", tmp_path / "run"),
+    ]
+    done = subprocess.run([str(x) for x in command], capture_output=True, text=True)
+    assert done.returncode == 2
+    last = done.stderr.rstrip().rpartition("\n")[2]
+    assert last.startswith("train_net.py: error: iteration ") and "not finite" in last
+    assert "Traceback" not in done.stderr + done.stdout
