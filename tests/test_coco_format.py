@@ -284,6 +284,10 @@ def greyscale(folder):
     Image.new("L", SIZES[1]).save(folder.images / "1.jpg")
 
 
+def cmyk(folder):
+    Image.new("CMYK", SIZES[1]).save(folder.images / "1.jpg")
+
+
 def palette_png(folder):
     Image.new("P", SIZES[1]).save(folder.images / "1.png")
     image(0, file_name="1.png")(folder.content)
@@ -339,7 +343,7 @@ def polygons_and_extras(folder):
     folder.content |= {"info": {}, "licenses": []}
 
 
-ODD = [rle_crowd, greyscale, palette_png, exif_rotated, exif_rotated_png, exif_upside_down, damaged_exif]
+ODD = [rle_crowd, greyscale, cmyk, palette_png, exif_rotated, exif_rotated_png, exif_upside_down, damaged_exif]
 ODD += [unicode_subfolder, sticks_out, unsorted_sparse_categories, string_image_ids, polygons_and_extras]
 
 
