@@ -42,6 +42,11 @@ def add_repr_config(cfg: CfgNode) -> None:
     # measured on CALIBRATION_BATCHES training batches, or kept as they are.
     node.REINIT.FROZEN_NORM = "recalibrate"
     node.REINIT.CALIBRATION_BATCHES = 4
+    # How loud filters return: "as_published" with gamma 1; "median_gamma" of the kept filters of the layer; or
+    # "function_preserving", so that a restore changes no output and filters earn their way in. Not in the paper.
+    node.REINIT.RETURN = "as_published"
+    # Iterations of linear learning-rate warm-up after every restore. Not in the paper.
+    node.REINIT.WARMUP_ITERS = 0
     # Leave dropped channels out of the computation instead of computing zeros: the same numbers, fewer FLOPs.
     node.SLIM = True
 
@@ -64,7 +69,9 @@ def validate_repr_config(cfg: CfgNode) -> RePrSchedule | None:
             f"REPR.MAX_DROP_PER_LAYER must be at least REPR.DROP_RATIO {node.DROP_RATIO}, got {node.MAX_DROP_PER_LAYER}"
         )
     get_criterion(node.CRITERION)
-    check_reinit(node.REINIT.SCALE, node.REINIT.FROZEN_NORM)
+    check_reinit(node.REINIT.SCALE, node.REINIT.FROZEN_NORM, node.REINIT.RETURN)
+    if node.REINIT.WARMUP_ITERS < 0:
+        raise UserError(f"REPR.REINIT.WARMUP_ITERS must be at least 0, got {node.REINIT.WARMUP_ITERS}")
     for key, value in (
         ("CRITERION_BATCHES", node.CRITERION_BATCHES),
         ("REINIT.CALIBRATION_BATCHES", node.REINIT.CALIBRATION_BATCHES),

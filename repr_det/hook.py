@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import MapDataset, build_detection_train_loader
 from detectron2.data.samplers import TrainingSampler
@@ -18,6 +19,7 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from repr_det.blocks import readers
 from repr_det.config import scale_to_world, validate_repr_config
 from repr_det.errors import UserError
 from repr_det.files import EVENTS_FILE, OVERLAPS_FILE, truncate_log
@@ -75,6 +77,10 @@ class RePrHook(HookBase):
         if comm.is_main_process():  # transitions that this run, resumed from an earlier checkpoint, will make again
             for name in (EVENTS_FILE, OVERLAPS_FILE):
                 truncate_log(self._path(name), trainer.start_iter)
+        if self.cfg.REPR.REINIT.WARMUP_ITERS:
+            optimizer = getattr(trainer, "_trainer", trainer).optimizer
+            optimizer.register_step_pre_hook(self._warm_up)
+            optimizer.register_step_post_hook(self._end_warm_up)
         self._log_plan()
 
     def after_step(self) -> None:
@@ -114,6 +120,19 @@ class RePrHook(HookBase):
                 )
         self._loaded = state
 
+    # Around the optimizer's step alone, so that learning-rate schedules, logs and checkpoints do not see it.
+    def _warm_up(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        length = self.cfg.REPR.REINIT.WARMUP_ITERS
+        restores = [i for i in self.schedule.restore_iters if i < self.trainer.iter]
+        share = min(1.0, (self.trainer.iter - restores[-1]) / (length + 1)) if restores else 1.0
+        self._rates = [group["lr"] for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group["lr"] *= share
+
+    def _end_warm_up(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate
+
     def _fingerprint(self) -> dict[str, Any]:
         """What must be the same when a run is resumed, by config key."""
         node = self.cfg.REPR
@@ -127,6 +146,8 @@ class RePrHook(HookBase):
             "REPR.CRITERION": node.CRITERION,
             "REPR.REINIT.SCALE": node.REINIT.SCALE,
             "REPR.REINIT.FROZEN_NORM": node.REINIT.FROZEN_NORM,
+            "REPR.REINIT.RETURN": node.REINIT.RETURN,
+            "REPR.REINIT.WARMUP_ITERS": node.REINIT.WARMUP_ITERS,
         }
 
     def _move_into_place(self) -> None:
@@ -152,6 +173,8 @@ class RePrHook(HookBase):
             max_drop_per_layer=node.MAX_DROP_PER_LAYER,
             scale=node.REINIT.SCALE,
             frozen_norm=node.REINIT.FROZEN_NORM,
+            returns=node.REINIT.RETURN,
+            readers=readers(model),
             criterion_batches=node.CRITERION_BATCHES,
             calibration_batches=node.REINIT.CALIBRATION_BATCHES,
             seed=seed,

@@ -13,7 +13,7 @@ In a plain loop:
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,13 +24,14 @@ from repr_det.calibration import match_moments, measure_moments
 from repr_det.criteria import Context, get_criterion
 from repr_det.distributed import broadcast_, check_agreement, rank
 from repr_det.errors import UserError
-from repr_det.layers import BATCH, FROZEN, NONE, FilterLayer, zero_rows_
+from repr_det.layers import BATCH, FROZEN, GROUP, NONE, FilterLayer, zero_rows_
 from repr_det.orthogonality import inter_filter_orthogonality, least_overlap_filters, overlap_of_kept, unit_filters
 from repr_det.passes import TrainingPasses
 from repr_det.selection import check_capacity, select_filters
 
 SCALES = ("kept", "old", "unit")
 FROZEN_NORM_MODES = ("recalibrate", "keep")
+RETURNS = ("as_published", "median_gamma", "function_preserving")
 
 
 @dataclass
@@ -57,9 +58,13 @@ class Transition:
     overlaps: dict[str, list[float]]
 
 
-def check_reinit(scale: str, frozen_norm: str) -> None:
+def check_reinit(scale: str, frozen_norm: str, returns: str) -> None:
     """Raises UserError for a mode that does not exist."""
-    for key, value, choices in (("SCALE", scale, SCALES), ("FROZEN_NORM", frozen_norm, FROZEN_NORM_MODES)):
+    for key, value, choices in (
+        ("SCALE", scale, SCALES),
+        ("FROZEN_NORM", frozen_norm, FROZEN_NORM_MODES),
+        ("RETURN", returns, RETURNS),
+    ):
         if value not in choices:
             raise UserError(f"REPR.REINIT.{key} must be one of {', '.join(choices)}, got {value!r}")
 
@@ -79,6 +84,12 @@ class RePrScheme:
         scale: norm of a new filter: "kept" the mean norm of the filters that stayed, "old" its own before the drop,
             "unit" 1.
         frozen_norm: what FrozenBN statistics do at a restore: "recalibrate" to the channel's old moments, or "keep".
+        returns: how loud a filter returns behind BN and GN. "as_published": gamma 1. "median_gamma": the median of the
+            kept filters of its layer. "function_preserving": where ``readers`` knows the conv, the restore changes
+            no output of the network (of eval mode too; but GN's groups change with their members): the reader's kernels
+            for the returning channels become 0, or gamma where the channels are added to a shortcut; elsewhere, and
+            where there is no gamma to learn (FrozenBN, no norm) on a shortcut, as published.
+        readers: conv -> the only conv that reads its channels, None for a shortcut's sum (``blocks.readers``).
         criterion_batches, calibration_batches: training batches that they may look at.
         seed: all randomness comes from it and the cycle; the same on every rank.
         passes: how to run training batches; needed by data-driven criteria and by "recalibrate".
@@ -99,13 +110,15 @@ class RePrScheme:
         max_drop_per_layer: float = 0.5,
         scale: str = "kept",
         frozen_norm: str = "recalibrate",
+        returns: str = "as_published",
+        readers: Mapping[nn.Module, nn.Module | None] | None = None,
         criterion_batches: int = 8,
         calibration_batches: int = 4,
         seed: int = 0,
         passes: TrainingPasses | None = None,
         slim_model: nn.Module | None = None,
     ) -> None:
-        check_reinit(scale, frozen_norm)
+        check_reinit(scale, frozen_norm, returns)
         self.layers = list(layers)
         check_capacity({layer.name: layer.num_filters for layer in self.layers}, drop_ratio, max_drop_per_layer)
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -118,6 +131,8 @@ class RePrScheme:
         self.drop_ratio = drop_ratio
         self.max_drop_per_layer = max_drop_per_layer
         self.scale = scale
+        self.returns = returns
+        self.readers = dict(readers or {}) if returns == "function_preserving" else {}
         self.calibrated = [x for x in self.layers if x.kind == FROZEN] if frozen_norm == "recalibrate" else []
         self.criterion_batches = criterion_batches
         self.calibration_batches = calibration_batches
@@ -303,14 +318,28 @@ class RePrScheme:
             layer.norm.weight[rows] = self._old[layer.name]["norm.weight"].to(layer.norm.weight)
             layer.norm.bias[rows] = self._old[layer.name]["norm.bias"].to(layer.norm.bias)
         elif layer.kind != NONE:
-            layer.norm.weight[rows] = 1
+            layer.norm.weight[rows] = layer.norm.weight[~mask].median() if self.returns == "median_gamma" else 1
             if layer.norm.bias is not None:
                 layer.norm.bias[rows] = 0
         if layer.kind == BATCH and layer.running_statistics() is not None:
             layer.norm.running_mean[rows] = 0
             layer.norm.running_var[rows] = 1
         self._zero_optimizer_state(layer)
+        if layer.conv in self.readers:
+            self._silence(layer, self.readers[layer.conv])
         return worst
+
+    def _silence(self, layer: FilterLayer, reader: nn.Module | None) -> None:
+        """Keeps the returned channels of ``layer`` from changing what comes after them, until they are learnt."""
+        rows = self._rows[layer.name]
+        if reader is None:
+            if layer.kind in (BATCH, GROUP):
+                layer.norm.weight[rows] = 0
+        elif reader.groups == 1:
+            state = self.optimizer.state.get(reader.weight, {})
+            for tensor in (reader.weight, *(t for t in state.values() if torch.is_tensor(t))):
+                if tensor.shape == reader.weight.shape:
+                    tensor.index_fill_(1, rows, 0)
 
     def _zero_optimizer_state(self, layer: FilterLayer) -> None:
         rows = self._rows[layer.name]

@@ -16,21 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from repr_det.blocks import known_blocks
 from repr_det.layers import FROZEN, FilterLayer, norm_kind
 
 try:
     from detectron2.layers import Conv2d as NormedConv2d
     from detectron2.layers import FrozenBatchNorm2d, NaiveSyncBatchNorm
-    from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
 except ImportError:  # a plain PyTorch loop needs no Detectron2
     _CONV_FORWARDS = [nn.Conv2d.forward]
     _NORM_FORWARDS = []
-    _CHAINS: dict[Any, tuple[str, ...]] = {}
 else:
     _CONV_FORWARDS = [nn.Conv2d.forward, NormedConv2d.forward]
     _NORM_FORWARDS = [FrozenBatchNorm2d.forward, NaiveSyncBatchNorm.forward]
-    # Blocks whose forward pass is known: these convs in this order with a ReLU between, plus the shortcut, ReLU.
-    _CHAINS = {BasicBlock.forward: ("conv1", "conv2"), BottleneckBlock.forward: ("conv1", "conv2", "conv3")}
 # Norms that treat every channel by itself and find everything about it in these tensors.
 _NORM_FORWARDS += [nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward]
 _PER_CHANNEL = ("weight", "bias", "running_mean", "running_var")
@@ -90,10 +87,8 @@ class SlimNetwork:
         if self.installed:
             return
         kept = {layer.conv: rows for layer in self.layers if (rows := self._kept(layer)) is not None}
-        for block in self.model.modules():
-            names = _CHAINS.get(type(block).forward)
-            if names is not None and "forward" not in block.__dict__:
-                self._install_block(block, [getattr(block, name) for name in names], kept)
+        for block, chain in known_blocks(self.model):
+            self._install_block(block, chain, kept)
         for conv, rows in kept.items():
             self._install_conv(conv, rows, None, scatter=True)
 

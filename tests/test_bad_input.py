@@ -42,6 +42,11 @@ CONFIG = [
     (["REPR.REINIT.CALIBRATION_BATCHES", "-1"], "REPR.REINIT.CALIBRATION_BATCHES must be at least 1, got -1"),
     (["REPR.REINIT.SCALE", "large"], "REPR.REINIT.SCALE must be one of kept, old, unit, got 'large'"),
     (["REPR.REINIT.FROZEN_NORM", "x"], "REPR.REINIT.FROZEN_NORM must be one of recalibrate, keep, got 'x'"),
+    (
+        ["REPR.REINIT.RETURN", "loud"],
+        "REPR.REINIT.RETURN must be one of as_published, median_gamma, function_preserving, got 'loud'",
+    ),
+    (["REPR.REINIT.WARMUP_ITERS", "-1"], "REPR.REINIT.WARMUP_ITERS must be at least 0, got -1"),
     (["REPR.S1_ITERS", "-5"], "REPR.S1_ITERS must be an integer of at least 1, got -5"),
     (["REPR.S2_ITERS", "0"], "REPR.S1_ITERS 6 and REPR.S2_ITERS 0: set both"),
     (["REPR.S1_ITERS", "2.5"], "command line: Type mismatch"),

@@ -1,0 +1,135 @@
+"""How restored filters return: gamma, function-preserving, and the learning-rate warm-up after a restore."""
+
+import copy
+
+import pytest
+import torch
+from detectron2.engine import HookBase
+from test_slim import resnet
+
+from repr_det import Trainer
+from repr_det.blocks import readers
+from repr_det.layers import find_filter_layers
+from repr_det.scheme import RePrScheme
+
+
+def trained_sub_network(depth, norm, returns, know_readers=True):
+    """A scheme in the sub-network phase after some steps, so that momentum is there to be dealt with."""
+    model = resnet(depth, norm)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+    options = {"returns": returns, "readers": readers(model) if know_readers else None, "frozen_norm": "keep"}
+    scheme = RePrScheme(find_filter_layers(model, ["*conv*"], ["stem*"]), optimizer, **options)
+    batches = torch.randn(6, 2, 3, 48, 32, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    for number, batch in enumerate(batches):
+        step(model, optimizer, batch)
+        if number == 2:
+            scheme.drop()
+    return model, optimizer, scheme, batches[0]
+
+
+def step(model, optimizer, batch):
+    optimizer.zero_grad()
+    sum((output**2).mean() for output in model(batch).values()).backward()
+    optimizer.step()
+
+
+def outputs(model, batch):
+    """Of training and of evaluation mode; of copies, for training moves running statistics."""
+    with torch.no_grad():
+        return [output for mode in (True, False) for output in copy.deepcopy(model).train(mode)(batch).values()]
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+def test_function_preserving_restore_changes_no_output_and_everything_learns(depth):
+    model, optimizer, scheme, batch = trained_sub_network(depth, "BN", "function_preserving")
+    dropped = {layer: mask for layer in scheme.layers if (mask := scheme.masks[layer.name]).any()}
+    before = outputs(model, batch)
+    scheme.restore()
+    for a, b in zip(outputs(model, batch), before, strict=True):
+        assert (a - b).abs().max() <= 1e-12 * b.abs().max()
+    restored = {layer: layer.weight[mask].clone() for layer, mask in dropped.items()}
+    for layer, rows in restored.items():
+        assert (rows.flatten(1).norm(dim=1) > 0).all(), layer.name
+    for _ in range(3):
+        step(model, optimizer, batch)
+    changed = outputs(model, batch)
+    assert any((a - b).abs().max() > 1e-6 * b.abs().max() for a, b in zip(changed, before, strict=True))
+    for layer, rows in restored.items():
+        moved = (layer.weight[dropped[layer]] - rows).flatten(1).abs().amax(1)
+        assert (moved > 0).all(), layer.name  # every filter gets a gradient: none is dead
+
+
+def test_function_preserving_needs_the_momentum_of_the_readers_to_be_zero():
+    _, optimizer, scheme, _ = trained_sub_network(50, "BN", "function_preserving")
+    columns = [
+        (reader, scheme.masks[layer.name].clone())
+        for layer in scheme.layers
+        if (reader := scheme.readers[layer.conv]) is not None and scheme.masks[layer.name].any()
+    ]
+    assert any(optimizer.state[reader.weight]["momentum_buffer"][:, mask].any() for reader, mask in columns)
+    scheme.restore()
+    for reader, mask in columns:
+        assert not optimizer.state[reader.weight]["momentum_buffer"][:, mask].any()
+
+
+@pytest.mark.parametrize("norm", ["FrozenBN", "GN", ""])
+def test_function_preserving_with_other_norms_silences_readers(norm):
+    model, _, scheme, batch = trained_sub_network(50, norm, "function_preserving")
+    pairs = [
+        (scheme.readers[layer.conv], mask)
+        for layer in scheme.layers
+        if (mask := scheme.masks[layer.name].clone()).any()
+    ]
+    own = {layer.conv: scheme.masks[layer.name].clone() for layer in scheme.layers}
+    scheme.restore()
+    assert sum(reader is not None for reader, _ in pairs) > 0
+    for reader, mask in pairs:
+        if reader is not None:
+            assert not reader.weight[~own[reader]][:, mask].any()
+    assert all(torch.isfinite(output).all() for output in outputs(model, batch))
+
+
+def test_unknown_readers_return_as_published():
+    ends = []
+    for returns, know in (("function_preserving", False), ("as_published", True)):
+        model, _, scheme, _ = trained_sub_network(18, "BN", returns, know)
+        scheme.restore()
+        ends.append(list(model.state_dict().values()))
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def test_median_gamma():
+    _, _, scheme, _ = trained_sub_network(18, "BN", "median_gamma")
+    masks = {layer: scheme.masks[layer.name].clone() for layer in scheme.layers}
+    wanted = {layer: sorted(layer.norm.weight[~mask].tolist()) for layer, mask in masks.items()}
+    scheme.restore()
+    for layer, mask in masks.items():
+        expected = wanted[layer][(len(wanted[layer]) - 1) // 2]  # the lower one of two
+        assert (layer.norm.weight[mask] == expected).all()
+
+
+def test_warm_up_after_every_restore(tiny_cfg, tmp_path):
+    """The rates with which the optimizer steps; logs, schedule and checkpoints keep the stock ones."""
+
+    class Rates(HookBase):
+        def before_train(self):
+            self.used, self.stock = [], []
+            self.trainer.optimizer.register_step_pre_hook(lambda opt, *_: self.used.append(opt.param_groups[0]["lr"]))
+
+        def before_step(self):
+            self.stock.append(self.trainer.optimizer.param_groups[0]["lr"])
+
+    opts = "SOLVER.MAX_ITER 12 REPR.ENABLED True REPR.S1_ITERS 2 REPR.S2_ITERS 2 REPR.NUM_CYCLES 2".split()
+    opts += ["DATASETS.TEST", "()"]
+    trainer = Trainer(tiny_cfg(*opts, "REPR.REINIT.WARMUP_ITERS", 3))
+    rates = Rates()
+    trainer.register_hooks([rates])
+    trainer.train()
+    plain = Trainer(tiny_cfg(*opts, "OUTPUT_DIR", tmp_path / "plain"))
+    others = Rates()
+    plain.register_hooks([others])
+    plain.train()
+    assert rates.stock == others.stock == others.used
+    # Restores after iterations 3 and 7: 1/4, 2/4, 3/4 of the rate from 4 and from 8 on.
+    shares = [1, 1, 1, 1, 0.25, 0.5, 0.75, 1, 0.25, 0.5, 0.75, 1]
+    assert rates.used == pytest.approx([a * b for a, b in zip(shares, rates.stock, strict=True)])
