@@ -1,0 +1,143 @@
+"""tools/benchmark.py: its arithmetic against closed forms and counts, and the whole command on the smallest case."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from repr_det import UserError
+from repr_det.benchmarking.case import Bench, Case, even_masks, patched, synthetic_batch
+from repr_det.benchmarking.command import CONFIG_FILE, main, plan
+from repr_det.benchmarking.flops import count
+from repr_det.benchmarking.prediction import predict, run_ratio
+from repr_det.benchmarking.steps import ARMS, spread
+from repr_det.benchmarking.transitions import needed_flops, textbook_filters, textbook_overlap
+from repr_det.orthogonality import inter_filter_orthogonality
+from repr_det.schedule import RePrSchedule
+
+TINY = Case(depth=18, size=64, batch=1, norm="BN")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--depths", "19"], "--depths must be one of 18, 34, 50, 101, 152, got 19"),
+        (["--ratios", "1"], "--ratios must be in (0, 1), got 1.0"),
+        (["--sizes", "32"], "--sizes must be at least 64"),
+        (["--heads", "large"], "--heads must be one of stock, small, got 'large'"),
+        (["--norm", "LN"], "--norm must be one of FrozenBN, BN, SyncBN, GN, got 'LN'"),
+        (["--only", "time"], "--only must be of steps, transitions, memory, got 'time'"),
+        (["--pairs", "0"], "--pairs must be at least 1, got 0"),
+        (["--threads", "-1"], "--threads must be at least 0, got -1"),
+        (["--output", __file__], "is a file, not a folder"),
+        (["--amp"], "--amp needs a GPU"),
+    ],
+)
+def test_wrong_flags(flags, message):
+    with pytest.raises(UserError) as error:
+        plan(flags)
+    assert message in str(error.value)
+
+
+def test_textbook_route():
+    rng = np.random.default_rng(0)
+    weight = rng.normal(size=(7, 40))
+    wanted = []
+    for f in range(7):
+        cosines = [weight[f] @ weight[k] / np.linalg.norm(weight[f]) / np.linalg.norm(weight[k]) for k in range(7)]
+        wanted.append(sum(abs(c) for k, c in enumerate(cosines) if k != f) / 7)
+    assert np.allclose(textbook_overlap(weight), wanted)
+    assert np.allclose(inter_filter_orthogonality(torch.from_numpy(weight)), wanted)
+    new = textbook_filters(weight[:5], weight[5:])
+    assert np.allclose(new @ new.T, np.eye(2)) and np.abs(new @ weight.T).max() < 1e-12
+
+
+@pytest.mark.parametrize(("filters", "dropped", "dimension"), [(32, 9, 200), (32, 9, 40)])
+def test_needed_flops_are_those_of_the_products(filters, dropped, dimension):
+    rows, new = torch.randn(filters, dimension), torch.randn(dropped, dimension)
+    with FlopCounterMode(display=False) as drop:
+        rows @ rows.T
+    with FlopCounterMode(display=False) as restore:
+        if filters + dropped > dimension:
+            rows.T @ rows
+        else:
+            rows @ rows.T
+            for _ in range(2):
+                new = new - (new @ rows.T) @ rows
+                new @ new.T
+    assert needed_flops(filters, dropped, dimension) == (drop.get_total_flops(), restore.get_total_flops())
+
+
+def test_spread():
+    values = list(np.random.default_rng(1).normal(size=11))
+    found = spread(values)
+    assert [found[k] for k in ("min", "q1", "median", "q3", "max")] == pytest.approx(
+        np.percentile(values, [0, 25, 50, 75, 100])
+    )
+    assert set(spread([2.0]).values()) == {2.0}
+
+
+def test_run_ratio_is_the_sum_over_the_iterations():
+    schedule = RePrSchedule(7, 3, 2, 4)
+    total = sum(0.8 if schedule.phase(i) == "sub" else 1.01 for i in range(50)) + 2 * 1.5
+    assert run_ratio(50, schedule, 1.01, 0.8, 1.5) == pytest.approx(total / 50)
+    # 1x: 3 x 5000 of 90000 iterations in the sub-network; 3x: 3 x 17500 of 270000.
+    assert predict(1.0, 0.4, 0.0) == pytest.approx({"1x": 1 - 0.6 * 15 / 90, "3x": 1 - 0.6 * 52.5 / 270})
+
+
+def test_slim_flops_are_those_of_the_kept_channels():
+    """Forward, gradient of the input and of the weight: 2 multiply-adds each, of the kept share of both channels."""
+    with Bench(TINY, CONFIG_FILE, repr_on=True) as bench:
+        scheme = bench.hook.scheme
+        macs = {}
+        handles = [
+            layer.conv.register_forward_hook(
+                lambda conv, x, y, name=layer.name: macs.update({name: y[0, 0].numel() * conv.weight.numel()})
+            )
+            for layer in scheme.layers
+        ]
+        bench.step(0)
+        for handle in handles:
+            handle.remove()
+        scheme.drop()
+        kept = {layer.name: int((~scheme.masks[layer.name]).sum()) / layer.num_filters for layer in scheme.layers}
+        saved = 0
+        for name, dense in macs.items():
+            share = kept[name]
+            if name.endswith("conv2"):
+                share *= kept[name.replace("conv2", "conv1")]
+            saved += dense * (1 - share)
+        found = count(bench, synthetic_batch(TINY))
+    assert found["step_dense"] - found["step_exact"] == pytest.approx(6 * saved, rel=1e-9)
+    assert found["step_exact"] < found["step_slim"] < found["step_dense"]
+    assert found["forward_exact"] < found["forward_slim"] < found["forward_dense"]
+
+
+def test_even_masks_and_patched():
+    with Bench(TINY, CONFIG_FILE, repr_on=True) as bench:
+        masks = even_masks(bench.hook.scheme.layers, 0.3)
+        assert all(int(mask.sum()) == round(0.3 * len(mask)) for mask in masks.values())
+    with pytest.raises(KeyError), patched(Case, "name", lambda original: 1):
+        assert TINY.name == 1
+        raise KeyError
+    assert TINY.name == "R18-FPN BN small, 0.3, 1 x 64 px"
+
+
+def test_whole_command(tmp_path, capsys):
+    flags = "--depths 18 --sizes 64 --batches 1 --pairs 2 --repeats 1 --norm BN --output".split()
+    main([*flags, str(tmp_path / "out")])
+    printed = capsys.readouterr().out
+    assert (tmp_path / "out" / "benchmark.txt").read_text() in printed
+    results = json.loads((tmp_path / "out" / "benchmark.json").read_text())
+    (entry,) = results["cases"]
+    assert entry["name"] == TINY.name and set(entry["steps"]["seconds"]) == set(ARMS)
+    assert entry["steps"]["dropped"] == int(0.3 * entry["steps"]["filters"])
+    for arm in ARMS:
+        assert 0 < entry["steps"]["seconds"][arm]["min"] <= entry["steps"]["seconds"][arm]["median"]
+        assert entry["memory"]["bytes"][arm] > 1e8
+    assert 0 < entry["steps"]["hook"]["S1"]["share"] < 0.05
+    assert entry["transitions"]["textbook_restore"] > entry["transitions"]["restore"] > 0
+    assert set(entry["prediction"]) == {"1x", "3x", "flops"}
+    assert any(path.suffix == ".svg" for path in (tmp_path / "out").iterdir())
