@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from conftest import SMALL, coco_of
 
 from repr_det.comparison.command import main
@@ -241,6 +242,24 @@ def test_a_folder_of_another_comparison_is_not_continued(finished, named_data, t
             opts=[*opts, "SOLVER.STEPS", "(30,)", "TEST.EVAL_PERIOD", "20"],
             evaluations=10,
         )
+
+
+def test_runs_of_a_version_without_an_option_of_today_are_continued(finished, named_data, tmp_path):
+    folders = [finished(arm, 1, folder=tmp_path / f"{arm}_seed1") for arm in ("baseline", "repr")]
+    for folder in folders:
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        del config["REPR"]["REINIT"]["RETURN"]
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    opts = [*SMALL, "DATASETS.TRAIN", "('odd_train',)", "DATASETS.TEST", "('odd_val',)", "SOLVER.MAX_ITER", "40"]
+    opts[opts.index("SEED") : opts.index("SEED") + 2] = []
+    config = str(ROOT / "configs" / "repr_r50_fpn.yaml")
+    opts += ["TEST.EVAL_PERIOD", "20"]
+    runs, _ = plan_runs(config, [1], tmp_path, opts=opts, evaluations=10)
+    assert [run.folder for run in runs] == folders
+    with pytest.raises(
+        UserError, match=r"repr_seed1 holds a run with REPR.REINIT.RETURN as_published, but .* has median"
+    ):
+        plan_runs(config, [1], tmp_path, opts=[*opts, "REPR.REINIT.RETURN", "median_gamma"], evaluations=10)
 
 
 # ---- the report ----

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from repr_det.comparison.records import flatten, read_config
+from repr_det.comparison.records import flatten, read_settings
 from repr_det.comparison.runs import BASELINE, REPR, Run, final_row, last_iteration
 from repr_det.errors import UserError
 
@@ -30,7 +30,7 @@ def run_from_folder(folder: Path, arm: str) -> Run:
     Raises:
         UserError: it is no run of that arm, or has no seed.
     """
-    config = flatten(read_config(folder))
+    config = read_settings(folder)
     enabled = bool(config.get("REPR.ENABLED", False))
     if enabled != (arm == REPR):
         given = "--baseline-runs" if arm == BASELINE else "--repr-runs"
@@ -80,7 +80,7 @@ def check_comparable(runs: Sequence[Run]) -> None:
     Raises:
         UserError: naming the first key that differs, with both values.
     """
-    configs = [flatten(read_config(run.folder)) for run in runs]
+    configs = [read_settings(run.folder) for run in runs]
     reference = configs[0]
     for run, config in zip(runs[1:], configs[1:], strict=True):
         _refuse_difference(runs[0], reference, run, config)
@@ -105,7 +105,7 @@ def check_planned(run: Run, config: dict[str, Any]) -> None:
     if not (run.folder / "config.yaml").exists():
         return
     try:
-        found = flatten(read_config(run.folder))
+        found = read_settings(run.folder)
     except UserError:  # cut short by a crash: the run had not begun to train
         return
     wanted = flatten(config)

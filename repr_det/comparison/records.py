@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from detectron2.config import CfgNode
 
+from repr_det.config import add_repr_config
 from repr_det.errors import UserError
 from repr_det.files import EVENTS_FILE, METRICS_FILE, OVERLAPS_FILE
 
@@ -68,6 +70,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"{path} holds {type(config).__name__}, not the keys of a config")
     return config
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """``read_config``, flat; keys of REPR that came after the version that trained the run have their defaults."""
+    defaults = CfgNode()
+    add_repr_config(defaults)
+    return flatten(defaults) | flatten(read_config(folder))
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -17,7 +17,7 @@ from repr_det.comparison import figures
 from repr_det.comparison.gallery import SCORE_THRESHOLD, gallery
 from repr_det.comparison.matches import METRICS
 from repr_det.comparison.overlaps import Moment, filter_counts, overlap_moments
-from repr_det.comparison.records import flatten, read_config
+from repr_det.comparison.records import read_settings
 from repr_det.comparison.results import Comparison
 from repr_det.comparison.runner import available_cores
 from repr_det.comparison.runs import ARM_NAMES, BASELINE, REPR
@@ -82,8 +82,8 @@ def render(comparison: Comparison, settings: dict[str, Any], images: int) -> str
     )
     environment.filters.update(number=_number, signed=_signed, interval=_interval, minus=_minus, duration=_duration)
     first, other = comparison.pairs[0]
-    config = flatten(read_config(first.run.folder))
-    repr_config = flatten(read_config(other.run.folder))
+    config = read_settings(first.run.folder)
+    repr_config = read_settings(other.run.folder)
     results = comparison.results
     counts = filter_counts(comparison.pairs)
     moments = overlap_moments(comparison.pairs, list(counts))
