@@ -1,5 +1,6 @@
 """What one of two processes does in test_processes.py; importable, as spawned processes need."""
 
+import argparse
 import os
 import signal
 import sys
@@ -12,8 +13,8 @@ from conftest import ROOT, SMALL
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-from repr_det import Trainer
-from repr_det.cli import build_config, setup, train_argument_parser
+from repr_det import Trainer, UserError
+from repr_det.cli import build_config, launch_processes, setup, train_argument_parser
 
 
 class Misbehave(HookBase):
@@ -29,6 +30,18 @@ class Misbehave(HookBase):
             with torch.no_grad():
                 model = getattr(self.trainer.model, "module", self.trainer.model)
                 model.backbone.bottom_up.res4[0].conv2.weight *= 1.5
+
+
+def main_of(args: argparse.Namespace) -> None:
+    main(*args.main)
+
+
+def launch_and_tell(args: argparse.Namespace, told: str) -> None:
+    """What a tool does; the one line that it would end with goes to the file ``told``."""
+    try:
+        launch_processes(main_of, args, "cpu")
+    except UserError as error:
+        Path(told).write_text(str(error))
 
 
 def main(folder: str, json_file: str, images: str, opts: list[str], how: str = "") -> None:

@@ -7,7 +7,9 @@ import time
 import pytest
 import torch
 from detectron2.engine import launch
-from rank_process import main
+from rank_process import launch_and_tell, main
+
+from repr_det.cli import train_argument_parser
 
 TRANSITIONS = (
     "SOLVER.MAX_ITER 6 REPR.ENABLED True REPR.S1_ITERS 1 REPR.S2_ITERS 2 REPR.NUM_CYCLES 1 SOLVER.CHECKPOINT_PERIOD 1 "
@@ -60,9 +62,16 @@ def test_two_processes_resume_bit_for_bit(tiny_data, tmp_path):
 
 
 def test_a_rank_that_dies_ends_the_other(tiny_data, tmp_path):
+    args = train_argument_parser().parse_args(["--num-gpus", "2"])
+    args.main = (str(tmp_path), str(tiny_data / "tiny.json"), str(tiny_data / "images"), TRANSITIONS, "die")
     start = time.monotonic()
-    assert run(tmp_path, tiny_data, 2, TRANSITIONS, "die") != 0
+    process = multiprocessing.get_context("spawn").Process(target=launch_and_tell, args=(args, str(tmp_path / "told")))
+    process.start()
+    process.join(150)
     assert time.monotonic() - start < 90  # start-up included
+    # Usually the parent sees the death first; gloo may tell the other rank before, which ends in its own error.
+    told = tmp_path / "told"
+    assert process.exitcode != 0 or told.read_text().startswith("process 1 terminated with signal SIGKILL")
 
 
 def test_ranks_that_disagree_are_told_apart(tiny_data, tmp_path):
