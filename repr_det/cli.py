@@ -67,13 +67,15 @@ def run_tool(main: Callable[[], Any]) -> None:
     """Runs a tool; a UserError or a full disk ends it with one line on stderr and status 2."""
     try:
         main()
-    except (UserError, OSError) as error:
-        if not isinstance(error, UserError) and not disk_is_full(error):
+        return
+    except UserError as error:
+        what = _last_line(error)
+    except OSError as error:
+        if not disk_is_full(error):
             raise
-        full = f"{error}: free space; a run goes on with --resume"
-        what = _last_line(error) if isinstance(error, UserError) else full
-        sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {what}\n")
-        sys.exit(2)
+        what = f"{error}: free space; a run goes on with --resume"
+    sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {what}\n")
+    sys.exit(2)
 
 
 def build_config(

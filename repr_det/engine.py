@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from repr_det.config import scale_to_world
-from repr_det.datasets.reading import NamingMapper
+from repr_det.datasets.image_files import NamingMapper
 from repr_det.errors import UserError
 from repr_det.guard import FiniteGuard, NonFiniteError, describe, first_non_finite
 from repr_det.hook import RePrHook

@@ -64,6 +64,9 @@ class RePrHook(HookBase):
         self.schedule.check_fits(trainer.max_iter)
         if self.scheme is None:
             self.scheme = self._build_scheme()
+            if self.cfg.REPR.REINIT.WARMUP_ITERS:
+                self.scheme.optimizer.register_step_pre_hook(self._warm_up)
+                self.scheme.optimizer.register_step_post_hook(self._end_warm_up)
         if self._loaded is not None:
             self.scheme.load_state_dict(self._loaded["scheme"])
             self._loaded = None
@@ -77,10 +80,6 @@ class RePrHook(HookBase):
         if comm.is_main_process():  # transitions that this run, resumed from an earlier checkpoint, will make again
             for name in (EVENTS_FILE, OVERLAPS_FILE):
                 truncate_log(self._path(name), trainer.start_iter)
-        if self.cfg.REPR.REINIT.WARMUP_ITERS:
-            optimizer = getattr(trainer, "_trainer", trainer).optimizer
-            optimizer.register_step_pre_hook(self._warm_up)
-            optimizer.register_step_post_hook(self._end_warm_up)
         self._log_plan()
 
     def after_step(self) -> None:

@@ -336,16 +336,18 @@ class RePrScheme:
             if layer.kind in (BATCH, GROUP):
                 layer.norm.weight[rows] = 0
         elif reader.groups == 1:
-            state = self.optimizer.state.get(reader.weight, {})
-            for tensor in (reader.weight, *(t for t in state.values() if torch.is_tensor(t))):
-                if tensor.shape == reader.weight.shape:
-                    tensor.index_fill_(1, rows, 0)
+            for tensor in (reader.weight, *self._optimizer_state(reader.weight)):
+                tensor.index_fill_(1, rows, 0)
 
     def _zero_optimizer_state(self, layer: FilterLayer) -> None:
         rows = self._rows[layer.name]
         for parameter in layer.parameters():
-            state = self.optimizer.state.get(parameter, {})
-            zero_rows_((t for t in state.values() if torch.is_tensor(t) and t.shape == parameter.shape), rows)
+            zero_rows_(self._optimizer_state(parameter), rows)
+
+    def _optimizer_state(self, parameter: Tensor) -> list[Tensor]:
+        """Momentum and moments: what the optimizer keeps for every entry of ``parameter``."""
+        state = self.optimizer.state.get(parameter, {})
+        return [t for t in state.values() if torch.is_tensor(t) and t.shape == parameter.shape]
 
     def _overlaps(self, kept_only: bool = False) -> dict[str, Tensor]:
         return {

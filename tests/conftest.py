@@ -7,6 +7,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from pycocotools.coco import COCO
 
 from repr_det.cli import build_config
@@ -23,6 +24,16 @@ MODEL.ROI_BOX_HEAD.FC_DIM 32 MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION 3 INPUT.MIN_SI
 INPUT.MIN_SIZE_TEST 64 INPUT.MAX_SIZE_TEST 96 DATALOADER.NUM_WORKERS 0 SOLVER.IMS_PER_BATCH 2 SOLVER.BASE_LR 0.005
 SOLVER.WARMUP_ITERS 2 SOLVER.CHECKPOINT_PERIOD 1000 SEED 7 DATASETS.TRAIN ('tiny_train',) DATASETS.TEST ('tiny_val',)
 """.split()
+
+
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def assert_same_weights(a: dict, b: dict) -> None:
+    """Two state dicts, bit for bit."""
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        assert torch.equal(value, b[name]), name
 
 
 def coco_of(dataset: dict) -> COCO:

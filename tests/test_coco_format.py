@@ -17,7 +17,7 @@ from detectron2.structures import Boxes, Instances
 from PIL import Image
 
 from repr_det import datasets
-from repr_det.datasets import coco_format
+from repr_det.datasets import coco_format, image_files
 from repr_det.errors import UserError
 
 SIZES = {1: (40, 30), 2: (30, 40), 5: (64, 64)}  # image id -> width, height
@@ -232,7 +232,7 @@ def test_a_truncated_image_is_found_by_decoding(folder, monkeypatch):
     (folder.images / "5.jpg").write_bytes(data[: len(data) // 2])
     with pytest.raises(UserError, match=r"5\.jpg cannot be read as an image: .*truncated"):
         folder.check()
-    monkeypatch.setattr(coco_format, "DECODED_BYTES", 0)  # as in a large data set
+    monkeypatch.setattr(image_files, "DECODED_BYTES", 0)  # as in a large data set
     folder.check()
     with pytest.raises(UserError, match=r"5\.jpg cannot be read as an image: .*truncated"):
         folder.check(decode=True)

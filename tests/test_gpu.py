@@ -4,17 +4,16 @@ import copy
 
 import pytest
 import torch
+from conftest import GPU, assert_same_weights
 from test_processes import TRANSITIONS, events, run
 from test_slim import drop, resnet, step
 
 from repr_det import Trainer
+from repr_det.layers import find_filter_layers
 from repr_det.orthogonality import inter_filter_orthogonality, least_overlap_filters
 from repr_det.slim import SlimNetwork
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = GPU
 
 
 def test_new_filters_are_orthogonal_and_those_of_the_cpu():
@@ -40,23 +39,18 @@ def test_metric_is_that_of_the_cpu():
 
 @pytest.mark.parametrize("norm", ["BN", "FrozenBN", "GN"])
 def test_slim_sub_network_is_the_masked_one(norm):
-    masked = resnet(50, norm).cuda()
-    slim = copy.deepcopy(masked)
+    masked = resnet(50, norm)
     layers, masks = drop(masked, ["*conv*"])
-    on_gpu = {name: mask.cuda() for name, mask in masks.items()}
-    slim.load_state_dict(masked.state_dict())
+    slim = copy.deepcopy(masked).cuda()
+    masked.cuda()
+    masks = {name: mask.cuda() for name, mask in masks.items()}
+    mine = find_filter_layers(slim, list(masks))
     x = torch.randn(2, 3, 48, 32, generator=torch.Generator().manual_seed(2), dtype=torch.float64).cuda()
-    wanted = step(masked, x, layers, on_gpu)
-    with SlimNetwork(slim, [layer for layer in _layers(slim, masks)], masks):
-        found = step(slim, x, _layers(slim, masks), on_gpu)
+    wanted = step(masked, x, layers, masks)
+    with SlimNetwork(slim, mine, masks):
+        found = step(slim, x, mine, masks)
     for a, b in zip([*found, *slim.parameters()], [*wanted, *masked.parameters()], strict=True):
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-9)
-
-
-def _layers(model, masks):
-    from repr_det.layers import find_filter_layers
-
-    return find_filter_layers(model, list(masks))
 
 
 @pytest.mark.parametrize("criterion", ["ortho", "taylor"])
@@ -81,6 +75,5 @@ def test_nccl_ranks_agree(tiny_data, tmp_path, norm):
     opts = [*TRANSITIONS, "MODEL.DEVICE", "cuda", "MODEL.RESNETS.NORM", norm, "SOLVER.BASE_LR", "0.0001"]
     assert run(tmp_path, tiny_data, 2, opts) == 0
     ranks = [torch.load(tmp_path / f"rank{rank}.pth", weights_only=True, map_location="cpu") for rank in (0, 1)]
-    for name in ranks[0]:
-        assert torch.equal(ranks[0][name], ranks[1][name]), name
+    assert_same_weights(*ranks)
     assert [e["event"] for e in events(tmp_path)] == ["drop", "restore"]

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from conftest import assert_same_weights
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, hooks
@@ -25,11 +26,6 @@ def trained(trainer_class, cfg, resume=False):
     trainer.resume_or_load(resume=resume)
     trainer.train()
     return trainer
-
-
-def assert_same_weights(a, b):
-    for (name, x), y in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
-        assert torch.equal(x, y), name
 
 
 @pytest.mark.parametrize(
@@ -60,9 +56,7 @@ def test_changes_nothing_bit_for_bit(tiny_cfg, tmp_path, opts, norm):
         return probe.weights
 
     ours, stock = weights_after_4(Trainer, cfg), weights_after_4(DefaultTrainer, stock_cfg)
-    assert ours.keys() == stock.keys()
-    for name in ours:
-        assert torch.equal(ours[name], stock[name]), name
+    assert_same_weights(ours, stock)
 
 
 def test_drops_restores_events_and_scalars(tiny_cfg, tmp_path):
@@ -176,7 +170,7 @@ def test_registered_alone_in_a_simple_trainer_and_resumed_bit_for_bit(tiny_cfg, 
     cfg = tiny_cfg(*opts, "OUTPUT_DIR", tmp_path / "b")
     simple_run(cfg, batches, stop=stop)
     resumed = simple_run(cfg, batches, resume=True)
-    assert_same_weights(straight, resumed)
+    assert_same_weights(straight.state_dict(), resumed.state_dict())
     a, b = (
         [{**json.loads(line), "seconds": 0} for line in (tmp_path / x / "repr_events.jsonl").read_text().splitlines()]
         for x in "ab"

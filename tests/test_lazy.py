@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import assert_same_weights
 from detectron2.config import LazyConfig
 from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
@@ -130,8 +131,7 @@ def test_trains_evaluates_and_resumes_bit_for_bit(small_config, tmp_path):
     (tmp_path / "b" / "model_0000001.pth").write_bytes((tmp_path / "a" / "model_0000001.pth").read_bytes())
     (tmp_path / "b" / "last_checkpoint").write_text("model_0000001.pth")
     resumed = trained(small_config, tmp_path / "b", resume=True)
-    for key, value in straight.model.state_dict().items():
-        assert torch.equal(value, resumed.model.state_dict()[key]), key
+    assert_same_weights(straight.model.state_dict(), resumed.model.state_dict())
     with pytest.raises(UserError, match="trained with RePr on, this run has it off"):
         trained(small_config, tmp_path / "b", "repr.ENABLED=False", resume=True)
 

@@ -77,7 +77,7 @@ def step(model: nn.Module, x: torch.Tensor, layers, masks) -> list[torch.Tensor]
     """One SGD step with the gradients of dropped rows zero, as RePrScheme holds them; returns the outputs."""
     outputs = model(x)
     outputs = list(outputs.values()) if isinstance(outputs, dict) else [outputs]
-    weights = [torch.linspace(-1, 1, o.numel(), dtype=o.dtype).view_as(o) for o in outputs]
+    weights = [torch.linspace(-1, 1, o.numel(), dtype=o.dtype, device=o.device).view_as(o) for o in outputs]
     model.zero_grad()
     sum(((o * w).mean() + (o * o).mean()) for o, w in zip(outputs, weights, strict=True)).backward()
     for layer in layers:

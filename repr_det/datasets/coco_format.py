@@ -12,17 +12,13 @@ from typing import NoReturn
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
-from PIL import Image
 
+from repr_det.datasets.image_files import MAX_HEADERS, check_image_files
 from repr_det.datasets.shapes import build_shapes
 from repr_det.errors import UserError
 
-MAX_HEADERS = 2000  # image files whose header is read, evenly spread over the data set; all are checked for existence
 MAX_USELESS_BOXES = 0.001  # share of boxes without area or outside their image, which Detectron2 drops, that passes
 # with a warning: COCO's own train2017 has 2 in 860,001
-DECODED_BYTES = 50_000_000  # data sets with image files of no more than this are decoded: a second or two
-EXIF_ORIENTATION = 274
-TRANSPOSED = (5, 6, 7, 8)  # orientations that swap width and height
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +78,7 @@ def check_coco_format(
     gap = _check_annotations(content["annotations"], sizes, classes, duplicates_known, fail)
     if gap and for_evaluation:
         fail(gap)
-    _check_files(content["images"], image_root, decode, max_headers, prefix, json_file)
+    check_image_files(content["images"], image_root, decode, max_headers, prefix, json_file)
     ids, names = zip(*sorted(classes.items()), strict=True)
     return CocoSummary(len(sizes), len(content["annotations"]), names, ids, gap)
 
@@ -233,62 +229,6 @@ def _is_segmentation(value: object) -> bool:
     if isinstance(value, dict):
         return {"counts", "size"} <= value.keys()
     return not value or (isinstance(value, list) and all(isinstance(polygon, list) for polygon in value))
-
-
-def _check_files(
-    images: list[dict], image_root: Path, decode: bool, max_headers: int, prefix: str, json_file: Path
-) -> None:
-    if not image_root.is_dir():
-        what = "is not a folder" if image_root.exists() else "does not exist"
-        raise UserError(f"{prefix}image folder {image_root} {what}")
-    missing, empty, total = [], [], 0
-    for image in images:
-        path = os.path.join(image_root, image["file_name"])
-        try:
-            size = os.stat(path).st_size
-            total += size
-            if size == 0:
-                empty.append(image["file_name"])
-        except (OSError, ValueError):
-            missing.append(image["file_name"])
-    for names, what in ((missing, "missing"), (empty, "empty (0 bytes)")):
-        if names:
-            share = f"{len(names)} of {len(images)} image files"
-            raise UserError(f"{prefix}{json_file}: {share} are {what} in {image_root}; the first is '{names[0]}'")
-    opened, decode = min(len(images), max_headers), decode or total <= DECODED_BYTES
-    for i in range(opened):
-        image = images[i * len(images) // opened]
-        path, expected = image_root / image["file_name"], (image["width"], image["height"])
-        try:
-            size = _size_as_read(path, expected, decode)
-        except Exception as error:  # Pillow raises many kinds: OSError, SyntaxError, DecompressionBombError, ...
-            reason = str(error).replace("\n", " ") or type(error).__name__
-            raise UserError(f"{prefix}{path} cannot be read as an image: {reason}") from error
-        if size != expected:
-            found, wanted = "{}x{}".format(*size), "{}x{}".format(*expected)
-            raise UserError(
-                f"{prefix}{json_file}: image {image['id']!r} must have the file's width and height {found} "
-                f"(EXIF orientation applied), got {wanted} for '{image['file_name']}'"
-            )
-
-
-def _size_as_read(path: Path, expected: tuple[int, int], decode: bool) -> tuple[int, int]:
-    """(width, height) as Detectron2's `read_image` returns it, with the EXIF orientation applied."""
-    with Image.open(path) as image:
-        if image.mode.startswith(("I", "F")):
-            raise ValueError(
-                f"its pixels have more than 8 bits (mode {image.mode}), which Detectron2 would clip to 0..255; convert "
-                "it to 8 bits"
-            )
-        if decode:
-            image.load()
-        if image.format == "PNG" and "exif" not in image.info and image.size == expected:
-            return image.size  # asking this file for EXIF data would decode it
-        try:
-            orientation = image.getexif().get(EXIF_ORIENTATION)
-        except Exception:  # damaged EXIF data; Detectron2 ignores them too
-            orientation = None
-        return image.size[::-1] if orientation in TRANSPOSED else image.size
 
 
 # ---- registered data sets ----
