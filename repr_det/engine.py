@@ -68,8 +68,12 @@ class Trainer(DefaultTrainer):
         saving = next(
             i for i, hook in enumerate(built) if isinstance(hook, (hooks.PeriodicCheckpointer, hooks.EvalHook))
         )
-        loader = self._trainer.data_loader
-        exact = ExactResume(loader, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD, cfg.OUTPUT_DIR)
+        loaders = [self._trainer.data_loader]
+        for hook in built:
+            if isinstance(hook, hooks.PreciseBN) and not hook._disabled:
+                hook._data_loader = resumable(hook._data_loader, cfg)
+                loaders.append(hook._data_loader)
+        exact = ExactResume(loaders, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD, cfg.OUTPUT_DIR)
         built.insert(saving, exact)
         built.insert(0, FiniteGuard(not cfg.SOLVER.AMP.ENABLED, weights_matter))
         return built if repr_hook is None else [*built, repr_hook]

@@ -22,7 +22,7 @@ _NULL_ROUNDING = 1e-14
 _SAME_EIGENVALUE = 3e-6
 # The squares of filters whose norm lies between this and its inverse are summed in single precision without loss.
 _SQUARES_IN_RANGE = 1e-12
-# Rows of P that are computed at once: only what lies right of the diagonal, so half the work where J is much larger.
+# Rows of a Gram matrix computed at once: only one side of the diagonal, so half the work where J is much larger.
 _BLOCK = 256
 # What the single-precision route must reach, or the next slower one is taken.
 _ACCEPTED_COSINE = 3e-6
@@ -89,6 +89,26 @@ def overlap_of_kept(weight: Tensor, overlap: Tensor, dropped: Tensor) -> Tensor:
     with torch.autocast(unit.device.type, enabled=False):
         with_dropped = (unit[kept] @ unit[dropped].T).abs_().sum(1)
     return ((overlap[kept] * len(unit) - with_dropped) / kept.sum()).clamp_min(0)
+
+
+def overlap_with_returned(overlap_kept: Tensor, new: Tensor, cosines: Tensor, returned: Tensor) -> Tensor:
+    """O_f of all filters after the dropped ones have returned, from that of the kept ones and their cosines to the new.
+
+    Args:
+        overlap_kept: (K,) ``inter_filter_orthogonality`` of the kept filters.
+        new: (M, ...) the filters that returned.
+        cosines: (K, M) of kept to new filters, of either sign.
+        returned: (K + M,) bool, True where the layer's filter is a new one.
+
+    Returns:
+        (K + M,), the same as ``inter_filter_orthogonality`` of the whole layer up to rounding.
+    """
+    number_kept, number_new = cosines.shape
+    size = cosines.abs()
+    total = overlap_kept.new_empty(len(returned))
+    total[~returned] = overlap_kept * number_kept + size.sum(1)
+    total[returned] = inter_filter_orthogonality(new) * number_new + size.sum(0)
+    return total / len(returned)
 
 
 def expected_overlap(num_filters: int, dimension: int) -> float:
@@ -163,7 +183,7 @@ def _null_space_rows(rows: Tensor, num_new: int, generator: torch.Generator | No
 
 def _project_by_cholesky(rows: Tensor, new: Tensor) -> Tensor | None:
     """``new`` made orthogonal to ``rows`` and orthonormal by Gram matrices, or None where that is not accurate."""
-    gram, info = torch.linalg.cholesky_ex(rows @ rows.T)
+    gram, info = torch.linalg.cholesky_ex(_lower_gram(rows))
     if info.item() != 0:
         return None
     cosines = rows @ new.T
@@ -178,6 +198,15 @@ def _project_by_cholesky(rows: Tensor, new: Tensor) -> Tensor | None:
         if _is_accurate(cosines, new @ new.T):
             return new
     return None
+
+
+def _lower_gram(rows: Tensor) -> Tensor:
+    """rows @ rows.T (n, n) in blocks up to the diagonal, which is all that a Cholesky factorisation reads."""
+    gram = rows.new_zeros(len(rows), len(rows))
+    for first in range(0, len(rows), _BLOCK):
+        last = first + _BLOCK
+        gram[first:last, :last] = rows[first:last] @ rows[:last].T
+    return gram
 
 
 def _is_accurate(cosines: Tensor, own: Tensor) -> bool:

@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -156,19 +156,19 @@ class ResumableLoader:
 
     Args:
         loader: made from a map-style data set by Detectron2.
-        cfg: gives IMS_PER_BATCH, ASPECT_RATIO_GROUPING and NUM_WORKERS.
+        cfg: gives IMS_PER_BATCH and ASPECT_RATIO_GROUPING.
 
     Raises:
         TypeError: the loader is of another making.
     """
 
     def __init__(self, loader: Any, cfg: CfgNode) -> None:
-        source = loader
+        source, self.num_workers = loader, 0
         while not isinstance(source, ToIterableDataset):
+            self.num_workers = getattr(source, "num_workers", self.num_workers)
             if (source := getattr(source, "dataset", None)) is None:
                 raise TypeError(f"{type(loader).__name__} was not made by build_detection_train_loader")
         self.stream = _Stream(source)
-        self.num_workers = cfg.DATALOADER.NUM_WORKERS
         self.loader = build_detection_train_loader(
             dataset=self.stream,
             mapper=None,
@@ -181,6 +181,11 @@ class ResumableLoader:
         grouped = isinstance(self.loader, AspectRatioGroupedDataset)
         self._per_delivery = 1 if grouped else self.loader.batch_size  # samples that a worker hands over at a time
         self._last: dict[int, tuple] = {}
+
+    @property
+    def was_read(self) -> bool:
+        """Whether a batch has been taken from it, by this run or by the one that it continues."""
+        return bool(self._last)
 
     def start(self) -> None:
         """Makes torch's iterator now instead of with the first batch: it draws from torch's random state and forks the
@@ -250,14 +255,16 @@ class ExactResume(HookBase):
     that evaluation again: its result is not lost, and it draws the random numbers that it drew before.
 
     Args:
-        loader: the training loader.
+        loaders: those that draw training images: the training loader, and others that hooks read while training.
         checkpoint_period: SOLVER.CHECKPOINT_PERIOD.
         eval_period: TEST.EVAL_PERIOD.
         folder: OUTPUT_DIR, whose logs forget what lies after the checkpoint.
     """
 
-    def __init__(self, loader: ResumableLoader | Any, checkpoint_period: int, eval_period: int, folder: str) -> None:
-        self.loader = loader
+    def __init__(
+        self, loaders: Sequence[ResumableLoader | Any], checkpoint_period: int, eval_period: int, folder: str
+    ) -> None:
+        self.loaders = loaders
         self.checkpoint_period = checkpoint_period
         self.eval_period = eval_period
         self.folder = folder
@@ -279,15 +286,17 @@ class ExactResume(HookBase):
             )
             self._loaded = None
             return
-        mine = ranks[comm.get_rank()]
-        if mine["loader"] is not None and isinstance(self.loader, ResumableLoader):
-            self.loader.load_state_dict(mine["loader"])
+        # A loader that the run did not have before, for TEST.PRECISE_BN was switched on, begins at its beginning.
+        for loader, state in zip(self.loaders, ranks[comm.get_rank()]["loaders"], strict=False):
+            if state is not None and isinstance(loader, ResumableLoader):
+                loader.load_state_dict(state)
 
     def before_step(self) -> None:
         if self._loaded is None:
             return
-        if isinstance(self.loader, ResumableLoader):
-            self.loader.start()
+        for loader in self.loaders:
+            if isinstance(loader, ResumableLoader) and loader.was_read:
+                loader.start()
         set_random_state(self._loaded["ranks"][comm.get_rank()]["random"])
         self._loaded = None
         iteration = self.trainer.iter
@@ -301,8 +310,8 @@ class ExactResume(HookBase):
     def after_step(self) -> None:
         done = self.trainer.iter + 1
         if done % self.checkpoint_period == 0 or done >= self.trainer.max_iter:
-            loader = self.loader.state_dict() if isinstance(self.loader, ResumableLoader) else None
-            ranks = comm.gather({"random": random_state(), "loader": loader})
+            loaders = [x.state_dict() if isinstance(x, ResumableLoader) else None for x in self.loaders]
+            ranks = comm.gather({"random": random_state(), "loaders": loaders})
             self._saved = {"iteration": self.trainer.iter, "ranks": ranks}
 
     def state_dict(self) -> dict[str, Any]:

@@ -25,7 +25,13 @@ from repr_det.criteria import Context, get_criterion
 from repr_det.distributed import broadcast_, check_agreement, rank
 from repr_det.errors import UserError
 from repr_det.layers import BATCH, FROZEN, GROUP, NONE, FilterLayer, zero_rows_
-from repr_det.orthogonality import inter_filter_orthogonality, least_overlap_filters, overlap_of_kept, unit_filters
+from repr_det.orthogonality import (
+    inter_filter_orthogonality,
+    least_overlap_filters,
+    overlap_of_kept,
+    overlap_with_returned,
+    unit_filters,
+)
 from repr_det.passes import TrainingPasses
 from repr_det.selection import check_capacity, select_filters
 
@@ -199,13 +205,16 @@ class RePrScheme:
         if not self.is_sub:
             raise RuntimeError("no filters are dropped: drop() comes before restore()")
         start = time.perf_counter()
-        before = _mean(self._overlaps(kept_only=True).values())
+        overlaps = self._overlaps(kept_only=True)
+        before = _mean(overlaps.values())
         cosines = {}
         self._leave_slim()
         dropping = self._dropping(self.layers)
         for number, layer in enumerate(self.layers):
             if layer in dropping:
-                cosines[layer.name] = self._restore_layer(layer, self._generator(1, number))
+                cosines[layer.name], overlaps[layer.name] = self._restore_layer(
+                    layer, overlaps[layer.name], self._generator(1, number)
+                )
         broadcast_([tensor for layer in dropping for tensor in _state(layer)])
         if self.calibrated:
             wanted = {x.name: self._old[x.name]["moments"] for x in self.calibrated if "moments" in self._old[x.name]}
@@ -214,7 +223,8 @@ class RePrScheme:
             )
             broadcast_([s for layer in self._dropping(self.calibrated) for s in layer.running_statistics()])
         self._check_agreement("after the restore")
-        overlaps = self._overlaps()
+        if self.readers:  # silencing a channel changes the filters that read it
+            overlaps = self._overlaps()
         after = _mean(overlaps.values())
         transition = self._transition("restore", before, after, cosines, overlaps, start)
         self._release()
@@ -299,12 +309,17 @@ class RePrScheme:
     def _dropping(self, layers: list[FilterLayer]) -> list[FilterLayer]:
         return [layer for layer in layers if len(self._rows[layer.name])]
 
-    def _restore_layer(self, layer: FilterLayer, generator: torch.Generator) -> float:
+    def _restore_layer(
+        self, layer: FilterLayer, overlap_kept: Tensor, generator: torch.Generator
+    ) -> tuple[float, Tensor]:
+        """Returns the largest cosine of a new filter to a kept or old one, and O_f (J,) of the layer as it is now."""
         rows, mask = self._rows[layer.name], self.masks[layer.name]
         old = self._old[layer.name]["weight"].to(layer.weight)
         kept = layer.weight[~mask]
         new = least_overlap_filters(kept, old, generator)
-        worst = (unit_filters(torch.cat([kept, old])) @ unit_filters(new).T).abs().max().item()
+        found = unit_filters(torch.cat([kept, old])) @ unit_filters(new).T
+        worst = found.abs().max().item()
+        overlap = overlap_with_returned(overlap_kept, new, found[: len(kept)], mask)
         shape = (-1, *[1] * (new.dim() - 1))
         if self.scale == "kept":
             norms = kept.flatten(1).norm(dim=1)
@@ -327,7 +342,7 @@ class RePrScheme:
         self._zero_optimizer_state(layer)
         if layer.conv in self.readers:
             self._silence(layer, self.readers[layer.conv])
-        return worst
+        return worst, overlap
 
     def _silence(self, layer: FilterLayer, reader: nn.Module | None) -> None:
         """Keeps the returned channels of ``layer`` from changing what comes after them, until they are learnt."""

@@ -61,11 +61,11 @@ def test_full_disk(tiny_cfg, tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_image_that_goes_bad(tiny_cfg, tiny_data, tmp_path, workers):
-    opts = [*OPTS, "DATALOADER.NUM_WORKERS", workers, "SOLVER.MAX_ITER", 24, "SOLVER.CHECKPOINT_PERIOD", 1]
-    straight = end_of(tiny_cfg(*opts, "OUTPUT_DIR", tmp_path / "straight"))
+    opts = [*OPTS, "DATALOADER.NUM_WORKERS", workers, "SOLVER.MAX_ITER", 24]
+    straight = end_of(tiny_cfg(*opts, "SOLVER.CHECKPOINT_PERIOD", 100, "OUTPUT_DIR", tmp_path / "straight"))
     path = tiny_data / "images" / "4.png"
     whole = path.read_bytes()
-    cfg = tiny_cfg(*opts)
+    cfg = tiny_cfg(*opts, "SOLVER.CHECKPOINT_PERIOD", 1)
     try:
         with pytest.raises(UserError) as error:
             end_of(cfg, At(lambda: path.write_bytes(whole[: len(whole) // 2])))

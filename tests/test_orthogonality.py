@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from repr_det.orthogonality import expected_overlap, inter_filter_orthogonality, least_overlap_filters, overlap_of_kept
+from repr_det.orthogonality import (
+    expected_overlap,
+    inter_filter_orthogonality,
+    least_overlap_filters,
+    overlap_of_kept,
+    overlap_with_returned,
+)
 
 COSINE = 1e-5  # what repr-method.md asks of a null space
 
@@ -498,4 +504,23 @@ def test_overlap_of_kept_filters_is_their_own_metric(num_filters, dimension, num
     found = overlap_of_kept(tensor, inter_filter_orthogonality(tensor), torch.from_numpy(dropped))
     unit = weight[~dropped] / np.linalg.norm(weight[~dropped], axis=1, keepdims=True)
     expected = np.abs(unit @ unit.T - np.eye(len(unit))).sum(1) / len(unit)
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("num_filters", "dimension", "num_returned"), [(6, 9, 2), (300, 27, 90), (520, 64, 260), (5, 3, 4), (4, 8, 4)]
+)
+def test_overlap_with_returned_filters_is_the_metric_of_all(num_filters, dimension, num_returned):
+    rng = np.random.default_rng(4)
+    weight = rng.normal(size=(num_filters, dimension))
+    returned = np.zeros(num_filters, bool)
+    returned[rng.permutation(num_filters)[:num_returned]] = True
+    unit = weight / np.linalg.norm(weight, axis=1, keepdims=True)
+    found = overlap_with_returned(
+        inter_filter_orthogonality(torch.from_numpy(weight[~returned])),
+        torch.from_numpy(weight[returned]),
+        torch.from_numpy(unit[~returned] @ unit[returned].T),
+        torch.from_numpy(returned),
+    )
+    expected = np.abs(unit @ unit.T - np.eye(num_filters)).sum(1) / num_filters
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-12)

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from detectron2.engine import HookBase
@@ -133,3 +134,21 @@ def test_warm_up_after_every_restore(tiny_cfg, tmp_path):
     # Restores after iterations 3 and 7: 1/4, 2/4, 3/4 of the rate from 4 and from 8 on.
     shares = [1, 1, 1, 1, 0.25, 0.5, 0.75, 1, 0.25, 0.5, 0.75, 1]
     assert rates.used == pytest.approx([a * b for a, b in zip(shares, rates.stock, strict=True)])
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+@pytest.mark.parametrize("returns", ["as_published", "function_preserving"])
+def test_overlaps_told_after_a_restore_are_those_of_the_weights(depth, returns):
+    _, _, scheme, _ = trained_sub_network(depth, "BN", returns)
+    transition = scheme.restore()
+    told, expected = [], []
+    for layer in scheme.layers:
+        rows = layer.weight.detach().flatten(1).numpy()
+        size = np.linalg.norm(rows, axis=1, keepdims=True)
+        unit = np.divide(rows, size, out=np.zeros_like(rows), where=size > 0)
+        cosines = np.abs(unit @ unit.T)
+        np.fill_diagonal(cosines, 0)
+        expected += [cosines.sum(1) / len(unit)]
+        told += [transition.overlaps[layer.name]]
+    np.testing.assert_allclose(np.concatenate(told), np.concatenate(expected), atol=2e-6)  # told with 6 decimals
+    assert transition.overlap_after == pytest.approx(np.concatenate(expected).mean(), abs=1e-6)
