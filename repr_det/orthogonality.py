@@ -61,7 +61,11 @@ def inter_filter_orthogonality(weight: Tensor) -> Tensor:
     Returns:
         (J,) in [0, 1); the largest overlaps most with its neighbours and is dropped first.
     """
-    unit = unit_filters(weight)
+    return overlap_of_unit_rows(unit_filters(weight))
+
+
+def overlap_of_unit_rows(unit: Tensor) -> Tensor:
+    """``inter_filter_orthogonality`` of filters that are given as their ``unit_filters`` (J, d)."""
     total = unit.new_zeros(len(unit))
     with torch.autocast(unit.device.type, enabled=False):
         for first in range(0, len(unit), _BLOCK):
@@ -149,16 +153,23 @@ def least_overlap_filters(kept: Tensor, dropped: Tensor, generator: torch.Genera
     if num_new == 0:
         return dropped.clone()
     rows = unit_filters(torch.cat([kept.to(dropped), dropped]))
+    return least_overlap_rows(rows, num_new, generator).to(dropped).reshape(dropped.shape)
+
+
+def least_overlap_rows(rows: Tensor, num_new: int, generator: torch.Generator | None = None) -> Tensor:
+    """``least_overlap_filters`` for kept and dropped filters together, given as their ``unit_filters`` (n, d).
+
+    Returns:
+        (num_new, d) unit rows, num_new >= 1.
+    """
     dimension = rows.shape[1]
     with torch.autocast(rows.device.type, enabled=False):
         if len(rows) + num_new <= dimension:
-            new = _null_space_rows(rows, num_new, generator)
-        else:
-            blocks = [_random_rotation(dimension, rows, generator) for _ in range(num_new // dimension)]
-            if num_new % dimension:
-                blocks.append(_smallest_eigenvectors(rows.double(), num_new % dimension, generator).to(rows))
-            new = torch.cat(blocks)
-    return new.to(dropped).reshape(dropped.shape)
+            return _null_space_rows(rows, num_new, generator)
+        blocks = [_random_rotation(dimension, rows, generator) for _ in range(num_new // dimension)]
+        if num_new % dimension:
+            blocks.append(_smallest_eigenvectors(rows.double(), num_new % dimension, generator).to(rows))
+        return torch.cat(blocks)
 
 
 def _randn(rows: int, columns: int, like: Tensor, generator: torch.Generator | None) -> Tensor:

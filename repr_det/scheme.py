@@ -27,8 +27,9 @@ from repr_det.errors import UserError
 from repr_det.layers import BATCH, FROZEN, GROUP, NONE, FilterLayer, zero_rows_
 from repr_det.orthogonality import (
     inter_filter_orthogonality,
-    least_overlap_filters,
+    least_overlap_rows,
     overlap_of_kept,
+    overlap_of_unit_rows,
     overlap_with_returned,
     unit_filters,
 )
@@ -205,16 +206,18 @@ class RePrScheme:
         if not self.is_sub:
             raise RuntimeError("no filters are dropped: drop() comes before restore()")
         start = time.perf_counter()
-        overlaps = self._overlaps(kept_only=True)
-        before = _mean(overlaps.values())
-        cosines = {}
+        # Silencing a channel changes the filters that read it, so what they were and are is not found on the way.
+        kept = self._overlaps(kept_only=True) if self.readers else {}
+        overlaps, cosines = {}, {}
         self._leave_slim()
         dropping = self._dropping(self.layers)
         for number, layer in enumerate(self.layers):
+            name = layer.name
             if layer in dropping:
-                cosines[layer.name], overlaps[layer.name] = self._restore_layer(
-                    layer, overlaps[layer.name], self._generator(1, number)
-                )
+                was, overlaps[name], cosines[name] = self._restore_layer(layer, self._generator(1, number))
+            else:
+                was = overlaps[name] = inter_filter_orthogonality(layer.weight)
+            kept.setdefault(name, was)
         broadcast_([tensor for layer in dropping for tensor in _state(layer)])
         if self.calibrated:
             wanted = {x.name: self._old[x.name]["moments"] for x in self.calibrated if "moments" in self._old[x.name]}
@@ -223,9 +226,9 @@ class RePrScheme:
             )
             broadcast_([s for layer in self._dropping(self.calibrated) for s in layer.running_statistics()])
         self._check_agreement("after the restore")
-        if self.readers:  # silencing a channel changes the filters that read it
+        if self.readers:
             overlaps = self._overlaps()
-        after = _mean(overlaps.values())
+        before, after = _mean(kept.values()), _mean(overlaps.values())
         transition = self._transition("restore", before, after, cosines, overlaps, start)
         self._release()
         self.cycle += 1
@@ -309,17 +312,19 @@ class RePrScheme:
     def _dropping(self, layers: list[FilterLayer]) -> list[FilterLayer]:
         return [layer for layer in layers if len(self._rows[layer.name])]
 
-    def _restore_layer(
-        self, layer: FilterLayer, overlap_kept: Tensor, generator: torch.Generator
-    ) -> tuple[float, Tensor]:
-        """Returns the largest cosine of a new filter to a kept or old one, and O_f (J,) of the layer as it is now."""
+    def _restore_layer(self, layer: FilterLayer, generator: torch.Generator) -> tuple[Tensor, Tensor, float]:
+        """Returns O_f of the kept filters (K,) and of all as they are now (J,), and the largest cosine of a new filter
+        to a kept or old one."""
         rows, mask = self._rows[layer.name], self.masks[layer.name]
         old = self._old[layer.name]["weight"].to(layer.weight)
         kept = layer.weight[~mask]
-        new = least_overlap_filters(kept, old, generator)
-        found = unit_filters(torch.cat([kept, old])) @ unit_filters(new).T
+        unit = unit_filters(torch.cat([kept, old]))
+        overlap_kept = overlap_of_unit_rows(unit[: len(kept)])
+        new = least_overlap_rows(unit, len(old), generator)
+        found = unit @ new.T
         worst = found.abs().max().item()
         overlap = overlap_with_returned(overlap_kept, new, found[: len(kept)], mask)
+        new = new.to(old).view_as(old)
         shape = (-1, *[1] * (new.dim() - 1))
         if self.scale == "kept":
             norms = kept.flatten(1).norm(dim=1)
@@ -342,7 +347,7 @@ class RePrScheme:
         self._zero_optimizer_state(layer)
         if layer.conv in self.readers:
             self._silence(layer, self.readers[layer.conv])
-        return worst, overlap
+        return overlap_kept, overlap, worst
 
     def _silence(self, layer: FilterLayer, reader: nn.Module | None) -> None:
         """Keeps the returned channels of ``layer`` from changing what comes after them, until they are learnt."""

@@ -136,19 +136,23 @@ def test_warm_up_after_every_restore(tiny_cfg, tmp_path):
     assert rates.used == pytest.approx([a * b for a, b in zip(shares, rates.stock, strict=True)])
 
 
+def overlaps_by_hand(rows):
+    rows = rows.detach().flatten(1).numpy()
+    size = np.linalg.norm(rows, axis=1, keepdims=True)
+    unit = np.divide(rows, size, out=np.zeros_like(rows), where=size > 0)
+    cosines = np.abs(unit @ unit.T)
+    np.fill_diagonal(cosines, 0)
+    return cosines.sum(1) / len(unit)
+
+
 @pytest.mark.parametrize("depth", [18, 50])
 @pytest.mark.parametrize("returns", ["as_published", "function_preserving"])
 def test_overlaps_told_after_a_restore_are_those_of_the_weights(depth, returns):
     _, _, scheme, _ = trained_sub_network(depth, "BN", returns)
+    kept = np.concatenate([overlaps_by_hand(x.weight[~scheme.masks[x.name]]) for x in scheme.layers])
     transition = scheme.restore()
-    told, expected = [], []
-    for layer in scheme.layers:
-        rows = layer.weight.detach().flatten(1).numpy()
-        size = np.linalg.norm(rows, axis=1, keepdims=True)
-        unit = np.divide(rows, size, out=np.zeros_like(rows), where=size > 0)
-        cosines = np.abs(unit @ unit.T)
-        np.fill_diagonal(cosines, 0)
-        expected += [cosines.sum(1) / len(unit)]
-        told += [transition.overlaps[layer.name]]
-    np.testing.assert_allclose(np.concatenate(told), np.concatenate(expected), atol=2e-6)  # told with 6 decimals
-    assert transition.overlap_after == pytest.approx(np.concatenate(expected).mean(), abs=1e-6)
+    expected = np.concatenate([overlaps_by_hand(layer.weight) for layer in scheme.layers])
+    told = np.concatenate([transition.overlaps[layer.name] for layer in scheme.layers])
+    np.testing.assert_allclose(told, expected, atol=2e-6)  # told with 6 decimals
+    assert transition.overlap_after == pytest.approx(expected.mean(), abs=1e-6)
+    assert transition.overlap_before == pytest.approx(kept.mean(), abs=1e-6)

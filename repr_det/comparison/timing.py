@@ -8,7 +8,7 @@ from repr_det.comparison.records import WallClock
 FULL, SUB, AFTER, TRANSITIONS, EVALUATION, REST = "full", "sub", "after", "transitions", "evaluation", "rest"
 PHASES = {
     FULL: "full network, up to the last restore",
-    SUB: "sub-network",
+    SUB: "iterations of the sub-network (full in the baseline)",
     AFTER: "full network, after the last restore",
     TRANSITIONS: "drops and restores",
     EVALUATION: "evaluation",
