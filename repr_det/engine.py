@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from repr_det.config import scale_to_world
 from repr_det.datasets.image_files import NamingMapper
 from repr_det.errors import UserError
+from repr_det.files import FINAL_CHECKPOINT
 from repr_det.guard import FiniteGuard, NonFiniteError, describe, first_non_finite
 from repr_det.hook import RePrHook
 from repr_det.resume import AtomicCheckpointer, ExactResume, remove_unfinished_saves, resumable
@@ -86,6 +87,14 @@ class Trainer(DefaultTrainer):
             found = first_non_finite(self.model)
             what = "the loss is not finite" + (f", nor is {found}" if found else "")
             raise NonFiniteError(describe(self, what)) from error
+
+    def before_train(self) -> None:
+        super().before_train()
+        final = os.path.join(self.cfg.OUTPUT_DIR, FINAL_CHECKPOINT)
+        if self.start_iter == self.max_iter and comm.is_main_process() and not os.path.exists(final):
+            # The run died between its last periodic checkpoint and this one, and no step will come to write it.
+            self.iter = self.max_iter - 1
+            self.checkpointer.save(os.path.splitext(FINAL_CHECKPOINT)[0], iteration=self.max_iter - 1)
 
     def after_train(self) -> None:
         # A finished run that is resumed for its evaluation would count one iteration too many.

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 EVENTS_FILE = "repr_events.jsonl"  # every drop and restore
 OVERLAPS_FILE = "repr_overlaps.jsonl"  # O_f of every filter before each drop and after each restore
 METRICS_FILE = "metrics.json"
+FINAL_CHECKPOINT = "model_final.pth"
 _TRACES = ("last_checkpoint", METRICS_FILE, EVENTS_FILE, "config.yaml")
 
 
@@ -39,17 +41,31 @@ def disk_is_full(error: BaseException | None) -> bool:
 
 
 def truncate_log(path: str | Path, start_iter: int) -> None:
-    """Cuts a file of one json object a line, in the order of their "iteration", before the first line that is not of an
-    iteration before ``start_iter`` or that a crash cut short. Does nothing where there is no such file."""
+    """Takes the lines out of a file of one json object a line whose "iteration" is not before ``start_iter``, and those
+    that a crash cut short. Does nothing where there is no such file."""
     if not os.path.exists(path):
         return
-    with open(path, "r+b") as file:
-        keep = 0
-        for line in file:
-            try:
-                if not line.endswith(b"\n") or json.loads(line)["iteration"] >= start_iter:
-                    break
-            except (ValueError, KeyError, TypeError):
-                break
-            keep += len(line)
-        file.truncate(keep)
+    with open(path, "r+b") as file:  # in place: others hold it open for appending
+        whole = file.read()
+        kept = b"".join(line for line in whole.splitlines(keepends=True) if _iteration(line) < start_iter)
+        if not whole.startswith(kept):
+            file.seek(0)
+            file.write(kept)
+        file.truncate(len(kept))
+
+
+def last_logged(path: str | Path) -> int:
+    """The largest "iteration" in such a file, -1 where there is none."""
+    if not os.path.exists(path):
+        return -1
+    return max(
+        (int(i) for i in map(_iteration, Path(path).read_bytes().splitlines(keepends=True)) if i < math.inf), default=-1
+    )
+
+
+def _iteration(line: bytes) -> float:
+    """Infinity for a line that is not whole."""
+    try:
+        return json.loads(line)["iteration"] if line.endswith(b"\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf

@@ -24,16 +24,18 @@ from detectron2.data import build_detection_train_loader
 from detectron2.data.common import AspectRatioGroupedDataset, ToIterableDataset
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
+from detectron2.utils.events import EventStorage, JSONWriter
 from torch.utils.data import IterableDataset, get_worker_info
 
 from repr_det.errors import UserError
-from repr_det.files import METRICS_FILE, truncate_log, write_atomically
+from repr_det.files import METRICS_FILE, last_logged, truncate_log, write_atomically
 from repr_det.passes import random_state, set_random_state
 from repr_det.safe_pickle import load_checkpoint
 
 logger = logging.getLogger(__name__)
 _ORIGIN = "repr_det/origin"  # key of a sample: (stream, number in that stream, index, random state before)
 _SAVING = ".saving-"
+_WINDOW = 20  # Detectron2's writers smooth over so many iterations
 
 
 class AtomicCheckpointer(DetectionCheckpointer):
@@ -254,6 +256,9 @@ class ExactResume(HookBase):
     Where a checkpoint and an evaluation fall on the same iteration the checkpoint comes first, so a resumed run makes
     that evaluation again: its result is not lost, and it draws the random numbers that it drew before.
 
+    The scalars of the last iterations come back as well, so that metrics.json goes on as if nothing had happened: what
+    was evaluated before the checkpoint and not yet written is written later.
+
     Args:
         loaders: those that draw training images: the training loader, and others that hooks read while training.
         checkpoint_period: SOLVER.CHECKPOINT_PERIOD.
@@ -276,6 +281,8 @@ class ExactResume(HookBase):
             truncate_log(os.path.join(self.folder, METRICS_FILE), self.trainer.start_iter)
         if self._loaded is None:
             return
+        if self._loaded["iteration"] == self.trainer.start_iter - 1:
+            self._bring_back_scalars(self._loaded["scalars"])
         ranks = self._loaded["ranks"]
         if self._loaded["iteration"] != self.trainer.start_iter - 1 or len(ranks) != comm.get_world_size():
             logger.warning(
@@ -306,19 +313,53 @@ class ExactResume(HookBase):
                 self.trainer.storage.iter = iteration - 1
                 evaluation._do_eval()
                 self.trainer.storage.iter = iteration
+        self._write_what_was_due()
 
     def after_step(self) -> None:
         done = self.trainer.iter + 1
         if done % self.checkpoint_period == 0 or done >= self.trainer.max_iter:
             loaders = [x.state_dict() if isinstance(x, ResumableLoader) else None for x in self.loaders]
             ranks = comm.gather({"random": random_state(), "loaders": loaders})
-            self._saved = {"iteration": self.trainer.iter, "ranks": ranks}
+            self._saved = {"iteration": self.trainer.iter, "ranks": ranks, "scalars": _scalars(self.trainer.storage)}
+
+    def _bring_back_scalars(self, scalars: dict[str, list]) -> None:
+        storage, now = self.trainer.storage, self.trainer.storage.iter
+        for name, (smoothed, values) in scalars.items():
+            for value, iteration in values:
+                storage.iter = iteration
+                storage.put_scalar(name, value, smoothing_hint=smoothed)
+        storage.iter = now
+        written = last_logged(os.path.join(self.folder, METRICS_FILE))
+        for _, writer in self._json_writers():
+            writer._last_write = written
+        if self.trainer.start_iter == self.trainer.max_iter:
+            self._write_what_was_due()
+
+    def _write_what_was_due(self) -> None:
+        """The run may have died between the checkpoint and the writers, which come after it."""
+        start = self.trainer.start_iter
+        for period, writer in self._json_writers():
+            if start % period == 0 or start == self.trainer.max_iter:
+                writer.write()
+
+    def _json_writers(self) -> list[tuple[int, JSONWriter]]:
+        periodic = [hook for hook in self.trainer._hooks if isinstance(hook, hooks.PeriodicWriter)]
+        return [(hook._period, x) for hook in periodic for x in hook._writers if isinstance(x, JSONWriter)]
 
     def state_dict(self) -> dict[str, Any]:
         return self._saved
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._loaded = state
+        self._loaded = self._saved = state
+
+
+def _scalars(storage: EventStorage) -> dict[str, list]:
+    """Name -> [whether it is smoothed, the last values with their iterations], as many as the writers look at."""
+    hints = storage.smoothing_hints()
+    return {
+        name: [hints[name], [[value, int(iteration)] for value, iteration in history.values()[-_WINDOW:]]]
+        for name, history in storage.histories().items()
+    }
 
 
 def resumable(loader: Iterable, cfg: CfgNode) -> Iterable:

@@ -16,10 +16,12 @@ sys.path.insert(0, os.path.dirname(__file__))
 
 import torch
 from conftest import ROOT, SMALL
+from detectron2.engine import hooks
 from detectron2.evaluation import COCOEvaluator
 
 from repr_det import Trainer, train
 from repr_det.cli import check_run, train_argument_parser
+from repr_det.resume import AtomicCheckpointer
 from repr_det.scheme import RePrScheme
 
 
@@ -30,7 +32,11 @@ def die() -> None:
 def kill_at(moment: str, iteration: int) -> None:
     """Arranges for SIGKILL the first time that ``moment`` comes at or after ``iteration``."""
     now = {"iteration": -1}
-    run_step = Trainer.run_step
+    run_step, before_train = Trainer.run_step, Trainer.before_train
+
+    def starting(self):
+        now["iteration"] = self.start_iter - 1
+        before_train(self)
 
     def counting(self):
         now["iteration"] = self.iter
@@ -41,7 +47,7 @@ def kill_at(moment: str, iteration: int) -> None:
         if moment == "before hooks" and self.iter >= iteration:
             die()
 
-    Trainer.run_step = counting
+    Trainer.run_step, Trainer.before_train = counting, starting
 
     def armed() -> bool:
         return now["iteration"] >= iteration
@@ -68,6 +74,15 @@ def kill_at(moment: str, iteration: int) -> None:
         import repr_det.resume
 
         dying(repr_det.resume, "write_atomically")
+    elif moment == "final":
+        save = AtomicCheckpointer.save
+
+        def unless_final(self, name, **kwargs):
+            if name == "model_final":
+                die()
+            save(self, name, **kwargs)
+
+        AtomicCheckpointer.save = unless_final
     elif moment == "save":
         original = torch.save
 
@@ -81,10 +96,26 @@ def kill_at(moment: str, iteration: int) -> None:
         torch.save = half
 
 
+def write_often() -> None:
+    """Detectron2's writers every third iteration instead of every twentieth, so that some come with a checkpoint or an
+    evaluation and some do not."""
+    build_hooks = Trainer.build_hooks
+
+    def built(self):
+        found = build_hooks(self)
+        for hook in found:
+            if isinstance(hook, hooks.PeriodicWriter):
+                hook._period = 3
+        return found
+
+    Trainer.build_hooks = built
+
+
 def run(order: dict) -> None:
     sys.stdout = sys.stderr = open(order["log"], "a", buffering=1)  # noqa: SIM115 - for the life of this process
     os.dup2(sys.stdout.fileno(), 1)
     os.dup2(sys.stdout.fileno(), 2)
+    write_often()
     kill = order["kill"] or {}
     if "at" in kill:
         kill_at(kill["at"], kill["iteration"])

@@ -23,10 +23,9 @@ from repr_det.comparison.records import read_config
 from repr_det.config import add_repr_config
 from repr_det.datasets import check_registered
 from repr_det.errors import UserError
-from repr_det.files import write_atomically
+from repr_det.files import FINAL_CHECKPOINT, write_atomically
 
 PREDICTIONS_FILE = Path("inference") / "coco_instances_results.json"
-_FINAL = "model_final.pth"
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +92,7 @@ def train_ap(folder: Path, images: int, cache: Path) -> float | None:
     Raises:
         UserError: the data set is not registered.
     """
-    checkpoint = folder / _FINAL
+    checkpoint = folder / FINAL_CHECKPOINT
     if images < 1 or not checkpoint.is_file():
         return None
     key = f"{folder}, {images} images, {checkpoint.stat().st_mtime_ns}"
@@ -114,7 +113,7 @@ def _train_ap(folder: Path, images: int) -> float | None:
     loader = build_detection_test_loader(dataset=dicts, mapper=DatasetMapper(cfg, is_train=False), num_workers=0)
     with _quiet():
         model = build_model(cfg)
-        DetectionCheckpointer(model).load(str(folder / _FINAL))
+        DetectionCheckpointer(model).load(str(folder / FINAL_CHECKPOINT))
     to_id = {v: k for k, v in MetadataCatalog.get(name).thing_dataset_id_to_contiguous_id.items()}
     detections = []
     with inference_context(model), torch.no_grad():

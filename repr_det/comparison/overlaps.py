@@ -12,6 +12,7 @@ import torch
 from repr_det.comparison.records import checkpoints, read_overlaps
 from repr_det.comparison.results import RunData
 from repr_det.comparison.runs import BASELINE, REPR
+from repr_det.files import FINAL_CHECKPOINT
 from repr_det.orthogonality import inter_filter_orthogonality
 
 Overlaps = dict[str, np.ndarray]  # layer -> O_f of every filter
@@ -67,7 +68,7 @@ def _filter_counts(one: RunData) -> dict[str, int]:
     """From the snapshots, the final checkpoint, or at least those layers that ever lost filters."""
     for line in read_overlaps(one.run.folder):
         return {layer: len(values) for layer, values in line["overlap"].items()}
-    state = _load(one.run.folder / "model_final.pth") or {}
+    state = _load(one.run.folder / FINAL_CHECKPOINT) or {}
     if filters := state.get("trainer", {}).get("hooks", {}).get("RePrHook", {}).get("scheme", {}).get("filters"):
         return filters
     counts: dict[str, int] = {}
@@ -95,7 +96,7 @@ def _nearest_checkpoint(runs: list[RunData], iteration: int) -> int | None:
 
 
 def _of_checkpoint(one: RunData, trained: int | None, layers: Sequence[str]) -> Overlaps:
-    path = one.run.folder / "model_final.pth" if trained is None else checkpoints(one.run.folder)[trained]
+    path = one.run.folder / FINAL_CHECKPOINT if trained is None else checkpoints(one.run.folder)[trained]
     state = (_load(path) or {}).get("model", {})
     return {
         layer: inter_filter_orthogonality(torch.as_tensor(state[f"{layer}.weight"]).float()).numpy()
