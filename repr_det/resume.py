@@ -359,6 +359,7 @@ def _scalars(storage: EventStorage) -> dict[str, list]:
     return {
         name: [hints[name], [[value, int(iteration)] for value, iteration in history.values()[-_WINDOW:]]]
         for name, history in storage.histories().items()
+        if name != "time"  # Detectron2's timer does not count the first iterations of a run, resumed or not
     }
 
 
