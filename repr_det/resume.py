@@ -281,10 +281,11 @@ class ExactResume(HookBase):
             truncate_log(os.path.join(self.folder, METRICS_FILE), self.trainer.start_iter)
         if self._loaded is None:
             return
-        if self._loaded["iteration"] == self.trainer.start_iter - 1:
-            self._bring_back_scalars(self._loaded["scalars"])
         ranks = self._loaded["ranks"]
-        if self._loaded["iteration"] != self.trainer.start_iter - 1 or len(ranks) != comm.get_world_size():
+        of_this_iteration = self._loaded["iteration"] == self.trainer.start_iter - 1
+        if of_this_iteration:
+            self._bring_back_scalars(self._loaded["scalars"])
+        if not of_this_iteration or len(ranks) != comm.get_world_size():
             logger.warning(
                 "The random states in this checkpoint are those after iteration %d of %d process(es): the data order "
                 "of this run starts over",
