@@ -8,8 +8,11 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from detectron2.engine import HookBase
+from detectron2.utils.env import seed_all_rng
 from pycocotools.coco import COCO
 
+from repr_det import Trainer
 from repr_det.cli import build_config
 from repr_det.datasets import register_coco_format
 
@@ -34,6 +37,31 @@ def assert_same_weights(a: dict, b: dict) -> None:
     assert a.keys() == b.keys()
     for name, value in a.items():
         assert torch.equal(value, b[name]), name
+
+
+class At(HookBase):
+    """Calls ``action`` before an iteration."""
+
+    def __init__(self, iteration, action):
+        self.iteration, self.action = iteration, action
+
+    def before_step(self):
+        if self.trainer.iter == self.iteration:
+            self.action()
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def end_of(cfg, *hooks, resume=False) -> dict:
+    """Trains; returns a copy of the state dict."""
+    seed_all_rng(99 if resume else 5)
+    trainer = Trainer(cfg)
+    trainer.register_hooks(hooks)
+    trainer.resume_or_load(resume=resume)
+    trainer.train()
+    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
 
 
 def coco_of(dataset: dict) -> COCO:

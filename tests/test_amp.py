@@ -6,7 +6,7 @@ CPU GradScaler; the cases marked gpu run on a GPU. What has to be the same bit f
 
 import pytest
 import torch
-from conftest import GPU, assert_same_weights
+from conftest import GPU, At, assert_same_weights, interrupt
 from detectron2.engine import HookBase
 from detectron2.utils.env import seed_all_rng
 
@@ -105,7 +105,7 @@ def test_resumed_under_amp_bit_for_bit(tiny_cfg, tmp_path, cpu_amp):
     for stopped in (False, True):
         cfg = tiny_cfg(*CYCLE, "OUTPUT_DIR", tmp_path / str(stopped))
         trainer = trainer_of(cfg, "cpu", torch.float16)
-        trainer.register_hooks([Watch(overflow=True), *([Stop(6)] if stopped else [])])
+        trainer.register_hooks([Watch(overflow=True), *([At(7, interrupt)] if stopped else [])])
         try:
             trainer.train()
         except KeyboardInterrupt:
@@ -117,12 +117,3 @@ def test_resumed_under_amp_bit_for_bit(tiny_cfg, tmp_path, cpu_amp):
         scales.append(trainer._trainer.grad_scaler.get_scale())
     assert scales == [1.0, 1.0]
     assert_same_weights(*ends)
-
-
-class Stop(HookBase):
-    def __init__(self, iteration):
-        self.iteration = iteration
-
-    def after_step(self):
-        if self.trainer.iter == self.iteration:
-            raise KeyboardInterrupt

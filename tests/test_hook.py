@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import assert_same_weights
+from conftest import At, assert_same_weights, interrupt
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, hooks
@@ -133,7 +133,7 @@ class Reseed(HookBase):
         torch.manual_seed(self.trainer.iter)
 
 
-def simple_run(cfg, batches, stop=8, resume=False):
+def simple_run(cfg, batches, stop=None, resume=False):
     seed_all_rng(3)
     model = build_model(cfg)
     optimizer = DefaultTrainer.build_optimizer(cfg, model)
@@ -147,12 +147,7 @@ def simple_run(cfg, batches, stop=8, resume=False):
         seed_all_rng(12345)
     trainer.data_loader = batches[start:]
 
-    class Stop(HookBase):
-        def after_step(self):
-            if self.trainer.iter + 1 == stop:
-                raise KeyboardInterrupt
-
-    trainer.register_hooks([Stop()] if stop < cfg.SOLVER.MAX_ITER else [])
+    trainer.register_hooks([At(stop, interrupt)])
     try:
         trainer.train(start, cfg.SOLVER.MAX_ITER)
     except KeyboardInterrupt:

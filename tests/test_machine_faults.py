@@ -5,36 +5,14 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, SMALL, assert_same_weights
-from detectron2.engine import HookBase
-from detectron2.utils.env import seed_all_rng
+from conftest import ROOT, SMALL, At, assert_same_weights, end_of
 
-from repr_det import Trainer, UserError
+from repr_det import UserError
 
 OPTS = (
     "SOLVER.MAX_ITER 8 REPR.ENABLED True REPR.S1_ITERS 3 REPR.S2_ITERS 3 REPR.NUM_CYCLES 1 DATASETS.TEST () "
     "SOLVER.CHECKPOINT_PERIOD 2"
-).split()
-
-
-class At(HookBase):
-    """Calls ``action`` before iteration 5, in the sub-network phase."""
-
-    def __init__(self, action):
-        self.action = action
-
-    def before_step(self):
-        if self.trainer.iter == 5:
-            self.action()
-
-
-def end_of(cfg, *hooks, resume=False):
-    seed_all_rng(99 if resume else 5)
-    trainer = Trainer(cfg)
-    trainer.register_hooks(hooks)
-    trainer.resume_or_load(resume=resume)
-    trainer.train()
-    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+).split()  # iteration 5 is in the sub-network phase
 
 
 def test_full_disk(tiny_cfg, tmp_path):
@@ -44,7 +22,7 @@ def test_full_disk(tiny_cfg, tmp_path):
     cfg = tiny_cfg(*OPTS)
     try:
         with pytest.raises(UserError) as error:
-            end_of(cfg, At(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))))
+            end_of(cfg, At(5, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "\n" not in str(error.value)
@@ -68,7 +46,7 @@ def test_image_that_goes_bad(tiny_cfg, tiny_data, tmp_path, workers):
     cfg = tiny_cfg(*opts, "SOLVER.CHECKPOINT_PERIOD", 1)
     try:
         with pytest.raises(UserError) as error:
-            end_of(cfg, At(lambda: path.write_bytes(whole[: len(whole) // 2])))
+            end_of(cfg, At(5, lambda: path.write_bytes(whole[: len(whole) // 2])))
     finally:
         path.write_bytes(whole)
     last_line = str(error.value).rstrip().rpartition("\n")[2]  # workers put a traceback before it

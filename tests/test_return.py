@@ -9,6 +9,7 @@ from detectron2.engine import HookBase
 from test_slim import resnet
 
 from repr_det import Trainer
+from repr_det.benchmarking.transitions import textbook_overlap
 from repr_det.blocks import readers
 from repr_det.layers import find_filter_layers
 from repr_det.scheme import RePrScheme
@@ -137,12 +138,7 @@ def test_warm_up_after_every_restore(tiny_cfg, tmp_path):
 
 
 def overlaps_by_hand(rows):
-    rows = rows.detach().flatten(1).numpy()
-    size = np.linalg.norm(rows, axis=1, keepdims=True)
-    unit = np.divide(rows, size, out=np.zeros_like(rows), where=size > 0)
-    cosines = np.abs(unit @ unit.T)
-    np.fill_diagonal(cosines, 0)
-    return cosines.sum(1) / len(unit)
+    return textbook_overlap(rows.detach().flatten(1).numpy())
 
 
 @pytest.mark.parametrize("depth", [18, 50])
