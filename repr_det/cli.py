@@ -14,9 +14,10 @@ from typing import Any
 
 # Detectron2 of 2024 under a current torch warns at every start about what its users cannot change.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|detectron2|fvcore)\.")
-warnings.filterwarnings("ignore", message=r"(?s).*(pkg_resources|torch\.meshgrid).*")
+warnings.filterwarnings("ignore", message=r"(?s).*(pkg_resources|torch\.meshgrid|broadcast_buffers).*")
 
 import torch
+import torch.distributed as dist
 import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_argument_parser, default_setup, launch
@@ -233,13 +234,22 @@ def launch_processes(main: Callable[[argparse.Namespace], Any], args: argparse.N
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # several CPU processes talk by gloo, also on a machine with GPUs
     try:
-        launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,))
+        processes = (args.num_gpus, args.num_machines, args.machine_rank, args.dist_url)
+        launch(_run_and_leave_the_group, *processes, args=(main, args))
     except ProcessRaisedException as error:
         if not re.search(r"\nrepr_det\.[\w.]+Error: .*$", str(error).rstrip()):
             raise
         raise UserError(_last_line(error)) from None
     except ProcessExitedException as error:
         raise UserError(f"{error}, so the run stops; what is saved is untouched: continue with --resume") from None
+
+
+def _run_and_leave_the_group(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
+    """Detectron2's processes exit as members of their group, and gloo's threads then abort some of them (SIGABRT). One
+    that fails does not leave: its peers may still wait for it."""
+    main(args)
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _last_line(error: Exception) -> str:

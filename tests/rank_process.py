@@ -1,6 +1,7 @@
 """What one of two processes does in test_processes.py; importable, as spawned processes need."""
 
 import argparse
+import atexit
 import os
 import signal
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 sys.path.insert(0, os.path.dirname(__file__))
 
 import torch
+import torch.distributed as dist
 from conftest import ROOT, SMALL
 from detectron2.engine import HookBase
 from detectron2.utils import comm
@@ -34,6 +36,11 @@ class Misbehave(HookBase):
 
 def main_of(args: argparse.Namespace) -> None:
     main(*args.main)
+    atexit.register(tell_whether_in_a_group, Path(args.main[0]) / f"exit{comm.get_rank()}.txt")
+
+
+def tell_whether_in_a_group(told: Path) -> None:
+    told.write_text("in a group" if dist.is_initialized() else "alone")
 
 
 def launch_and_tell(args: argparse.Namespace, told: str) -> None:

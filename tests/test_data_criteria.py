@@ -338,6 +338,7 @@ def scores(cycle):
 alone = [scores(0), scores(1)]
 dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
 torch.save((alone, scores(rank)), out)
+dist.destroy_process_group()
 """
 
 
