@@ -1,5 +1,6 @@
 """tools/benchmark.py: its arithmetic against closed forms and counts, and the whole command on the smallest case."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -14,6 +15,7 @@ from repr_det.benchmarking.flops import count
 from repr_det.benchmarking.prediction import predict, run_ratio
 from repr_det.benchmarking.steps import ARMS, spread
 from repr_det.benchmarking.transitions import needed_flops, textbook_filters, textbook_overlap
+from repr_det.benchmarking.whole_run import measure_run, ratio_error
 from repr_det.orthogonality import inter_filter_orthogonality
 from repr_det.schedule import RePrSchedule
 
@@ -28,8 +30,9 @@ TINY = Case(depth=18, size=64, batch=1, norm="BN")
         (["--sizes", "32"], "--sizes must be at least 64"),
         (["--heads", "large"], "--heads must be one of stock, small, got 'large'"),
         (["--norm", "LN"], "--norm must be one of FrozenBN, BN, SyncBN, GN, got 'LN'"),
-        (["--only", "time"], "--only must be of steps, transitions, memory, got 'time'"),
+        (["--only", "time"], "--only must be of steps, transitions, memory, run, got 'time'"),
         (["--pairs", "0"], "--pairs must be at least 1, got 0"),
+        (["--run-iters", "17"], "--run-iters must be at least 18, got 17"),
         (["--threads", "-1"], "--threads must be at least 0, got -1"),
         (["--output", __file__], "is a file, not a folder"),
         (["--amp"], "--amp needs a GPU"),
@@ -87,6 +90,23 @@ def test_run_ratio_is_the_sum_over_the_iterations():
     assert predict(1.0, 0.4, 0.0) == pytest.approx({"1x": 1 - 0.6 * 15 / 90, "3x": 1 - 0.6 * 52.5 / 270})
 
 
+def test_standard_error_of_a_ratio():
+    rng = np.random.default_rng(2)
+    stock = rng.normal(1.0, 0.05, (2000, 40))
+    ours = 0.9 * stock + rng.normal(0, 0.03, stock.shape)
+    ratios = ours.sum(1) / stock.sum(1)
+    errors = [ratio_error(list(a), list(b)) for a, b in zip(ours, stock, strict=True)]
+    assert np.mean(errors) == pytest.approx(ratios.std(), rel=0.05)
+
+
+def test_a_whole_run_makes_every_transition_of_its_schedule():
+    found = measure_run(dataclasses.replace(TINY, norm="FrozenBN"), CONFIG_FILE, 18, report=lambda line: None)
+    assert (found["s1_iters"], found["s2_iters"], found["cycles"]) == (2, 1, 3)
+    assert found["ratio"] == pytest.approx(found["repr"] / found["stock"])
+    assert found["steps_ratio"] == pytest.approx((found["repr"] - found["transitions"]) / found["stock"])
+    assert 0 < found["transitions"] < found["repr"] and found["error"] > 0
+
+
 def test_slim_flops_are_those_of_the_kept_channels():
     """Forward, gradient of the input and of the weight: 2 multiply-adds each, of the kept share of both channels."""
     with Bench(TINY, CONFIG_FILE, repr_on=True) as bench:
@@ -126,7 +146,7 @@ def test_even_masks_and_patched():
 
 
 def test_whole_command(tmp_path, capsys):
-    flags = "--depths 18 --sizes 64 --batches 1 --pairs 2 --repeats 1 --norm BN --output".split()
+    flags = "--depths 18 --sizes 64 --batches 1 --pairs 2 --repeats 1 --run-iters 18 --norm BN --output".split()
     main([*flags, str(tmp_path / "out")])
     printed = capsys.readouterr().out
     assert (tmp_path / "out" / "benchmark.txt").read_text() in printed
@@ -140,4 +160,7 @@ def test_whole_command(tmp_path, capsys):
     assert 0 < entry["steps"]["hook"]["S1"]["share"] < 0.05
     assert entry["transitions"]["textbook_restore"] > entry["transitions"]["restore"] > 0
     assert set(entry["prediction"]) == {"1x", "3x", "flops"}
+    run = entry["run"]
+    assert 0 < run["transitions"] < run["repr"] and run["steps_ratio"] < run["ratio"]
+    assert run["1x"] == pytest.approx(run["steps_ratio"], abs=0.02) and run["1x"] > run["steps_ratio"]
     assert any(path.suffix == ".svg" for path in (tmp_path / "out").iterdir())

@@ -2,9 +2,10 @@
 
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode, get_cfg
@@ -19,6 +20,7 @@ from repr_det.config import add_repr_config
 from repr_det.errors import UserError
 from repr_det.hook import RePrHook
 from repr_det.layers import FilterLayer, find_filter_layers
+from repr_det.passes import TrainingPasses
 from repr_det.slim import SlimNetwork
 
 DEPTHS = (18, 34, 50, 101, 152)
@@ -155,11 +157,18 @@ class Bench:
     """A detector with its trainer and, with ``repr_on``, RePrHook, stepped by hand.
 
     Use as a context manager: Detectron2's heads log into the storage of the innermost one.
+
+    Args:
+        case: what to build.
+        config_file: the config that the case changes.
+        repr_on: register RePrHook.
+        opts: KEY, VALUE, ... over those of the case.
     """
 
-    def __init__(self, case: Case, config_file: str, repr_on: bool) -> None:
+    def __init__(self, case: Case, config_file: str, repr_on: bool, opts: Sequence[Any] = ()) -> None:
         self.case = case
         self.cfg = build_config(case, config_file)
+        self.cfg.merge_from_list(list(opts))
         self.model = build_detector(self.cfg)
         batches = itertools.cycle([synthetic_batch(case, seed) for seed in range(2)])
         inner = AMPTrainer if case.amp else SimpleTrainer
@@ -190,6 +199,15 @@ class Bench:
         scheme = self.hook.scheme
         options = {} if multiple is None else {"multiple": multiple}
         return SlimNetwork(self.model, scheme.layers, scheme.masks, **options)
+
+    def passes(self) -> TrainingPasses:
+        """Passes over synthetic batches, as calibration and data-driven criteria ask for them."""
+        return TrainingPasses(
+            self.model,
+            batches=lambda number, cycle: [synthetic_batch(self.case, seed) for seed in range(number)],
+            loss=lambda batch: sum(self.model(batch).values()),
+            join=lambda many: list(itertools.chain.from_iterable(many)),
+        )
 
     def synchronize(self) -> None:
         if self.case.device != "cpu":

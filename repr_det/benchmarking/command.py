@@ -13,13 +13,15 @@ import torch
 
 from repr_det.benchmarking.case import DEPTHS, HEADS, NORMS, Case
 from repr_det.benchmarking.memory import measure_memory
-from repr_det.benchmarking.prediction import predict
+from repr_det.benchmarking.prediction import predict, run_ratio
 from repr_det.benchmarking.report import machine, table, write
 from repr_det.benchmarking.steps import S1, SLIM, measure_steps
 from repr_det.benchmarking.transitions import measure_transitions
+from repr_det.benchmarking.whole_run import SHORTEST, measure_run
 from repr_det.errors import UserError
+from repr_det.schedule import RePrSchedule
 
-PARTS = ("steps", "transitions", "memory")
+PARTS = ("steps", "transitions", "memory", "run")
 CONFIG_FILE = str(Path(__file__).resolve().parents[2] / "configs" / "baseline_r50_fpn.yaml")
 
 
@@ -31,6 +33,7 @@ class Plan:
     parts: tuple[str, ...]
     pairs: int
     repeats: int
+    run_iters: int
     config_file: str
     output: str
 
@@ -38,7 +41,7 @@ class Plan:
 def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="What RePr costs and saves beside stock Detectron2, on synthetic batches: step times, transitions, "
-        "FLOPs, memory. Every combination of depths, ratios, sizes and batches is a case."
+        "FLOPs, memory, a whole run. Every combination of depths, ratios, sizes and batches is a case."
     )
     parser.add_argument("--depths", nargs="+", type=int, default=[50], metavar="D", help=f"of {DEPTHS} (50)")
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.3], metavar="P", help="dropped share (0.3)")
@@ -50,6 +53,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--amp", action="store_true", help="mixed precision, on a GPU")
     parser.add_argument("--pairs", type=int, default=30, help="rounds of one step of every arm (30)")
     parser.add_argument("--repeats", type=int, default=3, help="drops and restores (3)")
+    parser.add_argument("--run-iters", type=int, default=180, help="iterations of the whole run of each arm (180)")
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0 takes its default")
     parser.add_argument("--only", nargs="+", default=list(PARTS), metavar="PART", help=f"of {', '.join(PARTS)} (all)")
     parser.add_argument("--config-file", default=CONFIG_FILE, help="configs/baseline_r50_fpn.yaml")
@@ -70,6 +74,8 @@ def plan(arguments: Sequence[str] | None = None) -> Plan:
     for flag in ("pairs", "repeats"):
         if getattr(given, flag) < 1:
             raise UserError(f"--{flag} must be at least 1, got {getattr(given, flag)}")
+    if given.run_iters < SHORTEST:
+        raise UserError(f"--run-iters must be at least {SHORTEST}, got {given.run_iters}")
     if given.threads < 0:
         raise UserError(f"--threads must be at least 0, got {given.threads}")
     if os.path.exists(given.output) and not os.path.isdir(given.output):
@@ -81,11 +87,11 @@ def plan(arguments: Sequence[str] | None = None) -> Plan:
         for depth, ratio, size, batch in itertools.product(given.depths, given.ratios, given.sizes, given.batches)
     ]
     parts = tuple(part for part in PARTS if part in given.only)
-    return Plan(cases, parts, given.pairs, given.repeats, given.config_file, given.output)
+    return Plan(cases, parts, given.pairs, given.repeats, given.run_iters, given.config_file, given.output)
 
 
 def measure(case: Case, chosen: Plan) -> dict[str, Any]:
-    """The parts of one case, and the prediction where steps and transitions are among them."""
+    """The parts of one case, and the predictions where steps and transitions are among them."""
     found: dict[str, Any] = {"name": case.name, "case": dataclasses.asdict(case)}
     if "steps" in chosen.parts:
         found["steps"] = measure_steps(case, chosen.config_file, chosen.pairs)
@@ -93,6 +99,8 @@ def measure(case: Case, chosen: Plan) -> dict[str, Any]:
         found["transitions"] = measure_transitions(case, chosen.config_file, chosen.repeats)
     if "memory" in chosen.parts:
         found["memory"] = measure_memory(case, chosen.config_file)
+    if "run" in chosen.parts:
+        found["run"] = measure_run(case, chosen.config_file, chosen.run_iters)
     if "steps" in found and "transitions" in found:
         steps, transitions = found["steps"], found["transitions"]
         # Without noise S1 is the baseline and what the hook does; the difference of two medians would be mostly noise.
@@ -100,8 +108,14 @@ def measure(case: Case, chosen: Plan) -> dict[str, Any]:
         both = transitions["drop"] + transitions["restore"]
         if transitions["calibrated"] is not None:
             both = max(both, transitions["calibrated"])
-        found["prediction"] = predict(full, steps["ratio"][SLIM]["median"], both / transitions["step"])
+        sub, both = steps["ratio"][SLIM]["median"], both / transitions["step"]
+        found["prediction"] = predict(full, sub, both)
         found["prediction"]["flops"] = predict(1.0, steps["flops"]["step_exact_ratio"], 0.0)
+        if "run" in found:
+            run = found["run"]
+            schedule = RePrSchedule(run["s1_iters"], run["s2_iters"], run["cycles"])
+            run["predicted"] = run_ratio(run["iterations"], schedule, full, sub, both)
+            run["steps_predicted"] = run_ratio(run["iterations"], schedule, full, sub)
     return found
 
 

@@ -51,6 +51,7 @@ def table(results: dict[str, Any]) -> str:
             ("transitions", _transition_lines),
             ("memory", _memory_lines),
             ("prediction", _prediction_lines),
+            ("run", _run_lines),
         ):
             if part in entry:
                 lines += [f"  {line}" for line in write(entry[part])]
@@ -108,6 +109,20 @@ def _prediction_lines(found: dict[str, Any]) -> list[str]:
         f"a whole RePr run on {name} takes {found[name]:.3f} of the baseline's time (its FLOPs: "
         f"{found['flops'][name]:.3f})"
         for name in SCHEDULES
+    ]
+
+
+def _run_lines(found: dict[str, Any]) -> list[str]:
+    def predicted(key: str) -> str:
+        return f" (predicted {found[key]:.3f})" if key in found else ""
+
+    schedule = f"S1 {found['s1_iters']}, S2 {found['s2_iters']}, {found['cycles']} cycles"
+    return [
+        f"a run of {found['iterations']} iterations, {schedule}: RePr {found['repr']:.1f} s, {found['transitions']:.1f} s "
+        f"of it transitions, stock {found['stock']:.1f} s",
+        f"  to stock {found['ratio']:.3f}{predicted('predicted')}; without transitions {found['steps_ratio']:.3f} +- "
+        f"{found['error']:.3f}{predicted('steps_predicted')}; at 90,000 iterations, transitions included: "
+        f"{found['1x']:.3f}",
     ]
 
 

@@ -8,11 +8,9 @@ from typing import Any
 import numpy as np
 import scipy.linalg
 import torch
-from torch import Tensor
 
-from repr_det.benchmarking.case import Bench, Case, synthetic_batch
+from repr_det.benchmarking.case import Bench, Case
 from repr_det.layers import FilterLayer
-from repr_det.passes import TrainingPasses
 from repr_det.scheme import RePrScheme
 
 
@@ -113,18 +111,12 @@ def time_transitions(scheme: RePrScheme, repeats: int, device: str) -> dict[str,
 
 
 def _calibrated_seconds(bench: Bench) -> float:
-    def loss(batch: list[dict]) -> Tensor:
-        return sum(bench.model(batch).values())
-
-    def batches(number: int, cycle: int) -> list[list[dict]]:
-        return [synthetic_batch(bench.case, seed) for seed in range(number)]
-
     scheme = RePrScheme(
         bench.hook.scheme.layers,
         bench.trainer.optimizer,
         drop_ratio=bench.case.ratio,
         max_drop_per_layer=bench.case.ratio,
-        passes=TrainingPasses(bench.model, batches, loss, lambda many: [image for batch in many for image in batch]),
+        passes=bench.passes(),
     )
     return _timed(scheme.drop, bench.case.device) + _timed(scheme.restore, bench.case.device)
 
