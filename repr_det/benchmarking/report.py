@@ -118,8 +118,8 @@ def _run_lines(found: dict[str, Any]) -> list[str]:
 
     schedule = f"S1 {found['s1_iters']}, S2 {found['s2_iters']}, {found['cycles']} cycles"
     return [
-        f"a run of {found['iterations']} iterations, {schedule}: RePr {found['repr']:.1f} s, {found['transitions']:.1f} s "
-        f"of it transitions, stock {found['stock']:.1f} s",
+        f"a run of {found['iterations']} iterations, {schedule}: RePr {found['repr']:.1f} s, of it "
+        f"{found['transitions']:.1f} s transitions, stock {found['stock']:.1f} s",
         f"  to stock {found['ratio']:.3f}{predicted('predicted')}; without transitions {found['steps_ratio']:.3f} +- "
         f"{found['error']:.3f}{predicted('steps_predicted')}; at 90,000 iterations, transitions included: "
         f"{found['1x']:.3f}",
