@@ -1,10 +1,11 @@
 #!/usr/bin/env python
 """RePr in a plain PyTorch loop, without Detectron2: the paper's C3(32) classifier on scikit-learn's digits.
 
-examples/plain_pytorch.py [--seeds 0 1 2 3 4] [--criterion ortho] [--oracle]
+examples/plain_pytorch.py [--seeds 0 1 2 3 4] [--scheme criterion=ortho drop_ratio=0.3 ...] [--oracle]
 
 Trains the same network twice per seed, from the same weights on the same batches for the same number of steps: plainly,
-and with RePr on the paper's schedule (S1 = 20, S2 = 10, N = 3 of 100 epochs, scaled to --epochs). With --oracle it also
+and with RePr on the paper's schedule (S1 = 20, S2 = 10, N = 3 of 100 epochs, scaled to --epochs). --scheme takes any
+option of RePrScheme that is a name or a number, --norm puts a norm behind every conv. With --oracle it also
 ranks the filters of the plainly trained networks by every criterion and by the oracle, which tries each filter on
 held-out images, and prints their rank correlation.
 """
@@ -13,34 +14,34 @@ import argparse
 import statistics
 import sys
 import time
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repr_det import RePrSchedule, RePrScheme, UserError, find_filter_layers
-from repr_det.criteria import CRITERIA, Context, correlation_with_oracle, get_criterion
+from repr_det.criteria import CRITERIA, Context, correlation_with_oracle
 from repr_det.passes import TrainingPasses
 
 BATCH_SIZE = 50
 HELD_OUT = 400
 Data = tuple[Tensor, Tensor]
+# Of RePrScheme, and how they are read.
+OPTIONS = {"criterion": str, "drop_ratio": float, "max_drop_per_layer": float, "scale": str, "returns": str}
 
 
-def c3_32() -> nn.Sequential:
-    """Three conv layers of 32 filters each and a linear classifier, no norm: the paper's vanilla network."""
-    return nn.Sequential(
-        nn.Conv2d(1, 32, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(32, 32, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(32, 32, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(128, 10),
-    )
+NORMS = {"none": nn.Identity, "BN": lambda: nn.BatchNorm2d(32), "GN": lambda: nn.GroupNorm(8, 32)}
+
+
+def c3_32(norm: str = "none") -> nn.Sequential:
+    """Three conv layers of 32 filters each and a linear classifier: the paper's vanilla network, with "none"."""
+
+    def conv(channels: int) -> list[nn.Module]:
+        return [nn.Conv2d(channels, 32, 3, padding=1), NORMS[norm](), nn.ReLU()]
+
+    pool = nn.MaxPool2d(2)
+    return nn.Sequential(*conv(1), *conv(32), pool, *conv(32), pool, nn.Flatten(), nn.Linear(128, 10))
 
 
 def digits(num_train: int) -> tuple[Data, Data, Data]:
@@ -62,6 +63,20 @@ def batches_of(data: Data, order: Tensor) -> list[Data]:
     return [(data[0][rows], data[1][rows]) for rows in order.split(BATCH_SIZE)]
 
 
+def scheme_options(given: list[str]) -> dict[str, Any]:
+    """KEY=VALUE as arguments of RePrScheme; wrong values it refuses itself, before the first step."""
+    options = {}
+    for text in given:
+        key, _, value = text.partition("=")
+        if key not in OPTIONS:
+            raise UserError(f"--scheme takes KEY=VALUE with a KEY of {', '.join(OPTIONS)}, got {text!r}")
+        try:
+            options[key] = OPTIONS[key](value)
+        except ValueError:
+            raise UserError(f"--scheme {key} must be a number, got {value!r}") from None
+    return options
+
+
 def passes_over(model: nn.Module, data: Data) -> TrainingPasses:
     """How data-driven criteria look at ``data``: up to ``number`` batches of it, others in every cycle."""
 
@@ -78,22 +93,21 @@ def passes_over(model: nn.Module, data: Data) -> TrainingPasses:
 def train(data: Data, seed: int, epochs: int, use_repr: bool, args: argparse.Namespace) -> nn.Module:
     """One run; both arms draw the same weights and the same batches from ``seed``."""
     torch.manual_seed(seed)
-    model = c3_32()
+    model = c3_32(args.norm)
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=1e-4)
     steps = epochs * -(-len(data[0]) // BATCH_SIZE)
 
     # What RePr adds to a training loop: a schedule, a scheme, and one look at the schedule after every step.
     scheme = schedule = None
     if use_repr:
-        schedule = RePrSchedule(s1_iters=steps * 20 // 100, s2_iters=steps * 10 // 100, num_cycles=3)
+        schedule = RePrSchedule(s1_iters=steps * args.s1 // 100, s2_iters=steps * args.s2 // 100, num_cycles=3)
         schedule.check_fits(steps)
         scheme = RePrScheme(
             find_filter_layers(model, ["*"]),
             optimizer,
-            criterion=args.criterion,
-            drop_ratio=args.drop_ratio,
             seed=seed,
             passes=passes_over(model, data),
+            **args.scheme,
         )
 
     iteration = 0
@@ -129,14 +143,15 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=50)
     parser.add_argument("--train-images", type=int, default=500)
     parser.add_argument("--lr", type=float, default=0.02)
-    parser.add_argument("--criterion", default="ortho", help=f"one of {', '.join(sorted(CRITERIA))}")
-    parser.add_argument("--drop-ratio", type=float, default=0.3)
+    parser.add_argument("--norm", default="none", choices=NORMS)
+    parser.add_argument("--s1", type=int, default=20, help="of the full network in a cycle, %% of the training (20)")
+    parser.add_argument("--s2", type=int, default=10, help="of the sub-network in a cycle, %% of the training (10)")
+    parser.add_argument("--scheme", nargs="+", default=[], metavar="KEY=VALUE", help=f"one of {', '.join(OPTIONS)}")
     parser.add_argument("--oracle", action="store_true", help="print the rank correlation of criteria with the oracle")
     args = parser.parse_args()
     if args.epochs < 1:
         raise UserError(f"--epochs must be at least 1, got {args.epochs}")
-
-    get_criterion(args.criterion)
+    args.scheme = scheme_options(args.scheme)
 
     training, held_out, test = digits(args.train_images)
     scores: dict[str, dict[str, list[float]]] = {arm: {"train": [], "test": []} for arm in ("baseline", "RePr")}

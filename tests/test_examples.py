@@ -18,7 +18,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def test_plain_pytorch_trains_both_arms_and_asks_the_oracle():
-    options = "--seeds 1 2 --epochs 15 --train-images 300 --lr 0.05 --oracle".split()
+    options = "--seeds 1 2 --epochs 15 --train-images 300 --lr 0.05 --oracle --norm BN --scheme scale=unit".split()
     command = [sys.executable, "-c", WITHOUT_DETECTRON2, str(SCRIPT), *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -43,7 +43,13 @@ def test_plain_pytorch_trains_both_arms_and_asks_the_oracle():
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ("--criterion nope", "REPR.CRITERION must be one of"),
+        ("--scheme criterion=nope", "REPR.CRITERION must be one of"),
+        ("--scheme scale=long", "REPR.REINIT.SCALE must be one of"),
+        (
+            "--scheme ratio=0.3",
+            "--scheme takes KEY=VALUE with a KEY of criterion, drop_ratio, max_drop_per_layer, scale, ",
+        ),
+        ("--scheme drop_ratio=some", "--scheme drop_ratio must be a number, got 'some'"),
         ("--train-images 5000", "--train-images must be 50 to 1297, got 5000"),
         ("--epochs 0", "--epochs must be at least 1, got 0"),
         ("--epochs 1 --train-images 50", "REPR.S1_ITERS must be an integer of at least 1, got 0"),
