@@ -6,7 +6,7 @@ that the new channel has the same moments after the norm, on the same batches, l
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
@@ -83,9 +83,13 @@ def match_moments(
                 layer.norm.running_mean[rows[layer.name]], layer.norm.running_var[rows[layer.name]] = chosen[layer.name]
 
 
+class _AllReached(Exception):
+    """Ends a forward pass: what follows the last layer that is looked at (FPN, heads, loss) need not be computed."""
+
+
 def _run_joined(passes: TrainingPasses, num_batches: int, cycle: int) -> None:
     # One pass over all batches: later layers then see every batch through earlier ones that are already matched.
-    with torch.no_grad():
+    with torch.no_grad(), suppress(_AllReached):
         passes.loss(passes.join(list(passes.batches(num_batches, cycle))))
 
 
@@ -103,18 +107,28 @@ def _on_norm(
     before: Callable[[FilterLayer, Tensor], None] | None = None,
     after: Callable[[FilterLayer, Tensor], None] | None = None,
 ) -> Iterator[None]:
+    """Calls ``before`` or ``after`` at the first call of each layer's norm, and ends the pass at the last one."""
+    left = {layer.name for layer in layers}
+
+    def look(layer: FilterLayer, function: Callable[[FilterLayer, Tensor], None], values: Tensor) -> None:
+        if layer.name in left:
+            left.remove(layer.name)
+            function(layer, values)
+            if not left:
+                raise _AllReached
+
     handles = []
     for layer in layers:
         if before is not None:
 
             def pre(module: nn.Module, inputs: tuple, layer: FilterLayer = layer) -> None:
-                before(layer, inputs[0])
+                look(layer, before, inputs[0])
 
             handles.append(layer.norm.register_forward_pre_hook(pre))
         if after is not None:
 
             def post(module: nn.Module, inputs: tuple, output: Tensor, layer: FilterLayer = layer) -> None:
-                after(layer, output)
+                look(layer, after, output)
 
             handles.append(layer.norm.register_forward_hook(post))
     try:

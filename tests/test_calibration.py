@@ -328,6 +328,19 @@ def test_a_scale_out_of_reach_of_eps_still_gets_its_mean():
         assert (after[name][1][masks[name]] <= before[name][1][masks[name]] * 1.001).all()
 
 
+def test_what_follows_the_last_layer_is_not_computed():
+    net, optimizer, scheme, _ = make()
+    train(net, optimizer, 1)
+    reached = []
+    for name in (*LAYERS, "classifier"):
+        getattr(net, name).register_forward_hook(lambda module, inputs, output, name=name: reached.append(name))
+    scheme.drop()
+    assert set(reached) == {"conv1", "conv2"}  # conv3's own hooks come after those of the norm inside it
+    reached.clear()
+    scheme.restore()
+    assert set(reached) == {"conv1", "conv2"}
+
+
 def test_layers_that_the_batches_do_not_reach_keep_their_statistics():
     class Unused(InsideNet):
         def __init__(self) -> None:
@@ -465,7 +478,7 @@ def test_no_hook_stays_where_a_pass_fails():
     net, _, scheme, _ = make()
 
     def fail(batch):
-        net(batch)
+        net.conv1(batch)
         raise RuntimeError("out of memory")
 
     scheme.passes.loss = fail
