@@ -47,7 +47,9 @@ def test_interval_over_seeds_is_the_t_interval_worked_by_hand():
     ],
 )
 def test_verdict(baseline, repr_, verdict):
-    assert paired_difference(baseline, repr_).verdict == verdict
+    found = paired_difference(baseline, repr_)
+    assert found.verdict == verdict
+    assert found.direction == {"better": "higher", "worse": "lower"}.get(verdict, verdict)
 
 
 @pytest.mark.parametrize(

@@ -313,7 +313,12 @@ def test_report_of_finished_folders(finished, tmp_path, capsys):
     expected = [json.loads((folder / "metrics.json").read_text().splitlines()[-1])["bbox/AP"] for folder in bases]
     assert row["baseline"]["values"] == pytest.approx(expected)
     assert row["baseline"]["sd"] == pytest.approx(np.std(expected, ddof=1))
-    assert results["training"]["lost"]["baseline"]["mean"] == pytest.approx(1.0)  # the best was 1 above the final
+    training = results["training"]
+    assert training["lost"]["baseline"]["mean"] == pytest.approx(1.0)  # the best was 1 above the final
+    for part in training.values():  # a higher loss is not better
+        low, high = part["difference"]["low"], part["difference"]["high"]
+        word = "higher" if low > 0 else "lower" if high < 0 else "not distinguishable"
+        assert part["difference"]["verdict"] == word
     assert results["pairs"][0]["repr"]["best_iteration"] == 20
     assert results["pairs"][1]["images"]["AP"]["difference"] == pytest.approx(row["difference"]["values"][1], abs=1e-9)
     assert results["time"]["repr"] == pytest.approx(

@@ -187,13 +187,15 @@ def _read(run: Run) -> RunData:
     return RunData(run, read_metrics(run.folder), final, read_events(run.folder), read_predictions(run.folder))
 
 
-def _row(data: list[tuple[RunData, RunData]], value: Callable[[RunData], float]) -> dict[str, Any]:
+def _row(
+    data: list[tuple[RunData, RunData]], value: Callable[[RunData], float], word: str = "verdict"
+) -> dict[str, Any]:
     baseline, repr_ = [value(base) for base, _ in data], [value(other) for _, other in data]
     difference = paired_difference(baseline, repr_)
     return {
         BASELINE: asdict(summarize(baseline)),
         REPR: asdict(summarize(repr_)),
-        "difference": {**asdict(difference), "verdict": difference.verdict},
+        "difference": {**asdict(difference), "verdict": getattr(difference, word)},
     }
 
 
@@ -204,16 +206,19 @@ def _classes(everyone: list[RunData]) -> list[str]:
 
 
 def _training(data: list[tuple[RunData, RunData]], train_images: int) -> dict[str, Any]:
-    rows = {
-        "final": _row(data, lambda one: one.value("AP")),
-        "final_loss": _row(data, lambda one: one.final_loss),
+    """Their words are higher and lower: a lower loss or gap is not better as such."""
+    values: dict[str, Callable[[RunData], float]] = {
+        "final": lambda one: one.value("AP"),
+        "final_loss": lambda one: one.final_loss,
     }
     if all(len(one.curve) > 1 for pair in data for one in pair):
-        rows["best"] = _row(data, lambda one: one.best[1])
-        rows["lost"] = _row(data, lambda one: one.best[1] - one.value("AP"))
+        values["best"] = lambda one: one.best[1]
+        values["lost"] = lambda one: one.best[1] - one.value("AP")
     if all(math.isfinite(one.train_ap) for pair in data for one in pair):
-        rows["train"] = _row(data, lambda one: one.train_ap)
-        rows["gap"] = _row(data, lambda one: one.train_ap - one.value("AP"))
+        values["train"] = lambda one: one.train_ap
+        values["gap"] = lambda one: one.train_ap - one.value("AP")
+    rows = {name: _row(data, value, "direction") for name, value in values.items()}
+    if "train" in rows:
         rows["train"]["images"] = train_images
     return rows
 

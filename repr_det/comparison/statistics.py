@@ -9,6 +9,7 @@ from scipy import stats
 
 CONFIDENCE = 0.95
 BETTER, WORSE, OPEN, UNKNOWN = "better", "worse", "not distinguishable", "no verdict"
+HIGHER, LOWER = "higher", "lower"
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,11 @@ class Difference:
         if not math.isfinite(self.low):
             return UNKNOWN
         return BETTER if self.low > 0 else WORSE if self.high < 0 else OPEN
+
+    @property
+    def direction(self) -> str:
+        """``verdict`` for a value of which more is neither better nor worse: HIGHER or LOWER."""
+        return {BETTER: HIGHER, WORSE: LOWER}.get(self.verdict, self.verdict)
 
 
 def summarize(values: Sequence[float]) -> Summary:
