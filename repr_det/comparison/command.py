@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from repr_det.cli import add_data_argument
+from repr_det.comparison.others import group_by_settings, read_other_runs
 from repr_det.comparison.pairing import check_comparable, check_finished, pair_runs, run_from_folder
 from repr_det.comparison.plan import plan_runs
 from repr_det.comparison.report import write_report
 from repr_det.comparison.results import compare, write_results
 from repr_det.comparison.runner import run_all
 from repr_det.comparison.runs import BASELINE, REPR, Run
-from repr_det.comparison.table import metrics_table
+from repr_det.comparison.table import metrics_table, others_table
 from repr_det.datasets import register_builtin, register_coco_format
 from repr_det.errors import UserError
 from repr_det.files import write_atomically
@@ -29,6 +30,9 @@ _DESCRIPTION = """Compares RePr with its baseline: both arms with the same seeds
   from finished folders:  tools/compare.py --baseline-runs A1 A2 --repr-runs B1 B2 --output DIR
   the report alone:       tools/compare.py --report-only --output DIR
 
+--other-runs adds finished runs of other settings, such as a baseline with more weight decay or RePr with another
+criterion; they are grouped by how their config differs from that of their arm.
+
 The output folder gets report.html, results.json and results.csv. The same command continues a comparison that was
 stopped and skips finished runs. TEST.EVAL_PERIOD 0 becomes a tenth of MAX_ITER unless it is given as KEY VALUE.
 """
@@ -41,6 +45,9 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, nargs="+", default=[], metavar="SEED")
     parser.add_argument("--baseline-runs", type=Path, nargs="+", default=[], metavar="DIR", help="finished folders")
     parser.add_argument("--repr-runs", type=Path, nargs="+", default=[], metavar="DIR", help="finished folders")
+    parser.add_argument(
+        "--other-runs", type=Path, nargs="+", default=[], metavar="DIR", help="finished folders of other settings"
+    )
     parser.add_argument("--output", type=Path, help="default: OUTPUT_DIR of the config with the suffix _comparison")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once (default 1)")
     parser.add_argument("--num-gpus", type=int, default=1, help="GPUs of each run (default 1)")
@@ -65,22 +72,28 @@ def main(argv: list[str] | None = None) -> None:
     _check_arguments(args)
     if args.report_only:
         runs, settings = _remembered(args.output)
+        args.other_runs = args.other_runs or [_placed(args.output, entry) for entry in settings["other_runs"]]
     else:
         runs = _runs(args)
         settings = _settings(args, runs, sys.argv[1:] if argv is None else argv)
     pairs = pair_runs(runs)
+    others = read_other_runs(args.other_runs, [pair.seed for pair in pairs])
+    settings["other_runs"] = [os.path.relpath(run.folder, args.output) for run in others]
     if runs[0].flags and not args.report_only:
         _remember(args.output, settings)
         _say(f"{len(runs)} runs of {runs[0].max_iter} iterations, {args.jobs} at once, in {args.output}")
         run_all(runs, args.jobs, args.num_gpus)
     check_finished(runs)
     check_comparable(runs)
+    settled = group_by_settings(others, pairs)
     _remember(args.output, settings)
-    comparison = compare(pairs, args.output / "train_ap.json", args.bootstrap, args.train_images, _say)
+    comparison = compare(pairs, args.output / "train_ap.json", args.bootstrap, args.train_images, _say, settled)
     write_results(comparison, args.output)
     _say("report")
     report = write_report(comparison, settings, args.output, args.eval_images)
     print(f"\n{metrics_table(comparison.results['metrics'])}\n\n{comparison.results['verdict']}")
+    if others:
+        print(f"\n{others_table(comparison.results['others'])}")
     for note in comparison.results["notes"]:
         print(f"note: {note}")
     print(f"\nReport: {report}")
@@ -159,14 +172,19 @@ def _remembered(output: Path) -> tuple[list[Run], dict[str, Any]]:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
         runs = [
-            Run(entry["arm"], entry["seed"], Path(os.path.normpath(output / entry["folder"])), entry["max_iter"])
+            Run(entry["arm"], entry["seed"], _placed(output, entry["folder"]), entry["max_iter"])
             for entry in settings["runs"]
         ]
+        settings.setdefault("other_runs", [])
         register = settings["register"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error!r}): run the comparison again, finished runs are kept") from error
     _register(register)
     return runs, settings
+
+
+def _placed(output: Path, folder: str) -> Path:
+    return Path(os.path.normpath(output / folder))
 
 
 def _say(text: str) -> None:

@@ -10,7 +10,8 @@ from repr_det.comparison.runs import BASELINE, REPR, Run, final_row, last_iterat
 from repr_det.errors import UserError
 
 # Where runs are and how often they are saved; nothing that a result depends on.
-_FREE = ("OUTPUT_DIR", "SEED", "VERSION", "VIS_PERIOD", "SOLVER.CHECKPOINT_PERIOD", "REPR.")
+FREE_WITHIN_REPR = ("OUTPUT_DIR", "SEED", "VERSION", "VIS_PERIOD", "SOLVER.CHECKPOINT_PERIOD")
+FREE = (*FREE_WITHIN_REPR, "REPR.")
 # The first difference in this order is the one that is named.
 _ORDER = ("SOLVER.MAX_ITER", "DATASETS.TRAIN", "DATASETS.TEST", "SOLVER.IMS_PER_BATCH", "INPUT.", "MODEL.", "SOLVER.")
 
@@ -24,14 +25,18 @@ class Pair:
     repr: Run
 
 
-def run_from_folder(folder: Path, arm: str) -> Run:
+def run_from_folder(folder: Path, arm: str | None = None) -> Run:
     """A run that was trained already.
+
+    Args:
+        arm: the one that it must be of; None takes either.
 
     Raises:
         UserError: it is no run of that arm, or has no seed.
     """
     config = read_settings(folder)
     enabled = bool(config.get("REPR.ENABLED", False))
+    arm = arm or (REPR if enabled else BASELINE)
     if enabled != (arm == REPR):
         given = "--baseline-runs" if arm == BASELINE else "--repr-runs"
         raise UserError(f"{folder} was trained with REPR.ENABLED {enabled}: it does not belong to {given}")
@@ -85,9 +90,8 @@ def check_comparable(runs: Sequence[Run]) -> None:
     for run, config in zip(runs[1:], configs[1:], strict=True):
         _refuse_difference(runs[0], reference, run, config)
     arm = [(run, config) for run, config in zip(runs, configs, strict=True) if run.arm == REPR]
-    with_repr = [key for key in _FREE if key != "REPR."]
     for run, config in arm[1:]:
-        _refuse_difference(*arm[0], run, config, with_repr)
+        _refuse_difference(*arm[0], run, config, FREE_WITHIN_REPR)
     tests = reference.get("DATASETS.TEST") or []
     if len(tests) != 1:
         raise UserError(f"DATASETS.TEST must name one data set for a comparison, got {len(tests)}: {', '.join(tests)}")
@@ -117,18 +121,23 @@ def check_planned(run: Run, config: dict[str, Any]) -> None:
         )
 
 
-def first_difference(a: dict[str, Any], b: dict[str, Any], free: Sequence[str] = _FREE) -> str | None:
-    """The first key, in the order of what matters most, whose value differs between two flat configs.
+def differing_keys(a: dict[str, Any], b: dict[str, Any], free: Sequence[str] = FREE) -> list[str]:
+    """The keys whose values differ between two flat configs, in the order of what matters most.
 
     A key that only one of them has counts as a difference (another version of Detectron2 or of this package).
     """
     keys = [key for key in {**a, **b} if not key.startswith(tuple(free))]
     keys.sort(key=lambda key: next((n for n, head in enumerate(_ORDER) if key.startswith(head)), len(_ORDER)))
     missing = object()
-    return next((key for key in keys if a.get(key, missing) != b.get(key, missing)), None)
+    return [key for key in keys if a.get(key, missing) != b.get(key, missing)]
 
 
-def _refuse_difference(first: Run, config: dict, other: Run, other_config: dict, free: Sequence[str] = _FREE) -> None:
+def first_difference(a: dict[str, Any], b: dict[str, Any], free: Sequence[str] = FREE) -> str | None:
+    """The first of ``differing_keys``, or None."""
+    return next(iter(differing_keys(a, b, free)), None)
+
+
+def _refuse_difference(first: Run, config: dict, other: Run, other_config: dict, free: Sequence[str] = FREE) -> None:
     key = first_difference(config, other_config, free)
     if key is not None:
         raise UserError(

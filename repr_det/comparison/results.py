@@ -14,6 +14,7 @@ from pycocotools.coco import COCO
 
 from repr_det.comparison.evaluation import load_validation_truth, read_predictions, train_ap
 from repr_det.comparison.matches import METRICS, Matches, average_precision, bootstrap_multiplicities, match
+from repr_det.comparison.others import OtherSetting
 from repr_det.comparison.pairing import Pair
 from repr_det.comparison.records import read_config, read_events, read_metrics, read_wall_clock
 from repr_det.comparison.runs import BASELINE, REPR, Run, final_row, is_number
@@ -88,6 +89,7 @@ def compare(
     bootstrap: int = 1000,
     train_images: int = 100,
     say: Callable[[str], None] = lambda text: None,
+    others: Sequence[OtherSetting] = (),
 ) -> Comparison:
     """Reads finished, comparable runs and computes everything that the report shows.
 
@@ -96,10 +98,12 @@ def compare(
         bootstrap: resampled lists of validation images.
         train_images: training images that both arms' AP is measured on; 0 for none.
         say: called with a line before each step that takes long.
+        others: finished runs of other settings, each measured against both arms.
     """
     notes: list[str] = []
     data = read_pairs(pairs)
     everyone = [one for pair in data for one in pair]
+    read_others = [(other, [_read(run) for run in other.runs]) for other in others]
     config = read_config(pairs[0].baseline.folder)
     dataset = config["DATASETS"]["TEST"][0]
     try:
@@ -113,9 +117,11 @@ def compare(
             "No bootstrap over images and no gallery: "
             f"{strange.run.folder} has detections on images that {dataset} lacks."
         )
-    for one in everyone:
+    named = [(one.run.name, one) for one in everyone]
+    named += [(f"{other.name}, seed {one.run.seed}", one) for other, runs in read_others for one in runs]
+    for name, one in named:
         if train_images:
-            say(f"AP on {train_images} training images: {one.run.name}")
+            say(f"AP on {train_images} training images: {name}")
         try:
             value = train_ap(one.run.folder, train_images, cache)
         except UserError as error:
@@ -135,6 +141,7 @@ def compare(
         "metrics": metrics,
         "classes": {c: _row(data, lambda one, c=c: one.value(f"AP-{c}")) for c in classes},
         "training": _training(data, train_images),
+        "others": [_other_row(other, runs, data) for other, runs in read_others],
         "pairs": [
             {
                 "seed": base.run.seed,
@@ -221,6 +228,30 @@ def _training(data: list[tuple[RunData, RunData]], train_images: int) -> dict[st
     if "train" in rows:
         rows["train"]["images"] = train_images
     return rows
+
+
+def _other_row(other: OtherSetting, runs: list[RunData], data: list[tuple[RunData, RunData]]) -> dict[str, Any]:
+    """Its values over the seeds that it has, and its AP minus that of either arm with the same seeds."""
+    of_seed = {base.run.seed: {BASELINE: base, REPR: with_repr} for base, with_repr in data}
+    values: dict[str, Callable[[RunData], float]] = {
+        "AP": lambda one: one.value("AP"),
+        "best": lambda one: one.best[1],
+        "train": lambda one: one.train_ap,
+        "gap": lambda one: one.train_ap - one.value("AP"),
+    }
+    row: dict[str, Any] = {
+        "name": other.name,
+        "arm": other.arm,
+        "settings": other.settings,
+        "seeds": [one.run.seed for one in runs],
+        "folders": [str(one.run.folder) for one in runs],
+        **{key: asdict(summarize([value(one) for one in runs])) for key, value in values.items()},
+    }
+    for arm in (BASELINE, REPR):
+        against = [of_seed[one.run.seed][arm].value("AP") for one in runs]
+        difference = paired_difference(against, row["AP"]["values"])
+        row[f"minus_{arm}"] = {**asdict(difference), "verdict": difference.verdict}
+    return row
 
 
 def _run_entry(one: RunData) -> dict[str, Any]:

@@ -26,6 +26,18 @@ def metrics_table(metrics: Mapping[str, Mapping[str, Any]]) -> str:
     return _aligned(lines)
 
 
+def others_table(others: Sequence[Mapping[str, Any]]) -> str:
+    """Rows the other settings (``Comparison.results["others"]``), columns their AP and what it is against both arms."""
+    lines: list[Sequence[str]] = [["other settings", "seeds", "AP", "- baseline", "95 % CI", "- RePr", "95 % CI"]]
+    for row in others:
+        cells = [row["name"], str(row["AP"]["n"]), _mean_and_sd(row["AP"], several=row["AP"]["n"] > 1)]
+        for arm in (BASELINE, REPR):
+            difference = row[f"minus_{arm}"]
+            cells += [number(difference["mean"], sign=True), _interval(difference)]
+        lines.append(cells)
+    return _aligned(lines)
+
+
 def _mean_and_sd(summary: Mapping[str, Any], several: bool) -> str:
     return f"{number(summary['mean'])} ± {number(summary['sd'])}" if several else number(summary["mean"])
 

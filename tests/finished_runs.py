@@ -1,0 +1,91 @@
+"""Made-up finished runs on the tiny images, for the tests of the comparison."""
+
+import contextlib
+import io
+import json
+
+import numpy as np
+import pytest
+from conftest import coco_of
+
+from repr_det.comparison.command import main
+from repr_det.comparison.matches import average_precision, match
+from repr_det.datasets import register_coco_format
+
+
+def write_metrics(folder, *rows):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="session")
+def named_data(tmp_path_factory, tiny_data):
+    """The tiny images with class names that HTML and file formats trip over, registered as odd_train and odd_val."""
+    root = tmp_path_factory.mktemp("odd")
+    content = json.loads((tiny_data / "tiny.json").read_text())
+    content["categories"] = [dict(id=1, name="<b>bläu & “x”</b>"), dict(id=2, name="绿色/$g$")]
+    path = root / "odd.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    for name in ("odd_train", "odd_val"):
+        register_coco_format(name, str(path), str(tiny_data / "images"))
+    return path, tiny_data / "images"
+
+
+@pytest.fixture
+def finished(named_data, tiny_cfg, tmp_path):
+    """``finished(arm, seed, KEY, VALUE, ...)`` -> the folder of a made-up finished run of 40 iterations."""
+    truth = json.loads(named_data[0].read_text(encoding="utf-8"))
+
+    def make(arm, seed, *opts, ap=None, folder=None):
+        folder = folder or tmp_path / f"{arm}_{seed}"
+        folder.mkdir()
+        own = ["SOLVER.MAX_ITER", 40, "SEED", seed, "REPR.ENABLED", arm == "repr", "TEST.EVAL_PERIOD", 20]
+        names = ["DATASETS.TRAIN", "('odd_train',)", "DATASETS.TEST", "('odd_val',)", "OUTPUT_DIR", str(folder)]
+        cfg = tiny_cfg(*own, *names, *opts, config="repr_r50_fpn.yaml")
+        (folder / "config.yaml").write_text(cfg.dump())
+        rng = np.random.default_rng(abs(seed) + 100 * (arm == "repr"))
+        spread = 0.02 if arm == "repr" else 0.08
+        detections = [
+            dict(
+                image_id=a["image_id"],
+                category_id=a["category_id"],
+                bbox=[v + float(rng.normal(0, spread)) * a["bbox"][2] for v in a["bbox"]],
+                score=float(rng.uniform(0.4, 1)),
+            )
+            for a in truth["annotations"]
+        ]
+        (folder / "inference").mkdir()
+        (folder / "inference" / "coco_instances_results.json").write_text(json.dumps(detections))
+        with contextlib.redirect_stdout(io.StringIO()):
+            result = average_precision(match(coco_of(truth), detections), np.ones((1, 12)))
+        final = {f"bbox/{m}": float(v[0]) for m, v in result.metrics.items()}
+        final |= {
+            f"bbox/AP-{c['name']}": float(v) for c, v in zip(truth["categories"], result.categories[0], strict=True)
+        }
+        if ap is not None:
+            final["bbox/AP"] = ap
+        write_metrics(
+            folder,
+            dict(iteration=19, total_loss=2.0 + seed / 10, time=0.5),
+            {"iteration": 19, "bbox/AP": final["bbox/AP"] + 1},
+            dict(iteration=39, total_loss=1.0 + seed / 10, time=0.5),
+            {"iteration": 40, **final},
+        )
+        if arm == "repr":
+            layers = {"backbone.bottom_up.res2.0.conv1": 8, "backbone.bottom_up.res2.0.conv2": 300}
+            with (folder / "repr_events.jsonl").open("w") as events, (folder / "repr_overlaps.jsonl").open("w") as o:
+                for event, iteration in (("drop", 9), ("restore", 19)):
+                    dropped = {name: [0, seed, 5] for name in layers}
+                    line = dict(iteration=iteration, event=event, cycle=0, dropped=dropped, seconds=0.25)
+                    line |= dict(overlap_before=0.2, overlap_after=0.1, max_cosine={})
+                    events.write(json.dumps(line) + "\n")
+                    overlap = {name: rng.random(n).round(4).tolist() for name, n in layers.items()}
+                    o.write(json.dumps(dict(iteration=iteration, event=event, cycle=0, overlap=overlap)) + "\n")
+        return folder
+
+    return make
+
+
+def compare_folders(tmp_path, baseline, repr_, *more):
+    folders = ["--baseline-runs", *map(str, baseline), "--repr-runs", *map(str, repr_)]
+    main([*folders, "--output", str(tmp_path / "out"), "--train-images", "0", "--bootstrap", "50", *more])

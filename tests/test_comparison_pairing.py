@@ -1,0 +1,190 @@
+"""Which runs may be compared, and how a comparison is planned, from made-up runs."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import SMALL
+from finished_runs import compare_folders, write_metrics
+
+from repr_det.comparison.command import main
+from repr_det.comparison.pairing import first_difference
+from repr_det.comparison.plan import plan_runs
+from repr_det.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize(
+    "key, here, there",
+    [
+        ("SOLVER.MAX_ITER", "40", "60"),
+        ("DATASETS.TRAIN", "['odd_train']", "['odd_val']"),
+        ("SOLVER.IMS_PER_BATCH", "2", "4"),
+        ("INPUT.MIN_SIZE_TRAIN", "[64]", "[64, 80]"),
+        ("MODEL.RESNETS.DEPTH", "18", "34"),
+        ("SOLVER.BASE_LR", "0.005", "0.01"),
+        ("TEST.EVAL_PERIOD", "20", "10"),
+    ],
+)
+def test_runs_of_different_settings_are_refused_with_both_values(finished, tmp_path, key, here, there):
+    value = "('odd_val',)" if key == "DATASETS.TRAIN" else "(64, 80)" if key == "INPUT.MIN_SIZE_TRAIN" else there
+    base, other = finished("baseline", 1), finished("repr", 1, key, value)
+    if key == "SOLVER.MAX_ITER":
+        write_metrics(other, {"iteration": 60, "bbox/AP": 1.0})
+    with pytest.raises(UserError) as error:
+        compare_folders(tmp_path, [base], [other])
+    assert f"{base} and {other} cannot be compared: {key} is {here} in the first and {there} in the second" in str(
+        error.value
+    )
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_key_that_matters_most_is_named_first():
+    a = {"MODEL.X": 1, "SOLVER.BASE_LR": 1, "SOLVER.MAX_ITER": 1, "DATASETS.TRAIN": "a", "SEED": 1, "REPR.X": 1}
+    assert first_difference(a, {key: 2 for key in a}) == "SOLVER.MAX_ITER"
+    assert first_difference(a, dict(a, **{"MODEL.X": 2, "SOLVER.BASE_LR": 2})) == "MODEL.X"
+    assert first_difference(a, dict(a, SEED=2, **{"REPR.X": 2})) is None
+
+
+def test_repr_runs_of_different_schemes_are_refused(finished, tmp_path):
+    bases = [finished("baseline", 1), finished("baseline", 2)]
+    others = [finished("repr", 1), finished("repr", 2, "REPR.DROP_RATIO", 0.25)]
+    with pytest.raises(UserError, match=r"REPR.DROP_RATIO is 0.3 in the first and 0.25 in the second"):
+        compare_folders(tmp_path, bases, others)
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (
+            lambda b, r: (b / "metrics.json").unlink(),
+            r"baseline_1 is not finished \(0 of SOLVER.MAX_ITER 40 iterations",
+        ),
+        (
+            lambda b, r: write_metrics(r, dict(iteration=19, total_loss=1.0)),
+            r"repr_1 is not finished \(20 of SOLVER.MAX_ITER",
+        ),
+        (lambda b, r: (r / "config.yaml").unlink(), r"repr_1/config.yaml is missing"),
+        (lambda b, r: (r / "config.yaml").write_text("a: ["), r"repr_1/config.yaml is not valid YAML"),
+        (lambda b, r: (r / "config.yaml").write_text("just words"), r"repr_1/config.yaml holds str"),
+        (lambda b, r: shutil.rmtree(r), r"repr_1 is not a folder"),
+    ],
+)
+def test_what_is_no_finished_run_is_refused(finished, tmp_path, damage, message):
+    base, other = finished("baseline", 1), finished("repr", 1)
+    damage(base, other)
+    with pytest.raises(UserError, match=message):
+        compare_folders(tmp_path, [base], [other])
+    assert not (tmp_path / "out").exists()
+
+
+def test_seeds_and_arms_must_fit(finished, tmp_path):
+    base, other, third = finished("baseline", 1), finished("repr", 1), finished("repr", 3)
+    with pytest.raises(UserError, match=r"repr_3 has SEED 3, but the baseline runs have 1"):
+        compare_folders(tmp_path, [base], [other, third])
+    with pytest.raises(UserError, match=r"are both RePr seed 1"):
+        compare_folders(tmp_path, [base], [other, other])
+    with pytest.raises(UserError, match=r"repr_1 was trained with REPR.ENABLED True: it does not belong to --baseline"):
+        compare_folders(tmp_path, [other], [other])
+    random = finished("baseline", -1)
+    with pytest.raises(UserError, match=r"trained with SEED -1"):
+        compare_folders(tmp_path, [random], [other])
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ([], "give --config-file and --seeds"),
+        (["--config-file", "x.yaml"], "give --config-file and --seeds"),
+        (["--config-file", "x.yaml", "--seeds", "1"], "'x.yaml' is not a file"),
+        (["--baseline-runs", "a", "--output", "o"], "go together"),
+        (["--baseline-runs", "a", "--repr-runs", "b"], "--output is missing"),
+        (["--report-only"], "--report-only needs --output"),
+        (["--report-only", "--output", "nowhere"], "holds no comparison"),
+        (["--jobs", "0", "--config-file", "x", "--seeds", "1"], "--jobs must be at least 1, got 0"),
+    ],
+)
+def test_arguments_that_make_no_comparison(words, message):
+    with pytest.raises(UserError, match=message):
+        main(words)
+
+
+def test_plan(named_data, tmp_path):
+    opts = [*SMALL, "DATASETS.TRAIN", "('odd_train',)", "DATASETS.TEST", "('odd_val',)", "SOLVER.MAX_ITER", "60"]
+    opts[opts.index("SEED") : opts.index("SEED") + 2] = []
+    config = str(ROOT / "configs" / "repr_r50_fpn.yaml")
+    opts += ["SOLVER.STEPS", "()"]
+    runs, _ = plan_runs(config, [4, 2], tmp_path, opts=opts, evaluations=10)
+    assert [run.folder.name for run in runs] == ["baseline_seed4", "repr_seed4", "baseline_seed2", "repr_seed2"]
+    assert all(run.opts[-6:] == ("TEST.EVAL_PERIOD", "6", "SEED", str(run.seed), *run.opts[-2:]) for run in runs)
+    assert [("--baseline" in run.flags) for run in runs] == [True, False, True, False]
+    resumed = runs[0].command(resume=True)
+    assert resumed[: len(runs[0].flags) + 1] == [*runs[0].flags, "--resume"]  # before KEY VALUE
+    for words, message in (
+        (["SEED", "3"], "SEED on the command line"),
+        (["OUTPUT_DIR", "x"], "OUTPUT_DIR on the command line"),
+    ):
+        with pytest.raises(UserError, match=message):
+            plan_runs(config, [1], tmp_path, opts=[*opts, *words])
+    with pytest.raises(UserError, match="must differ"):
+        plan_runs(config, [1, 1], tmp_path, opts=opts)
+    with pytest.raises(UserError, match=r"REPR\.ENABLED False"):
+        plan_runs(config.replace("repr_r50", "baseline_r50"), [1], tmp_path, opts=opts)
+
+
+def test_a_folder_of_another_comparison_is_not_continued(finished, named_data, tmp_path):
+    folder = tmp_path / "mine" / "baseline_seed1"
+    folder.parent.mkdir()
+    finished("baseline", 1, "SOLVER.BASE_LR", 0.5, folder=folder)
+    opts = [*SMALL, "DATASETS.TRAIN", "('odd_train',)", "DATASETS.TEST", "('odd_val',)", "SOLVER.MAX_ITER", "40"]
+    opts[opts.index("SEED") : opts.index("SEED") + 2] = []
+    with pytest.raises(UserError, match=r"baseline_seed1 holds a run with SOLVER.BASE_LR 0.5, but .* has 0.005"):
+        plan_runs(
+            str(ROOT / "configs" / "repr_r50_fpn.yaml"),
+            [1],
+            folder.parent,
+            opts=[*opts, "SOLVER.STEPS", "(30,)", "TEST.EVAL_PERIOD", "20"],
+            evaluations=10,
+        )
+
+
+def test_runs_of_a_version_without_an_option_of_today_are_continued(finished, named_data, tmp_path):
+    folders = [finished(arm, 1, folder=tmp_path / f"{arm}_seed1") for arm in ("baseline", "repr")]
+    for folder in folders:
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        del config["REPR"]["REINIT"]["RETURN"]
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    opts = [*SMALL, "DATASETS.TRAIN", "('odd_train',)", "DATASETS.TEST", "('odd_val',)", "SOLVER.MAX_ITER", "40"]
+    opts[opts.index("SEED") : opts.index("SEED") + 2] = []
+    config = str(ROOT / "configs" / "repr_r50_fpn.yaml")
+    opts += ["TEST.EVAL_PERIOD", "20"]
+    runs, _ = plan_runs(config, [1], tmp_path, opts=opts, evaluations=10)
+    assert [run.folder for run in runs] == folders
+    with pytest.raises(
+        UserError, match=r"repr_seed1 holds a run with REPR.REINIT.RETURN as_published, but .* has median"
+    ):
+        plan_runs(config, [1], tmp_path, opts=[*opts, "REPR.REINIT.RETURN", "median_gamma"], evaluations=10)
+
+
+def test_other_runs_that_do_not_belong_there(finished, tmp_path):
+    bases = [finished("baseline", s) for s in (1, 2)]
+    reprs = [finished("repr", s) for s in (1, 2)]
+    again = finished("baseline", 2, folder=tmp_path / "again")
+    strange = finished("baseline", 5, "SOLVER.WEIGHT_DECAY", 0.01, folder=tmp_path / "strange")
+    twins = [finished("repr", 1, "REPR.DROP_RATIO", 0.1, folder=tmp_path / f"twin{i}") for i in (1, 2)]
+    train = finished("baseline", 1, "DATASETS.TEST", "('odd_train',)", folder=tmp_path / "train")
+    unfinished = finished("baseline", 1, "SOLVER.MAX_ITER", 90, folder=tmp_path / "unfinished")
+    for folders, message in (
+        ([again], "again has the settings of the baseline runs"),
+        ([strange], "strange has SEED 5, the comparison 1, 2: runs are paired by seed"),
+        (twins, "have the same settings and SEED 1: give one run for each"),
+        ([train], "was evaluated on DATASETS.TEST ['odd_train'], the arms on ['odd_val']"),
+        ([unfinished], "unfinished is not finished"),
+        ([tmp_path / "nowhere"], "nowhere is not a folder"),
+    ):
+        with pytest.raises(UserError) as error:
+            compare_folders(tmp_path, bases, reprs, "--other-runs", *map(str, folders))
+        assert message in str(error.value)
