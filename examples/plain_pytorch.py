@@ -127,8 +127,11 @@ def train(data: Data, seed: int, epochs: int, use_repr: bool, args: argparse.Nam
 
 @torch.no_grad()
 def accuracy(model: nn.Module, data: Data) -> float:
-    """Percent."""
-    return 100 * (model(data[0]).argmax(1) == data[1]).float().mean().item()
+    """Percent, of the model as it is used after training (running statistics of BN)."""
+    model.eval()
+    found = 100 * (model(data[0]).argmax(1) == data[1]).float().mean().item()
+    model.train()
+    return found
 
 
 def spread(values: list[float], sign: str = "") -> str:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "plain_pytorch.py"
 WITHOUT_DETECTRON2 = """
@@ -61,3 +62,22 @@ def test_plain_pytorch_says_in_one_line_what_is_wrong(monkeypatch, capsys, optio
         runpy.run_path(str(SCRIPT), run_name="__main__")
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and line in error and error.count("\n") == 1
+
+
+def test_accuracy_with_bn_is_that_of_the_running_statistics():
+    script = runpy.run_path(str(SCRIPT))
+    training, _, test = script["digits"](100)
+    torch.manual_seed(0)
+    model = script["c3_32"]("BN")
+    for _ in range(3):
+        model(training[0])
+    mean = model[1].running_mean.clone()
+    script["accuracy"](model, test)
+    assert torch.equal(model[1].running_mean, mean)
+    assert model.training
+
+    for module in model.modules():
+        module.training = False
+    correct = sum(int(model(x[None]).argmax()) == int(y) for x, y in zip(*test, strict=True))
+    model.train()
+    assert script["accuracy"](model, test) == pytest.approx(100 * correct / len(test[0]), abs=1e-4)
