@@ -16,7 +16,7 @@ from repr_det import Trainer
 from repr_det.cli import build_config
 from repr_det.datasets import register_coco_format
 
-pytest_plugins = ["finished_runs"]
+pytest_plugins = ["coco_folder", "finished_runs"]
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = """
 MODEL.WEIGHTS '' MODEL.DEVICE cpu MODEL.PIXEL_STD [57.375,57.12,58.395] MODEL.BACKBONE.FREEZE_AT 0

@@ -1,14 +1,12 @@
 """COCO-format data: every kind of damage gets its one-line error, odd but sound data pass here and in Detectron2."""
 
-import json
 import logging
-import os
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from coco_folder import SIZES, Folder, annotation, category, image, whole
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data.datasets import load_coco_json, register_coco_instances
@@ -17,46 +15,8 @@ from detectron2.structures import Boxes, Instances
 from PIL import Image
 
 from repr_det import datasets
-from repr_det.datasets import coco_format, image_files
+from repr_det.datasets import image_files
 from repr_det.errors import UserError
-
-SIZES = {1: (40, 30), 2: (30, 40), 5: (64, 64)}  # image id -> width, height
-
-
-class Folder:
-    """Three images (the last without objects), four boxes, two classes; `content` is what the json will hold."""
-
-    def __init__(self, root: Path) -> None:
-        self.json, self.images = root / "truth.json", root / "images"
-        self.images.mkdir(parents=True)
-        for image_id, size in SIZES.items():
-            Image.new("RGB", size, (image_id, 80, 120)).save(self.images / f"{image_id}.jpg")
-        boxes = [(1, 3, [2, 3, 10, 12]), (1, 7, [20.5, 1, 15, 20]), (2, 3, [0, 0, 30, 40]), (2, 7, [5, 5, 9, 9])]
-        self.content = {
-            "images": [{"id": i, "file_name": f"{i}.jpg", "width": w, "height": h} for i, (w, h) in SIZES.items()],
-            "annotations": [
-                {"id": n, "image_id": i, "category_id": c, "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
-                for n, (i, c, box) in enumerate(boxes, 1)
-            ],
-            "categories": [{"id": 3, "name": "cell"}, {"id": 7, "name": "plate"}],
-        }
-
-    def check(self, **options):
-        self.json.write_text(json.dumps(self.content))
-        return datasets.check_coco_format(self.json, self.images, **options)
-
-
-@pytest.fixture
-def folder(tmp_path):
-    return Folder(tmp_path / "data")
-
-
-@pytest.fixture
-def catalogs(monkeypatch):
-    """Detectron2's catalogs; what a test registers is gone afterwards."""
-    for catalog in (DatasetCatalog, MetadataCatalog):
-        monkeypatch.setattr(catalog, "data", {k: v for k, v in catalog.data.items() if not k.startswith("bccd_")})
-    monkeypatch.setattr(coco_format, "_summaries", {})
 
 
 def test_a_sound_folder(folder):
@@ -64,37 +24,6 @@ def test_a_sound_folder(folder):
 
 
 # ---- wrong content ----
-
-
-def set_key(key, number, **values):
-    def change(content):
-        entry = content[key][number]
-        entry.update(values)
-        for name in [name for name, value in values.items() if value is ...]:
-            del entry[name]
-
-    return change
-
-
-def image(number, **values):
-    return set_key("images", number, **values)
-
-
-def annotation(number, **values):
-    return set_key("annotations", number, **values)
-
-
-def category(number, **values):
-    return set_key("categories", number, **values)
-
-
-def whole(**values):
-    def change(content):
-        content.update(values)
-        for key in [key for key, value in values.items() if value is ...]:
-            del content[key]
-
-    return change
 
 
 WRONG = [
@@ -430,100 +359,3 @@ def test_annotation_id_zero_is_warned_of_since_pycocotools_never_matches_it(fold
         folder.check()
     assert "annotation id 0 means 'no match' to pycocotools" in caplog.text
     assert ap_of_the_truth(folder, "zero") < 90
-
-
-# ---- registration ----
-
-
-def test_registering_twice_and_with_other_files(folder, catalogs, tmp_path, monkeypatch):
-    folder.check()
-    datasets.register_coco_format("mine", folder.json, folder.images)
-    monkeypatch.chdir(folder.json.parent)
-    datasets.register_coco_format("mine", "truth.json", "images")
-    other = Folder(tmp_path / "other")
-    other.check()
-    for paths in ((other.json, other.images), (folder.json, other.images)):
-        with pytest.raises(UserError, match=r"data set mine is already registered with .*truth\.json"):
-            datasets.register_coco_format("mine", *paths)
-    with pytest.raises(UserError, match="voc_2007_val is already registered with other data"):
-        datasets.register_coco_format("voc_2007_val", folder.json, folder.images)
-    with pytest.raises(UserError, match="must not be empty"):
-        datasets.register_coco_format("", folder.json, folder.images)
-    assert datasets.check_registered("mine").num_boxes == 4
-    assert datasets.class_names("mine") == ("cell", "plate") and datasets.num_classes("mine") == 2
-    assert len(DatasetCatalog.get("mine")) == 3 and MetadataCatalog.get("mine").evaluator_type == "coco"
-
-
-def test_wrong_data_are_not_registered(folder, catalogs):
-    annotation(0, bbox=[1, 2, 3])(folder.content)
-    with pytest.raises(UserError):
-        folder.check()
-    with pytest.raises(UserError, match=r"data set mine: .*annotation 1 must have a bbox"):
-        datasets.register_coco_format("mine", folder.json, folder.images)
-    assert "mine" not in DatasetCatalog
-
-
-def test_a_changed_json_is_checked_again(folder, catalogs):
-    folder.check()
-    datasets.register_coco_format("mine", folder.json, folder.images)
-    annotation(0, area=...)(folder.content)
-    with pytest.raises(UserError):
-        folder.check()
-    assert datasets.check_registered("mine", for_evaluation=False).evaluation_gap
-    with pytest.raises(UserError, match=r"data set mine: .*1 annotations have no 'area'"):
-        datasets.check_registered("mine")
-
-
-def test_unknown_names(catalogs):
-    for check in (datasets.check_registered, datasets.num_classes):
-        with pytest.raises(
-            UserError, match=r"unknown data set 'coco_2017_trian': did you mean coco_2017_train .*--register"
-        ):
-            check("coco_2017_trian")
-        with pytest.raises(
-            UserError, match="unknown data set 'zzz': Register your own with --register NAME JSON IMAGE"
-        ):
-            check("zzz")
-    assert "zzz" not in MetadataCatalog.list()
-
-
-def test_builtin_names(catalogs, folder, monkeypatch):
-    assert datasets.num_classes("coco_2017_val") == 80 and datasets.class_names("coco_2017_val")[0] == "person"
-    assert datasets.check_registered("voc_2007_val") is None
-    folder.check()
-    monkeypatch.setattr(
-        MetadataCatalog.get("coco_2017_val"), "__dict__", MetadataCatalog.get("coco_2017_val").as_dict()
-    )
-    monkeypatch.setitem(MetadataCatalog.get("coco_2017_val").__dict__, "json_file", str(folder.json))
-    monkeypatch.setitem(MetadataCatalog.get("coco_2017_val").__dict__, "image_root", str(folder.images))
-    with pytest.raises(UserError, match=r"its categories \(cell, plate\) must be those registered .*\(person, bicycle"):
-        datasets.check_registered("coco_2017_val")
-
-
-def test_absent_bccd_says_where_it_is_looked_for(catalogs, tmp_path, monkeypatch):
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
-    datasets.register_bccd()
-    datasets.register_bccd()
-    with pytest.raises(
-        UserError, match=r"bccd_val: .*instances_val\.json does not exist; DETECTRON2_DATASETS must .* bccd/"
-    ):
-        datasets.check_registered("bccd_val")
-
-
-@pytest.mark.parametrize(
-    "name, images, boxes, classes",
-    [
-        ("coco/annotations/instances_train2017.json coco/train2017", 92, 829, 80),
-        ("coco/annotations/instances_val2017.json coco/val2017", 66, 560, 80),
-        ("bccd/annotations/instances_train.json bccd/train", 205, 2804, 3),
-        ("bccd/annotations/instances_val.json bccd/val", 87, 1137, 3),
-    ],
-)
-def test_real_data(name, images, boxes, classes):
-    json_file, image_root = (Path(os.getenv("DETECTRON2_DATASETS", "datasets")) / part for part in name.split())
-    if not json_file.exists():
-        pytest.skip(f"{json_file} is absent")
-    summary = datasets.check_coco_format(json_file, image_root)
-    if summary.num_images > 1000:
-        pytest.skip(f"{json_file} is not the small excerpt whose counts are known")
-    assert (summary.num_images, summary.num_boxes, len(summary.class_names)) == (images, boxes, classes)

@@ -3,7 +3,6 @@ resampled data set, times and files of runs against made-up ones."""
 
 import contextlib
 import io
-import json
 import math
 import time
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import coco_of
+from finished_runs import write_metrics
 from pycocotools.cocoeval import COCOeval
 
 from repr_det.comparison.matches import METRICS, average_precision, bootstrap_multiplicities, match
@@ -215,13 +215,8 @@ def test_a_thousand_resampled_lists_take_seconds(noisy):
 # ---- what runs leave behind ----
 
 
-def _metrics(folder, *rows):
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 def test_metrics_of_a_resumed_run_count_once_and_a_torn_line_not_at_all(tmp_path):
-    _metrics(tmp_path, dict(iteration=19, total_loss=3.0), dict(iteration=39, total_loss=2.0))
+    write_metrics(tmp_path, dict(iteration=19, total_loss=3.0), dict(iteration=39, total_loss=2.0))
     with (tmp_path / "metrics.json").open("a") as file:
         file.write('{"iteration": 59, "total_lo')
         file.write('\n{"iteration": 39, "total_loss": 2.5}\n')
@@ -240,7 +235,7 @@ def test_metrics_of_a_resumed_run_count_once_and_a_torn_line_not_at_all(tmp_path
     ],
 )
 def test_finished_means_evaluated_after_the_last_iteration(tmp_path, rows, finished):
-    _metrics(tmp_path, *rows)
+    write_metrics(tmp_path, *rows)
     assert is_finished(Run("repr", 1, tmp_path, 100)) == finished
 
 

@@ -2,7 +2,6 @@
 
 import functools
 import io
-import json
 import os
 import signal
 import subprocess
@@ -11,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from finished_runs import write_metrics
 
 from repr_det.comparison.progress import Progress
 from repr_det.comparison.records import read_metrics
@@ -19,11 +19,6 @@ from repr_det.comparison.runs import Run, final_row, is_finished
 from repr_det.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def _metrics(folder, *rows):
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 # ---- the runner, with a fake training command ----
@@ -102,7 +97,7 @@ def test_every_run_gets_gpus_of_its_own(monkeypatch, visible, jobs, num_gpus, ex
 
 def test_an_unfinished_run_is_resumed(fake):
     run = fake(1, steps=5)
-    _metrics(run.folder, *({"iteration": i, "total_loss": 1.0} for i in range(3)))
+    write_metrics(run.folder, *({"iteration": i, "total_loss": 1.0} for i in range(3)))
     run_all([run], progress=_progress([run])[0])
     assert _calls(run)[0].startswith("--resume|")
     assert list(read_metrics(run.folder)) == [0, 1, 2, 3, 4, 5]

@@ -76,8 +76,7 @@ def test_accuracy_with_bn_is_that_of_the_running_statistics():
     assert torch.equal(model[1].running_mean, mean)
     assert model.training
 
-    for module in model.modules():
-        module.training = False
+    model.eval()
     correct = sum(int(model(x[None]).argmax()) == int(y) for x, y in zip(*test, strict=True))
     model.train()
     assert script["accuracy"](model, test) == pytest.approx(100 * correct / len(test[0]), abs=1e-4)

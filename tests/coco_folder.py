@@ -1,0 +1,80 @@
+"""A small COCO-format folder, and edits that damage it."""
+
+import json
+from pathlib import Path
+
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from PIL import Image
+
+from repr_det import datasets
+from repr_det.datasets import coco_format
+
+SIZES = {1: (40, 30), 2: (30, 40), 5: (64, 64)}  # image id -> width, height
+
+
+class Folder:
+    """Three images (the last without objects), four boxes, two classes; `content` is what the json will hold."""
+
+    def __init__(self, root: Path) -> None:
+        self.json, self.images = root / "truth.json", root / "images"
+        self.images.mkdir(parents=True)
+        for image_id, size in SIZES.items():
+            Image.new("RGB", size, (image_id, 80, 120)).save(self.images / f"{image_id}.jpg")
+        boxes = [(1, 3, [2, 3, 10, 12]), (1, 7, [20.5, 1, 15, 20]), (2, 3, [0, 0, 30, 40]), (2, 7, [5, 5, 9, 9])]
+        self.content = {
+            "images": [{"id": i, "file_name": f"{i}.jpg", "width": w, "height": h} for i, (w, h) in SIZES.items()],
+            "annotations": [
+                {"id": n, "image_id": i, "category_id": c, "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
+                for n, (i, c, box) in enumerate(boxes, 1)
+            ],
+            "categories": [{"id": 3, "name": "cell"}, {"id": 7, "name": "plate"}],
+        }
+
+    def check(self, **options):
+        self.json.write_text(json.dumps(self.content))
+        return datasets.check_coco_format(self.json, self.images, **options)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return Folder(tmp_path / "data")
+
+
+@pytest.fixture
+def catalogs(monkeypatch):
+    """Detectron2's catalogs; what a test registers is gone afterwards."""
+    for catalog in (DatasetCatalog, MetadataCatalog):
+        monkeypatch.setattr(catalog, "data", {k: v for k, v in catalog.data.items() if not k.startswith("bccd_")})
+    monkeypatch.setattr(coco_format, "_summaries", {})
+
+
+def set_key(key, number, **values):
+    def change(content):
+        entry = content[key][number]
+        entry.update(values)
+        for name in [name for name, value in values.items() if value is ...]:
+            del entry[name]
+
+    return change
+
+
+def image(number, **values):
+    return set_key("images", number, **values)
+
+
+def annotation(number, **values):
+    return set_key("annotations", number, **values)
+
+
+def category(number, **values):
+    return set_key("categories", number, **values)
+
+
+def whole(**values):
+    def change(content):
+        content.update(values)
+        for key in [key for key, value in values.items() if value is ...]:
+            del content[key]
+
+    return change

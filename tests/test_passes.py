@@ -1,0 +1,155 @@
+"""Passes over training batches leave no trace."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from frozen_nets import LAYERS, InsideNet, make, train
+from torch import nn
+
+from repr_det.passes import preserved_random_state, random_state, set_random_state, undisturbed
+
+
+def draw_from_everything() -> tuple:
+    return random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(1).item()
+
+
+def seed_everything() -> None:
+    random.seed(3), np.random.seed(4), torch.manual_seed(5)
+    random.gauss(0, 1), np.random.randn()  # both keep a second value for the next call
+
+
+class NoisyNet(nn.Module):
+    """BN, dropout and a part in evaluation mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.evaluated = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)).eval()
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x):
+        draw_from_everything()
+        return self.drop(self.evaluated(self.bn(self.conv(x)))).square().mean()
+
+
+def snapshot(net: nn.Module):
+    return (
+        {name: value.clone() for name, value in net.state_dict().items()},
+        {name: (p.grad, None if p.grad is None else p.grad.clone()) for name, p in net.named_parameters()},
+        {name: module.training for name, module in net.named_modules()},
+    )
+
+
+def assert_unchanged(net: nn.Module, before) -> None:
+    values, gradients, modes = before
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, values[name]), name
+    for name, parameter in net.named_parameters():
+        gradient, value = gradients[name]
+        assert parameter.grad is gradient, name
+        assert gradient is None or torch.equal(gradient, value), name
+    assert {name: module.training for name, module in net.named_modules()} == modes
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("backward", [False, True])
+def test_undisturbed_puts_everything_back(fails, backward):
+    seed_everything()
+    net = NoisyNet()
+    net(torch.randn(2, 3, 6, 6)).backward()
+    net.conv.bias.grad = None
+    net.bn.eval()
+    before = snapshot(net)
+    seed_everything()
+    expected = draw_from_everything()
+    seed_everything()
+    try:
+        with undisturbed(net):
+            assert all(module.training for module in net.modules())
+            assert all(parameter.grad is None for parameter in net.parameters())
+            loss = net(torch.randn(2, 3, 6, 6))
+            if backward:
+                loss.backward()
+            assert not torch.equal(net.bn.running_mean, before[0]["bn.running_mean"])
+            assert net.bn.num_batches_tracked != before[0]["bn.num_batches_tracked"]
+            if fails:
+                raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        assert fails
+    assert draw_from_everything() == expected
+    assert_unchanged(net, before)
+
+
+def test_random_state_survives_a_file_that_holds_weights_only(tmp_path):
+    seed_everything()
+    torch.save(random_state(), tmp_path / "state.pth")
+    expected = [draw_from_everything() for _ in range(5)]
+    random.seed(0), np.random.seed(0), torch.manual_seed(0)
+    set_random_state(torch.load(tmp_path / "state.pth", weights_only=True))
+    assert [draw_from_everything() for _ in range(5)] == expected
+
+
+def test_preserved_random_state():
+    seed_everything()
+    expected = draw_from_everything()
+    seed_everything()
+    with preserved_random_state():
+        draw_from_everything(), np.random.seed(1), torch.manual_seed(2)
+    assert draw_from_everything() == expected
+
+
+@pytest.mark.parametrize("transition", ["drop", "restore"])
+def test_transitions_leave_random_states_gradients_and_modes_alone(transition):
+    net, optimizer, scheme, _ = make()
+    plain = scheme.passes.loss
+    scheme.passes.loss = lambda batch: plain(batch) + draw_from_everything()[0]
+    train(net, optimizer, 1)
+    if transition == "restore":
+        scheme.drop()
+    net.conv2.eval()
+    gradients = {name: p.grad for name, p in net.named_parameters()}
+    values = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+    modes = {name: module.training for name, module in net.named_modules()}
+    seed_everything()
+    expected = draw_from_everything()
+    seed_everything()
+    getattr(scheme, transition)()
+    assert draw_from_everything() == expected
+    for name, parameter in net.named_parameters():
+        assert parameter.grad is gradients[name]
+        assert parameter.grad is None or torch.equal(parameter.grad, values[name])
+    assert {name: module.training for name, module in net.named_modules()} == modes
+    for norm in map(net.norm_of, LAYERS):
+        assert not norm._forward_hooks and not norm._forward_pre_hooks
+
+
+def test_no_hook_stays_where_a_pass_fails():
+    net, _, scheme, _ = make()
+
+    def fail(batch):
+        net.conv1(batch)
+        raise RuntimeError("out of memory")
+
+    scheme.passes.loss = fail
+    with pytest.raises(RuntimeError, match="out of memory"):
+        scheme.drop()
+    for norm in map(net.norm_of, LAYERS):
+        assert not norm._forward_hooks and not norm._forward_pre_hooks
+
+
+def test_statistics_of_trained_norms_are_not_moved_by_the_passes():
+    class Mixed(InsideNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            return super().forward(self.first(x))
+
+    net, _, scheme, _ = make(Mixed, fused=False)
+    before = {k: v.clone() for k, v in net.first.state_dict().items()}
+    scheme.drop(), scheme.restore()
+    for key, value in net.first.state_dict().items():
+        assert torch.equal(value, before[key]), key
