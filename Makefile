@@ -1,7 +1,7 @@
 # make install   .venv with torch, Detectron2 and this package (a second time: seconds)
 # make test      the test suite
 # make demo      trains baseline and RePr on the embedded shapes on the CPU and prints their COCO AP
-# make lint      ruff
+# make lint      ruff, and which room may import which (.importlinter)
 # make soak      kills and resumes runs at many more moments than make test
 
 PYTHON ?= python3
@@ -19,7 +19,7 @@ demo: install
 	.venv/bin/python tools/demo.py
 
 lint: install
-	.venv/bin/ruff check . && .venv/bin/ruff format --check .
+	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/lint-imports
 
 clean:
 	rm -rf .venv *.egg-info .pytest_cache .ruff_cache

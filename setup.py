@@ -17,7 +17,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["repr_det", "repr_det.*"]),
-    package_data={"repr_det.comparison": ["*.html.j2"]},
+    package_data={"repr_det.studies.comparison": ["*.html.j2"]},
     python_requires=">=3.10",
     install_requires=[
         "numpy",
@@ -27,5 +27,7 @@ setup(
         "scipy>=1.9",
         "Jinja2>=3.0",
         "matplotlib>=3.6",
+        "rich>=12",
+        "tabulate",
     ],
 )

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repr_det import RePrSchedule, RePrScheme, UserError, find_filter_layers
-from repr_det.criteria import CRITERIA, Context, correlation_with_oracle
-from repr_det.passes import TrainingPasses
+from repr_det.method.criteria import CRITERIA, Context, correlation_with_oracle
+from repr_det.method.passes import TrainingPasses
 
 BATCH_SIZE = 50
 HELD_OUT = 400

@@ -7,16 +7,16 @@ try:
 except ImportError as error:
     raise ImportError("repr_det needs PyTorch: pip install torch torchvision, or `make install`") from error
 
-from repr_det.errors import UserError
-from repr_det.layers import FilterLayer, find_filter_layers
-from repr_det.schedule import RePrSchedule
-from repr_det.scheme import RePrScheme
+from repr_det.method.errors import UserError
+from repr_det.method.layers import FilterLayer, find_filter_layers
+from repr_det.method.schedule import RePrSchedule
+from repr_det.method.scheme import RePrScheme
 
 _DETECTRON2_NAMES = {
-    "RePrHook": "repr_det.hook",
-    "Trainer": "repr_det.engine",
-    "add_repr_config": "repr_det.config",
-    "validate_repr_config": "repr_det.config",
+    "RePrHook": "repr_det.detectron.hook",
+    "Trainer": "repr_det.detectron.engine",
+    "add_repr_config": "repr_det.detectron.config",
+    "validate_repr_config": "repr_det.detectron.config",
 }
 __all__ = ["FilterLayer", "RePrSchedule", "RePrScheme", "UserError", "find_filter_layers", *_DETECTRON2_NAMES]
 

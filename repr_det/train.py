@@ -1,44 +1,7 @@
-"""The training command: ``python -m repr_det.train`` and tools/train_net.py."""
+"""``python -m repr_det.train``: the training command, the same as tools/train_net.py."""
 
-import argparse
-
-from repr_det.cli import build_config, check_run, launch_processes, run_tool, setup, train_argument_parser  # isort: skip (silences warnings)
-
-from detectron2.config import CfgNode
-from detectron2.evaluation import verify_results
-from detectron2.utils import comm
-
-from repr_det.engine import Trainer
-from repr_det.resume import AtomicCheckpointer
-
-
-def config_of(args: argparse.Namespace) -> CfgNode:
-    return build_config(args.config_file, args.opts, args.register, args.baseline)
-
-
-def main(args: argparse.Namespace) -> dict:
-    """One process of a run: trains and evaluates, or only evaluates."""
-    cfg = config_of(args)  # again in every process: data sets are registered per process
-    setup(args, cfg)
-    if args.eval_only:
-        model = Trainer.build_model(cfg)
-        AtomicCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-        results = Trainer.test(cfg, model)
-        if comm.is_main_process():
-            verify_results(cfg, results)
-        return results
-    trainer = Trainer(cfg)
-    trainer.resume_or_load(resume=args.resume)
-    return trainer.train()
-
-
-def start(argv: list[str] | None = None) -> None:
-    """Parses arguments, checks everything that can be checked, then launches the processes."""
-    args = train_argument_parser().parse_args(argv)
-    cfg = config_of(args)
-    check_run(cfg, args.resume, args.eval_only, args.num_gpus)
-    launch_processes(main, args, str(cfg.MODEL.DEVICE))
-
+from repr_det.commands.processes import run_tool
+from repr_det.commands.train import start
 
 if __name__ == "__main__":
     run_tool(start)

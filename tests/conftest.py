@@ -13,7 +13,7 @@ from detectron2.utils.env import seed_all_rng
 from pycocotools.coco import COCO
 
 from repr_det import Trainer
-from repr_det.cli import build_config
+from repr_det.commands.arguments import build_config
 from repr_det.datasets import register_coco_format
 
 pytest_plugins = ["coco_folder", "finished_runs"]

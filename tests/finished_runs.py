@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from conftest import coco_of
 
-from repr_det.comparison.command import main
-from repr_det.comparison.matches import average_precision, match
 from repr_det.datasets import register_coco_format
+from repr_det.studies.comparison.command import main
+from repr_det.studies.comparison.matches import average_precision, match
 
 
 def write_metrics(folder, *rows):

@@ -8,7 +8,7 @@ from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from torch import nn
 
 from repr_det import RePrScheme, find_filter_layers
-from repr_det.passes import TrainingPasses
+from repr_det.method.passes import TrainingPasses
 
 WIDTH = 16
 LAYERS = ("conv1", "conv2", "conv3")

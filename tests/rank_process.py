@@ -16,7 +16,8 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 
 from repr_det import Trainer, UserError
-from repr_det.cli import build_config, launch_processes, setup, train_argument_parser
+from repr_det.commands.arguments import build_config, train_argument_parser
+from repr_det.commands.processes import launch_processes, setup
 
 
 class Misbehave(HookBase):

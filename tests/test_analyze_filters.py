@@ -14,8 +14,8 @@ import torch
 from detectron2.modeling import build_model
 
 from repr_det import UserError
-from repr_det.analysis import layers_by_config, read_checkpoint
-from repr_det.safe_pickle import load_checkpoint, load_restricted
+from repr_det.runs.safe_pickle import load_checkpoint, load_restricted
+from repr_det.studies.analysis import layers_by_config, read_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 spec = importlib.util.spec_from_file_location("analyze_filters", ROOT / "tools" / "analyze_filters.py")

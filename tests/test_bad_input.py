@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from repr_det import UserError
-from repr_det.cli import build_config, check_run, run_tool
-from repr_det.train import start
+from repr_det.commands.arguments import build_config
+from repr_det.commands.checks import check_run
+from repr_det.commands.processes import run_tool
+from repr_det.commands.train import start
 
 ROOT = Path(__file__).resolve().parents[1]
 ON = ["REPR.ENABLED", "True", "SOLVER.MAX_ITER", "40", "REPR.S1_ITERS", "6", "REPR.S2_ITERS", "3"]

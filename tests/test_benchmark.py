@@ -9,15 +9,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from repr_det import UserError
-from repr_det.benchmarking.case import Bench, Case, even_masks, patched, synthetic_batch
-from repr_det.benchmarking.command import CONFIG_FILE, main, plan
-from repr_det.benchmarking.flops import count
-from repr_det.benchmarking.prediction import predict, run_ratio
-from repr_det.benchmarking.steps import ARMS, spread
-from repr_det.benchmarking.transitions import needed_flops, textbook_filters, textbook_overlap
-from repr_det.benchmarking.whole_run import measure_run, ratio_error
-from repr_det.orthogonality import inter_filter_orthogonality
-from repr_det.schedule import RePrSchedule
+from repr_det.method.orthogonality import inter_filter_orthogonality
+from repr_det.method.schedule import RePrSchedule
+from repr_det.studies.benchmarking.case import Bench, Case, even_masks, patched, synthetic_batch
+from repr_det.studies.benchmarking.command import CONFIG_FILE, main, plan
+from repr_det.studies.benchmarking.flops import count
+from repr_det.studies.benchmarking.prediction import predict, run_ratio
+from repr_det.studies.benchmarking.steps import ARMS, spread
+from repr_det.studies.benchmarking.transitions import needed_flops, textbook_filters, textbook_overlap
+from repr_det.studies.benchmarking.whole_run import measure_run, ratio_error
 
 TINY = Case(depth=18, size=64, batch=1, norm="BN")
 

@@ -17,7 +17,7 @@ from frozen_nets import (
     train,
 )
 
-from repr_det.criteria import CRITERIA, Criterion
+from repr_det.method.criteria import CRITERIA, Criterion
 
 
 @pytest.mark.parametrize("model", [InsideNet, SiblingNet])

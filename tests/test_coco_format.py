@@ -16,7 +16,7 @@ from PIL import Image
 
 from repr_det import datasets
 from repr_det.datasets import image_files
-from repr_det.errors import UserError
+from repr_det.method.errors import UserError
 
 
 def test_a_sound_folder(folder):

@@ -13,11 +13,11 @@ from conftest import coco_of
 from finished_runs import write_metrics
 from pycocotools.cocoeval import COCOeval
 
-from repr_det.comparison.matches import METRICS, average_precision, bootstrap_multiplicities, match
-from repr_det.comparison.records import read_metrics, read_wall_clock
-from repr_det.comparison.runs import Run, is_finished
-from repr_det.comparison.statistics import paired_difference, percentile_interval, summarize, verdict_sentence
-from repr_det.comparison.timing import phase_seconds, sub_network_phases
+from repr_det.studies.comparison.matches import METRICS, average_precision, bootstrap_multiplicities, match
+from repr_det.studies.comparison.records import read_metrics, read_wall_clock
+from repr_det.studies.comparison.runs import Run, is_finished
+from repr_det.studies.comparison.statistics import paired_difference, percentile_interval, summarize, verdict_sentence
+from repr_det.studies.comparison.timing import phase_seconds, sub_network_phases
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -8,10 +8,10 @@ import yaml
 from conftest import SMALL
 from finished_runs import compare_folders, write_metrics
 
-from repr_det.comparison.command import main
-from repr_det.comparison.pairing import first_difference
-from repr_det.comparison.plan import plan_runs
-from repr_det.errors import UserError
+from repr_det.method.errors import UserError
+from repr_det.studies.comparison.command import main
+from repr_det.studies.comparison.pairing import first_difference
+from repr_det.studies.comparison.plan import plan_runs
 
 ROOT = Path(__file__).resolve().parents[1]
 

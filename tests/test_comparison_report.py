@@ -13,11 +13,11 @@ import pytest
 from conftest import SMALL
 from finished_runs import compare_folders, write_metrics
 
-from repr_det.comparison.command import main
-from repr_det.comparison.evaluation import evenly_spaced
-from repr_det.comparison.gallery import correct_detections
-from repr_det.comparison.matches import METRICS
-from repr_det.comparison.records import read_metrics
+from repr_det.studies.comparison.command import main
+from repr_det.studies.comparison.evaluation import evenly_spaced
+from repr_det.studies.comparison.gallery import correct_detections
+from repr_det.studies.comparison.matches import METRICS
+from repr_det.studies.comparison.records import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -3,6 +3,7 @@
 import functools
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,11 +13,11 @@ from pathlib import Path
 import pytest
 from finished_runs import write_metrics
 
-from repr_det.comparison.progress import Progress
-from repr_det.comparison.records import read_metrics
-from repr_det.comparison.runner import RunFailed, _environment, run_all
-from repr_det.comparison.runs import Run, final_row, is_finished
-from repr_det.errors import UserError
+from repr_det.method.errors import UserError
+from repr_det.studies.comparison.progress import Progress
+from repr_det.studies.comparison.records import read_metrics
+from repr_det.studies.comparison.runner import RunFailed, _environment, run_all
+from repr_det.studies.comparison.runs import Run, final_row, is_finished
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -58,15 +59,15 @@ def _calls(run):
     return (run.folder / "calls.txt").read_text().splitlines()
 
 
-def _progress(runs, jobs=1):
+def _progress(runs):
     stream = io.StringIO()
-    return Progress(runs, jobs, stream, interval=0.2), stream
+    return Progress(runs, stream, interval=0.2), stream
 
 
 def test_runs_are_trained_once_and_then_skipped(fake, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     runs = [fake(1), fake(2), fake(3)]
-    progress, stream = _progress(runs, 2)
+    progress, stream = _progress(runs)
     run_all(runs, jobs=2, progress=progress)
     assert all(map(is_finished, runs))
     assert final_row(runs[0].folder, 3)["bbox/AP"] == 33.0
@@ -78,6 +79,30 @@ def test_runs_are_trained_once_and_then_skipped(fake, monkeypatch):
     run_all(runs, progress=progress)
     assert [len(_calls(run)) for run in runs] == [1, 1, 1]
     assert "finished already: RePr seed 1, RePr seed 2, RePr seed 3" in stream.getvalue()
+
+
+def test_progress_says_how_far_every_run_is_and_what_is_left(fake):
+    runs = [fake(1, steps=4, pause=0.4), fake(2, steps=4, pause=0.4)]
+    write_metrics(runs[1].folder, *({"iteration": i, "total_loss": 1.0} for i in range(2)))  # resumed: two are done
+    progress, stream = _progress(runs)
+    run_all(runs, progress=progress)
+    lines = stream.getvalue().splitlines()
+    assert any(
+        re.search(r"RePr seed 1: 2/4 loss 1.000 ETA 0:0\d \| 0 of 2 runs done, 0:0\d passed, total ETA", x)
+        for x in lines
+    )
+    assert any(re.search(r"RePr seed 2: 3/4 loss 1.000 ETA .* \| 1 of 2 runs done", x) for x in lines)
+    assert re.search(r"RePr seed 1: done in 0:0[1-4]$", "\n".join(lines), re.M)
+
+
+def test_progress_on_a_terminal_redraws_a_bar_for_every_run(fake, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    stream = io.StringIO()
+    stream.isatty = lambda: True
+    runs = [fake(1, steps=4, pause=0.4)]
+    run_all(runs, progress=Progress(runs, stream))
+    text = stream.getvalue()
+    assert "RePr seed 1" in text and "4/4" in text and "\x1b[" in text and "loss 1.000" in text
 
 
 @pytest.mark.parametrize(
@@ -140,9 +165,9 @@ def _alive(run):
 PARENT = """
 import sys, types
 from pathlib import Path
-sys.modules["repr_det.cli"] = types.SimpleNamespace(run_tool=lambda main: main())
-from repr_det.comparison.runner import run_all, run_comparison_tool
-from repr_det.comparison.runs import Run
+sys.modules["repr_det.commands.processes"] = types.SimpleNamespace(run_tool=lambda main: main())
+from repr_det.studies.comparison.runner import run_all, run_comparison_tool
+from repr_det.studies.comparison.runs import Run
 flags = (sys.executable, sys.argv[1], sys.argv[2])
 run_comparison_tool(lambda: run_all([Run("repr", 1, Path(sys.argv[2]), 40, flags, ("40", "0.1", "0"))]))
 """

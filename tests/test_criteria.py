@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-from repr_det.criteria import CRITERIA, Context, get_criterion
-from repr_det.errors import UserError
-from repr_det.layers import FilterLayer, find_filter_layers
-from repr_det.selection import select_filters
+from repr_det.method.criteria import CRITERIA, Context, get_criterion
+from repr_det.method.errors import UserError
+from repr_det.method.layers import FilterLayer, find_filter_layers
+from repr_det.method.selection import select_filters
 
 # (J, C_in / groups, kh, kw): one filter, fewer filters than d, as many, more, depth-wise, wide.
 SHAPES = [(1, 4, 3, 3), (8, 16, 3, 3), (36, 4, 3, 3), (64, 16, 1, 1), (12, 1, 3, 3), (16, 64, 3, 3)]

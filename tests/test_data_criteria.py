@@ -17,10 +17,10 @@ from scipy.stats import rankdata
 from torch import nn
 
 from repr_det import RePrHook, RePrScheme, Trainer, UserError, find_filter_layers
-from repr_det.criteria import CRITERIA, Context, correlation_with_oracle, get_criterion
-from repr_det.hook import training_passes
-from repr_det.oracle import ablation, greedy_removal
-from repr_det.passes import TrainingPasses, random_state
+from repr_det.detectron.hook import training_passes
+from repr_det.method.criteria import CRITERIA, Context, correlation_with_oracle, get_criterion
+from repr_det.method.oracle import ablation, greedy_removal
+from repr_det.method.passes import TrainingPasses, random_state
 
 DATA_CRITERIA = ["mean_activation", "apoz", "gradient", "taylor", "hessian"]
 STEP = 1e-5
@@ -324,8 +324,8 @@ def test_drops_by_it_in_a_detector_without_a_trace(tiny_cfg, name):
 RANKS = """
 import sys, torch, torch.distributed as dist, torch.nn as nn
 from repr_det import find_filter_layers
-from repr_det.criteria import CRITERIA, Context
-from repr_det.passes import TrainingPasses
+from repr_det.method.criteria import CRITERIA, Context
+from repr_det.method.passes import TrainingPasses
 rank, port, out, names = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4:]
 torch.set_num_threads(1)
 torch.manual_seed(0)

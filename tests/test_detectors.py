@@ -13,8 +13,8 @@ from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
 
 from repr_det import RePrHook, Trainer, find_filter_layers
-from repr_det.comparison.records import read_events
 from repr_det.datasets import register_coco_format
+from repr_det.studies.comparison.records import read_events
 
 # Sub-network at iterations 1 and 2.
 SCHEDULE = "REPR.ENABLED True REPR.S1_ITERS 1 REPR.S2_ITERS 2 REPR.NUM_CYCLES 1 SOLVER.MAX_ITER 5".split()

@@ -9,9 +9,9 @@ from test_processes import TRANSITIONS, events, run
 from test_slim import drop, resnet, step
 
 from repr_det import Trainer
-from repr_det.layers import find_filter_layers
-from repr_det.orthogonality import inter_filter_orthogonality, least_overlap_filters
-from repr_det.slim import SlimNetwork
+from repr_det.method.layers import find_filter_layers
+from repr_det.method.orthogonality import inter_filter_orthogonality, least_overlap_filters
+from repr_det.method.slim import SlimNetwork
 
 pytestmark = GPU
 

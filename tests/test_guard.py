@@ -5,7 +5,7 @@ import torch
 from detectron2.engine import HookBase
 
 from repr_det import Trainer
-from repr_det.guard import NonFiniteError, all_finite
+from repr_det.runs.guard import NonFiniteError, all_finite
 
 OPTS = "SOLVER.MAX_ITER 6 REPR.ENABLED True REPR.S1_ITERS 2 REPR.S2_ITERS 2 REPR.NUM_CYCLES 1 DATASETS.TEST ()".split()
 LAYER = "backbone.bottom_up.res4.0.conv2"

@@ -13,8 +13,9 @@ from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
 
 from repr_det import RePrHook, Trainer, UserError
-from repr_det.cli import STOCK_CONFIG_FILE, setup, train_argument_parser
-from repr_det.config import without_repr
+from repr_det.commands.arguments import train_argument_parser
+from repr_det.commands.processes import STOCK_CONFIG_FILE, setup
+from repr_det.detectron.config import without_repr
 
 SCHEDULE = "SOLVER.MAX_ITER 8 REPR.ENABLED True REPR.S1_ITERS 2 REPR.S2_ITERS 1 REPR.NUM_CYCLES 2".split()
 BACKBONE_FILTERS = 2 * (4 * 64 + 4 * 128 + 4 * 256 + 4 * 512) // 2  # ResNet-18: four 3x3 convs a stage

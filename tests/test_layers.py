@@ -9,8 +9,8 @@ from detectron2.modeling import build_model
 from torch import nn
 from torch.nn.utils import prune
 
-from repr_det.errors import UserError
-from repr_det.layers import FilterLayer, find_filter_layers, zero_rows_
+from repr_det.method.errors import UserError
+from repr_det.method.layers import FilterLayer, find_filter_layers, zero_rows_
 
 DEFAULT_INCLUDE = ["backbone.bottom_up.res*.conv*", "backbone.res*.conv*", "roi_heads.res5.*.conv*"]
 BLOCKS = {18: (2, 2, 2, 2), 50: (3, 4, 6, 3)}

@@ -12,10 +12,11 @@ from fvcore.common.param_scheduler import CosineParamScheduler
 from omegaconf import OmegaConf
 
 from repr_det import RePrHook, UserError, find_filter_layers
-from repr_det.cli import build_config
-from repr_det.comparison.records import read_events
-from repr_det.config import schedule_from_config
-from repr_det.lazy import LazyTrainer, instantiate, load_lazy_config, repr_cfg_from_lazy, start
+from repr_det.commands.arguments import build_config
+from repr_det.commands.lazy_train import load_lazy_config, start
+from repr_det.detectron.config import schedule_from_config
+from repr_det.detectron.lazy import LazyTrainer, instantiate, repr_cfg_from_lazy
+from repr_det.studies.comparison.records import read_events
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = str(ROOT / "configs" / "lazy" / "repr_faster_rcnn_r50_fpn.py")

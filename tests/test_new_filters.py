@@ -5,7 +5,7 @@ import pytest
 import torch
 from test_orthogonality import generator, overlap_by_hand, randn
 
-from repr_det.orthogonality import inter_filter_orthogonality, least_overlap_filters
+from repr_det.method.orthogonality import inter_filter_orthogonality, least_overlap_filters
 
 COSINE = 1e-5  # what repr-method.md asks of a null space
 

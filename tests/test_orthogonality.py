@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from repr_det.benchmarking.transitions import textbook_overlap
-from repr_det.orthogonality import (
+from repr_det.method.orthogonality import (
     expected_overlap,
     inter_filter_orthogonality,
     overlap_of_kept,
     overlap_with_returned,
 )
+from repr_det.studies.benchmarking.transitions import textbook_overlap
 
 
 def generator(seed: int) -> torch.Generator:

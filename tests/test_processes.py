@@ -8,7 +8,7 @@ import pytest
 import torch
 from rank_process import launch_and_tell
 
-from repr_det.cli import train_argument_parser
+from repr_det.commands.arguments import train_argument_parser
 
 TRANSITIONS = (
     "SOLVER.MAX_ITER 6 REPR.ENABLED True REPR.S1_ITERS 1 REPR.S2_ITERS 2 REPR.NUM_CYCLES 1 SOLVER.CHECKPOINT_PERIOD 1 "

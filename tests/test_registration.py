@@ -8,7 +8,7 @@ from coco_folder import Folder, annotation
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from repr_det import datasets
-from repr_det.errors import UserError
+from repr_det.method.errors import UserError
 
 
 def test_registering_twice_and_with_other_files(folder, catalogs, tmp_path, monkeypatch):

@@ -9,10 +9,10 @@ from detectron2.engine import HookBase
 from test_slim import resnet
 
 from repr_det import Trainer
-from repr_det.benchmarking.transitions import textbook_overlap
-from repr_det.blocks import readers
-from repr_det.layers import find_filter_layers
-from repr_det.scheme import RePrScheme
+from repr_det.method.blocks import readers
+from repr_det.method.layers import find_filter_layers
+from repr_det.method.scheme import RePrScheme
+from repr_det.studies.benchmarking.transitions import textbook_overlap
 
 
 def trained_sub_network(depth, norm, returns, know_readers=True):

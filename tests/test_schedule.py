@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 
-from repr_det.errors import UserError
-from repr_det.schedule import RePrSchedule
+from repr_det.method.errors import UserError
+from repr_det.method.schedule import RePrSchedule
 
 
 def plan(s1: int, s2: int, cycles: int, start: int, length: int) -> list[str]:

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from repr_det.errors import UserError
-from repr_det.selection import select_filters
+from repr_det.method.errors import UserError
+from repr_det.method.selection import select_filters
 
 
 def greedy(scores: dict[str, torch.Tensor], ratio: str, cap: str) -> dict[str, list[int]]:

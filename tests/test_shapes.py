@@ -16,7 +16,7 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
 
 from repr_det.datasets import drawing, shapes
-from repr_det.errors import UserError
+from repr_det.method.errors import UserError
 
 PINNED = {
     "train": "5810b0c366d207ddbb5ced37ae3ac1f79d860162de5a1ceafbe30c0455f9de10",

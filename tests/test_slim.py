@@ -14,8 +14,8 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from repr_det.layers import BATCH, GROUP, find_filter_layers, zero_rows_
-from repr_det.slim import SlimNetwork, remove_slim
+from repr_det.method.layers import BATCH, GROUP, find_filter_layers, zero_rows_
+from repr_det.method.slim import SlimNetwork, remove_slim
 
 NORMS = ["BN", "FrozenBN", "naiveSyncBN", "GN", ""]
 # Double precision, so that nothing but rounding of the last digits can differ (BN on few values magnifies it).

@@ -19,10 +19,14 @@ from conftest import ROOT, SMALL
 from detectron2.engine import hooks
 from detectron2.evaluation import COCOEvaluator
 
-from repr_det import Trainer, train
-from repr_det.cli import check_run, train_argument_parser
-from repr_det.resume import AtomicCheckpointer
-from repr_det.scheme import RePrScheme
+import repr_det.method.holding
+import repr_det.method.scheme
+import repr_det.runs.resume
+from repr_det import Trainer
+from repr_det.commands import train
+from repr_det.commands.arguments import train_argument_parser
+from repr_det.commands.checks import check_run
+from repr_det.runs.resume import AtomicCheckpointer
 
 
 def die() -> None:
@@ -65,15 +69,13 @@ def kill_at(moment: str, iteration: int) -> None:
         setattr(owner, name, replaced)
 
     if moment == "drop":
-        dying(RePrScheme, "_zero_optimizer_state", 5)  # some layers are dropped, others not yet
+        dying(repr_det.method.holding, "zero_optimizer_state_", 5)  # some layers are dropped, others not yet
     elif moment == "restore":
-        dying(RePrScheme, "_restore_layer", 5)
+        dying(repr_det.method.scheme, "bring_back", 5)
     elif moment == "evaluation":
         dying(COCOEvaluator, "process", 2)
     elif moment == "tag":
-        import repr_det.resume
-
-        dying(repr_det.resume, "write_atomically")
+        dying(repr_det.runs.resume, "write_atomically")
     elif moment == "final":
         save = AtomicCheckpointer.save
 

@@ -10,9 +10,10 @@ REPR.LAYERS names in its model; without one they are all 4-D weights, narrowed b
 import argparse
 from pathlib import Path
 
-from repr_det.cli import build_config, run_tool  # isort: skip (silences warnings)
-
-from repr_det.analysis import (
+from repr_det.commands.arguments import build_config
+from repr_det.commands.processes import run_tool
+from repr_det.method.errors import UserError
+from repr_det.studies.analysis import (
     NOT_FILTERS,
     analyze,
     as_table,
@@ -23,7 +24,6 @@ from repr_det.analysis import (
     read_checkpoint,
     write_json,
 )
-from repr_det.errors import UserError
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -4,9 +4,9 @@
 tools/compare.py --config-file configs/shapes_r18_fpn.yaml --seeds 1 2 3 [--jobs N] [KEY VALUE ...]
 """
 
-from repr_det.cli import run_tool  # noqa: F401  (first: it silences warnings of what is imported next)
-from repr_det.comparison.command import main
-from repr_det.comparison.runner import run_comparison_tool
+import repr_det.commands  # noqa: F401  (first: it silences warnings of what is imported next)
+from repr_det.studies.comparison.command import main
+from repr_det.studies.comparison.runner import run_comparison_tool
 
 if __name__ == "__main__":
     run_comparison_tool(main)

@@ -11,14 +11,14 @@ import argparse
 import shutil
 from pathlib import Path
 
-from repr_det.cli import run_tool  # noqa: F401  (first: it silences warnings of what is imported next)
-from repr_det.comparison.pairing import pair_runs
-from repr_det.comparison.plan import plan_runs
-from repr_det.comparison.results import metric_rows, read_pairs
-from repr_det.comparison.runner import RunFailed, available_cores, run_all, run_comparison_tool
-from repr_det.comparison.runs import Run, is_finished
-from repr_det.comparison.table import metrics_table
-from repr_det.errors import UserError
+import repr_det.commands  # noqa: F401  (first: it silences warnings of what is imported next)
+from repr_det.method.errors import UserError
+from repr_det.studies.comparison.pairing import pair_runs
+from repr_det.studies.comparison.plan import plan_runs
+from repr_det.studies.comparison.results import metric_rows, read_pairs
+from repr_det.studies.comparison.runner import RunFailed, available_cores, run_all, run_comparison_tool
+from repr_det.studies.comparison.runs import Run, is_finished
+from repr_det.studies.comparison.table import metrics_table
 
 ROOT = Path(__file__).resolve().parents[1]
 

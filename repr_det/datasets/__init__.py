@@ -1,4 +1,7 @@
-"""Data sets: the embedded shapes data set, and the registration and checking of COCO-format data."""
+"""Data sets: the embedded shapes data set, and the registration and checking of COCO-format data.
+
+May import the method.
+"""
 
 from repr_det.datasets.coco_format import (
     CocoSummary,

@@ -15,7 +15,7 @@ from detectron2.data.datasets import register_coco_instances
 
 from repr_det.datasets.image_files import MAX_HEADERS, check_image_files
 from repr_det.datasets.shapes import build_shapes
-from repr_det.errors import UserError
+from repr_det.method.errors import UserError
 
 MAX_USELESS_BOXES = 0.001  # share of boxes without area or outside their image, which Detectron2 drops, that passes
 # with a warning: COCO's own train2017 has 2 in 860,001

@@ -8,7 +8,7 @@ from typing import Any
 import cv2
 from PIL import Image
 
-from repr_det.errors import UserError
+from repr_det.method.errors import UserError
 
 MAX_HEADERS = 2000  # image files whose header is read, evenly spread over the data set; all are checked for existence
 DECODED_BYTES = 50_000_000  # data sets with image files of no more than this are decoded: a second or two

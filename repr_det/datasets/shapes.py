@@ -25,7 +25,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
 from repr_det.datasets.drawing import Dice, bar, blob, distractor, far, mix, near, outline, stencil, texture_weights
-from repr_det.errors import UserError
+from repr_det.method.errors import UserError
 
 # What the data set is, and how hard. Any change makes another data set: folders built before are rebuilt on next use.
 GENERATOR_VERSION = 2

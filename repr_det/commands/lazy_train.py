@@ -1,0 +1,79 @@
+"""The training command for LazyConfigs."""
+
+import argparse
+import os
+
+from detectron2.config import LazyConfig, instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from repr_det.commands.arguments import train_argument_parser
+from repr_det.commands.checks import check_run
+from repr_det.commands.processes import launch_processes, setup_process
+from repr_det.datasets import class_names, register_builtin, register_coco_format
+from repr_det.detectron.lazy import NUM_CLASSES, LazyTrainer, data_set_names, evaluate, repr_cfg_from_lazy
+from repr_det.method.errors import UserError
+from repr_det.runs.resume import AtomicCheckpointer
+
+
+def load_lazy_config(
+    config_file: str, overrides: list[str], register: list[list[str]] | None = None, baseline: bool = False
+) -> DictConfig:
+    """A LazyConfig with overrides ``path.key=value``; ``register`` and ``baseline`` as in ``arguments.build_config``.
+
+    Raises:
+        UserError: the file is missing, raises an error or lacks a node; an override is malformed; a data set is bad.
+    """
+    if not os.path.isfile(config_file) or not config_file.endswith(".py"):
+        raise UserError(
+            f"--config-file {config_file!r} is not a .py file" if config_file else "--config-file is missing"
+        )
+    try:
+        cfg = LazyConfig.load(config_file)
+    except Exception as error:  # a config is a program
+        raise UserError(f"{config_file}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+    try:
+        cfg = LazyConfig.apply_overrides(cfg, overrides)
+    except Exception as error:  # whatever hydra's parser and omegaconf raise
+        raise UserError(f"overrides must be path.key=value: {' '.join(str(error).split())}") from error
+    missing = [key for key in ("model", "dataloader", "optimizer", "lr_multiplier", "train") if key not in cfg]
+    if missing:
+        raise UserError(
+            f"{config_file} lacks {missing[0]}: define model, dataloader, optimizer, lr_multiplier and train"
+        )
+    register_builtin()
+    for name, json_file, image_root in register or []:
+        register_coco_format(name, json_file, image_root)
+    trained = data_set_names(OmegaConf.select(cfg, "dataloader.train.dataset.names", default=()))
+    own = [name for name in trained if name in {name for name, *_ in register or []}]
+    for key in NUM_CLASSES if own else ():
+        given = any(override.startswith(f"{key}=") for override in overrides)
+        if not given and OmegaConf.select(cfg, key, default=None) is not None:
+            OmegaConf.update(cfg, key, len(class_names(own[0])))
+    if baseline:
+        if "repr" in cfg:
+            cfg.repr.ENABLED = False
+        if not any(override.startswith("train.output_dir=") for override in overrides):
+            cfg.train.output_dir = cfg.train.output_dir.rstrip("/") + "_baseline"
+    return cfg
+
+
+def main(args: argparse.Namespace) -> None:
+    """One process of a run: trains, or only evaluates."""
+    cfg = load_lazy_config(args.config_file, args.opts, args.register, args.baseline)
+    setup_process(args, cfg, str(cfg.train.device), cfg.train.output_dir)
+    if args.eval_only:
+        model = instantiate(cfg.model).to(cfg.train.device)
+        AtomicCheckpointer(model, cfg.train.output_dir).resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
+        evaluate(cfg, model)
+        return
+    trainer = LazyTrainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    trainer.train()
+
+
+def start(argv: list[str] | None = None) -> None:
+    """Parses arguments, checks what can be checked, then launches the processes."""
+    args = train_argument_parser().parse_args(argv)
+    yacs = repr_cfg_from_lazy(load_lazy_config(args.config_file, args.opts, args.register, args.baseline))
+    check_run(yacs, args.resume, args.eval_only, args.num_gpus)
+    launch_processes(main, args, yacs.MODEL.DEVICE)

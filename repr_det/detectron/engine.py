@@ -1,0 +1,133 @@
+"""Trainer: Detectron2's DefaultTrainer with RePr, COCO evaluation, and several processes on the CPU too."""
+
+import os
+import weakref
+from collections.abc import Iterable
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper, build_detection_test_loader, build_detection_train_loader
+from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, create_ddp_model, hooks
+from detectron2.engine.train_loop import TrainerBase
+from detectron2.evaluation import COCOEvaluator
+from detectron2.utils import comm
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from repr_det.datasets.image_files import NamingMapper
+from repr_det.detectron.config import scale_to_world
+from repr_det.detectron.hook import RePrHook
+from repr_det.method.errors import UserError
+from repr_det.runs.files import FINAL_CHECKPOINT
+from repr_det.runs.guard import FiniteGuard, NonFiniteError, describe, first_non_finite
+from repr_det.runs.resume import AtomicCheckpointer, ExactResume, remove_unfinished_saves, resumable
+
+
+class Trainer(DefaultTrainer):
+    """DefaultTrainer for configs with or without the node REPR.
+
+    With REPR.ENABLED False (or no such node) it trains bit for bit as stock Detectron2 does. Several processes work on
+    the CPU as well (gloo), and SOLVER.REFERENCE_WORLD_SIZE scales the schedule of REPR along with that of SOLVER.
+    Checkpoints are written atomically and hold what a resumed run needs to continue exactly (``resume.ExactResume``); a
+    run whose loss, gradients or weights are not finite stops before it saves them (``guard.FiniteGuard``).
+
+    Args:
+        cfg: a Detectron2 config, with ``add_repr_config`` applied for RePr.
+
+    Raises:
+        UserError: REPR is wrong.
+        NonFiniteError: while training.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        # Not DefaultTrainer.__init__: it wraps the model by create_ddp_model, which CPU modules cannot take.
+        TrainerBase.__init__(self)
+        cfg = scale_to_world(cfg, comm.get_world_size())
+        self.cfg = cfg
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        data_loader = resumable(self.build_train_loader(cfg), cfg)
+        model = _distributed(model)
+        inner = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
+        self._trainer = inner(model, data_loader, optimizer)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        if comm.is_main_process():
+            remove_unfinished_saves(cfg.OUTPUT_DIR)
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.register_hooks(self.build_hooks())
+
+    def build_hooks(self) -> list[HookBase]:
+        """Detectron2's hooks, FiniteGuard, ExactResume, and RePrHook, which moves itself to its place."""
+        cfg, built = self.cfg, [hook for hook in super().build_hooks() if hook is not None]
+        repr_hook = RePrHook(cfg) if "REPR" in cfg and cfg.REPR.ENABLED else None
+        transitions = () if repr_hook is None else (*repr_hook.schedule.drop_iters, *repr_hook.schedule.restore_iters)
+
+        def weights_matter(iteration: int) -> bool:
+            return (iteration + 1) % cfg.SOLVER.CHECKPOINT_PERIOD == 0 or iteration in transitions
+
+        saving = next(
+            i for i, hook in enumerate(built) if isinstance(hook, (hooks.PeriodicCheckpointer, hooks.EvalHook))
+        )
+        loaders = [self._trainer.data_loader]
+        for hook in built:
+            if isinstance(hook, hooks.PreciseBN) and not hook._disabled:
+                hook._data_loader = resumable(hook._data_loader, cfg)
+                loaders.append(hook._data_loader)
+        exact = ExactResume(loaders, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD, cfg.OUTPUT_DIR)
+        built.insert(saving, exact)
+        built.insert(0, FiniteGuard(not cfg.SOLVER.AMP.ENABLED, weights_matter))
+        return built if repr_hook is None else [*built, repr_hook]
+
+    def run_step(self) -> None:
+        """One step; a loss that is not finite is reported with its phase and the first layer that shows it."""
+        try:
+            super().run_step()
+        except FloatingPointError as error:
+            found = first_non_finite(self.model)
+            what = "the loss is not finite" + (f", nor is {found}" if found else "")
+            raise NonFiniteError(describe(self, what)) from error
+
+    def before_train(self) -> None:
+        super().before_train()
+        final = os.path.join(self.cfg.OUTPUT_DIR, FINAL_CHECKPOINT)
+        if self.start_iter == self.max_iter and comm.is_main_process() and not os.path.exists(final):
+            # The run died between its last periodic checkpoint and this one, and no step will come to write it.
+            self.iter = self.max_iter - 1
+            self.checkpointer.save(os.path.splitext(FINAL_CHECKPOINT)[0], iteration=self.max_iter - 1)
+
+    def after_train(self) -> None:
+        # A finished run that is resumed for its evaluation would count one iteration too many.
+        self.iter = min(self.iter, self.max_iter)
+        super().after_train()
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        saved = "RePrHook" in state_dict.get("hooks", {})
+        enabled = any(isinstance(hook, RePrHook) for hook in self._hooks)
+        if saved != enabled:
+            raise UserError(
+                f"the checkpoint in {self.cfg.OUTPUT_DIR} was trained with RePr {'on' if saved else 'off'}, this run "
+                f"has it {'on' if enabled else 'off'}: resume with the same arm, or give another OUTPUT_DIR"
+            )
+        super().load_state_dict(state_dict)
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Iterable:
+        """Detectron2's, whose errors name the image file."""
+        return build_detection_train_loader(cfg, mapper=NamingMapper(DatasetMapper(cfg, True)))
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable:
+        """Detectron2's, whose errors name the image file."""
+        return build_detection_test_loader(cfg, dataset_name, mapper=NamingMapper(DatasetMapper(cfg, False)))
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
+        """COCO box AP (and mask AP for models with masks), written to OUTPUT_DIR/inference."""
+        return COCOEvaluator(dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"))
+
+
+def _distributed(model: nn.Module) -> nn.Module:
+    if comm.get_world_size() > 1 and next(model.parameters()).device.type == "cpu":
+        return DistributedDataParallel(model, broadcast_buffers=False)
+    return create_ddp_model(model, broadcast_buffers=False)

@@ -1,0 +1,287 @@
+"""RePrHook: when to drop and restore in a Detectron2 trainer, what to log, and the RePr part of a checkpoint."""
+
+import dataclasses
+import itertools
+import json
+import logging
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import MapDataset, build_detection_train_loader
+from detectron2.data.samplers import TrainingSampler
+from detectron2.engine import HookBase, hooks
+from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import EventStorage
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from repr_det.detectron.config import scale_to_world, validate_repr_config
+from repr_det.method.blocks import readers
+from repr_det.method.errors import UserError
+from repr_det.method.holding import Transition
+from repr_det.method.layers import find_filter_layers
+from repr_det.method.passes import TrainingPasses, preserved_random_state
+from repr_det.method.scheme import RePrScheme
+from repr_det.method.selection import drop_total
+from repr_det.runs.files import EVENTS_FILE, OVERLAPS_FILE, truncate_log
+from repr_det.runs.resume import ExactResume
+
+# Hooks that must see the network after a transition: ours goes before the first of them.
+_LATER_HOOKS = (hooks.PreciseBN, ExactResume, hooks.PeriodicCheckpointer, hooks.EvalHook, hooks.PeriodicWriter)
+
+logger = logging.getLogger("repr_det.hook")
+
+
+class RePrHook(HookBase):
+    """Applies RePr to the convs that REPR.LAYERS names, on the schedule of REPR.
+
+    ``trainer.register_hooks([RePrHook(cfg)])`` is all that a DefaultTrainer, SimpleTrainer or AMPTrainer needs: in
+    ``before_train`` the hook finds model and optimizer and moves itself before PreciseBN, the checkpointer, evaluation
+    and the writers, so that these see the network after a transition. Drops and restores happen in ``after_step``.
+
+    Args:
+        cfg: a Detectron2 config with the node REPR; REPR.ENABLED must be True.
+
+    Raises:
+        UserError: REPR is wrong, here where the config alone shows it, in ``before_train`` where it takes the model.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        cfg = scale_to_world(cfg, comm.get_world_size())
+        if not cfg.REPR.ENABLED:
+            raise UserError("RePrHook needs REPR.ENABLED True, got False")
+        self.cfg = cfg
+        self.schedule = validate_repr_config(cfg)
+        self.scheme: RePrScheme | None = None
+        self._loaded: dict[str, Any] | None = None
+
+    def before_train(self) -> None:
+        trainer = self.trainer
+        self._move_into_place()
+        self.schedule.check_fits(trainer.max_iter)
+        if self.scheme is None:
+            self.scheme = self._build_scheme()
+            if self.cfg.REPR.REINIT.WARMUP_ITERS:
+                self.scheme.optimizer.register_step_pre_hook(self._warm_up)
+                self.scheme.optimizer.register_step_post_hook(self._end_warm_up)
+        if self._loaded is not None:
+            self.scheme.load_state_dict(self._loaded["scheme"])
+            self._loaded = None
+        expected = self.schedule.phase(trainer.start_iter)
+        if (expected == "sub") != self.scheme.is_sub:
+            raise UserError(
+                f"REPR: iteration {trainer.start_iter} belongs to the {expected} phase of this schedule, but the "
+                f"checkpoint holds {'a sub-network' if self.scheme.is_sub else 'the full network'}: it was written by "
+                "another schedule or without RePr; resume with that one, or start anew in another OUTPUT_DIR"
+            )
+        if comm.is_main_process():  # transitions that this run, resumed from an earlier checkpoint, will make again
+            for name in (EVENTS_FILE, OVERLAPS_FILE):
+                truncate_log(self._path(name), trainer.start_iter)
+        self._log_plan()
+
+    def after_step(self) -> None:
+        iteration = self.trainer.iter
+        # The phase of an iteration is the network that its forward pass saw, so it is logged before a transition.
+        storage = self.trainer.storage
+        storage.put_scalar("repr/phase", float(self.scheme.is_sub), smoothing_hint=False)
+        storage.put_scalar("repr/dropped_filters", self.scheme.num_dropped, smoothing_hint=False)
+        if iteration in self.schedule.drop_iters:
+            self._record(iteration, self.scheme.drop())
+        elif iteration in self.schedule.restore_iters:
+            self._record(iteration, self.scheme.restore())
+
+    def after_train(self) -> None:
+        if self.scheme is not None and self.scheme.is_sub:
+            logger.warning(
+                "Training stopped inside the sub-network phase: %d filters are dropped (zero) in this model until a "
+                "resumed run restores them after iteration %d",
+                self.scheme.num_dropped,
+                next(i for i in self.schedule.restore_iters if i >= self.trainer.iter - 1),
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Schedule and scheme state; no collective calls, for Detectron2 calls it on rank 0 alone."""
+        if self.scheme is None:
+            return self._loaded or {}
+        return {"run": self._fingerprint(), "scheme": self.scheme.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Keeps the state until ``before_train`` has the model; refuses that of another schedule or selection."""
+        mine = self._fingerprint()
+        for key, value in state["run"].items():
+            if mine.get(key) != value:
+                raise UserError(
+                    f"REPR: the checkpoint was trained with {key} {value}, this run has {mine.get(key)}: resume with "
+                    "the config of the run that wrote it, or start anew in another OUTPUT_DIR"
+                )
+        self._loaded = state
+
+    # Around the optimizer's step alone, so that learning-rate schedules, logs and checkpoints do not see it.
+    def _warm_up(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        length = self.cfg.REPR.REINIT.WARMUP_ITERS
+        restores = [i for i in self.schedule.restore_iters if i < self.trainer.iter]
+        share = min(1.0, (self.trainer.iter - restores[-1]) / (length + 1)) if restores else 1.0
+        self._rates = [group["lr"] for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group["lr"] *= share
+
+    def _end_warm_up(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """What must be the same when a run is resumed, by config key."""
+        node = self.cfg.REPR
+        return {
+            "REPR.START_ITER": self.schedule.start_iter,
+            "REPR.S1_ITERS": self.schedule.s1_iters,
+            "REPR.S2_ITERS": self.schedule.s2_iters,
+            "REPR.NUM_CYCLES": self.schedule.num_cycles,
+            "REPR.DROP_RATIO": node.DROP_RATIO,
+            "REPR.MAX_DROP_PER_LAYER": node.MAX_DROP_PER_LAYER,
+            "REPR.CRITERION": node.CRITERION,
+            "REPR.REINIT.SCALE": node.REINIT.SCALE,
+            "REPR.REINIT.FROZEN_NORM": node.REINIT.FROZEN_NORM,
+            "REPR.REINIT.RETURN": node.REINIT.RETURN,
+            "REPR.REINIT.WARMUP_ITERS": node.REINIT.WARMUP_ITERS,
+        }
+
+    def _move_into_place(self) -> None:
+        registered = self.trainer._hooks
+        index = next((i for i, hook in enumerate(registered) if isinstance(hook, _LATER_HOOKS)), None)
+        mine = next(i for i, hook in enumerate(registered) if hook is self)
+        # Everything between shifts by one, so that Detectron2's own loop over the hooks neither skips nor repeats one.
+        if index is not None and index < mine:
+            registered.insert(index, registered.pop(mine))
+
+    def _build_scheme(self) -> RePrScheme:
+        trainer, node = self.trainer, self.cfg.REPR
+        inner = getattr(trainer, "_trainer", trainer)
+        model = trainer.model
+        if isinstance(model, (DistributedDataParallel, DataParallel)):
+            model = model.module
+        seed = self.cfg.SEED if self.cfg.SEED >= 0 else comm.shared_random_seed()
+        return RePrScheme(
+            find_filter_layers(model, node.LAYERS.INCLUDE, node.LAYERS.EXCLUDE),
+            inner.optimizer,
+            criterion=node.CRITERION,
+            drop_ratio=node.DROP_RATIO,
+            max_drop_per_layer=node.MAX_DROP_PER_LAYER,
+            scale=node.REINIT.SCALE,
+            frozen_norm=node.REINIT.FROZEN_NORM,
+            returns=node.REINIT.RETURN,
+            readers=readers(model),
+            criterion_batches=node.CRITERION_BATCHES,
+            calibration_batches=node.REINIT.CALIBRATION_BATCHES,
+            seed=seed,
+            passes=training_passes(self.cfg, model, trainer),
+            slim_model=model if node.SLIM else None,
+        )
+
+    def _log_plan(self) -> None:
+        layers = self.scheme.layers
+        filters = sum(layer.num_filters for layer in layers)
+        kinds = sorted({layer.kind for layer in layers})
+        logger.info(
+            "RePr: %d convs, %d filters take part (norm: %s); every drop takes %d (%g %%), at most %g %% of a layer",
+            len(layers),
+            filters,
+            ", ".join(kinds),
+            drop_total(filters, self.cfg.REPR.DROP_RATIO),
+            100 * self.cfg.REPR.DROP_RATIO,
+            100 * self.cfg.REPR.MAX_DROP_PER_LAYER,
+        )
+        logger.info("RePr layers: %s", ", ".join(f"{x.name} ({x.num_filters})" for x in layers))
+        schedule = self.schedule
+        logger.info(
+            "RePr schedule: S1 %d, S2 %d, %d cycles from iteration %d; drops after iterations %s, restores after %s",
+            schedule.s1_iters,
+            schedule.s2_iters,
+            schedule.num_cycles,
+            schedule.start_iter,
+            schedule.drop_iters,
+            schedule.restore_iters,
+        )
+        left = self.trainer.max_iter - schedule.end_iter
+        if left < schedule.s1_iters:
+            logger.warning(
+                "RePr: %d iterations are left after the last restore, fewer than S1 %d", left, schedule.s1_iters
+            )
+
+    def _record(self, iteration: int, transition: Transition) -> None:
+        logger.info(
+            "RePr %s after iteration %d (cycle %d): %d filters, mean O_f %.4f -> %.4f, %.2f s",
+            transition.event,
+            iteration,
+            transition.cycle + 1,
+            sum(map(len, transition.dropped.values())),
+            transition.overlap_before,
+            transition.overlap_after,
+            transition.seconds,
+        )
+        if comm.is_main_process():
+            line = {"iteration": iteration, **dataclasses.asdict(transition)}
+            overlap = {"overlap": line.pop("overlaps")}
+            self._append(OVERLAPS_FILE, {key: line[key] for key in ("iteration", "event", "cycle")} | overlap)
+            self._append(EVENTS_FILE, line)
+
+    def _append(self, name: str, line: dict[str, Any]) -> None:
+        with open(self._path(name), "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def _path(self, name: str) -> str:
+        os.makedirs(self.cfg.OUTPUT_DIR, exist_ok=True)
+        return os.path.join(self.cfg.OUTPUT_DIR, name)
+
+
+def training_passes(cfg: CfgNode, model: nn.Module, trainer: Any) -> TrainingPasses:
+    """Extra passes over the training data, from a loader of their own whose order depends on SEED and cycle only.
+
+    The data set and its mapper are those of the trainer's own loader where that is Detectron2's, so that a large
+    annotation file is not read again; otherwise the loader is built from ``cfg``.
+    """
+    inner = getattr(trainer, "_trainer", trainer)
+    build = getattr(trainer, "build_train_loader", build_detection_train_loader)
+
+    def batches(number: int, cycle: int) -> Iterable[list[dict]]:
+        seed = max(cfg.SEED, 0) * 1_000_003 + cycle * 1009
+        dataset = _map_dataset(getattr(inner, "data_loader", None))
+        with preserved_random_state():
+            seed_all_rng(seed + comm.get_rank())
+            if dataset is not None:
+                loader = build_detection_train_loader(
+                    dataset=dataset,
+                    mapper=None,
+                    sampler=TrainingSampler(len(dataset), seed=seed),
+                    total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
+                    aspect_ratio_grouping=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
+                )
+            else:
+                own = cfg.clone()
+                own.defrost()
+                own.DATALOADER.NUM_WORKERS = 0
+                loader = build(own)
+            return list(itertools.islice(loader, number))
+
+    def loss(batch: list[dict]) -> Tensor:
+        # Detectron2's models log scalars and images as they run; those of extra passes are not the training's.
+        with EventStorage(0):
+            return sum(model(batch).values())
+
+    return TrainingPasses(
+        model=model,
+        batches=batches,
+        loss=loss,
+        join=lambda many: list(itertools.chain.from_iterable(many)),
+    )
+
+
+def _map_dataset(loader: Any) -> MapDataset | None:
+    """The map-style data set inside a loader that ``build_detection_train_loader`` made, or None."""
+    while loader is not None and not isinstance(loader, MapDataset):
+        loader = getattr(loader, "dataset", None)
+    return loader

@@ -1,0 +1,145 @@
+"""The LazyConfig route: what RePrHook needs from a LazyConfig with a node ``repr``, and a Trainer for such a config."""
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, get_cfg, instantiate
+from detectron2.engine import HookBase, hooks
+from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.solver import LRMultiplier
+from detectron2.utils import comm
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from torch import nn
+
+from repr_det.detectron.config import add_repr_config, as_user_error
+from repr_det.detectron.engine import Trainer
+from repr_det.method.errors import UserError
+
+_MULTI_STEP = "MultiStepParamScheduler"
+
+
+def repr_cfg_from_lazy(cfg: DictConfig) -> CfgNode:
+    """The config that RePrHook, ResumableLoader and ``checks.check_run`` take, from a LazyConfig.
+
+    REPR comes from the node ``repr`` (the same keys, defaults where it lacks them, RePr off where there is no such
+    node); device, weights, seed, output folder and periods from ``train``; batch size, workers and data sets from
+    ``dataloader``; the learning-rate steps from the milestones of ``lr_multiplier`` if it is a MultiStepParamScheduler,
+    with or without a warm-up around it. The rest keeps Detectron2's defaults and says nothing about the model.
+
+    Raises:
+        UserError: a key of ``repr`` is unknown or of the wrong type, or ``train.max_iter`` is missing.
+    """
+    yacs = get_cfg()
+    add_repr_config(yacs)
+    node = cfg.get("repr") or {}
+    if not isinstance(node, (dict, DictConfig)):
+        raise UserError(f"repr must be a dict with the keys of REPR, got {node!r}")
+    with as_user_error("the node repr of the LazyConfig"):
+        yacs.merge_from_other_cfg(CfgNode({"REPR": OmegaConf.to_container(OmegaConf.create(node), resolve=True)}))
+
+    def get(key: str, default: Any) -> Any:
+        return OmegaConf.select(cfg, key, default=default)
+
+    max_iter = get("train.max_iter", None)
+    if not isinstance(max_iter, int):
+        raise UserError(f"train.max_iter must be an integer, got {max_iter!r}")
+    yacs.SOLVER.MAX_ITER = max_iter
+    yacs.SOLVER.STEPS, yacs.SOLVER.LR_SCHEDULER_NAME = _steps(cfg, max_iter)
+    yacs.SOLVER.IMS_PER_BATCH = get("dataloader.train.total_batch_size", yacs.SOLVER.IMS_PER_BATCH)
+    yacs.SOLVER.AMP.ENABLED = get("train.amp.enabled", False)
+    yacs.SOLVER.CHECKPOINT_PERIOD = get("train.checkpointer.period", yacs.SOLVER.CHECKPOINT_PERIOD)
+    yacs.SOLVER.REFERENCE_WORLD_SIZE = 0  # a LazyConfig is never rescaled
+    yacs.TEST.EVAL_PERIOD = get("train.eval_period", 0)
+    yacs.SEED = get("train.seed", -1)
+    yacs.OUTPUT_DIR = get("train.output_dir", "./output")
+    yacs.MODEL.DEVICE = str(get("train.device", "cuda"))
+    yacs.MODEL.WEIGHTS = get("train.init_checkpoint", "")
+    yacs.DATALOADER.NUM_WORKERS = get("dataloader.train.num_workers", 0)
+    yacs.DATALOADER.ASPECT_RATIO_GROUPING = get("dataloader.train.aspect_ratio_grouping", True)
+    yacs.DATASETS.TRAIN = data_set_names(get("dataloader.train.dataset.names", ()))
+    yacs.DATASETS.TEST = data_set_names(get("dataloader.test.dataset.names", ()))
+    for key, own in NUM_CLASSES.items():
+        if (number := get(key, None)) is not None:
+            yacs.MODEL.META_ARCHITECTURE = "RetinaNet" if key == "model.num_classes" else "GeneralizedRCNN"
+            yacs.merge_from_list([own, number])
+    yacs.freeze()
+    return yacs
+
+
+NUM_CLASSES = {
+    "model.num_classes": "MODEL.RETINANET.NUM_CLASSES",
+    "model.roi_heads.num_classes": "MODEL.ROI_HEADS.NUM_CLASSES",
+}
+
+
+class LazyTrainer(Trainer):
+    """Trainer for a LazyConfig: model, optimizer, data, learning rate and evaluation are what it says, the rest (RePr,
+    atomic checkpoints, exact resume, guard) is Trainer's.
+
+    Raises:
+        UserError: ``repr`` is wrong for this model or schedule, or ``train.ddp`` asks for what Trainer does not do.
+    """
+
+    def __init__(self, lazy: DictConfig) -> None:
+        self.lazy = lazy
+        for key in ("find_unused_parameters", "fp16_compression"):
+            if comm.get_world_size() > 1 and OmegaConf.select(lazy, f"train.ddp.{key}", default=False):
+                raise UserError(f"train.ddp.{key} must be False here, got True")
+        super().__init__(repr_cfg_from_lazy(lazy))
+
+    def build_model(self, cfg: CfgNode) -> nn.Module:
+        return instantiate(self.lazy.model).to(cfg.MODEL.DEVICE)
+
+    def build_optimizer(self, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        self.lazy.optimizer.params.model = model
+        return instantiate(self.lazy.optimizer)
+
+    def build_lr_scheduler(self, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRMultiplier:
+        return LRMultiplier(optimizer, instantiate(self.lazy.lr_multiplier), cfg.SOLVER.MAX_ITER)
+
+    def build_train_loader(self, cfg: CfgNode) -> Iterable:
+        return instantiate(self.lazy.dataloader.train)
+
+    def build_hooks(self) -> list[HookBase]:
+        built = super().build_hooks()
+        for hook in built:
+            if isinstance(hook, hooks.PeriodicCheckpointer):
+                hook.max_to_keep = OmegaConf.select(self.lazy, "train.checkpointer.max_to_keep")
+            elif isinstance(hook, hooks.PeriodicWriter):
+                hook._period = OmegaConf.select(self.lazy, "train.log_period", default=hook._period)
+        return built
+
+    def test(self, cfg: CfgNode, model: nn.Module) -> dict | None:
+        return evaluate(self.lazy, model)
+
+
+def evaluate(cfg: DictConfig, model: nn.Module) -> dict | None:
+    """What ``dataloader.evaluator`` finds on ``dataloader.test``; None where there is no evaluator."""
+    if "evaluator" not in cfg.dataloader:
+        return None
+    if "output_dir" not in cfg.dataloader.evaluator and "dataset_name" in cfg.dataloader.evaluator:
+        cfg.dataloader.evaluator.output_dir = os.path.join(cfg.train.output_dir, "inference")
+    results = inference_on_dataset(model, instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator))
+    print_csv_format(results)
+    return results
+
+
+def data_set_names(value: Any) -> tuple[str, ...]:
+    """``dataset.names`` of a LazyConfig, one name or several, as a tuple."""
+    return tuple(value) if isinstance(value, (list, tuple, ListConfig)) else (value,)
+
+
+def _steps(cfg: DictConfig, max_iter: int) -> tuple[tuple[int, ...], str]:
+    """SOLVER.STEPS and LR_SCHEDULER_NAME of ``lr_multiplier``; milestones count in units of its own total."""
+    multiplier = cfg.get("lr_multiplier")
+    scheduler = multiplier.get("scheduler", multiplier) if multiplier is not None else {}
+    target = scheduler.get("_target_", "")
+    name = target if isinstance(target, str) else target.__name__
+    if name.rpartition(".")[2] != _MULTI_STEP:
+        return (), "WarmupCosineLR"
+    milestones = list(scheduler.milestones)
+    total = scheduler.get("num_updates") or milestones[-1]
+    steps = [round(milestone * max_iter / total) for milestone in milestones]
+    return tuple(step for step in steps if step < max_iter), "WarmupMultiStepLR"

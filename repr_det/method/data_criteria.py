@@ -1,0 +1,199 @@
+"""Criteria that look at training batches: what a channel puts out, and how the loss depends on a filter.
+
+Shape shorthand:
+    J: filters of a layer        N: examples of a batch (images; proposals in a head that runs on them)
+    P: positions of the output, H * W
+
+Every function takes ``(layers, passes, num_batches, cycle)`` and returns layer name -> (J,) float32, the largest
+dropped first, averaged over the ranks. The output of a channel is what ``FilterLayer.output_module`` puts out, with a
+ReLU on a copy: in Detectron2's blocks the ReLU comes later and in place, and behind the last conv of a block only after
+the shortcut is added. A layer that runs several times in one forward pass (a RetinaNet head, over the levels) counts
+all its positions; one that never runs scores 0 with a warning. A score that is not finite counts as 0.
+
+Training is left undisturbed (``passes.undisturbed``), and gradients come from ``torch.autograd.grad``, so that neither
+``.grad`` nor DistributedDataParallel's reducer notices. Layers are not normalised against each other.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from repr_det.method.distributed import mean_over_ranks
+from repr_det.method.layers import FilterLayer
+from repr_det.method.passes import TrainingPasses, undisturbed
+
+Scores = dict[str, Tensor]
+logger = logging.getLogger("repr_det.data_criteria")
+
+
+def low_activation(layers: Sequence[FilterLayer], passes: TrainingPasses, num_batches: int, cycle: int) -> Scores:
+    """Minus the mean output over images and positions."""
+    means = _output_means(layers, passes, num_batches, cycle, lambda output: output.relu())
+    return _finished(layers, "mean_activation", {name: -mean for name, mean in means.items()})
+
+
+def share_of_zeros(layers: Sequence[FilterLayer], passes: TrainingPasses, num_batches: int, cycle: int) -> Scores:
+    """APoZ: the share of zeros in the output over images and positions (Hu et al. 2016, arXiv 1607.03250)."""
+    means = _output_means(layers, passes, num_batches, cycle, lambda output: output <= 0)
+    return _finished(layers, "apoz", means)
+
+
+def small_gradient(layers: Sequence[FilterLayer], passes: TrainingPasses, num_batches: int, cycle: int) -> Scores:
+    """Minus the mean |d loss / d w| over the weights of the filter and over batches, with the loss of a whole batch."""
+    means = _gradient_means(
+        layers, passes, num_batches, cycle, lambda x: [x.weight], lambda grad, _: grad.abs().flatten(1).mean(1)
+    )
+    return _finished(layers, "gradient", {name: -mean for name, mean in means.items()})
+
+
+def small_fisher(layers: Sequence[FilterLayer], passes: TrainingPasses, num_batches: int, cycle: int) -> Scores:
+    """Minus the loss that removing the filter would cost to second order, 0.5 sum w^2 E[g^2].
+
+    The sum goes over all trainable parameters of the filter (conv row, bias, norm). The Hessian is taken as diagonal
+    and as the empirical Fisher information, with g the gradient of a whole batch, not of one example: E[g^2] is then
+    smaller than with single examples by about the batch size, the same factor for all filters.
+    """
+    means = _gradient_means(
+        layers,
+        passes,
+        num_batches,
+        cycle,
+        lambda x: [p for p in x.parameters() if p.requires_grad],
+        lambda grad, value: 0.5 * (grad.double() * value.detach()).square().reshape(len(grad), -1).sum(1),
+    )
+    return _finished(layers, "hessian", {name: -mean for name, mean in means.items()})
+
+
+def small_taylor(layers: Sequence[FilterLayer], passes: TrainingPasses, num_batches: int, cycle: int) -> Scores:
+    """Minus |output x d loss / d output|: averaged over the positions of an example, absolute, averaged over examples
+    (Molchanov et al. 2017, arXiv 1611.06440, eq. 8, without their l2 normalisation of layers, eq. 11)."""
+    total = {layer.name: torch.zeros(layer.num_filters, dtype=torch.float64) for layer in layers}
+    count = dict.fromkeys(total, 0)
+    calls: dict[str, list[tuple[Tensor, int]]] = {}
+
+    def see(layer: FilterLayer, output: Tensor) -> None:
+        if not output.requires_grad:
+            return
+        activation = F.relu(output.detach())
+
+        def product(gradient: Tensor) -> None:
+            values = _positions(activation * gradient)
+            calls.setdefault(layer.name, []).append((values.double().sum(2), values.shape[2]))
+
+        # A hook on the tensor sees the gradient of its value now, also where a ReLU overwrites it later.
+        output.register_hook(product)
+
+    def on_loss(loss: Tensor) -> None:
+        _gradients(loss, [layer.weight for layer in layers])
+        for name, parts in calls.items():
+            # The calls of one pass see the same images, unless a head ran on different numbers of proposals.
+            if len({len(sums) for sums, _ in parts}) == 1:
+                parts = [(sum(sums for sums, _ in parts), sum(positions for _, positions in parts))]
+            for sums, positions in parts:
+                if positions:
+                    total[name] += (sums / positions).abs().sum(0).cpu()
+                    count[name] += len(sums)
+        calls.clear()
+
+    with _on_output(layers, see):
+        _run(passes, num_batches, cycle, on_loss, gradients=True)
+    return _finished(layers, "taylor", {name: -total[name] / n for name, n in count.items() if n})
+
+
+def _output_means(
+    layers: Sequence[FilterLayer],
+    passes: TrainingPasses,
+    num_batches: int,
+    cycle: int,
+    of: Callable[[Tensor], Tensor],
+) -> dict[str, Tensor]:
+    """Mean of ``of(output)`` over images and positions, (J,) float64; layers that did not run are missing."""
+    total: dict[str, Tensor] = {}
+    count: dict[str, int] = {}
+
+    def see(layer: FilterLayer, output: Tensor) -> None:
+        values = _positions(of(output.detach()))
+        if number := values.shape[0] * values.shape[2]:
+            total[layer.name] = total.get(layer.name, 0) + values.sum((0, 2), dtype=torch.float64)
+            count[layer.name] = count.get(layer.name, 0) + number
+
+    with _on_output(layers, see):
+        _run(passes, num_batches, cycle, lambda loss: None, gradients=False)
+    return {name: total[name] / count[name] for name in total}
+
+
+def _gradient_means(
+    layers: Sequence[FilterLayer],
+    passes: TrainingPasses,
+    num_batches: int,
+    cycle: int,
+    parameters_of: Callable[[FilterLayer], list[Tensor]],
+    of: Callable[[Tensor, Tensor], Tensor],
+) -> dict[str, Tensor]:
+    """Mean over batches of ``of(gradient, value)`` -> (J,), summed over the parameters of a layer."""
+    owned = [(layer.name, parameter) for layer in layers for parameter in parameters_of(layer)]
+    total: dict[str, Tensor] = {}
+    batches = 0
+
+    def on_loss(loss: Tensor) -> None:
+        nonlocal batches
+        batches += 1
+        for (name, value), gradient in zip(owned, _gradients(loss, [p for _, p in owned]), strict=True):
+            if gradient is not None:
+                total[name] = total.get(name, 0) + of(gradient, value).double()
+
+    _run(passes, num_batches, cycle, on_loss, gradients=True)
+    return {name: value / batches for name, value in total.items()}
+
+
+def _gradients(loss: Tensor, parameters: list[Tensor]) -> tuple[Tensor | None, ...]:
+    return torch.autograd.grad(loss, parameters, allow_unused=True)
+
+
+def _run(
+    passes: TrainingPasses, num_batches: int, cycle: int, on_loss: Callable[[Tensor], None], gradients: bool
+) -> None:
+    with undisturbed(passes.model), torch.set_grad_enabled(gradients):
+        for batch in passes.batches(num_batches, cycle):
+            on_loss(passes.loss(batch))
+
+
+def _positions(output: Tensor) -> Tensor:
+    """(N, J, H, W) -> (N, J, P); a single image without N too."""
+    return (output if output.dim() > 3 else output[None]).flatten(2)
+
+
+@contextmanager
+def _on_output(layers: Sequence[FilterLayer], see: Callable[[FilterLayer, Tensor], None]) -> Iterator[None]:
+    handles = []
+    for layer in layers:
+
+        def hook(module: nn.Module, inputs: tuple, output: Tensor, layer: FilterLayer = layer) -> None:
+            see(layer, output)
+
+        handles.append(layer.output_module().register_forward_hook(hook))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _finished(layers: Sequence[FilterLayer], criterion: str, found: dict[str, Tensor]) -> Scores:
+    """The scores of all layers, averaged over the ranks in one collective call."""
+    missing = [layer.name for layer in layers if layer.name not in found]
+    if missing:
+        logger.warning(
+            "RePr criterion %s: %s took no part in the training batches that it looked at; their filters score 0",
+            criterion,
+            ", ".join(missing),
+        )
+    zero = {layer.name: torch.zeros(layer.num_filters, dtype=torch.float64) for layer in layers}
+    joined = mean_over_ranks(torch.cat([found.get(name, zero[name]).double().cpu() for name in zero]))
+    joined = torch.where(torch.isfinite(joined), joined, 0).float()
+    parts = joined.split([layer.num_filters for layer in layers])
+    return {layer.name: part.to(layer.weight.device) for layer, part in zip(layers, parts, strict=True)}

@@ -1,0 +1,213 @@
+"""Which convs take part in RePr, and what one filter of such a conv is.
+
+A filter is one output channel: its row of the conv weight, its entry of the bias and its entries of the norm's affine
+parameters (buffers for FrozenBN). Setting all of these to zero makes the channel exactly zero after conv and norm.
+"""
+
+import fnmatch
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from repr_det.method.errors import UserError
+
+BATCH, FROZEN, GROUP, NONE = "batch", "frozen", "group", "none"
+
+
+def norm_kind(norm: nn.Module | None) -> str | None:
+    """ "batch" (BN, SyncBN, naiveSyncBN), "frozen" (FrozenBN), "group" (GN), "none", or None where RePr cannot say what
+    a dropped channel means there."""
+    if norm is None or isinstance(norm, nn.Identity):
+        return NONE
+    if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+        return BATCH
+    if isinstance(norm, nn.GroupNorm):
+        return GROUP
+    # torchvision and Detectron2 have a class each, of this name and with the same four buffers.
+    return FROZEN if type(norm).__name__ == "FrozenBatchNorm2d" else None
+
+
+@dataclass(eq=False)
+class FilterLayer:
+    """A conv that takes part, with the norm that follows it.
+
+    Attributes:
+        name: the conv's module name.
+        conv: weight (J, C_in / groups, kh, kw), bias (J,) or None.
+        norm: J channels, or None.
+    """
+
+    name: str
+    conv: nn.Conv2d
+    norm: nn.Module | None = None
+
+    def __post_init__(self) -> None:
+        if norm_kind(self.norm) is None:
+            raise UserError(
+                f"REPR cannot drop filters of {self.name}: its norm {type(self.norm).__name__} is none of BN, SyncBN, "
+                f"FrozenBN and GN; add {self.name!r} to REPR.LAYERS.EXCLUDE or change MODEL.*.NORM"
+            )
+        if self.kind != NONE and self.norm.weight is None:
+            raise UserError(
+                f"REPR cannot drop filters of {self.name}: its norm {type(self.norm).__name__} has no weight "
+                f"(affine=False) to switch a channel off with; add {self.name!r} to REPR.LAYERS.EXCLUDE"
+            )
+        if not _owns_weight(self.conv):
+            raise UserError(
+                f"REPR cannot drop filters of {self.name}: its weight is re-parametrised (weight norm, spectral norm, "
+                f"pruning); add {self.name!r} to REPR.LAYERS.EXCLUDE"
+            )
+
+    @property
+    def kind(self) -> str:
+        return norm_kind(self.norm)  # type: ignore[return-value]
+
+    @property
+    def num_filters(self) -> int:
+        return self.conv.out_channels
+
+    @property
+    def weight(self) -> Tensor:
+        return self.conv.weight
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything whose row f belongs to filter f and has to be zero while f is dropped: each (J, ...)."""
+        found = {"weight": self.conv.weight, "bias": self.conv.bias}
+        if self.kind != NONE:
+            found["norm.weight"] = self.norm.weight
+            found["norm.bias"] = self.norm.bias
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The members of ``tensors`` that an optimizer may move."""
+        return (t for t in self.tensors().values() if isinstance(t, nn.Parameter))
+
+    def moving_parameters(self) -> list[nn.Parameter]:
+        """The parameters whose gradient is not zero by itself where the filter is zero.
+
+        Behind BN and FrozenBN the gradient of a conv row and its bias is that of the norm's output times a gamma of
+        exactly 0. GN computes its statistics from all channels of a group, and without a norm nothing is in between.
+        """
+        found = self.tensors()
+        if self.kind in (BATCH, FROZEN):
+            found = {name: tensor for name, tensor in found.items() if name.startswith("norm.")}
+        return [t for t in found.values() if isinstance(t, nn.Parameter) and t.requires_grad]
+
+    def running_statistics(self) -> tuple[Tensor, Tensor] | None:
+        """Running mean and variance, each (J,), of a batch or frozen norm that keeps them."""
+        if self.kind in (BATCH, FROZEN) and self.norm.running_mean is not None:
+            return self.norm.running_mean, self.norm.running_var
+        return None
+
+    def output_module(self) -> nn.Module:
+        """The module whose output is the channel after conv and norm (Detectron2 runs the norm inside the conv)."""
+        if self.norm is None or getattr(self.conv, "norm", None) is self.norm:
+            return self.conv
+        return self.norm
+
+
+@torch.no_grad()
+def zero_rows_(tensors: Iterable[Tensor], rows: Tensor) -> None:
+    """Sets rows (M,) of every tensor (J, ...) to exactly 0, whatever was there (NaN included)."""
+    for tensor in tensors:
+        tensor.index_fill_(0, rows, 0)
+
+
+def find_filter_layers(
+    model: nn.Module,
+    include: Sequence[str],
+    exclude: Sequence[str] = (),
+    norms: Mapping[str, nn.Module | None] | None = None,
+) -> list[FilterLayer]:
+    """The trainable Conv2d modules whose names match, in the order of the model.
+
+    Frozen convs and the offset convs of deformable blocks never take part. The norm of a conv is ``norms[name]`` where
+    given, else its attribute ``norm`` (Detectron2), else the module that directly follows it in its parent if that is a
+    norm (torchvision's conv1, bn1 and nn.Sequential(conv, bn, ...)); a BN or GN over other channels is not its own.
+
+    Args:
+        model: not wrapped in DistributedDataParallel.
+        include, exclude: fnmatch patterns on module names.
+        norms: conv name -> the norm that follows it, for models of another shape.
+
+    Raises:
+        UserError: no trainable conv matches the patterns, one has a norm or parametrisation that RePr cannot handle, or
+            one shares a parameter with another module.
+    """
+    for key, patterns in (("INCLUDE", include), ("EXCLUDE", exclude)):
+        if isinstance(patterns, str) or not all(isinstance(p, str) for p in patterns):
+            raise UserError(f"REPR.LAYERS.{key} must be a list of patterns, got {patterns!r}")
+    convs = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d) and not name.endswith("_offset")
+    }
+    trainable = [
+        name
+        for name, conv in convs.items()
+        if (conv.weight.requires_grad if _owns_weight(conv) else any(p.requires_grad for p in conv.parameters()))
+    ]
+    chosen = [n for n in trainable if _matches(n, include) and not _matches(n, exclude)]
+    if not chosen:
+        frozen = sum(_matches(name, include) for name in convs) - sum(_matches(n, include) for n in trainable)
+        raise UserError(
+            f"REPR.LAYERS.INCLUDE {list(include)} less EXCLUDE {list(exclude)} matches no trainable Conv2d"
+            + (f" ({frozen} that match are frozen, see MODEL.BACKBONE.FREEZE_AT)" if frozen else "")
+            + f"; trainable here: {_abbreviated(trainable)}"
+        )
+    layers = [FilterLayer(name, convs[name], _norm_of(model, name, convs[name], norms or {})) for name in chosen]
+    _check_sharing(model, layers)
+    return layers
+
+
+def _check_sharing(model: nn.Module, layers: list[FilterLayer]) -> None:
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(name)
+    norms: dict[int, str] = {}
+    for layer in layers:
+        sharing = {name for p in layer.parameters() for name in owners.get(id(p), []) if len(owners[id(p)]) > 1}
+        if layer.kind != NONE:
+            sharing.add(norms.setdefault(id(layer.norm), layer.name))
+        if others := sorted(sharing - {layer.name}):
+            raise UserError(
+                f"REPR cannot drop filters of {layer.name}: it shares its weight or norm with {others[0]}; "
+                f"add {layer.name!r} to REPR.LAYERS.EXCLUDE"
+            )
+
+
+def _owns_weight(conv: nn.Conv2d) -> bool:
+    """Whether the weight is a parameter, not computed from others before every forward pass."""
+    return "weight" in dict(conv.named_parameters(recurse=False))
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _abbreviated(names: list[str], most: int = 12) -> str:
+    shown = ", ".join(names[:most]) or "none"
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _norm_of(model: nn.Module, name: str, conv: nn.Conv2d, norms: Mapping[str, nn.Module | None]) -> nn.Module | None:
+    if name in norms:
+        return norms[name]
+    if getattr(conv, "norm", None) is not None:
+        return conv.norm
+    siblings = list(model.get_submodule(name.rpartition(".")[0]).children())
+    # By identity: Module.__eq__ is identity, and a conv may stand in its parent under one name only.
+    position = siblings.index(conv) + 1
+    follower = siblings[position] if position < len(siblings) else None
+    kind = norm_kind(follower)
+    if kind in (BATCH, GROUP):
+        channels = follower.num_features if kind == BATCH else follower.num_channels
+    elif kind == FROZEN:
+        channels = len(follower.weight)  # torchvision's keeps no num_features
+    else:
+        # A norm of another kind is returned for FilterLayer to refuse.
+        return follower if "norm" in type(follower).__name__.lower() else None
+    return follower if channels == conv.out_channels else None

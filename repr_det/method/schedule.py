@@ -1,0 +1,81 @@
+"""When the sub-network trains (RePr, algorithm 1): iteration -> phase, and the iterations of the drops and restores.
+
+The phase of iteration i is the network that its forward pass sees. A drop happens at the end of the last iteration of
+S1, a restore at the end of the last iteration of S2. Iterations count from 0.
+"""
+
+from dataclasses import dataclass
+
+from repr_det.method.errors import UserError
+
+
+@dataclass(frozen=True)
+class RePrSchedule:
+    """N cycles of S1 iterations with the full network and S2 with the sub-network, after ``start_iter`` plain ones."""
+
+    s1_iters: int
+    s2_iters: int
+    num_cycles: int
+    start_iter: int = 0
+
+    def __post_init__(self) -> None:
+        for key, value, least in (
+            ("S1_ITERS", self.s1_iters, 1),
+            ("S2_ITERS", self.s2_iters, 1),
+            ("NUM_CYCLES", self.num_cycles, 1),
+            ("START_ITER", self.start_iter, 0),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise UserError(f"REPR.{key} must be an integer of at least {least}, got {value!r}")
+
+    @classmethod
+    def derive(cls, max_iter: int, first_lr_step: int | None, num_cycles: int, start_iter: int = 0) -> "RePrSchedule":
+        """N cycles with S1 : S2 = 2 : 1 in the first three quarters of the iterations before the first learning-rate
+        step (of ``max_iter`` where there is none): 10000 / 5000 for N = 3 and a first step at 60000."""
+        horizon = max_iter if first_lr_step is None else min(first_lr_step, max_iter)
+        if isinstance(num_cycles, bool) or not isinstance(num_cycles, int) or num_cycles < 1:
+            raise UserError(f"REPR.NUM_CYCLES must be an integer of at least 1, got {num_cycles!r}")
+        cycle = (horizon * 3 // 4 - start_iter) // num_cycles
+        if cycle < 3:
+            raise UserError(
+                f"REPR.NUM_CYCLES {num_cycles} cycles of S1 and S2 do not fit between REPR.START_ITER {start_iter} and "
+                f"{horizon * 3 // 4}, three quarters of the {horizon} iterations before the first learning-rate step: "
+                "train longer, take fewer cycles, or set REPR.S1_ITERS and REPR.S2_ITERS"
+            )
+        return cls(2 * (cycle // 3), cycle // 3, num_cycles, start_iter)
+
+    @property
+    def drop_iters(self) -> tuple[int, ...]:
+        """Iterations after whose step filters are dropped; the next one is the first of the sub-network."""
+        cycle = self.s1_iters + self.s2_iters
+        return tuple(self.start_iter + c * cycle + self.s1_iters - 1 for c in range(self.num_cycles))
+
+    @property
+    def restore_iters(self) -> tuple[int, ...]:
+        """Iterations after whose step the dropped filters return."""
+        return tuple(i + self.s2_iters for i in self.drop_iters)
+
+    @property
+    def end_iter(self) -> int:
+        """The first iteration after the last cycle."""
+        return self.start_iter + self.num_cycles * (self.s1_iters + self.s2_iters)
+
+    def phase(self, iteration: int) -> str:
+        """ "full" or "sub"."""
+        if not self.start_iter <= iteration < self.end_iter:
+            return "full"
+        return "full" if (iteration - self.start_iter) % (self.s1_iters + self.s2_iters) < self.s1_iters else "sub"
+
+    def cycle(self, iteration: int) -> int:
+        """Index of the cycle that ``iteration`` belongs to, 0 before the first and N after the last."""
+        cycle = (iteration - self.start_iter) // (self.s1_iters + self.s2_iters)
+        return max(0, min(cycle, self.num_cycles))
+
+    def check_fits(self, max_iter: int) -> None:
+        """Raises UserError unless the last restore leaves at least one iteration for the full network."""
+        if self.end_iter >= max_iter:
+            raise UserError(
+                f"REPR schedule needs START_ITER {self.start_iter} + NUM_CYCLES {self.num_cycles} x (S1_ITERS "
+                f"{self.s1_iters} + S2_ITERS {self.s2_iters}) = {self.end_iter} iterations and then some of the "
+                f"full network, but SOLVER.MAX_ITER is {max_iter}: raise it or shorten the schedule"
+            )

@@ -1,0 +1,81 @@
+"""Which filters to drop: the worst share over the whole network, with a cap on the share of any one layer."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from repr_det.method.errors import UserError
+
+# 0.3 * 10 must be 3 and 0.1 * 30 must not be 4: shares are decimal numbers, their products binary ones.
+_ROUNDING = 1e-9
+
+
+def drop_total(num_filters: int, drop_ratio: float) -> int:
+    """floor(drop_ratio * F)."""
+    return math.floor(drop_ratio * num_filters + _ROUNDING)
+
+
+def drop_cap(num_filters: int, max_drop_per_layer: float) -> int:
+    """At most min(J - 1, ceil(max_drop_per_layer * J)) filters of a layer: one always stays."""
+    return max(0, min(num_filters - 1, math.ceil(max_drop_per_layer * num_filters - _ROUNDING)))
+
+
+def check_shares(drop_ratio: float, max_drop_per_layer: float) -> None:
+    """Raises UserError for a share that is out of range."""
+    if not 0 < drop_ratio < 1:
+        raise UserError(f"REPR.DROP_RATIO must be in (0, 1), got {drop_ratio}")
+    if not 0 < max_drop_per_layer <= 1:
+        raise UserError(f"REPR.MAX_DROP_PER_LAYER must be in (0, 1], got {max_drop_per_layer}")
+
+
+def check_capacity(sizes: dict[str, int], drop_ratio: float, max_drop_per_layer: float) -> None:
+    """Raises UserError where the caps of all layers together leave less than ``drop_ratio`` of the filters to drop."""
+    check_shares(drop_ratio, max_drop_per_layer)
+    total = drop_total(sum(sizes.values()), drop_ratio)
+    room = sum(drop_cap(size, max_drop_per_layer) for size in sizes.values())
+    if room < total:
+        raise UserError(
+            f"REPR.MAX_DROP_PER_LAYER {max_drop_per_layer} lets {room} of {sum(sizes.values())} filters be dropped, "
+            f"REPR.DROP_RATIO {drop_ratio} needs {total} (one filter of a layer always stays): "
+            f"raise the cap to {drop_ratio} or more, or lower the ratio"
+        )
+
+
+def select_filters(scores: dict[str, Tensor], drop_ratio: float, max_drop_per_layer: float = 1.0) -> dict[str, Tensor]:
+    """The floor(drop_ratio * F) filters with the highest scores over all layers, at most a capped number in any layer.
+
+    Args:
+        scores: layer name -> (J,), larger is dropped earlier. Ties go by the order of the layers, then by index.
+        drop_ratio: share of all F filters, in (0, 1).
+        max_drop_per_layer: share of a layer that may be dropped, rounded up, in (0, 1]; one filter always stays. A cap
+            equal to ``drop_ratio`` ranks every layer by itself.
+
+    Returns:
+        layer name -> (J,) bool on the device of the scores, True = drop.
+
+    Raises:
+        UserError: a share is out of range, or the caps leave too few filters.
+        ValueError: a score is NaN.
+    """
+    sizes = {name: len(score) for name, score in scores.items()}
+    check_capacity(sizes, drop_ratio, max_drop_per_layer)
+    candidates, owners = [], []
+    for layer, (name, score) in enumerate(scores.items()):
+        score = score.detach().double().cpu()
+        if torch.isnan(score).any():
+            raise ValueError(f"the score of filter {int(torch.isnan(score).nonzero()[0])} of {name} is NaN")
+        # Only the worst `cap` filters of a layer can ever be chosen, so the cap is a cut before the global ranking.
+        order = torch.sort(score, descending=True, stable=True).indices[: drop_cap(len(score), max_drop_per_layer)]
+        order = order.sort().values
+        candidates.append(score[order])
+        owners.append(torch.stack([torch.full_like(order, layer), order], 1))
+    total = drop_total(sum(sizes.values()), drop_ratio)
+    ranked = torch.sort(torch.cat(candidates), descending=True, stable=True).indices[:total]
+    chosen = torch.cat(owners)[ranked]
+    masks = {}
+    for layer, (name, score) in enumerate(scores.items()):
+        mask = torch.zeros(len(score), dtype=torch.bool)
+        mask[chosen[chosen[:, 0] == layer, 1]] = True
+        masks[name] = mask.to(score.device)
+    return masks

@@ -1,0 +1,369 @@
+"""Runs the sub-network without computing its dropped channels: the masked network's numbers at a part of its FLOPs.
+
+While filters are dropped their conv rows, biases and affine norm parameters are zero, so their channels are zero. Here
+they are left out of every conv instead. Parameters stay as they are, and with them optimizer, DDP, checkpoints and
+state-dict keys: every forward pass slices them, every backward pass scatters the gradients into full tensors.
+
+Shape shorthand:
+    J: filters of a layer    K: filters of it that are computed    I: input channels of a conv that are computed
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from repr_det.method.blocks import CONV_FORWARDS, NORM_FORWARDS, known_blocks
+from repr_det.method.layers import FROZEN, FilterLayer, norm_kind
+
+_PER_CHANNEL = ("weight", "bias", "running_mean", "running_var")  # what a norm of NORM_FORWARDS holds for each channel
+
+# Kept counts are rounded up to a multiple of this by channels that are dropped, which changes no number. oneDNN (AVX2)
+# computes in blocks of 8 channels: R50's backbone took no longer with multiples of 8 or 16 than with odd counts, in
+# spite of the additional FLOPs. The half-precision kernels of cuDNN want multiples of 8.
+_MULTIPLE = 8
+
+
+class SlimNetwork:
+    """Replaces the forward passes of a model's convs by ones that compute kept channels only, until ``remove``.
+
+    Outputs, gradients and the running statistics of kept channels are the masked network's up to rounding, in training
+    and in evaluation, under autocast too. Inside a block that ``blocks`` knows the kept channels flow on
+    to the next conv, which leaves out the same input channels, and those of the last conv are added onto the shortcut;
+    FrozenBN is folded into the sliced convs and into the shortcut's. Every other conv (FPN, plain nets, deformable
+    blocks, and a conv before a grouped one) computes its kept rows and scatters them into zeros; before GN or a norm
+    class of its own the zeros come first, for it may look at all channels. Grouped convs, padding modes other than
+    zeros and convs whose forward pass is not in ``blocks.CONV_FORWARDS`` stay masked.
+
+    Module calls are kept, so forward hooks fire; inside a block they see kept channels only. A deep copy or pickle of
+    the model made meanwhile is a slim network of its own, which ``remove_slim`` turns into a masked one.
+
+    Args:
+        model: on its final device, wrapped in DistributedDataParallel or not.
+        layers: those whose filters are dropped; every tensor of a dropped filter must be zero while installed.
+        masks: layer name -> (J,) bool, True = dropped; a layer that is missing keeps all its filters.
+        multiple: what kept counts are rounded up to; 1 computes kept channels only.
+
+    Raises:
+        ValueError: a mask has the wrong length or drops all filters of a layer.
+    """
+
+    def __init__(
+        self, model: nn.Module, layers: Sequence[FilterLayer], masks: Mapping[str, Tensor], multiple: int = _MULTIPLE
+    ) -> None:
+        self.model = model
+        self.layers = list(layers)
+        self.masks = dict(masks)
+        self.multiple = multiple
+        self._replaced: list[nn.Module] = []
+        for layer in self.layers:
+            mask = self.masks.get(layer.name)
+            if mask is not None and (len(mask) != layer.num_filters or bool(mask.all())):
+                raise ValueError(
+                    f"the mask of {layer.name} must keep at least one of {layer.num_filters} filters, got "
+                    f"{len(mask)} entries of which {int(mask.sum())} drop one"
+                )
+
+    @property
+    def installed(self) -> bool:
+        return bool(self._replaced)
+
+    def install(self) -> None:
+        """Takes effect with the next forward pass; a second call changes nothing."""
+        if self.installed:
+            return
+        kept = {layer.conv: rows for layer in self.layers if (rows := self._kept(layer)) is not None}
+        for block, chain in known_blocks(self.model):
+            self._install_block(block, chain, kept)
+        for conv, rows in kept.items():
+            self._install_conv(conv, rows, None, scatter=True)
+
+    def remove(self) -> None:
+        """Back to the masked network; a second call changes nothing."""
+        for module in self._replaced:
+            del module.forward
+        self._replaced = []
+
+    def __enter__(self) -> "SlimNetwork":
+        self.install()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+    def _kept(self, layer: FilterLayer) -> "_Rows | None":
+        """The rows to compute, or None where that is all of them or the conv has to stay masked."""
+        mask = self.masks.get(layer.name)
+        own_norm = getattr(layer.conv, "norm", None)
+        if mask is None or not mask.any() or not _sliceable(layer.conv) or own_norm not in (None, layer.norm):
+            return None
+        mask = mask.to(layer.weight.device)
+        extra = mask.nonzero().flatten()[: -int((~mask).sum()) % self.multiple]
+        chosen = ~mask
+        chosen[extra] = True
+        if chosen.all():
+            return None
+        index = chosen.nonzero().flatten()
+        inverse = torch.full_like(mask, len(index), dtype=torch.long)
+        inverse[index] = torch.arange(len(index), device=index.device)
+        return _Rows(index, inverse.masked_fill(mask, len(index)))
+
+    def _install_block(self, block: nn.Module, chain: list[nn.Module], kept: dict[nn.Module, "_Rows"]) -> None:
+        given = None
+        for conv, follower in zip(chain, [*chain[1:], None], strict=True):
+            rows = kept.pop(conv, None)
+            flows_on = (
+                rows is not None
+                and getattr(conv, "activation", None) is None
+                and (getattr(conv, "norm", None) is None or _channelwise(conv.norm))
+                and (follower is None or _sliceable(follower))
+            )
+            if rows is not None or given is not None:
+                self._install_conv(conv, rows, given, scatter=not flows_on)
+            given = rows if flows_on else None
+        if given is not None:
+            shortcut = block.shortcut
+            if shortcut is not None and shortcut not in kept and _sliceable(shortcut) and _folds(shortcut.norm):
+                self._install_conv(shortcut, None, None, scatter=False)
+            self._replace(block, _BlockForward(block, chain, given))
+
+    def _install_conv(self, conv: nn.Module, rows: "_Rows | None", columns: "_Rows | None", scatter: bool) -> None:
+        norm = getattr(conv, "norm", None)
+        slices_norm = norm is not None and rows is not None and _channelwise(norm)
+        forward = _ConvForward(conv, rows, columns, scatter and rows is not None, slices_norm)
+        if slices_norm:
+            self._replace(norm, _NormForward(norm, rows))
+        self._replace(conv, forward)
+
+    def _replace(self, module: nn.Module, forward: Any) -> None:
+        module.forward = forward
+        self._replaced.append(module)
+
+
+def remove_slim(model: nn.Module) -> None:
+    """Makes a copy of a slim network, taken while it was installed, a masked one."""
+    for module in model.modules():
+        if isinstance(module.__dict__.get("forward"), (_ConvForward, _NormForward, _BlockForward)):
+            del module.forward
+
+
+def _sliceable(conv: nn.Module) -> bool:
+    return (
+        type(conv).forward in CONV_FORWARDS
+        and "forward" not in conv.__dict__
+        and conv.groups == 1
+        and conv.padding_mode == "zeros"
+    )
+
+
+def _channelwise(norm: nn.Module) -> bool:
+    return type(norm).forward in NORM_FORWARDS and "forward" not in norm.__dict__
+
+
+class _Rows(NamedTuple):
+    """Which of the J rows of a tensor are computed.
+
+    Attributes:
+        index: (K,) ascending.
+        inverse: (J,) position of a row in ``index``, K for those that are dropped, also where they are computed.
+    """
+
+    index: Tensor
+    inverse: Tensor
+
+
+class _Selection:
+    """Rows of tensors (J, ...) and, of conv weights (J, C, kh, kw), input channels; None takes all."""
+
+    def __init__(self, rows: _Rows | None, columns: _Rows | None = None, taps: int = 1) -> None:
+        self.rows = rows
+        self.columns = columns
+        self.taken = self.put_back = None
+        if rows is not None and columns is not None and taps > 1:
+            # One gather instead of two, in both directions, on a weight seen as a table of kernels (J * C, kh * kw).
+            width, padded = len(columns.inverse), len(columns.index) + 1
+            self.taken = (rows.index[:, None] * width + columns.index).flatten().int()
+            self.put_back = (rows.inverse[:, None] * padded + columns.inverse).flatten().int()
+
+    def take(self, tensor: Tensor) -> Tensor:
+        if self.taken is not None:
+            kernels = tensor.reshape(-1, tensor.shape[2:].numel()).index_select(0, self.taken)
+            return kernels.view(len(self.rows.index), len(self.columns.index), *tensor.shape[2:])
+        if self.rows is not None:
+            tensor = tensor.index_select(0, self.rows.index)
+        return tensor if self.columns is None else tensor.index_select(1, self.columns.index)
+
+    def put(self, part: Tensor, scale: Tensor | None, shape: torch.Size) -> Tensor:
+        """``take`` turned round: part * scale in a tensor of ``shape``, 0 elsewhere."""
+        # Gathering from a copy with a zero row and column at the end writes the large tensor once; zeros and adding
+        # into them, what autograd does after index_select, pass over it three times and took 2.3 times as long.
+        part = part.reshape(len(part), part.shape[1] if part.dim() > 1 else 1, -1)
+        count, width, taps = part.shape
+        padded = part.new_empty(count + (self.rows is not None), width + (self.columns is not None), taps)
+        if scale is None:
+            padded[:count, :width] = part
+        else:
+            torch.mul(part, scale.view(-1, 1, 1), out=padded[:count, :width])
+        padded[count:] = 0
+        padded[:, width:] = 0
+        if self.put_back is not None:
+            return padded.view(-1, taps).index_select(0, self.put_back).view(shape)
+        if self.columns is not None:
+            padded = padded.index_select(1, self.columns.inverse)
+        return (padded if self.rows is None else padded.index_select(0, self.rows.inverse)).view(shape)
+
+
+class _Slice(torch.autograd.Function):
+    """``selection.take(tensor)`` times scale (K,); the gradient comes back in full shape, zero outside."""
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor, selection: _Selection, scale: Tensor | None) -> Tensor:
+        ctx.shape, ctx.selection = tensor.shape, selection
+        ctx.save_for_backward(scale)
+        taken = selection.take(tensor)
+        if scale is None:
+            return taken
+        return torch.mul(taken, _along_rows(scale, taken), out=None if taken is tensor else taken)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple:
+        return ctx.selection.put(grad, ctx.saved_tensors[0], ctx.shape), None, None
+
+
+def _along_rows(scale: Tensor, like: Tensor) -> Tensor:
+    return scale.view(-1, *[1] * (like.dim() - 1))
+
+
+def _sliced(tensor: Tensor, selection: _Selection, scale: Tensor | None = None) -> Tensor:
+    if torch.jit.is_tracing():  # export and FLOP counters: the tracer does not know the Function
+        tensor = selection.take(tensor)
+        return tensor if scale is None else tensor * _along_rows(scale, tensor)
+    return _Slice.apply(tensor, selection, scale)
+
+
+class _AddChannels(torch.autograd.Function):
+    """``_add_channels`` that keeps nothing but the index; autograd of index_add keeps the part as well."""
+
+    @staticmethod
+    def forward(ctx, whole: Tensor, part: Tensor, index: Tensor) -> Tensor:
+        ctx.index = index
+        return whole.to(part.dtype, copy=True).index_add_(1, index, part)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple:
+        return grad if ctx.needs_input_grad[0] else None, grad.index_select(1, ctx.index), None
+
+
+def _add_channels(whole: Tensor, part: Tensor, index: Tensor) -> Tensor:
+    """``whole`` (N, J, H, W) plus ``part`` (N, K, H, W) at the channels ``index``; ``whole`` itself stays."""
+    if torch.jit.is_tracing():
+        return whole.to(part.dtype).index_add(1, index, part)
+    return _AddChannels.apply(whole, part, index)
+
+
+class _ConvForward:
+    """Forward pass of nn.Conv2d, or of a conv with its norm inside (Detectron2's), for some rows (all where None) and
+    input channels.
+
+    ``scatter`` puts the result into zeros at the dropped channels. Before a norm that is not sliced the zeros come
+    first, after one that is they come last.
+    """
+
+    def __init__(
+        self, conv: nn.Conv2d, rows: _Rows | None, columns: _Rows | None, scatter: bool, slices_norm: bool
+    ) -> None:
+        self.conv = conv
+        self.rows = rows
+        self.of_weight = _Selection(rows, columns, conv.weight[0, 0].numel())
+        self.of_bias = _Selection(rows)
+        self.scatter = scatter
+        self.slices_norm = slices_norm
+        self.folds = _folds(getattr(conv, "norm", None))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        conv, rows = self.conv, self.rows
+        norm, activation = getattr(conv, "norm", None), getattr(conv, "activation", None)
+        # Somebody who looks at the norm's input or output wants it to be called.
+        folds = self.folds and not norm._forward_hooks and not norm._forward_pre_hooks
+        scale = shift = None
+        if folds:
+            scale, shift = _frozen_affine(norm)
+            if rows is not None:
+                scale, shift = scale.index_select(0, rows.index), shift.index_select(0, rows.index)
+        weight = _sliced(conv.weight, self.of_weight, scale)
+        bias = conv.bias
+        if bias is not None and (rows is not None or folds):
+            bias = _sliced(bias, self.of_bias, scale)
+        if folds:
+            bias = shift if bias is None else bias + shift
+        x = F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation)
+        if self.slices_norm and not folds:
+            x = norm(x)
+        if self.scatter:
+            x = _add_channels(x.new_zeros(()).expand(x.shape[0], len(rows.inverse), *x.shape[2:]), x, rows.index)
+        if norm is not None and not self.slices_norm and not folds:
+            x = norm(x)
+        return x if activation is None else activation(x)
+
+
+def _folds(norm: nn.Module | None) -> bool:
+    """Whether it is a FrozenBN that can become part of the conv before it."""
+    return norm is not None and _channelwise(norm) and norm_kind(norm) == FROZEN
+
+
+def _frozen_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """FrozenBN as x * scale + shift, each (J,)."""
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    return scale, norm.bias - norm.running_mean * scale
+
+
+class _NormForward:
+    """Forward pass of a norm over some of its channels: its class's own, on slices of what it holds for each."""
+
+    def __init__(self, norm: nn.Module, rows: _Rows) -> None:
+        self.norm = norm
+        self.rows = rows
+        self.selection = _Selection(rows)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        held, index = self.norm.__dict__, self.rows.index
+        parameters, buffers = held["_parameters"], held["_buffers"]
+        sliced = {
+            name: tensor.index_select(0, index) if name in _PER_CHANNEL and tensor is not None else tensor
+            for name, tensor in buffers.items()
+        }
+        held["_parameters"] = {
+            name: None if tensor is None else _sliced(tensor, self.selection) for name, tensor in parameters.items()
+        }
+        held["_buffers"] = sliced
+        try:
+            x = type(self.norm).forward(self.norm, x)
+        finally:
+            held["_parameters"], held["_buffers"] = parameters, buffers
+        if self.norm.training and norm_kind(self.norm) != FROZEN:
+            with torch.no_grad():
+                for name in ("running_mean", "running_var"):
+                    if buffers[name] is not None:
+                        buffers[name].index_copy_(0, index, sliced[name])
+        return x
+
+
+class _BlockForward:
+    """Forward pass of a residual block whose last conv returns some channels only."""
+
+    def __init__(self, block: nn.Module, chain: list[nn.Module], rows: _Rows) -> None:
+        self.block = block
+        self.chain = chain
+        self.rows = rows
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out = x
+        for number, conv in enumerate(self.chain):
+            out = conv(F.relu_(out) if number else out)
+        shortcut = x if self.block.shortcut is None else self.block.shortcut(x)
+        return F.relu_(_add_channels(shortcut, out, self.rows.index))

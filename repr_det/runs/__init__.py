@@ -1,0 +1,4 @@
+"""What keeps a run whole: files that are whole or absent, checkpoints that run nothing, exact resume, a guard.
+
+May import the method.
+"""

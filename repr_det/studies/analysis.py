@@ -1,0 +1,387 @@
+"""What the filters of a checkpoint look like, without training: inter-filter orthogonality, overlapping pairs, and what
+a criterion would drop.
+
+Shape shorthand:
+    J: filters of a layer        d: weights of one filter
+"""
+
+import fnmatch
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from repr_det.method.criteria import CRITERIA, Context, get_criterion
+from repr_det.method.errors import UserError
+from repr_det.method.layers import FilterLayer, find_filter_layers
+from repr_det.method.orthogonality import expected_overlap, inter_filter_orthogonality, unit_filters
+from repr_det.method.selection import drop_total, select_filters
+from repr_det.runs.files import write_atomically
+from repr_det.runs.safe_pickle import load_checkpoint
+
+# Transposed convs keep (C_in, C_out, kh, kw): their rows are no filters.
+NOT_FILTERS = ("*deconv*",)
+
+
+@dataclass
+class Checkpoint:
+    """What a file holds.
+
+    Attributes:
+        path: the file.
+        weights: parameter name -> tensor on the CPU.
+        iteration: of the training that wrote it, None where it does not say.
+        dropped: filters that its RePr state says are dropped, None where it has no such state.
+        converts: "Caffe2" or another author whose names have to be matched to a model's, None where they are a model's.
+    """
+
+    path: Path
+    weights: dict[str, Tensor]
+    iteration: int | None = None
+    dropped: int | None = None
+    converts: str | None = None
+
+
+@dataclass
+class LayerAnalysis:
+    """One layer.
+
+    Attributes:
+        name: of the conv.
+        filters, dimension: J and d.
+        zero, not_finite: indices of filters that are exactly zero, or hold NaN or infinity.
+        overlap: (J,) O_f among the filters in use; 0 for those of ``zero``.
+        expected: O_f of random directions, for the same number of filters in use.
+        max_cosine: the largest |cos| of two filters.
+        dropped: indices of the filters that the criterion drops.
+    """
+
+    name: str
+    filters: int
+    dimension: int
+    zero: list[int]
+    not_finite: list[int]
+    overlap: Tensor
+    expected: float
+    max_cosine: float
+    dropped: list[int]
+
+    @property
+    def used(self) -> Tensor:
+        """O_f of the filters that are not zero; a single 0 where all are."""
+        keep = torch.ones(self.filters, dtype=torch.bool)
+        keep[self.zero] = False
+        return self.overlap[keep] if keep.any() else torch.zeros(1)
+
+
+@dataclass
+class Analysis:
+    """All layers, the pairs (layer, i, j, cosine) by falling |cosine|, and the drop that was asked about."""
+
+    layers: list[LayerAnalysis]
+    pairs: list[tuple[str, int, int, float]]
+    criterion: str
+    drop_ratio: float
+    max_drop_per_layer: float
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Reads a checkpoint of Detectron2, an official ``.pkl``, or a plain state dict; nothing in it is executed.
+
+    Raises:
+        UserError: as ``safe_pickle.load_checkpoint``, or there are no weights in it.
+    """
+    path = Path(path)
+    loaded = load_checkpoint(path)
+    found, converts = loaded, None
+    for key in ("model", "state_dict", "model_state", "blobs"):
+        if isinstance(found.get(key), dict):
+            found = found[key]
+            break
+    if path.suffix == ".pkl" and not ("model" in loaded and "__author__" in loaded):
+        converts = "Caffe2"  # as Detectron2 reads such files
+    elif loaded.get("matching_heuristics"):
+        converts = str(loaded.get("__author__"))
+    weights = {}
+    for name, value in found.items():
+        if isinstance(value, np.ndarray) and value.dtype.kind in "fiu":
+            value = torch.from_numpy(np.ascontiguousarray(value))
+        if isinstance(name, str) and torch.is_tensor(value) and not name.endswith("_momentum"):
+            weights[name.removeprefix("module.")] = value
+    if not weights:
+        shown = ", ".join(map(str, list(loaded)[:5])) or "nothing"
+        raise UserError(f"{path}: no weights found; it holds {shown}, where a state dict or a key 'model' was expected")
+    iteration = loaded.get("iteration")
+    return Checkpoint(
+        path, weights, iteration if isinstance(iteration, int) else None, _dropped_by_state(loaded), converts
+    )
+
+
+def layers_by_pattern(
+    checkpoint: Checkpoint, include: Sequence[str] = ("*",), exclude: Sequence[str] = NOT_FILTERS
+) -> list[FilterLayer]:
+    """The 4-D weights whose names (with or without ".weight") match ``include`` and not ``exclude``, in file order.
+
+    Raises:
+        UserError: there is none.
+    """
+    candidates = {
+        name.removesuffix(".weight"): weight
+        for name, weight in checkpoint.weights.items()
+        if weight.dim() == 4 and weight.is_floating_point() and weight.numel()
+    }
+
+    def matches(name: str, patterns: Sequence[str]) -> bool:
+        return any(fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(f"{name}.weight", p) for p in patterns)
+
+    chosen = [name for name in candidates if matches(name, include) and not matches(name, exclude)]
+    if not chosen:
+        there = ", ".join(list(candidates)[:8]) + (f" and {len(candidates) - 8} more" if len(candidates) > 8 else "")
+        raise UserError(
+            f"{checkpoint.path}: no 4-D weight matches --include {' '.join(include)} less --exclude "
+            f"{' '.join(exclude) or '(nothing)'}; there are: {there or 'none'}"
+        )
+    return [_stand_in(name, candidates[name]) for name in chosen]
+
+
+def layers_by_config(checkpoint: Checkpoint, cfg: Any) -> list[FilterLayer]:
+    """The layers that REPR.LAYERS of a Detectron2 config names in its model, with the weights of the checkpoint.
+
+    Raises:
+        UserError: none is trainable, or the checkpoint lacks one or has it in another shape.
+    """
+    from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
+    from detectron2.modeling import build_model
+
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = "cpu"
+    model = build_model(cfg)
+    layers = find_filter_layers(model, cfg.REPR.LAYERS.INCLUDE, cfg.REPR.LAYERS.EXCLUDE)
+    weights = checkpoint.weights
+    if checkpoint.converts:
+        weights = align_and_update_state_dicts(
+            model.state_dict(), dict(weights), c2_conversion=checkpoint.converts == "Caffe2"
+        )
+    found = []
+    for layer in layers:
+        weight = weights.get(f"{layer.name}.weight")
+        if weight is None or weight.shape != layer.weight.shape:
+            wanted = "x".join(map(str, layer.weight.shape))
+            has = "absent" if weight is None else "x".join(map(str, weight.shape))
+            raise UserError(
+                f"{checkpoint.path}: {layer.name}.weight is {wanted} in the model of the config and {has} in the file: "
+                "give the config of the run that wrote it"
+            )
+        found.append(_stand_in(layer.name, weight))
+    return found
+
+
+def analyze(
+    layers: Sequence[FilterLayer],
+    criterion: str = "ortho",
+    drop_ratio: float = 0.3,
+    max_drop_per_layer: float = 0.5,
+    num_pairs: int = 10,
+    seed: int = 0,
+) -> Analysis:
+    """Looks at the weights of ``layers``.
+
+    Args:
+        criterion: a name in CRITERIA that does not look at data.
+        drop_ratio, max_drop_per_layer: see ``selection.select_filters``.
+        num_pairs: how many of the most overlapping pairs.
+        seed: for the criterion "random".
+
+    Raises:
+        UserError: an argument is wrong.
+    """
+    if get_criterion(criterion).needs_data:
+        others = ", ".join(sorted(name for name in CRITERIA if not CRITERIA[name].needs_data))
+        raise UserError(f"criterion {criterion!r} looks at training batches, of a checkpoint alone only: {others}")
+    if num_pairs < 0:
+        raise UserError(f"the number of pairs must be at least 0, got {num_pairs}")
+    scores = get_criterion(criterion).score(layers, Context(torch.Generator().manual_seed(seed)))
+    masks = select_filters(scores, drop_ratio, max_drop_per_layer)
+    analyses, pairs = [], []
+    for layer in layers:
+        unit = unit_filters(layer.weight)
+        cosines = torch.triu(unit @ unit.T, diagonal=1)
+        pairs += _top_pairs(layer.name, cosines, num_pairs)
+        rows = layer.weight.detach().flatten(1)
+        zero = ~rows.count_nonzero(1).bool()
+        overlap = torch.zeros(len(rows), dtype=unit.dtype)
+        if not zero.all():
+            overlap[~zero] = inter_filter_orthogonality(rows[~zero])
+        analyses.append(
+            LayerAnalysis(
+                name=layer.name,
+                filters=len(rows),
+                dimension=rows.shape[1],
+                zero=zero.nonzero().flatten().tolist(),
+                not_finite=(~torch.isfinite(rows).all(1)).nonzero().flatten().tolist(),
+                overlap=overlap,
+                expected=expected_overlap(max(1, int((~zero).sum())), rows.shape[1]),
+                max_cosine=cosines.abs().max().item(),
+                dropped=masks[layer.name].nonzero().flatten().tolist(),
+            )
+        )
+    pairs.sort(key=lambda pair: -abs(pair[3]))
+    return Analysis(analyses, pairs[:num_pairs], criterion, drop_ratio, max_drop_per_layer)
+
+
+def describe_state(checkpoint: Checkpoint, analysis: Analysis) -> str:
+    """One line: whether these are the weights of a full network or of a sub-network."""
+    zero = sum(len(layer.zero) for layer in analysis.layers)
+    total = sum(layer.filters for layer in analysis.layers)
+    when = "" if checkpoint.iteration is None else f"after iteration {checkpoint.iteration}, "
+    if checkpoint.dropped:
+        return (
+            f"{when}sub-network phase of RePr: {zero} of {total} filters are dropped (zero) here and return when the "
+            "run continues; O_f is that of the others"
+        )
+    if zero:
+        return (
+            f"{when}{zero} of {total} filters are exactly zero: written in the sub-network phase of RePr, or pruned; "
+            "O_f is that of the others"
+        )
+    return f"{when}full network: {total} filters, none is zero"
+
+
+def as_table(analysis: Analysis) -> str:
+    """One row a layer, the pairs below."""
+    from tabulate import tabulate
+
+    rows = [
+        [
+            layer.name,
+            layer.filters,
+            layer.dimension,
+            len(layer.zero),
+            layer.used.mean().item(),
+            layer.used.max().item(),
+            layer.expected,
+            layer.max_cosine,
+            len(layer.dropped),
+            f"{100 * len(layer.dropped) / layer.filters:.0f} %",
+        ]
+        for layer in analysis.layers
+    ]
+    filters = sum(layer.filters for layer in analysis.layers)
+    used = torch.cat([layer.used for layer in analysis.layers])
+    total = drop_total(filters, analysis.drop_ratio)
+    rows.append(["all", filters, "", sum(row[3] for row in rows), used.mean().item(), used.max().item(), "", "", total])
+    headers = ["layer", "J", "d", "zero", "mean O_f", "max O_f", "random", "max |cos|", "drop", "share"]
+    formats = ("", "", "", "", ".4f", ".4f", ".4f", ".4f", "", "")
+    text = tabulate(rows, headers, floatfmt=formats, colalign=("left", *["right"] * 9))
+    text += (
+        "\n\nO_f: inter-filter orthogonality (random: its value for random directions). drop: what the criterion\n"
+        f"{analysis.criterion} takes at drop ratio {analysis.drop_ratio:g}, cap {analysis.max_drop_per_layer:g}."
+    )
+    broken = [f"{layer.name} {layer.not_finite}" for layer in analysis.layers if layer.not_finite]
+    if broken:
+        text += f"\nNot finite: {', '.join(broken)}"
+    if analysis.pairs:
+        headers = ["most overlapping pairs: layer", "i", "j", "cosine"]
+        text += "\n\n" + tabulate(analysis.pairs, headers, floatfmt=("", "", "", "+.4f"))
+    return text
+
+
+def write_json(path: str | Path, checkpoint: Checkpoint, analysis: Analysis) -> None:
+    """Everything in numbers; ``overlap`` holds O_f of every filter."""
+    result = {
+        "checkpoint": str(checkpoint.path),
+        "iteration": checkpoint.iteration,
+        "state": describe_state(checkpoint, analysis),
+        "sub_network": bool(checkpoint.dropped) or any(layer.zero for layer in analysis.layers),
+        "criterion": analysis.criterion,
+        "drop_ratio": analysis.drop_ratio,
+        "max_drop_per_layer": analysis.max_drop_per_layer,
+        "filters": sum(layer.filters for layer in analysis.layers),
+        "layers": [
+            {
+                "name": layer.name,
+                "filters": layer.filters,
+                "dimension": layer.dimension,
+                "zero": layer.zero,
+                "not_finite": layer.not_finite,
+                "overlap": [round(x, 7) for x in layer.overlap.tolist()],
+                "overlap_mean": layer.used.mean().item(),
+                "overlap_random": layer.expected,
+                "max_cosine": layer.max_cosine,
+                "dropped": layer.dropped,
+            }
+            for layer in analysis.layers
+        ],
+        "pairs": [{"layer": n, "i": i, "j": j, "cosine": cosine} for n, i, j, cosine in analysis.pairs],
+    }
+    write_atomically(path, json.dumps(result, indent=1) + "\n")
+
+
+def plot(path: str | Path, checkpoint: Checkpoint, analysis: Analysis) -> None:
+    """O_f per layer (range, middle half, median, random directions) beside the share that would be dropped.
+
+    Args:
+        path: its suffix, such as .svg or .png, decides the format.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    layers = analysis.layers
+    positions = range(len(layers))
+    figure = Figure(figsize=(9.5, 1.6 + 0.19 * len(layers)), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=[3, 1.2])
+    for y, layer in zip(positions, layers, strict=True):
+        low, first, median, third, high = np.percentile(layer.used.numpy(), [0, 25, 50, 75, 100])
+        left.plot([low, high], [y, y], color="#9bb4d0", linewidth=1.2, solid_capstyle="butt")
+        left.plot([first, third], [y, y], color="#2f6aa8", linewidth=5, solid_capstyle="butt")
+        left.plot([median], [y], "|", color="white", markersize=5)
+    left.plot([layer.expected for layer in layers], positions, "x", color="#c8501e", markersize=4, label="random")
+    left.set_yticks(positions, [layer.name for layer in layers], fontsize=7)
+    left.set_ylim(len(layers) - 0.5, -0.5)
+    left.set_xlim(left=0)
+    left.set_xlabel("inter-filter orthogonality $O_f$: range, middle half, median", fontsize=8)
+    left.legend(fontsize=7, frameon=False, loc="lower right")
+    right.barh(positions, [100 * len(layer.dropped) / layer.filters for layer in layers], color="#7a7a7a", height=0.7)
+    right.axvline(100 * analysis.max_drop_per_layer, color="#c8501e", linewidth=0.8, linestyle="--")
+    right.set_xlim(0, 100)
+    right.set_xlabel(f"% dropped by {analysis.criterion} at {analysis.drop_ratio:g}\n(dashed: cap)", fontsize=8)
+    for axes in (left, right):
+        axes.grid(axis="x", linewidth=0.4, alpha=0.5)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=7)
+    figure.suptitle(checkpoint.path.name, fontsize=9)
+    try:
+        figure.savefig(path, dpi=150, metadata={"Date": None} if str(path).endswith(".svg") else None)
+    except ValueError as error:  # matplotlib lists the formats that it knows
+        raise UserError(f"--plot {path}: {error}") from error
+
+
+def _stand_in(name: str, weight: Tensor) -> FilterLayer:
+    """A layer that has a weight and nothing else."""
+    filters, inputs, height, width = weight.shape
+    conv = nn.Conv2d(inputs, filters, (height, width), bias=False, device="meta")
+    conv.weight = nn.Parameter(weight.detach().float(), requires_grad=False)
+    return FilterLayer(name, conv)
+
+
+def _top_pairs(name: str, cosines: Tensor, number: int) -> list[tuple[str, int, int, float]]:
+    """The largest |entries| of an upper triangle (J, J)."""
+    size = len(cosines)
+    _, flat = cosines.abs().flatten().topk(min(number, size * (size - 1) // 2))
+    pairs = [(int(k) // size, int(k) % size) for k in flat]
+    return [(name, i, j, cosines[i, j].item()) for i, j in pairs if i < j]
+
+
+def _dropped_by_state(loaded: dict[str, Any]) -> int | None:
+    """How many filters the RePr state of a training checkpoint says are dropped."""
+    state: Any = loaded
+    for key in ("trainer", "hooks", "RePrHook", "scheme", "masks"):
+        state = state.get(key) if isinstance(state, dict) else None
+    return None if not isinstance(state, dict) else sum(int(mask.sum()) for mask in state.values())

@@ -1,0 +1,191 @@
+"""The command tools/compare.py: from a config and seeds, or from finished folders, to results and report."""
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from repr_det.commands.arguments import add_data_argument
+from repr_det.datasets import register_builtin, register_coco_format
+from repr_det.method.errors import UserError
+from repr_det.runs.files import write_atomically
+from repr_det.studies.comparison.others import group_by_settings, read_other_runs
+from repr_det.studies.comparison.pairing import check_comparable, check_finished, pair_runs, run_from_folder
+from repr_det.studies.comparison.plan import plan_runs
+from repr_det.studies.comparison.report import write_report
+from repr_det.studies.comparison.results import compare, write_results
+from repr_det.studies.comparison.runner import run_all
+from repr_det.studies.comparison.runs import BASELINE, REPR, Run
+from repr_det.studies.comparison.table import metrics_table, others_table
+
+_SETTINGS_FILE = "comparison.json"  # how the comparison was asked for, so that the report alone can be made again
+_EVALUATIONS = 10
+
+_DESCRIPTION = """Compares RePr with its baseline: both arms with the same seeds, data order, iterations and schedule.
+
+  from a config:          tools/compare.py --config-file configs/shapes_r18_fpn.yaml --seeds 1 2 3 [KEY VALUE ...]
+  from finished folders:  tools/compare.py --baseline-runs A1 A2 --repr-runs B1 B2 --output DIR
+  the report alone:       tools/compare.py --report-only --output DIR
+
+--other-runs adds finished runs of other settings, such as a baseline with more weight decay or RePr with another
+criterion; they are grouped by how their config differs from that of their arm.
+
+The output folder gets report.html, results.json and results.csv. The same command continues a comparison that was
+stopped and skips finished runs. TEST.EVAL_PERIOD 0 becomes a tenth of MAX_ITER unless it is given as KEY VALUE.
+"""
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """See _DESCRIPTION."""
+    parser = argparse.ArgumentParser(description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config-file", default="", help="config of the RePr arm")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[], metavar="SEED")
+    parser.add_argument("--baseline-runs", type=Path, nargs="+", default=[], metavar="DIR", help="finished folders")
+    parser.add_argument("--repr-runs", type=Path, nargs="+", default=[], metavar="DIR", help="finished folders")
+    parser.add_argument(
+        "--other-runs", type=Path, nargs="+", default=[], metavar="DIR", help="finished folders of other settings"
+    )
+    parser.add_argument("--output", type=Path, help="default: OUTPUT_DIR of the config with the suffix _comparison")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once (default 1)")
+    parser.add_argument("--num-gpus", type=int, default=1, help="GPUs of each run (default 1)")
+    parser.add_argument("--eval-images", type=int, default=6, help="validation images in the gallery (default 6)")
+    parser.add_argument(
+        "--train-images", type=int, default=100, help="training images for the train/val gap, 0 for none (default 100)"
+    )
+    parser.add_argument("--bootstrap", type=int, default=1000, help="resampled lists of images (default 1000)")
+    parser.add_argument("--report-only", action="store_true", help="train nothing, make the report of --output again")
+    add_data_argument(parser)
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config KEY VALUE pairs for every run")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the command.
+
+    Raises:
+        UserError, RunFailed: see ``runner.run_comparison_tool``.
+    """
+    args = argument_parser().parse_args(argv)
+    _check_arguments(args)
+    if args.report_only:
+        runs, settings = _remembered(args.output)
+        args.other_runs = args.other_runs or [_placed(args.output, entry) for entry in settings["other_runs"]]
+    else:
+        runs = _runs(args)
+        settings = _settings(args, runs, sys.argv[1:] if argv is None else argv)
+    pairs = pair_runs(runs)
+    others = read_other_runs(args.other_runs, [pair.seed for pair in pairs])
+    settings["other_runs"] = [os.path.relpath(run.folder, args.output) for run in others]
+    if runs[0].flags and not args.report_only:
+        _remember(args.output, settings)
+        _say(f"{len(runs)} runs of {runs[0].max_iter} iterations, {args.jobs} at once, in {args.output}")
+        run_all(runs, args.jobs, args.num_gpus)
+    check_finished(runs)
+    check_comparable(runs)
+    settled = group_by_settings(others, pairs)
+    _remember(args.output, settings)
+    comparison = compare(pairs, args.output / "train_ap.json", args.bootstrap, args.train_images, _say, settled)
+    write_results(comparison, args.output)
+    _say("report")
+    report = write_report(comparison, settings, args.output, args.eval_images)
+    print(f"\n{metrics_table(comparison.results['metrics'])}\n\n{comparison.results['verdict']}")
+    if others:
+        print(f"\n{others_table(comparison.results['others'])}")
+    for note in comparison.results["notes"]:
+        print(f"note: {note}")
+    print(f"\nReport: {report}")
+
+
+def _check_arguments(args: argparse.Namespace) -> None:
+    for name, least in (("jobs", 1), ("num_gpus", 1), ("eval_images", 0), ("train_images", 0), ("bootstrap", 0)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
+    folders = bool(args.baseline_runs or args.repr_runs)
+    if args.report_only:
+        if args.output is None:
+            raise UserError("--report-only needs --output, the folder of the comparison")
+        if folders or args.config_file or args.seeds:
+            raise UserError("--report-only takes the runs from --output: leave --config-file, --seeds and folders out")
+    elif folders:
+        if args.config_file or args.seeds or args.opts:
+            raise UserError("give either --config-file and --seeds, or --baseline-runs and --repr-runs")
+        if not (args.baseline_runs and args.repr_runs):
+            raise UserError("--baseline-runs and --repr-runs go together: give folders of both arms")
+        if args.output is None:
+            raise UserError("--output is missing: name the folder for the report")
+    elif not args.config_file or not args.seeds:
+        raise UserError(
+            "give --config-file and --seeds to train, or --baseline-runs and --repr-runs to compare folders"
+        )
+
+
+def _runs(args: argparse.Namespace) -> list[Run]:
+    if args.config_file:
+        runs, args.output = plan_runs(
+            args.config_file, args.seeds, args.output, args.register, args.opts, args.num_gpus, _EVALUATIONS
+        )
+        return runs
+    _register(args.register)
+    runs = [run_from_folder(folder, BASELINE) for folder in args.baseline_runs]
+    return runs + [run_from_folder(folder, REPR) for folder in args.repr_runs]
+
+
+def _register(register: list[list[str]]) -> None:
+    register_builtin()
+    for words in register:
+        register_coco_format(*words)
+
+
+def _settings(args: argparse.Namespace, runs: list[Run], argv: list[str]) -> dict[str, Any]:
+    return {
+        "command": shlex.join(["tools/compare.py", *argv]),
+        "config_file": args.config_file,
+        "register": args.register,
+        "runs": [
+            {
+                "arm": run.arm,
+                "seed": run.seed,
+                "folder": os.path.relpath(run.folder, args.output),
+                "max_iter": run.max_iter,
+                "command": shlex.join(["python", *run.command()[1:]]) if run.flags else "",
+            }
+            for run in runs
+        ],
+    }
+
+
+def _remember(output: Path, settings: dict[str, Any]) -> None:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {output} cannot be written: {error.strerror}") from error
+    write_atomically(output / _SETTINGS_FILE, json.dumps(settings, indent=1, ensure_ascii=False))
+
+
+def _remembered(output: Path) -> tuple[list[Run], dict[str, Any]]:
+    path = output / _SETTINGS_FILE
+    if not path.is_file():
+        raise UserError(f"{path} is missing: {output} holds no comparison")
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        runs = [
+            Run(entry["arm"], entry["seed"], _placed(output, entry["folder"]), entry["max_iter"])
+            for entry in settings["runs"]
+        ]
+        settings.setdefault("other_runs", [])
+        register = settings["register"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error!r}): run the comparison again, finished runs are kept") from error
+    _register(register)
+    return runs, settings
+
+
+def _placed(output: Path, folder: str) -> Path:
+    return Path(os.path.normpath(output / folder))
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"[compare] {text}\n")

@@ -1,0 +1,217 @@
+"""Trains runs as subprocesses: several at once, resumed where they stopped, with progress, ended with their parent."""
+
+import ctypes
+import fcntl
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from repr_det.commands.processes import run_tool
+from repr_det.method.errors import UserError
+from repr_det.runs.files import run_traces
+from repr_det.studies.comparison.progress import Progress
+from repr_det.studies.comparison.runs import Run, is_finished
+
+OUTPUT_FILE = "stdout.txt"
+_LOCK_FILE = ".running"
+_SHOWN_LINES = 20
+_GRACE_SECONDS = 10.0
+
+
+class RunFailed(RuntimeError):
+    """A run ended without its final evaluation; the message holds the end of its output and the command."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, treated like Ctrl-C."""
+
+
+def run_comparison_tool(main: Callable[[], Any]) -> None:
+    """Runs a tool that trains: status 2 for what the user gave wrong, 1 for a run that failed, 130 for Ctrl-C, 143 for
+    SIGTERM."""
+    try:
+        with _sigterm_raises():
+            run_tool(main)
+    except RunFailed as error:
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {error}\n")
+        sys.exit(1)
+    except KeyboardInterrupt as error:
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: stopped; the same command continues where it stopped\n")
+        sys.exit(143 if isinstance(error, Terminated) else 130)
+
+
+def run_all(runs: Sequence[Run], jobs: int = 1, num_gpus: int = 1, progress: Progress | None = None) -> None:
+    """Trains the runs that are not finished yet, ``jobs`` at once.
+
+    A run that had begun gets --resume. The output of each is appended to its folder's stdout.txt. Every child has
+    cores // jobs CPU threads (unless OMP_NUM_THREADS is set) and, where there are enough, GPUs of its own.
+
+    Raises:
+        RunFailed: a run failed; the others were ended and continue when called again.
+        UserError: another process is training in one of the folders.
+    """
+    waiting = deque(run for run in runs if not is_finished(run))
+    progress = progress or Progress(runs)
+    progress.start(finished=[run for run in runs if run not in waiting])
+    active: list[_Job] = []
+    slots = deque(range(jobs))
+    try:
+        while waiting or active:
+            while waiting and slots:
+                slot = slots.popleft()
+                job = _Job.start(waiting.popleft(), slot, jobs, num_gpus)
+                active.append(job)
+                progress.started(job.run)
+            for job in [job for job in active if job.process.poll() is not None]:
+                active.remove(job)
+                slots.append(job.slot)
+                job.close()
+                if job.process.returncode or not is_finished(job.run):
+                    raise RunFailed(_failure(job))
+                progress.finished(job.run)
+            progress.show()
+            time.sleep(0.2)
+    finally:
+        _stop(active)
+        progress.close()
+
+
+@dataclass
+class _Job:
+    run: Run
+    slot: int
+    command: list[str]
+    process: subprocess.Popen
+    output: IO[str]
+
+    @classmethod
+    def start(cls, run: Run, slot: int, jobs: int, num_gpus: int) -> "_Job":
+        command = run.command(resume=bool(run_traces(run.folder)))
+        run.folder.mkdir(parents=True, exist_ok=True)
+        lock = _lock(run)
+        output = (run.folder / OUTPUT_FILE).open("a", encoding="utf-8")
+        output.write(f"$ {shlex.join(command)}\n")
+        output.flush()
+        try:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=_environment(slot, jobs, num_gpus),
+                pass_fds=(lock,),  # the lock is held for as long as the child lives
+                start_new_session=True,
+                preexec_fn=_die_with_parent,
+            )
+        finally:
+            os.close(lock)
+        return cls(run, slot, command, process, output)
+
+    def close(self) -> None:
+        self.output.close()
+
+
+def _lock(run: Run) -> int:
+    lock = os.open(run.folder / _LOCK_FILE, os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(lock)
+        raise UserError(f"{run.folder} is being trained by another process: wait for it or end it") from error
+    return lock
+
+
+def _die_with_parent() -> None:
+    # Linux alone; elsewhere a child outlives a parent that is killed by SIGKILL, and the lock tells the next one.
+    if _PRCTL is not None:
+        _PRCTL(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+_PRCTL = getattr(ctypes.CDLL(None), "prctl", None) if sys.platform == "linux" else None
+
+
+def _environment(slot: int, jobs: int, num_gpus: int) -> dict[str, str]:
+    environment = dict(os.environ, PYTHONUNBUFFERED="1")
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // jobs)))
+    gpus = _visible_gpus() if jobs > 1 else []
+    if len(gpus) >= jobs * num_gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[slot * num_gpus : (slot + 1) * num_gpus])
+    return environment
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _visible_gpus() -> list[str]:
+    import torch
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name for name in visible.split(",") if name]
+    return [str(index) for index in range(torch.cuda.device_count())]
+
+
+def _stop(jobs: list[_Job]) -> None:
+    """SIGTERM to the process groups of all jobs, SIGKILL to what is left after a grace period or a second Ctrl-C."""
+    for job in jobs:
+        _signal_group(job, signal.SIGTERM)
+    deadline = time.monotonic() + _GRACE_SECONDS
+    try:
+        for job in jobs:
+            job.process.wait(max(0.0, deadline - time.monotonic()))
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        pass
+    for job in jobs:
+        _signal_group(job, signal.SIGKILL)
+        job.process.wait()
+        job.close()
+
+
+def _signal_group(job: _Job, number: int) -> None:
+    try:
+        os.killpg(job.process.pid, number)
+    except (ProcessLookupError, PermissionError):  # it has ended
+        pass
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    def handler(*_: object) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _failure(job: _Job) -> str:
+    code = job.process.returncode
+    if code < 0:
+        how = f"was ended by signal {signal.Signals(-code).name}"
+    elif code:
+        how = f"ended with status {code}"
+    else:
+        how = "ended without an evaluation after its last iteration"
+    path = job.run.folder / OUTPUT_FILE
+    lines = path.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()[-_SHOWN_LINES:]
+    return "\n".join(
+        [
+            f"the run {job.run.name} {how}. The end of {path}:",
+            *(f"  | {line}" for line in lines),
+            "To repeat it:",
+            f"  {shlex.join(job.command)}",
+        ]
+    )
