@@ -22,7 +22,7 @@ from repr_det.studies.benchmarking.transitions import measure_transitions
 from repr_det.studies.benchmarking.whole_run import SHORTEST, measure_run
 
 PARTS = ("steps", "transitions", "memory", "run")
-CONFIG_FILE = str(Path(__file__).resolve().parents[2] / "configs" / "baseline_r50_fpn.yaml")
+CONFIG_FILE = str(Path(__file__).resolve().parents[3] / "configs" / "baseline_r50_fpn.yaml")
 
 
 @dataclasses.dataclass(frozen=True)
