@@ -111,6 +111,40 @@ def test_broken_filters_are_named(tmp_path, capsys):
     assert "Not finite: a [3]" in capsys.readouterr().out
 
 
+def test_the_verdict_counts_duplicates_and_dead_filters(tmp_path, capsys):
+    torch.manual_seed(0)
+    weight = torch.randn(32, 288)
+    weight[5] = -2 * weight[3] + 0.01 * torch.randn(288)  # points the other way: a near-duplicate all the same
+    weight[7] *= 0.019 * weight.norm(dim=1).median() / weight[7].norm()
+    weight[8] *= 0.021 * weight.norm(dim=1).median() / weight[8].norm()
+    weight[9] = 0
+    torch.save({"a.weight": weight.view(32, 32, 3, 3), "b.weight": torch.randn(32, 32, 3, 3)}, tmp_path / "x.pth")
+    found = run(tmp_path / "x.pth")
+    assert [layer["near_duplicates"] for layer in found["layers"]] == [[3, 5], []]
+    assert [layer["dead"] for layer in found["layers"]] == [[7], []]
+    used = np.delete(weight.numpy(), 9, axis=0)
+    used = used / np.linalg.norm(used, axis=1, keepdims=True)
+    overlap = (np.abs(used @ used.T).sum(1) - 1) / 31
+    other = torch.load(tmp_path / "x.pth")["b.weight"].flatten(1).numpy()
+    other = other / np.linalg.norm(other, axis=1, keepdims=True)
+    expected = np.sqrt(2 / (np.pi * 288))  # E|cos| up to terms of 1 / d
+    total = overlap.sum() + ((np.abs(other @ other.T).sum(1) - 1) / 32).sum()
+    assert found["overlap_factor"] == pytest.approx(
+        total / (31 * expected * 30 / 31 + 32 * expected * 31 / 32), rel=0.01
+    )
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.startswith("There is overlap to remove: mean O_f is 1.0")
+    assert "of 63 filters 2 are near-duplicates (|cos| > 0.9), 1 dead" in said
+
+
+def test_the_verdict_on_random_filters_is_that_nothing_can_be_removed(tmp_path, capsys):
+    torch.manual_seed(0)
+    torch.save({"a.weight": torch.randn(64, 32, 3, 3), "b.weight": torch.randn(16, 64, 1, 1)}, tmp_path / "x.pth")
+    run(tmp_path / "x.pth")
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.startswith("There is nothing to remove: mean O_f is 0.99 times"), said
+
+
 def test_layers_of_a_config(tmp_path, tiny_cfg):
     cfg = tiny_cfg("REPR.LAYERS.INCLUDE", "['backbone.bottom_up.res5*conv*']")
     model = build_model(cfg)
