@@ -282,7 +282,8 @@ def verdict(analysis: Analysis) -> str:
     factor = overlap_factor(analysis)
     found = (
         f"mean O_f is {factor:.2f} times that of random directions; of {filters} filters {duplicates} are "
-        f"near-duplicates (|cos| > {NEAR_DUPLICATE:g}), {dead} dead (norm below {100 * DEAD:g} % of their layer's median)"
+        f"near-duplicates (|cos| > {NEAR_DUPLICATE:g}), {dead} dead (norm below {100 * DEAD:g} % of their "
+        "layer's median)"
     )
     if factor >= _AS_RANDOM or duplicates or dead:
         return f"There is overlap to remove: {found}."
