@@ -1,7 +1,8 @@
 """The plots of the report, each a function from the comparison to an <svg> element."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -236,18 +237,12 @@ def _draw_quantiles(ax: Axes, row: float, values: np.ndarray, shade: str) -> Non
 
 def _resampled(values: np.ndarray, pixels: int) -> np.ndarray:
     """(J,) -> (pixels,): every pixel the mean of the filters that it covers."""
-    edges = np.linspace(0, len(values), pixels + 1)
-    total = np.concatenate([[0], np.cumsum(values)])
-    return np.diff(np.interp(edges, np.arange(len(values) + 1), total)) * pixels / len(values)
+    fine = np.repeat(values, pixels)  # J parts of a pixel each
+    return fine.reshape(pixels, len(values)).mean(axis=1)
 
 
-def _short(layers: Any) -> list[str]:
+def _short(layers: Iterable[str]) -> list[str]:
     """Layer names without the modules that all of them share."""
-    names = list(layers)
-    parts = [name.split(".") for name in names]
-    shared = 0
-    while (
-        len(names) > 1 and len({tuple(p[: shared + 1]) for p in parts}) == 1 and all(len(p) > shared + 1 for p in parts)
-    ):
-        shared += 1
+    parts = [name.split(".") for name in layers]
+    shared = len(os.path.commonprefix([p[:-1] for p in parts])) if len(parts) > 1 else 0  # noqa: RUF071 (of lists)
     return [".".join(p[shared:]) for p in parts]

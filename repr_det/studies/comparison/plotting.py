@@ -1,5 +1,6 @@
 """matplotlib figures as inline SVG whose colours are CSS variables, so that one figure serves light and dark pages."""
 
+import html
 import io
 import re
 from collections.abc import Iterator
@@ -104,8 +105,4 @@ def to_svg(figure: Figure, name: str, description: str) -> str:
     # The page decides the width; the viewBox keeps the proportions.
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    return svg.replace("<svg", f'<svg role="img" aria-label="{_attribute(description)}"', 1)
-
-
-def _attribute(text: str) -> str:
-    return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+    return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(description)}"', 1)
