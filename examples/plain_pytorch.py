@@ -5,7 +5,7 @@ examples/plain_pytorch.py [--seeds 0 1 2 3 4] [--scheme criterion=ortho drop_rat
 
 Trains the same network twice per seed, from the same weights on the same batches for the same number of steps: plainly,
 and with RePr on the paper's schedule (S1 = 20, S2 = 10, N = 3 of 100 epochs, scaled to --epochs). --scheme takes any
-option of RePrScheme that is a name or a number, --norm puts a norm behind every conv. With --oracle it also
+option of RePr that is a name or a number, --norm puts a norm behind every conv. With --oracle it also
 ranks the filters of the plainly trained networks by every criterion and by the oracle, which tries each filter on
 held-out images, and prints their rank correlation.
 """
@@ -20,14 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from repr_det import RePrSchedule, RePrScheme, UserError, find_filter_layers
+from repr_det import RePr, RePrSchedule, UserError, find_filter_layers
 from repr_det.method.criteria import CRITERIA, Context, correlation_with_oracle
 from repr_det.method.passes import TrainingPasses
 
 BATCH_SIZE = 50
 HELD_OUT = 400
 Data = tuple[Tensor, Tensor]
-# Of RePrScheme, and how they are read.
+# Of RePr, and how they are read.
 OPTIONS = {"criterion": str, "drop_ratio": float, "max_drop_per_layer": float, "scale": str, "returns": str}
 
 
@@ -64,7 +64,7 @@ def batches_of(data: Data, order: Tensor) -> list[Data]:
 
 
 def scheme_options(given: list[str]) -> dict[str, Any]:
-    """KEY=VALUE as arguments of RePrScheme; wrong values it refuses itself, before the first step."""
+    """KEY=VALUE as arguments of RePr; wrong values it refuses itself, before the first step."""
     options = {}
     for text in given:
         key, _, value = text.partition("=")
@@ -97,31 +97,29 @@ def train(data: Data, seed: int, epochs: int, use_repr: bool, args: argparse.Nam
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=1e-4)
     steps = epochs * -(-len(data[0]) // BATCH_SIZE)
 
-    # What RePr adds to a training loop: a schedule, a scheme, and one look at the schedule after every step.
-    scheme = schedule = None
+    # What RePr adds to a training loop: one object, told after every step. Without `schedule` it derives its own.
+    repr_training = None
     if use_repr:
         schedule = RePrSchedule(s1_iters=steps * args.s1 // 100, s2_iters=steps * args.s2 // 100, num_cycles=3)
-        schedule.check_fits(steps)
-        scheme = RePrScheme(
-            find_filter_layers(model, ["*"]),
+        repr_training = RePr(
+            model,
             optimizer,
+            steps,
+            schedule=schedule,
             seed=seed,
             passes=passes_over(model, data),
+            slim=False,  # dropped channels computed as zeros, as when docs/results.md was measured
             **args.scheme,
         )
 
-    iteration = 0
     for _ in range(epochs):
         for images, classes in batches_of(data, torch.randperm(len(data[0]))):
             loss = F.cross_entropy(model(images), classes)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            if scheme is not None and iteration in schedule.drop_iters:
-                scheme.drop()
-            elif scheme is not None and iteration in schedule.restore_iters:
-                scheme.restore()
-            iteration += 1
+            if repr_training is not None:
+                repr_training.step()
     return model
 
 

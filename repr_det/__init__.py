@@ -9,6 +9,7 @@ except ImportError as error:
 
 from repr_det.method.errors import UserError
 from repr_det.method.layers import FilterLayer, find_filter_layers
+from repr_det.method.loop import RePr, apply_repr
 from repr_det.method.schedule import RePrSchedule
 from repr_det.method.scheme import RePrScheme
 
@@ -18,7 +19,16 @@ _DETECTRON2_NAMES = {
     "add_repr_config": "repr_det.detectron.config",
     "validate_repr_config": "repr_det.detectron.config",
 }
-__all__ = ["FilterLayer", "RePrSchedule", "RePrScheme", "UserError", "find_filter_layers", *_DETECTRON2_NAMES]
+__all__ = [
+    "FilterLayer",
+    "RePr",
+    "RePrSchedule",
+    "RePrScheme",
+    "UserError",
+    "apply_repr",
+    "find_filter_layers",
+    *_DETECTRON2_NAMES,
+]
 
 
 def __getattr__(name: str):

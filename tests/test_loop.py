@@ -1,0 +1,247 @@
+"""RePr in one object: against the pieces it is made of, resumed anywhere, and what it refuses."""
+
+import itertools
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, TensorDataset
+
+from repr_det import RePr, RePrSchedule, RePrScheme, UserError, apply_repr, find_filter_layers
+from repr_det.method.loop import passes_over
+
+STEPS = 16  # three quarters are 12: 3 cycles of S1 2 and S2 1 (a cycle of 4 in thirds)
+SCHEDULE = RePrSchedule(3, 2, 2)  # drops after 2 and 7, restores after 4 and 9
+
+
+def net(norm=nn.BatchNorm2d) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, bias=False),
+        norm(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 12, 3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.LazyLinear(3),
+    )
+
+
+def data(number: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    draw = torch.Generator().manual_seed(1)
+    return [(torch.randn(6, 1, 8, 8, generator=draw), torch.randint(3, (6,), generator=draw)) for _ in range(number)]
+
+
+def built(norm=nn.BatchNorm2d, cls=torch.optim.SGD, **keys):
+    model = net(norm)
+    model(data(1)[0][0])
+    return model, cls(model.parameters(), 0.05, weight_decay=0.01, **keys)
+
+
+def train(model, optimizer, batches, after=lambda: None):
+    for images, classes in batches:
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), classes).backward()
+        optimizer.step()
+        after()
+
+
+def weights(model) -> torch.Tensor:
+    return torch.cat([t.detach().flatten().double() for t in model.state_dict().values()])
+
+
+def test_the_same_as_schedule_and_scheme_put_together():
+    model, optimizer = built(momentum=0.9)
+    schedule = RePrSchedule.derive(STEPS, None, 3)
+    scheme = RePrScheme(find_filter_layers(model, ["*"]), optimizer, seed=4, slim_model=model)
+    for number, batch in enumerate(data(STEPS)):
+        train(model, optimizer, [batch])
+        if number in schedule.drop_iters:
+            scheme.drop()
+        elif number in schedule.restore_iters:
+            scheme.restore()
+    wanted = weights(model)
+
+    model, optimizer = built(momentum=0.9)
+    one = RePr(model, optimizer, STEPS, seed=4)
+    assert one.schedule == schedule
+    phases, events = [], []
+
+    def after():
+        if (transition := one.step()) is not None:
+            events.append((one.steps - 1, transition.event))
+        phases.append(one.phase)
+
+    assert one.phase == "full"
+    train(model, optimizer, data(STEPS), after)
+    assert torch.equal(weights(model), wanted)
+    expected = [*((i, "drop") for i in schedule.drop_iters), *((i, "restore") for i in schedule.restore_iters)]
+    assert events == sorted(expected)
+    assert phases == [schedule.phase(i + 1) for i in range(STEPS)]
+
+    model, optimizer = built(momentum=0.9)
+    applied = apply_repr(model, optimizer, STEPS, seed=4)
+    train(model, optimizer, data(STEPS))
+    assert torch.equal(weights(model), wanted) and applied.steps == STEPS
+
+
+@pytest.mark.parametrize("stop", [2, 3, 4, 5, 8, 11])
+@pytest.mark.parametrize("apply", [False, True])
+def test_resumed_from_a_file_it_ends_with_the_same_weights(tmp_path, stop, apply):
+    def begin():
+        model, optimizer = built(cls=torch.optim.AdamW)
+        one = (apply_repr if apply else RePr)(model, optimizer, 12, schedule=SCHEDULE)
+        return model, optimizer, one, (lambda: None) if apply else one.step
+
+    model, optimizer, one, after = begin()
+    batches = data(12)
+    train(model, optimizer, batches[:stop], after)
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "repr": one.state_dict()}
+    torch.save(state, tmp_path / "checkpoint.pth")
+    train(model, optimizer, batches[stop:], after)
+    wanted = weights(model)
+
+    model, optimizer, one, after = begin()
+    state = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    one.load_state_dict(state["repr"])
+    assert one.steps == stop and one.phase == SCHEDULE.phase(stop)
+    train(model, optimizer, batches[stop:], after)
+    assert torch.equal(weights(model), wanted)
+
+
+@pytest.mark.parametrize("norm", [torchvision.ops.FrozenBatchNorm2d, nn.BatchNorm2d])
+def test_loader_and_loss_feed_frozen_norms_and_criteria(norm):
+    """torchvision's FrozenBN: buffers 0 while dropped, and moments behind the norm as before the drop once restored."""
+    model, optimizer = built(norm)
+    if norm is torchvision.ops.FrozenBatchNorm2d:
+        with torch.no_grad():
+            model[1].weight.uniform_(0.5, 2, generator=torch.Generator().manual_seed(2))
+            model[1].bias.normal_(generator=torch.Generator().manual_seed(3))
+    batches = data(4)
+    options = dict(loader=batches, loss=lambda batch: F.cross_entropy(model(batch[0]), batch[1]))
+    one = RePr(model, optimizer, 12, schedule=SCHEDULE, criterion="taylor", calibration_batches=4, **options)
+    images = torch.cat([x for x, _ in batches])
+
+    def moments():
+        out = model[1](model[0](images)).detach()
+        return torch.stack([out.mean((0, 2, 3)), out.std((0, 2, 3), unbiased=False)])
+
+    before = moments()
+    for _ in range(3):
+        one.step()
+    gone = one.scheme.masks["0"].nonzero().flatten()
+    assert len(gone) and model[1](model[0](images))[:, gone].count_nonzero() == 0
+    for _ in range(2):
+        one.step()
+    if norm is torchvision.ops.FrozenBatchNorm2d:
+        torch.testing.assert_close(moments(), before, rtol=1e-4, atol=1e-4)
+
+
+def test_frozen_norm_without_data_is_refused_before_the_first_step():
+    model, optimizer = built(torchvision.ops.FrozenBatchNorm2d)
+    with pytest.raises(UserError, match="FrozenBN re-calibration looks at training batches"):
+        RePr(model, optimizer, 12)
+    RePr(model, optimizer, 12, frozen_norm="keep")
+
+
+@pytest.mark.parametrize(
+    ("batches", "wanted"),
+    [
+        ([torch.tensor([1, 2]), torch.tensor([3])], torch.tensor([1, 2, 3])),
+        # What torchvision's reference collate makes: images of different sizes and a dict each, in two tuples.
+        (
+            [(("a", "b"), ({"x": 1}, {"x": 2})), (("c",), ({"x": 3},))],
+            (["a", "b", "c"], [{"x": 1}, {"x": 2}, {"x": 3}]),
+        ),
+        ([[{"image": 1}, {"image": 2}], [{"image": 3}]], [{"image": 1}, {"image": 2}, {"image": 3}]),
+        ([{"x": ["a"], "y": [0]}, {"x": ["b"], "y": [1]}], {"x": ["a", "b"], "y": [0, 1]}),
+    ],
+)
+def test_batches_are_joined_by_example(batches, wanted):
+    joined = passes_over(nn.ReLU(), batches, sum).join(batches)
+    assert type(joined) is type(wanted)
+    assert torch.equal(joined, wanted) if torch.is_tensor(wanted) else joined == wanted
+
+
+def test_two_tensors_a_batch_are_joined_by_field():
+    images, classes = passes_over(nn.ReLU(), [], sum).join(data(3))
+    assert torch.equal(images, torch.cat([x for x, _ in data(3)])) and len(classes) == 18
+
+
+@pytest.mark.parametrize("own_generator", [False, True])
+def test_passes_leave_the_loader_of_the_training_alone(own_generator):
+    generator = torch.Generator().manual_seed(5) if own_generator else None
+    loader = DataLoader(TensorDataset(torch.arange(40)), 4, shuffle=True, generator=generator)
+    passes = passes_over(nn.ReLU(), loader, sum, seed=3)
+    torch.manual_seed(6)
+    training = iter(loader)
+    seen = [next(training)[0].tolist() for _ in range(3)]
+    drawn = random.getstate(), torch.get_rng_state()
+    first = [batch[0].tolist() for batch in passes.batches(2, 0)]
+    assert first == [batch[0].tolist() for batch in passes.batches(2, 0)]
+    assert first != [batch[0].tolist() for batch in passes.batches(2, 1)]
+    assert random.getstate() == drawn[0] and torch.equal(torch.get_rng_state(), drawn[1])
+    rest = seen + [batch[0].tolist() for batch in training]
+    assert sorted(itertools.chain.from_iterable(rest)) == list(range(40))
+    torch.manual_seed(6)
+    if own_generator:
+        generator.manual_seed(5)
+    assert [batch[0].tolist() for batch in loader] == rest
+
+
+def test_ddp_is_looked_through(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model, optimizer = built()
+        wrapped = DistributedDataParallel(model)
+        one = RePr(wrapped, optimizer, 12, schedule=SCHEDULE)
+        assert [layer.name for layer in one.scheme.layers] == ["0", "3"]
+        train(wrapped, optimizer, data(4), one.step)
+        assert one.phase == "sub"
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("keys", "line"),
+    [
+        (dict(total_steps=0), "total_steps must be an integer of at least 1, got 0"),
+        (dict(total_steps=10.0), "total_steps must be an integer of at least 1, got 10.0"),
+        (dict(total_steps=5), "REPR.NUM_CYCLES 3 cycles of S1 and S2 do not fit"),
+        (dict(schedule=RePrSchedule(20, 10, 3)), "SOLVER.MAX_ITER is 40"),
+        (dict(layers=["backbone.*"]), "REPR.LAYERS.INCLUDE ['backbone.*'] less EXCLUDE [] matches no trainable Conv2d"),
+        (dict(loader=[1]), "give loader and loss together, or passes, or none of them"),
+        (dict(loss=sum), "give loader and loss together"),
+        (dict(loader=iter([1]), loss=sum), "loader must start anew whenever it is iterated"),
+        (dict(criterion="taylor"), "criterion 'taylor' looks at training batches"),
+        (dict(criterion="nope"), "REPR.CRITERION must be one of"),
+        (dict(ratio=0.3), "RePr has no option 'ratio': take one of criterion, drop_ratio"),
+        (dict(drop_ratio=1.5), "REPR.DROP_RATIO must be in (0, 1), got 1.5"),
+    ],
+)
+def test_what_is_wrong_is_said_before_the_first_step(keys, line):
+    model, optimizer = built()
+    with pytest.raises(UserError) as error:
+        RePr(model, optimizer, **{"total_steps": 40, **keys})
+    assert line in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_state_of_another_schedule_is_refused():
+    model, optimizer = built()
+    state = RePr(model, optimizer, 40).state_dict()
+    with pytest.raises(
+        UserError, match=r"trained with RePrSchedule\(s1_iters=6.*this run has RePrSchedule\(s1_iters=3"
+    ):
+        RePr(model, optimizer, 12, schedule=SCHEDULE).load_state_dict(state)
+
+
+def test_a_loader_that_keeps_its_workers_is_refused():
+    loader = DataLoader(TensorDataset(torch.arange(4)), num_workers=1, persistent_workers=True)
+    with pytest.raises(UserError, match="without persistent_workers"):
+        passes_over(nn.ReLU(), loader, sum)
