@@ -388,3 +388,49 @@ def test_running_statistics():
         assert mean is norm.running_mean and variance is norm.running_var
     assert statistics(nn.BatchNorm2d(4, track_running_stats=False)) is None
     assert statistics(nn.GroupNorm(2, 4)) is None and statistics(nn.ReLU()) is None
+
+
+# --- timm -----------------------------------------------------------------------------------------------------------
+
+TIMM = {  # model -> patterns and how many convs take part, behind which norms
+    # A ResNet: two convs a block, four blocks of two, a shortcut's conv in three of the stages, a stem.
+    "resnet18": (["*"], [], 8 * 2 + 3 + 1, {"BatchNorm2d"}),
+    # A ConvNet whose norms hold their activation: 1 block of 2 convs and 15 of 3, stem and head; squeeze-and-excitation
+    # puts out factors, not features.
+    "efficientnet_b0": (["*"], ["*.se.*"], 1 * 2 + 15 * 3 + 2, {"BatchNormAct2d"}),
+}
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_timm_models(name):
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    include, exclude, convs, norms = TIMM[name]
+    torch.manual_seed(0)
+    model = timm.create_model(name, pretrained=False)
+    layers = find_filter_layers(model, include, exclude)
+    assert len(layers) == convs and {type(layer.norm).__name__ for layer in layers} == norms
+    outputs = {}
+    for layer in layers:
+        with torch.no_grad():
+            layer.norm.bias.normal_()
+        zero_rows_(layer.tensors().values(), torch.tensor([0, 3]))
+        layer.output_module().register_forward_hook(lambda _, __, out, name=layer.name: outputs.update({name: out}))
+    model(torch.randn(2, 3, 32, 32))
+    assert outputs.keys() == {layer.name for layer in layers}
+    for output in outputs.values():
+        assert output[:, [0, 3]].count_nonzero() == 0 and output.count_nonzero() > 0
+
+
+def test_norms_of_timm_that_cannot_be_handled_are_refused_by_name():
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    layers = timm.layers
+    for norm in (layers.LayerNorm2d(8), layers.FrozenBatchNormAct2d(8), layers.LayerNormAct2d(8)):
+        assert f"its norm {type(norm).__name__} is none of" in refused(nn.Sequential(nn.Conv2d(3, 8, 3), norm))
+    # A dropped channel would put out sigmoid(0) = 0.5.
+    loud = nn.Sequential(nn.Conv2d(3, 8, 3), layers.BatchNormAct2d(8, act_layer=nn.Sigmoid))
+    assert "the activation Sigmoid in its norm BatchNormAct2d does not map 0 to 0" in refused(loud)
+    for act in (nn.ReLU, nn.SiLU, nn.GELU, nn.Hardswish, nn.PReLU):
+        (layer,) = find_filter_layers(nn.Sequential(nn.Conv2d(3, 8, 3), layers.BatchNormAct2d(8, act_layer=act)), ["*"])
+        assert layer.kind == "batch"
+    (layer,) = find_filter_layers(nn.Sequential(nn.Conv2d(3, 8, 3), layers.GroupNormAct(8, num_groups=2)), ["*"])
+    assert layer.kind == "group"

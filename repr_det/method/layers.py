@@ -54,6 +54,11 @@ class FilterLayer:
                 f"REPR cannot drop filters of {self.name}: its norm {type(self.norm).__name__} has no weight "
                 f"(affine=False) to switch a channel off with; add {self.name!r} to REPR.LAYERS.EXCLUDE"
             )
+        if _moves_zero(getattr(self.norm, "act", None)):
+            raise UserError(
+                f"REPR cannot drop filters of {self.name}: the activation {type(self.norm.act).__name__} in its norm "
+                f"{type(self.norm).__name__} does not map 0 to 0; add {self.name!r} to REPR.LAYERS.EXCLUDE"
+            )
         if not _owns_weight(self.conv):
             raise UserError(
                 f"REPR cannot drop filters of {self.name}: its weight is re-parametrised (weight norm, spectral norm, "
@@ -182,6 +187,13 @@ def _check_sharing(model: nn.Module, layers: list[FilterLayer]) -> None:
 def _owns_weight(conv: nn.Conv2d) -> bool:
     """Whether the weight is a parameter, not computed from others before every forward pass."""
     return "weight" in dict(conv.named_parameters(recurse=False))
+
+
+def _moves_zero(activation: nn.Module | None) -> bool:
+    """Whether an activation inside a norm (timm's BatchNormAct2d) makes something of a channel that is zero."""
+    if not isinstance(activation, nn.Module) or any(True for _ in activation.parameters()):
+        return False  # one with parameters is a PReLU, which maps 0 to 0
+    return bool(activation(torch.zeros(1, device="cpu")).count_nonzero())
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
