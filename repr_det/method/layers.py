@@ -160,7 +160,7 @@ def find_filter_layers(
         raise UserError(
             f"REPR.LAYERS.INCLUDE {list(include)} less EXCLUDE {list(exclude)} matches no trainable Conv2d"
             + (f" ({frozen} that match are frozen, see MODEL.BACKBONE.FREEZE_AT)" if frozen else "")
-            + f"; trainable here: {_abbreviated(trainable)}"
+            + f"; trainable here: {_abbreviated(trainable)}{_transformer(model)}"
         )
     layers = [FilterLayer(name, convs[name], _norm_of(model, name, convs[name], norms or {})) for name in chosen]
     _check_sharing(model, layers)
@@ -187,6 +187,17 @@ def _check_sharing(model: nn.Module, layers: list[FilterLayer]) -> None:
 def _owns_weight(conv: nn.Conv2d) -> bool:
     """Whether the weight is a parameter, not computed from others before every forward pass."""
     return "weight" in dict(conv.named_parameters(recurse=False))
+
+
+def _transformer(model: nn.Module) -> str:
+    """Where a model is built of attention: why there is nothing to drop in it."""
+    kinds = [type(module).__name__ for module in model.modules() if "attention" in type(module).__name__.lower()]
+    if not kinds:
+        return ""
+    return (
+        f". This model is a transformer: RePr drops output channels of convolutions behind their norm, and its weights "
+        f"are those of {kinds[0]} and linear layers; take a convolutional backbone"
+    )
 
 
 def _moves_zero(activation: nn.Module | None) -> bool:

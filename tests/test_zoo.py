@@ -1,0 +1,173 @@
+"""Detectron2's model zoo: what takes part in each model, and one cycle in a small version of it (docs/zoo.md).
+
+The models of the zoo are built on the meta device. The small ones have the same modules with fewer channels, blocks and
+proposals, random weights and BN, and see two synthetic images.
+"""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2 import model_zoo
+from detectron2.config import instantiate
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import MViT, SwinTransformer, ViT, build_model
+from detectron2.modeling.backbone import FPN, SimpleFeaturePyramid
+from detectron2.structures import BitMasks, Boxes, Instances, Keypoints
+from detectron2.utils.events import EventStorage
+from torch import nn
+
+from repr_det import RePr, RePrSchedule, UserError, find_filter_layers
+
+RESNET = ["backbone.bottom_up.res*.conv*"]
+REGNET = ["backbone.bottom_up.s*.f.?"]
+DEFAULT = ["backbone.bottom_up.res*.conv*", "backbone.res*.conv*", "roi_heads.res5.*.conv*"]
+TABLE = (Path(__file__).resolve().parents[1] / "docs" / "zoo.md").read_text()
+SMALL = """
+MODEL.RESNETS.NORM BN MODEL.BACKBONE.FREEZE_AT 0 MODEL.RESNETS.STEM_OUT_CHANNELS 8 MODEL.RESNETS.RES2_OUT_CHANNELS 16
+MODEL.FPN.OUT_CHANNELS 8 MODEL.RPN.PRE_NMS_TOPK_TRAIN 40 MODEL.RPN.POST_NMS_TOPK_TRAIN 20
+MODEL.RPN.CONV_DIMS [-1] MODEL.RPN.BATCH_SIZE_PER_IMAGE 16 MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 8
+MODEL.ROI_BOX_HEAD.FC_DIM 16 MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION 3 MODEL.ROI_MASK_HEAD.NUM_CONV 1
+MODEL.ROI_MASK_HEAD.CONV_DIM 8 MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS [8] MODEL.RETINANET.NUM_CONVS 1
+MODEL.SEM_SEG_HEAD.CONVS_DIM 32 MODEL.KEYPOINT_ON {keypoints} MODEL.DEVICE cpu MODEL.WEIGHTS ''
+""".split()
+GROUPS = "MODEL.RESNETS.NUM_GROUPS 4 MODEL.RESNETS.WIDTH_PER_GROUP 2".split()
+PLAIN = "MODEL.RESNETS.WIDTH_PER_GROUP 4".split()
+
+ZOO = [
+    "COCO-Detection/faster_rcnn_X_101_32x8d_FPN_3x.yaml",
+    "Misc/cascade_mask_rcnn_R_50_FPN_1x.yaml",
+    "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml",
+    "COCO-Detection/retinanet_R_50_FPN_1x.yaml",
+    "COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.yaml",
+    "COCO-PanopticSegmentation/panoptic_fpn_R_50_1x.yaml",
+    "COCO-InstanceSegmentation/mask_rcnn_regnetx_4gf_dds_fpn_1x.py",
+    "COCO-InstanceSegmentation/mask_rcnn_regnety_4gf_dds_fpn_1x.py",
+]
+
+
+def row(config: str) -> list[str]:
+    """The cells of a model's row in docs/zoo.md."""
+    (line,) = [line for line in TABLE.splitlines() if line.startswith("|") and config in line]
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def on_meta(config: str) -> nn.Module:
+    with torch.device("meta"):
+        cfg = model_zoo.get_config(config)
+        if config.endswith(".py"):
+            return instantiate(cfg.model)
+        cfg.MODEL.DEVICE = "meta"
+        return build_model(cfg)
+
+
+def small(config: str) -> nn.Module:
+    torch.manual_seed(0)
+    cfg = model_zoo.get_config(config)
+    if config.endswith(".py"):
+        body = cfg.model.backbone.bottom_up
+        body.update(stem_width=8, depth=6, w_a=20.0, w_0=8, w_m=2.0, group_width=4, freeze_at=0, norm="BN")
+        cfg.model.backbone.out_channels = 8
+        cfg.model.proposal_generator.head.in_channels = 8
+        cfg.model.proposal_generator.pre_nms_topk = cfg.model.proposal_generator.post_nms_topk = (40, 20)
+        heads = cfg.model.roi_heads
+        heads.box_head.update(input_shape=ShapeSpec(channels=8, height=7, width=7), fc_dims=[16])
+        heads.box_predictor.input_shape = ShapeSpec(channels=16)
+        heads.mask_head.update(input_shape=ShapeSpec(channels=8, width=14, height=14), conv_dims=[8, 8])
+        return instantiate(cfg.model).train()
+    opts = [str("Keypoint" in config) if word == "{keypoints}" else word for word in SMALL]
+    cfg.merge_from_list([*opts, *(GROUPS if "32x8d" in config else PLAIN), "MODEL.RESNETS.DEPTH", 50])
+    return build_model(cfg).train()
+
+
+def images(config: str) -> list[dict]:
+    draw = torch.Generator().manual_seed(1)
+    batch = []
+    for _ in range(2):
+        instances = Instances((64, 64))
+        instances.gt_boxes = Boxes(torch.tensor([[4.0, 4.0, 40.0, 44.0], [20.0, 24.0, 60.0, 60.0]]))
+        instances.gt_classes = torch.tensor([0, 0])
+        if "mask" in config or "panoptic" in config:
+            masks = torch.zeros(2, 64, 64, dtype=torch.bool)
+            masks[0, 4:44, 4:40] = masks[1, 24:60, 20:60] = True
+            instances.gt_masks = BitMasks(masks)
+        if "keypoint" in config:
+            places = 20 + 20 * torch.rand(2, 17, 2, generator=draw)
+            instances.gt_keypoints = Keypoints(torch.cat([places, torch.full((2, 17, 1), 2.0)], 2))
+        image = torch.randint(256, (3, 64, 64), generator=draw).float()
+        batch.append(dict(image=image, height=64, width=64, instances=instances, sem_seg=torch.zeros(64, 64).long()))
+    return batch
+
+
+def patterns(config: str) -> list[str]:
+    return REGNET if "regnet" in config else RESNET
+
+
+@pytest.mark.parametrize("config", ZOO)
+def test_what_takes_part(config):
+    _, takes_part, _, include, sub_network = row(config)
+    patterns = DEFAULT if include == "default" else [include.strip("`")]
+    layers = find_filter_layers(on_meta(config), patterns)
+    assert takes_part == f"{len(layers)} convs, {sum(x.num_filters for x in layers):,} filters"
+    assert {layer.kind for layer in layers} == {"frozen"}
+    grouped = sum(layer.conv.groups > 1 for layer in layers)
+    assert f"{grouped} grouped" in sub_network if grouped else sub_network == "slim"
+
+
+@pytest.mark.parametrize("config", ZOO)
+def test_one_cycle(config):
+    model, batch = small(config), images(config)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
+    repr_training = RePr(model, optimizer, 4, layers=patterns(config), schedule=RePrSchedule(1, 2, 1))
+    layers = repr_training.scheme.layers
+    for step in range(4):
+        with EventStorage(0):
+            losses = model(batch)
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+        assert all(math.isfinite(loss) for loss in losses.values())
+        transition = repr_training.step()
+        if step == 0:
+            assert sum(map(len, transition.dropped.values())) == math.floor(0.3 * sum(x.num_filters for x in layers))
+            # Fewer dropped filters than channels are rounded up to are not worth a slice.
+            slim = {x.name for x in layers if "forward" in x.conv.__dict__}
+            worth = {x.name for x in layers if len(transition.dropped.get(x.name, ())) >= 8}
+            assert worth & slim == {x.name for x in layers if x.name in worth and x.conv.groups == 1}
+            assert worth & slim, "nothing is slim in this model"
+        if repr_training.phase == "sub":
+            for layer in layers:
+                gone = repr_training.scheme.masks[layer.name]
+                assert all(tensor[gone].count_nonzero() == 0 for tensor in layer.tensors().values())
+    assert transition is None and repr_training.phase == "full"
+    assert all(layer.weight.flatten(1).any(1).all() and layer.weight.isfinite().all() for layer in layers)
+
+
+def vit() -> nn.Module:
+    net = ViT(img_size=64, embed_dim=16, depth=1, num_heads=2, out_feature="last_feat")
+    return SimpleFeaturePyramid(net, "last_feat", 16, (2.0, 1.0), square_pad=64)
+
+
+def swin() -> nn.Module:
+    return FPN(SwinTransformer(embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 1]), ["p1", "p2"], 16)
+
+
+def mvit() -> nn.Module:
+    return MViT(embed_dim=16, depth=4, num_heads=1, last_block_indexes=(0, 1, 2, 3), out_features=("scale2",))
+
+
+TRANSFORMERS = {"ViTDet": (vit, "Attention"), "Swin": (swin, "WindowAttention"), "MViT": (mvit, "MultiScaleAttention")}
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_transformers_are_refused_with_a_reason(name):
+    build, attention = TRANSFORMERS[name]
+    model = nn.ModuleDict({"backbone": build()})
+    with pytest.raises(UserError) as error:
+        find_filter_layers(model, DEFAULT)
+    reason = f"behind their norm, and its weights are those of {attention} and linear layers"
+    assert reason in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(UserError, match="its norm LayerNorm is none of"):
+        find_filter_layers(model, ["*"])
+    assert name in TABLE
