@@ -12,11 +12,14 @@ from frozen_nets import (
     assert_same_moments,
     batches,
     buffers,
+    fuse,
     make,
     output_statistics,
     train,
 )
+from torch import nn
 
+from repr_det import RePrScheme, UserError, find_filter_layers
 from repr_det.method.criteria import CRITERIA, Criterion
 
 
@@ -231,3 +234,69 @@ def test_layers_that_the_batches_do_not_reach_keep_their_statistics():
     scheme.restore()
     for key, value in net.conv4.norm.named_buffers():
         assert torch.equal(value, old[key])
+
+
+class EvaluatedNorms(SiblingNet):
+    """BN frozen the usual way: a ``train`` that leaves the norms in evaluation mode."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.BatchNorm2d)
+        for norm in (self.bn1, self.bn2, self.bn3):
+            norm.requires_grad_(False)
+        self.train()
+
+    def train(self, mode=True):
+        super().train(mode)
+        for norm in (self.bn1, self.bn2, self.bn3):
+            norm.eval()
+        return self
+
+
+@pytest.mark.parametrize("scale", [1.0, 50.0])
+@pytest.mark.parametrize("learnable", [False, True])
+@pytest.mark.parametrize("evaluating", [False, True])
+def test_bn_in_eval_mode_is_recalibrated_too(scale, learnable, evaluating):
+    net, optimizer, scheme, images = make(EvaluatedNorms, frozen_norm="recalibrate")
+    with torch.no_grad():
+        net.conv1.weight *= scale
+    fuse(net, images, seed=1)
+    for name in LAYERS:
+        net.norm_of(name).requires_grad_(learnable)
+    train(net, optimizer, 2)
+    net.train(not evaluating)  # whoever evaluates before the drop
+    before, frozen = output_statistics(net, images), buffers(net)
+    scheme.drop()
+    masks = {name: mask.numpy() for name, mask in scheme.masks.items()}
+    train(net, optimizer, 2)
+    scheme.restore()
+    net.train()
+    assert_same_moments(output_statistics(net, images), before, masks)
+    for name in LAYERS:
+        for key, value in buffers(net)[name].items():
+            changed = key.startswith("running")
+            rows = ~masks[name] if changed or learnable else slice(None)
+            if not (learnable and not changed):
+                assert torch.equal(value[rows], frozen[name][key][rows]), (name, key)
+
+
+def test_bn_in_eval_mode_without_batches_is_refused_or_kept():
+    net = EvaluatedNorms()
+    layers, optimizer = find_filter_layers(net, ["conv*"]), torch.optim.SGD(net.parameters(), 0.1)
+    with pytest.raises(UserError, match=r"the norm of conv1 keeps its statistics .* BN in eval mode"):
+        RePrScheme(layers, optimizer)
+    scheme = RePrScheme(layers, optimizer, frozen_norm="keep")
+    before = buffers(net)
+    scheme.drop(), scheme.restore()
+    for name in LAYERS:
+        assert all(torch.equal(value, before[name][key]) for key, value in buffers(net)[name].items())
+
+
+def test_bn_that_is_put_into_eval_mode_later_is_refused_at_the_drop():
+    net = SiblingNet(nn.BatchNorm2d)
+    scheme = RePrScheme(find_filter_layers(net, ["conv*"]), torch.optim.SGD(net.parameters(), 0.1))
+    net.bn2.eval()
+    with pytest.raises(UserError, match="the norm of conv2 keeps its statistics"):
+        scheme.drop()
+    net.eval()  # the whole model, as for an evaluation: its norms go on to train afterwards
+    scheme.drop(), scheme.restore()
+    assert (net.bn1.running_var == 1).all()

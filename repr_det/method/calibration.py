@@ -1,8 +1,8 @@
-"""Norm statistics for re-initialised channels of FrozenBN convs.
+"""Norm statistics for re-initialised channels of convs behind FrozenBN, or behind BN in eval mode.
 
-FrozenBN never adapts, so a new filter behind it would be normalised with the statistics of the filter that is gone. At
-the drop the moments of a channel after the norm are measured; at the restore its running mean and variance are set so
-that the new channel has the same moments after the norm, on the same batches, layer by layer as the data flows.
+Such a norm never adapts, so a new filter behind it would be normalised with the statistics of the filter that is gone.
+At the drop the moments of a channel after the norm are measured; at the restore its running mean and variance are set
+so that the new channel has the same moments after the norm, on the same batches, layer by layer as the data flows.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ def measure_moments(
     """Mean and standard deviation of channels after the norm, over images and positions of all batches and ranks.
 
     Args:
-        layers: FrozenBN layers.
+        layers: those whose ``is_frozen``.
         rows: layer name -> (M,) channels to measure.
 
     Returns:
@@ -37,7 +37,7 @@ def measure_moments(
     def measure(layer: FilterLayer, output: Tensor) -> None:
         moments[layer.name] = _moments(output[:, rows[layer.name]])
 
-    with undisturbed(passes.model), _on_norm(layers, after=measure):
+    with undisturbed(passes.model, own_modes=True), _on_norm(layers, after=measure):
         _run_joined(passes, num_batches, cycle)
     return {name: value.cpu() for name, value in moments.items()}
 
@@ -63,7 +63,8 @@ def match_moments(
         norm = layer.norm
         mean, std = _moments(conv_output[:, index])
         target_mean, target_std = wanted[layer.name].to(mean)
-        weight, bias = norm.weight[index].to(mean), norm.bias[index].to(mean)
+        weight = norm.weight[index].to(mean)
+        bias = torch.zeros_like(mean) if norm.bias is None else norm.bias[index].to(mean)
         scale_free = (weight.abs() < 1e-12) | (target_std <= _CONSTANT * (1 + target_mean.abs())) | (std <= 0)
         sigma = torch.where(scale_free, std.clamp_min(1e-3), weight.abs() * std / target_std.clamp_min(1e-30))
         # The variance is stored, not sigma: eps bounds how small it can be.
@@ -75,7 +76,7 @@ def match_moments(
         chosen[layer.name] = (norm.running_mean[index].clone(), norm.running_var[index].clone())
 
     matched = [layer for layer in layers if layer.name in wanted]
-    with undisturbed(passes.model), _on_norm(matched, before=match):
+    with undisturbed(passes.model, own_modes=True), _on_norm(matched, before=match):
         _run_joined(passes, num_batches, cycle)
     with torch.no_grad():
         for layer in matched:

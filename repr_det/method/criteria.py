@@ -10,7 +10,7 @@ from repr_det.method import data_criteria, oracle
 from repr_det.method.data_criteria import Scores
 from repr_det.method.errors import UserError
 from repr_det.method.layers import FilterLayer
-from repr_det.method.orthogonality import expected_overlap, inter_filter_orthogonality
+from repr_det.method.orthogonality import by_group, expected_overlap, inter_filter_orthogonality
 from repr_det.method.passes import TrainingPasses
 
 
@@ -55,10 +55,13 @@ def get_criterion(name: str, num_filters: int = 0) -> Criterion:
 
 
 def _of_weight(name: str) -> Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor], Tensor]]:
-    """Registers a function of one layer's weight, (J, ...) -> (J,), as a criterion."""
+    """Registers a function of one layer's weight, (J, ...) -> (J,), as a criterion; of a grouped conv it sees the
+    filters of one group at a time."""
 
     def register(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        CRITERIA[name] = Criterion(lambda layers, _: {layer.name: function(layer.weight.detach()) for layer in layers})
+        CRITERIA[name] = Criterion(
+            lambda layers, _: {x.name: by_group(function, x.conv.groups, x.weight.detach()) for x in layers}
+        )
         return function
 
     return register

@@ -157,7 +157,7 @@ def _gradients(loss: Tensor, parameters: list[Tensor]) -> tuple[Tensor | None, .
 def _run(
     passes: TrainingPasses, num_batches: int, cycle: int, on_loss: Callable[[Tensor], None], gradients: bool
 ) -> None:
-    with undisturbed(passes.model), torch.set_grad_enabled(gradients):
+    with undisturbed(passes.model, own_modes=True), torch.set_grad_enabled(gradients):
         for batch in passes.batches(num_batches, cycle):
             on_loss(passes.loss(batch))
 

@@ -8,9 +8,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from repr_det.method.errors import UserError
 from repr_det.method.layers import FilterLayer, zero_rows_
+
+# Optimizers by class name (or that of a base) whose state is not one entry for every entry of a parameter.
+_OTHER_STATE = ("Adafactor", "LBFGS", "SM3", "Shampoo", "DistributedShampoo")
+# Averages of squared gradients, by the names that optimizers give them in their state.
+_SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "exp_inf", "sum")
 
 
 @dataclass
@@ -40,13 +47,14 @@ class Transition:
 class HeldFilters:
     """The filters that are out of the network, from their drop to their return.
 
-    The gradient of their rows is 0 as soon as it is computed (before DDP, clipping and the optimizer see it), so that
-    no optimizer whose step is zero for a zero parameter, gradient and state moves what ``zero_`` has set to 0.
+    While they are held the gradient of their rows is 0: what was accumulated until then is cleared, and what comes is 0
+    as soon as it is computed (before DDP, clipping and the optimizer see it), so that no optimizer whose step is zero
+    for a zero parameter, gradient and state moves what ``zero_`` has set to 0.
 
     Args:
         layers: all layers that take part.
         masks: layer name -> (J,) bool, True = dropped, on the layer's device.
-        optimizer: holds the parameters of the layers.
+        optimizers: hold the parameters of the layers.
 
     Attributes:
         masks: as given.
@@ -55,17 +63,13 @@ class HeldFilters:
     """
 
     def __init__(
-        self, layers: Sequence[FilterLayer], masks: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
+        self, layers: Sequence[FilterLayer], masks: Mapping[str, Tensor], optimizers: Sequence[Optimizer]
     ) -> None:
         self.masks = {layer.name: masks[layer.name] for layer in layers}
         self.rows = {name: mask.nonzero().flatten() for name, mask in self.masks.items()}
         self.layers = [layer for layer in layers if len(self.rows[layer.name])]
-        self._optimizer = optimizer
+        self._optimizers = optimizers
         self._handles = []
-        for layer in self.layers:
-            for parameter in layer.moving_parameters():
-                rows = self.rows[layer.name]
-                self._handles.append(parameter.register_hook(lambda grad, rows=rows: grad.index_fill(0, rows, 0)))
 
     def __len__(self) -> int:
         return sum(len(rows) for rows in self.rows.values())
@@ -81,13 +85,22 @@ class HeldFilters:
         """Sets every tensor of the dropped filters to exactly 0, and their optimizer state."""
         for layer in self.layers:
             zero_rows_(layer.tensors().values(), self.rows[layer.name])
-            zero_optimizer_state_(self._optimizer, layer, self.rows[layer.name])
+            zero_optimizer_state_(self._optimizers, layer, self.rows[layer.name])
 
-    def not_zero(self) -> str | None:
-        """Name of a layer whose dropped filters are not exactly 0."""
+    def hold(self) -> None:
+        """Lets no gradient through until ``release``."""
         for layer in self.layers:
-            if any(tensor[self.rows[layer.name]].count_nonzero() for tensor in layer.tensors().values()):
-                return layer.name
+            rows = self.rows[layer.name]
+            zero_rows_((p.grad for p in layer.parameters() if p.grad is not None), rows)
+            for parameter in layer.moving_parameters():
+                self._handles.append(parameter.register_hook(lambda grad, rows=rows: grad.index_fill(0, rows, 0)))
+
+    def not_zero(self) -> tuple[str, str] | None:
+        """Names of a layer and of its tensor whose dropped filters are not exactly 0."""
+        for layer in self.layers:
+            for name, tensor in layer.tensors().items():
+                if tensor[self.rows[layer.name]].count_nonzero():
+                    return layer.name, name
         return None
 
     def release(self) -> None:
@@ -97,13 +110,103 @@ class HeldFilters:
         self._handles = []
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> list[Tensor]:
-    """Momentum and moments: what the optimizer keeps for every entry of ``parameter``, each of its shape."""
-    state = optimizer.state.get(parameter, {})
-    return [t for t in state.values() if torch.is_tensor(t) and t.shape == parameter.shape]
+def check_optimizers(layers: Sequence[FilterLayer], optimizers: Sequence[Optimizer]) -> None:
+    """Raises UserError where a trainable member of a filter is in none of the optimizers, or one of these keeps
+    another state than momentum and moments entry by entry."""
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    for layer in layers:
+        for name, tensor in layer.tensors().items():
+            if isinstance(tensor, nn.Parameter) and tensor.requires_grad and id(tensor) not in held:
+                raise UserError(
+                    f"REPR: the optimizer does not hold the {name} of {layer.name}, so that a dropped filter cannot be "
+                    "held at zero: give RePrScheme all optimizers (a list), switch off its requires_grad where it does "
+                    f"not train, or add {layer.name!r} to REPR.LAYERS.EXCLUDE"
+                )
+    for optimizer in optimizers:
+        for name in (kind.__name__ for kind in type(optimizer).__mro__):
+            if name in _OTHER_STATE:
+                raise UserError(f"REPR cannot hold filters at zero under the optimizer {name}: {_STATE_WANTED}")
 
 
-def zero_optimizer_state_(optimizer: torch.optim.Optimizer, layer: FilterLayer, rows: Tensor) -> None:
+_STATE_WANTED = (
+    "its state is not one number for every weight, from which a dropped filter can be taken out; "
+    "choose SGD, Adam, AdamW or another that keeps momentum or moments only"
+)
+
+
+def check_optimizer_state(layers: Sequence[FilterLayer], optimizers: Sequence[Optimizer]) -> None:
+    """Raises UserError where an optimizer keeps something for a layer whose rows are not those of its filters."""
+    for optimizer in optimizers:
+        for layer in layers:
+            for parameter in layer.parameters():
+                for key, value in optimizer.state.get(parameter, {}).items():
+                    if not _by_entries(value, parameter):
+                        raise UserError(
+                            f"REPR cannot hold filters of {layer.name} at zero under the optimizer "
+                            f"{type(optimizer).__name__} (its {key!r}): {_STATE_WANTED}"
+                        )
+
+
+def _by_entries(value: object, parameter: Tensor) -> bool:
+    """Whether a piece of optimizer state is a number (a step count) or has an entry for each of the parameter's."""
+    if isinstance(value, list | tuple):
+        return all(_by_entries(part, parameter) for part in value)
+    if not torch.is_tensor(value) or value.dim() == 0 or value.shape == (1,) != parameter.shape:
+        return True
+    return value.shape == parameter.shape and (value.is_floating_point() or value.dtype == torch.bool)
+
+
+def optimizer_state(optimizers: Sequence[Optimizer], parameter: Tensor) -> dict[str, list[Tensor]]:
+    """Momentum and moments by name: what optimizers keep for every entry of ``parameter``, each of its shape."""
+    found: dict[str, list[Tensor]] = {}
+    for optimizer in optimizers:
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if torch.is_tensor(value) and value.shape == parameter.shape:
+                found.setdefault(key, []).append(value)
+    return found
+
+
+def zero_optimizer_state_(optimizers: Sequence[Optimizer], layer: FilterLayer, rows: Tensor) -> None:
     """Sets momentum and moments of filters (M,) of a layer to 0."""
     for parameter in layer.parameters():
-        zero_rows_(optimizer_state(optimizer, parameter), rows)
+        for tensors in optimizer_state(optimizers, parameter).values():
+            zero_rows_(tensors, rows)
+
+
+def restart_optimizer_state_(
+    optimizers: Sequence[Optimizer], parameter: Tensor, mask: Tensor, rows: slice = slice(None), dim: int = 0
+) -> None:
+    """Optimizer state for entries of a parameter that begin to train anew: momentum 0, squared gradients as those of
+    the others.
+
+    An optimizer counts its steps for a whole parameter. Squared gradients of 0 after many steps would stand for a
+    filter whose gradients have all been tiny, and Adam's first steps would be several times the learning rate.
+
+    Args:
+        mask: bool, of the length of ``parameter[rows]`` along ``dim``, True where entries begin anew.
+        rows: the filters that this is about.
+        dim: 0 where the mask is of filters, 1 where it is of input channels.
+    """
+    anew, others = mask.nonzero().flatten(), (~mask).nonzero().flatten()
+    for key, tensors in optimizer_state(optimizers, parameter).items():
+        for tensor in (whole[rows] for whole in tensors):
+            value = _mean_square(key, tensor, others, dim)
+            tensor.index_fill_(dim, anew, 0 if value is None else value)
+
+
+def raise_squares_of_inputs_(optimizers: Sequence[Optimizer], weight: Tensor, mask: Tensor) -> None:
+    """The same for a conv's kernels on input channels that were zero and return: while their gradients were 0 their
+    squares have decayed. Momentum and squares that are larger stay."""
+    anew, others = mask.nonzero().flatten(), (~mask).nonzero().flatten()
+    for key, tensors in optimizer_state(optimizers, weight).items():
+        for tensor in tensors:
+            value = _mean_square(key, tensor, others, 1)
+            if value is not None:
+                tensor[:, anew] = tensor[:, anew].clamp_min(value)
+
+
+def _mean_square(key: str, tensor: Tensor, others: Tensor, dim: int) -> float | None:
+    """One number for all entries: kernels on a channel that was zero have no squares to compare with."""
+    if key not in _SQUARES or not len(others):
+        return None
+    return tensor.index_select(dim, others).float().mean().item()

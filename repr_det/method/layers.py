@@ -7,11 +7,13 @@ parameters (buffers for FrozenBN). Setting all of these to zero makes the channe
 import fnmatch
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from repr_det.method.errors import UserError
+from repr_det.method.wiring import norms_in_a_pass
 
 BATCH, FROZEN, GROUP, NONE = "batch", "frozen", "group", "none"
 
@@ -70,6 +72,13 @@ class FilterLayer:
         return norm_kind(self.norm)  # type: ignore[return-value]
 
     @property
+    def is_frozen(self) -> bool:
+        """Whether the norm's statistics stay as they are while the conv trains: FrozenBN, and BN put into eval mode."""
+        if self.kind == BATCH:
+            return self.norm.running_mean is not None and self.conv.training and not self.norm.training
+        return self.kind == FROZEN
+
+    @property
     def num_filters(self) -> int:
         return self.conv.out_channels
 
@@ -77,12 +86,17 @@ class FilterLayer:
     def weight(self) -> Tensor:
         return self.conv.weight
 
+    def of_group(self, group: int) -> slice:
+        """The filters of a group of a grouped conv, all of which look at the same input channels."""
+        size = self.num_filters // self.conv.groups
+        return slice(group * size, (group + 1) * size)
+
     def tensors(self) -> dict[str, Tensor]:
         """Everything whose row f belongs to filter f and has to be zero while f is dropped: each (J, ...)."""
         found = {"weight": self.conv.weight, "bias": self.conv.bias}
         if self.kind != NONE:
             found["norm.weight"] = self.norm.weight
-            found["norm.bias"] = self.norm.bias
+            found["norm.bias"] = self.norm.bias  # None where it was made without
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -125,17 +139,22 @@ def find_filter_layers(
     include: Sequence[str],
     exclude: Sequence[str] = (),
     norms: Mapping[str, nn.Module | None] | None = None,
+    sample: Any = None,
 ) -> list[FilterLayer]:
     """The trainable Conv2d modules whose names match, in the order of the model.
 
     Frozen convs and the offset convs of deformable blocks never take part. The norm of a conv is ``norms[name]`` where
-    given, else its attribute ``norm`` (Detectron2), else the module that directly follows it in its parent if that is a
-    norm (torchvision's conv1, bn1 and nn.Sequential(conv, bn, ...)); a BN or GN over other channels is not its own.
+    given, else its attribute ``norm`` (Detectron2), else the one that its output goes into in a forward pass of
+    ``sample``, else (no sample, or a conv that it does not reach) the module that directly follows it in its parent if
+    that is a norm (torchvision's conv1, bn1 and nn.Sequential(conv, bn, ...)); a BN or GN over other channels is not
+    its own.
 
     Args:
         model: not wrapped in DistributedDataParallel.
         include, exclude: fnmatch patterns on module names.
         norms: conv name -> the norm that follows it, for models of another shape.
+        sample: what the model is called with once to see which norm follows which conv: a batch of images, or a tuple
+            of several arguments. The model is left as it was.
 
     Raises:
         UserError: no trainable conv matches the patterns, one has a norm or parametrisation that RePr cannot handle, or
@@ -162,7 +181,11 @@ def find_filter_layers(
             + (f" ({frozen} that match are frozen, see MODEL.BACKBONE.FREEZE_AT)" if frozen else "")
             + f"; trainable here: {_abbreviated(trainable)}{_transformer(model)}"
         )
-    layers = [FilterLayer(name, convs[name], _norm_of(model, name, convs[name], norms or {})) for name in chosen]
+    known = dict(norms or {})
+    if sample is not None:
+        apart = {n: convs[n] for n in chosen if getattr(convs[n], "norm", None) is None and n not in known}
+        known |= norms_in_a_pass(model, sample, apart, [m for m in model.modules() if _looks_like_a_norm(m)])
+    layers = [FilterLayer(name, convs[name], _norm_of(model, name, convs[name], known)) for name in chosen]
     _check_sharing(model, layers)
     return layers
 
@@ -232,5 +255,9 @@ def _norm_of(model: nn.Module, name: str, conv: nn.Conv2d, norms: Mapping[str, n
         channels = len(follower.weight)  # torchvision's keeps no num_features
     else:
         # A norm of another kind is returned for FilterLayer to refuse.
-        return follower if "norm" in type(follower).__name__.lower() else None
+        return follower if _looks_like_a_norm(follower) else None
     return follower if channels == conv.out_channels else None
+
+
+def _looks_like_a_norm(module: nn.Module | None) -> bool:
+    return norm_kind(module) not in (NONE, None) or "norm" in type(module).__name__.lower()

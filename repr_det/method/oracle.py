@@ -44,7 +44,7 @@ def ablation(layers: Sequence[FilterLayer], passes: TrainingPasses, batches: Seq
     """
     _check(layers, batches)
     increase = {}
-    with undisturbed(passes.model):
+    with undisturbed(passes.model, own_modes=True):
         whole = _loss(passes, batches)
         for layer in layers:
             losses = []
@@ -74,7 +74,7 @@ def greedy_removal(
     left = {layer.name: list(range(layer.num_filters)) for layer in layers}
     by_name = {layer.name: layer for layer in layers}
     order = []
-    with undisturbed(passes.model), _kept_values(layers):
+    with undisturbed(passes.model, own_modes=True), _kept_values(layers):
         for _ in range(count):
             tried = []
             for name, indices in left.items():

@@ -10,6 +10,7 @@ direction: it overlaps with nothing (O_f = 0), nothing has to be orthogonal to i
 
 import itertools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -52,16 +53,25 @@ def unit_filters(weight: Tensor) -> Tensor:
     return rows / rows.norm(dim=1, keepdim=True).clamp_min(1)
 
 
-def inter_filter_orthogonality(weight: Tensor) -> Tensor:
+def inter_filter_orthogonality(weight: Tensor, groups: int = 1) -> Tensor:
     """O_f of the paper (eq. 1 and 2): P = |What What^T - I|, O_f = sum of row f of P / J.
 
     Args:
         weight: (J, ...) filters of one layer.
+        groups: of a grouped conv; filters of different groups look at different channels, so each group is a layer of
+            its own with J / groups filters.
 
     Returns:
         (J,) in [0, 1); the largest overlaps most with its neighbours and is dropped first.
     """
-    return overlap_of_unit_rows(unit_filters(weight))
+    return by_group(lambda part: overlap_of_unit_rows(unit_filters(part)), groups, weight)
+
+
+def by_group(function: Callable[..., Tensor], groups: int, *tensors: Tensor) -> Tensor:
+    """``function`` of the rows (J / groups, ...) of ``tensors`` that belong to each group, joined again."""
+    if groups == 1:
+        return function(*tensors)
+    return torch.cat([function(*parts) for parts in zip(*(t.chunk(groups) for t in tensors), strict=True)])
 
 
 def overlap_of_unit_rows(unit: Tensor) -> Tensor:
@@ -77,17 +87,23 @@ def overlap_of_unit_rows(unit: Tensor) -> Tensor:
     return total / len(unit)
 
 
-def overlap_of_kept(weight: Tensor, overlap: Tensor, dropped: Tensor) -> Tensor:
+def overlap_of_kept(weight: Tensor, overlap: Tensor, dropped: Tensor, groups: int = 1) -> Tensor:
     """O_f of the filters that stay, among themselves, from that of all: what the dropped ones contributed is taken off.
 
     Args:
         weight: (J, ...) filters of one layer before the drop.
         overlap: (J,) their ``inter_filter_orthogonality``.
         dropped: (J,) bool, not all True.
+        groups: of a grouped conv.
 
     Returns:
-        (K,), the same as ``inter_filter_orthogonality(weight[~dropped])`` up to rounding, at less than half the cost.
+        (K,), the same as ``inter_filter_orthogonality(weight[~dropped])`` of each group up to rounding, at less than
+        half the cost.
     """
+    return by_group(_overlap_of_kept, groups, weight, overlap, dropped)
+
+
+def _overlap_of_kept(weight: Tensor, overlap: Tensor, dropped: Tensor) -> Tensor:
     unit = unit_filters(weight)
     kept = ~dropped
     with torch.autocast(unit.device.type, enabled=False):

@@ -67,8 +67,12 @@ def preserved_random_state() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Training mode inside; afterwards every random state, buffer (BN statistics), gradient and mode is as before."""
+def undisturbed(model: nn.Module, own_modes: bool = False) -> Iterator[None]:
+    """Training mode inside; afterwards every random state, buffer (BN statistics), gradient and mode is as before.
+
+    Args:
+        own_modes: modules that are in eval mode in a model that trains (frozen BN) stay in it.
+    """
     buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
@@ -76,7 +80,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         parameter.grad = None
     with preserved_random_state():
         try:
-            model.train()
+            if not (own_modes and model.training):
+                model.train()
             yield
         finally:
             with torch.no_grad():

@@ -12,6 +12,7 @@ In a plain loop:
 """
 
 import hashlib
+import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -23,13 +24,24 @@ from repr_det.method.calibration import match_moments, measure_moments
 from repr_det.method.criteria import Context, get_criterion
 from repr_det.method.distributed import broadcast_, check_agreement, rank
 from repr_det.method.errors import UserError
-from repr_det.method.holding import HeldFilters, Transition, zero_optimizer_state_
+from repr_det.method.holding import (
+    HeldFilters,
+    Transition,
+    check_optimizer_state,
+    check_optimizers,
+    raise_squares_of_inputs_,
+    restart_optimizer_state_,
+)
 from repr_det.method.layers import FROZEN, FilterLayer
+from repr_det.method.learning import LearningLayers
 from repr_det.method.orthogonality import inter_filter_orthogonality, overlap_of_kept
-from repr_det.method.passes import TrainingPasses
-from repr_det.method.returning import bring_back, check_reinit, remember, silence
+from repr_det.method.passes import TrainingPasses, undisturbed
+from repr_det.method.returning import bring_back, can_be_silent, check_reinit, remember, silence
 from repr_det.method.selection import check_capacity, select_filters
 from repr_det.method.slim import SlimNetwork
+from repr_det.method.wiring import WiringWatch
+
+logger = logging.getLogger("repr_det.scheme")
 
 
 class RePrScheme:
@@ -37,22 +49,27 @@ class RePrScheme:
 
     Invariants while filters are dropped: every entry of ``FilterLayer.tensors()`` of a dropped filter is exactly 0, its
     gradient is 0 as soon as it is computed (before DDP, clipping and the optimizer see it), and its optimizer state is
-    0: no optimizer whose step is zero for a zero parameter, gradient and state moves it.
+    0: no optimizer whose step is zero for a zero parameter, gradient and state moves it. The restore makes sure that
+    nothing else did.
 
     Args:
-        layers: the layers that take part, in ranking order.
-        optimizer: holds their parameters.
+        layers: the layers that take part, in ranking order. Those that do not learn at a drop (learning rate 0, no
+            gradient so far) lose no filter then.
+        optimizer: holds their parameters; a list where several do.
         criterion: a name in ``criteria.CRITERIA``.
         drop_ratio, max_drop_per_layer: see ``selection.select_filters``.
         scale: norm of a new filter: "kept" the mean norm of the filters that stayed, "old" its own before the drop,
             "unit" 1.
-        frozen_norm: what FrozenBN statistics do at a restore: "recalibrate" to the channel's old moments, or "keep".
+        frozen_norm: what statistics of FrozenBN, and of BN in eval mode, do at a restore: "recalibrate" to the
+            channel's old moments, or "keep".
         returns: how loud a filter returns behind BN and GN. "as_published": gamma 1. "median_gamma": the median of the
             kept filters of its layer. "function_preserving": where ``readers`` knows the conv, the restore changes
             no output of the network (of eval mode too; but GN's groups change with their members): the reader's kernels
-            for the returning channels become 0, or gamma where the channels are added to a shortcut; elsewhere, and
-            where there is no gamma to learn (FrozenBN, no norm) on a shortcut, as published.
-        readers: conv -> the only conv that reads its channels, None for a shortcut's sum (``blocks.readers``).
+            for the returning channels become 0, or gamma where the channels are added to a shortcut; elsewhere, where
+            there is no gamma to learn (FrozenBN, no norm) on a shortcut, and where all channels that a filter of a
+            grouped reader sees return at once, as published: the log names them.
+        readers: conv -> the only conv that reads its channels, None for a shortcut's sum (``blocks.readers``); helps
+            "function_preserving", and Adam on the kernels for returning channels.
         criterion_batches, calibration_batches: training batches that they may look at.
         seed: all randomness comes from it and the cycle; the same on every rank.
         passes: how to run training batches; needed by data-driven criteria and by "recalibrate".
@@ -60,13 +77,14 @@ class RePrScheme:
             (``slim.SlimNetwork``); None computes them as zeros.
 
     Raises:
-        UserError: an option is out of range, or a layer's weight is not in the optimizer.
+        UserError: an option is out of range, a trainable member of a filter is in no optimizer, or an optimizer keeps
+            another state than momentum and moments.
     """
 
     def __init__(
         self,
         layers: Sequence[FilterLayer],
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         *,
         criterion: str = "ortho",
         drop_ratio: float = 0.3,
@@ -84,27 +102,33 @@ class RePrScheme:
         check_reinit(scale, frozen_norm, returns)
         self.layers = list(layers)
         check_capacity({layer.name: layer.num_filters for layer in self.layers}, drop_ratio, max_drop_per_layer)
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for layer in self.layers:
-            if id(layer.weight) not in held:
-                raise UserError(f"REPR: the optimizer does not hold the weight of {layer.name}; exclude that layer")
-        self.optimizer = optimizer
+        self.optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+        check_optimizers(self.layers, self.optimizers)
+        self.optimizer = self.optimizers[0]
         self.criterion_name = criterion
         self.criterion = get_criterion(criterion, sum(layer.num_filters for layer in self.layers))
         self.drop_ratio = drop_ratio
         self.max_drop_per_layer = max_drop_per_layer
         self.scale = scale
         self.returns = returns
-        self.readers = dict(readers or {}) if returns == "function_preserving" else {}
-        self.calibrated = [x for x in self.layers if x.kind == FROZEN] if frozen_norm == "recalibrate" else []
+        self._all_readers = dict(readers or {})
+        self.readers = self._all_readers if returns == "function_preserving" else {}
+        self.frozen_norm = frozen_norm
         self.criterion_batches = criterion_batches
         self.calibration_batches = calibration_batches
         self.seed = seed
         self.passes = passes
         self.slim_model = slim_model
-        if passes is None and (self.criterion.needs_data or self.calibrated):
-            reason = f"criterion {criterion!r}" if self.criterion.needs_data else "FrozenBN re-calibration"
-            raise UserError(f"REPR: {reason} looks at training batches: give RePrScheme(passes=...) or choose another")
+        if passes is None and self.criterion.needs_data:
+            raise UserError(
+                f"REPR: criterion {criterion!r} looks at training batches: give RePrScheme(passes=...) or choose "
+                "another"
+            )
+        self._check_calibration()
+        self._log_what_returns_loud()
+        self._learning = LearningLayers(self.layers, self.optimizers)
+        # Norms inside convs (Detectron2's) are called by these; the others were found by where they are registered.
+        self._wiring = WiringWatch({x.name: (x.conv, x.norm) for x in self.layers if x.output_module() is not x.conv})
         self.cycle = 0
         self._held: HeldFilters | None = None
         self._old: dict[str, dict[str, Tensor]] = {}
@@ -126,21 +150,30 @@ class RePrScheme:
 
     @torch.no_grad()
     def drop(self) -> Transition:
-        """Scores all filters, drops the worst and remembers their values. Collective where there are several ranks."""
+        """Scores all filters, drops the worst and remembers their values. Collective where there are several ranks.
+
+        Raises:
+            UserError: weights are not finite, an optimizer keeps a state that RePr cannot take a filter out of, or a
+                layer's norm has been seen to be another one; nothing is changed then.
+        """
         if self._held is not None:
             raise RuntimeError("filters are dropped already: restore() comes before the next drop()")
         start = time.perf_counter()
+        self._check_before_drop()
         scores = self._scores()
-        masks = select_filters(scores, self.drop_ratio, self.max_drop_per_layer)
-        masks = {layer.name: masks[layer.name].to(layer.weight.device) for layer in self.layers}
-        broadcast_(list(masks.values()))
+        masks = self._select(scores, self._learning.frozen())
         overlaps = scores if self.criterion_name == "ortho" else self._overlaps()
-        overlaps_of_kept = [overlap_of_kept(x.weight, overlaps[x.name], masks[x.name]) for x in self.layers]
+        overlaps_of_kept = [
+            overlap_of_kept(x.weight, overlaps[x.name], masks[x.name], x.conv.groups) for x in self.layers
+        ]
 
-        held = self._held = HeldFilters(self.layers, masks, self.optimizer)
-        moments = self._measure_moments(held)
-        self._old = {x.name: remember(x, held.rows[x.name], moments.get(x.name)) for x in self.layers}
+        held = HeldFilters(self.layers, masks, self.optimizers)
+        frozen = self._frozen_norms()
+        moments = self._measure_moments(held, frozen)
+        self._old = {x.name: remember(x, held.rows[x.name], x in frozen, moments.get(x.name)) for x in self.layers}
+        self._held = held
         held.zero_()
+        held.hold()
         self._check_agreement(held, "after the drop")
         self._go_slim()
         return Transition(
@@ -156,11 +189,16 @@ class RePrScheme:
 
     @torch.no_grad()
     def restore(self) -> Transition:
-        """Brings the dropped filters back with the least overlap. Collective where there are several ranks."""
+        """Brings the dropped filters back with the least overlap. Collective where there are several ranks.
+
+        Raises:
+            UserError: dropped filters are not zero any more, or weights are not finite; nothing is changed then.
+        """
         if self._held is None:
             raise RuntimeError("no filters are dropped: drop() comes before restore()")
         start = time.perf_counter()
         held = self._held
+        self._check_before_restore(held)
         # Silencing a channel changes the filters that read it, so what they were and are is not found on the way.
         overlaps_of_kept = self._overlaps(held.masks) if self.readers else {}
         overlaps, cosines = {}, {}
@@ -173,11 +211,11 @@ class RePrScheme:
                 kept, overlaps[name], cosines[name] = bring_back(
                     layer, held.masks[name], self._old[name], self.scale, self.returns, generator
                 )
-                zero_optimizer_state_(self.optimizer, layer, held.rows[name])
-                if layer.conv in self.readers:
-                    silence(layer, held.rows[name], self.readers[layer.conv], self.optimizer)
+                for parameter in layer.parameters():
+                    restart_optimizer_state_(self.optimizers, parameter, held.masks[name])
+                self._prepare_reader(layer, held.masks[name])
             else:
-                kept = overlaps[name] = inter_filter_orthogonality(layer.weight)
+                kept = overlaps[name] = self._overlap(layer)
             overlaps_of_kept.setdefault(name, kept)
         broadcast_([tensor for layer in held.layers for tensor in _state(layer)])
         self._match_moments(held)
@@ -207,6 +245,7 @@ class RePrScheme:
             "masks": {name: mask.cpu() for name, mask in self.masks.items()},
             "old": self._old,
             "filters": {layer.name: layer.num_filters for layer in self.layers},
+            "learning": sorted(self._learning.seen),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -225,28 +264,109 @@ class RePrScheme:
         self._release()
         self.cycle = state["cycle"]
         self.seed = state["seed"]
+        self._learning.load(state.get("learning", mine))  # version 0.1.0 did not look
         if not state["masks"]:
             return
         masks = {layer.name: state["masks"][layer.name].to(layer.weight.device) for layer in self.layers}
-        self._held = HeldFilters(self.layers, masks, self.optimizer)
+        self._held = HeldFilters(self.layers, masks, self.optimizers)
+        self._held.hold()
         self._old = {name: {k: v.cpu() for k, v in old.items()} for name, old in state["old"].items()}
-        if (name := self._held.not_zero()) is not None:
+        if (found := self._held.not_zero()) is not None:
             raise UserError(
-                f"the RePr state says that filters of {name} are dropped, but they are not zero in the "
+                f"the RePr state says that filters of {found[0]} are dropped, but they are not zero in the "
                 "model: weights and RePr state come from different checkpoints"
             )
         self._go_slim()
+
+    def _check_before_drop(self) -> None:
+        self._wiring.check()
+        self._check_calibration()
+        self._check_finite("drop")
+        check_optimizer_state(self.layers, self.optimizers)
+
+    def _check_before_restore(self, held: HeldFilters) -> None:
+        self._wiring.check()
+        self._check_finite("restore")
+        if (found := held.not_zero()) is not None:
+            raise UserError(
+                f"REPR: dropped filters of {found[0]} are not zero any more at the restore of cycle {self.cycle + 1} "
+                f"(their {found[1]}). "
+                "Something besides the optimizers that RePrScheme knows has written to them: weights loaded into the "
+                "model, an average swapped in and not out again, or a norm that is not the one behind that conv"
+            )
+
+    def _check_calibration(self) -> None:
+        frozen = self._frozen_norms()
+        if frozen and self.passes is None and self.frozen_norm == "recalibrate":
+            raise UserError(
+                f"REPR: the norm of {frozen[0].name} keeps its statistics (FrozenBN, or BN in eval mode), and their "
+                "re-calibration looks at training batches: give RePrScheme(passes=...) or choose frozen_norm='keep'"
+            )
+
+    def _check_finite(self, transition: str) -> None:
+        for layer in self.layers:
+            for name, tensor in layer.tensors().items():
+                if not torch.isfinite(tensor).all():
+                    raise UserError(
+                        f"REPR: the {name} of {layer.name} is not finite at the {transition} of cycle "
+                        f"{self.cycle + 1}: training has diverged; lower the learning rate or clip gradients, and go "
+                        "on from a checkpoint before that"
+                    )
+
+    def _prepare_reader(self, layer: FilterLayer, returned: Tensor) -> None:
+        """Of the conv that reads the layer: silent for the returned channels where that is asked for, and no longer
+        without squared gradients on them."""
+        if layer.conv in self.readers:
+            loud = silence(layer, returned, self.readers[layer.conv], self.optimizers)
+            if loud and can_be_silent(layer, self.readers[layer.conv]):
+                logger.warning("RePr: %d filters of %s return as published: all channels of a group", loud, layer.name)
+        elif (reader := self._all_readers.get(layer.conv)) is not None and reader.groups == 1:
+            raise_squares_of_inputs_(self.optimizers, reader.weight, returned)
+
+    def _log_what_returns_loud(self) -> None:
+        loud = [
+            layer.name
+            for layer in self.layers
+            if layer.conv not in self.readers or not can_be_silent(layer, self.readers[layer.conv])
+        ]
+        if self.returns == "function_preserving" and loud:
+            logger.warning(
+                "RePr: filters of %s cannot return without changing the network's output (no gamma to learn on a "
+                "shortcut, a depthwise reader, or a reader that is not known) and return as published",
+                ", ".join(loud),
+            )
 
     def _scores(self) -> dict[str, Tensor]:
         context = Context(self._generator(0), self.passes, self.criterion_batches, self.cycle)
         return self.criterion.score(self.layers, context)
 
-    def _overlaps(self, masks: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Layer name -> O_f of its filters, (J,), or with masks of those that stayed, (K,)."""
-        return {
-            x.name: inter_filter_orthogonality(x.weight if masks is None else x.weight[~masks[x.name]])
+    def _select(self, scores: dict[str, Tensor], frozen: Mapping[str, str]) -> dict[str, Tensor]:
+        """Layer name -> (J,) bool, True = drop, the same on every rank. Filters that are zero, which no criterion can
+        tell from good ones, go first; layers that do not learn lose none."""
+        if len(frozen) == len(self.layers):
+            raise UserError(f"REPR: no layer learns (of {next(iter(frozen))}: {next(iter(frozen.values()))})")
+        if frozen:
+            logger.warning("RePr: no filter is dropped of %s", ", ".join(f"{n} ({why})" for n, why in frozen.items()))
+        dead = {x.name: (x.weight.flatten(1) == 0).all(1) for x in self.layers}
+        ranked = {n: score.masked_fill(dead[n], float("inf")) for n, score in scores.items() if n not in frozen}
+        masks = select_filters(ranked, self.drop_ratio, self.max_drop_per_layer)
+        masks = {
+            x.name: masks[x.name].to(x.weight.device) if x.name in masks else torch.zeros_like(dead[x.name])
             for x in self.layers
         }
+        broadcast_(list(masks.values()))
+        return masks
+
+    def _overlaps(self, masks: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Layer name -> O_f of its filters, (J,), or with masks of those that stayed, (K,)."""
+        return {x.name: self._overlap(x, None if masks is None else ~masks[x.name]) for x in self.layers}
+
+    @staticmethod
+    def _overlap(layer: FilterLayer, stayed: Tensor | None = None) -> Tensor:
+        if stayed is None:
+            return inter_filter_orthogonality(layer.weight, layer.conv.groups)
+        parts = [layer.of_group(group) for group in range(layer.conv.groups)]
+        return torch.cat([inter_filter_orthogonality(layer.weight[part][stayed[part]]) for part in parts])
 
     def _generator(self, purpose: int, layer: int = 0) -> torch.Generator:
         """A stream of its own for every cycle, purpose and layer, so that nothing depends on what was drawn before."""
@@ -254,17 +374,24 @@ class RePrScheme:
         mixed = (self.seed, self.cycle, purpose, layer)
         return generator.manual_seed(int.from_bytes(_digest(mixed), "little"))
 
-    def _measure_moments(self, held: HeldFilters) -> dict[str, Tensor]:
-        if not self.calibrated:
+    def _frozen_norms(self) -> list[FilterLayer]:
+        """The layers whose norm keeps its statistics in training, also where the caller is evaluating now."""
+        if self.passes is None or self.passes.model.training:
+            return [layer for layer in self.layers if layer.is_frozen]
+        with undisturbed(self.passes.model):
+            return [layer for layer in self.layers if layer.is_frozen]
+
+    def _measure_moments(self, held: HeldFilters, frozen: list[FilterLayer]) -> dict[str, Tensor]:
+        layers = [layer for layer in held.layers if layer in frozen]
+        if not layers or self.frozen_norm == "keep":
             return {}
-        layers = [layer for layer in self.calibrated if layer in held]
         return measure_moments(layers, held.rows, self.passes, self.calibration_batches, self.cycle)
 
     def _match_moments(self, held: HeldFilters) -> None:
-        if not self.calibrated:
+        wanted = {name: old["moments"] for name, old in self._old.items() if "moments" in old}
+        if not wanted:
             return
-        layers = [layer for layer in self.calibrated if layer in held]
-        wanted = {x.name: self._old[x.name]["moments"] for x in layers if "moments" in self._old[x.name]}
+        layers = [layer for layer in held.layers if layer.name in wanted]
         match_moments(layers, held.rows, wanted, self.passes, self.calibration_batches, self.cycle)
         broadcast_([statistic for layer in layers for statistic in layer.running_statistics()])
 

@@ -1,0 +1,181 @@
+"""Which norm a conv's output runs through, seen in a forward pass by the graph that autograd builds.
+
+A conv marks the node of its output. From the input of a norm one walks back to that mark, through what works channel by
+channel (a ReLU between them, say). Passes without gradients tell nothing.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from repr_det.method.errors import UserError
+from repr_det.method.passes import undisturbed
+
+_MARK = "repr_det.conv"
+_MIXES_CHANNELS = ("View", "Transpose", "Permute", "Unfold", "Shuffle", "Convolution")
+_MOST_NODES = 64
+
+
+@torch.enable_grad()
+def norms_in_a_pass(
+    model: nn.Module, sample: Any, convs: Mapping[str, nn.Module], norms: list[nn.Module]
+) -> dict[str, nn.Module | None]:
+    """Conv name -> the first of ``norms`` that its output goes into, alone; None where it goes into none.
+
+    Convs that the pass does not run, or whose output has no gradient, are missing. The model is left as it was.
+
+    Args:
+        model: on its final device.
+        sample: what it is called with: one argument, or a tuple of them.
+        convs: conv name -> module.
+    """
+    found: dict[str, nn.Module | None] = {}
+
+    def ran(name: str, output: Tensor) -> None:
+        if _mark(name, output):
+            found.setdefault(name, None)
+
+    def runs(norm: nn.Module, value: Tensor) -> None:
+        name = _source(value)
+        if name is not None and found[name] is None:
+            found[name] = norm
+
+    with undisturbed(model, own_modes=True), _watched(convs, ran, norms, runs):
+        model(*sample if isinstance(sample, tuple) else (sample,))
+    return found
+
+
+class WiringWatch:
+    """Compares the norms of layers with the first training pass that shows them, then gets out of the way.
+
+    Copies and pickles of the model made meanwhile are not watched.
+
+    Args:
+        pairs: name of a conv -> conv and the norm taken for its own, where that is another module.
+    """
+
+    def __init__(self, pairs: Mapping[str, tuple[nn.Module, nn.Module]]) -> None:
+        self._names = list(pairs)
+        self._wrong: dict[str, str] = {}
+        self._ran: set[str] = set()
+        self._undecided = set(pairs)
+        self._handles = []
+        for name, (conv, norm) in pairs.items():
+            self._handles.append(conv.register_forward_hook(_Hook(self._see_conv, name)))
+            self._handles.append(norm.register_forward_pre_hook(_Hook(self._see_norm, name)))
+
+    def check(self) -> None:
+        """Raises UserError where a conv's output has been seen to go elsewhere."""
+        for name in filter(self._wrong.__contains__, self._names):
+            raise UserError(
+                f"REPR: the norm that stands behind {name} in its parent module is not the one that its output goes "
+                f"through ({self._wrong[name]}): name it, find_filter_layers(..., norms={{{name!r}: norm}}), give a "
+                "sample, find_filter_layers(..., sample=images), or exclude that layer"
+            )
+
+    def stop(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _see_conv(self, name: str, output: Any) -> None:
+        self._ran.add(name)
+        _mark(name, output)
+
+    def _see_norm(self, name: str, inputs: tuple) -> None:
+        if name not in self._undecided or not torch.is_grad_enabled() or not inputs or not torch.is_tensor(inputs[0]):
+            return
+        feeding = _feeding(inputs[0])
+        if name not in self._ran:
+            self._wrong[name] = "the norm runs before the conv"
+        elif name not in feeding and feeding:
+            self._wrong[name] = f"the norm follows {' and '.join(sorted(feeding))}"
+        elif name not in feeding:
+            return  # nothing can be said of this pass
+        self._undecided.discard(name)
+        if not self._undecided:
+            self.stop()
+
+
+class _Hook:
+    """A forward hook or forward pre-hook of the watch, which does not go with copies of the module that carries it."""
+
+    def __init__(self, see: Callable[[str, Any], None], name: str) -> None:
+        self.see = see
+        self.name = name
+
+    def __call__(self, module: nn.Module, inputs: tuple, *output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.see(self.name, output[0] if output else inputs)
+
+    def __reduce__(self) -> tuple:
+        return _Nothing, ()
+
+    def __deepcopy__(self, memo: dict) -> "_Nothing":
+        return _Nothing()
+
+
+class _Nothing:
+    def __call__(self, *arguments: Any) -> None:
+        pass
+
+
+def _mark(name: str, output: Any) -> bool:
+    node = output.grad_fn if torch.is_tensor(output) else None
+    if node is None:
+        return False
+    node.metadata[_MARK] = name
+    return True
+
+
+def _source(value: Tensor) -> str | None:
+    """Name of the conv whose output this is, or has become channel by channel with nothing else in it."""
+    node = value.grad_fn
+    for _ in range(_MOST_NODES):
+        if node is None:
+            return None
+        if _MARK in node.metadata:
+            return node.metadata[_MARK]
+        parents = [parent for parent, _ in node.next_functions if parent is not None]
+        if len(parents) != 1 or any(word in node.name() for word in _MIXES_CHANNELS):
+            return None
+        node = parents[0]
+    return None
+
+
+def _feeding(value: Tensor) -> set[str]:
+    """Names of the marked convs from which this comes without another conv between."""
+    names: set[str] = set()
+    waiting, known = [value.grad_fn], set()
+    while waiting and len(known) < _MOST_NODES:
+        node = waiting.pop(0)
+        if node is None or node in known:
+            continue
+        known.add(node)
+        if _MARK in node.metadata:
+            names.add(node.metadata[_MARK])
+        elif "Convolution" not in node.name():
+            waiting.extend(parent for parent, _ in node.next_functions)
+    return names
+
+
+@contextmanager
+def _watched(
+    convs: Mapping[str, nn.Module],
+    ran: Callable[[str, Tensor], None],
+    norms: list[nn.Module],
+    runs: Callable[[nn.Module, Tensor], None],
+) -> Iterator[None]:
+    handles = [
+        conv.register_forward_hook(lambda _, inputs, output, name=name: ran(name, output))
+        for name, conv in convs.items()
+    ]
+    handles += [norm.register_forward_pre_hook(lambda norm, inputs: runs(norm, inputs[0])) for norm in norms]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
