@@ -4,11 +4,16 @@ While filters are dropped their conv rows, biases and affine norm parameters are
 they are left out of every conv instead. Parameters stay as they are, and with them optimizer, DDP, checkpoints and
 state-dict keys: every forward pass slices them, every backward pass scatters the gradients into full tensors.
 
+What takes effect is bound to this model and to its weights being zero. A copy, a pickle, a trace, a script or an export
+is the masked network with the weights that it holds, and so is the model itself while other weights are in it.
+
 Shape shorthand:
     J: filters of a layer    K: filters of it that are computed    I: input channels of a conv that are computed
 """
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +22,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from repr_det.method.blocks import CONV_FORWARDS, NORM_FORWARDS, known_blocks
-from repr_det.method.layers import FROZEN, FilterLayer, norm_kind
+from repr_det.method.layers import BATCH, FROZEN, FilterLayer, norm_kind
+
+logger = logging.getLogger("repr_det.slim")
 
 _PER_CHANNEL = ("weight", "bias", "running_mean", "running_var")  # what a norm of NORM_FORWARDS holds for each channel
 
@@ -25,6 +32,19 @@ _PER_CHANNEL = ("weight", "bias", "running_mean", "running_var")  # what a norm 
 # computes in blocks of 8 channels: R50's backbone took no longer with multiples of 8 or 16 than with odd counts, in
 # spite of the additional FLOPs. The half-precision kernels of cuDNN want multiples of 8.
 _MULTIPLE = 8
+
+_traced_slim = False
+
+
+@contextmanager
+def traced_slim() -> Iterator[None]:
+    """Inside, traces see the slim network, for tools that count its operations; they are of no other use."""
+    global _traced_slim
+    before, _traced_slim = _traced_slim, True
+    try:
+        yield
+    finally:
+        _traced_slim = before
 
 
 class SlimNetwork:
@@ -38,8 +58,13 @@ class SlimNetwork:
     class of its own the zeros come first, for it may look at all channels. Grouped convs, padding modes other than
     zeros and convs whose forward pass is not in ``blocks.CONV_FORWARDS`` stay masked.
 
-    Module calls are kept, so forward hooks fire; inside a block they see kept channels only. A deep copy or pickle of
-    the model made meanwhile is a slim network of its own, which ``remove_slim`` turns into a masked one.
+    Module calls are kept, so forward hooks fire; inside a block they see kept channels only. Under ``torch.compile``
+    dropped channels are computed, as zeros.
+
+    Where dropped filters turn out not to be zero (weights that were loaded, an average that was swapped in), their
+    block or conv computes all channels until they are zero again; a warning says so. That is looked at whenever weights
+    are loaded, and on the CPU and in evaluation at every pass. While a GPU trains, values that are written by other
+    means go unnoticed until the restore.
 
     Args:
         model: on its final device, wrapped in DistributedDataParallel or not.
@@ -59,6 +84,8 @@ class SlimNetwork:
         self.masks = dict(masks)
         self.multiple = multiple
         self._replaced: list[nn.Module] = []
+        self._handles: list[Any] = []
+        self._zeros: dict[nn.Module, _Zeros] = {}
         for layer in self.layers:
             mask = self.masks.get(layer.name)
             if mask is not None and (len(mask) != layer.num_filters or bool(mask.all())):
@@ -76,6 +103,10 @@ class SlimNetwork:
         if self.installed:
             return
         kept = {layer.conv: rows for layer in self.layers if (rows := self._kept(layer)) is not None}
+        self._zeros = {x.conv: _Zeros(x, self.masks[x.name], self._warn) for x in self.layers if x.conv in kept}
+        for zeros in self._zeros.values():
+            for module in {zeros.layer.conv, zeros.layer.norm} - {None}:
+                self._handles.append(module.register_load_state_dict_post_hook(_OnLoad(zeros)))
         for block, chain in known_blocks(self.model):
             self._install_block(block, chain, kept)
         for conv, rows in kept.items():
@@ -84,8 +115,10 @@ class SlimNetwork:
     def remove(self) -> None:
         """Back to the masked network; a second call changes nothing."""
         for module in self._replaced:
-            del module.forward
-        self._replaced = []
+            del module._compiled_call_impl
+        for handle in self._handles:
+            handle.remove()
+        self._replaced, self._handles, self._zeros = [], [], {}
 
     def __enter__(self) -> "SlimNetwork":
         self.install()
@@ -113,6 +146,7 @@ class SlimNetwork:
 
     def _install_block(self, block: nn.Module, chain: list[nn.Module], kept: dict[nn.Module, "_Rows"]) -> None:
         given = None
+        zeros = [self._zeros[conv] for conv in chain if conv in kept]
         for conv, follower in zip(chain, [*chain[1:], None], strict=True):
             rows = kept.pop(conv, None)
             flows_on = (
@@ -122,45 +156,166 @@ class SlimNetwork:
                 and (follower is None or _sliceable(follower))
             )
             if rows is not None or given is not None:
-                self._install_conv(conv, rows, given, scatter=not flows_on)
+                installed = self._install_conv(conv, rows, given, scatter=not flows_on, zeros=zeros)
             given = rows if flows_on else None
         if given is not None:
             shortcut = block.shortcut
             if shortcut is not None and shortcut not in kept and _sliceable(shortcut) and _folds(shortcut.norm):
                 self._install_conv(shortcut, None, None, scatter=False)
-            self._replace(block, _BlockForward(block, chain, given))
+            installed.block = _BlockForward(block, chain, given, zeros)
+            self._replace(block, installed.block)
 
-    def _install_conv(self, conv: nn.Module, rows: "_Rows | None", columns: "_Rows | None", scatter: bool) -> None:
+    def _install_conv(
+        self,
+        conv: nn.Module,
+        rows: "_Rows | None",
+        columns: "_Rows | None",
+        scatter: bool,
+        zeros: "Sequence[_Zeros] | None" = None,
+    ) -> "_ConvForward":
         norm = getattr(conv, "norm", None)
         slices_norm = norm is not None and rows is not None and _channelwise(norm)
-        forward = _ConvForward(conv, rows, columns, scatter and rows is not None, slices_norm)
+        if zeros is None:
+            zeros = [self._zeros[conv]] if rows is not None else []
+        forward = _ConvForward(conv, rows, columns, scatter and rows is not None, slices_norm, zeros)
         if slices_norm:
             self._replace(norm, _NormForward(norm, rows))
         self._replace(conv, forward)
+        return forward
 
-    def _replace(self, module: nn.Module, forward: Any) -> None:
-        module.forward = forward
+    def _warn(self, name: str) -> None:
+        if not any(zeros.broken for zeros in self._zeros.values()):  # one line for all layers of a checkpoint
+            logger.warning(
+                "RePr: dropped filters are not zero any more (first seen: %s): other weights were written into the "
+                "model in its sub-network phase. Their channels are computed until they are zero again; a restore "
+                "needs them zero",
+                name,
+            )
+
+    def _replace(self, module: nn.Module, forward: "_SlimForward") -> None:
+        # Not ``module.forward``: this attribute is what a module's call looks at, what torch leaves out of copies and
+        # pickles, and what compilers and scripts pass by.
+        module._compiled_call_impl = _SlimCall(module, forward)
         self._replaced.append(module)
 
 
-def remove_slim(model: nn.Module) -> None:
-    """Makes a copy of a slim network, taken while it was installed, a masked one."""
-    for module in model.modules():
-        if isinstance(module.__dict__.get("forward"), (_ConvForward, _NormForward, _BlockForward)):
-            del module.forward
+class _Zeros:
+    """The dropped filters of a layer, and whether what makes their channels zero still is."""
+
+    def __init__(self, layer: FilterLayer, mask: Tensor, warn: Callable[[str], None]) -> None:
+        self.layer = layer
+        self.warn = warn
+        self.rows = mask.to(layer.weight.device).nonzero().flatten()
+        self.parameters = {name: t for name, t in layer.tensors().items() if isinstance(t, nn.Parameter)}
+        self.broken = False
+
+    @torch.no_grad()
+    def look(self) -> bool:
+        """Whether the channels are zero by the values that the model holds now."""
+        tensors = self.layer.tensors()
+        if self.layer.kind in (BATCH, FROZEN):  # whatever comes out of the conv
+            tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("norm.")}
+        broken = any(bool(tensor.index_select(0, self.rows).any()) for tensor in tensors.values())
+        if broken and not self.broken:
+            self.warn(self.layer.name)
+        self.broken = broken
+        return not broken
+
+    def hold(self, training: bool) -> bool:
+        """The same at the start of a pass; while a GPU trains by what the last look found, for a look waits for it."""
+        tensors = self.layer.tensors()
+        if any(tensors[name] is not parameter for name, parameter in self.parameters.items()):
+            return False  # torch.func.functional_call, or load_state_dict(assign=True)
+        if training and torch.is_grad_enabled() and self.rows.is_cuda:
+            return not self.broken
+        return self.look()
+
+
+class _Absent:
+    """Not there in deep copies and pickles: its place holds None, or what ``absent`` says."""
+
+    @staticmethod
+    def absent() -> Any:
+        return None
+
+    def __deepcopy__(self, memo: dict) -> Any:
+        return self.absent()
+
+    def __reduce__(self) -> tuple:
+        return type(self).absent, ()
+
+
+class _OnLoad(_Absent):
+    """Looks after weights have been loaded into a conv or its norm."""
+
+    def __init__(self, zeros: _Zeros) -> None:
+        self.zeros = zeros
+
+    def __call__(self, module: nn.Module, incompatible_keys: Any) -> None:
+        self.zeros.look()
+
+    @staticmethod
+    def absent() -> Any:
+        return _nothing_on_load
+
+
+def _nothing_on_load(module: nn.Module, incompatible_keys: Any) -> None:
+    pass
+
+
+class _SlimForward:
+    """A forward pass of ``module`` that stands in for its class's where ``takes`` says so."""
+
+    def takes(self, x: Tensor) -> bool:
+        raise NotImplementedError
+
+    def __call__(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class _SlimCall(_Absent):
+    """What calling a module does: its hooks as ever, and between them the slim forward pass where it applies."""
+
+    def __init__(self, module: nn.Module, forward: _SlimForward) -> None:
+        self.module = module
+        self.forward = forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        held = self.module.__dict__
+        if (
+            kwargs
+            or len(args) != 1
+            or "forward" in held
+            or not _is_computed(args[0])
+            or not self.forward.takes(args[0])
+        ):
+            return self.module._call_impl(*args, **kwargs)
+        held["forward"] = self.forward
+        try:
+            return self.module._call_impl(*args)
+        finally:
+            held.pop("forward", None)
+
+
+def _is_computed(x: Any) -> bool:
+    """Whether a pass computes numbers, not a graph for later: a tracer's, a compiler's, an exporter's."""
+    if not torch.is_tensor(x) or torch.compiler.is_compiling():
+        return False
+    return _traced_slim or not torch.jit.is_tracing()
 
 
 def _sliceable(conv: nn.Module) -> bool:
     return (
         type(conv).forward in CONV_FORWARDS
         and "forward" not in conv.__dict__
+        and conv._compiled_call_impl is None  # somebody has compiled it
         and conv.groups == 1
         and conv.padding_mode == "zeros"
     )
 
 
 def _channelwise(norm: nn.Module) -> bool:
-    return type(norm).forward in NORM_FORWARDS and "forward" not in norm.__dict__
+    return type(norm).forward in NORM_FORWARDS and "forward" not in norm.__dict__ and norm._compiled_call_impl is None
 
 
 class _Rows(NamedTuple):
@@ -239,7 +394,7 @@ def _along_rows(scale: Tensor, like: Tensor) -> Tensor:
 
 
 def _sliced(tensor: Tensor, selection: _Selection, scale: Tensor | None = None) -> Tensor:
-    if torch.jit.is_tracing():  # export and FLOP counters: the tracer does not know the Function
+    if torch.jit.is_tracing():  # FLOP counters: the tracer does not know the Function
         tensor = selection.take(tensor)
         return tensor if scale is None else tensor * _along_rows(scale, tensor)
     return _Slice.apply(tensor, selection, scale)
@@ -266,16 +421,26 @@ def _add_channels(whole: Tensor, part: Tensor, index: Tensor) -> Tensor:
     return _AddChannels.apply(whole, part, index)
 
 
-class _ConvForward:
+class _ConvForward(_SlimForward):
     """Forward pass of nn.Conv2d, or of a conv with its norm inside (Detectron2's), for some rows (all where None) and
     input channels.
 
     ``scatter`` puts the result into zeros at the dropped channels. Before a norm that is not sliced the zeros come
-    first, after one that is they come last.
+    first, after one that is they come last. So does a conv whose result goes to its ``block``, where that does not run
+    its slim pass. ``zeros`` are what the passes of its block leave out: the first conv of them decides, the others go
+    by what it gives them.
     """
 
+    block: "_BlockForward | None" = None
+
     def __init__(
-        self, conv: nn.Conv2d, rows: _Rows | None, columns: _Rows | None, scatter: bool, slices_norm: bool
+        self,
+        conv: nn.Conv2d,
+        rows: _Rows | None,
+        columns: _Rows | None,
+        scatter: bool,
+        slices_norm: bool,
+        zeros: Sequence[_Zeros],
     ) -> None:
         self.conv = conv
         self.rows = rows
@@ -284,6 +449,14 @@ class _ConvForward:
         self.scatter = scatter
         self.slices_norm = slices_norm
         self.folds = _folds(getattr(conv, "norm", None))
+        self.takes_part_of_input = columns is not None
+        self.inputs = conv.in_channels if columns is None else len(columns.index)
+        self.zeros = zeros
+
+    def takes(self, x: Tensor) -> bool:
+        if x.dim() != 4 or x.shape[1] != self.inputs:
+            return False
+        return self.takes_part_of_input or all([zeros.hold(self.conv.training) for zeros in self.zeros])
 
     def __call__(self, x: Tensor) -> Tensor:
         conv, rows = self.conv, self.rows
@@ -304,7 +477,7 @@ class _ConvForward:
         x = F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation)
         if self.slices_norm and not folds:
             x = norm(x)
-        if self.scatter:
+        if self.scatter or (self.block is not None and not self.block.runs):
             x = _add_channels(x.new_zeros(()).expand(x.shape[0], len(rows.inverse), *x.shape[2:]), x, rows.index)
         if norm is not None and not self.slices_norm and not folds:
             x = norm(x)
@@ -322,13 +495,16 @@ def _frozen_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
     return scale, norm.bias - norm.running_mean * scale
 
 
-class _NormForward:
+class _NormForward(_SlimForward):
     """Forward pass of a norm over some of its channels: its class's own, on slices of what it holds for each."""
 
     def __init__(self, norm: nn.Module, rows: _Rows) -> None:
         self.norm = norm
         self.rows = rows
         self.selection = _Selection(rows)
+
+    def takes(self, x: Tensor) -> bool:
+        return x.dim() == 4 and x.shape[1] == len(self.rows.index)
 
     def __call__(self, x: Tensor) -> Tensor:
         held, index = self.norm.__dict__, self.rows.index
@@ -353,17 +529,28 @@ class _NormForward:
         return x
 
 
-class _BlockForward:
+class _BlockForward(_SlimForward):
     """Forward pass of a residual block whose last conv returns some channels only."""
 
-    def __init__(self, block: nn.Module, chain: list[nn.Module], rows: _Rows) -> None:
+    def __init__(self, block: nn.Module, chain: list[nn.Module], rows: _Rows, zeros: Sequence[_Zeros]) -> None:
         self.block = block
         self.chain = chain
         self.rows = rows
+        self.zeros = zeros
+        self.runs = False
+
+    def takes(self, x: Tensor) -> bool:
+        return x.dim() == 4 and all([zeros.hold(self.block.training) for zeros in self.zeros])
 
     def __call__(self, x: Tensor) -> Tensor:
         out = x
-        for number, conv in enumerate(self.chain):
-            out = conv(F.relu_(out) if number else out)
+        self.runs = True
+        try:
+            for number, conv in enumerate(self.chain):
+                out = conv(F.relu_(out) if number else out)
+        finally:
+            self.runs = False
         shortcut = x if self.block.shortcut is None else self.block.shortcut(x)
+        if out.shape[1] == shortcut.shape[1]:  # what its last conv computes if called with all channels
+            return F.relu_(out + shortcut)
         return F.relu_(_add_channels(shortcut, out, self.rows.index))

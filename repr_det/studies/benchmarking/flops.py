@@ -7,6 +7,7 @@ from fvcore.nn import FlopCountAnalysis
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from repr_det.method.slim import traced_slim
 from repr_det.studies.benchmarking.case import Bench
 
 
@@ -33,7 +34,7 @@ def count(bench: Bench, batch: list[dict]) -> dict[str, float]:
     logging.getLogger("fvcore.nn.jit_analysis").setLevel(logging.ERROR)
     found = {"forward_dense": forward_flops(bench.model, batch), "step_dense": step_flops(bench)}
     for name, multiple in (("slim", None), ("exact", 1)):
-        with bench.slim(multiple):
+        with bench.slim(multiple), traced_slim():
             found[f"forward_{name}"] = forward_flops(bench.model, batch)
             found[f"step_{name}"] = step_flops(bench)
     for scope in ("forward", "step"):
