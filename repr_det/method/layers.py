@@ -5,6 +5,7 @@ parameters (buffers for FrozenBN). Setting all of these to zero makes the channe
 """
 
 import fnmatch
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from repr_det.method.errors import UserError
+from repr_det.method.features import why_not_features
 from repr_det.method.wiring import norms_in_a_pass
+
+logger = logging.getLogger("repr_det.layers")
 
 BATCH, FROZEN, GROUP, NONE = "batch", "frozen", "group", "none"
 
@@ -143,11 +147,11 @@ def find_filter_layers(
 ) -> list[FilterLayer]:
     """The trainable Conv2d modules whose names match, in the order of the model.
 
-    Frozen convs and the offset convs of deformable blocks never take part. The norm of a conv is ``norms[name]`` where
-    given, else its attribute ``norm`` (Detectron2), else the one that its output goes into in a forward pass of
-    ``sample``, else (no sample, or a conv that it does not reach) the module that directly follows it in its parent if
-    that is a norm (torchvision's conv1, bn1 and nn.Sequential(conv, bn, ...)); a BN or GN over other channels is not
-    its own.
+    Frozen convs, the offset convs of deformable blocks, convs that put out predictions and those of gates (squeeze and
+    excitation) never take part. The norm of a conv is ``norms[name]`` where given, else its attribute ``norm``
+    (Detectron2), else the one that its output goes into in a forward pass of ``sample``, else (no sample, or a conv
+    that it does not reach) the module that directly follows it in its parent if that is a norm (torchvision's conv1,
+    bn1 and nn.Sequential(conv, bn, ...)); a BN or GN over other channels is not its own.
 
     Args:
         model: not wrapped in DistributedDataParallel.
@@ -173,12 +177,18 @@ def find_filter_layers(
         for name, conv in convs.items()
         if (conv.weight.requires_grad if _owns_weight(conv) else any(p.requires_grad for p in conv.parameters()))
     ]
-    chosen = [n for n in trainable if _matches(n, include) and not _matches(n, exclude)]
+    matching = [n for n in trainable if _matches(n, include) and not _matches(n, exclude)]
+    others = why_not_features(model)
+    chosen = [name for name in matching if name not in others]
+    left_out = ", ".join(f"{name} ({others[name]})" for name in matching if name in others)
+    if left_out:
+        logger.warning("RePr: these put out something else than features and keep all their filters: %s", left_out)
     if not chosen:
         frozen = sum(_matches(name, include) for name in convs) - sum(_matches(n, include) for n in trainable)
         raise UserError(
             f"REPR.LAYERS.INCLUDE {list(include)} less EXCLUDE {list(exclude)} matches no trainable Conv2d"
             + (f" ({frozen} that match are frozen, see MODEL.BACKBONE.FREEZE_AT)" if frozen else "")
+            + (f" (not filters: {left_out})" if left_out else "")
             + f"; trainable here: {_abbreviated(trainable)}{_transformer(model)}"
         )
     known = dict(norms or {})
