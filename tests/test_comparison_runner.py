@@ -25,8 +25,10 @@ ROOT = Path(__file__).resolve().parents[1]
 # ---- the runner, with a fake training command ----
 
 FAKE = """
-import json, os, sys, time
+import fcntl, json, os, sys, time
 folder, steps, pause, status = sys.argv[1], int(sys.argv[-3]), float(sys.argv[-2]), int(sys.argv[-1])
+lock = open(folder + "/.running", "a")
+fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as repr_det.train does
 log = lambda **row: open(folder + "/metrics.json", "a").write(json.dumps(row) + chr(10))
 open(folder + "/calls.txt", "a").write(" ".join(sys.argv[2:-3]) + "|" + os.environ["OMP_NUM_THREADS"] + chr(10))
 done = sum(1 for _ in open(folder + "/metrics.json")) if "--resume" in sys.argv else 0

@@ -6,6 +6,7 @@ import os
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_argument_parser
 
+from repr_det.commands.world import add_process_arguments
 from repr_det.datasets import class_names, register_builtin, register_coco_format
 from repr_det.detectron.config import add_repr_config, as_user_error
 from repr_det.method.errors import UserError
@@ -16,6 +17,7 @@ def train_argument_parser() -> argparse.ArgumentParser:
     parser = default_argument_parser()
     parser.description = "Train a Detectron2 detector with RePr, or its baseline, and evaluate it with COCO AP."
     add_data_argument(parser)
+    add_process_arguments(parser)
     parser.add_argument(
         "--baseline",
         action="store_true",

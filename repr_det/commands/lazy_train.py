@@ -8,7 +8,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from repr_det.commands.arguments import train_argument_parser
 from repr_det.commands.checks import check_run
-from repr_det.commands.processes import launch_processes, setup_process
+from repr_det.commands.processes import launch_processes, may_continue, setup_process
+from repr_det.commands.world import check_processes
 from repr_det.datasets import class_names, register_builtin, register_coco_format
 from repr_det.detectron.lazy import NUM_CLASSES, LazyTrainer, data_set_names, evaluate, repr_cfg_from_lazy
 from repr_det.method.errors import UserError
@@ -74,6 +75,9 @@ def main(args: argparse.Namespace) -> None:
 def start(argv: list[str] | None = None) -> None:
     """Parses arguments, checks what can be checked, then launches the processes."""
     args = train_argument_parser().parse_args(argv)
-    yacs = repr_cfg_from_lazy(load_lazy_config(args.config_file, args.opts, args.register, args.baseline))
-    check_run(yacs, args.resume, args.eval_only, args.num_gpus)
+    cfg = load_lazy_config(args.config_file, args.opts, args.register, args.baseline)
+    yacs = repr_cfg_from_lazy(cfg)
+    world = check_processes(args, yacs, {"model": cfg.model})
+    args.resume = may_continue(args, yacs.OUTPUT_DIR)
+    check_run(yacs, args.resume, args.eval_only, world.local_size)
     launch_processes(main, args, yacs.MODEL.DEVICE)

@@ -4,7 +4,10 @@ import argparse
 import logging
 import os
 import re
+import signal
+import socket
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,20 +15,28 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from detectron2.config import CfgNode
-from detectron2.engine import default_setup, launch
+from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
-from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
 
+from repr_det.commands.world import Torchrun, join_by_options, join_torchrun, url_of
 from repr_det.detectron.config import without_repr
 from repr_det.method.errors import UserError
 from repr_det.runs.files import disk_is_full, write_atomically
+from repr_det.runs.lock import RunLock, job_of
+from repr_det.runs.parent import end_with_parent
+from repr_det.runs.stopping import STATUS, Stopped, answer_signals
 
 STOCK_CONFIG_FILE = "config_detectron2.yaml"
+_FOR_THE_FIRST_TO_SPEAK = 5.0  # seconds
+_FOR_THE_LAST_TO_END = 30.0  # seconds that a resumed run waits for the one that it continues, which may be saving
+_HELD: list[RunLock] = []
 
 
 def run_tool(main: Callable[[], Any]) -> None:
-    """Runs a tool; a UserError or a full disk ends it with one line on stderr and status 2."""
+    """Runs a tool; a UserError or a full disk ends it with one line on stderr and status 2, a signal that asks it to
+    stop with status 75 (``stopping``)."""
     try:
         main()
         return
@@ -35,8 +46,21 @@ def run_tool(main: Callable[[], Any]) -> None:
         if not disk_is_full(error):
             raise
         what = f"{error}: free space; a run goes on with --resume"
-    sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {what}\n")
+    except Stopped as stopped:
+        if comm.is_main_process():
+            _say(f"stopped by {stopped.asked} with status {STATUS}; the same command with --resume continues")
+        raise
+    torchrun = Torchrun.found()
+    if torchrun is not None and torchrun.local_rank > 0:
+        # What the first process here says as well is said once: torchrun ends this one when that one has ended.
+        time.sleep(_FOR_THE_FIRST_TO_SPEAK)
+    _say(f"error: {what}")
     sys.exit(2)
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(f"{Path(sys.argv[0]).name}: {line}\n")
+    sys.stderr.flush()
 
 
 def setup(args: argparse.Namespace, cfg: CfgNode) -> None:
@@ -47,7 +71,14 @@ def setup(args: argparse.Namespace, cfg: CfgNode) -> None:
 
 
 def setup_process(args: argparse.Namespace, cfg: Any, device: str, folder: str) -> None:
-    """Threads, logs and seeds of one process of a run, for a yaml config or a LazyConfig."""
+    """Lock, threads, logs and seeds of one process of a run, for a yaml config or a LazyConfig.
+
+    ``args.resume`` becomes what rank 0 has found, see ``may_continue``.
+
+    Raises:
+        UserError: another process trains in ``folder``, or this machine does not see rank 0's files there.
+    """
+    _take(args, folder)
     if device == "cpu" and comm.get_world_size() > 1 and "OMP_NUM_THREADS" not in os.environ:
         # Every process would take all cores for itself, and they would wait for each other most of the time.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // comm.get_local_size()))
@@ -56,25 +87,113 @@ def setup_process(args: argparse.Namespace, cfg: Any, device: str, folder: str) 
     setup_logger(folder, distributed_rank=comm.get_rank(), name="repr_det", abbrev_name="repr")
 
 
+def may_continue(args: argparse.Namespace, folder: str) -> bool:
+    """``--resume``, or that the elastic job which torchrun starts again has begun the run in ``folder``.
+
+    Rank 0 decides; the others may, whatever they see, and get its decision in ``setup_process``.
+    """
+    torchrun = Torchrun.found()
+    return args.resume or (torchrun is not None and (torchrun.rank > 0 or job_of(folder) == torchrun.job))
+
+
+def _take(args: argparse.Namespace, folder: str) -> None:
+    """Rank 0 locks the folder; every rank learns whether it could, and whether the run is resumed."""
+    if args.eval_only or not folder:
+        return
+    trouble = ""
+    if comm.is_main_process():
+        torchrun = Torchrun.found()
+        lock = RunLock(folder, "" if torchrun is None else torchrun.job)
+        try:
+            lock.acquire(_FOR_THE_LAST_TO_END if args.resume else 0.0)
+            _HELD.append(lock)
+        except UserError as error:
+            trouble = str(error)
+    tag = Path(folder) / "last_checkpoint"
+    found = tag.read_text(encoding="utf-8", errors="replace") if tag.is_file() else ""
+    told = comm.all_gather((trouble, args.resume, found))
+    trouble, args.resume, of_rank_0 = told[0]
+    if trouble:
+        raise UserError(trouble)
+    if args.resume and found != of_rank_0:
+        raise UserError(
+            f"{tag} names {found!r} on {socket.gethostname()} and {of_rank_0!r} for rank 0: OUTPUT_DIR must be one "
+            "folder that every machine sees"
+        )
+
+
 def launch_processes(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace, device: str) -> None:
-    """Runs ``main(args)`` in the processes that ``args`` asks for."""
+    """Runs ``main(args)`` in this process where torchrun started it, else in the processes that ``args`` asks for."""
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # several CPU processes talk by gloo, also on a machine with GPUs
+    torchrun = Torchrun.found()
+    if torchrun is not None:
+        end_with_parent()
+        if torchrun.size > 1:
+            join_torchrun(torchrun, device, args.rendezvous_timeout)
+        _run(main, args)
+    elif args.num_gpus * args.num_machines == 1:
+        _run(main, args)
+    else:
+        _spawn(main, args, device)
+
+
+def _spawn(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace, device: str) -> None:
+    context = None
+    asked = ""
+
+    def pass_on(number: int, _: object) -> None:
+        nonlocal asked
+        asked = signal.Signals(number).name
+        for process in context.processes if context is not None else ():
+            if process.is_alive():
+                os.kill(process.pid, number)
+
     try:
-        processes = (args.num_gpus, args.num_machines, args.machine_rank, args.dist_url)
-        launch(_run_and_leave_the_group, *processes, args=(main, args))
+        with answer_signals(pass_on):
+            context = start_processes(
+                _spawned, (main, args, url_of(args), device), args.num_gpus, join=False, daemon=False
+            )
+            if asked:  # before there were processes to pass it on to
+                pass_on(signal.Signals[asked], None)
+            while not context.join():
+                pass
     except ProcessRaisedException as error:
         if not re.search(r"\nrepr_det\.[\w.]+Error: .*$", str(error).rstrip()):
             raise
         raise UserError(_last_line(error)) from None
     except ProcessExitedException as error:
+        if asked or error.exit_code == STATUS:
+            raise Stopped(asked or "a signal to one of its processes") from None
         raise UserError(f"{error}, so the run stops; what is saved is untouched: continue with --resume") from None
 
 
-def _run_and_leave_the_group(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
+def _spawned(
+    local_rank: int, main: Callable[[argparse.Namespace], Any], args: argparse.Namespace, url: str, device: str
+) -> None:
+    join_by_options(local_rank, args, url, device)
+    _run(main, args)
+
+
+def _run(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
     """Detectron2's processes exit as members of their group, and gloo's threads then abort some of them (SIGABRT). One
     that fails does not leave: its peers may still wait for it."""
-    main(args)
+    try:
+        with answer_signals():
+            main(args)
+    except Stopped as stopped:
+        if dist.is_initialized() and not stopped.together:
+            logging.shutdown()
+            os._exit(STATUS)  # in the middle of whatever its peers do
+        _leave_the_group()
+        raise
+    finally:
+        while _HELD:
+            _HELD.pop().release()
+    _leave_the_group()
+
+
+def _leave_the_group() -> None:
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 

@@ -8,7 +8,8 @@ from detectron2.utils import comm
 
 from repr_det.commands.arguments import build_config, train_argument_parser
 from repr_det.commands.checks import check_run
-from repr_det.commands.processes import launch_processes, setup
+from repr_det.commands.processes import launch_processes, may_continue, setup
+from repr_det.commands.world import check_processes
 from repr_det.detectron.engine import Trainer
 from repr_det.runs.resume import AtomicCheckpointer
 
@@ -37,5 +38,7 @@ def start(argv: list[str] | None = None) -> None:
     """Parses arguments, checks everything that can be checked, then launches the processes."""
     args = train_argument_parser().parse_args(argv)
     cfg = config_of(args)
-    check_run(cfg, args.resume, args.eval_only, args.num_gpus)
+    world = check_processes(args, cfg, cfg.MODEL)
+    args.resume = may_continue(args, cfg.OUTPUT_DIR)
+    check_run(cfg, args.resume, args.eval_only, world.local_size)
     launch_processes(main, args, str(cfg.MODEL.DEVICE))

@@ -20,6 +20,7 @@ from repr_det.method.errors import UserError
 from repr_det.runs.files import FINAL_CHECKPOINT
 from repr_det.runs.guard import FiniteGuard, NonFiniteError, describe, first_non_finite
 from repr_det.runs.resume import AtomicCheckpointer, ExactResume, remove_unfinished_saves, resumable
+from repr_det.runs.stopping import StopAtSignal
 
 
 class Trainer(DefaultTrainer):
@@ -76,7 +77,10 @@ class Trainer(DefaultTrainer):
                 loaders.append(hook._data_loader)
         exact = ExactResume(loaders, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD, cfg.OUTPUT_DIR)
         built.insert(saving, exact)
-        built.insert(0, FiniteGuard(not cfg.SOLVER.AMP.ENABLED, weights_matter))
+        guard = FiniteGuard(not cfg.SOLVER.AMP.ENABLED, weights_matter)
+        stop = StopAtSignal(cfg.SOLVER.CHECKPOINT_PERIOD, lambda: (guard.check_weights(), exact.collect()))
+        built.insert(next((i for i, hook in enumerate(built) if isinstance(hook, hooks.EvalHook)), len(built)), stop)
+        built.insert(0, guard)
         return built if repr_hook is None else [*built, repr_hook]
 
     def run_step(self) -> None:

@@ -34,7 +34,10 @@ class FiniteGuard(HookBase):
         if self.check_gradients:
             self._check(_gradients(model), "gradient")
         if self.weights_at(self.trainer.iter):
-            self._check(dict(model.named_parameters()), "weight")
+            self.check_weights()
+
+    def check_weights(self) -> None:
+        self._check(dict(self.trainer.model.named_parameters()), "weight")
 
     def _check(self, tensors: dict[str, Tensor], what: str) -> None:
         if not tensors or all_finite(tensors.values()):

@@ -319,9 +319,13 @@ class ExactResume(HookBase):
     def after_step(self) -> None:
         done = self.trainer.iter + 1
         if done % self.checkpoint_period == 0 or done >= self.trainer.max_iter:
-            loaders = [x.state_dict() if isinstance(x, ResumableLoader) else None for x in self.loaders]
-            ranks = comm.gather({"random": random_state(), "loaders": loaders})
-            self._saved = {"iteration": self.trainer.iter, "ranks": ranks, "scalars": _scalars(self.trainer.storage)}
+            self.collect()
+
+    def collect(self) -> None:
+        """What a checkpoint of this moment needs; on every rank, and before evaluation."""
+        loaders = [x.state_dict() if isinstance(x, ResumableLoader) else None for x in self.loaders]
+        ranks = comm.gather({"random": random_state(), "loaders": loaders})
+        self._saved = {"iteration": self.trainer.iter, "ranks": ranks, "scalars": _scalars(self.trainer.storage)}
 
     def _bring_back_scalars(self, scalars: dict[str, list]) -> None:
         storage, now = self.trainer.storage, self.trainer.storage.iter

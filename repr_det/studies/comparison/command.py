@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from repr_det.commands.arguments import add_data_argument
+from repr_det.commands.world import refuse_torchrun
 from repr_det.datasets import register_builtin, register_coco_format
 from repr_det.method.errors import UserError
 from repr_det.runs.files import write_atomically
@@ -69,6 +70,7 @@ def main(argv: list[str] | None = None) -> None:
         UserError, RunFailed: see ``runner.run_comparison_tool``.
     """
     args = argument_parser().parse_args(argv)
+    refuse_torchrun("compare.py")
     _check_arguments(args)
     if args.report_only:
         runs, settings = _remembered(args.output)

@@ -1,7 +1,5 @@
 """Trains runs as subprocesses: several at once, resumed where they stopped, with progress, ended with their parent."""
 
-import ctypes
-import fcntl
 import os
 import shlex
 import signal
@@ -16,13 +14,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from repr_det.commands.processes import run_tool
-from repr_det.method.errors import UserError
 from repr_det.runs.files import run_traces
+from repr_det.runs.lock import RunLock
+from repr_det.runs.parent import end_with_parent
 from repr_det.studies.comparison.progress import Progress
 from repr_det.studies.comparison.runs import Run, is_finished
 
 OUTPUT_FILE = "stdout.txt"
-_LOCK_FILE = ".running"
 _SHOWN_LINES = 20
 _GRACE_SECONDS = 10.0
 
@@ -97,46 +95,30 @@ class _Job:
     def start(cls, run: Run, slot: int, jobs: int, num_gpus: int) -> "_Job":
         command = run.command(resume=bool(run_traces(run.folder)))
         run.folder.mkdir(parents=True, exist_ok=True)
-        lock = _lock(run)
+        _check_alone(run)
         output = (run.folder / OUTPUT_FILE).open("a", encoding="utf-8")
         output.write(f"$ {shlex.join(command)}\n")
         output.flush()
-        try:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=_environment(slot, jobs, num_gpus),
-                pass_fds=(lock,),  # the lock is held for as long as the child lives
-                start_new_session=True,
-                preexec_fn=_die_with_parent,
-            )
-        finally:
-            os.close(lock)
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=_environment(slot, jobs, num_gpus),
+            start_new_session=True,
+            preexec_fn=end_with_parent,
+        )
         return cls(run, slot, command, process, output)
 
     def close(self) -> None:
         self.output.close()
 
 
-def _lock(run: Run) -> int:
-    lock = os.open(run.folder / _LOCK_FILE, os.O_CREAT | os.O_RDWR, 0o644)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(lock)
-        raise UserError(f"{run.folder} is being trained by another process: wait for it or end it") from error
-    return lock
-
-
-def _die_with_parent() -> None:
-    # Linux alone; elsewhere a child outlives a parent that is killed by SIGKILL, and the lock tells the next one.
-    if _PRCTL is not None:
-        _PRCTL(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-
-
-_PRCTL = getattr(ctypes.CDLL(None), "prctl", None) if sys.platform == "linux" else None
+def _check_alone(run: Run) -> None:
+    """The run locks its folder itself; here for a line of the comparison's own."""
+    lock = RunLock(run.folder)
+    lock.acquire()
+    lock.release()
 
 
 def _environment(slot: int, jobs: int, num_gpus: int) -> dict[str, str]:

@@ -1,0 +1,137 @@
+"""Stopping with notice: SIGTERM or SIGUSR1, as schedulers send before they take a machine away, end a run with a
+checkpoint and a status that asks for another start."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from detectron2.engine import HookBase, hooks
+from detectron2.utils import comm
+
+STATUS = os.EX_TEMPFAIL  # 75: nothing is wrong, start it again
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Stopped(SystemExit):
+    """Ends the process with STATUS.
+
+    Args:
+        asked: name of the signal.
+        together: whether all ranks end at the same point, so that the process group can be left in order.
+    """
+
+    def __init__(self, asked: str, together: bool = False) -> None:
+        super().__init__(STATUS)
+        self.asked, self.together = asked, together
+
+
+class _Notice:
+    """What this process knows about stopping.
+
+    Attributes:
+        answered: whether signals come here, see ``answer_signals``.
+        asked: name of the signal that came, or "".
+        unsaved: whether steps have been made that no checkpoint holds.
+    """
+
+    answered = False
+    asked = ""
+    unsaved = False
+
+    def __call__(self, number: int, _: object) -> None:
+        self.asked = signal.Signals(number).name
+        if not self.unsaved:
+            raise Stopped(self.asked)
+
+
+NOTICE = _Notice()
+
+
+@contextmanager
+def answer_signals(answer: Callable[[int, object], None] = NOTICE) -> Iterator[None]:
+    """Inside, SIGTERM and SIGUSR1 stop the run: at once where nothing is lost by it, else at the end of the step.
+
+    Loader workers are kept out: they leave the process group, for torchrun and others signal the whole group, and a
+    worker that dies would end the run before its checkpoint is written.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # where Python allows no handlers
+        return
+    before = [signal.signal(number, answer) for number in SIGNALS]
+    NOTICE.answered, NOTICE.asked, NOTICE.unsaved = True, "", False
+    try:
+        yield
+    finally:
+        NOTICE.answered = False
+        for number, handler in zip(SIGNALS, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _keep_out() -> None:
+    if NOTICE.answered:
+        NOTICE.answered = False
+        os.setpgid(0, 0)
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+
+
+os.register_at_fork(after_in_child=_keep_out)
+
+
+class StopAtSignal(HookBase):
+    """At the end of a step in which any rank was signalled, every rank stops, with a checkpoint of that step.
+
+    Comes after the PeriodicCheckpointer and before evaluation. A signal during an evaluation right after a checkpoint
+    ends the run at once; the resumed run makes the evaluation again.
+
+    Args:
+        checkpoint_period: SOLVER.CHECKPOINT_PERIOD.
+        prepare: what every rank has to do before a checkpoint is written.
+    """
+
+    def __init__(self, checkpoint_period: int, prepare: Callable[[], None]) -> None:
+        self.checkpoint_period = checkpoint_period
+        self.prepare = prepare
+        self._stopping = False
+
+    def before_step(self) -> None:
+        NOTICE.unsaved = True
+
+    def after_step(self) -> None:
+        if not NOTICE.answered:
+            return
+        done = self.trainer.iter + 1
+        last = done >= self.trainer.max_iter
+        saved = last or done % self.checkpoint_period == 0
+        self._stopping = _any_rank(bool(NOTICE.asked))
+        if self._stopping and not saved:
+            self.prepare()
+            self.trainer.checkpointer.save(f"model_{self.trainer.iter:07d}", iteration=self.trainer.iter)
+        if self._stopping and not last:  # after the last step there is only the evaluation, which after_train stops
+            raise self._stopped()
+        NOTICE.unsaved = not saved
+
+    def after_train(self) -> None:
+        if not self._stopping:
+            return
+        comm.synchronize()  # the checkpoint is written
+        for hook in self.trainer._hooks:
+            if isinstance(hook, hooks.PeriodicWriter):
+                for writer in hook._writers:  # without one more row, which an undisturbed run would not have
+                    writer.close()
+        raise self._stopped()
+
+    def _stopped(self) -> Stopped:
+        return Stopped(NOTICE.asked or "a signal to another process", together=True)
+
+
+def _any_rank(mine: bool) -> bool:
+    if comm.get_world_size() == 1:
+        return mine
+    flag = torch.tensor([int(mine)])
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=comm._get_global_gloo_group())
+    return bool(flag.item())

@@ -1,0 +1,155 @@
+"""Runs that torchrun starts: equal to those of --num-gpus, through killed ranks and agents, SIGTERM and restarts."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SMALL
+
+HERE = Path(__file__).parent
+OPTS = (
+    "SOLVER.MAX_ITER 12 REPR.ENABLED True REPR.S1_ITERS 2 REPR.S2_ITERS 2 REPR.NUM_CYCLES 2 SOLVER.CHECKPOINT_PERIOD 3 "
+    "DATASETS.TEST ()"
+).split()
+ROUNDS = int(os.environ.get("KILL_ROUNDS", "1"))  # `make soak` sets more
+
+
+@pytest.fixture(scope="module")
+def train(tiny_data):
+    """``train(folder, *torchrun's words, resume=False, misbehave="")`` -> the started process; without torchrun's words
+    two processes by --num-gpus."""
+    begun = []
+
+    def start(folder, *torchrun, resume=False, misbehave="", **environment):
+        register = [
+            x
+            for name in ("tiny_train", "tiny_val")
+            for x in ("--register", name, tiny_data / "tiny.json", tiny_data / "images")
+        ]
+        launcher = [sys.executable, *(("-m", "torch.distributed.run", *torchrun) if torchrun else ())]
+        flags = ["--config-file", ROOT / "configs" / "baseline_r50_fpn.yaml", *register]
+        flags += ["--resume"] * resume + ([] if torchrun else ["--num-gpus", 2, "--dist-url", "auto"])
+        command = [*launcher, HERE / "torchrun_process.py", *flags, *SMALL, *OPTS, "OUTPUT_DIR", folder]
+        environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), **environment)
+        if misbehave:
+            environment["MISBEHAVE"] = f"{misbehave} {folder}.once"
+        log = open(f"{folder}.log", "a")  # noqa: SIM115
+        process = subprocess.Popen([str(x) for x in command], stdout=log, stderr=log, env=environment)
+        begun.append(process)
+        return process
+
+    yield start
+    for process in begun:
+        if process.poll() is None:
+            process.kill()
+
+
+def ended(process, folder, *, well=True, seconds=120):
+    """The exit status."""
+    try:
+        status = process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        raise AssertionError(f"hangs:\n{log_of(folder)[-4000:]}") from None
+    assert not well or status == 0, log_of(folder)[-4000:]
+    return status
+
+
+def wait_for_port(port):
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.1)
+    raise AssertionError(f"nobody listens on port {port}")
+
+
+def log_of(folder):
+    return Path(f"{folder}.log").read_text()
+
+
+def outcome(folder):
+    """Weights, momentum, transitions, logged rows."""
+    saved = torch.load(folder / "model_final.pth", weights_only=True)
+    events = [{**json.loads(line), "seconds": 0} for line in (folder / "repr_events.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+    rows = [{k: v for k, v in row.items() if "time" not in k and "eta" not in k} for row in rows]
+    return saved["model"], saved["trainer"]["_trainer"]["optimizer"]["state"], events, rows
+
+
+def assert_same(a, b):
+    for name, value in a[0].items():
+        assert torch.equal(value, b[0][name]), name
+    for number, state in a[1].items():
+        assert torch.equal(state["momentum_buffer"], b[1][number]["momentum_buffer"])
+    assert a[2:] == b[2:]
+
+
+@pytest.fixture(scope="module")
+def straight(train, tmp_path_factory):
+    """The undisturbed run, of two processes by --num-gpus."""
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    ended(train(folder), folder)
+    return outcome(folder)
+
+
+def test_torchrun_is_num_gpus(train, straight, tmp_path):
+    ended(train(tmp_path / "run", "--standalone", "--nproc_per_node", 2), tmp_path / "run")
+    assert "World size: 2" in log_of(tmp_path / "run")
+    assert_same(outcome(tmp_path / "run"), straight)
+
+
+@pytest.mark.parametrize("round_", range(ROUNDS))
+def test_a_killed_rank_is_started_again(train, straight, tmp_path, round_):
+    rng = random.Random(round_)
+    folder, rank, iteration = tmp_path / "run", rng.choice([0, 1]), rng.randint(4, 10)
+    words = ("--standalone", "--nproc_per_node", 2, "--max-restarts", 3)
+    ended(train(folder, *words, misbehave=f"kill {rank} {iteration}"), folder)
+    assert Path(f"{folder}.once").exists()
+    assert_same(outcome(folder), straight)
+
+
+@pytest.mark.parametrize("how", ["term", "kill-agent"])
+@pytest.mark.parametrize("round_", range(ROUNDS))
+def test_a_stopped_job_goes_on_with_the_same_command(train, straight, tmp_path, round_, how):
+    """SIGTERM to the agent, as Slurm sends it before it takes the machine, and an agent that is killed."""
+    rng = random.Random(100 + round_)
+    folder, rank, iteration = tmp_path / "run", rng.choice([0, 1]), rng.randint(4, 10)
+    words = ("--standalone", "--nproc_per_node", 2)
+    assert ended(train(folder, *words, resume=True, misbehave=f"{how} {rank} {iteration}"), folder, well=False) != 0
+    if how == "term":  # of this step or the next, and not the last periodic one
+        saved = int((folder / "last_checkpoint").read_text()[6:13])
+        assert saved in (iteration, iteration + 1), log_of(folder)
+        assert "stopped by SIGTERM with status 75" in log_of(folder)
+    ended(train(folder, *words, resume=True), folder)
+    assert_same(outcome(folder), straight)
+
+
+@pytest.mark.parametrize("round_", range(ROUNDS))
+def test_two_agents_of_which_one_is_killed_and_comes_back(train, straight, tmp_path, round_):
+    """Two agents on the loopback address stand in for two machines; the one that keeps the rendezvous stays."""
+    rng = random.Random(200 + round_)
+    folder, iteration = tmp_path / "run", rng.randint(4, 10)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["--nnodes", 2, "--nproc_per_node", 1, "--max-restarts", 3, "--rdzv-backend", "c10d", "--rdzv-id", "job"]
+    words += ["--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-conf", "join_timeout=90"]
+    # torch 2.14's agents share the store of their first round, which an agent that comes later does not find.
+    apart = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    first = train(folder, *words, misbehave=f"kill-agent 1 {iteration}", **apart)
+    wait_for_port(port)  # the first to come keeps the rendezvous
+    second = train(folder, *words, misbehave=f"kill-agent 1 {iteration}", **apart)
+    assert ended(second, folder, well=False) == -signal.SIGKILL
+    again = train(folder, *words, **apart)
+    ended(first, folder)
+    ended(again, folder)
+    assert_same(outcome(folder), straight)
