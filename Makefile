@@ -25,4 +25,4 @@ clean:
 	rm -rf .venv *.egg-info .pytest_cache .ruff_cache
 
 soak: install
-	KILL_ROUNDS=20 .venv/bin/python -m pytest -q -rP tests/test_kill.py
+	KILL_ROUNDS=20 .venv/bin/python -m pytest -q -rP tests/test_kill.py tests/test_torchrun.py

@@ -1,0 +1,247 @@
+"""What is refused before processes are started or meet, who may continue a run, and one run at a time in a folder."""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from detectron2.engine import HookBase
+from detectron2.engine.train_loop import SimpleTrainer
+from torch import nn
+
+from repr_det import UserError
+from repr_det.commands.arguments import train_argument_parser
+from repr_det.commands.processes import _run, may_continue, run_tool
+from repr_det.commands.world import Torchrun, check_processes, join_by_options, join_torchrun, refuse_torchrun
+from repr_det.runs.lock import RunLock
+from repr_det.runs.stopping import STATUS, StopAtSignal, Stopped, answer_signals
+
+TORCHRUN = dict(RANK="1", LOCAL_RANK="1", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+TORCHRUN |= dict(MASTER_PORT="1", TORCHELASTIC_RUN_ID="job", TORCHELASTIC_RESTART_COUNT="0")
+
+
+@pytest.fixture
+def torchrun(monkeypatch):
+    """``torchrun(KEY=value)`` -> this process looks as if torchrun had started it."""
+
+    def pretend(**changed):
+        for key, value in (TORCHRUN | changed).items():
+            monkeypatch.setenv(key, value)
+
+    return pretend
+
+
+def refused(cfg, *words):
+    with pytest.raises(UserError) as error:
+        check_processes(train_argument_parser().parse_args(words), cfg, cfg.MODEL)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--num-gpus", "2"],
+            "--num-gpus 2 beside torchrun, which starts the processes: leave it out and give torchrun",
+        ),
+        (["--num-machines", "2", "--machine-rank", "1"], "--num-machines 2 --machine-rank 1 beside torchrun"),
+    ],
+)
+def test_options_beside_torchrun(tiny_cfg, torchrun, words, message):
+    torchrun()
+    assert message in refused(tiny_cfg(), *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--num-machines", "2"],
+            "--num-machines 2 needs --dist-url tcp://HOST:PORT with the name or address of machine 0",
+        ),
+        (["--num-machines", "2", "--dist-url", "auto"], "--num-machines 2 needs --dist-url tcp://HOST:PORT"),
+        (["--num-machines", "2", "--machine-rank", "2"], "--machine-rank must be in 0 ... 1, got 2"),
+        (["--num-machines", "0"], "--num-machines must be at least 1, got 0"),
+        (["--num-gpus", "2", "--dist-url", "10.0.0.1:29500"], "--dist-url must be tcp://HOST:PORT"),
+        (
+            ["--num-gpus", "3"],
+            "SOLVER.IMS_PER_BATCH 2 must be a multiple of the 3 processes of this run (--num-gpus 3)",
+        ),
+    ],
+)
+def test_options(tiny_cfg, words, message):
+    assert message in refused(tiny_cfg(), *words)
+
+
+def test_batch_of_all_machines(tiny_cfg, torchrun):
+    words = ["--num-gpus", "2", "--num-machines", "2", "--dist-url", "tcp://a:1"]
+    cfg = tiny_cfg("SOLVER.IMS_PER_BATCH", 6)
+    assert "6 must be a multiple of the 4 processes of this run (--num-gpus 2 --num-machines 2)" in refused(cfg, *words)
+    torchrun(WORLD_SIZE="4")
+    assert "6 must be a multiple of the 4 processes of this run (torchrun with 2 on this machine)" in refused(cfg)
+    scaled = tiny_cfg("SOLVER.IMS_PER_BATCH", 3, "SOLVER.REFERENCE_WORLD_SIZE", 1)  # 12 for four processes
+    assert check_processes(train_argument_parser().parse_args([]), scaled, scaled.MODEL).size == 4
+
+
+def test_sync_bn_on_the_cpu(tiny_cfg, torchrun):
+    cfg = tiny_cfg("MODEL.RESNETS.NORM", "SyncBN")
+    assert check_processes(train_argument_parser().parse_args([]), cfg, cfg.MODEL).size == 1
+    torchrun()
+    message = "MODEL.RESNETS.NORM SyncBN needs GPUs, and this run has 2 processes on the CPU: use naiveSyncBN"
+    assert refused(cfg) == message
+
+
+def test_srun_without_torchrun(tiny_cfg, monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    monkeypatch.setenv("SLURM_STEP_NUM_NODES", "2")
+    message = refused(tiny_cfg())
+    assert "srun started this command 8 times" in message and "torchrun --nnodes 2 --nproc_per_node N" in message
+
+
+def test_compare_is_not_for_torchrun(torchrun):
+    refuse_torchrun("compare.py")
+    torchrun()
+    with pytest.raises(UserError, match=r"compare\.py starts its runs itself"):
+        refuse_torchrun("compare.py")
+
+
+def test_a_rendezvous_that_does_not_come_about(torchrun, tmp_path):
+    args = train_argument_parser().parse_args(["--num-gpus", "2", "--rendezvous-timeout", "1"])
+    start = time.monotonic()
+    with pytest.raises(UserError, match=r"the 2 processes .* did not meet at file.* within 1 s \(rank\(s\) 1 did not"):
+        join_by_options(0, args, f"file://{tmp_path}/meeting", "cpu")
+    torchrun()
+    with pytest.raises(UserError, match=r"did not meet at 127\.0\.0\.1:1 within 1 s") as error:
+        join_torchrun(Torchrun.found(), "cpu", 1.0)
+    assert "\n" not in str(error.value)
+    assert time.monotonic() - start < 20
+
+
+def test_who_may_continue(torchrun, tmp_path):
+    """A restarted job goes on; another job that was given the folder of a run by mistake does not."""
+    args = argparse.Namespace(resume=False)
+    assert not may_continue(args, str(tmp_path))
+    torchrun(RANK="0", TORCHELASTIC_RESTART_COUNT="1")
+    assert not may_continue(args, str(tmp_path))  # the first start was refused
+    RunLock(tmp_path, "job").acquire()
+    assert may_continue(args, str(tmp_path))
+    torchrun(RANK="0", TORCHELASTIC_RUN_ID="another", TORCHELASTIC_RESTART_COUNT="1")
+    assert not may_continue(args, str(tmp_path))
+    torchrun(RANK="1", TORCHELASTIC_RUN_ID="another")
+    assert may_continue(args, str(tmp_path))  # rank 0 decides
+    torchrun(RANK="0", TORCHELASTIC_RUN_ID="none")
+    assert not may_continue(args, str(tmp_path))
+    RunLock(tmp_path, Torchrun.found().job).acquire()
+    assert may_continue(args, str(tmp_path))
+
+
+HOLDER = """
+import fcntl, os, sys, time
+lock = open(sys.argv[1] + "/.running", "a+")
+fcntl.lockf(lock, fcntl.LOCK_EX)
+if os.fork() == 0:  # as a loader worker does
+    time.sleep(60)
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_killed_run_leaves_no_lock(tmp_path):
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, process_group=0
+    ) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match=f"OUTPUT_DIR {tmp_path} is being trained by another process"):
+            RunLock(tmp_path).acquire()
+        holder.kill()
+        holder.wait()
+        lock = RunLock(tmp_path, "job")
+        lock.acquire(5)
+        lock.release()
+        os.killpg(holder.pid, signal.SIGKILL)  # its child
+
+
+class Saver:
+    """The checkpointer of a trainer without one."""
+
+    def __init__(self):
+        self.saved = []
+
+    def save(self, name, iteration):
+        self.saved.append((name, iteration))
+
+
+class SignalAt(HookBase):
+    def __init__(self, number, iteration, where):
+        self.number, self.iteration, self.where = number, iteration, where
+
+    def send(self, where):
+        if self.trainer.iter == self.iteration and where == self.where:
+            os.kill(os.getpid(), self.number)
+
+    def before_train(self):
+        self.send("before_train")
+
+    def before_step(self):
+        self.send("before_step")
+
+    def after_step(self):
+        self.send("after_step")
+
+    def after_train(self):
+        self.send("after_train")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    ("iteration", "where", "saved", "last"),
+    [
+        (3, "before_step", [("model_0000003", 3)], 3),
+        (5, "before_step", [], 5),  # the periodic checkpoint of iteration 5 is there
+        (5, "after_step", [], 5),  # in an evaluation after it
+        (4, "after_step", [("model_0000005", 5)], 5),  # in an evaluation after no checkpoint: with the next step
+        (0, "before_train", [], 0),
+        (9, "before_step", [], 10),  # the last one: the final checkpoint is there, the evaluation is left out
+        (10, "after_train", [], 10),  # in the evaluation after the last step
+    ],
+)
+def test_signals(number, iteration, where, saved, last):
+    model = nn.Linear(1, 1)
+    loss = type("Loss", (nn.Module,), {"forward": lambda self, x: {"loss": model(x).sum()}})()
+    trainer = SimpleTrainer(loss, [torch.ones(1, 1)] * 20, torch.optim.SGD(model.parameters(), 0.1))
+    trainer.iter, trainer.checkpointer, prepared = 0, Saver(), []
+    stop = StopAtSignal(3 if iteration == 5 else 100, lambda: prepared.append(trainer.iter))
+    trainer.register_hooks([stop, SignalAt(number, iteration, where)])
+    if where == "before_step":
+        trainer._hooks.reverse()
+    before = signal.getsignal(number)
+    with pytest.raises(Stopped) as stopped, answer_signals():
+        trainer.train(0, 10)
+    assert stopped.value.code == STATUS == 75 and stopped.value.asked == signal.Signals(number).name
+    assert trainer.checkpointer.saved == saved and prepared == [i for _, i in saved]
+    assert trainer.iter == last
+    assert signal.getsignal(number) is before
+
+
+def test_a_stopped_tool_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["/x/train_net.py"])
+    with pytest.raises(SystemExit) as ended:
+        run_tool(lambda: _run(lambda args: os.kill(os.getpid(), signal.SIGTERM), argparse.Namespace()))
+    assert ended.value.code == 75
+    assert capsys.readouterr().err == (
+        "train_net.py: stopped by SIGTERM with status 75; the same command with --resume continues\n"
+    )
+
+
+def test_loader_workers_are_kept_out():
+    with answer_signals():
+        child = os.fork()
+        if child == 0:
+            alone = os.getpgid(0) == os.getpid() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+            os._exit(0 if alone else 1)
+        assert os.waitpid(child, 0)[1] == 0
