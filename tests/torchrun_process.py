@@ -11,10 +11,9 @@ import sys
 import threading
 from pathlib import Path
 
-import repr_det.commands  # noqa: F401  (first: it silences warnings of what is imported next)
-
 from detectron2.utils import comm
 
+import repr_det.commands  # noqa: F401  (first: it silences warnings of what is imported next)
 from repr_det import Trainer
 from repr_det.commands.processes import run_tool
 from repr_det.commands.train import start

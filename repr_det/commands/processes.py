@@ -37,6 +37,7 @@ _HELD: list[RunLock] = []
 def run_tool(main: Callable[[], Any]) -> None:
     """Runs a tool; a UserError or a full disk ends it with one line on stderr and status 2, a signal that asks it to
     stop with status 75 (``stopping``)."""
+    torchrun = Torchrun.found()
     try:
         main()
         return
@@ -47,10 +48,9 @@ def run_tool(main: Callable[[], Any]) -> None:
             raise
         what = f"{error}: free space; a run goes on with --resume"
     except Stopped as stopped:
-        if comm.is_main_process():
+        if torchrun is None or torchrun.rank == 0:
             _say(f"stopped by {stopped.asked} with status {STATUS}; the same command with --resume continues")
         raise
-    torchrun = Torchrun.found()
     if torchrun is not None and torchrun.local_rank > 0:
         # What the first process here says as well is said once: torchrun ends this one when that one has ended.
         time.sleep(_FOR_THE_FIRST_TO_SPEAK)
