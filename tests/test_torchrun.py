@@ -17,7 +17,7 @@ from conftest import ROOT, SMALL
 HERE = Path(__file__).parent
 OPTS = (
     "SOLVER.MAX_ITER 12 REPR.ENABLED True REPR.S1_ITERS 2 REPR.S2_ITERS 2 REPR.NUM_CYCLES 2 SOLVER.CHECKPOINT_PERIOD 3 "
-    "DATASETS.TEST ()"
+    "DATASETS.TEST () DATALOADER.NUM_WORKERS 1"  # a signal to a group of processes reaches loader workers too
 ).split()
 ROUNDS = int(os.environ.get("KILL_ROUNDS", "1"))  # `make soak` sets more
 
