@@ -21,12 +21,12 @@ from detectron2.evaluation import COCOEvaluator
 
 import repr_det.method.holding
 import repr_det.method.scheme
-import repr_det.runs.resume
+import repr_det.runs.checkpoints
 from repr_det import Trainer
 from repr_det.commands import train
 from repr_det.commands.arguments import train_argument_parser
 from repr_det.commands.checks import check_run
-from repr_det.runs.resume import AtomicCheckpointer
+from repr_det.runs.checkpoints import AtomicCheckpointer
 
 
 def die() -> None:
@@ -75,7 +75,7 @@ def kill_at(moment: str, iteration: int) -> None:
     elif moment == "evaluation":
         dying(COCOEvaluator, "process", 2)
     elif moment == "tag":
-        dying(repr_det.runs.resume, "write_atomically")
+        dying(repr_det.runs.checkpoints, "write_atomically")
     elif moment == "final":
         save = AtomicCheckpointer.save
 

@@ -15,8 +15,8 @@ from repr_det.method.criteria import get_criterion
 from repr_det.method.errors import UserError
 from repr_det.method.layers import find_filter_layers
 from repr_det.method.selection import check_capacity
+from repr_det.runs.checkpoints import check_last_checkpoint
 from repr_det.runs.files import run_traces
-from repr_det.runs.resume import check_last_checkpoint
 from repr_det.runs.safe_pickle import load_checkpoint
 
 

@@ -13,7 +13,7 @@ from repr_det.commands.world import check_processes
 from repr_det.datasets import class_names, register_builtin, register_coco_format
 from repr_det.detectron.lazy import NUM_CLASSES, LazyTrainer, data_set_names, evaluate, repr_cfg_from_lazy
 from repr_det.method.errors import UserError
-from repr_det.runs.resume import AtomicCheckpointer
+from repr_det.runs.checkpoints import AtomicCheckpointer
 
 
 def load_lazy_config(

@@ -11,7 +11,7 @@ from repr_det.commands.checks import check_run
 from repr_det.commands.processes import launch_processes, may_continue, setup
 from repr_det.commands.world import check_processes
 from repr_det.detectron.engine import Trainer
-from repr_det.runs.resume import AtomicCheckpointer
+from repr_det.runs.checkpoints import AtomicCheckpointer
 
 
 def config_of(args: argparse.Namespace) -> CfgNode:

@@ -17,9 +17,11 @@ from repr_det.datasets.image_files import NamingMapper
 from repr_det.detectron.config import scale_to_world
 from repr_det.detectron.hook import RePrHook
 from repr_det.method.errors import UserError
+from repr_det.runs.checkpoints import AtomicCheckpointer, remove_unfinished_saves
 from repr_det.runs.files import FINAL_CHECKPOINT
 from repr_det.runs.guard import FiniteGuard, NonFiniteError, describe, first_non_finite
-from repr_det.runs.resume import AtomicCheckpointer, ExactResume, remove_unfinished_saves, resumable
+from repr_det.runs.loader import resumable
+from repr_det.runs.resume import ExactResume
 from repr_det.runs.stopping import StopAtSignal
 
 
@@ -46,7 +48,7 @@ class Trainer(DefaultTrainer):
         self.cfg = cfg
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
-        data_loader = resumable(self.build_train_loader(cfg), cfg)
+        data_loader = resumable(self.build_train_loader(cfg))
         model = _distributed(model)
         inner = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
         self._trainer = inner(model, data_loader, optimizer)
@@ -73,9 +75,10 @@ class Trainer(DefaultTrainer):
         loaders = [self._trainer.data_loader]
         for hook in built:
             if isinstance(hook, hooks.PreciseBN) and not hook._disabled:
-                hook._data_loader = resumable(hook._data_loader, cfg)
+                hook._data_loader = resumable(hook._data_loader)
                 loaders.append(hook._data_loader)
-        exact = ExactResume(loaders, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD, cfg.OUTPUT_DIR)
+        model = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+        exact = ExactResume(model, loaders, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD, cfg.OUTPUT_DIR)
         built.insert(saving, exact)
         guard = FiniteGuard(not cfg.SOLVER.AMP.ENABLED, weights_matter)
         stop = StopAtSignal(cfg.SOLVER.CHECKPOINT_PERIOD, lambda: (guard.check_weights(), exact.collect()))

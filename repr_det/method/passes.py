@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from repr_det.method.hidden_state import HiddenState
+
 
 @dataclass
 class TrainingPasses:
@@ -68,7 +70,8 @@ def preserved_random_state() -> Iterator[None]:
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module, own_modes: bool = False) -> Iterator[None]:
-    """Training mode inside; afterwards every random state, buffer (BN statistics), gradient and mode is as before.
+    """Training mode inside; afterwards every random state, buffer (BN statistics), gradient and mode is as before, and
+    so is what modules keep in plain attributes (``hidden_state``), such as RetinaNet's loss normalizer.
 
     Args:
         own_modes: modules that are in eval mode in a model that trains (frozen BN) stay in it.
@@ -76,6 +79,7 @@ def undisturbed(model: nn.Module, own_modes: bool = False) -> Iterator[None]:
     buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
+    hidden = HiddenState(model)
     for parameter, _ in gradients:
         parameter.grad = None
     with preserved_random_state():
@@ -87,6 +91,7 @@ def undisturbed(model: nn.Module, own_modes: bool = False) -> Iterator[None]:
             with torch.no_grad():
                 for name, buffer in model.named_buffers():
                     buffer.copy_(buffers[name])
+            hidden.put_back()
             for parameter, gradient in gradients:
                 parameter.grad = gradient
             for module, mode in modes:

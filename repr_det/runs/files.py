@@ -1,9 +1,11 @@
 """Files that are whole or absent: written beside their place and renamed into it."""
 
 import errno
+import itertools
 import json
 import math
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -42,9 +44,12 @@ def disk_is_full(error: BaseException | None) -> bool:
 
 def truncate_log(path: str | Path, start_iter: int) -> None:
     """Takes the lines out of a file of one json object a line whose "iteration" is not before ``start_iter``, and those
-    that a crash cut short. Does nothing where there is no such file."""
+    that a crash cut short. Does nothing where there is no such file. A run that begins at iteration 0 continues none,
+    so it destroys nothing: the lines that are there are kept in ``<path>.1`` or under the next free number."""
     if not os.path.exists(path):
         return
+    if start_iter == 0 and last_logged(path) >= 0:
+        shutil.copyfile(path, next(x for n in itertools.count(1) if not os.path.exists(x := f"{path}.{n}")))
     with open(path, "r+b") as file:  # in place: others hold it open for appending
         whole = file.read()
         kept = b"".join(line for line in whole.splitlines(keepends=True) if _iteration(line) < start_iter)

@@ -85,8 +85,11 @@ def load_restricted(path: str | Path) -> Any:
         ) from error
 
 
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
+def load_checkpoint(path: str | Path, map_location: str = "cpu") -> dict[str, Any]:
     """A checkpoint as Detectron2 or torch wrote it: ``.pth`` (``weights_only``) or ``.pkl`` (``load_restricted``).
+
+    Args:
+        map_location: "meta" leaves the tensors of a torch file unread.
 
     Returns:
         The dict in the file.
@@ -95,15 +98,19 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         UserError: the file is missing, cut short, of another kind, or holds more than tensors and plain containers.
     """
     path = _existing(path)
-    loaded = load_restricted(path) if path.suffix == ".pkl" and not zipfile.is_zipfile(path) else _load_torch(path)
+    loaded = (
+        load_restricted(path)
+        if path.suffix == ".pkl" and not zipfile.is_zipfile(path)
+        else _load_torch(path, map_location)
+    )
     if not isinstance(loaded, dict):
         raise UserError(f"{path}: expected a dict of weights, found {type(loaded).__name__}")
     return loaded
 
 
-def _load_torch(path: Path) -> Any:
+def _load_torch(path: Path, map_location: str) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:
         if forbidden := re.search(r"GLOBAL (\S+) (?:was not an allowed|whose module)", str(error)):
             raise UserError(

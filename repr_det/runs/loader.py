@@ -1,0 +1,331 @@
+"""The training loader whose position is part of a checkpoint, and what gives that position its meaning."""
+
+import functools
+import hashlib
+import itertools
+import logging
+import operator
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from detectron2.data.build import trivial_batch_collator, worker_init_reset_seed
+from detectron2.data.common import AspectRatioGroupedDataset, DatasetFromList, MapDataset, ToIterableDataset
+from detectron2.data.samplers import RandomSubsetTrainingSampler, RepeatFactorTrainingSampler, TrainingSampler
+from detectron2.utils import comm
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from repr_det.method.passes import random_state, set_random_state
+
+logger = logging.getLogger("repr_det.resume")
+_SAMPLERS = (TrainingSampler, RandomSubsetTrainingSampler, RepeatFactorTrainingSampler)
+_IMPLIED = {  # what changes along with something that is easier to understand
+    "sampler": ("sampler's settings",),
+    "number of training images": ("sampler's settings", "digest of the training images"),
+}
+_LOOKED_AT = 64  # samples of a data set that its digest is made of, evenly spread
+
+
+class _Marked:
+    """A sample and its origin: (stream, number in that stream, index, random state before)."""
+
+    def __init__(self, sample: Any, origin: tuple) -> None:
+        self.sample, self.origin = sample, origin
+
+    def __getitem__(self, key: str) -> Any:
+        """Aspect-ratio grouping asks for "width" and "height"."""
+        return self.sample[key]
+
+
+class _Stream(IterableDataset):
+    """ToIterableDataset that marks every sample with its origin and can start in the middle.
+
+    A stream is the share of the sampler's indices that one loader worker is given (all of them without workers).
+
+    Attributes:
+        skipped: indices of the sampler (of this process) that come before the beginning of all streams.
+        consumed: stream -> samples delivered so far, random state before the last of them.
+        first: the stream of worker 0; torch asks its workers in turn, beginning with that one.
+    """
+
+    def __init__(self, source: ToIterableDataset) -> None:
+        self.dataset, self.sampler = source.dataset, source.sampler
+        self.chunk = source.shard_chunk_size if source.shard_sampler else 0
+        self.skipped = 0
+        self.consumed: dict[int, tuple[int, dict]] = {}
+        self.first = 0
+
+    def __iter__(self) -> Iterator[_Marked]:
+        info = get_worker_info()
+        workers = 1 if info is None else info.num_workers
+        mine = 0 if info is None else (info.id + self.first) % workers
+        done, state = self.consumed.get(mine, (0, None))
+        number = -1
+        for position, index in enumerate(itertools.islice(self.sampler, self.skipped, None)):
+            if self.chunk and (position // self.chunk) % workers != mine:
+                continue
+            number += 1
+            if number < done:
+                if number == done - 1 and info is not None:
+                    # In a worker the augmentation of the last delivered sample leads to the state before the next one;
+                    # in the main process the checkpoint's own random state is that.
+                    set_random_state(state)
+                    self.dataset[index]
+                continue
+            before = random_state()
+            yield _Marked(self.dataset[index], (mine, number, index, before))
+
+
+class ResumableLoader:
+    """A loader of ``build_detection_train_loader`` whose position can be saved and taken up again.
+
+    Args:
+        loader: made by Detectron2 from a map-style data set, with nothing in it that is not Detectron2's own except the
+            data set and its mapper.
+
+    Raises:
+        TypeError: the loader is of another making; the reason.
+    """
+
+    def __init__(self, loader: Any) -> None:
+        grouped = type(loader) is AspectRatioGroupedDataset
+        inner = loader.dataset if grouped else loader
+        _check_understood(inner, grouped)
+        self.num_workers: int = inner.num_workers
+        self.batch_size: int = loader.batch_size  # images of one batch of this process
+        self.stream = _Stream(inner.dataset)
+        own = DataLoader(
+            self.stream,
+            batch_size=inner.batch_size,
+            drop_last=inner.drop_last,
+            num_workers=inner.num_workers,
+            collate_fn=inner.collate_fn,
+            worker_init_fn=inner.worker_init_fn,
+            timeout=inner.timeout,
+            prefetch_factor=inner.prefetch_factor,
+            persistent_workers=inner.persistent_workers,
+            multiprocessing_context=inner.multiprocessing_context,
+        )
+        self.loader = AspectRatioGroupedDataset(own, loader.batch_size) if grouped else own
+        self.dataset = self.stream  # so that others find the map-style data set as in Detectron2's own loaders
+        self._per_delivery = 1 if grouped else self.batch_size  # samples that a worker hands over at a time
+        self._last: dict[int, tuple] = {}
+
+    @property
+    def was_read(self) -> bool:
+        """Whether a batch has been taken from it, by this run or by the one that it continues."""
+        return bool(self._last)
+
+    def start(self) -> None:
+        """Makes torch's iterator now instead of with the first batch: it draws from torch's random state and forks the
+        workers, which a resumed run has to do before its random state is put back."""
+        if isinstance(self.loader, AspectRatioGroupedDataset):
+            self.loader.dataset = iter(self.loader.dataset)
+        else:
+            self.loader = iter(self.loader)
+
+    def __iter__(self) -> Iterator[list]:
+        for batch in self.loader:
+            for marked in batch:
+                self._note(marked.origin)
+            yield [marked.sample for marked in batch]
+
+    @functools.cached_property
+    def made_of(self) -> dict[str, Any]:
+        """Everything that gives a saved position its meaning, by the name that a user knows it under."""
+        sampler = self.stream.sampler
+        return {
+            "number of processes": comm.get_world_size(),
+            "DATALOADER.NUM_WORKERS": self.num_workers,
+            "number of images per process and batch": self.batch_size,
+            "aspect-ratio grouping": isinstance(self.loader, AspectRatioGroupedDataset),
+            "sampler": type(sampler).__name__,
+            "sampler's settings": _settings_of(sampler),
+            "number of training images": len(self.stream.dataset),
+            "digest of the training images": _digest(self.stream.dataset),
+            **_mapper_settings(self.stream.dataset),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Loads under ``torch.load(weights_only=True)``."""
+        last = dict(self._last)
+        buckets = [[marked.origin for marked in bucket] for bucket in self._buckets()]
+        for stream, number, _, before in itertools.chain.from_iterable(buckets):
+            if number >= last.get(stream, (-1, None))[0]:
+                last[stream] = (number, before)
+        return {
+            "num_workers": self.num_workers,
+            "made_of": self.made_of,
+            "epoch": _epoch_size(self.stream.sampler),
+            "sampler": _sampler_state(self.stream.sampler),
+            "skipped": self.stream.skipped,
+            "consumed": {stream: [number + 1, before] for stream, (number, before) in last.items()},
+            "buckets": [[list(origin) for origin in bucket] for bucket in buckets],
+        }
+
+    def changes(self, state: dict[str, Any], num_processes: int) -> list[str]:
+        """What differs from the loader that ``state`` was saved from, as "x was 1 and is 2"; [] where it can go on."""
+        theirs = state.get("made_of")
+        if theirs is None:  # a checkpoint from before all of it was kept
+            theirs = {"number of processes": num_processes, "DATALOADER.NUM_WORKERS": state["num_workers"]}
+            indices = [origin[2] for bucket in state["buckets"] for origin in bucket]
+            if len(state["buckets"]) != len(self._buckets()):
+                theirs["aspect-ratio grouping"] = bool(state["buckets"])
+            elif any(len(bucket) >= self.batch_size for bucket in state["buckets"]):
+                theirs["number of images per process and batch"] = "larger"
+            elif max(indices, default=0) >= len(self.stream.dataset):
+                theirs["number of training images"] = "larger"
+        changed = [name for name, value in theirs.items() if value != self.made_of.get(name)]
+        implied = {name for known in changed for name in _IMPLIED.get(known, ())}
+        return [f"{x} was {theirs[x]} and is {self.made_of.get(x)}" for x in changed if x not in implied]
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues after the last batch that the saved loader gave out; before the first ``iter``. Only for a state of
+        which nothing has changed."""
+        self._load_sampler(state)
+        self.stream.skipped = state.get("skipped", 0)
+        self.stream.consumed = {stream: tuple(done) for stream, done in state["consumed"].items()}
+        deliveries = sum(count for count, _ in state["consumed"].values()) // self._per_delivery
+        self.stream.first = deliveries % max(1, self.num_workers)
+        self._last = {stream: (number - 1, before) for stream, (number, before) in state["consumed"].items()}
+        for bucket, origins in zip(self._buckets(), state["buckets"], strict=True):
+            for stream, number, index, before in origins:
+                set_random_state(before)
+                bucket.append(_Marked(self.stream.dataset[index], (stream, number, index, before)))
+
+    def start_over(self, states: list[dict[str, Any]], iteration: int) -> None:
+        """Begins at the beginning of the epoch that a run was in, in the order of that run where its sampler was of the
+        same kind.
+
+        Args:
+            states: of all its processes; [] where they are not known.
+            iteration: the iterations that it has made, which tell the epoch where there is no state.
+        """
+        sampler = self.stream.sampler
+        if states:
+            seen = sum(s.get("skipped", 0) + sum(count for count, _ in s["consumed"].values()) for s in states)
+            epoch = int(seen // states[0].get("epoch", _epoch_size(sampler)))
+            self._load_sampler(states[0])
+        else:
+            epoch = int(iteration * self.batch_size * comm.get_world_size() // _epoch_size(sampler))
+        self.stream.skipped = len(range(comm.get_rank(), _indices_before(sampler, epoch), comm.get_world_size()))
+
+    def _load_sampler(self, state: dict[str, Any]) -> None:
+        """The seeds of a sampler of the same kind; of a subset also its images, where they mean the same."""
+        made_of, sampler = state.get("made_of"), self.stream.sampler
+        if made_of is not None and made_of["sampler"] != type(sampler).__name__:
+            return
+        same_images = made_of is None or made_of["sampler's settings"] == _settings_of(sampler)
+        for name, value in state["sampler"].items():
+            if hasattr(sampler, name) and (same_images or name == "_seed"):
+                setattr(sampler, name, value)
+
+    def _note(self, origin: tuple) -> None:
+        stream, number, _, before = origin
+        if number >= self._last.get(stream, (-1, None))[0]:
+            self._last[stream] = (number, before)
+
+    def _buckets(self) -> list[list[_Marked]]:
+        return self.loader._buckets if isinstance(self.loader, AspectRatioGroupedDataset) else []
+
+
+def resumable(loader: Iterable) -> Iterable:
+    """``loader`` as a ResumableLoader where it is wholly understood, else itself with a warning."""
+    try:
+        return ResumableLoader(loader)
+    except TypeError as error:
+        logger.warning("The data order of a resumed run will start over: the training loader %s", error)
+        return loader
+
+
+def _check_understood(inner: Any, grouped: bool) -> None:
+    def need(condition: bool, reason: str) -> None:
+        if not condition:
+            raise TypeError(reason)
+
+    need(type(inner) is DataLoader, f"holds a {type(inner).__name__}")
+    collate = inner.collate_fn
+    takes_one = type(collate) is operator.itemgetter and repr(collate) == repr(operator.itemgetter(0))
+    need(takes_one and inner.batch_size == 1 if grouped else collate is trivial_batch_collator, "has a collate_fn")
+    need(inner.worker_init_fn is worker_init_reset_seed, "has a worker_init_fn")
+    need(inner.generator is None, "has a generator")
+    need(not inner.pin_memory, "pins memory")
+    need(getattr(inner, "in_order", True), "gives batches out of order")
+    source = inner.dataset
+    need(type(source) is ToIterableDataset, f"reads a {type(source).__name__}")
+    need(type(source.sampler) in _SAMPLERS, f"has a {type(source.sampler).__name__}")
+
+
+def _epoch_size(sampler: Any) -> float:
+    """Images of one pass over the data, in the mean where it varies."""
+    if isinstance(sampler, RepeatFactorTrainingSampler):
+        return float((sampler._int_part + sampler._frac_part).sum())
+    return float(getattr(sampler, "_size_subset", sampler._size))
+
+
+def _indices_before(sampler: Any, epoch: int) -> int:
+    """Images that all processes together draw before ``epoch``, which counts from 0."""
+    if not isinstance(sampler, RepeatFactorTrainingSampler):
+        return epoch * int(_epoch_size(sampler))
+    generator, drawn = torch.Generator().manual_seed(sampler._seed), 0
+    for _ in range(epoch):
+        number = len(sampler._get_epoch_indices(generator))
+        if sampler._shuffle:
+            torch.randperm(number, generator=generator)
+        drawn += number
+    return drawn
+
+
+def _sampler_state(sampler: Any) -> dict[str, Any]:
+    return {name: value for name, value in vars(sampler).items() if name.startswith(("_seed", "_indexes"))}
+
+
+def _settings_of(sampler: Any) -> str:
+    """Everything of a sampler but its seeds and its process."""
+    settings = {
+        name: hashlib.sha256(value.numpy().tobytes()).hexdigest()[:12] if torch.is_tensor(value) else value
+        for name, value in sorted(vars(sampler).items())
+        if not name.startswith(("_seed", "_indexes", "_rank", "_world_size"))
+    }
+    return ", ".join(f"{name.lstrip('_')} {value}" for name, value in settings.items())
+
+
+def _digest(dataset: Any) -> str | None:
+    """Of names, sizes and box counts of some images, in their order; None where they cannot be looked at cheaply."""
+    entries = getattr(dataset, "_dataset", None)
+    if type(dataset) is not MapDataset or type(entries) is not DatasetFromList:
+        return None
+    digest = hashlib.sha256()
+    for i in range(min(_LOOKED_AT, len(entries))):
+        entry = entries[i * len(entries) // min(_LOOKED_AT, len(entries))]
+        known = entry if isinstance(entry, dict) else {}
+        told = [known.get(key) for key in ("image_id", "height", "width")]
+        name = os.path.basename(str(known.get("file_name")))
+        digest.update(repr((name, told, len(known.get("annotations", ())))).encode())
+    return digest.hexdigest()[:12]
+
+
+def _mapper_settings(dataset: Any) -> dict[str, str]:
+    if type(dataset) is not MapDataset:
+        return {"data set's class": type(dataset).__qualname__}
+    return dict(_described("mapper", dataset._map_func))
+
+
+def _described(name: str, value: Any, depth: int = 0) -> Iterator[tuple[str, str]]:
+    """(name, what it is) of a mapper and of its attributes; never an address in memory."""
+    value = getattr(value, "_obj", value)  # Detectron2's PicklableWrapper
+    if isinstance(value, (bool, int, float, str, type(None))):
+        yield name, repr(value)
+        return
+    try:
+        text = repr(value)
+    except Exception:  # an augmentation that Detectron2's __repr__ cannot describe
+        text = ""
+    if isinstance(value, (list, tuple)) or (text and " at 0x" not in text):
+        yield name, text if " at 0x" not in text else type(value).__qualname__
+        return
+    yield name, getattr(value, "__qualname__", type(value).__qualname__)
+    if depth < 3 and not callable(getattr(value, "__code__", None)):
+        for key, inner in sorted(getattr(value, "__dict__", {}).items()):
+            yield from _described(f"{name}'s {key}", inner, depth + 1)

@@ -1,0 +1,86 @@
+"""Which checkpoint a resumed run continues from; nothing of a run is destroyed by one that does not continue it."""
+
+import json
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from repr_det import UserError
+from repr_det.runs.checkpoints import AtomicCheckpointer, check_last_checkpoint, find_checkpoint
+from repr_det.runs.files import truncate_log
+
+
+class State:
+    """What a trainer is to its checkpointer."""
+
+    def __init__(self):
+        self.iteration = None
+
+    def state_dict(self):
+        return {"iteration": self.iteration}
+
+    def load_state_dict(self, state):
+        self.iteration = state["iteration"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A run with checkpoints after iterations 9, 99 and 100 (the last is damaged), whose tag is lost."""
+    model, state = nn.Linear(2, 2), State()
+    checkpointer = AtomicCheckpointer(model, str(tmp_path), trainer=state)
+    for iteration in (9, 99, 100):
+        state.iteration = iteration
+        nn.init.constant_(model.weight, iteration)
+        checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
+    damaged = tmp_path / "model_0000100.pth"
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    torch.save({"model": model.state_dict()}, tmp_path / "weights.pth")  # newer, and no checkpoint of a run
+    (tmp_path / "last_checkpoint").unlink()
+    return tmp_path
+
+
+def test_resumes_from_the_newest_whole_checkpoint_and_says_so(folder, caplog):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    model, state = nn.Linear(2, 2), State()
+    checkpointer = AtomicCheckpointer(model, str(folder), trainer=state)
+    assert checkpointer.has_checkpoint()
+    with caplog.at_level(logging.WARNING, "repr_det.resume"):
+        checkpointer.resume_or_load("", resume=True)
+    assert state.iteration == 99 and model.weight[0, 0] == 99
+    assert "has no last_checkpoint: resuming from model_0000099.pth" in caplog.text
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    check_last_checkpoint(str(folder))
+
+
+def test_files_that_no_run_can_continue_from_are_named(folder):
+    for name in ("model_0000009.pth", "model_0000099.pth"):
+        (folder / name).unlink()
+    with pytest.raises(UserError, match=r"no whole checkpoint of a run .*model_0000100.pth, weights.pth") as error:
+        check_last_checkpoint(str(folder))
+    assert "\n" not in str(error.value)
+
+
+def test_a_new_folder_has_no_checkpoint(tmp_path):
+    assert find_checkpoint(tmp_path) is None
+    assert not AtomicCheckpointer(nn.Linear(1, 1), str(tmp_path)).has_checkpoint()
+    assert not AtomicCheckpointer(nn.Linear(1, 1), "").has_checkpoint()
+
+
+def test_a_run_from_the_beginning_keeps_the_lines_of_another(tmp_path):
+    path = tmp_path / "repr_events.jsonl"
+    first, second = ("".join(json.dumps({"iteration": i, "run": run}) + "\n" for i in range(3)) for run in "ab")
+    with open(path, "a") as held:  # as Detectron2's writer does
+        held.write(first)
+        held.flush()
+        truncate_log(path, 0)
+        held.write(second)
+        held.flush()
+        truncate_log(path, 2)
+    assert (tmp_path / "repr_events.jsonl.1").read_text() == first
+    assert path.read_text() == "".join(second.splitlines(keepends=True)[:2])
+    truncate_log(path, 0)
+    assert (tmp_path / "repr_events.jsonl.2").exists() and path.read_text() == ""
+    truncate_log(path, 0)  # nothing to keep
+    assert not (tmp_path / "repr_events.jsonl.3").exists()
