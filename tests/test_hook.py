@@ -13,8 +13,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
 
 from repr_det import RePrHook, Trainer, UserError
-from repr_det.commands.arguments import train_argument_parser
-from repr_det.commands.processes import STOCK_CONFIG_FILE, setup
+from repr_det.commands.processes import STOCK_CONFIG_FILE, write_configs
 from repr_det.detectron.config import without_repr
 
 SCHEDULE = "SOLVER.MAX_ITER 8 REPR.ENABLED True REPR.S1_ITERS 2 REPR.S2_ITERS 1 REPR.NUM_CYCLES 2".split()
@@ -121,9 +120,9 @@ def test_sub_network_checkpoint_is_a_stock_checkpoint(tiny_cfg, tmp_path):
 
 def test_stock_config_beside_the_run_is_read_by_stock_detectron2(tiny_cfg, tmp_path):
     cfg = tiny_cfg(*SCHEDULE)
-    setup(train_argument_parser().parse_args([]), cfg)
+    write_configs(cfg, tmp_path)
     stock = get_cfg()
-    stock.merge_from_file(str(tmp_path / "run" / STOCK_CONFIG_FILE))
+    stock.merge_from_file(str(tmp_path / STOCK_CONFIG_FILE))
     assert "REPR" not in stock and stock.SOLVER.MAX_ITER == 8
 
 

@@ -1,7 +1,10 @@
 """The training command for LazyConfigs."""
 
 import argparse
+import copy
+import functools
 import os
+from pathlib import Path
 
 from detectron2.config import LazyConfig, instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -14,6 +17,7 @@ from repr_det.datasets import class_names, register_builtin, register_coco_forma
 from repr_det.detectron.lazy import NUM_CLASSES, LazyTrainer, data_set_names, evaluate, repr_cfg_from_lazy
 from repr_det.method.errors import UserError
 from repr_det.runs.checkpoints import AtomicCheckpointer
+from repr_det.runs.record import CONFIG_FILE, RunRecord
 
 
 def load_lazy_config(
@@ -61,15 +65,25 @@ def load_lazy_config(
 def main(args: argparse.Namespace) -> None:
     """One process of a run: trains, or only evaluates."""
     cfg = load_lazy_config(args.config_file, args.opts, args.register, args.baseline)
-    setup_process(args, cfg, str(cfg.train.device), cfg.train.output_dir)
+    yacs = repr_cfg_from_lazy(cfg)
+    benchmark = bool(OmegaConf.select(cfg, "train.cudnn_benchmark", default=False))
+    config = Path(args.config_file).read_text(encoding="utf-8")
+    setup_process(args, yacs.MODEL.DEVICE, yacs.OUTPUT_DIR, yacs.SEED, benchmark, config)
     if args.eval_only:
         model = instantiate(cfg.model).to(cfg.train.device)
         AtomicCheckpointer(model, cfg.train.output_dir).resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
         evaluate(cfg, model)
         return
+    as_given = copy.deepcopy(cfg)  # LazyTrainer puts its model into the other
     trainer = LazyTrainer(cfg)
     trainer.resume_or_load(resume=args.resume)
+    data_sets = (*yacs.DATASETS.TRAIN, *yacs.DATASETS.TEST)
+    trainer.register_hooks([RunRecord(yacs.OUTPUT_DIR, functools.partial(_write_config, as_given), data_sets)])
     trainer.train()
+
+
+def _write_config(cfg: DictConfig, folder: Path) -> None:
+    LazyConfig.save(cfg, str(folder / CONFIG_FILE))
 
 
 def start(argv: list[str] | None = None) -> None:

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from detectron2.config import CfgNode
-from detectron2.engine import default_setup
 from detectron2.utils import comm
+from detectron2.utils.collect_env import collect_env_info
+from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
 
@@ -26,6 +27,7 @@ from repr_det.method.errors import UserError
 from repr_det.runs.files import disk_is_full, write_atomically
 from repr_det.runs.lock import RunLock, job_of
 from repr_det.runs.parent import end_with_parent
+from repr_det.runs.record import CONFIG_FILE
 from repr_det.runs.stopping import STATUS, Stopped, answer_signals
 
 STOCK_CONFIG_FILE = "config_detectron2.yaml"
@@ -64,16 +66,23 @@ def _say(line: str) -> None:
 
 
 def setup(args: argparse.Namespace, cfg: CfgNode) -> None:
-    """Detectron2's default_setup (log files, config.yaml, seeds), and the config that stock tools can read."""
-    setup_process(args, cfg, str(cfg.MODEL.DEVICE), cfg.OUTPUT_DIR)
-    if comm.is_main_process() and cfg.OUTPUT_DIR:
-        write_atomically(Path(cfg.OUTPUT_DIR) / STOCK_CONFIG_FILE, without_repr(cfg).dump())
+    """Threads, logs and seeds of one process of a run."""
+    setup_process(args, str(cfg.MODEL.DEVICE), cfg.OUTPUT_DIR, cfg.SEED, cfg.CUDNN_BENCHMARK, cfg.dump())
 
 
-def setup_process(args: argparse.Namespace, cfg: Any, device: str, folder: str) -> None:
+def write_configs(cfg: CfgNode, folder: Path) -> None:
+    """config.yaml, and the config that stock tools can read."""
+    write_atomically(folder / CONFIG_FILE, cfg.dump())
+    write_atomically(folder / STOCK_CONFIG_FILE, without_repr(cfg).dump())
+
+
+def setup_process(
+    args: argparse.Namespace, device: str, folder: str, seed: int, cudnn_benchmark: bool, config: str
+) -> None:
     """Lock, threads, logs and seeds of one process of a run, for a yaml config or a LazyConfig.
 
-    ``args.resume`` becomes what rank 0 has found, see ``may_continue``.
+    As Detectron2's ``default_setup``, but config.yaml is not written: it is the record of a run that trains, see
+    ``runs.record``. ``args.resume`` becomes what rank 0 has found, see ``may_continue``.
 
     Raises:
         UserError: another process trains in ``folder``, or this machine does not see rank 0's files there.
@@ -82,9 +91,21 @@ def setup_process(args: argparse.Namespace, cfg: Any, device: str, folder: str) 
     if device == "cpu" and comm.get_world_size() > 1 and "OMP_NUM_THREADS" not in os.environ:
         # Every process would take all cores for itself, and they would wait for each other most of the time.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // comm.get_local_size()))
-    default_setup(cfg, args)
+    rank = comm.get_rank()
+    if comm.is_main_process() and folder:
+        os.makedirs(folder, exist_ok=True)
+    setup_logger(folder, distributed_rank=rank, name="fvcore")
+    logger = setup_logger(folder, distributed_rank=rank)
+    setup_logger(folder, distributed_rank=rank, name="repr_det", abbrev_name="repr")
     logging.getLogger("detectron2.engine.train_loop").addFilter(_one_line_for_user_errors)
-    setup_logger(folder, distributed_rank=comm.get_rank(), name="repr_det", abbrev_name="repr")
+    logger.info("Rank of current process: %d. World size: %d", rank, comm.get_world_size())
+    logger.info("Environment info:\n%s", collect_env_info())
+    logger.info("Command line arguments: %s", args)
+    if comm.is_main_process():
+        logger.info("Running with full config:\n%s", config)
+    seed_all_rng(None if seed < 0 else seed + rank)
+    if not getattr(args, "eval_only", False):  # its overhead is large beside the size of validation sets
+        torch.backends.cudnn.benchmark = cudnn_benchmark
 
 
 def may_continue(args: argparse.Namespace, folder: str) -> bool:

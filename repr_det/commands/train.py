@@ -1,6 +1,7 @@
 """The training command for yaml configs."""
 
 import argparse
+import functools
 
 from detectron2.config import CfgNode
 from detectron2.evaluation import verify_results
@@ -8,10 +9,11 @@ from detectron2.utils import comm
 
 from repr_det.commands.arguments import build_config, train_argument_parser
 from repr_det.commands.checks import check_run
-from repr_det.commands.processes import launch_processes, may_continue, setup
+from repr_det.commands.processes import launch_processes, may_continue, setup, write_configs
 from repr_det.commands.world import check_processes
 from repr_det.detectron.engine import Trainer
 from repr_det.runs.checkpoints import AtomicCheckpointer
+from repr_det.runs.record import RunRecord
 
 
 def config_of(args: argparse.Namespace) -> CfgNode:
@@ -31,6 +33,8 @@ def main(args: argparse.Namespace) -> dict:
         return results
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)
+    data_sets = (*trainer.cfg.DATASETS.TRAIN, *trainer.cfg.DATASETS.TEST)
+    trainer.register_hooks([RunRecord(cfg.OUTPUT_DIR, functools.partial(write_configs, cfg), data_sets)])
     return trainer.train()
 
 

@@ -1,28 +1,34 @@
 """Trainer: Detectron2's DefaultTrainer with RePr, COCO evaluation, and several processes on the CPU too."""
 
+import logging
 import os
 import weakref
 from collections.abc import Iterable
+from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, create_ddp_model, hooks
 from detectron2.engine.train_loop import TrainerBase
-from detectron2.evaluation import COCOEvaluator
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from repr_det.datasets.image_files import NamingMapper
 from repr_det.detectron.config import scale_to_world
-from repr_det.detectron.hook import RePrHook
+from repr_det.detectron.evaluators import build_evaluator, check_evaluators
+from repr_det.detectron.hook import RePrHook, first_later_hook
 from repr_det.method.errors import UserError
 from repr_det.runs.checkpoints import AtomicCheckpointer, remove_unfinished_saves
 from repr_det.runs.files import FINAL_CHECKPOINT
 from repr_det.runs.guard import FiniteGuard, NonFiniteError, describe, first_non_finite
 from repr_det.runs.loader import resumable
 from repr_det.runs.resume import ExactResume
+from repr_det.runs.settings import apply_settings, settings_of
 from repr_det.runs.stopping import StopAtSignal
+
+logger = logging.getLogger("repr_det.resume")
 
 
 class Trainer(DefaultTrainer):
@@ -46,6 +52,8 @@ class Trainer(DefaultTrainer):
         TrainerBase.__init__(self)
         cfg = scale_to_world(cfg, comm.get_world_size())
         self.cfg = cfg
+        if all(_function(type(self), name) is _function(Trainer, name) for name in ("test", "build_evaluator")):
+            check_evaluators(cfg.DATASETS.TEST)
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = resumable(self.build_train_loader(cfg))
@@ -61,7 +69,7 @@ class Trainer(DefaultTrainer):
         self.register_hooks(self.build_hooks())
 
     def build_hooks(self) -> list[HookBase]:
-        """Detectron2's hooks, FiniteGuard, ExactResume, and RePrHook, which moves itself to its place."""
+        """Detectron2's hooks, FiniteGuard, ExactResume, and RePrHook in its place."""
         cfg, built = self.cfg, [hook for hook in super().build_hooks() if hook is not None]
         repr_hook = RePrHook(cfg) if "REPR" in cfg and cfg.REPR.ENABLED else None
         transitions = () if repr_hook is None else (*repr_hook.schedule.drop_iters, *repr_hook.schedule.restore_iters)
@@ -84,7 +92,18 @@ class Trainer(DefaultTrainer):
         stop = StopAtSignal(cfg.SOLVER.CHECKPOINT_PERIOD, lambda: (guard.check_weights(), exact.collect()))
         built.insert(next((i for i, hook in enumerate(built) if isinstance(hook, hooks.EvalHook)), len(built)), stop)
         built.insert(0, guard)
-        return built if repr_hook is None else [*built, repr_hook]
+        if repr_hook is not None:  # here, not only when it moves itself: its checks come before the others write
+            built.insert(first_later_hook(built), repr_hook)
+        return built
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """As in Detectron2; a run that was trained beyond SOLVER.MAX_ITER is refused."""
+        super().resume_or_load(resume)
+        if self.start_iter > self.max_iter:
+            raise UserError(
+                f"SOLVER.MAX_ITER is {self.max_iter}, but the checkpoint in {self.cfg.OUTPUT_DIR} was trained for "
+                f"{self.start_iter} iterations: give at least that many, or another OUTPUT_DIR"
+            )
 
     def run_step(self) -> None:
         """One step; a loss that is not finite is reported with its phase and the first layer that shows it."""
@@ -116,7 +135,21 @@ class Trainer(DefaultTrainer):
                 f"the checkpoint in {self.cfg.OUTPUT_DIR} was trained with RePr {'on' if saved else 'off'}, this run "
                 f"has it {'on' if enabled else 'off'}: resume with the same arm, or give another OUTPUT_DIR"
             )
+        optimizer = self._trainer.optimizer
+        groups = [len(group["params"]) for group in optimizer.param_groups]
+        theirs = [len(group["params"]) for group in state_dict["_trainer"]["optimizer"]["param_groups"]]
+        if groups != theirs:
+            raise UserError(
+                f"the checkpoint in {self.cfg.OUTPUT_DIR} trains {sum(theirs)} parameters in {len(theirs)} groups, "
+                f"this run {sum(groups)} in {len(groups)}: resume with the same MODEL, MODEL.BACKBONE.FREEZE_AT and "
+                "SOLVER, or give another OUTPUT_DIR"
+            )
+        built = settings_of(optimizer)
         super().load_state_dict(state_dict)
+        if changed := apply_settings(optimizer, self.scheduler, built):
+            logger.warning(
+                "The config's settings hold from iteration %d on: %s", state_dict["iteration"] + 1, ", ".join(changed)
+            )
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Iterable:
@@ -129,9 +162,14 @@ class Trainer(DefaultTrainer):
         return build_detection_test_loader(cfg, dataset_name, mapper=NamingMapper(DatasetMapper(cfg, False)))
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
-        """COCO box AP (and mask AP for models with masks), written to OUTPUT_DIR/inference."""
-        return COCOEvaluator(dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"))
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        """That of the data set's evaluator_type, COCO AP where it has none; its files go to OUTPUT_DIR/inference."""
+        return build_evaluator(dataset_name, os.path.join(cfg.OUTPUT_DIR, "inference"))
+
+
+def _function(owner: type, name: str) -> Any:
+    method = getattr(owner, name)
+    return getattr(method, "__func__", method)
 
 
 def _distributed(model: nn.Module) -> nn.Module:

@@ -5,7 +5,7 @@ import itertools
 import json
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
+from fvcore.common.checkpoint import Checkpointer
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -29,9 +30,16 @@ from repr_det.method.scheme import RePrScheme
 from repr_det.method.selection import drop_total
 from repr_det.runs.files import EVENTS_FILE, OVERLAPS_FILE, truncate_log
 from repr_det.runs.resume import ExactResume
+from repr_det.runs.safe_pickle import load_checkpoint
 
-# Hooks that must see the network after a transition: ours goes before the first of them.
-_LATER_HOOKS = (hooks.PreciseBN, ExactResume, hooks.PeriodicCheckpointer, hooks.EvalHook, hooks.PeriodicWriter)
+_LATER_HOOKS = (
+    hooks.PreciseBN,
+    ExactResume,
+    hooks.PeriodicCheckpointer,
+    hooks.BestCheckpointer,
+    hooks.EvalHook,
+    hooks.PeriodicWriter,
+)
 
 logger = logging.getLogger("repr_det.hook")
 
@@ -41,7 +49,8 @@ class RePrHook(HookBase):
 
     ``trainer.register_hooks([RePrHook(cfg)])`` is all that a DefaultTrainer, SimpleTrainer or AMPTrainer needs: in
     ``before_train`` the hook finds model and optimizer and moves itself before PreciseBN, the checkpointer, evaluation
-    and the writers, so that these see the network after a transition. Drops and restores happen in ``after_step``.
+    and the writers, so that these see the network after a transition. Drops and restores happen in ``after_step``. It
+    may be registered before or after ``resume_or_load``: what was loaded before it came is read from the checkpoint.
 
     Args:
         cfg: a Detectron2 config with the node REPR; REPR.ENABLED must be True.
@@ -61,27 +70,89 @@ class RePrHook(HookBase):
 
     def before_train(self) -> None:
         trainer = self.trainer
+        if any(isinstance(hook, RePrHook) and hook is not self for hook in trainer._hooks):
+            raise UserError(
+                "RePrHook is registered twice in this trainer: leave one out (repr_det's Trainer brings its own)"
+            )
         self._move_into_place()
         self.schedule.check_fits(trainer.max_iter)
         if self.scheme is None:
+            if self._loaded is None and trainer.start_iter > 0:
+                self._find_state()
             self.scheme = self._build_scheme()
+            self._try_passes()
             if self.cfg.REPR.REINIT.WARMUP_ITERS:
                 self.scheme.optimizer.register_step_pre_hook(self._warm_up)
                 self.scheme.optimizer.register_step_post_hook(self._end_warm_up)
         if self._loaded is not None:
             self.scheme.load_state_dict(self._loaded["scheme"])
             self._loaded = None
-        expected = self.schedule.phase(trainer.start_iter)
-        if (expected == "sub") != self.scheme.is_sub:
-            raise UserError(
-                f"REPR: iteration {trainer.start_iter} belongs to the {expected} phase of this schedule, but the "
-                f"checkpoint holds {'a sub-network' if self.scheme.is_sub else 'the full network'}: it was written by "
-                "another schedule or without RePr; resume with that one, or start anew in another OUTPUT_DIR"
-            )
+        # A hook in front of this one may have saved before the transition of the same iteration: it is made now.
+        last = trainer.start_iter - 1
+        owed = (last in self.schedule.drop_iters and not self.scheme.is_sub) or (
+            last in self.schedule.restore_iters and self.scheme.is_sub
+        )
+        self._check_state(trainer.start_iter - owed)
         if comm.is_main_process():  # transitions that this run, resumed from an earlier checkpoint, will make again
             for name in (EVENTS_FILE, OVERLAPS_FILE):
-                truncate_log(self._path(name), trainer.start_iter)
+                truncate_log(self._path(name), trainer.start_iter - owed)
         self._log_plan()
+        if owed:
+            self._record(last, self.scheme.restore() if self.scheme.is_sub else self.scheme.drop())
+
+    def _find_state(self) -> None:
+        """Reads from the checkpoint that the run continues what was loaded before this hook was registered."""
+        trainer, start = self.trainer, self.trainer.start_iter
+        for checkpointer in filter(None, map(_checkpointer_of, (trainer, *trainer._hooks))):
+            path = checkpointer.get_checkpoint_file()
+            if not path or not os.path.isfile(path):
+                continue
+            saved = load_checkpoint(path)
+            state = saved.get("trainer", {}).get("hooks", {}).get(type(self).__qualname__)
+            if state is not None and saved.get("iteration") == start - 1:
+                self.load_state_dict(state)
+                logger.info("RePr's state comes from %s", path)
+                return
+        if self.schedule.drop_iters[0] < start:
+            raise UserError(
+                f"REPR: iteration {start} comes after the first drop (iteration {self.schedule.drop_iters[0]}), and no "
+                "state of RePrHook was found: it was trained by another schedule or without RePr, or RePrHook was "
+                "registered after the checkpoint was loaded; register it before, or start anew in another OUTPUT_DIR"
+            )
+
+    def _check_state(self, iteration: int) -> None:
+        """The scheme is where the schedule says that it is before ``iteration``."""
+        expected = self.schedule.phase(iteration)
+        cycles = sum(i < iteration for i in self.schedule.restore_iters)
+        if (expected == "sub") != self.scheme.is_sub or self.scheme.cycle != cycles:
+            held = "a sub-network" if self.scheme.is_sub else "the full network"
+            raise UserError(
+                f"REPR: iteration {iteration} belongs to the {expected} phase of this schedule after {cycles} cycles, "
+                f"but the checkpoint holds {held} after {self.scheme.cycle}: another schedule wrote it, or a run without "
+                "RePr; resume with that one, or start anew in another OUTPUT_DIR"
+            )
+
+    def _try_passes(self) -> None:
+        """Draws a batch where a transition to come looks at data, so that what is wrong with it shows now."""
+        needed = self.scheme.criterion.needs_data or self.scheme.calibrated
+        if not needed or self.schedule.restore_iters[-1] < self.trainer.start_iter:
+            return
+        what = (
+            f"REPR.CRITERION {self.cfg.REPR.CRITERION}" if self.scheme.criterion.needs_data else "FrozenBN calibration"
+        )
+        try:
+            found = list(self.scheme.passes.batches(1, 0))
+        except UserError:
+            raise
+        except Exception as error:  # whatever a data set and its mapper raise
+            found, reason = [], f" ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        else:
+            reason = ""
+        if not found:
+            raise UserError(
+                f"REPR: {what} looks at training batches, and none can be drawn{reason}: give DATASETS.TRAIN, or a "
+                "data loader that can be iterated again"
+            )
 
     def after_step(self) -> None:
         iteration = self.trainer.iter
@@ -152,10 +223,10 @@ class RePrHook(HookBase):
 
     def _move_into_place(self) -> None:
         registered = self.trainer._hooks
-        index = next((i for i, hook in enumerate(registered) if isinstance(hook, _LATER_HOOKS)), None)
+        index = first_later_hook(registered)
         mine = next(i for i, hook in enumerate(registered) if hook is self)
         # Everything between shifts by one, so that Detectron2's own loop over the hooks neither skips nor repeats one.
-        if index is not None and index < mine:
+        if index < mine:
             registered.insert(index, registered.pop(mine))
 
     def _build_scheme(self) -> RePrScheme:
@@ -238,14 +309,26 @@ class RePrHook(HookBase):
         return os.path.join(self.cfg.OUTPUT_DIR, name)
 
 
+def first_later_hook(registered: Sequence[HookBase]) -> int:
+    """The place of RePrHook: before the first hook that must see the network after a transition, as everything does
+    that saves, evaluates, writes or keeps a checkpointer; the number of hooks where there is none."""
+    later = (i for i, x in enumerate(registered) if isinstance(x, _LATER_HOOKS) or _checkpointer_of(x) is not None)
+    return next(later, len(registered))
+
+
+def _checkpointer_of(holder: Any) -> Checkpointer | None:
+    return next((value for value in vars(holder).values() if isinstance(value, Checkpointer)), None)
+
+
 def training_passes(cfg: CfgNode, model: nn.Module, trainer: Any) -> TrainingPasses:
     """Extra passes over the training data, from a loader of their own whose order depends on SEED and cycle only.
 
     The data set and its mapper are those of the trainer's own loader where that is Detectron2's, so that a large
-    annotation file is not read again; otherwise the loader is built from ``cfg``.
+    annotation file is not read again; otherwise ``trainer.build_train_loader`` makes it, and where there is no such
+    method the trainer's loader is iterated anew.
     """
     inner = getattr(trainer, "_trainer", trainer)
-    build = getattr(trainer, "build_train_loader", build_detection_train_loader)
+    build = getattr(trainer, "build_train_loader", None)
 
     def batches(number: int, cycle: int) -> Iterable[list[dict]]:
         seed = max(cfg.SEED, 0) * 1_000_003 + cycle * 1009
@@ -260,11 +343,18 @@ def training_passes(cfg: CfgNode, model: nn.Module, trainer: Any) -> TrainingPas
                     total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
                     aspect_ratio_grouping=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
                 )
-            else:
+            elif build is not None:
                 own = cfg.clone()
                 own.defrost()
                 own.DATALOADER.NUM_WORKERS = 0
                 loader = build(own)
+            elif iter(inner.data_loader) is inner.data_loader:
+                raise UserError(
+                    "REPR: transitions look at training batches, and this trainer's data loader is an iterator, which "
+                    "training would miss them from: give one that can be iterated again, such as a DataLoader or a list"
+                )
+            else:
+                loader = inner.data_loader
             return list(itertools.islice(loader, number))
 
     def loss(batch: list[dict]) -> Tensor:

@@ -1,0 +1,75 @@
+"""The record of a run: config.yaml and the data that it was trained on, written once it is sure that it will train."""
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+
+from repr_det.method.passes import preserved_random_state
+
+logger = logging.getLogger("repr_det.resume")
+CONFIG_FILE = "config.yaml"
+DATA_FILE = "data_sets.json"
+
+
+class RunRecord(HookBase):
+    """Writes the record in ``before_train``; registered last, so that every check of trainer and hooks comes before it.
+
+    A run that has nothing left to train leaves the folder's record alone. One that is resumed with other settings keeps
+    the record of what was trained before as ``config_until_0000999.yaml``: in force up to iteration 999.
+
+    Args:
+        folder: OUTPUT_DIR; '' writes nothing.
+        write_config: writes config.yaml, and other files, into the folder that it is given.
+        data_sets: names of DATASETS.TRAIN and TEST.
+    """
+
+    def __init__(self, folder: str, write_config: Callable[[Path], None], data_sets: Sequence[str]) -> None:
+        self.folder = folder
+        self.write_config = write_config
+        self.data_sets = data_sets
+
+    def before_train(self) -> None:
+        start = self.trainer.start_iter
+        if not self.folder or not comm.is_main_process() or start >= self.trainer.max_iter:
+            return
+        with tempfile.TemporaryDirectory(dir=self.folder, prefix=".record-") as new, preserved_random_state():
+            self.write_config(Path(new))
+            (Path(new) / DATA_FILE).write_text(json.dumps(describe_data_sets(self.data_sets), indent=1), "utf-8")
+            for file in sorted(Path(new).iterdir()):
+                self._put(file, Path(self.folder) / file.name, start)
+
+    def _put(self, file: Path, place: Path, start: int) -> None:
+        if start > 0 and place.exists() and place.read_bytes() != file.read_bytes():
+            kept = place.with_stem(f"{place.stem}_until_{start - 1:07d}")
+            os.replace(place, kept)
+            logger.warning("%s is not that of the run so far, whose own is kept as %s", place.name, kept.name)
+        os.chmod(file, 0o644)
+        os.replace(file, place)
+
+
+def describe_data_sets(names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Name -> file, SHA-256 of its content, folder of images, classes, number of images; null where it is not known."""
+    return {name: _describe(name) for name in dict.fromkeys(names)}
+
+
+def _describe(name: str) -> dict[str, Any]:
+    metadata = MetadataCatalog.get(name)
+    path = metadata.get("json_file")
+    found = {"file": path, "sha256": None, "image_root": metadata.get("image_root")}
+    if path is None or not os.path.isfile(path):
+        images = len(DatasetCatalog.get(name))
+        return found | {"classes": list(metadata.get("thing_classes", ())), "images": images}
+    content = Path(path).read_bytes()
+    found["sha256"] = hashlib.sha256(content).hexdigest()
+    known = json.loads(content)
+    classes = [category.get("name") for category in sorted(known.get("categories", ()), key=lambda c: c["id"])]
+    return found | {"classes": classes, "images": len(known.get("images", ()))}

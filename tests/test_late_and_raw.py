@@ -1,0 +1,308 @@
+"""What used to be told late, raw or not at all around resuming: the order of registration and of hooks, settings that
+change, data of the user's own, evaluators, the record of a run. A detector of one conv keeps it fast."""
+
+import json
+import logging
+import os
+import weakref
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import At, interrupt
+from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import HookBase, SimpleTrainer, hooks
+from detectron2.layers import FrozenBatchNorm2d
+from detectron2.solver import build_lr_scheduler
+from torch import nn
+
+from repr_det import RePrHook, UserError, add_repr_config
+from repr_det.detectron.evaluators import build_evaluator, check_evaluators
+from repr_det.detectron.hook import first_later_hook
+from repr_det.runs.checkpoints import AtomicCheckpointer
+from repr_det.runs.record import DATA_FILE, RunRecord
+from repr_det.runs.settings import apply_settings, settings_of
+
+
+class Net(nn.Module):
+    """Two convs with norms; takes a list of dicts with "image", as Detectron2's models do."""
+
+    def __init__(self, norm=nn.BatchNorm2d):
+        super().__init__()
+        self.backbone = nn.Sequential()
+        for name, width in (("conv1", 3), ("conv2", 8)):
+            conv = nn.Conv2d(width, 8, 3, padding=1, bias=False)
+            conv.norm = norm(8)
+            self.backbone.add_module(name, conv)
+
+    def forward(self, batch):
+        x = torch.stack([sample["image"] for sample in batch])
+        for conv in self.backbone:
+            x = conv.norm(conv(x)).relu()
+        return {"loss": x.square().mean()}
+
+
+def config(folder, *opts):
+    cfg = get_cfg()
+    add_repr_config(cfg)
+    # Drops after iterations 1 and 5, restores after 3 and 7.
+    cfg.merge_from_list([
+        *("OUTPUT_DIR", str(folder), "SEED", 3, "SOLVER.MAX_ITER", 12, "SOLVER.IMS_PER_BATCH", 2),
+        *("REPR.ENABLED", True, "REPR.S1_ITERS", 2, "REPR.S2_ITERS", 2, "REPR.NUM_CYCLES", 2, "DATASETS.TRAIN", ()),
+        *("REPR.LAYERS.INCLUDE", ["backbone.conv*"], *opts),
+    ])  # fmt: skip
+    cfg.freeze()
+    return cfg
+
+
+BATCHES = [[{"image": torch.randn(3, 6, 6, generator=torch.Generator().manual_seed(i))}] for i in range(12)]
+
+
+class From:
+    """Batches from ``start`` on, as often as they are asked for."""
+
+    def __init__(self, start):
+        self.start = start
+
+    def __iter__(self):
+        return iter(BATCHES[self.start :])
+
+
+class SaveInFront(HookBase):
+    """A checkpoint hook of the user's own, which knows nothing of transitions."""
+
+    def __init__(self, at):
+        self.at = at
+
+    def after_step(self):
+        if self.trainer.iter in self.at:
+            self.trainer.checkpointer.save(f"mine_{self.trainer.iter}", iteration=self.trainer.iter)
+
+
+def trained(folder, cfg, stop=12, resume=False, late=False, front=(), loader=From, norm=nn.BatchNorm2d):
+    """Trains up to iteration ``stop``; late: RePrHook is registered after the checkpoint is loaded."""
+    os.makedirs(folder, exist_ok=True)
+    torch.manual_seed(1)
+    model = Net(norm)
+    trainer = SimpleTrainer(model, None, torch.optim.SGD(model.parameters(), 0.1, momentum=0.9))
+    trainer.checkpointer = AtomicCheckpointer(model, str(folder), trainer=weakref.proxy(trainer))
+    trainer.register_hooks(front)
+    if not late:
+        trainer.register_hooks([RePrHook(cfg)])
+    start = trainer.checkpointer.resume_or_load("", resume=resume).get("iteration", -1) + 1
+    if late:
+        trainer.register_hooks([RePrHook(cfg)])
+    trainer.data_loader = loader(start)
+    trainer.start_iter = start
+    if stop < 12:
+        trainer.register_hooks([At(stop, interrupt)])
+    with pytest.raises(KeyboardInterrupt) if stop < 12 else nullcontext():
+        trainer.train(start, 12)
+    trainer.checkpointer.save("last", iteration=stop - 1)
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_same(a, b):
+    for name, value in a.items():
+        assert torch.equal(value, b[name]), name
+
+
+def events(folder):
+    lines = [json.loads(line) for line in (Path(folder) / "repr_events.jsonl").read_text().splitlines()]
+    return [(line["iteration"], line["event"], line["cycle"]) for line in lines]
+
+
+ALL = [(1, "drop", 0), (3, "restore", 0), (5, "drop", 1), (7, "restore", 1)]
+
+
+@pytest.fixture
+def straight(tmp_path):
+    return trained(tmp_path / "straight", config(tmp_path / "straight"))
+
+
+@pytest.mark.parametrize("stop", [3, 5, 7, 9])  # in the sub-network phase, between cycles, again, after the last
+def test_hook_registered_after_the_checkpoint_was_loaded(tmp_path, straight, stop):
+    cfg = config(tmp_path / "run")
+    trained(tmp_path / "run", cfg, stop)
+    assert_same(trained(tmp_path / "run", cfg, resume=True, late=True), straight)
+    assert events(tmp_path / "run") == ALL
+
+
+def test_no_state_to_be_found(tmp_path):
+    cfg = config(tmp_path / "run")
+    trained(tmp_path / "run", cfg, 5)
+    checkpoint = tmp_path / "run" / "last.pth"
+    saved = torch.load(checkpoint, weights_only=True)
+    del saved["trainer"]["hooks"]["RePrHook"]
+    torch.save(saved, checkpoint)
+    before = events(tmp_path / "run")
+    with pytest.raises(UserError, match=r"iteration 5 comes after the first drop .* no state of RePrHook was found"):
+        trained(tmp_path / "run", cfg, resume=True, late=True)
+    assert events(tmp_path / "run") == before
+
+
+def test_two_hooks_are_refused(tmp_path):
+    cfg = config(tmp_path)
+    with pytest.raises(UserError, match="registered twice"):
+        trained(tmp_path, cfg, front=[RePrHook(cfg)])
+
+
+@pytest.mark.parametrize("at", [1, 3, 5, 7])
+def test_saved_in_front_of_the_transition_of_the_same_iteration(tmp_path, straight, at):
+    """The next drop or restore is owed, and made when the run is resumed."""
+    cfg = config(tmp_path / "run")
+    trained(tmp_path / "run", cfg, at + 1, front=[SaveInFront([at])])
+    (tmp_path / "run" / "last_checkpoint").write_text(f"mine_{at}.pth")
+    assert_same(trained(tmp_path / "run", cfg, resume=True), straight)
+    assert events(tmp_path / "run") == ALL
+
+
+def test_place_before_everything_that_saves(tmp_path):
+    class Mine(HookBase):
+        def __init__(self, checkpointer):
+            self.saver = checkpointer
+
+    checkpointer = AtomicCheckpointer(nn.Linear(1, 1), str(tmp_path))
+    timer, best = hooks.IterationTimer(), hooks.BestCheckpointer(2, checkpointer, "bbox/AP")
+    assert first_later_hook([timer, best]) == first_later_hook([timer, Mine(checkpointer), best]) == 1
+    assert first_later_hook([timer, hooks.LRScheduler()]) == 2
+
+
+def test_frozen_norms_are_calibrated_on_a_loader_of_the_trainers_own(tmp_path):
+    cfg = config(tmp_path)
+    trained(tmp_path, cfg, norm=FrozenBatchNorm2d)
+    assert events(tmp_path) == ALL
+
+
+def test_data_that_a_transition_needs_is_missed_before_the_first_step(tmp_path):
+    class Once(From):
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            raise AssertionError("a step was made")
+
+    with pytest.raises(UserError, match="this trainer's data loader is an iterator"):
+        trained(tmp_path, config(tmp_path), norm=FrozenBatchNorm2d, loader=Once)
+    with pytest.raises(UserError, match=r"REPR.CRITERION taylor looks at training batches, and none can be drawn"):
+        trained(tmp_path, config(tmp_path, "REPR.CRITERION", "taylor"), loader=lambda start: [])
+
+
+def optimizer_and_scheduler(cfg):
+    net = nn.Linear(2, 2)
+    groups = [{"params": [net.weight]}, {"params": [net.bias], "weight_decay": 0.0, "lr": 2 * cfg.SOLVER.BASE_LR}]
+    optimizer = torch.optim.SGD(
+        groups, cfg.SOLVER.BASE_LR, momentum=cfg.SOLVER.MOMENTUM, weight_decay=cfg.SOLVER.WEIGHT_DECAY
+    )
+    return net, optimizer, build_lr_scheduler(cfg, optimizer)
+
+
+def solver(*opts):
+    cfg = get_cfg()
+    cfg.merge_from_list(["SOLVER.WARMUP_ITERS", 4, "SOLVER.STEPS", (6,), "SOLVER.MAX_ITER", 20, *opts])
+    return cfg
+
+
+@pytest.mark.parametrize("steps", [2, 5, 9])  # in the warm-up, after it, after a decay
+def test_settings_of_a_resumed_run_are_those_of_its_config(steps):
+    def run(cfg, steps):
+        _, optimizer, scheduler = optimizer_and_scheduler(cfg)
+        for _ in range(steps):
+            optimizer.step()
+            scheduler.step()
+        return optimizer, scheduler
+
+    old, old_scheduler = run(solver(), steps)
+    for opts in ([], ["SOLVER.BASE_LR", 0.005, "SOLVER.WEIGHT_DECAY", 0.01, "SOLVER.MOMENTUM", 0.8]):
+        wanted, _ = run(solver(*opts), steps)
+        _, optimizer, scheduler = optimizer_and_scheduler(solver(*opts))
+        built = settings_of(optimizer)
+        scheduler.load_state_dict(old_scheduler.state_dict())
+        optimizer.load_state_dict(old.state_dict())
+        changed = apply_settings(optimizer, scheduler, built)
+        for _ in range(3):
+            for a, b in zip(optimizer.param_groups, wanted.param_groups, strict=True):
+                assert [a[key] for key in ("lr", "momentum", "weight_decay")] == [
+                    b[key] for key in ("lr", "momentum", "weight_decay")
+                ]
+            scheduler.step()
+            wanted, _ = run(solver(*opts), scheduler.last_epoch)
+        assert set(changed) == (
+            {
+                "initial_lr 0.001 -> 0.005",
+                "initial_lr 0.002 -> 0.01",
+                "weight_decay 0.0001 -> 0.01",
+                "momentum 0.9 -> 0.8",
+            }
+            if opts
+            else set()
+        )
+
+
+@pytest.fixture
+def data_set(tmp_path):
+    content = {
+        "images": [{"id": i, "file_name": f"{i}.png"} for i in range(3)],
+        "categories": [{"id": 5, "name": "b"}, {"id": 2, "name": "a"}],
+        "annotations": [],
+    }
+    (tmp_path / "data.json").write_text(json.dumps(content))
+    name = f"record_{tmp_path.name}"
+    DatasetCatalog.register(name, lambda: [{}] * 3)
+    MetadataCatalog.get(name).set(json_file=str(tmp_path / "data.json"), image_root="images")
+    yield name
+    DatasetCatalog.remove(name)
+    MetadataCatalog.remove(name)
+
+
+def test_record_of_a_run(tmp_path, data_set, caplog):
+    run = tmp_path / "run"
+    run.mkdir()
+
+    def begin(text, start, end=9):
+        record = RunRecord(str(run), lambda folder: (folder / "config.yaml").write_text(text), [data_set])
+        trainer = SimpleTrainer(nn.Linear(1, 1), [], None)
+        trainer.start_iter, trainer.max_iter = start, end
+        trainer.register_hooks([record])
+        with caplog.at_level(logging.WARNING, "repr_det.resume"):
+            record.before_train()
+        return {path.name: path.read_text() for path in run.iterdir() if path.suffix == ".yaml"}
+
+    assert begin("lr 1", 0) == {"config.yaml": "lr 1"}
+    told = json.loads((run / DATA_FILE).read_text())[data_set]
+    assert told.pop("sha256") and told == {
+        "file": str(tmp_path / "data.json"), "image_root": "images", "classes": ["a", "b"], "images": 3
+    }  # fmt: skip
+    assert begin("lr 1", 5) == {"config.yaml": "lr 1"}
+    assert begin("lr 2", 9) == {"config.yaml": "lr 1"}  # nothing left to train
+    assert not caplog.records
+    assert begin("lr 2", 6) == {"config.yaml": "lr 2", "config_until_0000005.yaml": "lr 1"}
+    assert "config.yaml is not that of the run so far" in caplog.text
+    assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "config_until_0000005.yaml", DATA_FILE]
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [(None, "COCOEvaluator"), ("coco", "COCOEvaluator"), ("sem_seg", "SemSegEvaluator"), ("pascal_voc", "PascalVOC")],
+)
+def test_evaluator_of_a_data_set(tmp_path, data_set, monkeypatch, kind, expected):
+    from detectron2 import evaluation
+
+    made = []
+    for name in ("COCOEvaluator", "SemSegEvaluator", "PascalVOCDetectionEvaluator"):
+        monkeypatch.setattr(evaluation, name, lambda *_, name=name, **__: made.append(name))
+    if kind is not None:
+        MetadataCatalog.get(data_set).evaluator_type = kind
+    check_evaluators([data_set])
+    build_evaluator(data_set, str(tmp_path))
+    assert len(made) == 1 and made[0].startswith(expected)
+
+
+@pytest.mark.parametrize(("kind", "told"), [("lvis", "needs the package lvis"), ("my_own", "none of coco, sem_seg")])
+def test_a_data_set_that_cannot_be_evaluated_is_refused_before_the_run(data_set, kind, told, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    MetadataCatalog.get(data_set).evaluator_type = kind
+    with pytest.raises(UserError, match=told):
+        check_evaluators([data_set])
