@@ -128,8 +128,8 @@ class RePrHook(HookBase):
             held = "a sub-network" if self.scheme.is_sub else "the full network"
             raise UserError(
                 f"REPR: iteration {iteration} belongs to the {expected} phase of this schedule after {cycles} cycles, "
-                f"but the checkpoint holds {held} after {self.scheme.cycle}: another schedule wrote it, or a run without "
-                "RePr; resume with that one, or start anew in another OUTPUT_DIR"
+                f"but the checkpoint holds {held} after {self.scheme.cycle}: another schedule wrote it, or a run "
+                "without RePr; resume with that one, or start anew in another OUTPUT_DIR"
             )
 
     def _try_passes(self) -> None:

@@ -1,57 +1,104 @@
 """Weights from files that nobody vouches for: pickles that may hold NumPy arrays and plain containers, nothing else."""
 
 import collections
+import io
 import pickle
 import re
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
 from repr_det.method.errors import UserError
 
-
-# Instances without a __dict__, so that a pickle cannot change them by its BUILD instruction.
-class _Latin1:
-    """Stands for ``_codecs.encode``, by which Python 3 writes bytes into pickles that Python 2 reads."""
-
-    __slots__ = ()
-
-    def __call__(self, text: str, encoding: str = "latin1") -> bytes:
-        if encoding != "latin1":
-            raise pickle.UnpicklingError(f"_codecs.encode with encoding {encoding!r}")
-        return text.encode("latin1")
-
-
-class _FromBuffer:
-    """Stands for NumPy's ``_frombuffer``, by which pickle protocol 5 brings arrays back."""
-
-    __slots__ = ()
-
-    def __call__(self, buffer: Any, dtype: np.dtype, shape: tuple[int, ...], order: str) -> np.ndarray:
-        return np.frombuffer(buffer, dtype=dtype).reshape(shape, order=order).copy()
-
-
-_multiarray = (np._core if hasattr(np, "_core") else np.core).multiarray
-_ALLOWED: dict[tuple[str, str], Any] = {
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    ("_codecs", "encode"): _Latin1(),
-}
-for _core in ("numpy.core", "numpy._core"):  # before and since NumPy 2
-    _ALLOWED[f"{_core}.multiarray", "_reconstruct"] = _multiarray._reconstruct
-    _ALLOWED[f"{_core}.multiarray", "scalar"] = _multiarray.scalar
-    _ALLOWED[f"{_core}.numeric", "_frombuffer"] = _FromBuffer()
+_NUMBERS = re.compile(r"[<>=|]?(b1|[iu][1248]|f[248]|f16|c8|c16)")
+_PLAIN = (bool, int, float, complex, str, bytes, bytearray, type(None), np.ndarray, np.bool_, np.number)
 
 
 class _ForbiddenError(pickle.UnpicklingError):
     pass
 
 
-class _Unpickler(pickle.Unpickler):
+class _DType:
+    """A NumPy dtype in the making; only numbers, and of its state only the byte order is looked at."""
+
+    def __init__(self, code: Any, *_: Any) -> None:
+        if not isinstance(code, str) or not _NUMBERS.fullmatch(code):
+            raise _ForbiddenError(f"numpy.dtype {str(code)[:40]!r}, which is no kind of number")
+        self.made = np.dtype(code)
+
+    def build(self, state: Any) -> "_DType":
+        order = state[1]
+        if order not in ("<", ">", "=", "|") or any(part is not None for part in state[2:5]):
+            raise _ForbiddenError("a numpy.dtype with a state of its own")
+        self.made = self.made.newbyteorder(order)
+        return self
+
+
+class _Array:
+    """A NumPy array in the making."""
+
+    def build(self, state: Any) -> np.ndarray:
+        shape, dtype, fortran, content = state[-4:]
+        return _filled(content, dtype, shape, "F" if fortran else "C")
+
+
+def _filled(content: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
+    """An array of numbers from its bytes, which must be exactly as many as it takes."""
+    if not isinstance(dtype, _DType):
+        raise pickle.UnpicklingError("an array without a dtype")
+    content = content.encode("latin1") if isinstance(content, str) else content  # a pickle of Python 2
+    if not isinstance(content, (bytes, bytearray)) or not all(type(n) is int and n >= 0 for n in shape):
+        raise pickle.UnpicklingError("an array without bytes")
+    return np.frombuffer(content, dtype=dtype.made).reshape(shape, order=order).copy(order)
+
+
+def _scalar(dtype: Any, content: Any) -> Any:
+    return _filled(content, dtype, (1,), "C")[0]
+
+
+def _encode(text: str, encoding: str = "latin1") -> bytes:
+    """``_codecs.encode``, by which Python 3 writes bytes into pickles that Python 2 reads."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"_codecs.encode with encoding {encoding!r}")
+    return text.encode("latin1")
+
+
+class _Name:
+    """What a pickle gets for a name: it can be called with the arguments in the file, and nothing else."""
+
+    def __init__(self, make: Callable[..., Any]) -> None:
+        self.make = make
+
+
+_ALLOWED = {
+    ("numpy", "ndarray"): _Name(_Array),
+    ("numpy", "dtype"): _Name(_DType),
+    ("collections", "OrderedDict"): _Name(collections.OrderedDict),
+    ("_codecs", "encode"): _Name(_encode),
+}
+for _builtins in ("__builtin__", "builtins"):  # how early protocols write b"" and sets
+    _ALLOWED[_builtins, "bytes"] = _Name(lambda: b"")
+    _ALLOWED[_builtins, "set"] = _Name(set)
+for _core in ("numpy.core", "numpy._core"):  # before and since NumPy 2
+    _ALLOWED[f"{_core}.multiarray", "_reconstruct"] = _Name(lambda *_: _Array())
+    _ALLOWED[f"{_core}.multiarray", "scalar"] = _Name(_scalar)
+    _ALLOWED[f"{_core}.numeric", "_frombuffer"] = _Name(_filled)
+
+
+class _Unpickler(pickle._Unpickler):
+    """The unpickler in Python, whose instructions can be replaced one by one, and whose memo is a dict: C's is an array
+    as long as the largest number that a damaged file names.
+
+    Only a name in ``_ALLOWED`` is called, and only with the arguments in the file; C code of NumPy gets none of them
+    unchecked. BUILD fills arrays and dtypes in the making and is refused for everything else.
+    """
+
+    dispatch: ClassVar = dict(pickle._Unpickler.dispatch)
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:
             raise _ForbiddenError(f"{module}.{name}")
@@ -60,20 +107,45 @@ class _Unpickler(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> Any:
         raise _ForbiddenError(f"persistent id {str(pid)[:40]!r}")
 
+    def load_reduce(self) -> None:
+        arguments, name = self.stack.pop(), self.stack[-1]
+        if type(name) is not _Name or type(arguments) is not tuple:
+            raise pickle.UnpicklingError("a call of something that has no name")
+        self.stack[-1] = name.make(*arguments)
+
+    def load_build(self) -> None:
+        state, made = self.stack.pop(), self.stack[-1]
+        if not isinstance(made, (_DType, _Array)) or type(state) is not tuple:
+            raise _ForbiddenError(f"a state for {type(made).__name__}")
+        built = self.stack[-1] = made.build(state)
+        for number in reversed(self.memo):  # it has been noted a few instructions ago
+            if self.memo[number] is made:
+                self.memo[number] = built
+                break
+
+    def refuse(self) -> None:
+        raise _ForbiddenError("an instruction that makes objects of classes")
+
+    dispatch[pickle.REDUCE[0]] = load_reduce
+    dispatch[pickle.BUILD[0]] = load_build
+    for _code in (pickle.INST, pickle.OBJ, pickle.NEWOBJ, pickle.NEWOBJ_EX, pickle.EXT1, pickle.EXT2, pickle.EXT4):
+        dispatch[_code[0]] = refuse
+
 
 def load_restricted(path: str | Path) -> Any:
     """Reads a pickle, such as Detectron2's official ``.pkl`` weights, without running anything that it names.
 
-    Only NumPy arrays and scalars, numbers, text, bytes, list, tuple, set, dict and OrderedDict come out. Strings of
-    Python 2 are read as latin1, as official files need.
+    Only NumPy arrays and scalars of numbers, plain numbers, text, bytes, list, tuple, set, dict and OrderedDict come
+    out. Strings of Python 2 are read as latin1, as official files need.
 
     Raises:
         UserError: the file is missing, cut short, no pickle, or names anything else; one line.
     """
     path = _existing(path)
     try:
-        with path.open("rb") as file:
-            return _Unpickler(file, encoding="latin1").load()
+        loaded = _Unpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
+        _check_plain(loaded)
+        return loaded
     except _ForbiddenError as error:
         raise UserError(
             f"{path}: refused, it names {error}, and weights are NumPy arrays and plain containers only; the file was "
@@ -85,8 +157,24 @@ def load_restricted(path: str | Path) -> Any:
         ) from error
 
 
+def _check_plain(loaded: Any) -> None:
+    """Nothing in the making is left over: a genuine file finishes what it begins."""
+    seen, left = set(), [loaded]
+    while left:
+        value = left.pop()
+        if isinstance(value, _PLAIN) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, dict):
+            left += [*value.keys(), *value.values()]
+        elif isinstance(value, (list, tuple, set, frozenset)):
+            left += value
+        else:
+            raise pickle.UnpicklingError(f"a {type(value).__name__.strip('_')} without its content")
+
+
 def load_checkpoint(path: str | Path, map_location: str = "cpu") -> dict[str, Any]:
-    """A checkpoint as Detectron2 or torch wrote it: ``.pth`` (``weights_only``) or ``.pkl`` (``load_restricted``).
+    """A checkpoint as Detectron2 or torch wrote it: ``.pkl`` (``load_restricted``), anything else as ``weights_only``.
 
     Args:
         map_location: "meta" leaves the tensors of a torch file unread.
@@ -98,11 +186,8 @@ def load_checkpoint(path: str | Path, map_location: str = "cpu") -> dict[str, An
         UserError: the file is missing, cut short, of another kind, or holds more than tensors and plain containers.
     """
     path = _existing(path)
-    loaded = (
-        load_restricted(path)
-        if path.suffix == ".pkl" and not zipfile.is_zipfile(path)
-        else _load_torch(path, map_location)
-    )
+    is_pickle = path.suffix == ".pkl" and not zipfile.is_zipfile(path)
+    loaded = load_restricted(path) if is_pickle else _load_torch(path, map_location)
     if not isinstance(loaded, dict):
         raise UserError(f"{path}: expected a dict of weights, found {type(loaded).__name__}")
     return loaded
