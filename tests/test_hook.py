@@ -145,7 +145,8 @@ def simple_run(cfg, batches, stop=None, resume=False):
     if resume:
         start = checkpointer.resume_or_load("", resume=True)["iteration"] + 1
         seed_all_rng(12345)
-    trainer.data_loader = batches[start:]
+    trainer.data_loader = batches  # calibration reads it from its beginning
+    trainer._data_loader_iter_obj = iter(batches[start:])
 
     trainer.register_hooks([At(stop, interrupt)])
     try:

@@ -325,7 +325,7 @@ def training_passes(cfg: CfgNode, model: nn.Module, trainer: Any) -> TrainingPas
 
     The data set and its mapper are those of the trainer's own loader where that is Detectron2's, so that a large
     annotation file is not read again; otherwise ``trainer.build_train_loader`` makes it, and where there is no such
-    method the trainer's loader is iterated anew.
+    method the trainer's loader is iterated anew, from its beginning.
     """
     inner = getattr(trainer, "_trainer", trainer)
     build = getattr(trainer, "build_train_loader", None)
