@@ -134,8 +134,7 @@ class RePrHook(HookBase):
 
     def _try_passes(self) -> None:
         """Draws a batch where a transition to come looks at data, so that what is wrong with it shows now."""
-        needed = self.scheme.criterion.needs_data or self.scheme.calibrated
-        if not needed or self.schedule.restore_iters[-1] < self.trainer.start_iter:
+        if not self.scheme.needs_batches or self.schedule.restore_iters[-1] < self.trainer.start_iter:
             return
         what = (
             f"REPR.CRITERION {self.cfg.REPR.CRITERION}" if self.scheme.criterion.needs_data else "FrozenBN calibration"

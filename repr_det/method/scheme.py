@@ -140,6 +140,11 @@ class RePrScheme:
         return self._held is not None
 
     @property
+    def needs_batches(self) -> bool:
+        """Whether transitions look at training batches."""
+        return self.criterion.needs_data or (self.frozen_norm != "keep" and bool(self._frozen_norms()))
+
+    @property
     def masks(self) -> dict[str, Tensor]:
         """Layer name -> (J,) bool, True = dropped; empty where no filters are."""
         return {} if self._held is None else self._held.masks
