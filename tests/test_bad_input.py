@@ -93,6 +93,9 @@ def test_a_gpu_that_is_not_there(tiny_cfg):
 def test_numbers_of_processes(tiny_cfg):
     assert "--num-gpus must be at least 1, got 0" in refused(tiny_cfg, *ON, num_gpus=0)
     assert "must be a multiple of --num-gpus 3" in refused(tiny_cfg, *ON, num_gpus=3)
+    scaled = ("SOLVER.REFERENCE_WORLD_SIZE", 2, "SOLVER.IMS_PER_BATCH")
+    assert "must be a multiple of SOLVER.REFERENCE_WORLD_SIZE 2" in refused(tiny_cfg, *ON, *scaled, 3, num_gpus=3)
+    check_run(tiny_cfg(*scaled, 2), num_gpus=3)  # trains with a batch of 3
 
 
 @pytest.mark.parametrize(
@@ -115,6 +118,23 @@ def test_config_files(tmp_path, text, fragment):
     with pytest.raises(UserError) as error:
         build_config(str(path), [])
     assert fragment in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_weights_that_detectron2_reads(tiny_cfg, tmp_path):
+    torch.save({"model": {"backbone.x": torch.zeros(3)}}, tmp_path / "w.pth")
+    check_run(tiny_cfg("MODEL.WEIGHTS", f"{tmp_path / 'w.pth'}?matching_heuristics=True"))
+    (tmp_path / "w.pt").write_bytes(b"damaged")
+    assert "w.pt: not a readable torch checkpoint" in refused(tiny_cfg, "MODEL.WEIGHTS", str(tmp_path / "w.pt"))
+
+
+def test_a_resumed_run_does_not_need_its_first_weights(tiny_cfg, tmp_path):
+    gone = ("MODEL.WEIGHTS", str(tmp_path / "gone.pth"))
+    folder = tmp_path / "run"
+    folder.mkdir()
+    torch.save({"model": {}, "trainer": {}, "iteration": 3}, folder / "model_0000003.pth")
+    check_run(tiny_cfg(*gone), resume=True)
+    (folder / "model_0000003.pth").unlink()
+    assert "gone.pth" in refused(tiny_cfg, *gone, resume=True)
 
 
 class Bomb:

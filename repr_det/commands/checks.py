@@ -3,6 +3,7 @@
 import os
 import tempfile
 from pathlib import Path
+from urllib.parse import urlparse
 
 import torch
 from detectron2.config import CfgNode, get_cfg
@@ -10,12 +11,18 @@ from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 
 from repr_det.datasets import check_registered, class_names
-from repr_det.detectron.config import add_repr_config, as_user_error, schedule_from_config, validate_repr_config
+from repr_det.detectron.config import (
+    add_repr_config,
+    as_user_error,
+    scale_to_world,
+    schedule_from_config,
+    validate_repr_config,
+)
 from repr_det.method.criteria import get_criterion
 from repr_det.method.errors import UserError
 from repr_det.method.layers import find_filter_layers
 from repr_det.method.selection import check_capacity
-from repr_det.runs.checkpoints import check_last_checkpoint
+from repr_det.runs.checkpoints import check_last_checkpoint, find_checkpoint
 from repr_det.runs.files import run_traces
 from repr_det.runs.safe_pickle import load_checkpoint
 
@@ -33,7 +40,8 @@ def check_run(cfg: CfgNode, resume: bool = False, eval_only: bool = False, num_g
     check_datasets(cfg, eval_only)
     if cfg.REPR.ENABLED and not eval_only:
         check_layers(cfg)
-    _check_weights(cfg)
+    if not (resume and find_checkpoint(cfg.OUTPUT_DIR)):  # a resumed run reads its own checkpoint
+        _check_weights(cfg)
 
 
 def check_layers(cfg: CfgNode) -> None:
@@ -125,7 +133,13 @@ def _check_device(cfg: CfgNode, num_gpus: int) -> None:
         raise UserError(f"--num-gpus {num_gpus}, but torch sees {torch.cuda.device_count()} GPU(s)")
     if cfg.SOLVER.AMP.ENABLED and kind != "cuda":
         raise UserError(f"SOLVER.AMP.ENABLED needs a GPU in Detectron2, MODEL.DEVICE is {device!r}: set it to False")
-    if cfg.SOLVER.IMS_PER_BATCH % num_gpus:
+    reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
+    if reference and cfg.SOLVER.IMS_PER_BATCH % reference:
+        raise UserError(
+            f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} must be a multiple of SOLVER.REFERENCE_WORLD_SIZE "
+            f"{reference}"
+        )
+    if scale_to_world(cfg, num_gpus).SOLVER.IMS_PER_BATCH % num_gpus:
         raise UserError(f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} must be a multiple of --num-gpus {num_gpus}")
 
 
@@ -134,7 +148,7 @@ def _check_weights(cfg: CfgNode) -> None:
     if not weights:
         return
     try:
-        local = PathManager.get_local_path(weights)
+        local = PathManager.get_local_path(urlparse(weights)._replace(query="").geturl())
         found = os.path.isfile(local)
         reason = "it is not a file"
     except Exception as error:  # whatever a download handler raises, the user needs the same line
@@ -144,5 +158,4 @@ def _check_weights(cfg: CfgNode) -> None:
             f"MODEL.WEIGHTS {weights!r} cannot be read ({reason}): give the path of a local file, or MODEL.WEIGHTS '' "
             "to train from random weights"
         )
-    if local.endswith((".pth", ".pkl")):
-        load_checkpoint(local)
+    load_checkpoint(local)
