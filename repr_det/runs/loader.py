@@ -244,7 +244,7 @@ def _check_understood(inner: Any, grouped: bool) -> None:
         if not condition:
             raise TypeError(reason)
 
-    need(type(inner) is DataLoader, f"holds a {type(inner).__name__}")
+    need(type(inner) is DataLoader, f"is not Detectron2's alone ({type(inner).__name__})")
     collate = inner.collate_fn
     takes_one = type(collate) is operator.itemgetter and repr(collate) == repr(operator.itemgetter(0))
     need(takes_one and inner.batch_size == 1 if grouped else collate is trivial_batch_collator, "has a collate_fn")
