@@ -1,13 +1,14 @@
 # make install   .venv with torch, Detectron2 and this package (a second time: seconds)
 # make test      the test suite
 # make demo      trains baseline and RePr on the embedded shapes on the CPU and prints their COCO AP
-# make lint      ruff, and which room may import which (.importlinter)
+# make lint      ruff, mypy on the public API, and which room may import which (.importlinter)
+# make docs      the documentation site in site/; a dead link or a public name without a docstring fails it
 # make soak      kills and resumes runs at many more moments than make test
 
 PYTHON ?= python3
 export PYTHON
 
-.PHONY: install test demo lint soak clean
+.PHONY: install test demo lint docs soak clean
 
 install:
 	@tools/install.sh
@@ -19,10 +20,13 @@ demo: install
 	.venv/bin/python tools/demo.py
 
 lint: install
-	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/lint-imports
+	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy && .venv/bin/lint-imports
+
+docs: install
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
 
 clean:
-	rm -rf .venv *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv *.egg-info .pytest_cache .ruff_cache .mypy_cache site build dist
 
 soak: install
 	KILL_ROUNDS=20 .venv/bin/python -m pytest -q -rP tests/test_kill.py tests/test_torchrun.py

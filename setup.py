@@ -2,32 +2,60 @@
 torch build is the user's choice. Importing the package without them says what to install."""
 
 import re
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "repr_det" / "__init__.py").read_text()).group(1)
 
+
+class BuildWithConfigs(build_py):
+    """Puts configs/ into the package; an editable install reads it where it is."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            target = Path(self.build_lib) / "repr_det" / "configs"
+            shutil.copytree(HERE / "configs", target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+
+
 setup(
     name="repr_det",
     version=VERSION,
-    description="RePr training (drop, train, re-initialise filters) for Detectron2 object detectors",
+    description="RePr training (drop, train, re-initialise filters) for PyTorch loops and Detectron2 object detectors",
     long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    project_urls={"Paper": "https://arxiv.org/abs/1811.07275"},
+    keywords=["object detection", "convolutional filters", "detectron2", "pytorch", "RePr"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "License :: OSI Approved :: Apache Software License",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+        "Typing :: Typed",
+    ],
     packages=find_packages(include=["repr_det", "repr_det.*"]),
-    package_data={"repr_det.studies.comparison": ["*.html.j2"]},
+    package_data={"repr_det": ["py.typed"], "repr_det.studies.comparison": ["*.html.j2"]},
+    cmdclass={"build_py": BuildWithConfigs},
+    entry_points={"console_scripts": ["repr-det = repr_det.__main__:main"]},
     python_requires=">=3.10",
     install_requires=[
         "numpy",
+        "scipy>=1.9",
         "fvcore",
         "pycocotools>=2.0.8",
         "opencv-python",
-        "scipy>=1.9",
-        "Jinja2>=3.0",
-        "matplotlib>=3.6",
-        "rich>=12",
-        "tabulate",
     ],
+    extras_require={
+        "studies": ["Jinja2>=3.0", "matplotlib>=3.6", "rich>=12", "tabulate"],  # compare, analyze, benchmark
+        "wandb": ["wandb"],
+    },
 )

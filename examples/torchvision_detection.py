@@ -27,7 +27,7 @@ from repr_det.datasets import CLASS_NAMES, generate_shapes
 MODELS = {
     "fasterrcnn_resnet50_fpn": (["backbone.body.layer*.conv*"], []),
     "retinanet_resnet50_fpn": (["backbone.body.layer*.conv*"], []),
-    "ssdlite320_mobilenet_v3_large": (["backbone.features.*"], ["*.fc1", "*.fc2"]),
+    "ssdlite320_mobilenet_v3_large": (["backbone.features.*"], []),
 }
 BATCH_SIZE = 2
 Batch = tuple[list[Tensor], list[dict[str, Tensor]]]

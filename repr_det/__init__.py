@@ -1,6 +1,8 @@
 """RePr (CVPR 2019) for Detectron2: drop the filters that overlap most, train the rest, bring them back orthogonal."""
 
-__version__ = "0.1.0"
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.2.0"
 
 try:
     import torch  # noqa: F401
@@ -13,6 +15,11 @@ from repr_det.method.loop import RePr, apply_repr
 from repr_det.method.schedule import RePrSchedule
 from repr_det.method.scheme import RePrScheme
 
+if TYPE_CHECKING:
+    from repr_det.detectron.config import add_repr_config, validate_repr_config
+    from repr_det.detectron.engine import Trainer
+    from repr_det.detectron.hook import RePrHook
+
 _DETECTRON2_NAMES = {
     "RePrHook": "repr_det.detectron.hook",
     "Trainer": "repr_det.detectron.engine",
@@ -22,16 +29,19 @@ _DETECTRON2_NAMES = {
 __all__ = [
     "FilterLayer",
     "RePr",
+    "RePrHook",
     "RePrSchedule",
     "RePrScheme",
+    "Trainer",
     "UserError",
+    "add_repr_config",
     "apply_repr",
     "find_filter_layers",
-    *_DETECTRON2_NAMES,
+    "validate_repr_config",
 ]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     # Loaded on first use: a plain PyTorch loop needs no Detectron2.
     if name not in _DETECTRON2_NAMES:
         raise AttributeError(f"module 'repr_det' has no attribute {name!r}")

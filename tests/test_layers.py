@@ -397,7 +397,7 @@ TIMM = {  # model -> patterns and how many convs take part, behind which norms
     "resnet18": (["*"], [], 8 * 2 + 3 + 1, {"BatchNorm2d"}),
     # A ConvNet whose norms hold their activation: 1 block of 2 convs and 15 of 3, stem and head; squeeze-and-excitation
     # puts out factors, not features.
-    "efficientnet_b0": (["*"], ["*.se.*"], 1 * 2 + 15 * 3 + 2, {"BatchNormAct2d"}),
+    "efficientnet_b0": (["*"], [], 1 * 2 + 15 * 3 + 2, {"BatchNormAct2d"}),
 }
 
 

@@ -145,7 +145,7 @@ def test_loader_and_loss_feed_frozen_norms_and_criteria(norm):
 
 def test_frozen_norm_without_data_is_refused_before_the_first_step():
     model, optimizer = built(torchvision.ops.FrozenBatchNorm2d)
-    with pytest.raises(UserError, match="FrozenBN re-calibration looks at training batches"):
+    with pytest.raises(UserError, match="re-calibration looks at training batches"):
         RePr(model, optimizer, 12)
     RePr(model, optimizer, 12, frozen_norm="keep")
 

@@ -2,82 +2,10 @@
 """Shows how much the filters of a checkpoint overlap, and which ones RePr would drop; trains nothing, needs no GPU.
 
 tools/analyze_filters.py CHECKPOINT [--config-file FILE] [--criterion ortho] [--json FILE] [--plot FILE.svg]
-
-CHECKPOINT is a .pth of a training or .pkl weights of Detectron2. With a config file the layers are those that
-REPR.LAYERS names in its model; without one they are all 4-D weights, narrowed by --include and --exclude.
 """
 
-import argparse
-from pathlib import Path
-
-from repr_det.commands.arguments import build_config
 from repr_det.commands.processes import run_tool
-from repr_det.method.errors import UserError
-from repr_det.studies.analysis import (
-    NOT_FILTERS,
-    analyze,
-    as_table,
-    describe_state,
-    layers_by_config,
-    layers_by_pattern,
-    plot,
-    read_checkpoint,
-    write_json,
-)
-
-
-def main(argv: list[str] | None = None) -> None:
-    args = _parser().parse_intermixed_args(argv)
-    for name, path in (("--json", args.json), ("--plot", args.plot)):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise UserError(f"{name} {path}: the folder {path.parent} does not exist")
-    checkpoint = read_checkpoint(args.checkpoint)
-    criterion, ratio, cap = "ortho", 0.3, 0.5
-    if args.config_file:
-        if args.include or args.exclude:
-            raise UserError(
-                "--include and --exclude go without --config-file; with it, set REPR.LAYERS.INCLUDE, EXCLUDE"
-            )
-        cfg = build_config(args.config_file, args.opts)
-        criterion, ratio, cap = cfg.REPR.CRITERION, cfg.REPR.DROP_RATIO, cfg.REPR.MAX_DROP_PER_LAYER
-        layers = layers_by_config(checkpoint, cfg)
-    else:
-        if args.opts:
-            raise UserError(f"config options {' '.join(args.opts)} need --config-file")
-        layers = layers_by_pattern(checkpoint, args.include or ("*",), args.exclude or NOT_FILTERS)
-    analysis = analyze(
-        layers,
-        criterion if args.criterion is None else args.criterion,
-        ratio if args.drop_ratio is None else args.drop_ratio,
-        cap if args.max_drop_per_layer is None else args.max_drop_per_layer,
-        args.pairs,
-    )
-    print(f"{checkpoint.path}: {describe_state(checkpoint, analysis)}\n\n{as_table(analysis)}")
-    if args.json:
-        write_json(args.json, checkpoint, analysis)
-    if args.plot:
-        plot(args.plot, checkpoint, analysis)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--config-file", help="of the run that wrote the checkpoint")
-    parser.add_argument("--include", nargs="+", metavar="PATTERN", help="fnmatch patterns on weight names (default *)")
-    parser.add_argument(
-        "--exclude", nargs="+", metavar="PATTERN", help=f"fnmatch patterns (default {' '.join(NOT_FILTERS)})"
-    )
-    parser.add_argument("--criterion", help="a ranking that looks at weights only (default REPR.CRITERION, or ortho)")
-    parser.add_argument("--drop-ratio", type=float, help="default REPR.DROP_RATIO, or 0.3")
-    parser.add_argument("--max-drop-per-layer", type=float, help="default REPR.MAX_DROP_PER_LAYER, or 0.5")
-    parser.add_argument("--pairs", type=int, default=10, help="how many of the most overlapping pairs (default 10)")
-    parser.add_argument("--json", type=Path, help="write all numbers to this file")
-    parser.add_argument("--plot", type=Path, help="write the plot to this .svg or .png file")
-    parser.add_argument(
-        "opts", nargs="*", metavar="KEY VALUE", help="config options, after -- where they follow a list"
-    )
-    return parser
-
+from repr_det.studies.analysis_command import main
 
 if __name__ == "__main__":
     run_tool(main)

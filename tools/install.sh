@@ -10,11 +10,14 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 VENV=.venv
 STAMP=$VENV/.installed
-# The PyPI re-upload of upstream Detectron2 commit a59f0563 (2024-04-17); see README.md, "Installation".
+# The PyPI re-upload of upstream Detectron2 commit a59f0563 (2024-04-17); see docs/start.md.
 DETECTRON2='sal-detectron2==0.7.2 --hash=sha256:491af0c7f79bdb2d178e46f6cb16a97c4ac968d45c41ea3f6b6435d59bbee561'
 DETECTRON2_NEEDS='fvcore iopath>=0.1.9 pycocotools>=2.0.8 omegaconf>=2.3 hydra-core>=1.3 yacs>=0.1.8 termcolor tabulate
     cloudpickle tensorboard matplotlib tqdm black packaging setuptools<81 Pillow'
-DEVELOPMENT='pytest ruff import-linter scikit-learn'
+DEVELOPMENT='pytest ruff import-linter scikit-learn mypy build'
+# What tests of other libraries and `make docs` need; where it is not to be had, those tests skip.
+OTHERS='timm lightning wandb'
+DOCS='mkdocs mkdocs-material mkdocstrings[python]'
 
 say() { printf '[install] %s\n' "$*"; }
 fail() { printf '[install] FAILED at: %s\n[install] What to do: %s\n' "$1" "$2" >&2; exit 1; }
@@ -46,6 +49,12 @@ say "3/5 what Detectron2 needs"
 pip install -q 'setuptools<81' wheel || fail "pip install setuptools wheel" "$network"
 # shellcheck disable=SC2086
 pip install -q $DETECTRON2_NEEDS $DEVELOPMENT || fail "pip install of Detectron2's dependencies" "$network"
+for optional in "$OTHERS" "$DOCS"; do
+    # With what is there named beside them, so that pip leaves torch and setuptools alone.
+    # shellcheck disable=SC2086
+    pip install -q $optional "torch==$("$py" -c 'import torch; print(torch.__version__)')" 'setuptools<81' \
+        || say "$optional: not to be had here; the tests that need it skip, and so does make docs"
+done
 
 say "4/5 Detectron2 (hash checked)"
 if ! "$py" -c 'import detectron2' 2>/dev/null; then
@@ -64,7 +73,7 @@ if ! "$py" -c 'import detectron2' 2>/dev/null; then
 fi
 
 say "5/5 repr_det, in editable mode"
-pip install -q --no-build-isolation -e . || fail "pip install -e ." "$network"
+pip install -q --no-build-isolation -e '.[studies]' || fail "pip install -e ." "$network"
 if ! "$py" -c 'import cv2' 2>/dev/null; then
     say "opencv-python does not load here (usually a missing libGL): taking the build without a GUI"
     pip uninstall -q -y opencv-python

@@ -1,11 +1,11 @@
 """What a user types for a training run: the arguments, and the config that they stand for."""
 
 import argparse
-import os
 
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_argument_parser
 
+from repr_det.commands.shipped import config_path
 from repr_det.commands.world import add_process_arguments
 from repr_det.datasets import class_names, register_builtin, register_coco_format
 from repr_det.detectron.config import add_repr_config, as_user_error
@@ -43,7 +43,7 @@ def build_config(
     """The frozen config of a run.
 
     Args:
-        config_file: a yaml file with or without the node REPR.
+        config_file: a yaml file with or without the node REPR, or the name of one of configs/.
         opts: KEY VALUE pairs as on the command line.
         register: NAME, JSON, IMAGE_ROOT of COCO-format data sets.
         baseline: switch RePr off, see ``train_argument_parser``.
@@ -53,8 +53,7 @@ def build_config(
     """
     cfg = get_cfg()
     add_repr_config(cfg)
-    if not os.path.isfile(config_file):
-        raise UserError(f"--config-file {config_file!r} is not a file" if config_file else "--config-file is missing")
+    config_file = config_path(config_file)
     if len(opts) % 2:
         raise UserError(f"options after the flags must be KEY VALUE pairs, got {len(opts)} words: {' '.join(opts)}")
     with as_user_error(config_file):

@@ -3,7 +3,6 @@
 import argparse
 import copy
 import functools
-import os
 from pathlib import Path
 
 from detectron2.config import LazyConfig, instantiate
@@ -12,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from repr_det.commands.arguments import train_argument_parser
 from repr_det.commands.checks import check_run
 from repr_det.commands.processes import launch_processes, may_continue, setup_process
+from repr_det.commands.shipped import config_path
 from repr_det.commands.world import check_processes
 from repr_det.datasets import class_names, register_builtin, register_coco_format
 from repr_det.detectron.lazy import NUM_CLASSES, LazyTrainer, data_set_names, evaluate, repr_cfg_from_lazy
@@ -28,10 +28,7 @@ def load_lazy_config(
     Raises:
         UserError: the file is missing, raises an error or lacks a node; an override is malformed; a data set is bad.
     """
-    if not os.path.isfile(config_file) or not config_file.endswith(".py"):
-        raise UserError(
-            f"--config-file {config_file!r} is not a .py file" if config_file else "--config-file is missing"
-        )
+    config_file = config_path(config_file, ".py")
     try:
         cfg = LazyConfig.load(config_file)
     except Exception as error:  # a config is a program

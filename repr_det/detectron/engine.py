@@ -115,6 +115,7 @@ class Trainer(DefaultTrainer):
             raise NonFiniteError(describe(self, what)) from error
 
     def before_train(self) -> None:
+        """Detectron2's, and writes the final checkpoint that a killed run did not."""
         super().before_train()
         final = os.path.join(self.cfg.OUTPUT_DIR, FINAL_CHECKPOINT)
         if self.start_iter == self.max_iter and comm.is_main_process() and not os.path.exists(final):
@@ -123,11 +124,13 @@ class Trainer(DefaultTrainer):
             self.checkpointer.save(os.path.splitext(FINAL_CHECKPOINT)[0], iteration=self.max_iter - 1)
 
     def after_train(self) -> None:
+        """Detectron2's, for a finished run that is resumed for its evaluation too."""
         # A finished run that is resumed for its evaluation would count one iteration too many.
         self.iter = min(self.iter, self.max_iter)
         super().after_train()
 
     def load_state_dict(self, state_dict: dict) -> None:
+        """Detectron2's; refuses the checkpoint of the other arm."""
         saved = "RePrHook" in state_dict.get("hooks", {})
         enabled = any(isinstance(hook, RePrHook) for hook in self._hooks)
         if saved != enabled:

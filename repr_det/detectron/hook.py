@@ -69,6 +69,7 @@ class RePrHook(HookBase):
         self._loaded: dict[str, Any] | None = None
 
     def before_train(self) -> None:
+        """Finds model and optimizer, puts a resumed state back, checks schedule against phase, logs the plan."""
         trainer = self.trainer
         if any(isinstance(hook, RePrHook) and hook is not self for hook in trainer._hooks):
             raise UserError(
@@ -154,6 +155,7 @@ class RePrHook(HookBase):
             )
 
     def after_step(self) -> None:
+        """Logs phase and dropped filters; drops or restores where the schedule says so."""
         iteration = self.trainer.iter
         # The phase of an iteration is the network that its forward pass saw, so it is logged before a transition.
         storage = self.trainer.storage
@@ -165,6 +167,7 @@ class RePrHook(HookBase):
             self._record(iteration, self.scheme.restore())
 
     def after_train(self) -> None:
+        """Warns where training ends with filters dropped."""
         if self.scheme is not None and self.scheme.is_sub:
             logger.warning(
                 "Training stopped inside the sub-network phase: %d filters are dropped (zero) in this model until a "

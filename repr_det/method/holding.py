@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from repr_det.method.errors import UserError
 from repr_det.method.layers import FilterLayer, zero_rows_
@@ -69,7 +70,7 @@ class HeldFilters:
         self.rows = {name: mask.nonzero().flatten() for name, mask in self.masks.items()}
         self.layers = [layer for layer in layers if len(self.rows[layer.name])]
         self._optimizers = optimizers
-        self._handles = []
+        self._handles: list[RemovableHandle] = []
 
     def __len__(self) -> int:
         return sum(len(rows) for rows in self.rows.values())

@@ -42,12 +42,12 @@ class FilterLayer:
     Attributes:
         name: the conv's module name.
         conv: weight (J, C_in / groups, kh, kw), bias (J,) or None.
-        norm: J channels, or None.
+        norm: a module of J channels, or None.
     """
 
     name: str
     conv: nn.Conv2d
-    norm: nn.Module | None = None
+    norm: Any = None  # to a type checker every attribute of an nn.Module may be a tensor or a module
 
     def __post_init__(self) -> None:
         if norm_kind(self.norm) is None:
@@ -73,6 +73,7 @@ class FilterLayer:
 
     @property
     def kind(self) -> str:
+        """What the norm is: "batch", "frozen", "group" or "none", see ``norm_kind``."""
         return norm_kind(self.norm)  # type: ignore[return-value]
 
     @property
@@ -84,10 +85,12 @@ class FilterLayer:
 
     @property
     def num_filters(self) -> int:
+        """J, the conv's output channels."""
         return self.conv.out_channels
 
     @property
     def weight(self) -> Tensor:
+        """The conv's weight (J, C_in / groups, kh, kw)."""
         return self.conv.weight
 
     def of_group(self, group: int) -> slice:
@@ -249,7 +252,7 @@ def _abbreviated(names: list[str], most: int = 12) -> str:
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _norm_of(model: nn.Module, name: str, conv: nn.Conv2d, norms: Mapping[str, nn.Module | None]) -> nn.Module | None:
+def _norm_of(model: nn.Module, name: str, conv: nn.Conv2d, norms: Mapping[str, nn.Module | None]) -> Any:
     if name in norms:
         return norms[name]
     if getattr(conv, "norm", None) is not None:
@@ -257,7 +260,7 @@ def _norm_of(model: nn.Module, name: str, conv: nn.Conv2d, norms: Mapping[str, n
     siblings = list(model.get_submodule(name.rpartition(".")[0]).children())
     # By identity: Module.__eq__ is identity, and a conv may stand in its parent under one name only.
     position = siblings.index(conv) + 1
-    follower = siblings[position] if position < len(siblings) else None
+    follower: Any = siblings[position] if position < len(siblings) else None
     kind = norm_kind(follower)
     if kind in (BATCH, GROUP):
         channels = follower.num_features if kind == BATCH else follower.num_channels

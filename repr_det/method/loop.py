@@ -34,18 +34,18 @@ class RePr:
 
     Args:
         model: with or without a DistributedDataParallel around it.
-        optimizer: holds the parameters of the convs that take part.
+        optimizer: holds the parameters of the convs that take part; a list where several do.
         total_steps: optimizer steps of the whole training.
-        layers, exclude: fnmatch patterns on names of Conv2d modules, see ``layers.find_filter_layers``. A conv whose
-            channels are the answer of the network (class scores, boxes) has no filter to spare: leave it out.
+        layers, exclude: fnmatch patterns on names of Conv2d modules, see ``layers.find_filter_layers``. Convs that
+            predict (class scores, boxes) have no filter to spare: those of known names are left out, leave out others.
         schedule: None derives it, ``num_cycles`` cycles in the first three quarters of the steps before
             ``first_lr_step`` (of all steps where that is None), S1 : S2 = 2 : 1.
         num_cycles, first_lr_step: see ``schedule``.
         loader, loss: training batches and ``loss(batch)`` -> scalar, for criteria that look at data and for FrozenBN,
             see ``passes_over``.
         passes: the same, for batches of another kind (``passes.TrainingPasses``).
-        norms: conv name -> the norm that follows it, where neither Detectron2's nor torchvision's order of modules says
-            it.
+        norms, sample: which norm follows which conv, where the order of the modules does not say it, see
+            ``layers.find_filter_layers``.
         slim: leave dropped channels out of the computation instead of computing zeros.
         options: of ``RePrScheme``: criterion, drop_ratio, max_drop_per_layer, scale, frozen_norm, returns,
             criterion_batches, calibration_batches, seed.
@@ -62,7 +62,7 @@ class RePr:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         total_steps: int,
         *,
         layers: Sequence[str] = ("*",),
@@ -74,6 +74,7 @@ class RePr:
         loss: Callable[[Any], Tensor] | None = None,
         passes: TrainingPasses | None = None,
         norms: Mapping[str, nn.Module | None] | None = None,
+        sample: Any = None,
         slim: bool = True,
         **options: Any,
     ) -> None:
@@ -89,7 +90,7 @@ class RePr:
         if loader is not None and loss is not None:
             passes = passes_over(model, loader, loss, options.get("seed", 0))
         self.scheme = RePrScheme(
-            find_filter_layers(model, list(layers), list(exclude), norms),
+            find_filter_layers(model, list(layers), list(exclude), norms, sample),
             optimizer,
             readers=readers(model),
             passes=passes,
@@ -163,7 +164,11 @@ def apply_repr(model: nn.Module, optimizer: torch.optim.Optimizer, total_steps: 
         The object, whose state belongs into checkpoints; do not call its ``step``.
     """
     repr_training = RePr(model, optimizer, total_steps, **options)
-    optimizer.register_step_post_hook(lambda *_: repr_training.step() and None)
+
+    def count(*_: Any) -> None:
+        repr_training.step()
+
+    optimizer.register_step_post_hook(count)
     return repr_training
 
 

@@ -151,6 +151,7 @@ class RePrScheme:
 
     @property
     def num_dropped(self) -> int:
+        """How many filters are out now, over all layers."""
         return 0 if self._held is None else len(self._held)
 
     @torch.no_grad()
@@ -325,7 +326,7 @@ class RePrScheme:
             loud = silence(layer, returned, self.readers[layer.conv], self.optimizers)
             if loud and can_be_silent(layer, self.readers[layer.conv]):
                 logger.warning("RePr: %d filters of %s return as published: all channels of a group", loud, layer.name)
-        elif (reader := self._all_readers.get(layer.conv)) is not None and reader.groups == 1:
+        elif isinstance(reader := self._all_readers.get(layer.conv), nn.Conv2d) and reader.groups == 1:
             raise_squares_of_inputs_(self.optimizers, reader.weight, returned)
 
     def _log_what_returns_loud(self) -> None:
@@ -388,17 +389,17 @@ class RePrScheme:
 
     def _measure_moments(self, held: HeldFilters, frozen: list[FilterLayer]) -> dict[str, Tensor]:
         layers = [layer for layer in held.layers if layer in frozen]
-        if not layers or self.frozen_norm == "keep":
+        if not layers or self.passes is None or self.frozen_norm == "keep":
             return {}
         return measure_moments(layers, held.rows, self.passes, self.calibration_batches, self.cycle)
 
     def _match_moments(self, held: HeldFilters) -> None:
         wanted = {name: old["moments"] for name, old in self._old.items() if "moments" in old}
-        if not wanted:
+        if not wanted or self.passes is None:
             return
         layers = [layer for layer in held.layers if layer.name in wanted]
         match_moments(layers, held.rows, wanted, self.passes, self.calibration_batches, self.cycle)
-        broadcast_([statistic for layer in layers for statistic in layer.running_statistics()])
+        broadcast_([statistic for layer in layers for statistic in layer.running_statistics() or ()])
 
     def _go_slim(self) -> None:
         if self.slim_model is not None:
@@ -422,7 +423,7 @@ class RePrScheme:
 
 def _state(layer: FilterLayer) -> list[Tensor]:
     # Running statistics of BN differ from rank to rank by design (only SyncBN shares them); frozen ones must not.
-    return [*layer.tensors().values(), *(layer.running_statistics() if layer.kind == FROZEN else ())]
+    return [*layer.tensors().values(), *((layer.kind == FROZEN and layer.running_statistics()) or ())]
 
 
 def _mean(overlaps: Iterable[Tensor]) -> float:

@@ -1,0 +1,73 @@
+"""``repr-det COMMAND`` or ``python -m repr_det COMMAND``: for an installed package, what tools/ is in a checkout."""
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+import repr_det
+
+# Command -> module, function, what it does.
+_COMMANDS = {
+    "train": ("repr_det.commands.train", "start", "train a detector with RePr, or its baseline, and evaluate it"),
+    "compare": ("repr_det.studies.comparison.command", "main", "both arms over several seeds, and a report"),
+    "analyze": ("repr_det.studies.analysis_command", "main", "how much the filters of a checkpoint overlap"),
+    "benchmark": ("repr_det.studies.benchmarking.command", "main", "what RePr costs and saves in time and memory"),
+}
+_STUDIES = ("jinja2", "matplotlib", "rich", "tabulate")
+_USAGE = "usage: repr-det COMMAND ...\n\n" + "\n".join(
+    f"  {name:10} {what}" for name, (_, _, what) in _COMMANDS.items()
+)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs a command; what the user gave wrong ends it with one line on stderr and status 2."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = arguments[0] if arguments else ""
+    if command in ("-h", "--help"):
+        print(f"{_USAGE}\n\nrepr-det COMMAND --help says more.")
+        return
+    if command == "--version":
+        print(f"repr_det {repr_det.__version__}")
+        return
+    if command not in _COMMANDS:
+        _stop(f"{command!r} is no command" if command else "a command is missing", _USAGE)
+    sys.argv = [f"repr-det {command}", *arguments[1:]]
+    run, start = _load(command, arguments)
+    run(start)
+
+
+def _load(
+    command: str, arguments: Sequence[str]
+) -> tuple[Callable[[Callable[[], object]], None], Callable[[], object]]:
+    """What runs a command and reports its errors, and the command."""
+    module, function, _ = _COMMANDS[command]
+    if command == "train" and any(word.endswith(".py") for word in arguments):
+        module = "repr_det.commands.lazy_train"
+    try:
+        importlib.import_module("repr_det.commands")  # first: it silences warnings of what is imported next
+        found = getattr(importlib.import_module(module), function)
+        if command == "compare":
+            return importlib.import_module("repr_det.studies.comparison.runner").run_comparison_tool, found
+        return importlib.import_module("repr_det.commands.processes").run_tool, found
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing in ("", "repr_det"):
+            raise
+        if missing in _STUDIES:
+            _stop(f"repr-det {command} needs {missing}: pip install 'repr_det[studies]'")
+        if missing in ("detectron2", "fvcore"):
+            _stop(
+                f"repr-det {command} needs Detectron2, which is not installed: "
+                "https://detectron2.readthedocs.io/en/latest/tutorials/install.html"
+            )
+        _stop(f"repr-det {command} needs {missing}: pip install {missing}")
+
+
+def _stop(*lines: str) -> NoReturn:
+    sys.stderr.write("repr-det: error: " + "\n".join(lines) + "\n")
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

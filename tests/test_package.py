@@ -1,0 +1,151 @@
+"""The package as others get it: the commands of the installed package, and a wheel used from another folder."""
+
+import os
+import re
+import subprocess
+import sys
+import textwrap
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import repr_det
+from repr_det.__main__ import main
+from repr_det.commands.shipped import CONFIGS, config_path
+from repr_det.method.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_shipped_configs_are_found_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert config_path("repr_r50_fpn.yaml") == str(CONFIGS / "repr_r50_fpn.yaml") and CONFIGS == ROOT / "configs"
+    assert config_path("lazy/repr_faster_rcnn_r50_fpn.py", ".py").endswith("configs/lazy/repr_faster_rcnn_r50_fpn.py")
+    (tmp_path / "repr_r50_fpn.yaml").touch()
+    assert config_path("repr_r50_fpn.yaml") == "repr_r50_fpn.yaml"  # one's own comes first
+    with pytest.raises(UserError, match=r"^--config-file 'repr_r50\.yaml' is not a file, .*, repr_r50_fpn\.yaml"):
+        config_path("repr_r50.yaml")
+    with pytest.raises(UserError, match=r"'repr_r50_fpn\.yaml' is not a \.py file, .*: lazy/repr_faster_rcnn_r50"):
+        config_path("repr_r50_fpn.yaml", ".py")
+    with pytest.raises(UserError, match="--config-file is missing"):
+        config_path("")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ("", "repr-det: error: a command is missing\nusage: repr-det COMMAND ..."),
+        ("trian", "repr-det: error: 'trian' is no command\nusage: repr-det COMMAND ..."),
+        ("train", "repr-det train: error: --config-file is missing"),
+        ("train --config-file nope.yaml", "repr-det train: error: --config-file 'nope.yaml' is not a file"),
+        ("train --config-file nope.py", "repr-det train: error: --config-file 'nope.py' is not a .py file"),
+        (
+            "compare --config-file nope.yaml --seeds 1",
+            "repr-det compare: error: --config-file 'nope.yaml' is not a file",
+        ),
+        ("analyze nope.pth", "repr-det analyze: error: "),
+        ("benchmark --depths 7", "repr-det benchmark: error: "),
+    ],
+)
+def test_commands_say_what_is_wrong(monkeypatch, capsys, arguments, line):
+    monkeypatch.setattr(sys, "argv", ["repr-det"])
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments.split())
+    assert stopped.value.code == 2 and line in capsys.readouterr().err
+
+
+def test_help_and_version(capsys):
+    main(["--help"])
+    shown = capsys.readouterr().out
+    assert all(re.search(rf"^  {name} ", shown, re.M) for name in ("train", "compare", "analyze", "benchmark"))
+    main(["--version"])
+    assert capsys.readouterr().out == f"repr_det {repr_det.__version__}\n"
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    assert changes.index(f"## {repr_det.__version__}") == changes.index("## ")  # what is new stands first
+    assert f"version: {repr_det.__version__}" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_a_missing_extra_is_named(monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.startswith("repr_det.studies.comparison")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "jinja2", None)  # import jinja2: ModuleNotFoundError
+    monkeypatch.setattr(sys, "argv", ["repr-det"])
+    with pytest.raises(SystemExit):
+        main(["compare", "--help"])
+    wanted = "repr-det: error: repr-det compare needs jinja2: pip install 'repr_det[studies]'\n"
+    assert capsys.readouterr().err == wanted
+
+
+USE_WITH_DETECTRON2 = """
+import repr_det, sys, torch
+assert "site-packages" in repr_det.__file__, repr_det.__file__
+from importlib import resources
+assert (resources.files("repr_det") / "py.typed").is_file()
+assert (resources.files("repr_det.studies.comparison") / "report.html.j2").is_file()
+from repr_det.commands.arguments import build_config
+from repr_det.commands.lazy_train import load_lazy_config
+cfg = build_config("repr_r50_fpn.yaml", [])
+assert cfg.REPR.ENABLED and cfg.SOLVER.MAX_ITER == 90000  # the second from its _BASE_
+assert load_lazy_config("lazy/repr_faster_rcnn_r50_fpn.py", []).repr.ENABLED
+torch.save({"model": {"conv1.weight": torch.randn(8, 3, 3, 3)}}, "weights.pth")
+import repr_det.__main__ as commands
+commands.main(["analyze", "weights.pth"])
+from repr_det.studies.comparison.report import write_report
+"""
+USE_WITHOUT_DETECTRON2 = """
+import sys
+sys.modules.update(detectron2=None, fvcore=None, cv2=None, pycocotools=None)
+import torch, repr_det
+from repr_det import RePr
+model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+one = RePr(model, torch.optim.SGD(model.parameters(), 0.1), 16)
+print([t.event for t in (one.step() for _ in range(16)) if t])
+import repr_det.__main__ as commands
+commands.main(["train", "--config-file", "repr_r50_fpn.yaml"])
+"""
+
+
+@pytest.mark.slow
+def test_the_wheel_from_another_folder(tmp_path):
+    pytest.importorskip("build", reason="the package build is not installed")
+    source = tmp_path / "source"
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if tracked.returncode:
+        pytest.skip("not a git checkout")
+    for name in filter(None, tracked.stdout.split("\0")):
+        if name.startswith(("repr_det/", "configs/")) or "/" not in name:
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    # The sdist, and from it the wheel.
+    run([sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path / "dist"), str(source)], tmp_path)
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    assert wheel.name == f"repr_det-{repr_det.__version__}-py3-none-any.whl"
+    names = zipfile.ZipFile(wheel).namelist()
+    shipped = {f"repr_det/configs/{path.relative_to(ROOT / 'configs')}" for path in (ROOT / "configs").rglob("*.*")}
+    assert {name for name in shipped if "__pycache__" not in name} <= set(names)
+    assert not [name for name in names if name.startswith(("tests", "tools", "docs", "configs", "examples"))]
+
+    # An environment that sees torch and Detectron2 of this one, but not its repr_det.
+    venv.create(tmp_path / "venv", with_pip=False)
+    python = tmp_path / "venv" / "bin" / "python"
+    site = Path(run([python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"], tmp_path).strip())
+    run([sys.executable, "-m", "pip", "-q", "--python", python, "install", "--no-deps", "--no-index", wheel], tmp_path)
+    (site / "theirs.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
+    here = tmp_path / "elsewhere"
+    here.mkdir()
+
+    shown = run([python, "-c", USE_WITH_DETECTRON2], here)
+    assert "conv1" in shown
+    assert run([python.with_name("repr-det"), "--version"], here) == f"repr_det {repr_det.__version__}\n"
+    shown = run([python, "-c", USE_WITHOUT_DETECTRON2], here, 2)
+    assert shown.startswith(str(["drop", "restore"] * 3))
+    assert "repr-det: error: repr-det train needs Detectron2, which is not installed: https://" in shown
+
+
+def run(command: list, folder: Path, status: int = 0) -> str:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([str(x) for x in command], cwd=folder, capture_output=True, text=True, env=environment)
+    assert done.returncode == status, textwrap.indent(done.stdout + done.stderr, "    ")
+    return done.stdout + (done.stderr if status else "")
