@@ -1,0 +1,100 @@
+"""WandbWriter: a run in Weights & Biases, through Detectron2's interface for writers of events."""
+
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.utils.events import EventWriter, get_event_storage
+from matplotlib.figure import Figure
+
+from repr_det.runs.files import EVENTS_FILE, OVERLAPS_FILE, last_logged, write_atomically
+
+_ID_FILE = "wandb_id.txt"
+
+
+class WandbWriter(EventWriter):
+    """Logs config, all scalars, every drop and restore, and the overlap of the filters after each.
+
+    Add it in ``build_writers`` of a trainer. A resumed run goes on in the run of its OUTPUT_DIR. Images and histograms
+    of the storage are left to the TensorBoard writer, which clears them.
+
+    Args:
+        cfg: of the run.
+        window_size: scalars that are smoothed are the median of so many.
+        options: of ``wandb.init``: project, name, mode="offline", ...
+
+    Raises:
+        ImportError: wandb is not installed.
+    """
+
+    def __init__(self, cfg: CfgNode, window_size: int = 20, **options: Any) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ImportError("WandbWriter needs wandb: pip install 'repr_det[wandb]'") from error
+        os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+        self._wandb = wandb
+        self._folder = Path(cfg.OUTPUT_DIR)
+        self._window_size = window_size
+        self._last_write = -1
+        self._last_transition = last_logged(self._folder / EVENTS_FILE)  # of the run that this one resumes
+        self._run = wandb.init(id=self._id(), resume="allow", config=_plain(cfg), dir=cfg.OUTPUT_DIR, **options)
+
+    def write(self) -> None:
+        """Logs what came since the last call."""
+        storage = get_event_storage()
+        latest = storage.latest_with_smoothing_hint(self._window_size)
+        scalars = {name: value for name, (value, iteration) in latest.items() if iteration > self._last_write}
+        self._last_write = max((iteration for _, iteration in latest.values()), default=self._last_write)
+        for event, overlap in zip(self._lines(EVENTS_FILE), self._lines(OVERLAPS_FILE), strict=False):
+            if event["iteration"] <= self._last_transition:
+                continue
+            self._last_transition = event["iteration"]
+            name = f"repr/{event['event']}"
+            scalars |= {
+                f"{name}_iteration": event["iteration"],
+                f"{name}_filters": sum(map(len, event["dropped"].values())),
+                f"{name}_overlap_before": event["overlap_before"],
+                f"{name}_overlap_after": event["overlap_after"],
+                f"{name}_overlap": self._wandb.Image(draw_overlap(event, overlap["overlap"])),
+            }
+        if scalars:
+            self._run.log(scalars, step=storage.iter)
+
+    def close(self) -> None:
+        """Ends the run."""
+        self._run.finish()
+
+    def _id(self) -> str:
+        file = self._folder / _ID_FILE
+        if not file.exists():
+            write_atomically(file, uuid.uuid4().hex)
+        return file.read_text().strip()
+
+    def _lines(self, name: str) -> list[dict[str, Any]]:
+        file = self._folder / name
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def draw_overlap(event: dict[str, Any], overlap: dict[str, list[float]]) -> Figure:
+    """O_f of the filters of every layer around a transition: the middle half as a box, dropped filters as dots."""
+    figure = Figure(figsize=(6, 1 + 0.18 * len(overlap)), layout="constrained")
+    axes = figure.add_subplot()
+    axes.boxplot(list(overlap.values()), orientation="horizontal", showfliers=False)
+    for place, (layer, values) in enumerate(overlap.items(), 1):
+        gone = [values[f] for f in event["dropped"].get(layer, ())]
+        axes.plot(gone, [place] * len(gone), ".", color="#c44e00", markersize=3)
+    axes.set_yticks(range(1, len(overlap) + 1), list(overlap), fontsize=6)
+    axes.invert_yaxis()
+    axes.set(xlabel="O_f", title=f"{event['event']} after iteration {event['iteration']}")
+    return figure
+
+
+def _plain(node: Any) -> Any:
+    """A config node as dicts, lists and values."""
+    if isinstance(node, dict):
+        return {key: _plain(value) for key, value in node.items()}
+    return list(node) if isinstance(node, tuple) else node

@@ -1,0 +1,72 @@
+"""WandbWriter in wandb's offline mode: what arrives in the run, and that a resumed run goes on in it."""
+
+import json
+import sys
+
+import pytest
+from detectron2.config import get_cfg
+from detectron2.utils.events import EventStorage
+
+from repr_det import add_repr_config
+from repr_det.detectron.trackers import WandbWriter
+
+EVENTS = [
+    dict(iteration=3, event="drop", cycle=0, dropped={"a": [1], "b": []}, overlap_before=0.5, overlap_after=0.25),
+    dict(iteration=5, event="restore", cycle=0, dropped={"a": [1], "b": []}, overlap_before=0.3, overlap_after=0.125),
+]
+
+
+@pytest.fixture
+def cfg(tmp_path):
+    cfg = get_cfg()
+    add_repr_config(cfg)
+    cfg.OUTPUT_DIR = str(tmp_path / "run")
+    return cfg
+
+
+def append(folder, event):
+    with open(folder / "repr_events.jsonl", "a") as file:
+        file.write(json.dumps(event) + "\n")
+    with open(folder / "repr_overlaps.jsonl", "a") as file:
+        file.write(json.dumps({"iteration": event["iteration"], "overlap": {"a": [0.1, 0.9], "b": [0.2, 0.3]}}) + "\n")
+
+
+def test_config_scalars_transitions_and_plot(cfg, tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logged = []
+    writer = WandbWriter(cfg, mode="offline", project="test")
+    run = writer._run
+    assert run.config["REPR"]["DROP_RATIO"] == 0.3 and run.config["SOLVER"]["STEPS"] == [30000]
+    log = run.log
+    monkeypatch.setattr(run, "log", lambda values, step: (logged.append((step, values)), log(values, step=step)))
+    with EventStorage(0) as storage:
+        for iteration in range(8):
+            storage.iter = iteration
+            storage.put_scalar("total_loss", 10.0 - iteration, smoothing_hint=False)
+            for event in EVENTS:
+                if event["iteration"] == iteration:
+                    append(tmp_path / "run", event)
+            if iteration % 2:
+                writer.write()
+    writer.close()
+    assert [step for step, _ in logged] == [1, 3, 5, 7]
+    assert [values["total_loss"] for _, values in logged] == [9.0, 7.0, 5.0, 3.0]
+    assert [name for _, values in logged for name in values if name.endswith("overlap")] == [
+        "repr/drop_overlap",
+        "repr/restore_overlap",
+    ]
+    assert logged[1][1]["repr/drop_filters"] == 1 and logged[2][1]["repr/restore_overlap_after"] == 0.125
+    pictures = list((tmp_path / "run").rglob("media/images/repr/*.png"))
+    assert sorted(x.name.split("_")[0] for x in pictures) == ["drop", "restore"]
+    assert list((tmp_path / "run").rglob("*.wandb"))
+
+    again = WandbWriter(cfg, mode="offline", project="test")
+    assert again._run.id == run.id
+    again.close()
+
+
+def test_wandb_that_is_missing_is_named(cfg, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ImportError, match=r"WandbWriter needs wandb: pip install 'repr_det\[wandb\]'"):
+        WandbWriter(cfg)
