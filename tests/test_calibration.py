@@ -282,7 +282,10 @@ def test_bn_in_eval_mode_is_recalibrated_too(scale, learnable, evaluating):
 def test_bn_in_eval_mode_without_batches_is_refused_or_kept():
     net = EvaluatedNorms()
     layers, optimizer = find_filter_layers(net, ["conv*"]), torch.optim.SGD(net.parameters(), 0.1)
-    with pytest.raises(UserError, match=r"the norm of conv1 keeps its statistics .* BN in eval mode"):
+    with pytest.raises(
+        UserError,
+        match=r"BN in eval mode: re-calibration looks at training batches \(the norm of conv1 keeps its statistics",
+    ):
         RePrScheme(layers, optimizer)
     scheme = RePrScheme(layers, optimizer, frozen_norm="keep")
     before = buffers(net)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from plain_nets import largest_dropped
 from torch import nn
 
-from repr_det import RePrScheme, UserError, find_filter_layers
+from repr_det import RePr, RePrScheme, UserError, find_filter_layers
 
 
 class Net(nn.Module):
@@ -195,3 +195,21 @@ def test_copies_of_a_model_that_is_watched_are_not():
     for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
         assert torch.equal(twin(IMAGES), copy.deepcopy(twin)(IMAGES))
     scheme.drop()  # nothing has been seen of the model itself
+
+
+def test_the_one_object_takes_a_sample_and_several_optimizers():
+    net = Net(OUT_OF_ORDER)
+    convs = [net.conv1.weight, net.conv1.bias, net.conv2.weight, net.conv2.bias]
+    rest = [p for p in net.parameters() if not any(p is conv for conv in convs)]
+    optimizers = [torch.optim.SGD(convs, 0.1), torch.optim.Adam(rest, 0.01)]
+    repr_training = RePr(net, optimizers, 20, sample=IMAGES)
+    for _ in range(20):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        F.cross_entropy(net(IMAGES), LABELS).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        repr_training.step()
+        if repr_training.phase == "sub":
+            assert largest_dropped(repr_training.scheme) == 0
+    assert repr_training.scheme.cycle == 3

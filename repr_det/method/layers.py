@@ -183,15 +183,15 @@ def find_filter_layers(
     matching = [n for n in trainable if _matches(n, include) and not _matches(n, exclude)]
     others = why_not_features(model)
     chosen = [name for name in matching if name not in others]
-    left_out = ", ".join(f"{name} ({others[name]})" for name in matching if name in others)
-    if left_out:
+    left_out = _abbreviated([f"{name} ({others[name]})" for name in matching if name in others])
+    if len(chosen) < len(matching):
         logger.warning("RePr: these put out something else than features and keep all their filters: %s", left_out)
     if not chosen:
         frozen = sum(_matches(name, include) for name in convs) - sum(_matches(n, include) for n in trainable)
         raise UserError(
             f"REPR.LAYERS.INCLUDE {list(include)} less EXCLUDE {list(exclude)} matches no trainable Conv2d"
             + (f" ({frozen} that match are frozen, see MODEL.BACKBONE.FREEZE_AT)" if frozen else "")
-            + (f" (not filters: {left_out})" if left_out else "")
+            + (f" (not filters: {left_out})" if matching else "")
             + f"; trainable here: {_abbreviated(trainable)}{_transformer(model)}"
         )
     known = dict(norms or {})

@@ -1,6 +1,7 @@
 """Which layers learn: one that does not must not lose filters, which it could never learn again."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,20 +10,21 @@ from torch.optim import Optimizer
 from repr_det.method.distributed import broadcast_
 from repr_det.method.layers import FilterLayer
 
+# A head that got no example has a gradient of zeros; so many in a row are no accident.
+_MANY = 10
+
 
 class LearningLayers:
-    """Remembers which layers have had a gradient that is not zero.
+    """Remembers which layers have had a gradient that is not zero, and how many others had that was.
 
     Args:
         layers: all layers that take part.
         optimizers: hold their parameters.
-
-    Attributes:
-        seen: names of the layers that have.
     """
 
     def __init__(self, layers: Sequence[FilterLayer], optimizers: Sequence[Optimizer]) -> None:
-        self.seen: set[str] = set()
+        self._seen: set[str] = set()
+        self._zeros: dict[str, int] = {}
         self._layers = list(layers)
         self._optimizers = optimizers
         self._handles = {
@@ -31,9 +33,12 @@ class LearningLayers:
             if layer.weight.requires_grad
         }
 
-    def load(self, names: Iterable[str]) -> None:
-        """Takes over what another run has seen."""
-        for name in names:
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": sorted(self._seen), "zeros": dict(self._zeros)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._zeros = dict(state["zeros"])
+        for name in state["seen"]:
             self._learns(name)
 
     def frozen(self) -> dict[str, str]:
@@ -49,7 +54,7 @@ class LearningLayers:
                 reasons[name] = "it does not require a gradient"
             elif not rates[name] and any(rates.values()):
                 reasons[name] = "its learning rate is 0"
-            elif name not in self.seen and self.seen:
+            elif name not in self._seen and self._seen and not 0 < self._zeros.get(name, 0) < _MANY:
                 reasons[name] = "it has had no gradient"
         flags = torch.tensor([x.name in reasons for x in self._layers], device=self._layers[0].weight.device)
         broadcast_([flags])
@@ -68,9 +73,12 @@ class LearningLayers:
     def _see(self, name: str, gradient: Tensor) -> None:
         if gradient.count_nonzero():
             self._learns(name)
+        else:
+            self._zeros[name] = self._zeros.get(name, 0) + 1
 
     def _learns(self, name: str) -> None:
-        self.seen.add(name)
+        self._seen.add(name)
+        self._zeros.pop(name, None)
         handle = self._handles.pop(name, None)
         if handle is not None:
             handle.remove()

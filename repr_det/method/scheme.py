@@ -251,7 +251,7 @@ class RePrScheme:
             "masks": {name: mask.cpu() for name, mask in self.masks.items()},
             "old": self._old,
             "filters": {layer.name: layer.num_filters for layer in self.layers},
-            "learning": sorted(self._learning.seen),
+            "learning": self._learning.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -270,7 +270,7 @@ class RePrScheme:
         self._release()
         self.cycle = state["cycle"]
         self.seed = state["seed"]
-        self._learning.load(state.get("learning", mine))  # version 0.1.0 did not look
+        self._learning.load_state_dict(state.get("learning", {"seen": mine, "zeros": {}}))  # 0.1.0 did not look
         if not state["masks"]:
             return
         masks = {layer.name: state["masks"][layer.name].to(layer.weight.device) for layer in self.layers}
@@ -305,8 +305,9 @@ class RePrScheme:
         frozen = self._frozen_norms()
         if frozen and self.passes is None and self.frozen_norm == "recalibrate":
             raise UserError(
-                f"REPR: the norm of {frozen[0].name} keeps its statistics (FrozenBN, or BN in eval mode), and their "
-                "re-calibration looks at training batches: give RePrScheme(passes=...) or choose frozen_norm='keep'"
+                f"REPR: {'FrozenBN' if frozen[0].kind == FROZEN else 'BN in eval mode:'} re-calibration looks at "
+                f"training batches (the norm of {frozen[0].name} keeps its statistics): give RePrScheme(passes=...) or "
+                "choose frozen_norm='keep'"
             )
 
     def _check_finite(self, transition: str) -> None:
