@@ -49,10 +49,11 @@ say "3/5 what Detectron2 needs"
 pip install -q 'setuptools<81' wheel || fail "pip install setuptools wheel" "$network"
 # shellcheck disable=SC2086
 pip install -q $DETECTRON2_NEEDS $DEVELOPMENT || fail "pip install of Detectron2's dependencies" "$network"
+# With what is there named beside them, so that pip leaves torch and setuptools alone; 2.14.1 is 2.14.1+cu130 too.
+torch=$("$py" -c 'import torch; print("torch==" + torch.__version__.partition("+")[0])')
 for optional in "$OTHERS" "$DOCS"; do
-    # With what is there named beside them, so that pip leaves torch and setuptools alone.
     # shellcheck disable=SC2086
-    pip install -q $optional "torch==$("$py" -c 'import torch; print(torch.__version__)')" 'setuptools<81' \
+    pip install -q $optional "$torch" 'setuptools<81' \
         || say "$optional: not to be had here; the tests that need it skip, and so does make docs"
 done
 
