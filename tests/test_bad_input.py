@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from detectron2.modeling import build_model
 
 from repr_det import UserError
 from repr_det.commands.arguments import build_config
@@ -121,7 +122,7 @@ def test_config_files(tmp_path, text, fragment):
 
 
 def test_weights_that_detectron2_reads(tiny_cfg, tmp_path):
-    torch.save({"model": {"backbone.x": torch.zeros(3)}}, tmp_path / "w.pth")
+    torch.save({"model": {"stem.conv1.weight": torch.zeros(64, 3, 7, 7)}}, tmp_path / "w.pth")
     check_run(tiny_cfg("MODEL.WEIGHTS", f"{tmp_path / 'w.pth'}?matching_heuristics=True"))
     (tmp_path / "w.pt").write_bytes(b"damaged")
     assert "w.pt: not a readable torch checkpoint" in refused(tiny_cfg, "MODEL.WEIGHTS", str(tmp_path / "w.pt"))
@@ -131,7 +132,8 @@ def test_a_resumed_run_does_not_need_its_first_weights(tiny_cfg, tmp_path):
     gone = ("MODEL.WEIGHTS", str(tmp_path / "gone.pth"))
     folder = tmp_path / "run"
     folder.mkdir()
-    torch.save({"model": {}, "trainer": {}, "iteration": 3}, folder / "model_0000003.pth")
+    model = build_model(tiny_cfg()).state_dict()
+    torch.save({"model": model, "trainer": {}, "iteration": 3}, folder / "model_0000003.pth")
     check_run(tiny_cfg(*gone), resume=True)
     (folder / "model_0000003.pth").unlink()
     assert "gone.pth" in refused(tiny_cfg, *gone, resume=True)

@@ -45,13 +45,14 @@ WRONG = [
     (image(0, width=...), "image 1 ('1.jpg') must have a positive integer width, got None"),
     (image(0, height=0), "image 1 ('1.jpg') must have a positive integer height, got 0"),
     (image(0, height=-30), "must have a positive integer height, got -30"),
-    (image(0, width=40.0), "must have a positive integer width, got 40.0"),
+    (image(0, width=40.5), "must have a positive integer width, got 40.5"),
+    (image(0, width=float("inf")), "must have a positive integer width, got inf"),
+    (image(0, width=10**400), "must have a positive integer width, got 1000"),
     (image(0, width="40"), "must have a positive integer width, got '40'"),
     (image(0, width=True), "must have a positive integer width, got True"),
     (category(0, id=...), "category number 0 must have an integer id, got None"),
     (category(0, id="3"), "category number 0 must have an integer id, got '3'"),
     (category(1, id=3), "category id 3 occurs twice ('cell' and 'plate')"),
-    (category(1, name="cell"), "category name 'cell' occurs twice"),
     (category(1, name=...), "category 7 must have a name, got None"),
     (annotation(1, id=...), "annotation number 1 must have an integer id (pycocotools needs it), got None"),
     (annotation(1, id=1), "annotation id 1 occurs twice"),
@@ -81,6 +82,17 @@ WRONG = [
     (annotation(2, ignore=1), "annotation 3 has 'ignore' set, which Detectron2 does not support"),
     (annotation(2, segmentation=[1, 2, 3, 4, 5, 6]), "annotation 3 must have a segmentation of polygons"),
     (annotation(2, segmentation={"size": [4, 4]}), "annotation 3 must have a segmentation of polygons"),
+    (annotation(2, segmentation={"size": [30, 40], "counts": "x"}), "size [height, width] of its image, [40, 30], got"),
+    (annotation(2, segmentation=[[1, 2, 3, "4", 5, 6]]), "or RLE, or none: a coordinate is '4'"),
+    (annotation(2, segmentation=[[1, 2, 3, float("nan"), 5, 6]]), "or RLE, or none: a coordinate is nan"),
+    (
+        annotation(2, segmentation=[[2, 3, 12, 15]]),
+        "annotation 3 has a segmentation without a polygon of 3 points or m",
+    ),
+    (annotation(2, segmentation=[[]]), "annotation 3 has a segmentation without a polygon of 3 points or more ([[]])"),
+    (annotation(2, segmentation=[[1, 2, 3, 4, 5, 6, 7]]), "annotation 3 has a segmentation without a polygon of 3 po"),
+    (annotation(2, bbox=[1, 2, 10**400, 4]), "must have a bbox of four finite numbers"),
+    (annotation(2, iscrowd="no"), "annotation 3 must have iscrowd 0 or 1, got 'no'"),
     (annotation(2, area=...), "1 annotations have no 'area', which COCO evaluation needs"),
     (annotation(2, area=None), "1 annotations have no 'area'"),
     (
@@ -118,6 +130,12 @@ def test_wrong_content(folder, change, message):
         (b"[]", "must hold an object with images, annotations and categories, got a list"),
         (b"null", "must hold an object"),
         (b'{"images": "\xff"}', "is not UTF-8 text: invalid start byte at byte 12"),
+        (
+            b'\xef\xbb\xbf{"images": []}',
+            "begins with a byte order mark, which Detectron2 cannot read: save it as UTF-8",
+        ),
+        (b'{"images": ' + b"9" * 5000 + b"}", "is no COCO annotation file: Exceeds the limit"),
+        (b'{"images": ' + b"[" * 100_000, "is no COCO annotation file: maximum recursion depth exceeded"),
     ],
 )
 def test_files_that_are_no_coco_json(folder, text, message):
@@ -272,7 +290,24 @@ def polygons_and_extras(folder):
     folder.content |= {"info": {}, "licenses": []}
 
 
-ODD = [rle_crowd, greyscale, cmyk, palette_png, exif_rotated, exif_rotated_png, exif_upside_down, damaged_exif]
+def flags_and_lengths_of_other_tools(folder):
+    for entry in folder.content["annotations"]:
+        entry["iscrowd"] = False
+    for entry in folder.content["images"]:
+        entry["width"], entry["height"] = float(entry["width"]), float(entry["height"])
+
+
+ODD = [
+    flags_and_lengths_of_other_tools,
+    rle_crowd,
+    greyscale,
+    cmyk,
+    palette_png,
+    exif_rotated,
+    exif_rotated_png,
+    exif_upside_down,
+    damaged_exif,
+]
 ODD += [unicode_subfolder, sticks_out, unsorted_sparse_categories, string_image_ids, polygons_and_extras]
 
 
@@ -317,6 +352,24 @@ def test_a_few_useless_boxes_pass_with_a_warning_as_in_coco_train2017(folder, ca
     assert "annotation 10 has a bbox without area" in caplog.text and "2 such boxes of 2000" in caplog.text
     annotation(11, bbox=[40, 30, 4, 4])(folder.content)
     with pytest.raises(UserError, match=r"annotation 10 has a bbox without area.* \(3 such boxes\)"):
+        folder.check()
+
+
+@pytest.mark.parametrize(
+    "damage", [dict(bbox=[2, 3, 0, 4]), dict(segmentation=[[2, 3, 12, 15]]), dict(segmentation=[[]])]
+)
+def test_one_useless_object_among_many_is_left_out_and_told(folder, catalogs, caplog, damage):
+    first = folder.content["annotations"][0]
+    folder.content["annotations"] = [first | {"id": i} for i in range(1, 146)]
+    annotation(9, **damage)(folder.content)
+    with caplog.at_level(logging.WARNING):
+        folder.check()
+    assert (
+        "annotation 10 has a " in caplog.text and "1 such " in caplog.text and " of 145 are left aside" in caplog.text
+    )
+    assert sum(len(record["instances"]) for record in as_detectron2_reads_it(folder)) == 144
+    annotation(10, **damage)(folder.content)
+    with pytest.raises(UserError, match=r"annotation 10 has a .* \(2 such "):
         folder.check()
 
 

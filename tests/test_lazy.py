@@ -144,7 +144,9 @@ def test_command_line(small_config, tmp_path):
     assert LazyConfig.load(str(tmp_path / "run" / "config.yaml")).repr.ENABLED is True
     with pytest.raises(UserError, match="holds another run"):
         start(args)
-    start(["--config-file", small_config, "--baseline", "--eval-only", *args[2:]])
+    with pytest.raises(UserError, match="--eval-only needs a checkpoint"):
+        start(["--config-file", small_config, "--baseline", "--eval-only", *args[2:]])
+    start(["--config-file", small_config, "--baseline", "--eval-only", "--resume", *args[2:]])
 
 
 @pytest.mark.parametrize(

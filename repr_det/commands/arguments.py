@@ -1,15 +1,17 @@
 """What a user types for a training run: the arguments, and the config that they stand for."""
 
 import argparse
+import os
 
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_argument_parser
 
+from repr_det.commands.data import classes_of_run, register_data
 from repr_det.commands.shipped import config_path
 from repr_det.commands.world import add_process_arguments
-from repr_det.datasets import class_names, register_builtin, register_coco_format
 from repr_det.detectron.config import add_repr_config, as_user_error
 from repr_det.method.errors import UserError
+from repr_det.runs.checkpoints import find_checkpoint
 
 
 def train_argument_parser() -> argparse.ArgumentParser:
@@ -38,7 +40,12 @@ def add_data_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def build_config(
-    config_file: str, opts: list[str], register: list[list[str]] | None = None, baseline: bool = False
+    config_file: str,
+    opts: list[str],
+    register: list[list[str]] | None = None,
+    baseline: bool = False,
+    eval_only: bool = False,
+    resume: bool = False,
 ) -> CfgNode:
     """The frozen config of a run.
 
@@ -47,6 +54,7 @@ def build_config(
         opts: KEY VALUE pairs as on the command line.
         register: NAME, JSON, IMAGE_ROOT of COCO-format data sets.
         baseline: switch RePr off, see ``train_argument_parser``.
+        eval_only, resume: nothing is trained, a checkpoint in OUTPUT_DIR comes first: what the classes follow from.
 
     Raises:
         UserError: the file is missing or malformed, a key is unknown, a value has the wrong type, a data set is bad.
@@ -60,19 +68,23 @@ def build_config(
         cfg.merge_from_file(config_file)
     with as_user_error("command line"):
         cfg.merge_from_list(opts)
-    register_builtin()
-    for name, json_file, image_root in register or []:
-        register_coco_format(name, json_file, image_root)
     given = set(opts[::2])
-    names = {name for name, *_ in register or []}
-    trained = [name for name in cfg.DATASETS.TRAIN if name in names]
-    if trained:
-        for key in ("MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.RETINANET.NUM_CLASSES"):
-            if key not in given:
-                cfg.merge_from_list([key, len(class_names(trained[0]))])
     if baseline:
         cfg.REPR.ENABLED = False
         if "OUTPUT_DIR" not in given:
             cfg.OUTPUT_DIR = cfg.OUTPUT_DIR.rstrip("/") + "_baseline"
+    register = register or []
+    register_data(register, cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
+    folder = folder_of_checkpoint(cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS, resume)
+    classes = classes_of_run(cfg.DATASETS.TRAIN, cfg.DATASETS.TEST, eval_only, folder)
+    if register and classes:
+        for key in ("MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.RETINANET.NUM_CLASSES"):
+            if key not in given:
+                cfg.merge_from_list([key, len(classes)])
     cfg.freeze()
     return cfg
+
+
+def folder_of_checkpoint(output_dir: str, weights: str, resume: bool) -> str:
+    """Where the checkpoint lies that a run begins with."""
+    return output_dir if resume and find_checkpoint(output_dir) else os.path.dirname(weights)

@@ -1,16 +1,24 @@
-"""Every check of a run that can be made before a model is built or a file written."""
+"""Every check of a run that can be made before a file is written; the model is built for it without its numbers."""
 
+import contextlib
+import logging
 import os
 import tempfile
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 import torch
 from detectron2.config import CfgNode, get_cfg
+from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
+from torch import nn
 
-from repr_det.datasets import check_registered, class_names
+from repr_det.commands.data import check_same_classes
+from repr_det.datasets import CocoSummary, agree_on_classes, any_mapped, check_registered, class_names
 from repr_det.detectron.config import (
     add_repr_config,
     as_user_error,
@@ -22,36 +30,53 @@ from repr_det.method.criteria import get_criterion
 from repr_det.method.errors import UserError
 from repr_det.method.layers import find_filter_layers
 from repr_det.method.selection import check_capacity
-from repr_det.runs.checkpoints import check_last_checkpoint, find_checkpoint
+from repr_det.runs.checkpoints import AtomicCheckpointer, check_last_checkpoint
 from repr_det.runs.files import run_traces
-from repr_det.runs.safe_pickle import load_checkpoint
+from repr_det.runs.foreign_weights import fit_names
+from repr_det.runs.zero_filters import refuse_zero_filters
 
 
-def check_run(cfg: CfgNode, resume: bool = False, eval_only: bool = False, num_gpus: int = 1) -> None:
-    """Everything that can be known to be wrong before a model is built or a file written.
+def check_run(
+    cfg: CfgNode,
+    resume: bool = False,
+    eval_only: bool = False,
+    num_gpus: int = 1,
+    world_size: int | None = None,
+    build: Callable[[], nn.Module] | None = None,
+) -> None:
+    """Everything that can be known to be wrong before a file is written.
+
+    Args:
+        num_gpus: processes on this machine.
+        world_size: all of them, by default ``num_gpus``.
+        build: makes the model, where ``cfg`` does not say it (LazyConfig); called under ``torch.device("meta")`` first.
 
     Raises:
         UserError: naming the key, file or folder.
     """
     _check_device(cfg, num_gpus)
+    scaled = _scaled(cfg, world_size or num_gpus)
+    if cfg.TEST.AUG.ENABLED:
+        raise UserError(
+            "TEST.AUG.ENABLED is True, but test-time augmentation is not done here: set it to False, and evaluate the "
+            "checkpoint with Detectron2's own tools/train_net.py --eval-only and OUTPUT_DIR/config_detectron2.yaml"
+        )
     if not eval_only:
-        validate_repr_config(cfg)
+        _check_solver(scaled, num_gpus)
+        validate_repr_config(scaled)
         check_output_folder(cfg, resume)
     check_datasets(cfg, eval_only)
+    if not eval_only and resume:
+        check_same_classes(class_names(cfg.DATASETS.TRAIN[0]), cfg.OUTPUT_DIR)
+    model = _model_of_shapes(cfg, build)
     if cfg.REPR.ENABLED and not eval_only:
-        check_layers(cfg)
-    if not (resume and find_checkpoint(cfg.OUTPUT_DIR)):  # a resumed run reads its own checkpoint
-        _check_weights(cfg)
+        check_layers(cfg, model)
+    _check_weights(cfg, model, resume, eval_only)
 
 
-def check_layers(cfg: CfgNode) -> None:
+def check_layers(cfg: CfgNode, model: nn.Module) -> None:
     """REPR.LAYERS matches trainable convs that RePr can handle, few enough for REPR.CRITERION, and the caps leave room
     for REPR.DROP_RATIO."""
-    shapes_only = cfg.clone()
-    shapes_only.defrost()
-    shapes_only.MODEL.DEVICE = "meta"
-    with as_user_error("MODEL"), torch.device("meta"):
-        model = build_model(shapes_only)
     layers = find_filter_layers(model, cfg.REPR.LAYERS.INCLUDE, cfg.REPR.LAYERS.EXCLUDE)
     sizes = {layer.name: layer.num_filters for layer in layers}
     check_capacity(sizes, cfg.REPR.DROP_RATIO, cfg.REPR.MAX_DROP_PER_LAYER)
@@ -59,18 +84,48 @@ def check_layers(cfg: CfgNode) -> None:
 
 
 def check_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
-    """Every data set of the run exists, is well formed and has no more classes than the model."""
-    if not eval_only and not cfg.DATASETS.TRAIN:
+    """Every data set of the run exists, is well formed, has what the model learns from, and the model's classes."""
+    train, test = (() if eval_only else cfg.DATASETS.TRAIN), cfg.DATASETS.TEST
+    if not eval_only and not train:
         raise UserError("DATASETS.TRAIN is empty: name at least one registered data set")
-    if eval_only and not cfg.DATASETS.TEST:
+    if eval_only and not test:
         raise UserError("DATASETS.TEST is empty: name at least one registered data set")
     retina = cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
     key = "MODEL.RETINANET.NUM_CLASSES" if retina else "MODEL.ROI_HEADS.NUM_CLASSES"
     num_classes = cfg.MODEL.RETINANET.NUM_CLASSES if retina else cfg.MODEL.ROI_HEADS.NUM_CLASSES
-    for name in (*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST):
-        check_registered(name)
+    summaries = {name: check_registered(name, for_evaluation=name in test) for name in dict.fromkeys((*train, *test))}
+    if not (eval_only and any_mapped((test,))):  # those are mapped to the classes of the checkpoint
+        agree_on_classes(train, test)
+    for name in summaries:
         if len(class_names(name)) != num_classes:
             raise UserError(f"{key} is {num_classes}, but {name} has {len(class_names(name))} classes: set it to that")
+    for name in train:
+        _check_targets(cfg, name, summaries[name])
+
+
+def _check_targets(cfg: CfgNode, name: str, summary: CocoSummary | None) -> None:
+    """Masks and keypoints are there where the model learns them."""
+    if summary is None:
+        return
+    objects = summary.num_boxes - summary.crowds
+    if cfg.MODEL.MASK_ON and summary.masks < objects:
+        raise UserError(
+            f"MODEL.MASK_ON is True, but {objects - summary.masks} of {objects} objects in {name} lack a segmentation: "
+            "set it to False, or give every object one"
+        )
+    if cfg.MODEL.MASK_ON and summary.rle_masks and cfg.INPUT.MASK_FORMAT == "polygon":
+        raise UserError(
+            f"INPUT.MASK_FORMAT is 'polygon', but {summary.rle_masks} of {objects} objects of {name} have RLE masks: "
+            "set it to bitmask"
+        )
+    metadata = MetadataCatalog.get(name)
+    if cfg.MODEL.KEYPOINT_ON and not summary.keypoints:
+        raise UserError(f"MODEL.KEYPOINT_ON is True, but no object of {name} has keypoints: set it to False")
+    if cfg.MODEL.KEYPOINT_ON and not (metadata.get("keypoint_names") and metadata.get("keypoint_flip_map") is not None):
+        raise UserError(
+            f"MODEL.KEYPOINT_ON is True, but the metadata of {name} have no keypoint_names and keypoint_flip_map, "
+            "which Detectron2 needs: set them by MetadataCatalog, or MODEL.KEYPOINT_ON to False"
+        )
 
 
 def check_output_folder(cfg: CfgNode, resume: bool) -> None:
@@ -86,6 +141,9 @@ def check_output_folder(cfg: CfgNode, resume: bool) -> None:
     except OSError as error:  # read-only, full, a file system without room for files
         raise UserError(f"OUTPUT_DIR {folder} cannot be written ({error.strerror}): give another folder") from error
     traces = run_traces(folder)
+    saved = folder / "config.yaml"
+    if resume and saved.exists():
+        _check_same_run(cfg, saved)
     if not traces:
         return
     if not resume:
@@ -93,9 +151,6 @@ def check_output_folder(cfg: CfgNode, resume: bool) -> None:
             f"OUTPUT_DIR {folder} holds another run ({', '.join(traces[:3])}): add --resume to continue it, or "
             "give another OUTPUT_DIR"
         )
-    saved = folder / "config.yaml"
-    if saved.exists():
-        _check_same_run(cfg, saved)
     check_last_checkpoint(str(folder))
 
 
@@ -133,22 +188,76 @@ def _check_device(cfg: CfgNode, num_gpus: int) -> None:
         raise UserError(f"--num-gpus {num_gpus}, but torch sees {torch.cuda.device_count()} GPU(s)")
     if cfg.SOLVER.AMP.ENABLED and kind != "cuda":
         raise UserError(f"SOLVER.AMP.ENABLED needs a GPU in Detectron2, MODEL.DEVICE is {device!r}: set it to False")
+
+
+def _scaled(cfg: CfgNode, world_size: int) -> CfgNode:
+    """The config as it trains."""
     reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
     if reference and cfg.SOLVER.IMS_PER_BATCH % reference:
         raise UserError(
             f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} must be a multiple of SOLVER.REFERENCE_WORLD_SIZE "
             f"{reference}"
         )
-    if scale_to_world(cfg, num_gpus).SOLVER.IMS_PER_BATCH % num_gpus:
-        raise UserError(f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} must be a multiple of --num-gpus {num_gpus}")
+    return scale_to_world(cfg, world_size)
 
 
-def _check_weights(cfg: CfgNode) -> None:
-    weights = cfg.MODEL.WEIGHTS
-    if not weights:
-        return
+def _check_solver(cfg: CfgNode, num_gpus: int) -> None:
+    """Of the config as it trains, scaled to the number of processes."""
+    solver = cfg.SOLVER
+    for key in ("MAX_ITER", "IMS_PER_BATCH", "CHECKPOINT_PERIOD"):
+        if getattr(solver, key) < 1:
+            raise UserError(f"SOLVER.{key} must be at least 1, got {getattr(solver, key)}")
+    if solver.IMS_PER_BATCH % num_gpus:  # several machines: ``world.check_processes``
+        raise UserError(f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} must be a multiple of --num-gpus {num_gpus}")
+
+
+def _model_of_shapes(cfg: CfgNode, build: Callable[[], nn.Module] | None) -> nn.Module:
+    """The model on the meta device: every module and shape, no numbers. On the CPU where its making needs numbers."""
+
+    def from_config(device: str) -> nn.Module:
+        own = cfg.clone()
+        own.defrost()
+        own.MODEL.DEVICE = device
+        return build_model(own)
+
     try:
-        local = PathManager.get_local_path(urlparse(weights)._replace(query="").geturl())
+        with torch.device("meta"), _quiet():
+            return build() if build is not None else from_config("meta")
+    except Exception:  # either what is wrong with the config, which comes again, or .item() of a meta tensor
+        pass
+    try:
+        with as_user_error("MODEL"), _quiet():
+            return build() if build is not None else from_config("cpu")
+    except UserError:
+        raise
+    except Exception as error:  # a config can make anything fail
+        text = " ".join(str(error).split())
+        raise UserError(f"MODEL: the model cannot be built: {type(error).__name__}: {text}") from error
+
+
+def _check_weights(cfg: CfgNode, model: nn.Module, resume: bool, eval_only: bool) -> None:
+    """What the run begins with can be read and belongs to this model; nothing is asked of a file that is not read."""
+    trial = _TrialCheckpointer(model, cfg.OUTPUT_DIR, save_to_disk=False)
+    resumed = resume and trial.has_checkpoint()
+    path = trial.get_checkpoint_file() if resumed else cfg.MODEL.WEIGHTS
+    if not path:
+        if eval_only:
+            raise UserError("--eval-only needs a checkpoint: give MODEL.WEIGHTS, or --resume for that of OUTPUT_DIR")
+        return
+    if not resumed:
+        path = _local(path)
+    trial._resuming = resumed or eval_only  # every weight must be there
+    with _quiet(), as_user_error(path):
+        trial.load(path)
+    if not resumed and not eval_only:
+        refuse_zero_filters(trial.weights, cfg.MODEL.WEIGHTS)
+
+
+def _local(weights: str) -> str:
+    """The local file of MODEL.WEIGHTS, with its query (?matching_heuristics=True)."""
+    url = urlparse(weights)
+    try:
+        local = PathManager.get_local_path(url._replace(query="").geturl())
         found = os.path.isfile(local)
         reason = "it is not a file"
     except Exception as error:  # whatever a download handler raises, the user needs the same line
@@ -158,4 +267,28 @@ def _check_weights(cfg: CfgNode) -> None:
             f"MODEL.WEIGHTS {weights!r} cannot be read ({reason}): give the path of a local file, or MODEL.WEIGHTS '' "
             "to train from random weights"
         )
-    load_checkpoint(local)
+    if url.query not in ("", "matching_heuristics=True"):
+        raise UserError(f"MODEL.WEIGHTS {weights!r}: after the file's name only ?matching_heuristics=True is known")
+    return f"{local}?{url.query}" if url.query else local
+
+
+class _TrialCheckpointer(AtomicCheckpointer):
+    """Loads into the model of shapes, and keeps the weights."""
+
+    def _load_model(self, checkpoint: dict[str, Any]) -> Any:
+        fit_names(checkpoint, self.model.state_dict())
+        self.weights = dict(checkpoint["model"])
+        return super()._load_model(checkpoint)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the log lines and warnings of a model and weights that are only tried."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

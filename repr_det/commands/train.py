@@ -17,7 +17,7 @@ from repr_det.runs.record import RunRecord
 
 
 def config_of(args: argparse.Namespace) -> CfgNode:
-    return build_config(args.config_file, args.opts, args.register, args.baseline)
+    return build_config(args.config_file, args.opts, args.register, args.baseline, args.eval_only, args.resume)
 
 
 def main(args: argparse.Namespace) -> dict:
@@ -44,5 +44,5 @@ def start(argv: list[str] | None = None) -> None:
     cfg = config_of(args)
     world = check_processes(args, cfg, cfg.MODEL)
     args.resume = may_continue(args, cfg.OUTPUT_DIR)
-    check_run(cfg, args.resume, args.eval_only, world.local_size)
+    check_run(cfg, args.resume, args.eval_only, world.local_size, world.size)
     launch_processes(main, args, str(cfg.MODEL.DEVICE))

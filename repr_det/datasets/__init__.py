@@ -3,26 +3,35 @@
 May import the method.
 """
 
+from repr_det.datasets.classes import agree_on_classes, any_mapped
 from repr_det.datasets.coco_format import (
     CocoSummary,
     check_coco_format,
     check_registered,
     class_names,
+    listed,
     num_classes,
+    own_classes,
     register_bccd,
     register_coco_format,
 )
+from repr_det.datasets.evaluation import CocoEvaluator
 from repr_det.datasets.shapes import CLASS_NAMES, build_shapes, generate_shapes, register_shapes
 
 __all__ = [
     "CLASS_NAMES",
+    "CocoEvaluator",
     "CocoSummary",
+    "agree_on_classes",
+    "any_mapped",
     "build_shapes",
     "check_coco_format",
     "check_registered",
     "class_names",
     "generate_shapes",
+    "listed",
     "num_classes",
+    "own_classes",
     "register_bccd",
     "register_builtin",
     "register_coco_format",

@@ -7,31 +7,46 @@ import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import register_coco_instances
+from detectron2.data.datasets import load_coco_json, register_coco_instances
 
 from repr_det.datasets.image_files import MAX_HEADERS, check_image_files
 from repr_det.datasets.shapes import build_shapes
 from repr_det.method.errors import UserError
 
-MAX_USELESS_BOXES = 0.001  # share of boxes without area or outside their image, which Detectron2 drops, that passes
-# with a warning: COCO's own train2017 has 2 in 860,001
+MAX_USELESS_BOXES = 0.001  # share of objects that Detectron2 drops (boxes without area or outside their image, broken
+# polygons) that passes with a warning: COCO's own train2017 has 2 in 860,001
+ONE_IN = 100  # in a data set of at least so many objects one such object passes too
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class CocoSummary:
-    """What a COCO-format data set holds; classes are sorted by category id, which is their order in Detectron2."""
+    """What a COCO-format data set holds; classes are sorted by category id, which is their order in Detectron2.
+
+    Attributes:
+        category_ids: of each class the (lowest) category id.
+        evaluation_gap: why COCO evaluation would fail where training would not.
+        aliases: (category id, lowest id of the same name), for the names that several ids have.
+        crowds: crowd regions among the boxes.
+        masks, rle_masks, keypoints: objects, crowd regions aside, that have a segmentation, one in RLE, keypoints.
+    """
 
     num_images: int
     num_boxes: int
     class_names: tuple[str, ...]
     category_ids: tuple[int, ...]
-    evaluation_gap: str | None = None  # why COCO evaluation would fail where training would not
+    evaluation_gap: str | None = None
+    aliases: tuple[tuple[int, int], ...] = ()
+    crowds: int = 0
+    masks: int = 0
+    rle_masks: int = 0
+    keypoints: int = 0
 
 
 def check_coco_format(
@@ -66,7 +81,7 @@ def check_coco_format(
     content = ({"annotations": []} if allow_no_boxes else {}) | _read_json(json_file, prefix)
     for key in ("images", "categories", "annotations"):
         if key not in content:
-            fail(f"has no '{key}' (COCO format has images, annotations and categories, found: {_listed(content)})")
+            fail(f"has no '{key}' (COCO format has images, annotations and categories, found: {listed(content)})")
         entries = content[key]
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             fail(f"'{key}' must be a list of objects")
@@ -79,11 +94,34 @@ def check_coco_format(
     if gap and for_evaluation:
         fail(gap)
     check_image_files(content["images"], image_root, decode, max_headers, prefix, json_file)
-    ids, names = zip(*sorted(classes.items()), strict=True)
-    return CocoSummary(len(sizes), len(content["annotations"]), names, ids, gap)
+    first: dict[str, int] = {}  # class name -> its lowest category id
+    aliases = tuple((i, first[name]) for i, name in sorted(classes.items()) if first.setdefault(name, i) != i)
+    for other, lowest in aliases:
+        logger.warning(
+            "%s%s: categories %d and %d are both '%s': taken for one class",
+            prefix,
+            json_file,
+            lowest,
+            other,
+            classes[other],
+        )
+    single = [a for a in content["annotations"] if not a.get("iscrowd", 0)]
+    return CocoSummary(
+        num_images=len(sizes),
+        num_boxes=len(content["annotations"]),
+        class_names=tuple(first),
+        category_ids=tuple(first.values()),
+        evaluation_gap=gap,
+        aliases=aliases,
+        crowds=len(content["annotations"]) - len(single),
+        masks=sum(bool(a.get("segmentation")) for a in single),
+        rle_masks=sum(isinstance(a.get("segmentation"), dict) for a in single),
+        keypoints=sum(bool(a.get("keypoints")) for a in single),
+    )
 
 
-def _listed(names: Iterable, limit: int = 8) -> str:
+def listed(names: Iterable, limit: int = 8) -> str:
+    """The first of them, for a message."""
     names = [str(name) for name in names]
     return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "") or "nothing"
 
@@ -93,7 +131,19 @@ def _is_int(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    try:
+        return type(value) in (int, float) and math.isfinite(value)
+    except OverflowError:  # an integer beyond the range of floats
+        return False
+
+
+def _is_flag(value: object) -> bool:
+    return isinstance(value, (bool, int, float)) and value in (0, 1)
+
+
+def _is_length(value: object) -> bool:
+    """A positive whole number, which some tools write as 640.0."""
+    return _is_number(value) and value > 0 and value == int(value)
 
 
 def _read_json(json_file: Path, prefix: str) -> dict:
@@ -102,6 +152,12 @@ def _read_json(json_file: Path, prefix: str) -> dict:
         raise UserError(f"{prefix}annotation file {json_file} {what}")
     try:
         with json_file.open(encoding="utf-8") as file:
+            if file.read(1) == "\ufeff":
+                raise UserError(
+                    f"{prefix}{json_file} begins with a byte order mark, which Detectron2 cannot read: save it as "
+                    "UTF-8 without BOM"
+                )
+            file.seek(0)
             content = json.load(file)
     except json.JSONDecodeError as error:
         raise UserError(
@@ -110,6 +166,9 @@ def _read_json(json_file: Path, prefix: str) -> dict:
         ) from error
     except UnicodeDecodeError as error:
         raise UserError(f"{prefix}{json_file} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits, nested thousands deep
+        reason = " ".join(str(error).split()).split(";")[0]
+        raise UserError(f"{prefix}{json_file} is no COCO annotation file: {reason}") from error
     except OSError as error:
         raise UserError(f"{prefix}{json_file} cannot be read: {error.strerror}") from error
     if not isinstance(content, dict):
@@ -131,8 +190,6 @@ def _check_categories(categories: list[dict], fail: Callable[[str], NoReturn]) -
             fail(f"category {category_id} must have a name, got {name!r}")
         if category_id in classes:
             fail(f"category id {category_id} occurs twice ('{classes[category_id]}' and '{name}')")
-        if name in classes.values():
-            fail(f"category name '{name}' occurs twice")
         classes[category_id] = name
     return classes
 
@@ -149,9 +206,9 @@ def _check_images(images: list[dict], fail: Callable[[str], NoReturn]) -> dict[i
         if not isinstance(file_name, str) or not file_name:
             fail(f"image {image_id!r} must have a file_name, got {file_name!r}")
         for key in ("width", "height"):
-            if not _is_int(image.get(key)) or image[key] <= 0:
+            if not _is_length(image.get(key)):
                 fail(f"image {image_id!r} ('{file_name}') must have a positive integer {key}, got {image.get(key)!r}")
-        sizes[image_id] = (image["width"], image["height"])
+        sizes[image_id] = (int(image["width"]), int(image["height"]))
     if len({type(image_id) for image_id in sizes}) > 1:
         fail("image ids must be all integers or all strings, found both")
     return sizes
@@ -167,6 +224,7 @@ def _check_annotations(
     """What keeps COCO evaluation, but not training, from working."""
     seen: set[int] = set()
     useless: list[str] = []
+    lost: list[str] = []
     lacking: dict[str, list[int]] = {"area": [], "iscrowd": []}
     crowds = 0
     for number, annotation in enumerate(annotations):
@@ -184,9 +242,7 @@ def _check_annotations(
         if not isinstance(image_id, (int, str)) or image_id not in sizes:
             fail(f"{label} names image_id {image_id!r}, which is not in 'images'")
         if not _is_int(category_id) or category_id not in classes:
-            fail(
-                f"{label} names category_id {category_id!r}, which is not in 'categories' ({_listed(sorted(classes))})"
-            )
+            fail(f"{label} names category_id {category_id!r}, which is not in 'categories' ({listed(sorted(classes))})")
         if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
             fail(f"{label} must have a bbox of four finite numbers [x, y, width, height], got {box!r}")
         x, y, width, height = box
@@ -198,20 +254,29 @@ def _check_annotations(
             size = "{}x{}".format(*sizes[image_id])
             useless.append(f"{label} has a bbox outside its image {image_id!r}, which is {size}: {box}")
         crowd = annotation.get("iscrowd", 0)
-        if crowd not in (0, 1):
+        if not _is_flag(crowd):
             fail(f"{label} must have iscrowd 0 or 1, got {crowd!r}")
         crowds += crowd
         if annotation.get("ignore", 0) != 0:
             fail(f"{label} has 'ignore' set, which Detectron2 does not support: remove it or set iscrowd to 1")
-        if not _is_segmentation(annotation.get("segmentation")):
-            fail(f"{label} must have a segmentation of polygons [[x, y, ...], ...] or RLE, or none")
-        for key, ids in lacking.items():
-            if not _is_number(annotation.get(key)):
-                ids.append(annotation_id)
-    if len(useless) > MAX_USELESS_BOXES * len(annotations):
-        fail(useless[0] + (f" ({len(useless)} such boxes)" if len(useless) > 1 else ""))
-    if useless:
-        logger.warning("%s; %d such boxes of %d are left aside", useless[0], len(useless), len(annotations))
+        segmentation = annotation.get("segmentation")
+        if problem := _segmentation_problem(segmentation, sizes[image_id]):
+            fail(f"{label} must have a segmentation of polygons [[x, y, ...], ...] or RLE, or none: {problem}")
+        if segmentation and isinstance(segmentation, list) and not any(map(_is_polygon, segmentation)):
+            lost.append(
+                f"{label} has a segmentation without a polygon of 3 points or more ({str(segmentation)[:60]}), and "
+                "Detectron2 leaves such an object out, box and all, also with masks off: mend or remove it"
+            )
+        if not _is_flag(annotation.get("iscrowd")):
+            lacking["iscrowd"].append(annotation_id)
+        if not _is_number(annotation.get("area")):
+            lacking["area"].append(annotation_id)
+    allowed = max(MAX_USELESS_BOXES * len(annotations), int(len(annotations) >= ONE_IN))
+    for found, what in ((useless, "boxes"), (lost, "objects")):
+        if len(found) > allowed:
+            fail(found[0] + (f" ({len(found)} such {what})" if len(found) > 1 else ""))
+        if found:
+            logger.warning("%s; %d such %s of %d are left aside", found[0], len(found), what, len(annotations))
     if annotations and crowds == len(annotations):
         fail(f"all {crowds} annotations are crowd regions (iscrowd 1), none is an object to train on")
     if 0 in seen:
@@ -225,10 +290,25 @@ def _check_annotations(
     return None
 
 
-def _is_segmentation(value: object) -> bool:
+def _segmentation_problem(value: object, size: tuple[int, int]) -> str | None:
+    """Why Detectron2 could not read it; ``size`` is (width, height) of the image."""
     if isinstance(value, dict):
-        return {"counts", "size"} <= value.keys()
-    return not value or (isinstance(value, list) and all(isinstance(polygon, list) for polygon in value))
+        if not {"counts", "size"} <= value.keys():
+            return f"RLE has size and counts, found {listed(value)}"
+        if value["size"] != [size[1], size[0]]:
+            return f"RLE must have the size [height, width] of its image, {[size[1], size[0]]}, got {value['size']!r}"
+        return None
+    if not value:
+        return None
+    if not isinstance(value, list) or not all(isinstance(polygon, list) for polygon in value):
+        return f"got {str(value)[:60]}"
+    wrong = (number for polygon in value for number in polygon if not _is_number(number))
+    return next((f"a coordinate is {number!r}" for number in wrong), None)
+
+
+def _is_polygon(value: list) -> bool:
+    """Which polygons Detectron2 keeps."""
+    return len(value) >= 6 and len(value) % 2 == 0
 
 
 # ---- registered data sets ----
@@ -264,7 +344,33 @@ def register_coco_format(name: str, json_file: str | os.PathLike, image_root: st
             raise UserError(f"data set {name} is already registered with {before[0] or 'other data'}, not {paths[0]}")
         return
     summary = _check_once(*paths, name, False)
-    register_coco_instances(name, {"thing_classes": list(summary.class_names)}, *paths)
+    _register(name, summary, *paths)
+
+
+def _register(name: str, summary: CocoSummary, json_file: str, image_root: str) -> None:
+    DatasetCatalog.register(name, partial(_load, name, json_file, image_root))
+    MetadataCatalog.get(name).set(
+        json_file=json_file,
+        image_root=image_root,
+        evaluator_type="coco",
+        thing_classes=list(summary.class_names),
+        thing_dataset_id_to_contiguous_id={c: i for i, c in enumerate(summary.category_ids)},
+        own_classes=dict(zip(summary.class_names, summary.category_ids, strict=True)),
+    )
+
+
+def _load(name: str, json_file: str, image_root: str) -> list[dict]:
+    """Detectron2's dicts, each object's class found by its name among the ``thing_classes`` of the data set."""
+    summary = _check_once(json_file, image_root, name, False)
+    target = {c: i for i, c in enumerate(MetadataCatalog.get(name).thing_classes)}
+    index = {c: target[n] for c, n in zip(summary.category_ids, summary.class_names, strict=True)}
+    index |= {alias: index[lowest] for alias, lowest in summary.aliases}
+    records = load_coco_json(json_file, image_root)
+    for record in records:
+        record["width"], record["height"] = int(record["width"]), int(record["height"])
+        for annotation in record["annotations"]:
+            annotation["category_id"] = index[annotation["category_id"]]
+    return records
 
 
 def register_bccd() -> None:
@@ -304,10 +410,14 @@ def check_registered(name: str, *, for_evaluation: bool = True, allow_no_boxes: 
     summary = _check_once(json_file, image_root, name, allow_no_boxes)
     if for_evaluation and summary.evaluation_gap:
         raise UserError(f"data set {name}: {json_file}: {summary.evaluation_gap}")
-    if tuple(metadata.get("thing_classes", summary.class_names)) != summary.class_names:
+    if (own := metadata.get("own_classes")) is not None:
+        if (*own.items(),) != (*zip(summary.class_names, summary.category_ids, strict=True),):
+            raise UserError(f"data set {name}: {json_file}: its categories changed since it was registered")
+        return summary
+    if tuple(metadata.get("thing_classes", summary.class_names)) != summary.class_names or summary.aliases:
         raise UserError(
-            f"data set {name}: {json_file}: its categories ({_listed(summary.class_names)}) must be those registered "
-            f"under this name ({_listed(metadata.thing_classes)}); register your own data under another name"
+            f"data set {name}: {json_file}: its categories ({listed(summary.class_names)}) must be those registered "
+            f"under this name ({listed(metadata.thing_classes)}); register your own data under another name"
         )
     if tuple(metadata.get("thing_dataset_id_to_contiguous_id", summary.category_ids)) != summary.category_ids:
         raise UserError(f"data set {name}: {json_file}: its category ids are not those registered under this name")
@@ -340,6 +450,12 @@ def class_names(name: str) -> tuple[str, ...]:
             raise UserError(f"data set {name} has no thing_classes in its metadata and is not in COCO format")
         return summary.class_names
     return tuple(names)
+
+
+def own_classes(name: str) -> tuple[str, ...]:
+    """The classes that a data set lists itself, where `class_names` may be those that it was mapped to."""
+    own = MetadataCatalog.get(name).get("own_classes") if name in DatasetCatalog else None
+    return class_names(name) if own is None else tuple(own)
 
 
 def num_classes(name: str) -> int:

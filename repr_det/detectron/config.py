@@ -111,7 +111,7 @@ def scale_to_world(cfg: CfgNode, world_size: int) -> CfgNode:
         return cfg
     scaled = DefaultTrainer.auto_scale_workers(cfg, world_size)
     scaled.defrost()
-    for key in ("START_ITER", "S1_ITERS", "S2_ITERS"):
+    for key in ("START_ITER", "S1_ITERS", "S2_ITERS") if "REPR" in scaled else ():
         value = getattr(scaled.REPR, key)
         setattr(scaled.REPR, key, max(1, round(value * reference / world_size)) if value else 0)
     scaled.freeze()

@@ -15,6 +15,7 @@ from detectron2.utils import comm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from repr_det.datasets import agree_on_classes, any_mapped
 from repr_det.datasets.image_files import NamingMapper
 from repr_det.detectron.config import scale_to_world
 from repr_det.detectron.evaluators import build_evaluator, check_evaluators
@@ -54,6 +55,8 @@ class Trainer(DefaultTrainer):
         self.cfg = cfg
         if all(_function(type(self), name) is _function(Trainer, name) for name in ("test", "build_evaluator")):
             check_evaluators(cfg.DATASETS.TEST)
+        if any_mapped(names := (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)):
+            agree_on_classes(*names)
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = resumable(self.build_train_loader(cfg))

@@ -7,6 +7,7 @@ from detectron2 import evaluation
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 
+from repr_det.datasets import CocoEvaluator
 from repr_det.method.errors import UserError
 
 _NEEDS = {
@@ -44,7 +45,8 @@ def build_evaluator(name: str, folder: str) -> DatasetEvaluator:
     if kind in ("sem_seg", "coco_panoptic_seg"):
         found.append(evaluation.SemSegEvaluator(name, distributed=True, output_dir=folder))
     if kind in ("coco", "coco_panoptic_seg"):
-        found.append(evaluation.COCOEvaluator(name, output_dir=folder))
+        mapped = MetadataCatalog.get(name).get("own_classes")
+        found.append((CocoEvaluator if mapped else evaluation.COCOEvaluator)(name, output_dir=folder))
     if kind == "coco_panoptic_seg":
         found.append(evaluation.COCOPanopticEvaluator(name, folder))
     if kind == "cityscapes_instance":

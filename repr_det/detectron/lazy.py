@@ -7,16 +7,18 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode, get_cfg, instantiate
 from detectron2.engine import HookBase, hooks
-from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.evaluation import COCOEvaluator, inference_on_dataset, print_csv_format
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
+from repr_det.datasets import CocoEvaluator
 from repr_det.detectron.config import add_repr_config, as_user_error
 from repr_det.detectron.engine import Trainer
 from repr_det.method.errors import UserError
 
+_COCO = f"{COCOEvaluator.__module__}.{COCOEvaluator.__name__}"
 _MULTI_STEP = "MultiStepParamScheduler"
 
 
@@ -60,6 +62,9 @@ def repr_cfg_from_lazy(cfg: DictConfig) -> CfgNode:
     yacs.DATALOADER.ASPECT_RATIO_GROUPING = get("dataloader.train.aspect_ratio_grouping", True)
     yacs.DATASETS.TRAIN = data_set_names(get("dataloader.train.dataset.names", ()))
     yacs.DATASETS.TEST = data_set_names(get("dataloader.test.dataset.names", ()))
+    yacs.MODEL.MASK_ON = bool(get("dataloader.train.mapper.use_instance_mask", False))
+    yacs.MODEL.KEYPOINT_ON = bool(get("dataloader.train.mapper.use_keypoint", False))
+    yacs.INPUT.MASK_FORMAT = get("dataloader.train.mapper.instance_mask_format", "polygon")
     for key, own in NUM_CLASSES.items():
         if (number := get(key, None)) is not None:
             yacs.MODEL.META_ARCHITECTURE = "RetinaNet" if key == "model.num_classes" else "GeneralizedRCNN"
@@ -121,7 +126,10 @@ def evaluate(cfg: DictConfig, model: nn.Module) -> dict | None:
         return None
     if "output_dir" not in cfg.dataloader.evaluator and "dataset_name" in cfg.dataloader.evaluator:
         cfg.dataloader.evaluator.output_dir = os.path.join(cfg.train.output_dir, "inference")
-    results = inference_on_dataset(model, instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator))
+    evaluator = cfg.dataloader.evaluator
+    if evaluator.get("_target_") in (COCOEvaluator, "detectron2.evaluation.COCOEvaluator", _COCO):
+        evaluator = OmegaConf.merge(evaluator, {"_target_": CocoEvaluator})
+    results = inference_on_dataset(model, instantiate(cfg.dataloader.test), instantiate(evaluator))
     print_csv_format(results)
     return results
 

@@ -12,6 +12,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 
 from repr_det.method.errors import UserError
 from repr_det.runs.files import write_atomically
+from repr_det.runs.foreign_weights import fit_names
 from repr_det.runs.safe_pickle import load_checkpoint
 
 logger = logging.getLogger("repr_det.resume")
@@ -80,6 +81,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         return load_checkpoint(f)
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
+        fit_names(checkpoint, self.model.state_dict())
         found = super()._load_model(checkpoint)
         parameters = {name for name, _ in self.model.named_parameters()}
         unfit = [n for n in (*found.missing_keys, *(n for n, *_ in found.incorrect_shapes)) if n in parameters]

@@ -13,12 +13,13 @@ EVENTS_FILE = "repr_events.jsonl"  # every drop and restore
 OVERLAPS_FILE = "repr_overlaps.jsonl"  # O_f of every filter before each drop and after each restore
 METRICS_FILE = "metrics.json"
 FINAL_CHECKPOINT = "model_final.pth"
-_TRACES = ("last_checkpoint", METRICS_FILE, EVENTS_FILE, "config.yaml")
+_TRACES = ("last_checkpoint", METRICS_FILE, EVENTS_FILE)
 
 
 def run_traces(folder: str | Path) -> list[str]:
-    """The names in ``folder`` that say that a run has begun there; [] where it is empty or absent."""
-    return sorted(p.name for p in Path(folder).glob("*") if p.name in _TRACES or p.suffix == ".pth")
+    """The names in ``folder`` that say that a run has trained there; none where it stopped before its first step."""
+    found = (p for p in Path(folder).glob("*") if p.name in _TRACES or p.suffix == ".pth")
+    return sorted(p.name for p in found if p.stat().st_size)
 
 
 def write_atomically(path: str | Path, text: str) -> None:

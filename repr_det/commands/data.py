@@ -1,0 +1,84 @@
+"""The data sets of a run: those of --register, and one numbering of the classes for all of them."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from detectron2.data import DatasetCatalog
+
+from repr_det.datasets import (
+    agree_on_classes,
+    any_mapped,
+    listed,
+    own_classes,
+    register_builtin,
+    register_coco_format,
+)
+from repr_det.method.errors import UserError
+from repr_det.runs.record import DATA_FILE
+
+
+def register_data(register: Sequence[Sequence[str]], train: Sequence[str], test: Sequence[str]) -> None:
+    """Registers the data sets that come with this package, and NAME, JSON, IMAGE_ROOT of --register.
+
+    Raises:
+        UserError: a data set is bad, or is not used.
+    """
+    register_builtin()
+    for name, json_file, image_root in register:
+        register_coco_format(name, json_file, image_root)
+    for name, *_ in register:
+        if name not in (*train, *test):
+            raise UserError(
+                f"--register {name}: no key names it, so it would not be used: the run trains on {listed(train)} and "
+                f"is evaluated on {listed(test)}; set DATASETS.TRAIN or DATASETS.TEST (in a LazyConfig "
+                "dataloader.train.dataset.names or dataloader.test.dataset.names)"
+            )
+
+
+def classes_of_run(
+    train: Sequence[str], test: Sequence[str], eval_only: bool = False, folder: str | Path | None = None
+) -> tuple[str, ...] | None:
+    """Gives the data sets of a run one numbering of the classes, see ``datasets.agree_on_classes``.
+
+    Args:
+        train, test: DATASETS.TRAIN and DATASETS.TEST; unknown names are left to ``checks.check_datasets``.
+        eval_only: nothing is trained: the classes are those of the checkpoint, as far as they are known.
+        folder: of the checkpoint that is evaluated.
+
+    Returns:
+        the classes in the order of the model's outputs; None where no data set can be mapped.
+
+    Raises:
+        UserError: a data set cannot be mapped.
+    """
+    train, test = ([name for name in names if name in DatasetCatalog] for names in (train, test))
+    if not any_mapped((train, test)):
+        return None
+    if not eval_only:
+        return agree_on_classes(train, test)
+    if (recorded := recorded_classes(folder)) is not None:
+        return agree_on_classes((), test, recorded)
+    trained = max(map(own_classes, train), key=len, default=())
+    covered = bool(test) and all(set(own_classes(name)) <= set(trained) for name in test)
+    return agree_on_classes(train, test) if covered else agree_on_classes((), test) if test else None
+
+
+def recorded_classes(folder: str | Path | None) -> tuple[str, ...] | None:
+    """The classes of the run in ``folder`` in the order of its model's outputs; None where it left no record."""
+    try:
+        known = json.loads((Path(folder) / DATA_FILE).read_text(encoding="utf-8"))
+        lists = [tuple(dict.fromkeys(entry["classes"])) for entry in known.values()]
+    except (OSError, TypeError, ValueError, KeyError, AttributeError):
+        return None
+    return max(lists, key=len, default=()) or None  # the record begins with the training sets
+
+
+def check_same_classes(classes: Sequence[str], folder: str | Path) -> None:
+    """Raises UserError where the run in ``folder`` was trained on other classes, or on these in another order."""
+    recorded = recorded_classes(folder)
+    if recorded is not None and recorded != tuple(classes):
+        raise UserError(
+            f"the run in {folder} was trained on the classes {listed(recorded, 20)}, in this order, and the data of "
+            f"this one have {listed(classes, 20)}: give the data sets of that run, or another OUTPUT_DIR"
+        )

@@ -1,0 +1,58 @@
+"""COCO evaluation of data sets whose classes are mapped by name."""
+
+import contextlib
+import io
+from typing import Any
+
+from detectron2.data import Metadata, MetadataCatalog
+from detectron2.evaluation import COCOEvaluator
+from pycocotools.coco import COCO
+
+
+class CocoEvaluator(COCOEvaluator):
+    """Detectron2's, also for data sets that list a subset of the model's classes, number them otherwise, or give a
+    class two ids: AP is the mean over the classes that the data set lists, each under its own name, and detections of
+    the others do not count. For all other data sets it is Detectron2's to the letter."""
+
+    def __init__(self, dataset_name: str, *args: Any, **kwargs: Any) -> None:
+        super().__init__(dataset_name, *args, **kwargs)
+        metadata = MetadataCatalog.get(dataset_name)
+        own = metadata.get("own_classes")
+        if own is None:
+            return
+        merge_aliases(self._coco_api)
+        numbers = dict(metadata.thing_dataset_id_to_contiguous_id)
+        self._listed = set(numbers.values())
+        self._class_names = [metadata.thing_classes[numbers[i]] for i in sorted(numbers)]
+        # Detectron2 wants an id for every class of the model; those that are made up here are never written.
+        absent = set(range(len(metadata.thing_classes))) - self._listed
+        numbers |= {max(own.values()) + 1 + i: number for i, number in enumerate(sorted(absent))}
+        self._metadata = Metadata(**metadata.as_dict() | {"thing_dataset_id_to_contiguous_id": numbers})
+
+    def _eval_predictions(self, predictions: list[dict], img_ids: Any = None) -> None:
+        if hasattr(self, "_listed"):
+            predictions = [
+                x | {"instances": [i for i in x["instances"] if i["category_id"] in self._listed]} for x in predictions
+            ]
+        super()._eval_predictions(predictions, img_ids)
+
+    def _derive_coco_results(self, coco_eval: Any, iou_type: str, class_names: list[str] | None = None) -> dict:
+        # COCO's axis of classes is sorted by category id.
+        return super()._derive_coco_results(coco_eval, iou_type, getattr(self, "_class_names", class_names))
+
+
+def merge_aliases(truth: COCO) -> None:
+    """Of several categories with one name the lowest id stays, and takes the annotations of the others; in place."""
+    first: dict[str, int] = {}
+    lowest = {c["id"]: first.setdefault(c["name"], c["id"]) for c in sorted(truth.dataset["categories"], key=_id)}
+    if all(i == to for i, to in lowest.items()):
+        return
+    truth.dataset["categories"] = [c for c in truth.dataset["categories"] if lowest[c["id"]] == c["id"]]
+    for annotation in truth.dataset["annotations"]:
+        annotation["category_id"] = lowest[annotation["category_id"]]
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth.createIndex()
+
+
+def _id(category: dict) -> int:
+    return category["id"]

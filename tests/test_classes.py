@@ -1,0 +1,149 @@
+"""Classes of several data sets of a run: compared and mapped by name, or refused naming both lists."""
+
+import copy
+import json
+
+import pytest
+import torch
+from coco_folder import Folder
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from detectron2.evaluation import COCOEvaluator
+from detectron2.structures import Boxes, Instances
+
+from repr_det import datasets
+from repr_det.method.errors import UserError
+
+CLASSES = {1: "cell", 2: "plate", 3: "drop"}
+BOXES = [
+    (1, "cell", [2, 3, 10, 12]),
+    (1, "plate", [20, 1, 15, 20]),
+    (2, "drop", [0, 0, 20, 30]),
+    (2, "cell", [5, 5, 9, 9]),
+]
+
+
+def write(folder: Folder, categories: dict[int, str], name: str):
+    """The same objects under other ids; those of a class that is not listed are left out. Returns the json's path."""
+    content = copy.deepcopy(folder.content)
+    ids = {name: i for i, name in categories.items()}
+    content["categories"] = [{"id": i, "name": c} for i, c in categories.items()]
+    content["annotations"] = [
+        {"id": n, "image_id": i, "category_id": ids[c], "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
+        for n, (i, c, box) in enumerate(BOXES, 1)
+        if c in ids
+    ]
+    path = folder.json.with_name(f"{name}.json")
+    path.write_text(json.dumps(content))
+    return path
+
+
+def register(folder: Folder, **data_sets: dict[int, str]) -> None:
+    for name, categories in data_sets.items():
+        datasets.register_coco_format(name, write(folder, categories, name), folder.images)
+
+
+def classes_as_loaded(name: str) -> dict[int, list[int]]:
+    return {r["image_id"]: [a["category_id"] for a in r["annotations"]] for r in DatasetCatalog.get(name)}
+
+
+def evaluated(evaluator: COCOEvaluator, folder: Folder) -> dict[str, float]:
+    """Detections of a model with the classes of CLASSES in this order: every true box, but cells are called drops on
+    image 2, and a drop is seen on image 1."""
+    order = list(CLASSES.values())
+    evaluator.reset()
+    for entry in folder.content["images"]:
+        found = [(c, box) for i, c, box in BOXES if i == entry["id"]]
+        if entry["id"] == 2:
+            found = [("drop" if c == "cell" else c, box) for c, box in found]
+        if entry["id"] == 1:
+            found.append(("drop", [3, 3, 9, 9]))
+        boxes = torch.tensor([box for _, box in found], dtype=torch.float).reshape(-1, 4)
+        instances = Instances((entry["height"], entry["width"]), scores=torch.linspace(0.9, 0.5, len(found)))
+        instances.pred_boxes = Boxes(torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1))
+        instances.pred_classes = torch.tensor([order.index(c) for c, _ in found], dtype=torch.long)
+        evaluator.process([{"image_id": entry["id"]}], [{"instances": instances}])
+    return evaluator.evaluate()["bbox"]
+
+
+@pytest.mark.parametrize(
+    "ids", [{1: "cell", 2: "plate", 3: "drop"}, {2: "cell", 3: "plate", 1: "drop"}, {0: "drop", 7: "cell", 90: "plate"}]
+)
+def test_same_names_under_other_ids(folder, catalogs, tmp_path, ids):
+    register(folder, t=CLASSES, v=ids)
+    assert datasets.agree_on_classes(("t",), ("v",)) == ("cell", "plate", "drop")
+    assert classes_as_loaded("t") == classes_as_loaded("v") == {1: [0, 1], 2: [2, 0], 5: []}
+    # Stock Detectron2 on the file that numbers them as the model does.
+    register_coco_instances("stock", {}, str(folder.json.with_name("t.json")), str(folder.images))
+    DatasetCatalog.get("stock")
+    expected = evaluated(COCOEvaluator("stock", ("bbox",), False), folder)
+    found = evaluated(datasets.CocoEvaluator("v", ("bbox",), False, output_dir=str(tmp_path / "out")), folder)
+    assert found == pytest.approx(expected, nan_ok=True)
+    assert expected["AP-plate"] == pytest.approx(100) and expected["AP-cell"] < 60
+    written = json.loads((tmp_path / "out" / "coco_instances_results.json").read_text())
+    assert {ids[d["category_id"]] for d in written} == {"cell", "plate", "drop"}  # in the ids of its own file
+
+
+@pytest.mark.parametrize("ids", [{1: "cell", 3: "drop"}, {4: "drop", 5: "cell"}, {2: "drop"}])
+def test_a_subset_is_evaluated_on_its_own_classes(folder, catalogs, ids):
+    register(folder, t=CLASSES, v=ids)
+    datasets.agree_on_classes(("t",), ("v",))
+    assert datasets.num_classes("v") == 3 and datasets.own_classes("v") == tuple(ids[i] for i in sorted(ids))
+    register_coco_instances("stock", {}, str(folder.json.with_name("t.json")), str(folder.images))
+    DatasetCatalog.get("stock")
+    expected = evaluated(COCOEvaluator("stock", ("bbox",), False), folder)
+    found = evaluated(datasets.CocoEvaluator("v", ("bbox",), False), folder)
+    wanted = [expected[f"AP-{c}"] for c in ids.values()]
+    assert found["AP"] == pytest.approx(sum(wanted) / len(wanted))
+    if len(ids) > 1:
+        assert {k: v for k, v in found.items() if "-" in k} == pytest.approx(
+            {f"AP-{c}": expected[f"AP-{c}"] for c in ids.values()}
+        )
+
+
+def test_training_sets_may_number_and_list_otherwise(folder, catalogs):
+    register(folder, a={1: "drop", 2: "cell"}, b=CLASSES, v={5: "plate", 9: "cell"})
+    assert datasets.agree_on_classes(("a", "b"), ("v",)) == ("cell", "plate", "drop")  # those of the one that has most
+    assert classes_as_loaded("a") == {1: [0], 2: [2, 0], 5: []}
+    assert classes_as_loaded("v") == {1: [0, 1], 2: [0], 5: []}
+    assert datasets.agree_on_classes(("a",)) == ("drop", "cell")  # another run, in the same process
+    assert classes_as_loaded("a") == {1: [1], 2: [0, 1], 5: []}
+    assert datasets.agree_on_classes(("b",), ("v",), ("plate", "drop", "cell")) == ("plate", "drop", "cell")
+    assert classes_as_loaded("b") == {1: [2, 0], 2: [1, 2], 5: []}
+
+
+def test_what_cannot_be_mapped_names_both_lists(folder, catalogs):
+    register(folder, t={1: "cell", 2: "plate"}, v=CLASSES, w={3: "plate", 4: "cells"})
+    for test, wanted in (
+        ("v", "v has the classes cell, plate, drop, which .* to those of t, cell, plate: drop is missing there"),
+        ("w", "w has the classes plate, cells, which cannot be mapped by name to those of t, cell, plate: cells is "),
+    ):
+        with pytest.raises(UserError, match=wanted):
+            datasets.agree_on_classes(("t",), (test,))
+    with pytest.raises(UserError, match=r"data set w has .* to those of the checkpoint, cell, plate: cells is missing"):
+        datasets.agree_on_classes((), ("w",), ("cell", "plate"))
+
+
+def test_data_registered_by_others_must_agree(folder, catalogs):
+    register(folder, t=CLASSES)
+    register_coco_instances("mine", {}, str(write(folder, {2: "cell", 3: "plate", 1: "drop"}, "m")), str(folder.images))
+    with pytest.raises(
+        UserError, match="data set mine numbers the classes drop, cell, plate, and those of t are cell, "
+    ):
+        datasets.agree_on_classes(("t", "mine"))
+
+
+def test_a_class_with_two_ids_is_one_class(folder, catalogs, caplog):
+    register(folder, t={1: "cell", 2: "plate", 3: "drop"})
+    path = write(folder, {1: "cell", 2: "plate", 3: "drop"}, "v")
+    content = json.loads(path.read_text())
+    content["categories"].insert(0, {"id": 0, "name": "cell"})
+    content["annotations"][0]["category_id"] = 0
+    path.write_text(json.dumps(content))
+    datasets.register_coco_format("v", path, folder.images)
+    assert "categories 0 and 1 are both 'cell': taken for one class" in caplog.text
+    assert datasets.agree_on_classes(("t",), ("v",)) == ("cell", "plate", "drop")
+    assert classes_as_loaded("v") == classes_as_loaded("t")
+    found = evaluated(datasets.CocoEvaluator("v", ("bbox",), False), folder)
+    assert found == pytest.approx(evaluated(datasets.CocoEvaluator("t", ("bbox",), False), folder), nan_ok=True)
+    assert MetadataCatalog.get("v").evaluator_type == "coco"

@@ -1,0 +1,104 @@
+"""Weights under other names: the network computes what the one that they come from computes."""
+
+import functools
+import logging
+
+import pytest
+import torch
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.backbone import build_resnet_backbone
+from torch import nn
+from torchvision.models import resnet18, resnet50
+
+from repr_det.commands.arguments import build_config
+from repr_det.runs.checkpoints import AtomicCheckpointer
+from repr_det.runs.foreign_weights import fit_names
+from repr_det.runs.zero_filters import zero_filters
+
+
+def detectron2_resnet(depth: int) -> nn.Module:
+    opts = ["MODEL.RESNETS.DEPTH", str(depth), "MODEL.RESNETS.NORM", "BN", "MODEL.BACKBONE.FREEZE_AT", "0"]
+    opts += ["MODEL.RESNETS.STRIDE_IN_1X1", "False", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64" if depth == 18 else "256"]
+    cfg = build_config("configs/baseline_r50_fpn.yaml", opts)
+    return nn.ModuleDict({"bottom_up": build_resnet_backbone(cfg, ShapeSpec(channels=3))}).eval()
+
+
+@functools.cache
+def pair(depth: int) -> tuple[nn.Module, nn.Module]:
+    """torchvision's ResNet, and Detectron2's."""
+    torch.manual_seed(0)
+    theirs = {18: resnet18, 50: resnet50}[depth](num_classes=3).eval()
+    for module in theirs.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.weight, module.bias, module.running_mean):
+                nn.init.normal_(tensor.data, std=0.3)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    return theirs, detectron2_resnet(depth)
+
+
+WRAPPED = {
+    "torchvision": lambda w: w,
+    "lightning": lambda w: {"state_dict": {f"model.{k}": v for k, v in w.items()}, "epoch": 3, "hyper_parameters": {}},
+    "DDP": lambda w: {"state_dict": {f"module.{k}": v for k, v in w.items()}, "optimizer": {"state": {}}},
+    "DDP of a module": lambda w: {"model": {f"module.model.{k}": v for k, v in w.items()}},
+    "MoCo": lambda w: {"state_dict": {f"module.encoder_q.{k}": v for k, v in w.items()}},
+    "a detector": lambda w: {"model": {f"backbone.body.{k}": v for k, v in w.items()} | {"rpn.w": torch.zeros(2)}},
+}
+
+
+@pytest.mark.parametrize(("depth", "form"), [(50, "torchvision"), *((18, form) for form in WRAPPED)])
+def test_the_same_features(tmp_path, caplog, depth, form):
+    theirs, ours = pair(depth)
+    torch.save(WRAPPED[form](dict(theirs.state_dict())), tmp_path / "weights.pth")
+    for parameter in ours.parameters():
+        nn.init.zeros_(parameter)
+    with caplog.at_level(logging.INFO, "repr_det.resume"):
+        AtomicCheckpointer(ours).load(str(tmp_path / "weights.pth"))
+    assert len([r for r in caplog.records if "names of a ResNet converted" in r.message]) == 1
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        features = theirs.layer3(
+            theirs.layer2(theirs.layer1(theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(image))))))
+        )
+        torch.testing.assert_close(ours["bottom_up"](image)["res4"], features)
+
+
+def test_own_names_are_left_alone():
+    """A model whose parameters do lie under "model." or "module."."""
+    weights = {"model.conv.weight": torch.zeros(2)}
+    checkpoint = {"model": dict(weights), "iteration": 3}
+    fit_names(checkpoint, ["model.conv.weight", "model.conv.bias"])
+    assert checkpoint == {"model": weights, "iteration": 3}
+    fit_names(checkpoint, ["conv.weight"])
+    assert list(checkpoint["model"]) == ["conv.weight"]
+
+
+@pytest.mark.parametrize(
+    "names", [["conv1.0.weight", "layer1.0.conv1.weight"], ["q.layer1.0.conv1.weight", "k.layer1.0.conv1.weight"]]
+)
+def test_what_is_not_known_is_left_alone(names):
+    """A deep stem; two ResNets."""
+    checkpoint = {"model": dict.fromkeys(names, torch.zeros(2))}
+    fit_names(checkpoint, ["stem.conv1.weight"])
+    assert list(checkpoint["model"]) == names and "matching_heuristics" not in checkpoint
+
+
+def conv_bn(zero=(), bn_zero=None):
+    net = nn.ModuleDict({"conv1": nn.Conv2d(3, 6, 3, bias=False), "bn1": nn.BatchNorm2d(6)})
+    nn.init.normal_(net["bn1"].bias)
+    net["conv1"].weight.data[list(zero)] = 0
+    for tensor in (net["bn1"].weight, net["bn1"].bias):
+        tensor.data[list(zero if bn_zero is None else bn_zero)] = 0
+    return net.state_dict()
+
+
+def test_which_filters_are_switched_off():
+    assert zero_filters(conv_bn()) == {}
+    assert zero_filters(conv_bn([1, 4])) == {"conv1": [1, 4]}
+    assert zero_filters({k: v.numpy() for k, v in conv_bn([1, 4]).items()}) == {"conv1": [1, 4]}
+    assert zero_filters(conv_bn([1, 4], [4])) == {"conv1": [4]}
+    assert zero_filters(conv_bn([], range(6))) == {}  # zero_init_residual
+    assert zero_filters(conv_bn(range(6))) == {}
+    offsets = nn.Conv2d(3, 6, 3)
+    nn.init.zeros_(offsets.weight)
+    assert zero_filters({f"offset.{k}": v for k, v in offsets.state_dict().items()}) == {}
