@@ -10,7 +10,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python3}
-TESTS='tests/test_loop.py tests/test_schedule.py tests/test_selection.py tests/test_orthogonality.py'
+TESTS='tests/test_loop.py tests/test_schedule.py tests/test_selection.py tests/test_held_filters.py'
 
 for version in "${@:-2.4.1 2.14.1}"; do
     for torch in $version; do
@@ -21,8 +21,8 @@ for version in "${@:-2.4.1 2.14.1}"; do
             touch "$env/.installed"
         fi
         echo "== torch $torch, $("$env/bin/python" --version)"
-        # Without conftest.py, which needs Detectron2.
+        # Without conftest.py, which needs Detectron2; torch has Adafactor from 2.5 on.
         # shellcheck disable=SC2086
-        PYTHONPATH=. "$env/bin/python" -m pytest -q --noconftest -p no:cacheprovider $TESTS
+        PYTHONPATH=. "$env/bin/python" -m pytest -q --noconftest -p no:cacheprovider -k 'not Adafactor' $TESTS
     done
 done
