@@ -39,8 +39,11 @@ def test_interval_over_seeds_is_the_t_interval_worked_by_hand():
     [
         ([40, 41, 42], [41.0, 42.1, 42.9], "better"),
         ([40, 41, 42], [39.0, 39.9, 41.1], "worse"),
-        ([40, 41, 42], [40, 41, 42], "not distinguishable"),
-        ([40, 41], [41, 42], "better"),  # equal differences: an interval of width 0
+        ([40, 41, 42], [40, 41.5, 41.6], "not distinguishable"),
+        ([40, 41, 42], [40, 41, 42], "no verdict"),  # equal differences: an interval without width
+        ([30, 31, 32], [30.1, 31.1, 32.1], "no verdict"),  # equal but for rounding
+        ([40, 41], [41, 42.5], "no verdict"),
+        ([40, 41, 42, math.nan], [41.0, 42.1, 42.9, 43], "no verdict"),
         ([40], [45], "no verdict"),
         ([math.nan, 40], [40, 45], "no verdict"),
         ([math.nan], [math.nan], "no verdict"),
@@ -57,7 +60,12 @@ def test_verdict(baseline, repr_, verdict):
     [
         ([1.0, 0.5, 0.9], "RePr +0.8 AP, 95 % CI +0.1 .. +1.5, 3 seeds: better"),
         ([-1.0, -0.5, -0.9], "RePr -0.8 AP, 95 % CI -1.5 .. -0.1, 3 seeds: worse"),
-        ([1.0, -0.5], "RePr +0.2 AP, 95 % CI -9.3 .. +9.8, 2 seeds: not distinguishable"),
+        ([1.0, -0.5], "RePr +0.2 AP, 95 % CI -9.3 .. +9.8, 2 seeds: no verdict (fewer than 3 pairs of runs)"),
+        ([0.5, 0.5, 0.5], "RePr +0.5 AP, 3 seeds: no verdict (all differences are equal)"),
+        (
+            [1.0, 0.5, 0.9, math.nan],
+            "RePr +0.8 AP, 95 % CI +0.1 .. +1.5, 3 seeds: no verdict (1 of 4 pairs of runs lacks the value)",
+        ),
         ([0.8], "RePr +0.8 AP, 1 seed: no interval over seeds from one pair of runs, so no verdict"),
         ([math.nan], "AP: n/a (no pair of runs has it)"),
     ],
@@ -69,6 +77,7 @@ def test_verdict_in_words(values, sentence):
 def test_summary_leaves_out_what_is_not_there():
     found = summarize([1.0, math.nan, 4.0])
     assert (found.mean, found.sd, found.n) == (2.5, pytest.approx(math.sqrt(4.5)), 2)
+    assert summarize([1.0, 7.0, 4.0], [0.0, math.nan, 1.0]).mean == 2.5  # the pairs of the difference
     assert math.isnan(summarize([3.0]).sd)
     assert math.isnan(summarize([math.nan]).mean)
 

@@ -10,7 +10,7 @@ from finished_runs import compare_folders, write_metrics
 
 from repr_det.method.errors import UserError
 from repr_det.studies.comparison.command import main
-from repr_det.studies.comparison.pairing import first_difference
+from repr_det.studies.comparison.pairing import check_finished, first_difference, run_from_folder
 from repr_det.studies.comparison.plan import plan_runs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -188,3 +188,20 @@ def test_other_runs_that_do_not_belong_there(finished, tmp_path):
         with pytest.raises(UserError) as error:
             compare_folders(tmp_path, bases, reprs, "--other-runs", *map(str, folders))
         assert message in str(error.value)
+
+
+def test_max_iter_is_that_of_the_scaled_config(finished, tmp_path, tiny_cfg, capsys):
+    """SOLVER.REFERENCE_WORLD_SIZE 2 and one process: twice as many iterations."""
+    folder = finished("baseline", 1, "SOLVER.REFERENCE_WORLD_SIZE", 2)  # evaluated after 40 of 80 iterations
+    with pytest.raises(UserError, match=r"no log\.txt in it says by how many processes"):
+        run_from_folder(folder)
+    stamp = "[11/26 10:00:00] detectron2 INFO: Rank of current process: 0. World size: "
+    for processes, iterations in ((2, 40), (1, 80), (4, 20)):
+        (folder / "log.txt").write_text(f"{stamp}8\nmore\n{stamp}{processes}\n")
+        run = run_from_folder(folder)
+        assert run.max_iter == iterations
+        if iterations > 40:
+            with pytest.raises(UserError, match=r"is not finished .* of SOLVER.MAX_ITER 80"):
+                check_finished([run])
+        else:
+            check_finished([run])

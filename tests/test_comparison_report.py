@@ -74,7 +74,9 @@ def test_report_of_finished_folders(finished, tmp_path, capsys):
     assert training["lost"]["baseline"]["mean"] == pytest.approx(1.0)  # the best was 1 above the final
     for part in training.values():  # a higher loss is not better
         low, high = part["difference"]["low"], part["difference"]["high"]
-        word = "higher" if low > 0 else "lower" if high < 0 else "not distinguishable"
+        word = "no verdict"  # where all pairs differ by the same
+        if low is not None:
+            word = "higher" if low > 0 else "lower" if high < 0 else "not distinguishable"
         assert part["difference"]["verdict"] == word
     assert results["pairs"][0]["repr"]["best_iteration"] == 20
     assert results["pairs"][1]["images"]["AP"]["difference"] == pytest.approx(row["difference"]["values"][1], abs=1e-9)
@@ -119,6 +121,44 @@ def test_report_says_what_is_missing(finished, tmp_path):
     assert "One seed says nothing" in page.text
     assert "Which filters were dropped" not in page.text
     assert json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]["AP"]["repr"]["mean"] is None
+
+
+def collapse(folder, detections="[]"):
+    """As Detectron2 leaves a run whose last evaluation found nothing: NaN for the areas, no line for the classes."""
+    rows = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+    rows[-1] = {k: math.nan for k in rows[-1] if k.startswith("bbox/") and "-" not in k} | {"iteration": 40}
+    write_metrics(folder, *rows)
+    (folder / "inference" / "coco_instances_results.json").write_text(detections)
+
+
+def test_a_run_without_detections_counts_as_0(finished, tmp_path, capsys):
+    bases = [finished("baseline", s, ap=30.0 + s) for s in (1, 2, 3, 4)]
+    reprs = [finished("repr", s, ap=48.0 + s) for s in (1, 2, 3, 4)]
+    collapse(reprs[1])
+    compare_folders(tmp_path, bases, reprs)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    row = results["metrics"]["AP"]
+    assert row["repr"]["values"] == [49.0, 0.0, 51.0, 52.0] and row["repr"]["mean"] == 38.0
+    assert row["difference"]["n"] == 4 and row["difference"]["verdict"] == "not distinguishable"
+    # The bootstrap over images counts it alike: its own detections, with which AP is 0.
+    assert results["pairs"][1]["images"]["AP"]["difference"] < -10
+    assert all(r["repr"]["values"][1] == 0 for r in results["classes"].values())
+    assert results["metrics"]["APl"]["difference"]["n"] == 0  # images of 96 px hold no large object
+    assert f"{reprs[1]}: its last evaluation has no detections, so its AP is 0" in capsys.readouterr().out
+
+
+def test_another_nan_gives_no_verdict_and_a_note(finished, tmp_path, capsys):
+    bases = [finished("baseline", s, ap=30.0 + s) for s in (1, 2, 3, 4)]
+    reprs = [finished("repr", s, ap=48.0 + s + s % 2) for s in (1, 2, 3, 4)]
+    shutil.rmtree(reprs[1] / "inference")
+    rows = [json.loads(line) for line in (reprs[1] / "metrics.json").read_text().splitlines()]
+    write_metrics(reprs[1], *rows[:-1], rows[-1] | {"bbox/AP": math.nan})
+    compare_folders(tmp_path, bases, reprs)
+    row = json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]["AP"]
+    assert row["difference"]["verdict"] == "no verdict"
+    assert row["sentence"].endswith("3 seeds: no verdict (1 of 4 pairs of runs lacks the value)")
+    assert row["baseline"]["mean"] == pytest.approx((31 + 33 + 34) / 3)  # of the pairs that the difference is of
+    assert "is NaN, and its detections are not at hand: no verdict" in capsys.readouterr().out
 
 
 def test_runs_of_other_settings_stand_beside_the_arms(finished, tmp_path, capsys):

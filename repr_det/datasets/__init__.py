@@ -15,7 +15,7 @@ from repr_det.datasets.coco_format import (
     register_bccd,
     register_coco_format,
 )
-from repr_det.datasets.evaluation import CocoEvaluator
+from repr_det.datasets.evaluation import CocoEvaluator, merge_aliases
 from repr_det.datasets.shapes import CLASS_NAMES, build_shapes, generate_shapes, register_shapes
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "class_names",
     "generate_shapes",
     "listed",
+    "merge_aliases",
     "num_classes",
     "own_classes",
     "register_bccd",

@@ -6,6 +6,7 @@ import yaml
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 
+from repr_det.detectron.decay import decays_of_config
 from repr_det.method.criteria import get_criterion
 from repr_det.method.errors import UserError
 from repr_det.method.returning import check_reinit
@@ -18,8 +19,9 @@ def add_repr_config(cfg: CfgNode) -> None:
     node = cfg.REPR = CfgNode()
     node.ENABLED = False
     # Iterations of the full network and of the sub-network in one cycle. Both 0: derived, NUM_CYCLES cycles with
-    # S1 : S2 = 2 : 1 in the first three quarters of the iterations before the first learning-rate step (of MAX_ITER
-    # where there is none): 10000 / 5000 on the 1x schedule, 35000 / 17500 on 3x.
+    # S1 : S2 = 2 : 1 in the first three quarters of the iterations before the learning rate decays (before its first
+    # step, or before half of it where it falls gradually; of MAX_ITER where it never does): 10000 / 5000 on the 1x
+    # schedule, 35000 / 17500 on 3x.
     node.S1_ITERS = 0
     node.S2_ITERS = 0
     node.NUM_CYCLES = 3
@@ -94,9 +96,9 @@ def schedule_from_config(cfg: CfgNode) -> RePrSchedule:
             f"REPR.S1_ITERS {node.S1_ITERS} and REPR.S2_ITERS {node.S2_ITERS}: set both, or leave both 0 to derive them"
         )
     if node.S1_ITERS == 0:
-        stepped = "MultiStep" in cfg.SOLVER.LR_SCHEDULER_NAME or "StepWithFixedGamma" in cfg.SOLVER.LR_SCHEDULER_NAME
-        steps = [s for s in cfg.SOLVER.STEPS if s < cfg.SOLVER.MAX_ITER] if stepped else []
-        return RePrSchedule.derive(cfg.SOLVER.MAX_ITER, min(steps, default=None), node.NUM_CYCLES, node.START_ITER)
+        with as_user_error(f"SOLVER.LR_SCHEDULER_NAME {cfg.SOLVER.LR_SCHEDULER_NAME}"):
+            found = decays_of_config(cfg)
+        return RePrSchedule.derive(cfg.SOLVER.MAX_ITER, next(iter(found), None), node.NUM_CYCLES, node.START_ITER)
     return RePrSchedule(node.S1_ITERS, node.S2_ITERS, node.NUM_CYCLES, node.START_ITER)
 
 

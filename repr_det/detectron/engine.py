@@ -6,11 +6,13 @@ import weakref
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, create_ddp_model, hooks
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import DatasetEvaluator
+from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -18,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from repr_det.datasets import agree_on_classes, any_mapped
 from repr_det.datasets.image_files import NamingMapper
 from repr_det.detectron.config import scale_to_world
+from repr_det.detectron.decay import DefinedAtItsEnd
 from repr_det.detectron.evaluators import build_evaluator, check_evaluators
 from repr_det.detectron.hook import RePrHook, first_later_hook
 from repr_det.method.errors import UserError
@@ -156,6 +159,14 @@ class Trainer(DefaultTrainer):
             logger.warning(
                 "The config's settings hold from iteration %d on: %s", state_dict["iteration"] + 1, ", ".join(changed)
             )
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        """Detectron2's, which for WarmupStepWithFixedGammaLR fails after the last iteration."""
+        scheduler = super().build_lr_scheduler(cfg, optimizer)
+        if isinstance(scheduler, LRMultiplier):
+            scheduler._multiplier = DefinedAtItsEnd(scheduler._multiplier)
+        return scheduler
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Iterable:

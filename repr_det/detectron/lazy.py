@@ -15,11 +15,11 @@ from torch import nn
 
 from repr_det.datasets import CocoEvaluator
 from repr_det.detectron.config import add_repr_config, as_user_error
+from repr_det.detectron.decay import DefinedAtItsEnd, decays
 from repr_det.detectron.engine import Trainer
 from repr_det.method.errors import UserError
 
 _COCO = f"{COCOEvaluator.__module__}.{COCOEvaluator.__name__}"
-_MULTI_STEP = "MultiStepParamScheduler"
 
 
 def repr_cfg_from_lazy(cfg: DictConfig) -> CfgNode:
@@ -27,8 +27,8 @@ def repr_cfg_from_lazy(cfg: DictConfig) -> CfgNode:
 
     REPR comes from the node ``repr`` (the same keys, defaults where it lacks them, RePr off where there is no such
     node); device, weights, seed, output folder and periods from ``train``; batch size, workers and data sets from
-    ``dataloader``; the learning-rate steps from the milestones of ``lr_multiplier`` if it is a MultiStepParamScheduler,
-    with or without a warm-up around it. The rest keeps Detectron2's defaults and says nothing about the model.
+    ``dataloader``; the learning-rate steps from where ``lr_multiplier``, whatever it is, decays. The rest keeps
+    Detectron2's defaults and says nothing about the model.
 
     Raises:
         UserError: a key of ``repr`` is unknown or of the wrong type, or ``train.max_iter`` is missing.
@@ -48,7 +48,7 @@ def repr_cfg_from_lazy(cfg: DictConfig) -> CfgNode:
     if not isinstance(max_iter, int):
         raise UserError(f"train.max_iter must be an integer, got {max_iter!r}")
     yacs.SOLVER.MAX_ITER = max_iter
-    yacs.SOLVER.STEPS, yacs.SOLVER.LR_SCHEDULER_NAME = _steps(cfg, max_iter)
+    yacs.SOLVER.STEPS, yacs.SOLVER.LR_SCHEDULER_NAME = _steps(cfg, max_iter), "WarmupMultiStepLR"
     yacs.SOLVER.IMS_PER_BATCH = get("dataloader.train.total_batch_size", yacs.SOLVER.IMS_PER_BATCH)
     yacs.SOLVER.AMP.ENABLED = get("train.amp.enabled", False)
     yacs.SOLVER.CHECKPOINT_PERIOD = get("train.checkpointer.period", yacs.SOLVER.CHECKPOINT_PERIOD)
@@ -102,7 +102,7 @@ class LazyTrainer(Trainer):
         return instantiate(self.lazy.optimizer)
 
     def build_lr_scheduler(self, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRMultiplier:
-        return LRMultiplier(optimizer, instantiate(self.lazy.lr_multiplier), cfg.SOLVER.MAX_ITER)
+        return LRMultiplier(optimizer, DefinedAtItsEnd(instantiate(self.lazy.lr_multiplier)), cfg.SOLVER.MAX_ITER)
 
     def build_train_loader(self, cfg: CfgNode) -> Iterable:
         return instantiate(self.lazy.dataloader.train)
@@ -139,15 +139,7 @@ def data_set_names(value: Any) -> tuple[str, ...]:
     return tuple(value) if isinstance(value, (list, tuple, ListConfig)) else (value,)
 
 
-def _steps(cfg: DictConfig, max_iter: int) -> tuple[tuple[int, ...], str]:
-    """SOLVER.STEPS and LR_SCHEDULER_NAME of ``lr_multiplier``; milestones count in units of its own total."""
-    multiplier = cfg.get("lr_multiplier")
-    scheduler = multiplier.get("scheduler", multiplier) if multiplier is not None else {}
-    target = scheduler.get("_target_", "")
-    name = target if isinstance(target, str) else target.__name__
-    if name.rpartition(".")[2] != _MULTI_STEP:
-        return (), "WarmupCosineLR"
-    milestones = list(scheduler.milestones)
-    total = scheduler.get("num_updates") or milestones[-1]
-    steps = [round(milestone * max_iter / total) for milestone in milestones]
-    return tuple(step for step in steps if step < max_iter), "WarmupMultiStepLR"
+def _steps(cfg: DictConfig, max_iter: int) -> tuple[int, ...]:
+    """What SOLVER.STEPS would be: the iterations at which ``lr_multiplier`` decays (``decay.decays``)."""
+    with as_user_error("lr_multiplier"):
+        return decays(instantiate(cfg.lr_multiplier), max_iter)

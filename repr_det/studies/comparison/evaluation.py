@@ -18,7 +18,8 @@ from detectron2.modeling import build_model
 from pycocotools.coco import COCO
 
 from repr_det.commands.checks import check_datasets
-from repr_det.datasets import check_registered
+from repr_det.commands.data import classes_of_run
+from repr_det.datasets import check_registered, merge_aliases
 from repr_det.detectron.config import add_repr_config
 from repr_det.method.errors import UserError
 from repr_det.runs.files import FINAL_CHECKPOINT, write_atomically
@@ -41,7 +42,9 @@ def load_truth(name: str) -> COCO:
     if path is None or not Path(path).is_file():
         raise UserError(f"the data set {name} has no COCO json file ({path})")
     with contextlib.redirect_stdout(io.StringIO()):
-        return COCO(path)
+        truth = COCO(path)
+    merge_aliases(truth)
+    return truth
 
 
 def load_validation_truth(folder: Path) -> COCO:
@@ -51,6 +54,7 @@ def load_validation_truth(folder: Path) -> COCO:
         UserError: they are not at hand, or their classes are not those that the run was trained with.
     """
     cfg = load_config(folder)
+    classes_of_run(cfg.DATASETS.TRAIN, cfg.DATASETS.TEST, eval_only=True, folder=folder)
     check_datasets(cfg, eval_only=True)
     return load_truth(cfg.DATASETS.TEST[0])
 
@@ -120,8 +124,7 @@ def _train_ap(folder: Path, images: int) -> float | None:
         for batch in loader:
             for image, output in zip(batch, model(batch), strict=True):
                 detections += instances_to_coco_json(output["instances"].to("cpu"), image["image_id"])
-    for detection in detections:
-        detection["category_id"] = to_id[detection["category_id"]]
+    detections = [d | {"category_id": to_id[d["category_id"]]} for d in detections if d["category_id"] in to_id]
     ids = [d["image_id"] for d in dicts]
     result = average_precision(match(truth, detections, ids), np.ones((1, len(ids))), areas=("all",))
     value = float(result.metrics["AP"][0])

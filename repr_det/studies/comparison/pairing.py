@@ -109,7 +109,7 @@ def check_planned(run: Run, config: dict[str, Any]) -> None:
     if not (run.folder / "config.yaml").exists():
         return
     try:
-        found = read_settings(run.folder)
+        found = read_settings(run.folder, as_given=True)
     except UserError:  # cut short by a crash: the run had not begun to train
         return
     wanted = flatten(config)

@@ -8,6 +8,7 @@ from detectron2.config import CfgNode
 
 from repr_det.commands.arguments import build_config
 from repr_det.commands.checks import check_run
+from repr_det.detectron.config import scale_to_world
 from repr_det.method.errors import UserError
 from repr_det.runs.files import run_traces
 from repr_det.studies.comparison.pairing import check_planned
@@ -57,11 +58,12 @@ def plan_runs(
         opts += ["TEST.EVAL_PERIOD", str(max(1, cfg.SOLVER.MAX_ITER // evaluations))]
     output = output or Path(cfg.OUTPUT_DIR.rstrip("/") + "_comparison")
     many = len(seeds) > 1 or evaluations
+    max_iter = scale_to_world(cfg, num_gpus).SOLVER.MAX_ITER
     runs = []
     for seed in seeds:
         for arm in (BASELINE, REPR):
             folder = output / (f"{arm}_seed{seed}" if many else arm)
-            run = planned_run(arm, seed, folder, cfg.SOLVER.MAX_ITER, config_file, register, opts, num_gpus)
+            run = planned_run(arm, seed, folder, max_iter, config_file, register, opts, num_gpus)
             _check(run, build_config(config_file, list(run.opts), register, arm == BASELINE), num_gpus)
             runs.append(run)
     return runs, output

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 
-from repr_det.detectron.config import add_repr_config
+from repr_det.detectron.config import add_repr_config, as_user_error, scale_to_world
 from repr_det.method.errors import UserError
 from repr_det.runs.files import EVENTS_FILE, METRICS_FILE, OVERLAPS_FILE
 
@@ -72,11 +72,40 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def read_settings(folder: Path) -> dict[str, Any]:
-    """``read_config``, flat; keys of REPR that came after the version that trained the run have their defaults."""
+def read_settings(folder: Path, as_given: bool = False) -> dict[str, Any]:
+    """``read_config``, flat; keys of REPR that came after the version that trained the run have their defaults.
+
+    Args:
+        as_given: not scaled to the number of processes where SOLVER.REFERENCE_WORLD_SIZE asks for it.
+
+    Raises:
+        UserError: see ``read_config``, or no log says how many processes trained the run.
+    """
     defaults = CfgNode()
     add_repr_config(defaults)
-    return flatten(defaults) | flatten(read_config(folder))
+    settings = flatten(defaults) | flatten(read_config(folder))
+    reference = settings.get("SOLVER.REFERENCE_WORLD_SIZE") or 0
+    if as_given or not reference:
+        return settings
+    if (processes := read_world_size(folder)) is None:
+        raise UserError(
+            f"{folder} was trained with SOLVER.REFERENCE_WORLD_SIZE {reference}, but no log.txt in it says by how many "
+            "processes, on which its SOLVER.MAX_ITER depends"
+        )
+    cfg = get_cfg()
+    add_repr_config(cfg)
+    with as_user_error(f"{folder}/config.yaml"):
+        cfg.merge_from_other_cfg(CfgNode(read_config(folder)))
+    cfg.freeze()
+    return settings | flatten(yaml.safe_load(scale_to_world(cfg, processes).dump()))
+
+
+def read_world_size(folder: Path) -> int | None:
+    """The processes that trained the run last, by its log.txt; None where it does not say."""
+    path = folder / "log.txt"
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    found = re.findall(r"Rank of current process: \d+\. World size: (\d+)", text)
+    return int(found[-1]) if found else None
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -42,6 +42,8 @@ class RunData:
         """(iterations trained, validation AP) of every evaluation."""
         last = self.run.max_iter
         points = {min(i + 1, last): row["bbox/AP"] for i, row in self.rows.items() if "bbox/AP" in row}
+        if self.collapsed:
+            points[last] = self.value("AP")
         return [(i, ap) for i, ap in sorted(points.items()) if is_number(ap)]
 
     @property
@@ -60,9 +62,14 @@ class RunData:
         """(iterations trained, AP) of the best evaluation; the earliest of equals."""
         return max(self.curve, key=lambda point: (point[1], -point[0]), default=(0, math.nan))
 
+    @property
+    def collapsed(self) -> bool:
+        """Whether its last evaluation found nothing at all: Detectron2 logs NaN for it, COCO's AP is 0."""
+        return self.detections == []
+
     def value(self, metric: str) -> float:
         value = self.final.get(f"bbox/{metric}")
-        return value if is_number(value) else math.nan
+        return value if is_number(value) else 0.0 if self.collapsed else math.nan
 
 
 @dataclass
@@ -104,6 +111,7 @@ def compare(
     data = read_pairs(pairs)
     everyone = [one for pair in data for one in pair]
     read_others = [(other, [_read(run) for run in other.runs]) for other in others]
+    notes += [note for one in everyone if (note := _missing_ap(one))]
     config = read_config(pairs[0].baseline.folder)
     dataset = config["DATASETS"]["TEST"][0]
     try:
@@ -200,8 +208,8 @@ def _row(
     baseline, repr_ = [value(base) for base, _ in data], [value(other) for _, other in data]
     difference = paired_difference(baseline, repr_)
     return {
-        BASELINE: asdict(summarize(baseline)),
-        REPR: asdict(summarize(repr_)),
+        BASELINE: asdict(summarize(baseline, repr_)),
+        REPR: asdict(summarize(repr_, baseline)),
         "difference": {**asdict(difference), "verdict": getattr(difference, word)},
     }
 
@@ -264,6 +272,15 @@ def _run_entry(one: RunData) -> dict[str, Any]:
         "final_loss": one.final_loss,
         "train_AP": one.train_ap,
     }
+
+
+def _missing_ap(one: RunData) -> str | None:
+    if one.collapsed:
+        return f"{one.run.folder}: its last evaluation has no detections, so its AP is 0."
+    if not math.isfinite(one.value("AP")):
+        what = "are not at hand" if one.detections is None else "are not empty"
+        return f"{one.run.folder}: the AP of its last evaluation is NaN, and its detections {what}: no verdict."
+    return None
 
 
 def _without_truth(everyone: list[RunData], truth: COCO) -> RunData | None:

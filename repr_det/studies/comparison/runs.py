@@ -20,7 +20,7 @@ class Run:
         arm: "baseline" or "repr".
         seed: SEED of the run; baseline and RePr runs are paired by it.
         folder: its OUTPUT_DIR.
-        max_iter: SOLVER.MAX_ITER.
+        max_iter: SOLVER.MAX_ITER, scaled to the number of processes.
         flags: the command up to the place where --resume belongs; empty for a run that was trained elsewhere.
         opts: the KEY VALUE pairs after it.
     """

@@ -1,0 +1,68 @@
+"""When a learning-rate schedule really decays, whichever it is: found by asking it."""
+
+import functools
+import logging
+from collections.abc import Callable
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.solver import build_lr_scheduler
+from fvcore.common.param_scheduler import ParamScheduler
+
+_STEP = 0.9  # a rate that falls to this share or less from one iteration to the next has stepped
+_HALF = 0.5  # a rate that falls gradually has decayed when it is half of what it was
+
+
+def decays(multiplier: Callable[[float], float], max_iter: int) -> tuple[int, ...]:
+    """The iterations at which the rate steps down; where it falls gradually (cosine, linear, ...), the steps before it
+    has fallen to half of its largest value, and the iteration at which it has. Warm-up, and restarts that raise the
+    rate, are no decay.
+
+    Args:
+        multiplier: fvcore's ParamScheduler: position in [0, 1) -> multiplier of the rates.
+    """
+    found: list[int] = []
+    peak = before = 0.0
+    for iteration in range(max_iter):
+        value = float(multiplier(iteration / max_iter))
+        stepped = before > 0 and value <= _STEP * before
+        halved = not found and peak > 0 and value <= _HALF * peak
+        if stepped or halved:
+            found.append(iteration)
+        if halved and not stepped:
+            break
+        peak, before = max(peak, value), value
+    return tuple(found)
+
+
+def decays_of_config(cfg: CfgNode) -> tuple[int, ...]:
+    """``decays`` of the scheduler that Detectron2 builds for SOLVER."""
+    return _of_solver(cfg.SOLVER.dump())
+
+
+@functools.lru_cache(maxsize=32)
+def _of_solver(solver: str) -> tuple[int, ...]:
+    cfg = CfgNode({"SOLVER": CfgNode.load_cfg(solver)})
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    logger = logging.getLogger("detectron2.solver.build")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # its warning of steps beyond MAX_ITER comes when the run builds its own
+    try:
+        multiplier = build_lr_scheduler(cfg, optimizer)._multiplier
+    finally:
+        logger.setLevel(level)
+    return decays(multiplier, cfg.SOLVER.MAX_ITER)
+
+
+class DefinedAtItsEnd(ParamScheduler):
+    """A schedule that is asked for the rate after the last iteration, as torch does. Those of fvcore with a fixed number
+    of equal steps know none, and a run with WarmupStepWithFixedGammaLR would end in an IndexError."""
+
+    def __init__(self, inner: ParamScheduler) -> None:
+        self.inner = inner
+
+    def __call__(self, where: float) -> float:
+        try:
+            return self.inner(where)
+        except IndexError:
+            return self.inner(where - 1e-5)  # beyond fvcore's own tolerance of 1e-6
