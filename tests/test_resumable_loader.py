@@ -60,7 +60,7 @@ def before_train(loader, saved, iteration, caplog):
     with caplog.at_level(logging.WARNING, "repr_det.resume"):
         hook.before_train()
         hook.before_step()
-    return [record.getMessage() for record in caplog.records]
+    return [record.getMessage() for record in caplog.records if record.name.startswith("repr_det")]
 
 
 def states(loader, batches):
