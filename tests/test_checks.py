@@ -185,6 +185,14 @@ def test_masks(mine):
     assert message == ("INPUT.MASK_FORMAT is 'polygon', but 2 of 4 objects of mine have RLE masks: set it to bitmask")
     check_run(mine(lambda content: polygons(content, rle=2), *mask_on, "INPUT.MASK_FORMAT", "bitmask"))
 
+    def wrong(content):
+        polygons(content)
+        content["annotations"][1]["segmentation"][0][2] = "4"
+
+    check_run(mine(wrong))
+    message = refused(mine(wrong, *mask_on))
+    assert message.startswith("MODEL.MASK_ON is True, but in mine annotation 2 has a polygon with the coordinate '4'")
+
 
 def test_area_is_needed_for_evaluation_only(mine):
     def without_area(content):
@@ -201,6 +209,12 @@ def test_keypoints_need_metadata(mine):
             entry["keypoints"] = [1, 2, 2] * 17
 
     assert "have no keypoint_names" in refused(mine(keypoints, "MODEL.KEYPOINT_ON", "True"))
+
+
+def test_a_registered_data_set_beside_those_that_are_used(folder, catalogs, caplog):
+    config(two_files(folder, {9: "cell"}), "DATASETS.TEST", "()")
+    assert "--register v: no key names it, the run trains on t and is evaluated on nothing" in caplog.text
+    config(two_files(folder, {9: "cell"}), "DATASETS.TRAIN", "('shapes_train',)", eval_only=True)
 
 
 def test_a_registered_data_set_that_no_key_names(mine):

@@ -74,7 +74,7 @@ def build_config(
         if "OUTPUT_DIR" not in given:
             cfg.OUTPUT_DIR = cfg.OUTPUT_DIR.rstrip("/") + "_baseline"
     register = register or []
-    register_data(register, cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
+    register_data(register, cfg.DATASETS.TRAIN, cfg.DATASETS.TEST, eval_only)
     folder = folder_of_checkpoint(cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS, resume)
     classes = classes_of_run(cfg.DATASETS.TRAIN, cfg.DATASETS.TEST, eval_only, folder)
     if register and classes:

@@ -113,6 +113,8 @@ def _check_targets(cfg: CfgNode, name: str, summary: CocoSummary | None) -> None
             f"MODEL.MASK_ON is True, but {objects - summary.masks} of {objects} objects in {name} lack a segmentation: "
             "set it to False, or give every object one"
         )
+    if cfg.MODEL.MASK_ON and summary.mask_gap:
+        raise UserError(f"MODEL.MASK_ON is True, but in {name} {summary.mask_gap}: mend it, or set MASK_ON to False")
     if cfg.MODEL.MASK_ON and summary.rle_masks and cfg.INPUT.MASK_FORMAT == "polygon":
         raise UserError(
             f"INPUT.MASK_FORMAT is 'polygon', but {summary.rle_masks} of {objects} objects of {name} have RLE masks: "

@@ -1,6 +1,7 @@
 """The data sets of a run: those of --register, and one numbering of the classes for all of them."""
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,23 +18,33 @@ from repr_det.datasets import (
 from repr_det.method.errors import UserError
 from repr_det.runs.record import DATA_FILE
 
+logger = logging.getLogger(__name__)
 
-def register_data(register: Sequence[Sequence[str]], train: Sequence[str], test: Sequence[str]) -> None:
+
+def register_data(
+    register: Sequence[Sequence[str]], train: Sequence[str], test: Sequence[str], eval_only: bool = False
+) -> None:
     """Registers the data sets that come with this package, and NAME, JSON, IMAGE_ROOT of --register.
 
     Raises:
-        UserError: a data set is bad, or is not used.
+        UserError: a data set is bad, or other data than those of --register would be used.
     """
     register_builtin()
     for name, json_file, image_root in register:
         register_coco_format(name, json_file, image_root)
-    for name, *_ in register:
-        if name not in (*train, *test):
-            raise UserError(
-                f"--register {name}: no key names it, so it would not be used: the run trains on {listed(train)} and "
-                f"is evaluated on {listed(test)}; set DATASETS.TRAIN or DATASETS.TEST (in a LazyConfig "
-                "dataloader.train.dataset.names or dataloader.test.dataset.names)"
-            )
+    names = [name for name, *_ in register]
+    unused = [name for name in names if name not in (*train, *test)]
+    if not unused:
+        return
+    what = (
+        f"--register {unused[0]}: no key names it, the run trains on {listed(train)} and is evaluated on {listed(test)}"
+    )
+    if set(names).isdisjoint(test if eval_only else train):
+        raise UserError(
+            f"{what}: name it in DATASETS.TRAIN or DATASETS.TEST (in a LazyConfig dataloader.train.dataset.names or "
+            "dataloader.test.dataset.names)"
+        )
+    logger.warning(what)
 
 
 def classes_of_run(

@@ -60,7 +60,7 @@ def load_lazy_config(
         data_set_names(OmegaConf.select(cfg, f"dataloader.{which}.dataset.names", default=()))
         for which in ("train", "test")
     )
-    register_data(register or [], train, test)
+    register_data(register or [], train, test, eval_only)
     weights = OmegaConf.select(cfg, "train.init_checkpoint", default="")
     folder = folder_of_checkpoint(OmegaConf.select(cfg, "train.output_dir", default=""), weights, resume)
     classes = classes_of_run(train, test, eval_only, folder)

@@ -33,6 +33,7 @@ class CocoSummary:
         category_ids: of each class the (lowest) category id.
         evaluation_gap: why COCO evaluation would fail where training would not.
         aliases: (category id, lowest id of the same name), for the names that several ids have.
+        mask_gap: why masks cannot be trained where boxes can.
         crowds: crowd regions among the boxes.
         masks, rle_masks, keypoints: objects, crowd regions aside, that have a segmentation, one in RLE, keypoints.
     """
@@ -43,6 +44,7 @@ class CocoSummary:
     category_ids: tuple[int, ...]
     evaluation_gap: str | None = None
     aliases: tuple[tuple[int, int], ...] = ()
+    mask_gap: str | None = None
     crowds: int = 0
     masks: int = 0
     rle_masks: int = 0
@@ -113,6 +115,7 @@ def check_coco_format(
         category_ids=tuple(first.values()),
         evaluation_gap=gap,
         aliases=aliases,
+        mask_gap=next(filter(None, (_mask_gap(a, sizes[a["image_id"]]) for a in single)), None),
         crowds=len(content["annotations"]) - len(single),
         masks=sum(bool(a.get("segmentation")) for a in single),
         rle_masks=sum(isinstance(a.get("segmentation"), dict) for a in single),
@@ -152,13 +155,9 @@ def _read_json(json_file: Path, prefix: str) -> dict:
         raise UserError(f"{prefix}annotation file {json_file} {what}")
     try:
         with json_file.open(encoding="utf-8") as file:
-            if file.read(1) == "\ufeff":
-                raise UserError(
-                    f"{prefix}{json_file} begins with a byte order mark, which Detectron2 cannot read: save it as "
-                    "UTF-8 without BOM"
-                )
+            marked = file.read(1) == "\ufeff"
             file.seek(0)
-            content = json.load(file)
+            content = {} if marked else json.load(file)
     except json.JSONDecodeError as error:
         raise UserError(
             f"{prefix}{json_file} is not valid JSON (line {error.lineno}, column {error.colno}: {error.msg}); "
@@ -171,6 +170,10 @@ def _read_json(json_file: Path, prefix: str) -> dict:
         raise UserError(f"{prefix}{json_file} is no COCO annotation file: {reason}") from error
     except OSError as error:
         raise UserError(f"{prefix}{json_file} cannot be read: {error.strerror}") from error
+    if marked:
+        raise UserError(
+            f"{prefix}{json_file} begins with a byte order mark, which Detectron2 cannot read: save it without"
+        )
     if not isinstance(content, dict):
         kind = type(content).__name__
         raise UserError(
@@ -260,8 +263,8 @@ def _check_annotations(
         if annotation.get("ignore", 0) != 0:
             fail(f"{label} has 'ignore' set, which Detectron2 does not support: remove it or set iscrowd to 1")
         segmentation = annotation.get("segmentation")
-        if problem := _segmentation_problem(segmentation, sizes[image_id]):
-            fail(f"{label} must have a segmentation of polygons [[x, y, ...], ...] or RLE, or none: {problem}")
+        if not _is_segmentation(segmentation):
+            fail(f"{label} must have a segmentation of polygons [[x, y, ...], ...] or RLE, or none")
         if segmentation and isinstance(segmentation, list) and not any(map(_is_polygon, segmentation)):
             lost.append(
                 f"{label} has a segmentation without a polygon of 3 points or more ({str(segmentation)[:60]}), and "
@@ -290,20 +293,23 @@ def _check_annotations(
     return None
 
 
-def _segmentation_problem(value: object, size: tuple[int, int]) -> str | None:
-    """Why Detectron2 could not read it; ``size`` is (width, height) of the image."""
+def _is_segmentation(value: object) -> bool:
     if isinstance(value, dict):
-        if not {"counts", "size"} <= value.keys():
-            return f"RLE has size and counts, found {listed(value)}"
-        if value["size"] != [size[1], size[0]]:
-            return f"RLE must have the size [height, width] of its image, {[size[1], size[0]]}, got {value['size']!r}"
-        return None
-    if not value:
-        return None
-    if not isinstance(value, list) or not all(isinstance(polygon, list) for polygon in value):
-        return f"got {str(value)[:60]}"
+        return {"counts", "size"} <= value.keys()
+    return not value or (isinstance(value, list) and all(isinstance(polygon, list) for polygon in value))
+
+
+def _mask_gap(annotation: dict, size: tuple[int, int]) -> str | None:
+    """Why its segmentation is no mask, where boxes can be trained all the same; ``size`` is (width, height)."""
+    value = annotation.get("segmentation") or []
+    label = f"annotation {annotation['id']}"
+    if isinstance(value, dict):
+        wanted = [size[1], size[0]]
+        if value["size"] == wanted:
+            return None
+        return f"{label} has RLE that must have the size [height, width] of its image, {wanted}, got {value['size']!r}"
     wrong = (number for polygon in value for number in polygon if not _is_number(number))
-    return next((f"a coordinate is {number!r}" for number in wrong), None)
+    return next((f"{label} has a polygon with the coordinate {number!r}" for number in wrong), None)
 
 
 def _is_polygon(value: list) -> bool:

@@ -55,8 +55,8 @@ def _of_solver(solver: str) -> tuple[int, ...]:
 
 
 class DefinedAtItsEnd(ParamScheduler):
-    """A schedule that is asked for the rate after the last iteration, as torch does. Those of fvcore with a fixed number
-    of equal steps know none, and a run with WarmupStepWithFixedGammaLR would end in an IndexError."""
+    """A schedule that is asked for the rate after the last iteration, as torch does. Those of fvcore with a number of
+    equal steps know none, and a run with WarmupStepWithFixedGammaLR would end in an IndexError."""
 
     def __init__(self, inner: ParamScheduler) -> None:
         self.inner = inner
