@@ -14,6 +14,7 @@ from repr_det.commands import checks
 from repr_det.commands.arguments import build_config
 from repr_det.commands.checks import check_run
 from repr_det.commands.data import DATA_FILE
+from repr_det.detectron.config import scale_to_world, without_repr
 from repr_det.runs.files import run_traces
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,6 +33,11 @@ def weights(tiny_data) -> dict[str, torch.Tensor]:
     """Of the tiny detector."""
     config = str(ROOT / "configs" / "baseline_r50_fpn.yaml")
     return build_model(build_config(config, SMALL)).state_dict()
+
+
+def test_a_config_without_the_node_is_scaled_too(tiny_cfg):
+    cfg = without_repr(tiny_cfg("SOLVER.REFERENCE_WORLD_SIZE", "2", "SOLVER.MAX_ITER", "4"))
+    assert scale_to_world(cfg, 1).SOLVER.MAX_ITER == 8
 
 
 def test_the_batch_is_that_of_the_scaled_config(tiny_cfg):

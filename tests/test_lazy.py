@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from repr_det import RePrHook, UserError, find_filter_layers
 from repr_det.commands.arguments import build_config
+from repr_det.commands.checks import check_run
 from repr_det.commands.lazy_train import load_lazy_config, start
 from repr_det.detectron.config import schedule_from_config
 from repr_det.detectron.lazy import LazyTrainer, instantiate, repr_cfg_from_lazy
@@ -106,6 +107,31 @@ def test_other_schedulers():
     lazy.lr_multiplier = {"_target_": CosineParamScheduler, "start_value": 1, "end_value": 0}
     yacs = repr_cfg_from_lazy(lazy)
     assert yacs.SOLVER.STEPS == (45000,) and schedule_from_config(yacs).end_iter == 33750  # 3/4 of half the rate
+
+
+@pytest.mark.parametrize(
+    "overrides, refusal",
+    [
+        (["repr.LAYERS.INCLUDE=['backbone.bottom_up.res4.*.conv2']"], None),
+        (
+            ["repr.LAYERS.INCLUDE=['backbone.res4.*.conv2']"],
+            "matches no trainable Conv2d; trainable here: backbone.fpn",
+        ),
+        # 64 filters: few enough for the oracle here, in Detectron2's default model there would be thousands.
+        (["repr.LAYERS.INCLUDE=['backbone.bottom_up.res2.0.conv1']", "repr.CRITERION=oracle"], None),
+    ],
+)
+def test_layers_are_those_of_the_configs_own_model(small_config, overrides, refusal):
+    lazy = load_lazy_config(small_config, overrides)
+
+    def check():
+        check_run(repr_cfg_from_lazy(lazy), build=lambda: instantiate(lazy.model))
+
+    if refusal is None:
+        check()
+    else:
+        with pytest.raises(UserError, match=refusal):
+            check()
 
 
 def trained(config: str, folder: Path, *overrides: str, resume: bool = False) -> LazyTrainer:
