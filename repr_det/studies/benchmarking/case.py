@@ -153,6 +153,16 @@ def synthetic_batch(case: Case, seed: int = 0) -> list[dict]:
     return batch
 
 
+class SyntheticLoader:
+    """Two synthetic batches in turn, for ever and from the first on for everybody who iterates."""
+
+    def __init__(self, case: Case) -> None:
+        self.batches = [synthetic_batch(case, seed) for seed in range(2)]
+
+    def __iter__(self) -> Iterator[list[dict]]:
+        return itertools.cycle(self.batches)
+
+
 class Bench:
     """A detector with its trainer and, with ``repr_on``, RePrHook, stepped by hand.
 
@@ -170,7 +180,7 @@ class Bench:
         self.cfg = build_config(case, config_file)
         self.cfg.merge_from_list(list(opts))
         self.model = build_detector(self.cfg)
-        batches = itertools.cycle([synthetic_batch(case, seed) for seed in range(2)])
+        batches = SyntheticLoader(case)
         inner = AMPTrainer if case.amp else SimpleTrainer
         self.trainer = inner(self.model, batches, build_optimizer(self.cfg, self.model))
         self.trainer.iter = self.trainer.start_iter = 0
