@@ -123,6 +123,8 @@ def test_plan(named_data, tmp_path):
     assert [("--baseline" in run.flags) for run in runs] == [True, False, True, False]
     resumed = runs[0].command(resume=True)
     assert resumed[: len(runs[0].flags) + 1] == [*runs[0].flags, "--resume"]  # before KEY VALUE
+    scaled, _ = plan_runs(config, [1], tmp_path, opts=[*opts, "SOLVER.REFERENCE_WORLD_SIZE", "2"])
+    assert [run.max_iter for run in scaled] == [120, 120]  # one process, where the config is made for two
     for words, message in (
         (["SEED", "3"], "SEED on the command line"),
         (["OUTPUT_DIR", "x"], "OUTPUT_DIR on the command line"),
