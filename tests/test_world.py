@@ -16,7 +16,7 @@ from torch import nn
 from repr_det import UserError
 from repr_det.commands.arguments import train_argument_parser
 from repr_det.commands.processes import _run, may_continue, run_tool
-from repr_det.commands.world import Torchrun, check_processes, join_by_options, join_torchrun, refuse_torchrun
+from repr_det.commands.world import Torchrun, check_processes, join_by_options, join_torchrun, refuse_torchrun, url_of
 from repr_det.runs.lock import RunLock
 from repr_det.runs.stopping import STATUS, StopAtSignal, Stopped, answer_signals
 
@@ -245,3 +245,10 @@ def test_loader_workers_are_kept_out():
             alone = os.getpgid(0) == os.getpid() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
             os._exit(0 if alone else 1)
         assert os.waitpid(child, 0)[1] == 0
+
+
+def test_runs_of_one_machine_meet_at_ports_of_their_own():
+    args = train_argument_parser().parse_args(["--num-gpus", "2"])
+    assert url_of(args) != args.dist_url and url_of(args).startswith("tcp://127.0.0.1:")
+    args = train_argument_parser().parse_args(["--num-gpus", "2", "--dist-url", "tcp://127.0.0.1:1234"])
+    assert url_of(args) == "tcp://127.0.0.1:1234"

@@ -213,8 +213,10 @@ _DISTRIBUTED_ERRORS = (RuntimeError, ValueError, OSError)  # torch's own are Run
 
 
 def url_of(args: argparse.Namespace) -> str:
-    """``--dist-url``, with a free port for "auto"."""
-    return f"tcp://127.0.0.1:{_find_free_port()}" if args.dist_url == "auto" else args.dist_url
+    """``--dist-url``, with a free port for "auto" and where it is not given: Detectron2's default is the same port for
+    all runs of a user."""
+    default = default_argument_parser().get_default("dist_url")
+    return f"tcp://127.0.0.1:{_find_free_port()}" if args.dist_url in ("auto", default) else args.dist_url
 
 
 def _own_store(board: dist.Store, torchrun: Torchrun, deadline: float) -> dist.Store:
