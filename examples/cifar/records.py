@@ -1,0 +1,137 @@
+"""A run's settings, and finished runs as JSON lines that a killed study does not lose."""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from repr_det import UserError
+
+STANDARD = "standard"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that a run's numbers depend on.
+
+    A later field needs a default that means what runs did before it came, for lines that do not have it.
+
+    Attributes:
+        row: "standard", or the criterion by which RePr drops filters.
+        seed: of weights, batches, dropout and RePr.
+        data: digest of the images.
+        network: see ``network``.
+        train_images: how many of the 50,000, equally many of each class.
+        epochs, batch_size: of all phases together; images.
+        optimizer, lr, weight_decay: see ``training.OPTIMIZERS``.
+        lr_half_life: percent of the training after which the learning rate is halved, again and again; 0: never.
+        dropout: before the classifier.
+        bf16: conv and linear layers in bfloat16.
+        distill, temperature, teacher: weight of the teacher's term in the loss, see ``training.distillation``, and the
+            key of the run that trained the teacher.
+        ortho_reg: weight of ``training.overlap_penalty`` in the loss.
+        s1, s2, cycles: percent of the training with the full network and the sub-network in a cycle; how many cycles.
+            These and what follows are None in "standard" runs.
+        drop_ratio, max_drop_per_layer: shares.
+        skip_first: the first conv takes no part.
+        scale: norm of a new filter, see RePrScheme.
+        criterion_batches: training batches that a data-driven criterion looks at.
+    """
+
+    row: str = STANDARD
+    seed: int = 0
+    data: str = ""
+    network: str = "3x3"
+    train_images: int = 50_000
+    epochs: int = 100
+    batch_size: int = 64
+    optimizer: str = "momentum"
+    lr: float = 0.01
+    weight_decay: float = 0.0
+    lr_half_life: float = 0.0
+    dropout: float = 0.0
+    bf16: bool = False
+    distill: float = 0.0
+    temperature: float = 0.0
+    teacher: str = ""
+    ortho_reg: float = 0.0
+    s1: float | None = None
+    s2: float | None = None
+    cycles: int | None = None
+    drop_ratio: float | None = None
+    max_drop_per_layer: float | None = None
+    skip_first: bool | None = None
+    scale: str | None = None
+    criterion_batches: int | None = None
+
+    @property
+    def key(self) -> str:
+        """The same for the same settings, now and after fields have been added."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        told = {name: value for name, value in dataclasses.asdict(self).items() if value != defaults[name]}
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
+
+
+REPR_FIELDS = (
+    "s1", "s2", "cycles", "drop_ratio", "max_drop_per_layer", "skip_first", "scale", "criterion_batches",
+)  # fmt: skip
+
+
+def append(file: Path, record: dict[str, Any]) -> None:
+    """Adds one whole line; what a kill left of a line before it is taken out."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "a+b") as lines:
+        fcntl.flock(lines, fcntl.LOCK_EX)
+        lines.seek(0)
+        whole = lines.read()
+        lines.truncate(whole.rfind(b"\n") + 1)
+        lines.write(json.dumps(record).encode() + b"\n")
+        lines.flush()
+
+
+def read(file: Path) -> list[tuple[Settings, dict[str, Any]]]:
+    """Settings and records of the finished runs, one a key, in the order of the lines.
+
+    Raises:
+        UserError: a line is not a record.
+    """
+    if not file.exists():
+        return []
+    found = {}
+    for number, line in enumerate(file.read_bytes().splitlines(keepends=True), 1):
+        if not line.endswith(b"\n"):  # a kill cut it short
+            continue
+        try:
+            record = json.loads(line)
+            settings = Settings(**record["settings"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{file}, line {number} is no run of this program ({error}): delete the line") from None
+        found.setdefault(settings.key, (settings, record))
+    return list(found.values())
+
+
+def read_influence(output: Path) -> list[tuple[str, dict[str, list[float]]]]:
+    """(key of the run, conv name -> what each filter is worth) from influence.jsonl."""
+    file = output / "influence.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+    found = [json.loads(line) for line in lines if line.endswith(b"\n")]
+    return [(entry["key"], entry["influence"]) for entry in found]
+
+
+@contextlib.contextmanager
+def claimed(folder: Path, key: str, wait: bool = False) -> Iterator[bool]:
+    """Whether this process may train the run: no other one holds it, now or after a ``wait``. A killed process holds
+    nothing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f"{key}.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
