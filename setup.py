@@ -45,7 +45,7 @@ setup(
     packages=find_packages(include=["repr_det", "repr_det.*"]),
     package_data={"repr_det": ["py.typed"], "repr_det.studies.comparison": ["*.html.j2"]},
     cmdclass={"build_py": BuildWithConfigs},
-    entry_points={"console_scripts": ["repr-det = repr_det.__main__:main"]},
+    entry_points={"console_scripts": ["repr-det = repr_det.commands.console:main"]},
     python_requires=">=3.10",
     install_requires=[
         "numpy",

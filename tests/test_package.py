@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import repr_det
-from repr_det.__main__ import main
+from repr_det.commands.console import main
 from repr_det.commands.shipped import CONFIGS, config_path
 from repr_det.method.errors import UserError
 
@@ -90,7 +90,7 @@ cfg = build_config("repr_r50_fpn.yaml", [])
 assert cfg.REPR.ENABLED and cfg.SOLVER.MAX_ITER == 90000  # the second from its _BASE_
 assert load_lazy_config("lazy/repr_faster_rcnn_r50_fpn.py", []).repr.ENABLED
 torch.save({"model": {"conv1.weight": torch.randn(8, 3, 3, 3)}}, "weights.pth")
-import repr_det.__main__ as commands
+import repr_det.commands.console as commands
 commands.main(["analyze", "weights.pth"])
 from repr_det.studies.comparison.report import write_report
 """
@@ -102,7 +102,7 @@ from repr_det import RePr
 model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
 one = RePr(model, torch.optim.SGD(model.parameters(), 0.1), 16)
 print([t.event for t in (one.step() for _ in range(16)) if t])
-import repr_det.__main__ as commands
+import repr_det.commands.console as commands
 commands.main(["train", "--config-file", "repr_r50_fpn.yaml"])
 """
 

@@ -1,4 +1,4 @@
-"""``repr-det COMMAND`` or ``python -m repr_det COMMAND``: for an installed package, what tools/ is in a checkout."""
+"""``repr-det COMMAND``: for an installed package, what tools/ is in a checkout. Studies are named, not imported."""
 
 import importlib
 import sys
@@ -67,7 +67,3 @@ def _load(
 def _stop(*lines: str) -> NoReturn:
     sys.stderr.write("repr-det: error: " + "\n".join(lines) + "\n")
     sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()
