@@ -140,6 +140,8 @@ def data_set_names(value: Any) -> tuple[str, ...]:
 
 
 def _steps(cfg: DictConfig, max_iter: int) -> tuple[int, ...]:
-    """What SOLVER.STEPS would be: the iterations at which ``lr_multiplier`` decays (``decay.decays``)."""
+    """What SOLVER.STEPS would be: the iterations at which ``lr_multiplier`` decays (``decay.decays``); none without it."""
+    if "lr_multiplier" not in cfg:
+        return ()  # a trainer of somebody's own that does not follow Detectron2's names
     with as_user_error("lr_multiplier"):
         return decays(instantiate(cfg.lr_multiplier), max_iter)
