@@ -140,7 +140,7 @@ def data_set_names(value: Any) -> tuple[str, ...]:
 
 
 def _steps(cfg: DictConfig, max_iter: int) -> tuple[int, ...]:
-    """What SOLVER.STEPS would be: the iterations at which ``lr_multiplier`` decays (``decay.decays``); none without it."""
+    """What SOLVER.STEPS would be: the iterations at which ``lr_multiplier``, if any, decays (``decay.decays``)."""
     if "lr_multiplier" not in cfg:
         return ()  # a trainer of somebody's own that does not follow Detectron2's names
     with as_user_error("lr_multiplier"):
