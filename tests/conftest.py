@@ -2,6 +2,7 @@
 on it in seconds."""
 
 import json
+import logging
 from pathlib import Path
 
 import cv2
@@ -71,6 +72,14 @@ def coco_of(dataset: dict) -> COCO:
     truth.dataset = dataset
     truth.createIndex()
     return truth
+
+
+@pytest.fixture(autouse=True)
+def loggers_that_propagate():
+    """Detectron2's setup_logger, which every command calls, keeps a logger's lines from caplog for the tests after it."""
+    yield
+    for name in ("detectron2", "fvcore", "repr_det"):
+        logging.getLogger(name).propagate = True
 
 
 @pytest.fixture(scope="session")
