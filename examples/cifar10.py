@@ -46,7 +46,7 @@ DEFAULTS = {
 }  # fmt: skip
 # option -> (least, most)
 RANGES = {
-    "jobs": (1, 1024), "epochs": (1, 100_000), "train_images": (10, 50_000), "batch_size": (1, 50_000),
+    "jobs": (1, 1024), "epochs": (1, 100_000), "train_images": (10, data.NUMBERS["train"]), "batch_size": (1, 50_000),
     "lr_half_life": (0, 100), "weight_decay": (0, 1), "dropout": (0, 0.99), "distill": (0, 1),
     "temperature": (0.1, 100), "teacher_epochs": (1, 100_000), "ortho_reg": (0, 1000), "s1": (0, 100), "s2": (0, 100),
     "criterion_batches": (1, 100_000),
@@ -231,7 +231,7 @@ def study(args: argparse.Namespace) -> None:
     images = data.load(args.data, args.output / "data")
     feed = training.Feed(data.balanced(images.train, args.train_images), images.test, args.device)
     runs = plan(args, images.digest)
-    for settings in runs:
+    for settings in runs[: len(args.rows)]:
         model = network.build(settings.network)
         training.schedule_of(settings)
         training.scheme_of(settings, model, training.optimizer_of(settings, model), feed)

@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from cifar.network import TEACHER
 from cifar.records import REPR_FIELDS, STANDARD, Settings
 from repr_det.studies.comparison.statistics import paired_difference
 
@@ -54,9 +55,9 @@ def arm_name(arm: Settings, arms: Iterable[Settings]) -> str:
 
 
 def way_name(way: Settings, ways: Iterable[Settings]) -> str:
-    """The settings in which the ``ways`` of training differ."""
-    names = _differing([field.name for field in dataclasses.fields(way)], list(ways))
-    return ", ".join(_told(name, getattr(way, name)) for name in names)
+    """The settings in which the ``ways`` of training differ, where they are not the default."""
+    names = _differing([field.name for field in dataclasses.fields(way) if field.name != "teacher"], list(ways))
+    return ", ".join(_told(name, getattr(way, name)) for name in names if name in _unusual(way)) or "plain"
 
 
 def _lines(way: Settings, arms: Arms) -> list[tuple[str, ...]]:
@@ -66,7 +67,7 @@ def _lines(way: Settings, arms: Arms) -> list[tuple[str, ...]]:
         lines.append(
             (
                 arm_name(arm, arms),
-                str(PAPER.get(arm.row, "")),
+                str(PAPER.get(arm.row, "")) if way.network != TEACHER else "",
                 f"{len(found)}, {diverged} diverged" if diverged else str(len(found)),
                 *(_spread([record[value] for record in found.values()]) for value in ("final", "best", "train")),
                 "" if arm == way else _difference(arms.get(way, {}), found),
@@ -94,9 +95,7 @@ def _overview(groups: dict[Settings, Arms]) -> list[tuple[str, ...]]:
 
 
 def _title(way: Settings, arms: Arms) -> str:
-    defaults = {field.name: field.default for field in dataclasses.fields(way)}
-    own = ("row", "seed", *REPR_FIELDS)
-    told = [n for n in defaults if n in _ALWAYS_TOLD or (n not in own and getattr(way, n) != defaults[n])]
+    told = [*_ALWAYS_TOLD, *(name for name in _unusual(way) if name not in _ALWAYS_TOLD)]
     title = ", ".join(_told(name, getattr(way, name)) for name in told)
     forms = [arm for arm in arms if arm != way]
     if forms:
@@ -104,6 +103,11 @@ def _title(way: Settings, arms: Arms) -> str:
         shared = [_told(name, getattr(forms[0], name)) for name in REPR_FIELDS if name not in differing]
         title += f"\nRePr: {', '.join(shared)}"
     return title
+
+
+def _unusual(way: Settings) -> list[str]:
+    """The names of the settings of the standard network that are not the default."""
+    return [field.name for field in dataclasses.fields(way) if getattr(way, field.name) != field.default]
 
 
 def _differing(names: Iterable[str], settings: Sequence[Settings]) -> list[str]:

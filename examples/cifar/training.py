@@ -58,7 +58,7 @@ class Feed:
         parts = [part.double() for part in training.pixels.split(1000)]
         count = training.pixels[..., 0].numel()
         mean = sum(part.sum((0, 1, 2)) for part in parts) / count
-        variance = sum((part - mean).square().sum((0, 1, 2)) for part in parts) / count
+        variance = sum((part - mean).square().sum((0, 1, 2)) for part in parts) / (count - 1)
         self.mean, self.scale = mean.float().to(device), (1 / variance.sqrt()).float().to(device)
 
     @property
