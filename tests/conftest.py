@@ -76,7 +76,7 @@ def coco_of(dataset: dict) -> COCO:
 
 @pytest.fixture(autouse=True)
 def loggers_that_propagate():
-    """Detectron2's setup_logger, which every command calls, keeps a logger's lines from caplog for the tests after it."""
+    """Detectron2's setup_logger, which commands call, keeps a logger's lines from caplog for the tests after it."""
     yield
     for name in ("detectron2", "fvcore", "repr_det"):
         logging.getLogger(name).propagate = True

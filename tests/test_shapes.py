@@ -336,6 +336,20 @@ def test_registration_is_lazy_and_may_be_repeated(few_images, catalogs, tmp_path
     assert len(DatasetCatalog.get("shapes_train")) == 4
 
 
+def test_the_first_images_are_a_data_set_of_their_own(few_images, catalogs, tmp_path, monkeypatch):
+    monkeypatch.setattr(shapes, "FIRST", {"train_3": ("train", 3)})
+    shapes.register_shapes(tmp_path / "shapes")
+    some, every = DatasetCatalog.get("shapes_train_3"), DatasetCatalog.get("shapes_train")
+    assert some == every[:3] and len(every) == 4
+    written = json.loads((tmp_path / "shapes" / "annotations" / "train_3.json").read_text())
+    assert {one["image_id"] for one in written["annotations"]} <= {image["id"] for image in written["images"]}
+    assert MetadataCatalog.get("shapes_train_3").json_file.endswith("train_3.json")
+    assert DatasetCatalog.get("shapes_train_3") == some  # from the file
+    assert sorted(p.name for p in (tmp_path / "shapes" / "annotations").iterdir()) == [
+        "train.json", "train_3.json", "val.json"
+    ]  # fmt: skip
+
+
 def test_names_taken_by_others_are_refused(catalogs, tmp_path):
     DatasetCatalog.register("shapes_train", list)
     with pytest.raises(UserError, match="shapes_train is already registered with other data"):

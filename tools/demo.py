@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Trains baseline and RePr side by side on the embedded shapes, on the CPU, and prints the COCO AP of both.
+"""Trains baseline and RePr side by side on 75 of the embedded shapes, on the CPU, and prints the COCO AP of both.
 
 tools/demo.py [--fresh] [--jobs N] [KEY VALUE ...]
 
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", default=_relative(ROOT / "configs" / "shapes_r18_fpn.yaml"))
+    parser.add_argument("--config-file", default=_relative(ROOT / "configs" / "demo_r50_fpn.yaml"))
     parser.add_argument("--output", type=Path, default=_relative(ROOT / "output" / "demo"))
     parser.add_argument("--fresh", action="store_true", help="delete the runs of an earlier demo and train again")
     parser.add_argument("--jobs", type=int, default=min(2, available_cores()), help="runs at once")

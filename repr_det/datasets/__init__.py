@@ -41,6 +41,6 @@ __all__ = [
 
 
 def register_builtin() -> None:
-    """Register shapes_train, shapes_val, bccd_train and bccd_val; the coco_* names are registered by Detectron2."""
+    """Register shapes_train, shapes_train_75, shapes_val, bccd_train and bccd_val; Detectron2 has the coco_* names."""
     register_shapes()
     register_bccd()

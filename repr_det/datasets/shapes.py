@@ -42,6 +42,7 @@ CLASSES = {
 CLASS_NAMES = tuple(CLASSES)
 OWN_COLOUR = 75
 SPLITS = {"train": (1, 600), "val": (2, 150)}  # split seed, number of images
+FIRST = {"train_75": ("train", 75)}  # a data set of the first images of a split, which can be overfitted in minutes
 IMAGE_SIDES = (160, 184, 208)  # px; height and width are drawn independently
 OBJECTS = (3, 6)  # shapes tried an image
 SCALES = ((20, 42, 25), (45, 112, 60), (134, 180, 15))  # diameter in px: least, most, percent of the shapes
@@ -312,13 +313,31 @@ def build_shapes(root: str | os.PathLike, progress: bool = True) -> Path:
 # ---- Detectron2 ----
 
 
-def _load(name: str, root: Path, split: str) -> list[dict]:
+def _load(name: str, root: Path, part: str) -> list[dict]:
     build_shapes(root)
-    return load_coco_json(str(root / "annotations" / f"{split}.json"), str(root / split), name)
+    file = root / "annotations" / f"{part}.json"
+    split, number = FIRST.get(part, (part, None))
+    if number is not None and not file.exists():
+        _write_first(root / "annotations" / f"{split}.json", number, file)
+    return load_coco_json(str(file), str(root / split), name)
+
+
+def _write_first(source: Path, number: int, file: Path) -> None:
+    """The annotations of the first images of ``source``, as a whole or not at all."""
+    content = json.loads(source.read_text(encoding="utf-8"))
+    content["images"] = content["images"][:number]
+    ids = {image["id"] for image in content["images"]}
+    content["annotations"] = [one for one in content["annotations"] if one["image_id"] in ids]
+    with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=f".{file.name}-", delete=False) as temporary:
+        json.dump(content, temporary)
+    os.chmod(temporary.name, source.stat().st_mode)
+    os.replace(temporary.name, file)
 
 
 def register_shapes(root: str | os.PathLike | None = None) -> None:
-    """Register `shapes_train` and `shapes_val` with Detectron2; they are drawn when they are first loaded.
+    """Register `shapes_train`, its first 75 images as `shapes_train_75`, and `shapes_val` with Detectron2.
+
+    They are drawn when they are first loaded.
 
     Args:
         root: the data set's folder; by default $DETECTRON2_DATASETS/shapes, or datasets/shapes without that variable.
@@ -329,18 +348,18 @@ def register_shapes(root: str | os.PathLike | None = None) -> None:
     """
     given = root
     root = Path(root or os.path.join(os.getenv("DETECTRON2_DATASETS", "datasets"), "shapes")).expanduser().absolute()
-    for split in SPLITS:
-        name = f"shapes_{split}"
+    for part in (*SPLITS, *FIRST):
+        name = f"shapes_{part}"
         metadata = MetadataCatalog.get(name)
         if name in DatasetCatalog:
             before = metadata.get("shapes_root")
             if before is None or (given is not None and before != str(root)):
                 raise UserError(f"data set {name} is already registered with {before or 'other data'}, not with {root}")
             continue
-        DatasetCatalog.register(name, partial(_load, name, root, split))
+        DatasetCatalog.register(name, partial(_load, name, root, part))
         metadata.set(
-            json_file=str(root / "annotations" / f"{split}.json"),
-            image_root=str(root / split),
+            json_file=str(root / "annotations" / f"{part}.json"),
+            image_root=str(root / FIRST.get(part, (part,))[0]),
             shapes_root=str(root),
             evaluator_type="coco",
             thing_classes=list(CLASS_NAMES),
