@@ -14,6 +14,7 @@ and seed:
     noise        share of the training boxes that are removed (half of it) or shifted by up to 30 % (the other half)
     cfg          config keys, REPR among them
     cycle        removal by this file instead of RePrHook, see ``Cycle``
+    dropout      removal of other channels in every step, kept ones scaled up: {"layers", "p"}, p reached linearly
     average      name -> {"decay"} or {"start", "every"}: exponential or uniform averages of the weights, evaluated too
     cosine       iterations at which a cosine rate begins anew, instead of the steps
 """
@@ -30,6 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import build_detection_test_loader
 from detectron2.data.datasets import register_coco_instances
@@ -195,6 +197,33 @@ class Cycle(HookBase):
         return [t for t in (*found, *((norm.weight, norm.bias) if norm is not None else ())) if t is not None]
 
 
+class ChannelDropout(HookBase):
+    """Leaves a share of the channels of every image out of a step and scales the others up: DropBlock (arXiv 1810.12890)
+    with a block of the whole map. No weight is touched. The share grows linearly to ``p`` at the end of training.
+
+    Args (of ``options``):
+        layers: fnmatch patterns on the names of convs (behind their norm) and linear layers.
+        p: share.
+    """
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.options = options
+        self.share = 0.0
+
+    def before_train(self) -> None:
+        for name, module in self.trainer.model.named_modules():
+            if any(fnmatch.fnmatch(name, pattern) for pattern in self.options["layers"]):
+                module.register_forward_hook(self._drop)
+
+    def before_step(self) -> None:
+        self.share = self.options["p"] * self.trainer.iter / self.trainer.max_iter
+
+    def _drop(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
+        if not module.training:
+            return None
+        return F.dropout2d(output, self.share) if output.dim() == 4 else F.dropout(output, self.share)
+
+
 class Average(HookBase):
     """Exponential (``decay``) or uniform (from ``start``, every ``every``) average of everything in the state dict."""
 
@@ -269,6 +298,8 @@ def train(run: dict[str, Any], cfg: CfgNode) -> dict[str, Any]:
         trainer.register_hooks([RePrHook(cfg)])
     if "cycle" in run:
         trainer.register_hooks([Cycle(run["cycle"], run["seed"])])
+    if "dropout" in run:
+        trainer.register_hooks([ChannelDropout(run["dropout"])])
     averages = {name: Average(**options) for name, options in run.get("average", {}).items()}
     trainer.register_hooks(averages.values())
     trainer.train()
