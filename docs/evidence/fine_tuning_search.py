@@ -198,8 +198,10 @@ class Cycle(HookBase):
 
 
 class ChannelDropout(HookBase):
-    """Leaves a share of the channels of every image out of a step and scales the others up: DropBlock (arXiv 1810.12890)
-    with a block of the whole map. No weight is touched. The share grows linearly to ``p`` at the end of training.
+    """Leaves a share of the channels of every image out of a step and scales the others up.
+
+    DropBlock (arXiv 1810.12890) with a block of the whole map: no weight is touched, and the share grows linearly to
+    ``p`` at the end of training.
 
     Args (of ``options``):
         layers: fnmatch patterns on the names of convs (behind their norm) and linear layers.
