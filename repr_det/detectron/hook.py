@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from repr_det.detectron.config import scale_to_world, validate_repr_config
+from repr_det.detectron.fine_tuning import fine_tuning_warning
 from repr_det.method.blocks import readers
 from repr_det.method.errors import UserError
 from repr_det.method.holding import Transition
@@ -98,6 +99,8 @@ class RePrHook(HookBase):
             for name in (EVENTS_FILE, OVERLAPS_FILE):
                 truncate_log(self._path(name), trainer.start_iter - owed)
         self._log_plan()
+        if trainer.start_iter == 0 and (warning := fine_tuning_warning(self.cfg, self.scheme.layers)):
+            logger.warning(warning)
         if owed:
             self._record(last, self.scheme.restore() if self.scheme.is_sub else self.scheme.drop())
 

@@ -1,0 +1,44 @@
+"""What was measured where trained weights are fine-tuned, told to whoever does it before the first step."""
+
+from collections.abc import Sequence
+
+from detectron2.config import CfgNode
+
+from repr_det.method.layers import FilterLayer
+
+SHORT = 16_000  # iterations: twenty times the shorter of the two that were measured; COCO's 1x schedule has 90,000
+# By Detectron2's names: parts that ImageNet weights do not reach.
+_NEW_PARTS = (
+    "backbone.fpn",
+    "backbone.top_block.",
+    "proposal_generator.",
+    "roi_heads.box_",
+    "roi_heads.mask_",
+    "roi_heads.keypoint_",
+    "sem_seg_head.",
+    "head.",
+)
+MEASURED = (
+    "Runs of 800 iterations lost 5 and 12 AP by it against the same runs without RePr (docs/method.md): train the "
+    "baseline beside it (repr-det compare), or set REPR.ENABLED False"
+)
+
+
+def fine_tuning_warning(cfg: CfgNode, layers: Sequence[FilterLayer]) -> str | None:
+    """One sentence for a run that takes filters out of a trained backbone and has few iterations to learn them again.
+
+    Args:
+        cfg: of the run; MODEL.WEIGHTS, SOLVER.MAX_ITER and REPR are looked at.
+        layers: that take part.
+
+    Returns:
+        None where training starts from random weights, lasts SHORT iterations or more, or only parts that are new to
+        the detector (FPN, RPN, heads) take part.
+    """
+    trained = [layer for layer in layers if not layer.name.startswith(_NEW_PARTS)]
+    if not cfg.MODEL.WEIGHTS or cfg.SOLVER.MAX_ITER >= SHORT or not trained:
+        return None
+    return (
+        f"RePr: {cfg.SOLVER.MAX_ITER} iterations from trained weights (MODEL.WEIGHTS {cfg.MODEL.WEIGHTS}), and every "
+        f"drop takes {100 * cfg.REPR.DROP_RATIO:g} % of the filters of {len(trained)} trained convs. {MEASURED}"
+    )
