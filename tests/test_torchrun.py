@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, SMALL
+from test_lazy import SMALL as SMALL_LAZY
 
 HERE = Path(__file__).parent
 OPTS = (
@@ -24,21 +25,24 @@ ROUNDS = int(os.environ.get("KILL_ROUNDS", "1"))  # `make soak` sets more
 
 @pytest.fixture(scope="module")
 def train(tiny_data):
-    """``train(folder, *torchrun's words, resume=False, misbehave="")`` -> the started process; without torchrun's words
-    two processes by --num-gpus."""
+    """``train(folder, *torchrun's words, resume=False, misbehave="", opts=())`` -> the started process; without
+    torchrun's words two processes by --num-gpus. ``lazy``: a LazyConfig instead of the yaml config."""
     begun = []
 
-    def start(folder, *torchrun, resume=False, misbehave="", **environment):
+    def start(folder, *torchrun, resume=False, misbehave="", opts=(), lazy=None, **environment):
         register = [
             x
             for name in ("tiny_train", "tiny_val")
             for x in ("--register", name, tiny_data / "tiny.json", tiny_data / "images")
         ]
         launcher = [sys.executable, *(("-m", "torch.distributed.run", *torchrun) if torchrun else ())]
-        flags = ["--config-file", ROOT / "configs" / "baseline_r50_fpn.yaml", *register]
+        flags = ["--config-file", lazy or ROOT / "configs" / "baseline_r50_fpn.yaml", *register]
         flags += ["--resume"] * resume + ([] if torchrun else ["--num-gpus", 2, "--dist-url", "auto"])
-        command = [*launcher, HERE / "torchrun_process.py", *flags, *SMALL, *OPTS, "OUTPUT_DIR", folder]
+        words = [f"train.output_dir={folder}", *opts] if lazy else [*SMALL, *OPTS, "OUTPUT_DIR", folder, *opts]
+        command = [*launcher, HERE / "torchrun_process.py", *flags, *words]
         environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), **environment)
+        if lazy:
+            environment["LAZY"] = "1"
         if misbehave:
             environment["MISBEHAVE"] = f"{misbehave} {folder}.once"
         log = open(f"{folder}.log", "a")  # noqa: SIM115
@@ -52,7 +56,7 @@ def train(tiny_data):
             process.kill()
 
 
-def ended(process, folder, *, well=True, seconds=120):
+def ended(process, folder, *, well=True, seconds=300):
     """The exit status."""
     try:
         status = process.wait(seconds)
@@ -112,7 +116,7 @@ def test_a_killed_rank_is_started_again(train, straight, tmp_path, round_):
     rng = random.Random(round_)
     folder, rank, iteration = tmp_path / "run", rng.choice([0, 1]), rng.randint(4, 10)
     words = ("--standalone", "--nproc_per_node", 2, "--max-restarts", 3)
-    ended(train(folder, *words, misbehave=f"kill {rank} {iteration}"), folder)
+    ended(train(folder, *words, misbehave=f"kill {rank} {iteration} {rng.uniform(0, 0.1)}"), folder)
     assert Path(f"{folder}.once").exists()
     assert_same(outcome(folder), straight)
 
@@ -122,14 +126,16 @@ def test_a_killed_rank_is_started_again(train, straight, tmp_path, round_):
 def test_a_stopped_job_goes_on_with_the_same_command(train, straight, tmp_path, round_, by, how):
     """SIGTERM to the agent, as Slurm sends it before it takes the machine, and an agent that is killed."""
     rng = random.Random(100 + round_)
-    folder, rank, iteration = tmp_path / "run", rng.choice([0, 1]), rng.randint(3, 9)
+    folder, rank, iteration = tmp_path / "run", rng.choice([0, 1]), rng.randint(3, 8)
+    moment = rng.uniform(0, 0.1)
     words = ("--standalone", "--nproc_per_node", 2) if by == "torchrun" else ()
-    status = ended(train(folder, *words, resume=True, misbehave=f"{how} {rank} {iteration}"), folder, well=False)
+    first = train(folder, *words, resume=True, misbehave=f"{how} {rank} {iteration} {moment}")
+    status = ended(first, folder, well=False)
     # torchrun ends with a traceback and 1, or aborted where its store is still at work.
     assert status == 75 if not words else status != 0, log_of(folder)
     if how == "term":
         saved = int((folder / "last_checkpoint").read_text()[6:13])
-        assert saved in (iteration, iteration + 1), log_of(folder)
+        assert saved in range(iteration, 11), log_of(folder)
         assert log_of(folder).count("stopped by SIGTERM with status 75") == 1
     ended(train(folder, *words, resume=True), folder)
     assert_same(outcome(folder), straight)
@@ -149,9 +155,88 @@ def test_two_agents_of_which_one_is_killed_and_comes_back(train, straight, tmp_p
     apart = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     first = train(folder, *words, **apart)
     wait_for_port(port)  # the first to come keeps the rendezvous
-    second = train(folder, *words, misbehave=f"kill-agent any {iteration}", **apart)
+    second = train(folder, *words, misbehave=f"kill-agent any {iteration} {rng.uniform(0, 0.1)}", **apart)
     assert ended(second, folder, well=False) == -signal.SIGKILL
     again = train(folder, *words, **apart)
     ended(first, folder)
     ended(again, folder)
     assert_same(outcome(folder), straight)
+
+
+def test_another_number_of_ranks(train, tmp_path):
+    """Two ranks, stopped in the sub-network phase of the second cycle and in the second epoch, go on as one; that one,
+    stopped in the third epoch, as two. 12 images: an epoch is 6 iterations."""
+    folder, opts = tmp_path / "run", ["SOLVER.MAX_ITER", 17]
+    stops = {2: "term 0 6 0", 1: "term 0 13 0"}
+    first = train(folder, "--standalone", "--nproc_per_node", 2, misbehave=stops[2], opts=opts)
+    assert ended(first, folder, well=False) != 0
+    for number, epoch, warning in (
+        (1, 1, "number of processes was 2 and is 1; number of images per process and batch was 1 and is 2"),
+        (2, 2, "number of processes was 1 and is 2; number of images per process and batch was 2 and is 1"),
+    ):
+        Path(f"{folder}.once").unlink()
+        log_before, told = len(log_of(folder)), tmp_path / f"told{number}"
+        told.mkdir()
+        saved = torch.load(folder / (folder / "last_checkpoint").read_text(), weights_only=True)
+        words = ["--standalone", "--nproc_per_node", number]
+        job = train(folder, *words, resume=True, misbehave=stops[1] if number == 1 else "", opts=opts, TELL=str(told))
+        assert (ended(job, folder, well=number == 2) == 0) == (number == 2)
+
+        begun = torch.load(told / "start.pth", weights_only=True)
+        hooks, hooks_saved = begun["trainer"]["hooks"], saved["trainer"]["hooks"]
+        for name in ("RePrHook", "LRScheduler"):
+            assert_equal(hooks[name], hooks_saved[name])
+        assert any(mask.any() for mask in hooks["RePrHook"]["scheme"]["masks"].values()) == (number == 1)
+        assert_equal(begun["trainer"]["_trainer"], saved["trainer"]["_trainer"])
+        assert_equal(begun["model"], saved["model"])
+
+        log = log_of(folder)[log_before:]
+        assert log.count("the data order of this run starts over") == 1
+        assert f"{warning}: the data order of this run starts over at its epoch" in log
+        seed = hooks_saved["ExactResume"]["ranks"][0]["loaders"][0]["sampler"]["_seed"]
+        for rank in range(number):
+            batches = [json.loads(line) for line in (told / f"rank{rank}.json").read_text().splitlines()]
+            assert batches == order_from(epoch, seed, rank, number, len(batches))
+    events = [json.loads(line) for line in (folder / "repr_events.jsonl").read_text().splitlines()]
+    assert [(e["iteration"], e["event"]) for e in events] == [(1, "drop"), (3, "restore"), (5, "drop"), (7, "restore")]
+
+
+def order_from(epoch, seed, rank, size, number):
+    """The first batches of one rank from an epoch on; of 2 images, all as wide or all upright (even and odd ids)."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [i for _ in range(epoch + 3) for i in torch.randperm(12, generator=generator).tolist()]
+    batches, waiting = [], {0: [], 1: []}
+    for image in drawn[12 * epoch :][rank::size]:
+        waiting[image % 2].append(image)
+        if len(waiting[image % 2]) == 2 // size:
+            batches.append(waiting[image % 2])
+            waiting[image % 2] = []
+    return batches[:number]
+
+
+def assert_equal(a, b):
+    """Nested dicts, lists and tensors."""
+    if torch.is_tensor(b):
+        assert torch.equal(a, b)
+    elif isinstance(b, dict):
+        assert a.keys() == b.keys()
+        for key, value in b.items():
+            assert_equal(a[key], value)
+    elif isinstance(b, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_equal(x, y)
+    else:
+        assert a == b
+
+
+def test_torchrun_is_num_gpus_with_a_lazy_config(train, tmp_path):
+    (tmp_path / "small.py").write_text(SMALL_LAZY + "del dataloader.evaluator\n")
+    results = []
+    for words in ((), ("--standalone", "--nproc_per_node", 2)):
+        folder = tmp_path / f"run{len(results)}"
+        opts = ["dataloader.train.total_batch_size=2", "train.max_iter=4"]
+        ended(train(folder, *words, lazy=tmp_path / "small.py", opts=opts), folder)
+        assert "World size: 2" in log_of(folder)
+        results.append(outcome(folder))
+    assert_same(*results)

@@ -25,7 +25,7 @@ from repr_det.commands.world import Torchrun, join_by_options, join_torchrun, ur
 from repr_det.detectron.config import without_repr
 from repr_det.method.errors import UserError
 from repr_det.runs.files import disk_is_full, write_atomically
-from repr_det.runs.lock import RunLock, job_of
+from repr_det.runs.lock import RunLock, finds, job_of
 from repr_det.runs.parent import end_with_parent
 from repr_det.runs.record import CONFIG_FILE
 from repr_det.runs.stopping import STATUS, Stopped, answer_signals
@@ -33,6 +33,7 @@ from repr_det.runs.stopping import STATUS, Stopped, answer_signals
 STOCK_CONFIG_FILE = "config_detectron2.yaml"
 _FOR_THE_FIRST_TO_SPEAK = 5.0  # seconds
 _FOR_THE_LAST_TO_END = 30.0  # seconds that a resumed run waits for the one that it continues, which may be saving
+_FOR_A_FILE_TO_BE_SEEN = 60.0  # seconds that one machine's files may take to appear on another
 _HELD: list[RunLock] = []
 
 
@@ -85,7 +86,7 @@ def setup_process(
     ``runs.record``. ``args.resume`` becomes what rank 0 has found, see ``may_continue``.
 
     Raises:
-        UserError: another process trains in ``folder``, or this machine does not see rank 0's files there.
+        UserError: another process trains in ``folder``, or some machine does not see rank 0's files there.
     """
     _take(args, folder)
     if device == "cpu" and comm.get_world_size() > 1 and "OMP_NUM_THREADS" not in os.environ:
@@ -121,25 +122,26 @@ def _take(args: argparse.Namespace, folder: str) -> None:
     """Rank 0 locks the folder; every rank learns whether it could, and whether the run is resumed."""
     if args.eval_only or not folder:
         return
-    trouble = ""
+    trouble = mark = ""
     if comm.is_main_process():
         torchrun = Torchrun.found()
         lock = RunLock(folder, "" if torchrun is None else torchrun.job)
         try:
             lock.acquire(_FOR_THE_LAST_TO_END if args.resume else 0.0)
             _HELD.append(lock)
+            mark = lock.mark
         except UserError as error:
             trouble = str(error)
-    tag = Path(folder) / "last_checkpoint"
-    found = tag.read_text(encoding="utf-8", errors="replace") if tag.is_file() else ""
-    told = comm.all_gather((trouble, args.resume, found))
-    trouble, args.resume, of_rank_0 = told[0]
+    trouble, args.resume, mark = comm.all_gather((trouble, args.resume, mark))[0]
     if trouble:
         raise UserError(trouble)
-    if args.resume and found != of_rank_0:
+    blind = not comm.is_main_process() and not finds(folder, mark, _FOR_A_FILE_TO_BE_SEEN)
+    hosts = comm.all_gather(socket.gethostname() if blind else "")
+    if any(hosts):
+        ranks = ", ".join(str(rank) for rank, host in enumerate(hosts) if host)
         raise UserError(
-            f"{tag} names {found!r} on {socket.gethostname()} and {of_rank_0!r} for rank 0: OUTPUT_DIR must be one "
-            "folder that every machine sees"
+            f"OUTPUT_DIR {folder} is not one folder that every machine sees: rank(s) {ranks} "
+            f"({', '.join(sorted(set(hosts) - {''}))}) do not find there what rank 0 writes"
         )
 
 

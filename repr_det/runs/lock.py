@@ -22,7 +22,11 @@ class RunLock:
     """The lock of one folder.
 
     It is a POSIX record lock: the system takes it back when the process dies, however it dies, and children (loader
-    workers) do not inherit it. On a file system without locks there is a warning and no lock.
+    workers) do not inherit it. It would also end when the process opens and closes the file again, so that it never
+    reads it. On a file system without locks there is a warning and no lock.
+
+    Attributes:
+        mark: what it has written into the file, different for every process and start.
 
     Args:
         folder: OUTPUT_DIR; made if it is not there.
@@ -30,7 +34,7 @@ class RunLock:
     """
 
     def __init__(self, folder: str | Path, job: str = "") -> None:
-        self.folder, self.job = Path(folder), job
+        self.folder, self.job, self.mark = Path(folder), job, ""
         self._file: IO[str] | None = None
 
     def acquire(self, wait: float = 0.0) -> None:
@@ -45,8 +49,7 @@ class RunLock:
         while (error := _try(file)) is not None:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 logger.warning("%s cannot be locked (%s): start no second run there", self.folder, error.strerror)
-                file.close()
-                return
+                break
             if time.monotonic() >= deadline:
                 file.close()
                 raise UserError(
@@ -54,9 +57,13 @@ class RunLock:
                     "end it, or give another OUTPUT_DIR"
                 )
             time.sleep(_AGAIN_SECONDS)
+        self.mark = json.dumps(
+            {"host": socket.gethostname(), "pid": os.getpid(), "job": self.job, "started": time.time()}
+        )
         file.truncate(0)
-        file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "job": self.job}) + "\n")
+        file.write(self.mark + "\n")
         file.flush()
+        os.fsync(file.fileno())  # other machines wait for it
         self._file = file
 
     def release(self) -> None:
@@ -69,6 +76,16 @@ class RunLock:
 def job_of(folder: str | Path) -> str:
     """The elastic job that last trained in ``folder``, "" where there is none."""
     return str(_content(Path(folder)).get("job", ""))
+
+
+def finds(folder: str | Path, mark: str, wait: float) -> bool:
+    """Whether another process's ``mark`` is, or comes within so many seconds, in the lock file of ``folder``."""
+    deadline = time.monotonic() + wait
+    while json.dumps(_content(Path(folder))) != mark:
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(_AGAIN_SECONDS)
+    return True
 
 
 def _try(file: IO[str]) -> OSError | None:
