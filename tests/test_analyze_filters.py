@@ -15,7 +15,7 @@ from detectron2.modeling import build_model
 
 from repr_det import UserError
 from repr_det.runs.safe_pickle import load_checkpoint, load_restricted
-from repr_det.studies.analysis import layers_by_config, read_checkpoint
+from repr_det.studies.analysis import analyze, layers_by_config, read_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 spec = importlib.util.spec_from_file_location("analyze_filters", ROOT / "tools" / "analyze_filters.py")
@@ -71,6 +71,31 @@ def test_numbers_table_and_plots(tmp_path, capsys):
     assert (tmp_path / "plot.svg").read_text().lstrip().startswith("<?xml")
     run(tmp_path / "model.pth", "--plot", tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_grouped_convs_of_a_config_are_looked_at_in_each_group(tmp_path, tiny_cfg):
+    """Filters of two groups are alike and still do not overlap: they look at other channels."""
+    opts = ["MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.NUM_GROUPS", 4, "MODEL.RESNETS.WIDTH_PER_GROUP", 16]
+    include = ["backbone.bottom_up.res2.0.conv1", "backbone.bottom_up.res2.0.conv2"]
+    cfg = tiny_cfg(*opts, "REPR.LAYERS.INCLUDE", include, "MODEL.RESNETS.RES2_OUT_CHANNELS", 256)
+    weights = {name: value.clone() for name, value in build_model(cfg).state_dict().items()}
+    weight = weights[f"{include[1]}.weight"]  # (64, 16, 3, 3), groups of 16
+    weight[16:20] = weight[:4]
+    weight[5] = 0
+    torch.save({"model": weights}, tmp_path / "model.pth")
+    analysis = analyze(layers_by_config(read_checkpoint(tmp_path / "model.pth"), cfg), num_pairs=30)
+    plain, grouped = analysis.layers
+    np.testing.assert_allclose(plain.overlap, overlaps(weights[f"{include[0]}.weight"]), atol=1e-6)
+    expected = np.zeros(64)
+    for group in range(4):
+        kept = [i for i in range(16 * group, 16 * group + 16) if i != 5]
+        expected[kept] = overlaps(weight[kept])
+    np.testing.assert_allclose(grouped.overlap, expected, atol=1e-6)
+    assert grouped.zero == [5] and grouped.duplicates == [] and grouped.max_cosine < 0.5
+    assert all(i // 16 == j // 16 for name, i, j, _ in analysis.pairs if name == include[1])
+    generator = torch.Generator().manual_seed(0)
+    random = [overlaps(torch.randn(n, 144, generator=generator)).mean() for n in (15, 16, 16, 16) for _ in range(20)]
+    assert grouped.expected == pytest.approx(np.mean(random), rel=0.02)
 
 
 def test_patterns_choose_layers(tmp_path):

@@ -3,6 +3,9 @@ a criterion would drop.
 
 Shape shorthand:
     J: filters of a layer        d: weights of one filter
+
+A filter of a grouped conv is compared with those of its group. Weights alone do not say how many groups there are, so
+layers that are chosen by pattern count as one.
 """
 
 import fnmatch
@@ -19,7 +22,7 @@ from torch import Tensor, nn
 from repr_det.method.criteria import CRITERIA, Context, get_criterion
 from repr_det.method.errors import UserError
 from repr_det.method.layers import FilterLayer, find_filter_layers
-from repr_det.method.orthogonality import expected_overlap, inter_filter_orthogonality, unit_filters
+from repr_det.method.orthogonality import by_group, expected_overlap, inter_filter_orthogonality, unit_filters
 from repr_det.method.selection import drop_total, select_filters
 from repr_det.runs.files import write_atomically
 from repr_det.runs.safe_pickle import load_checkpoint
@@ -187,7 +190,7 @@ def layers_by_config(checkpoint: Checkpoint, cfg: Any) -> list[FilterLayer]:
                 f"{checkpoint.path}: {layer.name}.weight is {wanted} in the model of the config and {has} in the file: "
                 "give the config of the run that wrote it"
             )
-        found.append(_stand_in(layer.name, weight))
+        found.append(_stand_in(layer.name, weight, layer.conv.groups))
     return found
 
 
@@ -219,17 +222,14 @@ def analyze(
     masks = select_filters(scores, drop_ratio, max_drop_per_layer)
     analyses, pairs = [], []
     for layer in layers:
-        unit = unit_filters(layer.weight)
-        cosines = torch.triu(unit @ unit.T, diagonal=1)
+        groups = layer.conv.groups
+        cosines = _cosines(layer.weight, groups)
         pairs += _top_pairs(layer.name, cosines, num_pairs)
         rows = layer.weight.detach().flatten(1)
         zero = ~rows.count_nonzero(1).bool()
         norms = rows.norm(dim=1)
         dead = ~zero & (norms < DEAD * norms[~zero].nanmedian()) if not zero.all() else zero & False
         near = cosines.abs() > NEAR_DUPLICATE
-        overlap = torch.zeros(len(rows), dtype=unit.dtype)
-        if not zero.all():
-            overlap[~zero] = inter_filter_orthogonality(rows[~zero])
         analyses.append(
             LayerAnalysis(
                 name=layer.name,
@@ -239,8 +239,8 @@ def analyze(
                 not_finite=(~torch.isfinite(rows).all(1)).nonzero().flatten().tolist(),
                 dead=dead.nonzero().flatten().tolist(),
                 duplicates=(near.any(0) | near.any(1)).nonzero().flatten().tolist(),
-                overlap=overlap,
-                expected=expected_overlap(max(1, int((~zero).sum())), rows.shape[1]),
+                overlap=by_group(_overlap_in_use, groups, rows, zero),
+                expected=_expected(zero, groups, rows.shape[1]),
                 max_cosine=cosines.abs().max().item(),
                 dropped=masks[layer.name].nonzero().flatten().tolist(),
             )
@@ -406,20 +406,40 @@ def plot(path: str | Path, checkpoint: Checkpoint, analysis: Analysis) -> None:
         raise UserError(f"--plot {path}: {error}") from error
 
 
-def _stand_in(name: str, weight: Tensor) -> FilterLayer:
+def _stand_in(name: str, weight: Tensor, groups: int = 1) -> FilterLayer:
     """A layer that has a weight and nothing else."""
     filters, inputs, height, width = weight.shape
-    conv = nn.Conv2d(inputs, filters, (height, width), bias=False, device="meta")
+    conv = nn.Conv2d(inputs * groups, filters, (height, width), groups=groups, bias=False, device="meta")
     conv.weight = nn.Parameter(weight.detach().float(), requires_grad=False)
     return FilterLayer(name, conv)
 
 
+def _cosines(weight: Tensor, groups: int) -> Tensor:
+    """(J, J) of every two filters of one group, above the diagonal; 0 elsewhere."""
+    units = unit_filters(weight).chunk(groups)
+    return torch.triu(torch.block_diag(*(unit @ unit.T for unit in units)), diagonal=1)
+
+
+def _overlap_in_use(rows: Tensor, zero: Tensor) -> Tensor:
+    """(J,) O_f among the filters that are not zero; 0 for the others."""
+    overlap = torch.zeros(len(rows), dtype=rows.dtype)
+    if not zero.all():
+        overlap[~zero] = inter_filter_orthogonality(rows[~zero])
+    return overlap
+
+
+def _expected(zero: Tensor, groups: int, dimension: int) -> float:
+    """Mean O_f of random directions for as many filters as each group has in use."""
+    used = [int((~part).sum()) for part in zero.chunk(groups)]
+    return sum(n * expected_overlap(max(1, n), dimension) for n in used) / max(1, sum(used))
+
+
 def _top_pairs(name: str, cosines: Tensor, number: int) -> list[tuple[str, int, int, float]]:
-    """The largest |entries| of an upper triangle (J, J)."""
+    """The largest |entries| of an upper triangle (J, J) that are not 0."""
     size = len(cosines)
     _, flat = cosines.abs().flatten().topk(min(number, size * (size - 1) // 2))
     pairs = [(int(k) // size, int(k) % size) for k in flat]
-    return [(name, i, j, cosines[i, j].item()) for i, j in pairs if i < j]
+    return [(name, i, j, cosines[i, j].item()) for i, j in pairs if cosines[i, j] != 0]
 
 
 def _dropped_by_state(loaded: dict[str, Any]) -> int | None:

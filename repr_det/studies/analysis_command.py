@@ -24,7 +24,8 @@ Trains nothing, needs no GPU.
 tools/analyze_filters.py CHECKPOINT [--config-file FILE] [--criterion ortho] [--json FILE] [--plot FILE.svg]
 
 CHECKPOINT is a .pth of a training or .pkl weights of Detectron2. With a config file the layers are those that
-REPR.LAYERS names in its model; without one they are all 4-D weights, narrowed by --include and --exclude.
+REPR.LAYERS names in its model; without one they are all 4-D weights, narrowed by --include and --exclude, and count as
+ungrouped.
 """
 
 
