@@ -1,5 +1,6 @@
 """Which runs may be compared, and how a comparison is planned, from made-up runs."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,9 @@ from conftest import SMALL
 from finished_runs import compare_folders, write_metrics
 
 from repr_det.method.errors import UserError
+from repr_det.runs.record import describe_data_sets
 from repr_det.studies.comparison.command import main
+from repr_det.studies.comparison.data import check_same_data
 from repr_det.studies.comparison.pairing import check_finished, first_difference, run_from_folder
 from repr_det.studies.comparison.plan import plan_runs
 
@@ -207,3 +210,54 @@ def test_max_iter_is_that_of_the_scaled_config(finished, tmp_path, tiny_cfg, cap
                 check_finished([run])
         else:
             check_finished([run])
+
+
+def recorded(folder, name="data_sets.json", **changed):
+    """A record of the data that a made-up run was trained on; ``changed`` is of its odd_val."""
+    record = describe_data_sets(("odd_train", "odd_val"))
+    record["odd_val"] |= changed
+    (folder / name).write_text(json.dumps(record))
+
+
+def test_runs_on_other_files_of_one_name_are_refused(finished, named_data, tmp_path):
+    base, other = finished("baseline", 1), finished("repr", 1)
+    recorded(base)
+    recorded(other, file="/elsewhere/odd.json")  # another place, the same content
+    check_same_data([base, other])
+    recorded(other, file="/elsewhere/odd.json", sha256="0" * 64)
+    with pytest.raises(UserError) as error:
+        compare_folders(tmp_path, [base], [other])
+    assert str(error.value) == (
+        f"{base} and {other} cannot be compared: odd_val was {named_data[0]} in the first and /elsewhere/odd.json, "
+        "with other content, in the second"
+    )
+    assert not (tmp_path / "out").exists()
+    (other / "data_sets.json").unlink()  # of a version that kept no record
+    check_same_data([base, other])
+
+
+def test_a_run_that_changed_its_data_on_the_way_is_refused(finished, named_data, tmp_path):
+    base, other = finished("baseline", 1), finished("repr", 1)
+    for folder in (base, other):
+        recorded(folder)
+    recorded(other, "data_sets_until_0000019.json", file="old.json", sha256="0" * 64)
+    with pytest.raises(UserError, match=r"odd_val was .*odd\.json in the first and old\.json, with other content"):
+        compare_folders(tmp_path, [base], [other])
+
+
+def test_runs_on_other_data_than_is_registered_are_refused(finished, named_data, tmp_path):
+    base, other = finished("baseline", 1), finished("repr", 1)
+    for folder in (base, other):
+        recorded(folder, file="old.json", sha256="0" * 64)
+    with pytest.raises(UserError, match=rf"odd_val is {named_data[0]} here and was old\.json, with other content, for"):
+        compare_folders(tmp_path, [base], [other])
+
+
+def test_other_runs_on_other_data_are_refused(finished, named_data, tmp_path):
+    base, other = finished("baseline", 1), finished("repr", 1)
+    third = finished("baseline", 1, "SOLVER.WEIGHT_DECAY", 0.01, folder=tmp_path / "third")
+    for folder in (base, other):
+        recorded(folder)
+    recorded(third, file="old.json", sha256="0" * 64)
+    with pytest.raises(UserError, match=r"third cannot be compared: odd_val was"):
+        compare_folders(tmp_path, [base], [other], "--other-runs", str(third))

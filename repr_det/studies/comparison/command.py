@@ -13,6 +13,7 @@ from repr_det.commands.world import refuse_torchrun
 from repr_det.datasets import register_builtin, register_coco_format
 from repr_det.method.errors import UserError
 from repr_det.runs.files import write_atomically
+from repr_det.studies.comparison.data import check_same_data
 from repr_det.studies.comparison.others import group_by_settings, read_other_runs
 from repr_det.studies.comparison.pairing import check_comparable, check_finished, pair_runs, run_from_folder
 from repr_det.studies.comparison.plan import plan_runs
@@ -87,6 +88,7 @@ def main(argv: list[str] | None = None) -> None:
         run_all(runs, args.jobs, args.num_gpus)
     check_finished(runs)
     check_comparable(runs)
+    check_same_data([run.folder for run in (*runs, *others)])
     settled = group_by_settings(others, pairs)
     _remember(args.output, settings)
     comparison = compare(pairs, args.output / "train_ap.json", args.bootstrap, args.train_images, _say, settled)
