@@ -5,11 +5,12 @@ import logging
 
 import pytest
 import torch
+from detectron2.engine import DefaultTrainer
 from torch import nn
 
-from repr_det import UserError
+from repr_det import Trainer, UserError
 from repr_det.runs.checkpoints import AtomicCheckpointer, check_last_checkpoint, find_checkpoint
-from repr_det.runs.files import truncate_log
+from repr_det.runs.files import keep_checkpoints, truncate_log
 
 
 class State:
@@ -84,3 +85,45 @@ def test_a_run_from_the_beginning_keeps_the_lines_of_another(tmp_path):
     assert (tmp_path / "repr_events.jsonl.2").exists() and path.read_text() == ""
     truncate_log(path, 0)  # nothing to keep
     assert not (tmp_path / "repr_events.jsonl.3").exists()
+
+
+def test_the_checkpoints_of_an_earlier_run_are_kept(tmp_path):
+    names = {"model_0000001.pth": b"a", "model_final.pth": b"b", "last_checkpoint": b"model_final.pth"}
+    for number in (1, 2):
+        for name, content in names.items():
+            (tmp_path / name).write_bytes(content)
+        (tmp_path / "pretrained.pth").write_bytes(b"c")  # no run writes that
+        assert keep_checkpoints(tmp_path) == [f"{name}.{number}" for name in sorted(names)]
+        for name, content in names.items():
+            assert (tmp_path / f"{name}.{number}").read_bytes() == content
+            assert not (tmp_path / name).exists()
+    assert keep_checkpoints(tmp_path) == [] and (tmp_path / "pretrained.pth").exists()
+
+
+def test_a_script_that_trains_anew_in_a_used_folder_destroys_nothing(tiny_cfg, tmp_path, monkeypatch, caplog):
+    """Trainer without the command, as notebooks use it: cells are run again."""
+    monkeypatch.setattr(DefaultTrainer, "before_train", lambda self: None)
+    cfg = tiny_cfg()
+    first = Trainer(cfg)
+    first.iter = 1
+    first.checkpointer.save("model_0000001", iteration=1)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").glob("*") if path.stat().st_size}
+    second = Trainer(cfg)
+    second.resume_or_load(resume=False)
+    with caplog.at_level(logging.WARNING, "repr_det.resume"):
+        second.before_train()
+    assert "holds the checkpoints of an earlier run: kept as last_checkpoint.1, model_0000001.pth.1" in caplog.text
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").glob("*.1")} == {
+        f"{name}.1": content for name, content in before.items()
+    }
+
+
+def test_freeze_at_changed_on_resume_is_refused(tiny_cfg, tmp_path):
+    first = Trainer(tiny_cfg())
+    first.iter = 1
+    first.checkpointer.save("model_0000001", iteration=1)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").glob("*")}
+    other = Trainer(tiny_cfg("MODEL.BACKBONE.FREEZE_AT", 2))
+    with pytest.raises(UserError, match=r"this run \d+ in \d+: resume with the same MODEL, MODEL.BACKBONE.FREEZE_AT"):
+        other.resume_or_load(resume=True)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").glob("*")} == before

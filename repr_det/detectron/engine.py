@@ -25,7 +25,7 @@ from repr_det.detectron.evaluators import build_evaluator, check_evaluators
 from repr_det.detectron.hook import RePrHook, first_later_hook
 from repr_det.method.errors import UserError
 from repr_det.runs.checkpoints import AtomicCheckpointer, remove_unfinished_saves
-from repr_det.runs.files import FINAL_CHECKPOINT
+from repr_det.runs.files import FINAL_CHECKPOINT, keep_checkpoints
 from repr_det.runs.guard import FiniteGuard, NonFiniteError, describe, first_non_finite
 from repr_det.runs.loader import resumable
 from repr_det.runs.resume import ExactResume
@@ -121,7 +121,12 @@ class Trainer(DefaultTrainer):
             raise NonFiniteError(describe(self, what)) from error
 
     def before_train(self) -> None:
-        """Detectron2's, and writes the final checkpoint that a killed run did not."""
+        """Detectron2's, writes the final checkpoint that a killed run did not, and keeps those of an earlier run."""
+        if self.start_iter == 0:
+            comm.synchronize()  # all have loaded MODEL.WEIGHTS, which may be one of them
+            if comm.is_main_process() and (kept := keep_checkpoints(self.cfg.OUTPUT_DIR)):
+                names = ", ".join(kept)
+                logger.warning("%s holds the checkpoints of an earlier run: kept as %s", self.cfg.OUTPUT_DIR, names)
         super().before_train()
         final = os.path.join(self.cfg.OUTPUT_DIR, FINAL_CHECKPOINT)
         if self.start_iter == self.max_iter and comm.is_main_process() and not os.path.exists(final):

@@ -60,6 +60,18 @@ def truncate_log(path: str | Path, start_iter: int) -> None:
         file.truncate(len(kept))
 
 
+def keep_checkpoints(folder: str | Path) -> list[str]:
+    """Renames the checkpoints of an earlier run, which a new one would overwrite: model_final.pth becomes
+    model_final.pth.1, or the next number that is free for all of them.
+
+    Returns:
+        their new names; [] where there is none.
+    """
+    files = sorted((*Path(folder).glob("last_checkpoint"), *Path(folder).glob("model_*.pth")))
+    number = next(n for n in itertools.count(1) if not any(Path(f"{file}.{n}").exists() for file in files))
+    return [os.path.basename(shutil.move(file, f"{file}.{number}")) for file in files]
+
+
 def last_logged(path: str | Path) -> int:
     """The largest "iteration" in such a file, -1 where there is none."""
     if not os.path.exists(path):
