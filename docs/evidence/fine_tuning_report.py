@@ -57,13 +57,18 @@ def difference(baseline: Arms, form: dict[int, float]) -> Difference | None:
 
 def lines(baselines: dict[str, Arms], forms: dict[str, Arms]) -> list[tuple[str, ...]]:
     found = []
-    for setting in sorted(set(baselines) | set(forms)):
+    for setting in sorted(set(baselines) | set(forms), key=_order):
         for name, arm in sorted(baselines.get(setting, {}).items()):
             found.append((_told(setting), f"**{name}**", str(len(arm)), _spread(arm), ""))
         for name, arm in sorted(forms.get(setting, {}).items()):
             d = difference(baselines.get(setting, {}), arm)
             found.append((_told(setting), name, str(len(arm)), _spread(arm), _interval(d)))
     return found
+
+
+def _order(setting: str) -> tuple[str, int, str]:
+    values = json.loads(setting)
+    return values["data"], values["iterations"], setting
 
 
 def _told(setting: str) -> str:

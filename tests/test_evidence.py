@@ -1,0 +1,136 @@
+"""docs/evidence: the removals of the fine-tuning search against what they promise, its table against a hand count."""
+
+import importlib.util
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT
+from torch import nn
+
+FOLDER = ROOT / "docs" / "evidence"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+report, search = load("fine_tuning_report"), load("fine_tuning_search")
+
+
+def small_trainer(max_iter=100):
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"conv": nn.Conv2d(3, 10, 3), "fc": nn.Linear(8, 6)})
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    return SimpleNamespace(model=model, _trainer=SimpleNamespace(optimizer=optimizer), iter=0, max_iter=max_iter)
+
+
+def steps(hook, trainer, number):
+    """Steps with gradients of one; what is zero in the conv after each."""
+    zero = []
+    hook.trainer = trainer
+    hook.before_train()
+    for trainer.iter in range(number):
+        for parameter in trainer.model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        trainer._trainer.optimizer.step()
+        hook.after_step()
+        zero.append((trainer.model["conv"].weight.flatten(1) == 0).all(1).sum().item())
+    return zero
+
+
+@pytest.mark.parametrize("returns", ["old", "new", "init", "shrink", "mix"])
+def test_rows_are_out_for_s2_iterations_and_come_back(returns):
+    options = {"layers": ["conv"], "s1": 4, "s2": 3, "n": 2, "ratio": 0.3, "returns": returns, "alpha": 0.5}
+    hook, trainer = search.Cycle(options, seed=1), small_trainer()
+    assert steps(hook, trainer, 16) == [0] * 3 + [3] * 3 + [0] * 4 + [3] * 3 + [0] * 3
+    assert hook.rows == {} and not any((p == 0).all() for p in trainer.model.parameters())
+
+
+def test_old_rows_come_back_as_they_were():
+    hook, trainer = (
+        search.Cycle({"layers": ["fc"], "s1": 2, "s2": 2, "n": 1, "ratio": 0.5, "returns": "old"}, 1),
+        small_trainer(),
+    )
+    kept = {}
+    drop = hook._drop
+
+    def remember():
+        kept["weight"], kept["bias"] = trainer.model["fc"].weight.clone(), trainer.model["fc"].bias.clone()
+        drop()
+        kept["rows"] = hook.rows["fc"]
+
+    hook._drop = remember
+    steps(hook, trainer, 4)
+    assert len(kept["rows"]) == 3
+    assert torch.equal(trainer.model["fc"].weight[kept["rows"]], kept["weight"][kept["rows"]])
+    assert torch.equal(trainer.model["fc"].bias[kept["rows"]], kept["bias"][kept["rows"]])
+
+
+def test_averages_against_closed_forms():
+    uniform, exponential = search.Average(start=1, every=2), search.Average(decay=0.5)
+    model = nn.Linear(1, 1, bias=False)
+    values, expected = [1.0, 4.0, 2.0, 10.0], 0.0
+    for iteration, value in enumerate(values):
+        model.weight.data.fill_(value)
+        for hook in (uniform, exponential):
+            hook.trainer = SimpleNamespace(iter=iteration, model=model)
+            hook.after_step()
+        decay = min(0.5, (2 + iteration) / (11 + iteration))
+        expected = value if iteration == 0 else decay * expected + (1 - decay) * value
+    assert uniform.state["weight"].item() == pytest.approx((4 + 10) / 2)
+    assert exponential.state["weight"].item() == pytest.approx(expected)
+
+
+def test_channel_dropout_keeps_the_mean_and_is_off_in_evaluation():
+    trainer = small_trainer()
+    hook = search.ChannelDropout({"layers": ["conv"], "p": 0.4})
+    hook.trainer = trainer
+    hook.before_train()
+    trainer.iter = 50
+    hook.before_step()
+    assert hook.share == pytest.approx(0.2)
+    images = torch.ones(400, 3, 3, 3)
+    conv = trainer.model["conv"]
+    dropped = conv(images)[..., 0, 0]
+    plain = conv.eval()(images)[..., 0, 0]
+    whole = dropped == 0
+    assert whole.float().mean().item() == pytest.approx(0.2, abs=0.03)
+    assert torch.allclose(dropped[~whole], plain[~whole] / 0.8, atol=1e-6)
+
+
+def lines(*runs):
+    return "".join(json.dumps({"run": run, "AP": ap, "average": {"ema": {"AP": ap + 1}}}) + "\n" for run, ap in runs)
+
+
+def test_the_table_pairs_arms_with_the_baseline_of_the_same_setting(tmp_path):
+    rate = {"SOLVER.BASE_LR": 0.04}
+    on = {**rate, "REPR.ENABLED": True}
+    (tmp_path / "runs.jsonl").write_text(
+        lines(
+            ({"name": "base", "seed": 1, "data": "bccd", "cfg": rate}, 58.0),
+            ({"name": "base", "seed": 2, "data": "bccd", "cfg": rate}, 60.0),
+            ({"name": "other rate", "seed": 1, "data": "bccd", "cfg": {"SOLVER.BASE_LR": 0.02}}, 10.0),
+            ({"name": "longer", "seed": 1, "data": "bccd", "cfg": rate, "iterations": 2400}, 20.0),
+            ({"name": "repr", "seed": 1, "data": "bccd", "cfg": on}, 55.0),
+            ({"name": "repr", "seed": 2, "data": "bccd", "cfg": on}, 59.0),
+            ({"name": "repr", "seed": 3, "data": "bccd", "cfg": on}, 0.0),
+        )
+    )
+    found = report.lines(*report.read(tmp_path / "runs.jsonl", None))
+    (line,) = [line for line in found if line[1] == "repr"]
+    # -3 and -1: mean -2, t(0.975, 1) = 12.7062, sd 1.41421 / sqrt 2
+    assert line[2:] == ("3", "38.0 ± 33.0", "-2.0 (-14.7 .. +10.7, 2 pairs)")
+    assert [line[1] for line in found] == ["**other rate**", "**base**", "repr", "**longer**"]
+    averaged = report.lines(*report.read(tmp_path / "runs.jsonl", "ema"))
+    assert next(line for line in averaged if line[1] == "**longer**")[3] == "21.0"
+
+
+def test_the_committed_runs_are_whole():
+    lines = (FOLDER / "fine_tuning_search.jsonl").read_text().splitlines()
+    runs = [json.loads(line)["run"] for line in lines]
+    assert len({(run["name"], run["seed"]) for run in runs}) == len(runs) > 20
