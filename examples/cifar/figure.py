@@ -37,7 +37,8 @@ def draw_influence(
                 panel.fill_between(rank, worth.min(0), worth.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
                 panel.set_title(f"conv {number + 1}", loc="left")
                 panel.set_xlabel("filter, by influence")
-        row[0].set_ylabel(f"test accuracy lost, points\n{way_name(way, groups)}".strip())
+        name = f"\n{way_name(way, groups)}" if len(groups) > 1 else ""
+        row[0].set_ylabel(f"test accuracy lost, points{name}")
         row[-1].legend(frameon=False)
     figure.savefig(file)
     return f"influence of every filter in {len(known)} networks: {file}"
