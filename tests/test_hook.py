@@ -85,6 +85,8 @@ def test_drops_restores_events_and_scalars(tiny_cfg, tmp_path):
         (4, "drop", 1),
         (5, "restore", 1),
     ]
+    slim = events[1].pop("slim")  # what the first sub-network found out
+    assert set(slim) == {"slim", "by", "slim_cost", "masked_cost"} and slim["by"] == "count"
     for event in events:
         assert sum(len(v) for v in event["dropped"].values()) == math.floor(0.3 * BACKBONE_FILTERS)
         assert set(event) == {

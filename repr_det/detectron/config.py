@@ -1,7 +1,9 @@
 """The config node REPR: its keys, their checks and the schedule that they stand for."""
 
 import contextlib
+from typing import Any
 
+import yacs.config
 import yaml
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
@@ -12,6 +14,22 @@ from repr_det.method.errors import UserError
 from repr_det.method.returning import check_reinit
 from repr_det.method.schedule import RePrSchedule
 from repr_det.method.selection import check_shares
+from repr_det.method.slim_choice import check_slim
+
+
+def _let_slim_be_string_or_bool() -> None:
+    """yacs lets a value replace one of its own type only, for every key of every config; REPR.SLIM has two types."""
+    check = yacs.config._check_and_coerce_cfg_value_type
+
+    def checked(replacement: Any, original: Any, key: str, full_key: str) -> Any:
+        if full_key == "REPR.SLIM":  # validate_repr_config looks at what it is
+            return replacement
+        return check(replacement, original, key, full_key)
+
+    yacs.config._check_and_coerce_cfg_value_type = checked
+
+
+_let_slim_be_string_or_bool()
 
 
 def add_repr_config(cfg: CfgNode) -> None:
@@ -52,8 +70,10 @@ def add_repr_config(cfg: CfgNode) -> None:
     node.REINIT.RETURN = "as_published"
     # Iterations of linear learning-rate warm-up after every restore. Not in the paper.
     node.REINIT.WARMUP_ITERS = 0
-    # Leave dropped channels out of the computation instead of computing zeros: the same numbers, fewer FLOPs.
-    node.SLIM = True
+    # Leave dropped channels out of the computation (True) instead of computing zeros (False): the same numbers up to
+    # rounding, fewer FLOPs, more kernels. "auto": the first training step of the first sub-network finds out which
+    # costs less, on a GPU by timing both on its batch, on a CPU by a count of operations and bytes.
+    node.SLIM = "auto"
 
 
 def validate_repr_config(cfg: CfgNode) -> RePrSchedule | None:
@@ -74,6 +94,7 @@ def validate_repr_config(cfg: CfgNode) -> RePrSchedule | None:
             f"REPR.MAX_DROP_PER_LAYER must be at least REPR.DROP_RATIO {node.DROP_RATIO}, got {node.MAX_DROP_PER_LAYER}"
         )
     get_criterion(node.CRITERION)
+    check_slim(node.SLIM)
     check_reinit(node.REINIT.SCALE, node.REINIT.FROZEN_NORM, node.REINIT.RETURN)
     if node.REINIT.WARMUP_ITERS < 0:
         raise UserError(f"REPR.REINIT.WARMUP_ITERS must be at least 0, got {node.REINIT.WARMUP_ITERS}")

@@ -255,7 +255,9 @@ class RePrHook(HookBase):
             calibration_batches=node.REINIT.CALIBRATION_BATCHES,
             seed=seed,
             passes=training_passes(self.cfg, model, trainer),
-            slim_model=model if node.SLIM else None,
+            slim_model=model,
+            slim=node.SLIM,
+            apart=lambda: EventStorage(0),
         )
 
     def _log_plan(self) -> None:
@@ -302,6 +304,8 @@ class RePrHook(HookBase):
         if comm.is_main_process():
             line = {"iteration": iteration, **dataclasses.asdict(transition)}
             overlap = {"overlap": line.pop("overlaps")}
+            if line["slim"] is None:
+                del line["slim"]
             self._append(OVERLAPS_FILE, {key: line[key] for key in ("iteration", "event", "cycle")} | overlap)
             self._append(EVENTS_FILE, line)
 

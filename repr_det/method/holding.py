@@ -6,6 +6,7 @@ Shape shorthand:
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,8 @@ class Transition:
         max_cosine: layer name -> largest |cos| of a new filter to the kept and old ones (restores only).
         seconds: wall-clock time.
         overlaps: layer -> O_f of every filter, before a drop and after a restore.
+        slim: at the restore of the sub-network that found out which way costs less: the fields of
+            ``slim_choice.Choice``; else None.
     """
 
     event: str
@@ -43,6 +46,7 @@ class Transition:
     max_cosine: dict[str, float]
     seconds: float
     overlaps: dict[str, list[float]]
+    slim: dict[str, Any] | None = None
 
 
 class HeldFilters:

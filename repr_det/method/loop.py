@@ -46,7 +46,8 @@ class RePr:
         passes: the same, for batches of another kind (``passes.TrainingPasses``).
         norms, sample: which norm follows which conv, where the order of the modules does not say it, see
             ``layers.find_filter_layers``.
-        slim: leave dropped channels out of the computation instead of computing zeros.
+        slim: True leaves dropped channels out of the computation, False computes them as zeros; "auto" finds out which
+            costs less, see ``RePrScheme``.
         options: of ``RePrScheme``: criterion, drop_ratio, max_drop_per_layer, scale, frozen_norm, returns,
             criterion_batches, calibration_batches, seed.
 
@@ -75,7 +76,7 @@ class RePr:
         passes: TrainingPasses | None = None,
         norms: Mapping[str, nn.Module | None] | None = None,
         sample: Any = None,
-        slim: bool = True,
+        slim: bool | str = "auto",
         **options: Any,
     ) -> None:
         if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
@@ -94,7 +95,8 @@ class RePr:
             optimizer,
             readers=readers(model),
             passes=passes,
-            slim_model=model if slim else None,
+            slim_model=model,
+            slim=slim,
             **options,
         )
         self.steps = 0

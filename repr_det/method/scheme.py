@@ -11,10 +11,12 @@ In a plain loop:
             scheme.restore()
 """
 
+import dataclasses
 import hashlib
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -39,6 +41,7 @@ from repr_det.method.passes import TrainingPasses, undisturbed
 from repr_det.method.returning import bring_back, can_be_silent, check_reinit, remember, silence
 from repr_det.method.selection import check_capacity, select_filters
 from repr_det.method.slim import SlimNetwork
+from repr_det.method.slim_choice import Choice, SlimChooser, check_slim
 from repr_det.method.wiring import WiringWatch
 
 logger = logging.getLogger("repr_det.scheme")
@@ -75,6 +78,12 @@ class RePrScheme:
         passes: how to run training batches; needed by data-driven criteria and by "recalibrate".
         slim_model: the model that holds the layers, to leave dropped channels out of its computation
             (``slim.SlimNetwork``); None computes them as zeros.
+        slim: with ``slim_model``: True; False, as if it were None; or "auto", which finds out in the first training
+            pass of a sub-network which of the two costs less, and keeps to that (``slim_choice``).
+        apart: a context for the extra passes of "auto", see ``slim_choice.SlimChooser``.
+
+    Attributes:
+        slim_choice: what "auto" found out in this sub-network phase, and on which grounds; else None.
 
     Raises:
         UserError: an option is out of range, a trainable member of a filter is in no optimizer, or an optimizer keeps
@@ -98,8 +107,11 @@ class RePrScheme:
         seed: int = 0,
         passes: TrainingPasses | None = None,
         slim_model: nn.Module | None = None,
+        slim: bool | str = "auto",
+        apart: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
         check_reinit(scale, frozen_norm, returns)
+        check_slim(slim)
         self.layers = list(layers)
         check_capacity({layer.name: layer.num_filters for layer in self.layers}, drop_ratio, max_drop_per_layer)
         self.optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
@@ -119,6 +131,9 @@ class RePrScheme:
         self.seed = seed
         self.passes = passes
         self.slim_model = slim_model
+        self.slim = slim
+        self.apart = apart
+        self.slim_choice: Choice | None = None
         if passes is None and self.criterion.needs_data:
             raise UserError(
                 f"REPR: criterion {criterion!r} looks at training batches: give RePrScheme(passes=...) or choose "
@@ -133,6 +148,9 @@ class RePrScheme:
         self._held: HeldFilters | None = None
         self._old: dict[str, dict[str, Tensor]] = {}
         self._slim: SlimNetwork | None = None
+        self._chooser: SlimChooser | None = None
+        # What "auto" has chosen, also in a run that this one continues.
+        self._chosen: bool | None = None if slim == "auto" else bool(slim)
 
     @property
     def is_sub(self) -> bool:
@@ -238,7 +256,9 @@ class RePrScheme:
             max_cosine=cosines,
             seconds=time.perf_counter() - start,
             overlaps=_rounded(overlaps),
+            slim=None if self.slim_choice is None else dataclasses.asdict(self.slim_choice),
         )
+        self.slim_choice = None
         self._release()
         self.cycle += 1
         return transition
@@ -252,6 +272,8 @@ class RePrScheme:
             "old": self._old,
             "filters": {layer.name: layer.num_filters for layer in self.layers},
             "learning": self._learning.state_dict(),
+            "slim": self._chosen,
+            "slim_choice": None if self.slim_choice is None else dataclasses.asdict(self.slim_choice),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -270,6 +292,10 @@ class RePrScheme:
         self._release()
         self.cycle = state["cycle"]
         self.seed = state["seed"]
+        if self.slim == "auto":
+            self._chosen = state.get("slim", True)  # slim was the default before there was a choice
+            choice = state.get("slim_choice")
+            self.slim_choice = None if choice is None else Choice(**choice)
         self._learning.load_state_dict(state.get("learning", {"seen": mine, "zeros": {}}))  # 0.1.0 did not look
         if not state["masks"]:
             return
@@ -403,14 +429,22 @@ class RePrScheme:
         broadcast_([statistic for layer in layers for statistic in layer.running_statistics() or ()])
 
     def _go_slim(self) -> None:
-        if self.slim_model is not None:
-            self._slim = SlimNetwork(self.slim_model, self.layers, self.masks)
-            self._slim.install()
+        if self.slim_model is None or self._chosen is False:
+            return
+        self._slim = SlimNetwork(self.slim_model, self.layers, self.masks)
+        self._slim.install()
+        if self._chosen is None:
+            self._chooser = SlimChooser(self._slim, self._choose, self.apart)
+
+    def _choose(self, choice: Choice) -> None:
+        self._chosen, self.slim_choice = choice.slim, choice
 
     def _leave_slim(self) -> None:
+        if self._chooser is not None:
+            self._chooser.remove()
         if self._slim is not None:
             self._slim.remove()
-            self._slim = None
+        self._slim = self._chooser = None
 
     def _release(self) -> None:
         self._leave_slim()

@@ -14,6 +14,7 @@ Shape shorthand:
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +34,9 @@ _PER_CHANNEL = ("weight", "bias", "running_mean", "running_var")  # what a norm 
 # spite of the additional FLOPs. The half-precision kernels of cuDNN want multiples of 8.
 _MULTIPLE = 8
 
+# How often a conv's forward and backward pass move a weight, reordering it for its kernels (docs/performance.md).
+_MOVES = 14
+
 _traced_slim = False
 
 
@@ -45,6 +49,17 @@ def traced_slim() -> Iterator[None]:
         yield
     finally:
         _traced_slim = before
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations of convs (2 a multiply-add) and bytes of weights and channels that are moved for them."""
+
+    operations: float = 0.0
+    bytes: float = 0.0
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.operations + other.operations, self.bytes + other.bytes)
 
 
 class SlimNetwork:
@@ -119,6 +134,12 @@ class SlimNetwork:
         for handle in self._handles:
             handle.remove()
         self._replaced, self._handles, self._zeros = [], [], {}
+
+    def count(self) -> tuple["Work", "Work"]:
+        """What the last forward pass and its backward pass take in the convs that leave out channels: slim, masked."""
+        forwards = [module._compiled_call_impl.forward for module in self._replaced]
+        works = [forward.count() for forward in forwards if isinstance(forward, _ConvForward)]
+        return sum((slim for slim, _ in works), Work()), sum((masked for _, masked in works), Work())
 
     def __enter__(self) -> "SlimNetwork":
         self.install()
@@ -231,7 +252,7 @@ class _Zeros:
         return self.look()
 
 
-class _Absent:
+class Absent:
     """Not there in deep copies and pickles: its place holds None, or what ``absent`` says."""
 
     @staticmethod
@@ -245,7 +266,7 @@ class _Absent:
         return type(self).absent, ()
 
 
-class _OnLoad(_Absent):
+class _OnLoad(Absent):
     """Looks after weights have been loaded into a conv or its norm."""
 
     def __init__(self, zeros: _Zeros) -> None:
@@ -273,7 +294,7 @@ class _SlimForward:
         raise NotImplementedError
 
 
-class _SlimCall(_Absent):
+class _SlimCall(Absent):
     """What calling a module does: its hooks as ever, and between them the slim forward pass where it applies."""
 
     def __init__(self, module: nn.Module, forward: _SlimForward) -> None:
@@ -432,6 +453,7 @@ class _ConvForward(_SlimForward):
     """
 
     block: "_BlockForward | None" = None
+    positions = 0  # images times places of the last pass
 
     def __init__(
         self,
@@ -475,6 +497,7 @@ class _ConvForward(_SlimForward):
         if folds:
             bias = shift if bias is None else bias + shift
         x = F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation)
+        self.positions = x.shape[0] * x.shape[2:].numel()
         if self.slices_norm and not folds:
             x = norm(x)
         if self.scatter or (self.block is not None and not self.block.runs):
@@ -482,6 +505,20 @@ class _ConvForward(_SlimForward):
         if norm is not None and not self.slices_norm and not folds:
             x = norm(x)
         return x if activation is None else activation(x)
+
+    def count(self) -> tuple[Work, Work]:
+        """See ``SlimNetwork.count``."""
+        weight = self.conv.weight
+        filters, taps = len(weight), weight[0, 0].numel()
+        kept = filters if self.rows is None else len(self.rows.index)
+        part, whole, size = kept * self.inputs * taps, weight.numel(), weight.element_size()
+        moved = _MOVES * part
+        if part < whole:  # a slice is read and written; its gradient padded, gathered and written in full
+            moved += 4 * part + 2 * whole
+        if self.scatter:  # fills the whole, adds the part, gathers its gradient; larger than any cache
+            moved += 2 * self.positions * (filters + 5 * kept)
+        flops = 3 * 2 * self.positions
+        return Work(flops * part, size * moved), Work(flops * whole, size * _MOVES * whole)
 
 
 def _folds(norm: nn.Module | None) -> bool:
