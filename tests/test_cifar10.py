@@ -457,7 +457,10 @@ def test_distilling_trains_the_teacher_once_and_draws_the_influence(folder, tmp_
 
 
 def fake_run(row: str, seed: int, final: float, **options) -> tuple[Settings, dict]:
+    # The last 5 % of 100 epochs are four of `final - 1` and the last one.
+    curve = [10.0] * 95 + [final - 1] * 4 + [final]
     record = {"final": final, "best": final + 1, "train": 90.0, "diverged": None}
+    record |= {"curve": curve, "curve_epochs": list(range(1, 101))}
     return settings(row=row, seed=seed, **options), record
 
 
@@ -471,7 +474,7 @@ def test_table_pairs_by_seed_and_keeps_ways_of_training_apart():
     difference = np.subtract(values["ortho"], values["standard"])
     low, high = stats.t.interval(0.95, 2, difference.mean(), stats.sem(difference))
     mean, deviation = np.mean(values["ortho"]), np.std(values["ortho"], ddof=1)
-    wanted = f"76.4     3  {mean:.2f} +- {deviation:.2f}"
+    wanted = f"76.4     3  {mean:.2f} +- {deviation:.2f}  {mean - 0.8:.2f} +- {deviation:.2f}"
     line = next(line for line in plain.splitlines() if line.startswith("ortho skip_first False"))
     assert wanted in line and line.endswith(f"{difference.mean():+.2f} ({low:+.2f} to {high:+.2f})")
     # Of seeds 2 and 7 only one has a standard run.
