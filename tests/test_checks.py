@@ -53,7 +53,10 @@ def test_the_batch_is_that_of_the_scaled_config(tiny_cfg):
         (["SOLVER.CHECKPOINT_PERIOD", "-5"], "SOLVER.CHECKPOINT_PERIOD must be at least 1, got -5"),
         (["SOLVER.IMS_PER_BATCH", "0"], "SOLVER.IMS_PER_BATCH must be at least 1, got 0"),
         (["SOLVER.MAX_ITER", "0"], "SOLVER.MAX_ITER must be at least 1, got 0"),
-        (["TEST.AUG.ENABLED", "True"], "TEST.AUG.ENABLED is True, but test-time augmentation is not done here"),
+        (
+            ["TEST.AUG.ENABLED", "True", "MODEL.META_ARCHITECTURE", "ProposalNetwork"],
+            "Detectron2 has test-time augmentation for GeneralizedRCNN, not ProposalNetwork: set it to False",
+        ),
         (["MODEL.KEYPOINT_ON", "True"], "MODEL.KEYPOINT_ON is True, but no object of tiny_train has keypoints"),
         (["MODEL.MASK_ON", "True"], "objects in tiny_train lack a segmentation"),
         (["MODEL.ANCHOR_GENERATOR.SIZES", "[[8],[16]]"], "MODEL: "),

@@ -425,3 +425,33 @@ def test_annotation_id_zero_is_warned_of_since_pycocotools_never_matches_it(fold
         folder.check()
     assert "annotation id 0 means 'no match' to pycocotools" in caplog.text
     assert ap_of_the_truth(folder, "zero") < 90
+
+
+def test_boxes_given_by_their_corners_are_told(folder, caplog):
+    """[x1, y1, x2, y2] read as [x, y, width, height]: no box is wrong in itself, Detectron2 clips in silence."""
+    first = folder.content["annotations"][0]  # in an image of 40x30
+    corners = [[20, 10, 30, 20], [2, 3, 12, 14]]
+    folder.content["annotations"] = [first | {"id": i, "bbox": corners[i % 2]} for i in range(1, 21)]
+    with caplog.at_level(logging.WARNING):
+        folder.check(name="cells")
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert told.startswith("data set cells: ") and str(folder.json) in told
+    assert "10 of 20 boxes reach beyond their image (the first is annotation 2: [20, 10, 30, 20])" in told
+    caplog.clear()
+    folder.content["annotations"] = [first | {"id": i, "bbox": [20, 10, 21, 20]} for i in range(1, 21)]  # by a pixel
+    with caplog.at_level(logging.WARNING):
+        folder.check()
+    assert not caplog.records
+
+
+def test_an_image_that_can_be_read_is_not_called_broken(tmp_path):
+    """A strip of 5000x3 becomes 0 pixels high at INPUT.MAX_SIZE_TRAIN 160."""
+    path = tmp_path / "strip.png"
+    Image.new("RGB", (5000, 3)).save(path)
+    cfg = get_cfg()
+    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN = (96,), 160
+    mapper = image_files.NamingMapper(DatasetMapper(cfg, True))
+    with pytest.raises(UserError) as error:
+        mapper({"file_name": str(path), "width": 5000, "height": 3})
+    assert str(error.value).startswith(f"{path} (5000x3) can be read but not prepared for the model: ")
+    assert "see INPUT" in str(error.value) and "repair" not in str(error.value)

@@ -13,7 +13,7 @@ from urllib.parse import urlparse
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import MetadataCatalog
-from detectron2.modeling import build_model
+from detectron2.modeling import GeneralizedRCNN, build_model
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
@@ -56,11 +56,6 @@ def check_run(
     """
     _check_device(cfg, num_gpus)
     scaled = _scaled(cfg, world_size or num_gpus)
-    if cfg.TEST.AUG.ENABLED:
-        raise UserError(
-            "TEST.AUG.ENABLED is True, but test-time augmentation is not done here: set it to False, and evaluate the "
-            "checkpoint with Detectron2's own tools/train_net.py --eval-only and OUTPUT_DIR/config_detectron2.yaml"
-        )
     if not eval_only:
         _check_solver(scaled, num_gpus)
         validate_repr_config(scaled)
@@ -69,9 +64,22 @@ def check_run(
     if not eval_only and resume:
         check_same_classes(class_names(cfg.DATASETS.TRAIN[0]), cfg.OUTPUT_DIR)
     model = _model_of_shapes(cfg, build)
+    _check_augmentation(cfg, model)
     if cfg.REPR.ENABLED and not eval_only:
         check_layers(cfg, model)
     _check_weights(cfg, model, resume, eval_only)
+
+
+def _check_augmentation(cfg: CfgNode, model: nn.Module) -> None:
+    if not cfg.TEST.AUG.ENABLED:
+        return
+    unfit = "" if isinstance(model, GeneralizedRCNN) else type(model).__name__
+    unfit = unfit or "MODEL.KEYPOINT_ON" * cfg.MODEL.KEYPOINT_ON or "MODEL.LOAD_PROPOSALS" * cfg.MODEL.LOAD_PROPOSALS
+    if unfit:
+        raise UserError(
+            "TEST.AUG.ENABLED is True, but Detectron2 has test-time augmentation for GeneralizedRCNN, not "
+            f"{unfit}: set it to False"
+        )
 
 
 def check_layers(cfg: CfgNode, model: nn.Module) -> None:

@@ -18,6 +18,7 @@ from repr_det.datasets.image_files import MAX_HEADERS, check_image_files
 from repr_det.datasets.shapes import build_shapes
 from repr_det.method.errors import UserError
 
+MANY_BEYOND = 0.1  # share of boxes that reach beyond their image from which on it looks like a mistake
 MAX_USELESS_BOXES = 0.001  # share of objects that Detectron2 drops (boxes without area or outside their image, broken
 # polygons) that passes with a warning: COCO's own train2017 has 2 in 860,001
 ONE_IN = 100  # in a data set of at least so many objects one such object passes too
@@ -80,6 +81,9 @@ def check_coco_format(
     def fail(problem: str) -> NoReturn:
         raise UserError(f"{prefix}{json_file}: {problem}")
 
+    def warn(problem: str) -> None:
+        logger.warning("%s%s: %s", prefix, json_file, problem)
+
     content = ({"annotations": []} if allow_no_boxes else {}) | _read_json(json_file, prefix)
     for key in ("images", "categories", "annotations"):
         if key not in content:
@@ -92,21 +96,14 @@ def check_coco_format(
     classes = _check_categories(content["categories"], fail)
     sizes = _check_images(content["images"], fail)
     duplicates_known = "minival" in str(json_file)  # COCO's 2014 minival repeats ids, and Detectron2 lets it pass
-    gap = _check_annotations(content["annotations"], sizes, classes, duplicates_known, fail)
+    gap = _check_annotations(content["annotations"], sizes, classes, duplicates_known, fail, warn)
     if gap and for_evaluation:
         fail(gap)
     check_image_files(content["images"], image_root, decode, max_headers, prefix, json_file)
     first: dict[str, int] = {}  # class name -> its lowest category id
     aliases = tuple((i, first[name]) for i, name in sorted(classes.items()) if first.setdefault(name, i) != i)
     for other, lowest in aliases:
-        logger.warning(
-            "%s%s: categories %d and %d are both '%s': taken for one class",
-            prefix,
-            json_file,
-            lowest,
-            other,
-            classes[other],
-        )
+        warn(f"categories {lowest} and {other} are both '{classes[other]}': taken for one class")
     single = [a for a in content["annotations"] if not a.get("iscrowd", 0)]
     return CocoSummary(
         num_images=len(sizes),
@@ -223,11 +220,13 @@ def _check_annotations(
     classes: dict[int, str],
     duplicates_known: bool,
     fail: Callable[[str], NoReturn],
+    warn: Callable[[str], None],
 ) -> str | None:
     """What keeps COCO evaluation, but not training, from working."""
     seen: set[int] = set()
     useless: list[str] = []
     lost: list[str] = []
+    beyond: list[str] = []
     lacking: dict[str, list[int]] = {"area": [], "iscrowd": []}
     crowds = 0
     for number, annotation in enumerate(annotations):
@@ -256,6 +255,8 @@ def _check_annotations(
         elif x >= sizes[image_id][0] or y >= sizes[image_id][1] or x + width <= 0 or y + height <= 0:
             size = "{}x{}".format(*sizes[image_id])
             useless.append(f"{label} has a bbox outside its image {image_id!r}, which is {size}: {box}")
+        elif min(x, y) < -1 or x + width > sizes[image_id][0] + 1 or y + height > sizes[image_id][1] + 1:
+            beyond.append(f"{label}: {box}")
         crowd = annotation.get("iscrowd", 0)
         if not _is_flag(crowd):
             fail(f"{label} must have iscrowd 0 or 1, got {crowd!r}")
@@ -279,11 +280,16 @@ def _check_annotations(
         if len(found) > allowed:
             fail(found[0] + (f" ({len(found)} such {what})" if len(found) > 1 else ""))
         if found:
-            logger.warning("%s; %d such %s of %d are left aside", found[0], len(found), what, len(annotations))
+            warn(f"{found[0]}; {len(found)} such {what} of {len(annotations)} are left aside")
+    if len(beyond) > MANY_BEYOND * len(annotations):
+        warn(
+            f"{len(beyond)} of {len(annotations)} boxes reach beyond their image (the first is {beyond[0]}), and "
+            "Detectron2 clips them: a bbox must be [x, y, width, height], not two corners"
+        )
     if annotations and crowds == len(annotations):
         fail(f"all {crowds} annotations are crowd regions (iscrowd 1), none is an object to train on")
     if 0 in seen:
-        logger.warning("annotation id 0 means 'no match' to pycocotools, so that box never counts as found: start at 1")
+        warn("annotation id 0 means 'no match' to pycocotools, so that box never counts as found: start at 1")
     for key, ids in lacking.items():
         if ids:
             rule = {"area": "the object's area in pixels, or width * height", "iscrowd": "0 for a single object"}[key]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+from detectron2.data.detection_utils import SizeMismatchError, read_image
 from PIL import Image
 
 from repr_det.method.errors import UserError
@@ -103,6 +104,20 @@ class NamingMapper:
         except (OSError, SyntaxError, ValueError, cv2.error) as error:  # what Pillow, Detectron2 and OpenCV raise
             reason = " ".join(str(error).split()) or type(error).__name__
             name = record.get("file_name", f"image {record.get('image_id')}")
+            if not isinstance(error, SizeMismatchError) and (size := _size_if_whole(name)):
+                raise UserError(
+                    f"{name} ({size}) can be read but not prepared for the model: {reason}; what is saved is "
+                    "untouched: see INPUT, whose sizes may be too small for its shape, or leave it out"
+                ) from error
             raise UserError(
                 f"{name} cannot be read: {reason}; what is saved is untouched: repair the file, then --resume"
             ) from error
+
+
+def _size_if_whole(file: str) -> str:
+    """ "640x480" of an image that can be read, else ""."""
+    try:
+        height, width = read_image(file, "RGB").shape[:2]
+    except Exception:  # whatever is wrong with it, the first error told it
+        return ""
+    return f"{width}x{height}"

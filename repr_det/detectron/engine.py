@@ -12,6 +12,7 @@ from detectron2.data import DatasetMapper, build_detection_test_loader, build_de
 from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, create_ddp_model, hooks
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import DatasetEvaluator
+from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from torch import nn
@@ -98,6 +99,11 @@ class Trainer(DefaultTrainer):
         stop = StopAtSignal(cfg.SOLVER.CHECKPOINT_PERIOD, lambda: (guard.check_weights(), exact.collect()))
         built.insert(next((i for i, hook in enumerate(built) if isinstance(hook, hooks.EvalHook)), len(built)), stop)
         built.insert(0, guard)
+        if cfg.TEST.AUG.ENABLED:
+            again = hooks.EvalHook(0, lambda: self.test_with_TTA(cfg, model))
+            built.insert(
+                next((i for i, x in enumerate(built) if isinstance(x, hooks.PeriodicWriter)), len(built)), again
+            )
         if repr_hook is not None:  # here, not only when it moves itself: its checks come before the others write
             built.insert(first_later_hook(built), repr_hook)
         return built
@@ -164,6 +170,15 @@ class Trainer(DefaultTrainer):
             logger.warning(
                 "The config's settings hold from iteration %d on: %s", state_dict["iteration"] + 1, ", ".join(changed)
             )
+
+    @classmethod
+    def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> dict:
+        """Evaluation with test-time augmentation (TEST.AUG), as in Detectron2's own tools/train_net.py: the names of
+        its results end in _TTA. The files of the evaluators go to OUTPUT_DIR/inference_TTA."""
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
+        evaluators = [build_evaluator(name, folder) for name in cfg.DATASETS.TEST]
+        results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
+        return {f"{name}_TTA": values for name, values in results.items()}
 
     @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
