@@ -15,7 +15,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
 
-from repr_det.datasets import drawing, shapes
+from repr_det.datasets import check_registered, drawing, shapes
 from repr_det.method.errors import UserError
 
 PINNED = {
@@ -339,6 +339,7 @@ def test_registration_is_lazy_and_may_be_repeated(few_images, catalogs, tmp_path
 def test_the_first_images_are_a_data_set_of_their_own(few_images, catalogs, tmp_path, monkeypatch):
     monkeypatch.setattr(shapes, "FIRST", {"train_3": ("train", 3)})
     shapes.register_shapes(tmp_path / "shapes")
+    check_registered("shapes_train_3")  # before anything is loaded, as the commands do
     some, every = DatasetCatalog.get("shapes_train_3"), DatasetCatalog.get("shapes_train")
     assert some == every[:3] and len(every) == 4
     written = json.loads((tmp_path / "shapes" / "annotations" / "train_3.json").read_text())

@@ -15,7 +15,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json, register_coco_instances
 
 from repr_det.datasets.image_files import MAX_HEADERS, check_image_files
-from repr_det.datasets.shapes import build_shapes
+from repr_det.datasets.shapes import build_part
 from repr_det.method.errors import UserError
 
 MANY_BEYOND = 0.1  # share of boxes that reach beyond their image from which on it looks like a mistake
@@ -414,7 +414,7 @@ def check_registered(name: str, *, for_evaluation: bool = True, allow_no_boxes: 
     _refuse_unknown(name)
     metadata = MetadataCatalog.get(name)
     if metadata.get("shapes_root"):
-        build_shapes(metadata.shapes_root)
+        build_part(Path(metadata.shapes_root), metadata.shapes_part)
     json_file, image_root = metadata.get("json_file"), metadata.get("image_root")
     if json_file is None or image_root is None or metadata.get("evaluator_type") != "coco":
         return None

@@ -314,12 +314,18 @@ def build_shapes(root: str | os.PathLike, progress: bool = True) -> Path:
 
 
 def _load(name: str, root: Path, part: str) -> list[dict]:
+    file = build_part(root, part)
+    return load_coco_json(str(file), str(root / FIRST.get(part, (part,))[0]), name)
+
+
+def build_part(root: Path, part: str) -> Path:
+    """``build_shapes``, and the annotations of a part in FIRST; returns the annotation file."""
     build_shapes(root)
     file = root / "annotations" / f"{part}.json"
     split, number = FIRST.get(part, (part, None))
     if number is not None and not file.exists():
         _write_first(root / "annotations" / f"{split}.json", number, file)
-    return load_coco_json(str(file), str(root / split), name)
+    return file
 
 
 def _write_first(source: Path, number: int, file: Path) -> None:
@@ -361,6 +367,7 @@ def register_shapes(root: str | os.PathLike | None = None) -> None:
             json_file=str(root / "annotations" / f"{part}.json"),
             image_root=str(root / FIRST.get(part, (part,))[0]),
             shapes_root=str(root),
+            shapes_part=part,
             evaluator_type="coco",
             thing_classes=list(CLASS_NAMES),
             thing_dataset_id_to_contiguous_id={i: i - 1 for i in range(1, len(CLASS_NAMES) + 1)},
