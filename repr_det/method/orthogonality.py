@@ -169,23 +169,41 @@ def least_overlap_filters(kept: Tensor, dropped: Tensor, generator: torch.Genera
     if num_new == 0:
         return dropped.clone()
     rows = unit_filters(torch.cat([kept.to(dropped), dropped]))
-    return least_overlap_rows(rows, num_new, generator).to(dropped).reshape(dropped.shape)
+    new = least_overlap_rows(rows, num_new, generator)[0]
+    return new.to(dropped).reshape(dropped.shape)
 
 
-def least_overlap_rows(rows: Tensor, num_new: int, generator: torch.Generator | None = None) -> Tensor:
+def least_overlap_rows(
+    rows: Tensor, num_new: int, generator: torch.Generator | None = None, num_kept: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
     """``least_overlap_filters`` for kept and dropped filters together, given as their ``unit_filters`` (n, d).
 
+    Args:
+        num_new: at least 1.
+        num_kept: how many of the first rows are kept filters.
+
     Returns:
-        (num_new, d) unit rows, num_new >= 1.
+        new unit rows (num_new, d); the cosines of ``rows`` to them (n, num_new); and O_f of the kept filters among
+        themselves (num_kept,), by the matrix products that were needed anyway where there is a null space.
     """
     dimension = rows.shape[1]
     with torch.autocast(rows.device.type, enabled=False):
         if len(rows) + num_new <= dimension:
-            return _null_space_rows(rows, num_new, generator)
+            gram = _lower_gram(rows)
+            overlap = _overlap_of_lower_gram(gram[:num_kept, :num_kept])
+            new, cosines = _null_space_rows(rows, gram, num_new, generator)
+            return new, cosines, overlap
         blocks = [_random_rotation(dimension, rows, generator) for _ in range(num_new // dimension)]
         if num_new % dimension:
             blocks.append(_smallest_eigenvectors(rows.double(), num_new % dimension, generator).to(rows))
-        return torch.cat(blocks)
+        new = torch.cat(blocks)
+        return new, rows @ new.T, overlap_of_unit_rows(rows[:num_kept])
+
+
+def _overlap_of_lower_gram(gram: Tensor) -> Tensor:
+    """``overlap_of_unit_rows`` from their Gram matrix, of which only what is below the diagonal is read."""
+    size = gram.tril(-1).abs_()
+    return (size.sum(1) + size.sum(0)) / max(len(gram), 1)
 
 
 def _randn(rows: int, columns: int, like: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -199,18 +217,23 @@ def _random_rotation(size: int, like: Tensor, generator: torch.Generator | None)
     return q * torch.where(r.diagonal() < 0, -1.0, 1.0).to(q)
 
 
-def _null_space_rows(rows: Tensor, num_new: int, generator: torch.Generator | None) -> Tensor:
-    """(num_new, d) random orthonormal rows orthogonal to ``rows`` (n, d), n + num_new <= d."""
-    new = _project_by_cholesky(rows, _randn(num_new, rows.shape[1], rows, generator))
-    if new is None:
+def _null_space_rows(
+    rows: Tensor, gram: Tensor, num_new: int, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """(num_new, d) random orthonormal rows orthogonal to ``rows`` (n, d) with ``_lower_gram`` ``gram``, n + num_new <=
+    d; and what is left of their cosines, (n, num_new)."""
+    found = _project_by_cholesky(rows, gram, _randn(num_new, rows.shape[1], rows, generator))
+    if found is None:
         # Not QR: for dependent rows it adds directions of its own choice, and the new rows would avoid those too.
         new = _smallest_eigenvectors(rows.double(), num_new, generator).to(rows)
-    return new
+        found = new, rows @ new.T
+    return found
 
 
-def _project_by_cholesky(rows: Tensor, new: Tensor) -> Tensor | None:
-    """``new`` made orthogonal to ``rows`` and orthonormal by Gram matrices, or None where that is not accurate."""
-    gram, info = torch.linalg.cholesky_ex(_lower_gram(rows))
+def _project_by_cholesky(rows: Tensor, gram: Tensor, new: Tensor) -> tuple[Tensor, Tensor] | None:
+    """``new`` made orthogonal to ``rows`` and orthonormal by Gram matrices, with the cosines that are left; or None
+    where that is not accurate."""
+    gram, info = torch.linalg.cholesky_ex(gram)
     if info.item() != 0:
         return None
     cosines = rows @ new.T
@@ -223,7 +246,7 @@ def _project_by_cholesky(rows: Tensor, new: Tensor) -> Tensor | None:
         new = torch.linalg.solve_triangular(own, torch.eye(len(own)).to(own), upper=False) @ new
         cosines = rows @ new.T
         if _is_accurate(cosines, new @ new.T):
-            return new
+            return new, cosines
     return None
 
 

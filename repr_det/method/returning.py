@@ -95,14 +95,14 @@ def _directions(
     """New filters (M, d) of the given norms (M,) as they are stored; and what ``bring_back`` returns."""
     kept = weight[~mask]
     unit = unit_filters(torch.cat([kept, before]))
-    overlap_kept = overlap_of_unit_rows(unit[: len(kept)])
     if not len(before):
+        overlap_kept = overlap_of_unit_rows(unit)
         return before.flatten(1), overlap_kept, overlap_kept, 0.0
-    new = least_overlap_rows(unit, len(before), generator)
+    new, found, overlap_kept = least_overlap_rows(unit, len(before), generator, len(kept))
     stored = _of_norm(new, norms, weight.dtype)
     if stored.dtype != new.dtype:
         new = unit_filters(stored)
-    found = unit @ new.T
+        found = unit @ new.T
     overlap = overlap_with_returned(overlap_kept, new, found[: len(kept)], mask)
     return stored, overlap_kept, overlap, found.abs().max().item()
 

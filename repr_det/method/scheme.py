@@ -339,7 +339,8 @@ class RePrScheme:
     def _check_finite(self, transition: str) -> None:
         for layer in self.layers:
             for name, tensor in layer.tensors().items():
-                if not torch.isfinite(tensor).all():
+                # The sum is finite only if all entries are, and looks at them once; it may overflow by itself.
+                if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
                     raise UserError(
                         f"REPR: the {name} of {layer.name} is not finite at the {transition} of cycle "
                         f"{self.cycle + 1}: training has diverged; lower the learning rate or clip gradients, and go "
@@ -380,7 +381,7 @@ class RePrScheme:
             raise UserError(f"REPR: no layer learns (of {next(iter(frozen))}: {next(iter(frozen.values()))})")
         if frozen:
             logger.warning("RePr: no filter is dropped of %s", ", ".join(f"{n} ({why})" for n, why in frozen.items()))
-        dead = {x.name: (x.weight.flatten(1) == 0).all(1) for x in self.layers}
+        dead = {x.name: x.weight.flatten(1).abs().amax(1) == 0 for x in self.layers}
         ranked = {n: score.masked_fill(dead[n], float("inf")) for n, score in scores.items() if n not in frozen}
         masks = select_filters(ranked, self.drop_ratio, self.max_drop_per_layer)
         masks = {

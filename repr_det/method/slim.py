@@ -399,15 +399,19 @@ class _Slice(torch.autograd.Function):
     def forward(ctx, tensor: Tensor, selection: _Selection, scale: Tensor | None) -> Tensor:
         ctx.shape, ctx.selection = tensor.shape, selection
         ctx.save_for_backward(scale)
-        taken = selection.take(tensor)
-        if scale is None:
-            return taken
-        return torch.mul(taken, _along_rows(scale, taken), out=None if taken is tensor else taken)
+        return _take(tensor, selection, scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple:
         return ctx.selection.put(grad, ctx.saved_tensors[0], ctx.shape), None, None
+
+
+def _take(tensor: Tensor, selection: _Selection, scale: Tensor | None) -> Tensor:
+    taken = selection.take(tensor)
+    if scale is None:
+        return taken
+    return torch.mul(taken, _along_rows(scale, taken), out=None if taken is tensor else taken)
 
 
 def _along_rows(scale: Tensor, like: Tensor) -> Tensor:
@@ -419,6 +423,38 @@ def _sliced(tensor: Tensor, selection: _Selection, scale: Tensor | None = None) 
         tensor = selection.take(tensor)
         return tensor if scale is None else tensor * _along_rows(scale, tensor)
     return _Slice.apply(tensor, selection, scale)
+
+
+class _SlicedConv(torch.autograd.Function):
+    """``conv2d(x, _Slice(weight) , bias)`` that slices anew for the backward pass instead of keeping the slice."""
+
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, tensor: Tensor, bias: Tensor | None, selection: _Selection, scale: Tensor | None, options: tuple
+    ) -> Tensor:
+        ctx.save_for_backward(x, tensor, scale)
+        ctx.selection, ctx.options = selection, options
+        ctx.bias_shape = None if bias is None else list(bias.shape)
+        return F.conv2d(x, _take(tensor, selection, scale), bias, *options)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple:
+        x, tensor, scale = ctx.saved_tensors
+        part = _take(tensor, ctx.selection, scale)
+        mask = [*ctx.needs_input_grad[:2], ctx.bias_shape is not None and ctx.needs_input_grad[2]]
+        of_x, of_part, of_bias = torch.ops.aten.convolution_backward(
+            grad, x, part, ctx.bias_shape, *ctx.options, False, [0, 0], 1, mask
+        )
+        of_tensor = ctx.selection.put(of_part, scale, tensor.shape) if mask[1] else None
+        return of_x, of_tensor, of_bias, None, None, None
+
+
+def _conv(x: Tensor, conv: nn.Conv2d, selection: _Selection, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    options = (conv.stride, conv.padding, conv.dilation)
+    if torch.is_autocast_enabled(x.device.type) or torch.jit.is_tracing() or isinstance(conv.padding, str):
+        return F.conv2d(x, _sliced(conv.weight, selection, scale), bias, *options)
+    return _SlicedConv.apply(x, conv.weight, bias, selection, scale, options)
 
 
 class _AddChannels(torch.autograd.Function):
@@ -490,13 +526,12 @@ class _ConvForward(_SlimForward):
             scale, shift = _frozen_affine(norm)
             if rows is not None:
                 scale, shift = scale.index_select(0, rows.index), shift.index_select(0, rows.index)
-        weight = _sliced(conv.weight, self.of_weight, scale)
         bias = conv.bias
         if bias is not None and (rows is not None or folds):
             bias = _sliced(bias, self.of_bias, scale)
         if folds:
             bias = shift if bias is None else bias + shift
-        x = F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation)
+        x = _conv(x, conv, self.of_weight, scale, bias)
         self.positions = x.shape[0] * x.shape[2:].numel()
         if self.slices_norm and not folds:
             x = norm(x)
