@@ -75,11 +75,18 @@ def coco_of(dataset: dict) -> COCO:
 
 
 @pytest.fixture(autouse=True)
-def loggers_that_propagate():
-    """Detectron2's setup_logger, which commands call, keeps a logger's lines from caplog for the tests after it."""
+def loggers_as_they_were():
+    """Detectron2's setup_logger, which commands call, would hide lines from caplog in the tests after it.
+
+    The logger does not propagate, and its handlers shorten the names of records.
+    """
     yield
     for name in ("detectron2", "fvcore", "repr_det"):
-        logging.getLogger(name).propagate = True
+        logger = logging.getLogger(name)
+        logger.propagate = True
+        logger.setLevel(logging.NOTSET)
+        for handler in list(logger.handlers):
+            logger.removeHandler(handler)
 
 
 @pytest.fixture(scope="session")
