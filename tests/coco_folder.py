@@ -8,7 +8,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 from repr_det import datasets
-from repr_det.datasets import coco_format
+from repr_det.datasets import registered
 
 SIZES = {1: (40, 30), 2: (30, 40), 5: (64, 64)}  # image id -> width, height
 
@@ -46,7 +46,7 @@ def catalogs(monkeypatch):
     """Detectron2's catalogs; what a test registers is gone afterwards."""
     for catalog in (DatasetCatalog, MetadataCatalog):
         monkeypatch.setattr(catalog, "data", {k: v for k, v in catalog.data.items() if not k.startswith("bccd_")})
-    monkeypatch.setattr(coco_format, "_summaries", {})
+    monkeypatch.setattr(registered, "_summaries", {})
 
 
 def set_key(key, number, **values):

@@ -73,12 +73,19 @@ def check_run(
 def _check_augmentation(cfg: CfgNode, model: nn.Module) -> None:
     if not cfg.TEST.AUG.ENABLED:
         return
-    unfit = "" if isinstance(model, GeneralizedRCNN) else type(model).__name__
-    unfit = unfit or "MODEL.KEYPOINT_ON" * cfg.MODEL.KEYPOINT_ON or "MODEL.LOAD_PROPOSALS" * cfg.MODEL.LOAD_PROPOSALS
+    unfit = [
+        name
+        for name, is_so in (
+            (type(model).__name__, not isinstance(model, GeneralizedRCNN)),
+            ("MODEL.KEYPOINT_ON", cfg.MODEL.KEYPOINT_ON),
+            ("MODEL.LOAD_PROPOSALS", cfg.MODEL.LOAD_PROPOSALS),
+        )
+        if is_so
+    ]
     if unfit:
         raise UserError(
             "TEST.AUG.ENABLED is True, but Detectron2 has test-time augmentation for GeneralizedRCNN, not "
-            f"{unfit}: set it to False"
+            f"{unfit[0]}: set it to False"
         )
 
 

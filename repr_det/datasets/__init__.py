@@ -4,18 +4,16 @@ May import the method.
 """
 
 from repr_det.datasets.classes import agree_on_classes, any_mapped
-from repr_det.datasets.coco_format import (
-    CocoSummary,
-    check_coco_format,
+from repr_det.datasets.coco_format import CocoSummary, check_coco_format, listed
+from repr_det.datasets.evaluation import CocoEvaluator, merge_aliases
+from repr_det.datasets.registered import (
     check_registered,
     class_names,
-    listed,
     num_classes,
     own_classes,
     register_bccd,
     register_coco_format,
 )
-from repr_det.datasets.evaluation import CocoEvaluator, merge_aliases
 from repr_det.datasets.shapes import CLASS_NAMES, build_shapes, generate_shapes, register_shapes
 
 __all__ = [

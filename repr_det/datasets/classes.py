@@ -5,7 +5,8 @@ from collections.abc import Iterable, Sequence
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from repr_det.datasets.coco_format import listed, own_classes
+from repr_det.datasets.coco_format import listed
+from repr_det.datasets.registered import own_classes
 from repr_det.method.errors import UserError
 
 

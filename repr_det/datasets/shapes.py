@@ -315,14 +315,19 @@ def build_shapes(root: str | os.PathLike, progress: bool = True) -> Path:
 
 def _load(name: str, root: Path, part: str) -> list[dict]:
     file = build_part(root, part)
-    return load_coco_json(str(file), str(root / FIRST.get(part, (part,))[0]), name)
+    return load_coco_json(str(file), str(root / _split_of(part)[0]), name)
+
+
+def _split_of(part: str) -> tuple[str, int | None]:
+    """The split that a part's images are of, and of how many of them it consists, None for all."""
+    return FIRST.get(part, (part, None))
 
 
 def build_part(root: Path, part: str) -> Path:
     """``build_shapes``, and the annotations of a part in FIRST; returns the annotation file."""
     build_shapes(root)
     file = root / "annotations" / f"{part}.json"
-    split, number = FIRST.get(part, (part, None))
+    split, number = _split_of(part)
     if number is not None and not file.exists():
         _write_first(root / "annotations" / f"{split}.json", number, file)
     return file
@@ -365,7 +370,7 @@ def register_shapes(root: str | os.PathLike | None = None) -> None:
         DatasetCatalog.register(name, partial(_load, name, root, part))
         metadata.set(
             json_file=str(root / "annotations" / f"{part}.json"),
-            image_root=str(root / FIRST.get(part, (part,))[0]),
+            image_root=str(root / _split_of(part)[0]),
             shapes_root=str(root),
             shapes_part=part,
             evaluator_type="coco",

@@ -3,7 +3,7 @@
 import logging
 import os
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -84,9 +84,6 @@ class Trainer(DefaultTrainer):
         def weights_matter(iteration: int) -> bool:
             return (iteration + 1) % cfg.SOLVER.CHECKPOINT_PERIOD == 0 or iteration in transitions
 
-        saving = next(
-            i for i, hook in enumerate(built) if isinstance(hook, (hooks.PeriodicCheckpointer, hooks.EvalHook))
-        )
         loaders = [self._trainer.data_loader]
         for hook in built:
             if isinstance(hook, hooks.PreciseBN) and not hook._disabled:
@@ -94,16 +91,14 @@ class Trainer(DefaultTrainer):
                 loaders.append(hook._data_loader)
         model = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
         exact = ExactResume(model, loaders, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD, cfg.OUTPUT_DIR)
-        built.insert(saving, exact)
+        built.insert(_place_before(built, hooks.PeriodicCheckpointer, hooks.EvalHook), exact)
         guard = FiniteGuard(not cfg.SOLVER.AMP.ENABLED, weights_matter)
         stop = StopAtSignal(cfg.SOLVER.CHECKPOINT_PERIOD, lambda: (guard.check_weights(), exact.collect()))
-        built.insert(next((i for i, hook in enumerate(built) if isinstance(hook, hooks.EvalHook)), len(built)), stop)
+        built.insert(_place_before(built, hooks.EvalHook), stop)
         built.insert(0, guard)
         if cfg.TEST.AUG.ENABLED:
             again = hooks.EvalHook(0, lambda: self.test_with_TTA(cfg, model))
-            built.insert(
-                next((i for i, x in enumerate(built) if isinstance(x, hooks.PeriodicWriter)), len(built)), again
-            )
+            built.insert(_place_before(built, hooks.PeriodicWriter), again)
         if repr_hook is not None:  # here, not only when it moves itself: its checks come before the others write
             built.insert(first_later_hook(built), repr_hook)
         return built
@@ -202,6 +197,11 @@ class Trainer(DefaultTrainer):
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         """That of the data set's evaluator_type, COCO AP where it has none; its files go to OUTPUT_DIR/inference."""
         return build_evaluator(dataset_name, os.path.join(cfg.OUTPUT_DIR, "inference"))
+
+
+def _place_before(built: Sequence[HookBase], *kinds: type[HookBase]) -> int:
+    """Of the first hook of one of ``kinds``; the end where there is none."""
+    return next((i for i, hook in enumerate(built) if isinstance(hook, kinds)), len(built))
 
 
 def _function(owner: type, name: str) -> Any:

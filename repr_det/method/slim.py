@@ -12,18 +12,19 @@ Shape shorthand:
 """
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from repr_det.method.blocks import CONV_FORWARDS, NORM_FORWARDS, known_blocks
 from repr_det.method.layers import BATCH, FROZEN, FilterLayer, norm_kind
+from repr_det.method.slices import Rows, Selection, add_channels, slice_of, sliced_conv
 
 logger = logging.getLogger("repr_det.slim")
 
@@ -148,7 +149,7 @@ class SlimNetwork:
     def __exit__(self, *exception: object) -> None:
         self.remove()
 
-    def _kept(self, layer: FilterLayer) -> "_Rows | None":
+    def _kept(self, layer: FilterLayer) -> Rows | None:
         """The rows to compute, or None where that is all of them or the conv has to stay masked."""
         mask = self.masks.get(layer.name)
         own_norm = getattr(layer.conv, "norm", None)
@@ -163,9 +164,9 @@ class SlimNetwork:
         index = chosen.nonzero().flatten()
         inverse = torch.full_like(mask, len(index), dtype=torch.long)
         inverse[index] = torch.arange(len(index), device=index.device)
-        return _Rows(index, inverse.masked_fill(mask, len(index)))
+        return Rows(index, inverse.masked_fill(mask, len(index)))
 
-    def _install_block(self, block: nn.Module, chain: list[nn.Module], kept: dict[nn.Module, "_Rows"]) -> None:
+    def _install_block(self, block: nn.Module, chain: list[nn.Module], kept: dict[nn.Module, Rows]) -> None:
         given = None
         zeros = [self._zeros[conv] for conv in chain if conv in kept]
         for conv, follower in zip(chain, [*chain[1:], None], strict=True):
@@ -189,8 +190,8 @@ class SlimNetwork:
     def _install_conv(
         self,
         conv: nn.Module,
-        rows: "_Rows | None",
-        columns: "_Rows | None",
+        rows: Rows | None,
+        columns: Rows | None,
         scatter: bool,
         zeros: "Sequence[_Zeros] | None" = None,
     ) -> "_ConvForward":
@@ -284,14 +285,14 @@ def _nothing_on_load(module: nn.Module, incompatible_keys: Any) -> None:
     pass
 
 
-class _SlimForward:
-    """A forward pass of ``module`` that stands in for its class's where ``takes`` says so."""
+class _SlimForward(ABC):
+    """A forward pass of a module that stands in for its class's where ``takes`` says so."""
 
-    def takes(self, x: Tensor) -> bool:
-        raise NotImplementedError
+    @abstractmethod
+    def takes(self, x: Tensor) -> bool: ...
 
-    def __call__(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def __call__(self, x: Tensor) -> Tensor: ...
 
 
 class _SlimCall(Absent):
@@ -339,145 +340,6 @@ def _channelwise(norm: nn.Module) -> bool:
     return type(norm).forward in NORM_FORWARDS and "forward" not in norm.__dict__ and norm._compiled_call_impl is None
 
 
-class _Rows(NamedTuple):
-    """Which of the J rows of a tensor are computed.
-
-    Attributes:
-        index: (K,) ascending.
-        inverse: (J,) position of a row in ``index``, K for those that are dropped, also where they are computed.
-    """
-
-    index: Tensor
-    inverse: Tensor
-
-
-class _Selection:
-    """Rows of tensors (J, ...) and, of conv weights (J, C, kh, kw), input channels; None takes all."""
-
-    def __init__(self, rows: _Rows | None, columns: _Rows | None = None, taps: int = 1) -> None:
-        self.rows = rows
-        self.columns = columns
-        self.taken = self.put_back = None
-        if rows is not None and columns is not None and taps > 1:
-            # One gather instead of two, in both directions, on a weight seen as a table of kernels (J * C, kh * kw).
-            width, padded = len(columns.inverse), len(columns.index) + 1
-            self.taken = (rows.index[:, None] * width + columns.index).flatten().int()
-            self.put_back = (rows.inverse[:, None] * padded + columns.inverse).flatten().int()
-
-    def take(self, tensor: Tensor) -> Tensor:
-        if self.taken is not None:
-            kernels = tensor.reshape(-1, tensor.shape[2:].numel()).index_select(0, self.taken)
-            return kernels.view(len(self.rows.index), len(self.columns.index), *tensor.shape[2:])
-        if self.rows is not None:
-            tensor = tensor.index_select(0, self.rows.index)
-        return tensor if self.columns is None else tensor.index_select(1, self.columns.index)
-
-    def put(self, part: Tensor, scale: Tensor | None, shape: torch.Size) -> Tensor:
-        """``take`` turned round: part * scale in a tensor of ``shape``, 0 elsewhere."""
-        # Gathering from a copy with a zero row and column at the end writes the large tensor once; zeros and adding
-        # into them, what autograd does after index_select, pass over it three times and took 2.3 times as long.
-        part = part.reshape(len(part), part.shape[1] if part.dim() > 1 else 1, -1)
-        count, width, taps = part.shape
-        padded = part.new_empty(count + (self.rows is not None), width + (self.columns is not None), taps)
-        if scale is None:
-            padded[:count, :width] = part
-        else:
-            torch.mul(part, scale.view(-1, 1, 1), out=padded[:count, :width])
-        padded[count:] = 0
-        padded[:, width:] = 0
-        if self.put_back is not None:
-            return padded.view(-1, taps).index_select(0, self.put_back).view(shape)
-        if self.columns is not None:
-            padded = padded.index_select(1, self.columns.inverse)
-        return (padded if self.rows is None else padded.index_select(0, self.rows.inverse)).view(shape)
-
-
-class _Slice(torch.autograd.Function):
-    """``selection.take(tensor)`` times scale (K,); the gradient comes back in full shape, zero outside."""
-
-    @staticmethod
-    def forward(ctx, tensor: Tensor, selection: _Selection, scale: Tensor | None) -> Tensor:
-        ctx.shape, ctx.selection = tensor.shape, selection
-        ctx.save_for_backward(scale)
-        return _take(tensor, selection, scale)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple:
-        return ctx.selection.put(grad, ctx.saved_tensors[0], ctx.shape), None, None
-
-
-def _take(tensor: Tensor, selection: _Selection, scale: Tensor | None) -> Tensor:
-    taken = selection.take(tensor)
-    if scale is None:
-        return taken
-    return torch.mul(taken, _along_rows(scale, taken), out=None if taken is tensor else taken)
-
-
-def _along_rows(scale: Tensor, like: Tensor) -> Tensor:
-    return scale.view(-1, *[1] * (like.dim() - 1))
-
-
-def _sliced(tensor: Tensor, selection: _Selection, scale: Tensor | None = None) -> Tensor:
-    if torch.jit.is_tracing():  # FLOP counters: the tracer does not know the Function
-        tensor = selection.take(tensor)
-        return tensor if scale is None else tensor * _along_rows(scale, tensor)
-    return _Slice.apply(tensor, selection, scale)
-
-
-class _SlicedConv(torch.autograd.Function):
-    """``conv2d(x, _Slice(weight) , bias)`` that slices anew for the backward pass instead of keeping the slice."""
-
-    @staticmethod
-    def forward(
-        ctx, x: Tensor, tensor: Tensor, bias: Tensor | None, selection: _Selection, scale: Tensor | None, options: tuple
-    ) -> Tensor:
-        ctx.save_for_backward(x, tensor, scale)
-        ctx.selection, ctx.options = selection, options
-        ctx.bias_shape = None if bias is None else list(bias.shape)
-        return F.conv2d(x, _take(tensor, selection, scale), bias, *options)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple:
-        x, tensor, scale = ctx.saved_tensors
-        part = _take(tensor, ctx.selection, scale)
-        mask = [*ctx.needs_input_grad[:2], ctx.bias_shape is not None and ctx.needs_input_grad[2]]
-        of_x, of_part, of_bias = torch.ops.aten.convolution_backward(
-            grad, x, part, ctx.bias_shape, *ctx.options, False, [0, 0], 1, mask
-        )
-        of_tensor = ctx.selection.put(of_part, scale, tensor.shape) if mask[1] else None
-        return of_x, of_tensor, of_bias, None, None, None
-
-
-def _conv(x: Tensor, conv: nn.Conv2d, selection: _Selection, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    options = (conv.stride, conv.padding, conv.dilation)
-    if torch.is_autocast_enabled(x.device.type) or torch.jit.is_tracing() or isinstance(conv.padding, str):
-        return F.conv2d(x, _sliced(conv.weight, selection, scale), bias, *options)
-    return _SlicedConv.apply(x, conv.weight, bias, selection, scale, options)
-
-
-class _AddChannels(torch.autograd.Function):
-    """``_add_channels`` that keeps nothing but the index; autograd of index_add keeps the part as well."""
-
-    @staticmethod
-    def forward(ctx, whole: Tensor, part: Tensor, index: Tensor) -> Tensor:
-        ctx.index = index
-        return whole.to(part.dtype, copy=True).index_add_(1, index, part)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple:
-        return grad if ctx.needs_input_grad[0] else None, grad.index_select(1, ctx.index), None
-
-
-def _add_channels(whole: Tensor, part: Tensor, index: Tensor) -> Tensor:
-    """``whole`` (N, J, H, W) plus ``part`` (N, K, H, W) at the channels ``index``; ``whole`` itself stays."""
-    if torch.jit.is_tracing():
-        return whole.to(part.dtype).index_add(1, index, part)
-    return _AddChannels.apply(whole, part, index)
-
-
 class _ConvForward(_SlimForward):
     """Forward pass of nn.Conv2d, or of a conv with its norm inside (Detectron2's), for some rows (all where None) and
     input channels.
@@ -494,16 +356,16 @@ class _ConvForward(_SlimForward):
     def __init__(
         self,
         conv: nn.Conv2d,
-        rows: _Rows | None,
-        columns: _Rows | None,
+        rows: Rows | None,
+        columns: Rows | None,
         scatter: bool,
         slices_norm: bool,
         zeros: Sequence[_Zeros],
     ) -> None:
         self.conv = conv
         self.rows = rows
-        self.of_weight = _Selection(rows, columns, conv.weight[0, 0].numel())
-        self.of_bias = _Selection(rows)
+        self.of_weight = Selection(rows, columns, conv.weight[0, 0].numel())
+        self.of_bias = Selection(rows)
         self.scatter = scatter
         self.slices_norm = slices_norm
         self.folds = _folds(getattr(conv, "norm", None))
@@ -528,15 +390,15 @@ class _ConvForward(_SlimForward):
                 scale, shift = scale.index_select(0, rows.index), shift.index_select(0, rows.index)
         bias = conv.bias
         if bias is not None and (rows is not None or folds):
-            bias = _sliced(bias, self.of_bias, scale)
+            bias = slice_of(bias, self.of_bias, scale)
         if folds:
             bias = shift if bias is None else bias + shift
-        x = _conv(x, conv, self.of_weight, scale, bias)
+        x = sliced_conv(x, conv, self.of_weight, scale, bias)
         self.positions = x.shape[0] * x.shape[2:].numel()
         if self.slices_norm and not folds:
             x = norm(x)
         if self.scatter or (self.block is not None and not self.block.runs):
-            x = _add_channels(x.new_zeros(()).expand(x.shape[0], len(rows.inverse), *x.shape[2:]), x, rows.index)
+            x = add_channels(x.new_zeros(()).expand(x.shape[0], len(rows.inverse), *x.shape[2:]), x, rows.index)
         if norm is not None and not self.slices_norm and not folds:
             x = norm(x)
         return x if activation is None else activation(x)
@@ -570,10 +432,10 @@ def _frozen_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
 class _NormForward(_SlimForward):
     """Forward pass of a norm over some of its channels: its class's own, on slices of what it holds for each."""
 
-    def __init__(self, norm: nn.Module, rows: _Rows) -> None:
+    def __init__(self, norm: nn.Module, rows: Rows) -> None:
         self.norm = norm
         self.rows = rows
-        self.selection = _Selection(rows)
+        self.selection = Selection(rows)
 
     def takes(self, x: Tensor) -> bool:
         return x.dim() == 4 and x.shape[1] == len(self.rows.index)
@@ -586,7 +448,7 @@ class _NormForward(_SlimForward):
             for name, tensor in buffers.items()
         }
         held["_parameters"] = {
-            name: None if tensor is None else _sliced(tensor, self.selection) for name, tensor in parameters.items()
+            name: None if tensor is None else slice_of(tensor, self.selection) for name, tensor in parameters.items()
         }
         held["_buffers"] = sliced
         try:
@@ -604,7 +466,7 @@ class _NormForward(_SlimForward):
 class _BlockForward(_SlimForward):
     """Forward pass of a residual block whose last conv returns some channels only."""
 
-    def __init__(self, block: nn.Module, chain: list[nn.Module], rows: _Rows, zeros: Sequence[_Zeros]) -> None:
+    def __init__(self, block: nn.Module, chain: list[nn.Module], rows: Rows, zeros: Sequence[_Zeros]) -> None:
         self.block = block
         self.chain = chain
         self.rows = rows
@@ -625,4 +487,4 @@ class _BlockForward(_SlimForward):
         shortcut = x if self.block.shortcut is None else self.block.shortcut(x)
         if out.shape[1] == shortcut.shape[1]:  # what its last conv computes if called with all channels
             return F.relu_(out + shortcut)
-        return F.relu_(_add_channels(shortcut, out, self.rows.index))
+        return F.relu_(add_channels(shortcut, out, self.rows.index))

@@ -5,17 +5,8 @@ from pathlib import Path
 
 from repr_det.commands.arguments import build_config
 from repr_det.method.errors import UserError
-from repr_det.studies.analysis import (
-    NOT_FILTERS,
-    analyze,
-    as_table,
-    describe_state,
-    layers_by_config,
-    layers_by_pattern,
-    plot,
-    read_checkpoint,
-    write_json,
-)
+from repr_det.studies.analysis import NOT_FILTERS, analyze, layers_by_config, layers_by_pattern, read_checkpoint
+from repr_det.studies.analysis_output import as_table, describe_state, plot, write_json
 
 _DESCRIPTION = """Shows how much the filters of a checkpoint overlap, and which ones RePr would drop.
 
