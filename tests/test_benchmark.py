@@ -1,5 +1,6 @@
 """tools/benchmark.py: its arithmetic against closed forms and counts, and the whole command on the smallest case."""
 
+import contextlib
 import dataclasses
 import json
 
@@ -9,13 +10,21 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from repr_det import UserError
+from repr_det.method.layers import find_filter_layers
 from repr_det.method.orthogonality import inter_filter_orthogonality
 from repr_det.method.schedule import RePrSchedule
+from repr_det.method.slim_choice import seconds_of
+from repr_det.studies.benchmarking import case as case_module
+from repr_det.studies.benchmarking import scale as scale_module
+from repr_det.studies.benchmarking import steps as steps_module
 from repr_det.studies.benchmarking.case import Bench, Case, even_masks, patched, synthetic_batch
 from repr_det.studies.benchmarking.command import CONFIG_FILE, main, plan
 from repr_det.studies.benchmarking.flops import count
+from repr_det.studies.benchmarking.memory import highest_memory
 from repr_det.studies.benchmarking.prediction import predict, run_ratio
-from repr_det.studies.benchmarking.steps import ARMS, spread
+from repr_det.studies.benchmarking.report import machine, write
+from repr_det.studies.benchmarking.scale import layer_flops, measure_scale
+from repr_det.studies.benchmarking.steps import ARMS, measure_steps, spread
 from repr_det.studies.benchmarking.transitions import needed_flops, textbook_filters, textbook_overlap
 from repr_det.studies.benchmarking.whole_run import measure_run, ratio_error
 
@@ -28,9 +37,11 @@ TINY = Case(depth=18, size=64, batch=1, norm="BN")
         (["--depths", "19"], "--depths must be one of 18, 34, 50, 101, 152, got 19"),
         (["--ratios", "1"], "--ratios must be in (0, 1), got 1.0"),
         (["--sizes", "32"], "--sizes must be at least 64"),
+        (["--sizes", "800x"], "--sizes must be a side or HEIGHTxWIDTH, such as 320 or 800x1333, got '800x'"),
+        (["--sizes", "800x32"], "--sizes must be at least 64"),
         (["--heads", "large"], "--heads must be one of stock, small, got 'large'"),
         (["--norm", "LN"], "--norm must be one of FrozenBN, BN, SyncBN, GN, got 'LN'"),
-        (["--only", "time"], "--only must be of steps, transitions, memory, run, got 'time'"),
+        (["--only", "time"], "--only must be of steps, transitions, memory, run, scale, got 'time'"),
         (["--pairs", "0"], "--pairs must be at least 1, got 0"),
         (["--run-iters", "17"], "--run-iters must be at least 18, got 17"),
         (["--threads", "-1"], "--threads must be at least 0, got -1"),
@@ -143,6 +154,89 @@ def test_even_masks_and_patched():
         assert TINY.name == 1
         raise KeyError
     assert TINY.name == "R18-FPN BN small, 0.3, 1 x 64 px"
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU on which everything takes 3 ms; the record of what was asked of it."""
+    asked = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            asked.append("record")
+
+        def elapsed_time(self, end):
+            return 3.0
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: asked.append("wait"))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    return asked
+
+
+def test_a_gpu_is_timed_between_events(gpu):
+    assert seconds_of(lambda: gpu.append("work"), "cuda") == 0.003
+    assert gpu == ["wait", "record", "work", "record", "wait"]
+
+
+def test_on_a_gpu_the_stock_step_is_the_case(gpu):
+    (case,) = plan(["--device", "cuda", "--amp"]).cases
+    assert (case.batch, case.shape, case.heads) == (2, (800, 1333), "stock")
+    assert case.name == "R50-FPN FrozenBN stock AMP, 0.3, 2 x 800 x 1333 px"
+    (case,) = plan("--device cuda --sizes 640x64 --batches 16 --heads small".split()).cases
+    assert (case.batch, case.shape, case.heads) == (16, (640, 64), "small")
+    assert [x["image"].shape for x in synthetic_batch(dataclasses.replace(case, batch=2))] == [(3, 640, 64)] * 2
+    assert synthetic_batch(case)[0]["instances"].gt_boxes.tensor.amax(0).tolist() <= [64, 640, 64, 640]
+
+
+def test_steps_on_a_gpu_are_timed_between_events(gpu, monkeypatch):
+    """The detector stays on the CPU; what is said of the GPU is the fake's."""
+    original = case_module.build_config
+
+    def on_the_cpu(case, config_file):
+        cfg = original(case, config_file)
+        cfg.MODEL.DEVICE = "cpu"
+        return cfg
+
+    monkeypatch.setattr(case_module, "build_config", on_the_cpu)
+    monkeypatch.setattr(steps_module, "count", lambda bench, batch: {})
+    on_gpu = dataclasses.replace(TINY, device="cuda")
+    found = measure_steps(on_gpu, CONFIG_FILE, 1, report=lambda line: None)
+    assert {found["seconds"][arm]["median"] for arm in ARMS} == {0.003}
+    assert {spread["median"] for spread in found["ratio"].values()} == {1.0}
+    assert found["hook"]["S1"]["seconds"] == pytest.approx(3 * 0.003)  # before_step, after_backward, after_step
+    assert gpu.count("record") % 2 == 0 and gpu[:2] == ["wait", "record"]
+
+
+def test_peak_memory_of_a_gpu_is_what_torch_allocated(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 123)
+    assert highest_memory("cuda") == 123
+    assert highest_memory("cpu") > 1e8
+
+
+def test_scale(tmp_path, monkeypatch):
+    monkeypatch.setattr(scale_module, "gemm_rate", lambda device: 1e11)
+    found = measure_scale(TINY, CONFIG_FILE, 1, lambda line: None, networks=["R18"], channels=[32])
+    results = {"machine": machine(), "pairs": 1, "cases": [], "scale": found}
+    write(results, str(tmp_path))
+    (network,), layers = found["networks"], found["layers"]
+    assert [(x["kernel"], x["channels"], x["weights"]) for x in layers] == [(3, 32, 32 * 32 * 9), (1, 32, 32 * 32)]
+    # 10 of 32 filters with 288 weights: two Gram matrices of 32, two projections on 10 new ones.
+    assert layers[0]["flops"] == 2 * 2 * 32**2 * 288 + 2 * (4 * 32 * 10 * 288 + 2 * 10**2 * 288)
+    assert layers[0]["eigen"] == 0 < layers[1]["eigen"]  # 32 + 10 filters do not fit into 32 dimensions
+    assert network["filters"] == 4 * (64 + 128 + 256 + 512) and 0 < network["drop"] < network["restore"]
+    assert "R18  " in (tmp_path / "benchmark.txt").read_text()
+    assert {"scale.svg", "scale.png"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_filters_of_a_grouped_conv_are_layers_of_their_own():
+    net = torch.nn.Sequential(torch.nn.Conv2d(64, 64, 3, groups=4), torch.nn.BatchNorm2d(64))
+    (layer,) = find_filter_layers(net, ["0"])
+    assert layer_flops(layer, 0.25) == 4 * sum(needed_flops(16, 4, 144))
 
 
 def test_whole_command(tmp_path, capsys):

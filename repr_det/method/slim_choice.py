@@ -175,8 +175,9 @@ def time_both(
     return slim_time, masked_time
 
 
-def seconds_of(function: Callable[[], Any], device: torch.device) -> float:
-    """Seconds until ``device`` is done with what ``function`` asks of it."""
+def seconds_of(function: Callable[[], Any], device: torch.device | str) -> float:
+    """Seconds until ``device`` has done what ``function`` asks of it: between events on a GPU, else by the clock."""
+    device = torch.device(device)
     if device.type != "cuda":
         start = time.perf_counter()
         function()

@@ -36,12 +36,13 @@ _BOXES = 5
 
 @dataclass(frozen=True)
 class Case:
-    """Faster R-CNN with FPN on square images.
+    """Faster R-CNN with FPN on images of one size.
 
     Attributes:
         depth: of the ResNet.
         ratio: share of the filters of every layer that is dropped.
-        size: side of the images, px.
+        size: height of the images, px.
+        width: their width, px; 0 makes them square.
         batch: images in a step.
         heads: a key of HEADS.
         norm: of the backbone. FrozenBN freezes the stem and res2 as the stock configs do; with any other all train.
@@ -57,6 +58,7 @@ class Case:
     norm: str = "FrozenBN"
     device: str = "cpu"
     amp: bool = False
+    width: int = 0
 
     def __post_init__(self) -> None:
         for flag, value, choices in (
@@ -68,17 +70,35 @@ class Case:
                 raise UserError(f"{flag} must be one of {', '.join(map(str, choices))}, got {value!r}")
         if not 0 < self.ratio < 1:
             raise UserError(f"--ratios must be in (0, 1), got {self.ratio}")
-        if self.size < 64 or self.batch < 1:
-            raise UserError(f"--sizes must be at least 64 and --batches at least 1, got {self.size} and {self.batch}")
+        if min(self.shape) < 64 or self.batch < 1:
+            raise UserError(
+                f"--sizes must be at least 64 and --batches at least 1, got {min(self.shape)} and {self.batch}"
+            )
         if self.device != "cpu" and not torch.cuda.is_available():
             raise UserError(f"--device is {self.device!r} but torch sees no GPU: use cpu")
         if self.amp and self.device == "cpu":
             raise UserError("--amp needs a GPU in Detectron2, --device is 'cpu'")
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        return self.size, self.width or self.size
+
+    @property
     def name(self) -> str:
         precision = " AMP" if self.amp else ""
-        return f"R{self.depth}-FPN {self.norm} {self.heads}{precision}, {self.ratio:g}, {self.batch} x {self.size} px"
+        sides = f"{self.size} x {self.width}" if self.width else f"{self.size}"
+        return f"R{self.depth}-FPN {self.norm} {self.heads}{precision}, {self.ratio:g}, {self.batch} x {sides} px"
+
+
+def stock_step(config_file: str) -> tuple[int, tuple[int, int]]:
+    """Images and their largest height and width in a step of one of the 8 GPUs that a stock config is for."""
+    if not os.path.isfile(config_file):
+        raise UserError(f"--config-file {config_file!r} is not a file")
+    cfg = get_cfg()
+    add_repr_config(cfg)
+    cfg.merge_from_file(config_file)
+    return max(1, cfg.SOLVER.IMS_PER_BATCH // 8), (max(cfg.INPUT.MIN_SIZE_TRAIN), cfg.INPUT.MAX_SIZE_TRAIN)
 
 
 def build_config(case: Case, config_file: str) -> CfgNode:
@@ -143,13 +163,15 @@ def synthetic_batch(case: Case, seed: int = 0) -> list[dict]:
         return torch.rand(*shape, generator=generator)
 
     batch = []
+    height, width = case.shape
+    sides = torch.tensor([width, height])
     for _ in range(case.batch):
-        corner, extent = rand(_BOXES, 2) * 0.6 * case.size, 16 + rand(_BOXES, 2) * 0.3 * case.size
-        target = Instances((case.size, case.size))
-        target.gt_boxes = Boxes(torch.cat([corner, corner + extent], 1).clamp(max=case.size))
+        corner, extent = rand(_BOXES, 2) * 0.6 * sides, 16 + rand(_BOXES, 2) * 0.3 * sides
+        target = Instances((height, width))
+        target.gt_boxes = Boxes(torch.cat([corner, corner + extent], 1).clamp(max=sides.repeat(2)))
         target.gt_classes = torch.zeros(_BOXES, dtype=torch.long)
-        image = (rand(3, case.size, case.size) * 255).to(torch.uint8)
-        batch.append({"image": image, "height": case.size, "width": case.size, "instances": target})
+        image = (rand(3, height, width) * 255).to(torch.uint8)
+        batch.append({"image": image, "height": height, "width": width, "instances": target})
     return batch
 
 
@@ -218,10 +240,6 @@ class Bench:
             loss=lambda batch: sum(self.model(batch).values()),
             join=lambda many: list(itertools.chain.from_iterable(many)),
         )
-
-    def synchronize(self) -> None:
-        if self.case.device != "cpu":
-            torch.cuda.synchronize()
 
 
 @contextmanager

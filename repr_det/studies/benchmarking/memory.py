@@ -52,12 +52,13 @@ def peak_memory(case: Case, config_file: str, arm: str) -> int:
             slim.remove()
         if sub:
             bench.hook.scheme.restore()
-    if case.device != "cpu":
+    return highest_memory(case.device)
+
+
+def highest_memory(device: str) -> int:
+    """Bytes that this process has had at once: allocated by torch on a GPU, resident else."""
+    if device != "cpu":
         return torch.cuda.max_memory_allocated()
-    return _highest_resident_set()
-
-
-def _highest_resident_set() -> int:
     status = Path("/proc/self/status")
     if status.exists():  # rusage would include the parent's peak: it survives fork and exec
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))

@@ -11,7 +11,7 @@ import torch
 from repr_det.studies.benchmarking.prediction import SCHEDULES
 from repr_det.studies.benchmarking.steps import ARMS, MASKED, S1, SLIM, STOCK
 
-RESULTS, TABLE, PLOT = "benchmark.json", "benchmark.txt", "benchmark"
+RESULTS, TABLE, PLOT, SCALE_PLOT = "benchmark.json", "benchmark.txt", "benchmark", "scale"
 
 
 def machine() -> dict[str, Any]:
@@ -44,6 +44,8 @@ def table(results: dict[str, Any]) -> str:
         f"{where['gpu'] or where['processor']}, {where['threads']} threads of {where['cores']} cores "
         f"({where['instructions']}), torch {where['torch']}, load at the start {where['load'][0]}"
     ]
+    if "scale" in results:
+        lines += ["", "drop and restore by size", *(f"  {line}" for line in _scale_lines(results["scale"]))]
     for entry in results["cases"]:
         lines += ["", entry["name"]]
         for part, write in (
@@ -98,6 +100,21 @@ def _transition_lines(found: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _scale_lines(found: dict[str, Any]) -> list[str]:
+    rate = found["gemm_flops_per_second"]
+    lines = [
+        f"{'':32}{'filters':>9}{'weights':>10}{'drop s':>9}{'restore s':>11}{'GEMM s':>9}{'eigen s':>9}{'to both':>9}"
+        f"   ({rate / 1e9:.0f} GFLOP/s)"
+    ]
+    for entry in found["networks"] + found["layers"]:
+        limit, both = entry["flops"] / rate, entry["drop"] + entry["restore"]
+        lines.append(
+            f"{entry['name']:32}{entry['filters']:9}{entry['weights'] / 1e6:9.1f}M{entry['drop']:9.3f}"
+            f"{entry['restore']:11.3f}{limit:9.3f}{entry['eigen']:9.3f}{both / (limit + entry['eigen']):9.2f}"
+        )
+    return lines
+
+
 def _memory_lines(found: dict[str, Any]) -> list[str]:
     peaks = [f"{arm} {found['bytes'][arm] / 2**20:.0f} MiB" for arm in ARMS]
     ratios = [f"{arm} {found['ratio'][arm]:.3f}" for arm in ARMS[1:]]
@@ -127,12 +144,14 @@ def _run_lines(found: dict[str, Any]) -> list[str]:
 
 
 def write(results: dict[str, Any], folder: str) -> None:
-    """The json file, the table and, where steps or transitions were measured, the plot (SVG and PNG)."""
+    """The json file, the table and the plots of what was measured (SVG and PNG)."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     (Path(folder) / RESULTS).write_text(json.dumps(results, indent=1) + "\n")
     (Path(folder) / TABLE).write_text(table(results))
     if any("steps" in entry or "transitions" in entry for entry in results["cases"]):
         _plot(results, Path(folder))
+    if "scale" in results:
+        _plot_scale(results["scale"], Path(folder))
 
 
 def _plot(results: dict[str, Any], folder: Path) -> None:
@@ -180,6 +199,58 @@ def _plot(results: dict[str, Any], folder: Path) -> None:
     figure.tight_layout()
     for suffix in ("svg", "png"):
         figure.savefig(folder / f"{PLOT}.{suffix}", dpi=110)
+    pyplot.close(figure)
+
+
+def _plot_scale(found: dict[str, Any], folder: Path) -> None:
+    """Seconds of drop and restore against operations for networks, against channels for layers; lines: the products
+    alone, and with the eigen-decompositions."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rate = found["gemm_flops_per_second"]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.8))
+    flops = sorted(entry["flops"] for entry in found["networks"])
+    ends = [flops[0] / 2e9, flops[-1] * 2 / 1e9]
+    left.plot(ends, [x * 1e9 / rate for x in ends], color="black", linewidth=0.8, label="matrix products alone")
+    for entry in found["networks"]:
+        x, both = entry["flops"] / 1e9, entry["drop"] + entry["restore"]
+        (point,) = left.plot(x, both, "o")
+        left.plot(x, x * 1e9 / rate + entry["eigen"], "_", color=point.get_color(), markersize=12)
+        text = f"{entry['name']}\n{entry['filters']:,} filters, {entry['weights'] / 1e6:.0f} M weights"
+        last = x > 0.3 * flops[-1] / 1e9
+        left.annotate(text, (x, both), (-9 if last else 9, 0), textcoords="offset points", fontsize=7, va="bottom",
+                      ha="right" if last else "left")  # fmt: skip
+    left.plot([], [], "o", color="grey", label="drop + restore, measured")
+    left.plot([], [], "_", color="grey", markersize=12, label="matrix products and eigen-decompositions")
+    left.set_xlabel("operations of the matrix products, G")
+    for kernel in sorted({entry["kernel"] for entry in found["layers"]}, reverse=True):
+        chosen = [entry for entry in found["layers"] if entry["kernel"] == kernel]
+        channels = [entry["channels"] for entry in chosen]
+        (line,) = right.plot(
+            channels, [e["drop"] + e["restore"] for e in chosen], "o-", label=f"{kernel} x {kernel} conv, measured"
+        )
+        # Both grow with the third power of the channels: the line goes on to 4096.
+        model = [e["flops"] / rate + e["eigen"] for e in chosen]
+        factor = 4096 / channels[-1]
+        right.plot(
+            [*channels, 4096], [*model, model[-1] * factor**3], "--", color=line.get_color(), linewidth=0.8,
+            label="its matrix products" + (" and eigen-decomposition" if chosen[0]["eigen"] else ""),
+        )  # fmt: skip
+    right.set_xlabel("channels in and out of one layer")
+    for axis in (left, right):
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_ylabel("s")
+        axis.grid(linewidth=0.3)
+        axis.legend(fontsize=7, loc="upper left")
+    right.set_xticks([256, 512, 1024, 2048, 4096], ["256", "512", "1024", "2048", "4096"])
+    right.minorticks_off()
+    figure.tight_layout()
+    for suffix in ("svg", "png"):
+        figure.savefig(folder / f"{SCALE_PLOT}.{suffix}", dpi=110)
     pyplot.close(figure)
 
 

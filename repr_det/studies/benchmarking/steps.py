@@ -1,13 +1,13 @@
 """Step times of stock Detectron2, S1, masked S2 and slim S2, interleaved, and the time spent inside the hook."""
 
 import statistics
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 
+from repr_det.method.slim_choice import seconds_of
 from repr_det.studies.benchmarking.case import Bench, Case, patched, synthetic_batch
 from repr_det.studies.benchmarking.flops import count
 
@@ -43,11 +43,7 @@ def measure_steps(case: Case, config_file: str, pairs: int, report: Callable[[st
             bench = {STOCK: stock, S1: full}.get(arm, sub)
             if arm == SLIM:
                 slim.install()
-            bench.synchronize()
-            start = time.perf_counter()
-            bench.step(number)
-            bench.synchronize()
-            seconds = time.perf_counter() - start
+            seconds = seconds_of(lambda: bench.step(number), case.device)
             slim.remove()
             return seconds
 
@@ -79,11 +75,11 @@ def measure_steps(case: Case, config_file: str, pairs: int, report: Callable[[st
 class _Clock:
     """Adds up the time inside RePrHook's methods and inside the gradient hooks that a drop registers.
 
-    On a GPU it waits for the kernels before and after each call, so it runs in steps of its own that are not timed.
+    On a GPU every call waits for the kernels before it, so it runs in steps of its own that are not timed.
     """
 
     def __init__(self, case: Case) -> None:
-        self.wait = torch.cuda.synchronize if case.device != "cpu" else lambda: None
+        self.device = case.device
         self.running = False
         self.seconds = 0.0
 
@@ -91,12 +87,9 @@ class _Clock:
         def timed(*arguments: Any) -> Any:
             if not self.running:
                 return function(*arguments)
-            self.wait()
-            start = time.perf_counter()
-            result = function(*arguments)
-            self.wait()
-            self.seconds += time.perf_counter() - start
-            return result
+            result = []
+            self.seconds += seconds_of(lambda: result.append(function(*arguments)), self.device)
+            return result[0]
 
         return timed
 

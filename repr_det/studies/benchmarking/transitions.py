@@ -11,6 +11,7 @@ import torch
 
 from repr_det.method.layers import FilterLayer
 from repr_det.method.scheme import RePrScheme
+from repr_det.method.slim_choice import seconds_of
 from repr_det.studies.benchmarking.case import Bench, Case
 
 
@@ -58,18 +59,20 @@ def needed_flops(num_filters: int, num_dropped: int, dimension: int) -> tuple[in
 def gemm_rate(device: str, size: int = 2048, repeats: int = 7) -> float:
     """Floating-point operations a second of a square single-precision matrix product, the best of ``repeats``."""
     a, b = torch.randn(2, size, size, device=device)
-    return 2 * size**3 / min(_timed(lambda: a @ b, device) for _ in range(repeats))
+    return 2 * size**3 / min(seconds_of(lambda: a @ b, device) for _ in range(repeats))
 
 
 def eigen_seconds(layers: Sequence[FilterLayer], ratio: float) -> float:
-    """Seconds of the eigen-decompositions, d x d in double precision, of the layers that have no null space."""
+    """Seconds of the eigen-decompositions, d x d in double precision, of the layers that have no null space (of each
+    group of a grouped conv)."""
     seconds = 0.0
     for layer in layers:
-        dimension, dropped = layer.weight[0].numel(), round(ratio * layer.num_filters)
-        if layer.num_filters + dropped > dimension and dropped % dimension:
-            rows = torch.randn(layer.num_filters, dimension, device=layer.weight.device, dtype=torch.float64)
+        dimension, filters = layer.weight[0].numel(), layer.num_filters // layer.conv.groups
+        dropped = round(ratio * filters)
+        if filters + dropped > dimension and dropped % dimension:
+            rows = torch.randn(filters, dimension, device=layer.weight.device, dtype=torch.float64)
             gram = rows.T @ rows
-            seconds += _timed(lambda gram=gram: torch.linalg.eigh(gram), layer.weight.device.type)
+            seconds += layer.conv.groups * seconds_of(lambda gram=gram: torch.linalg.eigh(gram), layer.weight.device)
     return seconds
 
 
@@ -86,7 +89,7 @@ def measure_transitions(
     """
     with Bench(case, config_file, repr_on=True) as bench:
         scheme, layers = bench.hook.scheme, bench.hook.scheme.layers
-        step = statistics.median(_timed(lambda: bench.step(0), case.device) for _ in range(4))
+        step = statistics.median(seconds_of(lambda: bench.step(0), case.device) for _ in range(4))
         found = {"step": step, **time_transitions(scheme, repeats, case.device)}
         report(f"  drop {found['drop']:.3f} s, restore {found['restore']:.3f} s, step {step:.3f} s")
         found["calibrated"] = _calibrated_seconds(bench) if case.norm == "FrozenBN" else None
@@ -105,8 +108,8 @@ def time_transitions(scheme: RePrScheme, repeats: int, device: str) -> dict[str,
     """Medians of ``repeats`` drops and restores, after one that is not counted."""
     drops, restores = [], []
     for _ in range(repeats + 1):
-        drops.append(_timed(scheme.drop, device))
-        restores.append(_timed(scheme.restore, device))
+        drops.append(seconds_of(scheme.drop, device))
+        restores.append(seconds_of(scheme.restore, device))
     return {"drop": statistics.median(drops[1:]), "restore": statistics.median(restores[1:])}
 
 
@@ -118,13 +121,4 @@ def _calibrated_seconds(bench: Bench) -> float:
         max_drop_per_layer=bench.case.ratio,
         passes=bench.passes(),
     )
-    return _timed(scheme.drop, bench.case.device) + _timed(scheme.restore, bench.case.device)
-
-
-def _timed(function: Callable[[], Any], device: str) -> float:
-    wait = torch.cuda.synchronize if device != "cpu" else lambda: None
-    wait()
-    start = time.perf_counter()
-    function()
-    wait()
-    return time.perf_counter() - start
+    return seconds_of(scheme.drop, bench.case.device) + seconds_of(scheme.restore, bench.case.device)

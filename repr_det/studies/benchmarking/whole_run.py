@@ -3,11 +3,11 @@
 import json
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from repr_det.method.slim_choice import seconds_of
 from repr_det.runs.files import EVENTS_FILE
 from repr_det.studies.benchmarking.case import Bench, Case
 from repr_det.studies.benchmarking.prediction import SCHEDULES
@@ -41,11 +41,7 @@ def measure_run(case: Case, config_file: str, iterations: int, report: Callable[
             for number in range(-_WARM_UP, iterations):
                 for bench in (stock, ours) if number % 2 else (ours, stock):
                     bench.trainer.iter = number
-                    bench.synchronize()
-                    start = time.perf_counter()
-                    bench.step(number % iterations)
-                    bench.synchronize()
-                    seconds[bench].append(time.perf_counter() - start)
+                    seconds[bench].append(seconds_of(lambda b=bench, n=number: b.step(n % iterations), case.device))
                 if (number + 1) % 10 == 0:
                     report(f"  {number + 1} of {iterations} iterations of either arm")
         events = [json.loads(line) for line in (Path(folder) / EVENTS_FILE).read_text().splitlines()]
