@@ -42,7 +42,7 @@ CONFIG = [
     (["REPR.CRITERION", "orto"], "REPR.CRITERION must be one of"),
     (["REPR.CRITERION", "3"], "command line: Type mismatch"),
     (["REPR.CRITERION_BATCHES", "0"], "REPR.CRITERION_BATCHES must be at least 1, got 0"),
-    (["REPR.REINIT.CALIBRATION_BATCHES", "-1"], "REPR.REINIT.CALIBRATION_BATCHES must be at least 1, got -1"),
+    (["REPR.REINIT.CALIBRATION_BATCHES", "-1"], "REPR.REINIT.CALIBRATION_BATCHES must be at least 0, got -1"),
     (["REPR.REINIT.SCALE", "large"], "REPR.REINIT.SCALE must be one of kept, old, unit, got 'large'"),
     (["REPR.REINIT.FROZEN_NORM", "x"], "REPR.REINIT.FROZEN_NORM must be one of recalibrate, keep, got 'x'"),
     (

@@ -1,5 +1,6 @@
 """RePrHook in real Detectron2 trainers: stock behaviour when off (invariant 6), place, log, resume, schedule (8)."""
 
+import itertools
 import json
 import math
 
@@ -217,3 +218,14 @@ def test_extra_passes_leave_no_trace_in_the_log(tiny_cfg):
     cfg = tiny_cfg(*SCHEDULE, "REPR.CRITERION", "taylor", "REPR.CRITERION_BATCHES", "2", "DATASETS.TEST", "()")
     logged = trained(Trainer, cfg).storage.histories()
     assert {len(logged[name].values()) for name in ("rpn/num_pos_anchors", "total_loss")} == {8}
+
+
+@pytest.mark.parametrize(("size", "batches", "images"), [(2, 0, 8), (3, 0, 9), (10, 0, 10), (2, 3, 6)])
+def test_calibration_of_frozen_bn_looks_at_eight_images_or_at_the_batches_it_is_told(tiny_cfg, size, batches, images):
+    keys = {"MODEL.RESNETS.NORM": "FrozenBN", "SOLVER.IMS_PER_BATCH": size, "REPR.REINIT.CALIBRATION_BATCHES": batches}
+    cfg = tiny_cfg(*SCHEDULE, *itertools.chain(*keys.items()), "DATASETS.TEST", "()")
+    seen = []
+    trainer = Trainer(cfg)
+    trainer.model.backbone.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    trainer.train()
+    assert sum(seen) == 8 * size + 2 * 2 * images  # the steps; a drop and a restore in each of two cycles

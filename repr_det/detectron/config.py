@@ -1,6 +1,7 @@
 """The config node REPR: its keys, their checks and the schedule that they stand for."""
 
 import contextlib
+import math
 from typing import Any
 
 import yacs.config
@@ -15,6 +16,8 @@ from repr_det.method.returning import check_reinit
 from repr_det.method.schedule import RePrSchedule
 from repr_det.method.selection import check_shares
 from repr_det.method.slim_choice import check_slim
+
+CALIBRATION_IMAGES = 8
 
 
 def _let_slim_be_string_or_bool() -> None:
@@ -62,9 +65,9 @@ def add_repr_config(cfg: CfgNode) -> None:
     # Norm of a new filter: that of the filters that stayed (mean), its own before the drop, or 1.
     node.REINIT.SCALE = "kept"
     # FrozenBN statistics of a restored channel: set so that its moments after the norm are those before the drop,
-    # measured on CALIBRATION_BATCHES training batches, or kept as they are.
+    # measured on CALIBRATION_BATCHES training batches (0: as many as have 8 images), or kept as they are.
     node.REINIT.FROZEN_NORM = "recalibrate"
-    node.REINIT.CALIBRATION_BATCHES = 4
+    node.REINIT.CALIBRATION_BATCHES = 0
     # How loud filters return: "as_published" with gamma 1; "median_gamma" of the kept filters of the layer; or
     # "function_preserving", so that a restore changes no output and filters earn their way in. Not in the paper.
     node.REINIT.RETURN = "as_published"
@@ -96,17 +99,24 @@ def validate_repr_config(cfg: CfgNode) -> RePrSchedule | None:
     get_criterion(node.CRITERION)
     check_slim(node.SLIM)
     check_reinit(node.REINIT.SCALE, node.REINIT.FROZEN_NORM, node.REINIT.RETURN)
-    if node.REINIT.WARMUP_ITERS < 0:
-        raise UserError(f"REPR.REINIT.WARMUP_ITERS must be at least 0, got {node.REINIT.WARMUP_ITERS}")
-    for key, value in (
-        ("CRITERION_BATCHES", node.CRITERION_BATCHES),
-        ("REINIT.CALIBRATION_BATCHES", node.REINIT.CALIBRATION_BATCHES),
+    for key, value, least in (
+        ("CRITERION_BATCHES", node.CRITERION_BATCHES, 1),
+        ("REINIT.CALIBRATION_BATCHES", node.REINIT.CALIBRATION_BATCHES, 0),
+        ("REINIT.WARMUP_ITERS", node.REINIT.WARMUP_ITERS, 0),
     ):
-        if value < 1:
-            raise UserError(f"REPR.{key} must be at least 1, got {value}")
+        if value < least:
+            raise UserError(f"REPR.{key} must be at least {least}, got {value}")
     schedule = schedule_from_config(cfg)
     schedule.check_fits(cfg.SOLVER.MAX_ITER)
     return schedule
+
+
+def calibration_batches(cfg: CfgNode) -> int:
+    """Batches, each of SOLVER.IMS_PER_BATCH over all ranks, that a calibration of FrozenBN looks at.
+
+    Eight images give a channel's standard deviation to about 3 %, see docs/performance.md.
+    """
+    return cfg.REPR.REINIT.CALIBRATION_BATCHES or math.ceil(CALIBRATION_IMAGES / cfg.SOLVER.IMS_PER_BATCH)
 
 
 def schedule_from_config(cfg: CfgNode) -> RePrSchedule:

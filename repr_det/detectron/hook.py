@@ -20,7 +20,7 @@ from fvcore.common.checkpoint import Checkpointer
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from repr_det.detectron.config import scale_to_world, validate_repr_config
+from repr_det.detectron.config import calibration_batches, scale_to_world, validate_repr_config
 from repr_det.detectron.fine_tuning import fine_tuning_warning
 from repr_det.method.blocks import readers
 from repr_det.method.errors import UserError
@@ -252,7 +252,7 @@ class RePrHook(HookBase):
             returns=node.REINIT.RETURN,
             readers=readers(model),
             criterion_batches=node.CRITERION_BATCHES,
-            calibration_batches=node.REINIT.CALIBRATION_BATCHES,
+            calibration_batches=calibration_batches(self.cfg),
             seed=seed,
             passes=training_passes(self.cfg, model, trainer),
             slim_model=model,

@@ -121,6 +121,7 @@ def build_config(case: Case, config_file: str) -> CfgNode:
     cfg.SOLVER.BASE_LR = 0.0
     cfg.SOLVER.AMP.ENABLED = case.amp
     cfg.SEED = 1
+    cfg.SOLVER.IMS_PER_BATCH = case.batch
     cfg.REPR.ENABLED = True
     cfg.REPR.SLIM = False
     cfg.REPR.DROP_RATIO = cfg.REPR.MAX_DROP_PER_LAYER = case.ratio

@@ -96,7 +96,10 @@ def _transition_lines(found: dict[str, Any]) -> list[str]:
         f"{found['weights'] / 1e6:.1f} million weights"
     )
     if found["calibrated"] is not None:
-        lines.append(f"with the calibration of FrozenBN on 4 batches, once at each: {found['calibrated']:.2f} s")
+        batches, extra = found["calibration_batches"], found["calibrated"] - both
+        lines.append(
+            f"calibration of FrozenBN, {batches} batches each time: {extra:.2f} s, {extra / found['step']:.2f} steps"
+        )
     return lines
 
 
@@ -213,16 +216,14 @@ def _plot_scale(found: dict[str, Any], folder: Path) -> None:
     rate = found["gemm_flops_per_second"]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.8))
     flops = sorted(entry["flops"] for entry in found["networks"])
-    ends = [flops[0] / 2e9, flops[-1] * 2 / 1e9]
+    ends = [flops[0] / 5e9, flops[-1] * 2 / 1e9]
     left.plot(ends, [x * 1e9 / rate for x in ends], color="black", linewidth=0.8, label="matrix products alone")
     for entry in found["networks"]:
         x, both = entry["flops"] / 1e9, entry["drop"] + entry["restore"]
         (point,) = left.plot(x, both, "o")
         left.plot(x, x * 1e9 / rate + entry["eigen"], "_", color=point.get_color(), markersize=12)
         text = f"{entry['name']}\n{entry['filters']:,} filters, {entry['weights'] / 1e6:.0f} M weights"
-        last = x > 0.3 * flops[-1] / 1e9
-        left.annotate(text, (x, both), (-9 if last else 9, 0), textcoords="offset points", fontsize=7, va="bottom",
-                      ha="right" if last else "left")  # fmt: skip
+        left.annotate(text, (x, both), (-9, 2), textcoords="offset points", fontsize=7, ha="right")
     left.plot([], [], "o", color="grey", label="drop + restore, measured")
     left.plot([], [], "_", color="grey", markersize=12, label="matrix products and eigen-decompositions")
     left.set_xlabel("operations of the matrix products, G")
@@ -245,7 +246,10 @@ def _plot_scale(found: dict[str, Any], folder: Path) -> None:
         axis.set_yscale("log")
         axis.set_ylabel("s")
         axis.grid(linewidth=0.3)
-        axis.legend(fontsize=7, loc="upper left")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.legend(fontsize=7, loc="lower right")
+    left.margins(y=0.12)
+    left.xaxis.set_major_formatter("{x:g}")
     right.set_xticks([256, 512, 1024, 2048, 4096], ["256", "512", "1024", "2048", "4096"])
     right.minorticks_off()
     figure.tight_layout()

@@ -84,8 +84,8 @@ def measure_transitions(
     Returns:
         seconds (medians): "drop", "restore", "step" of stock Detectron2, "textbook_drop", "textbook_restore",
         "limit_drop", "limit_restore" (``needed_flops`` at ``gemm_rate``), "limit_eigen" (``eigen_seconds``),
-        "calibrated" (drop and restore with the calibration of FrozenBN on 4 batches, None for other norms);
-        "gemm_flops_per_second"; "weights": their number.
+        "calibrated" (drop and restore with the calibration of FrozenBN, None for other norms);
+        "gemm_flops_per_second"; "weights": their number; "calibration_batches": their number.
     """
     with Bench(case, config_file, repr_on=True) as bench:
         scheme, layers = bench.hook.scheme, bench.hook.scheme.layers
@@ -93,6 +93,7 @@ def measure_transitions(
         found = {"step": step, **time_transitions(scheme, repeats, case.device)}
         report(f"  drop {found['drop']:.3f} s, restore {found['restore']:.3f} s, step {step:.3f} s")
         found["calibrated"] = _calibrated_seconds(bench) if case.norm == "FrozenBN" else None
+        found["calibration_batches"] = scheme.calibration_batches
         rate = gemm_rate(case.device)
         flops = [needed_flops(x.num_filters, round(case.ratio * x.num_filters), x.weight[0].numel()) for x in layers]
         found["gemm_flops_per_second"] = rate
@@ -119,6 +120,7 @@ def _calibrated_seconds(bench: Bench) -> float:
         bench.trainer.optimizer,
         drop_ratio=bench.case.ratio,
         max_drop_per_layer=bench.case.ratio,
+        calibration_batches=bench.hook.scheme.calibration_batches,
         passes=bench.passes(),
     )
     return seconds_of(scheme.drop, bench.case.device) + seconds_of(scheme.restore, bench.case.device)
