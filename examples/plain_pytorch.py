@@ -138,7 +138,7 @@ def spread(values: list[float], sign: str = "") -> str:
     return f"{statistics.mean(values):{sign}.2f}{deviation}"
 
 
-def main() -> None:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--epochs", type=int, default=50)
@@ -149,7 +149,11 @@ def main() -> None:
     parser.add_argument("--s2", type=int, default=10, help="of the sub-network in a cycle, %% of the training (10)")
     parser.add_argument("--scheme", nargs="+", default=[], metavar="KEY=VALUE", help=f"one of {', '.join(OPTIONS)}")
     parser.add_argument("--oracle", action="store_true", help="print the rank correlation of criteria with the oracle")
-    args = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    args = parse()
     if args.epochs < 1:
         raise UserError(f"--epochs must be at least 1, got {args.epochs}")
     args.scheme = scheme_options(args.scheme)
