@@ -1,13 +1,17 @@
 """WandbWriter in wandb's offline mode: what arrives in the run, and that a resumed run goes on in it."""
 
+import importlib.util
 import json
+import re
 import sys
 
 import pytest
+from conftest import SMALL
 from detectron2.config import get_cfg
 from detectron2.utils.events import EventStorage
 
-from repr_det import add_repr_config
+from repr_det import UserError, add_repr_config
+from repr_det.commands.train import start
 from repr_det.detectron.trackers import WandbWriter
 
 EVENTS = [
@@ -70,3 +74,45 @@ def test_wandb_that_is_missing_is_named(cfg, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ImportError, match=r"WandbWriter needs wandb: pip install 'repr_det\[wandb\]'"):
         WandbWriter(cfg)
+
+
+def test_train_with_wandb_and_resumed_is_one_run_with_every_transition(tiny_data, tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb", reason="wandb is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    wandb.teardown()  # it reads them once in a process
+    logged, ids = {}, set()
+    log = wandb.Run.log
+
+    def spy(run, values, step):
+        ids.add((run.id, run.project))
+        logged.update({name: step for name in values})
+        log(run, values, step=step)
+
+    monkeypatch.setattr(wandb.Run, "log", spy)
+    schedule = "REPR.ENABLED True REPR.S1_ITERS 2 REPR.S2_ITERS 1 REPR.NUM_CYCLES 1 SOLVER.CHECKPOINT_PERIOD 2"
+    opts = [*SMALL, *schedule.split(), "DATASETS.TEST", "()", "OUTPUT_DIR", str(tmp_path / "run")]
+    arguments = ["--config-file", "baseline_r50_fpn.yaml", "--wandb", "mine"]
+    start([*arguments, *opts, "SOLVER.MAX_ITER", "4"])
+    (tmp_path / "run" / "model_final.pth").unlink()
+    (tmp_path / "run" / "last_checkpoint").write_text("model_0000001.pth")
+    start([*arguments, "--resume", *opts, "SOLVER.MAX_ITER", "4"])
+    assert len(ids) == 1 and next(iter(ids))[1] == "mine"
+    assert {"total_loss", "lr", "repr/drop_filters", "repr/restore_overlap"} <= set(logged)
+
+
+def test_wandb_flag_without_wandb_is_refused_before_anything_else(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=re.escape("--wandb mine needs wandb, which is not installed: pip install")):
+        start(["--config-file", "missing.yaml", "--wandb", "mine"])
+
+
+def test_without_a_login_one_line_says_so(cfg, monkeypatch):
+    wandb = pytest.importorskip("wandb", reason="wandb is not installed")
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", cfg.OUTPUT_DIR)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    wandb.teardown()
+    with pytest.raises(UserError, match=r"Weights & Biases: .*API key.* WANDB_MODE=offline keeps everything on disk"):
+        WandbWriter(cfg, project="mine")

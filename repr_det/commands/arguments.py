@@ -25,6 +25,9 @@ def train_argument_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="the same run with RePr off; OUTPUT_DIR gets the suffix _baseline unless it is given on the command line",
     )
+    parser.add_argument(
+        "--wandb", default="", metavar="PROJECT", help="log the training to this project of Weights & Biases as well"
+    )
     return parser
 
 

@@ -16,6 +16,7 @@ from repr_det.commands.processes import launch_processes, may_continue, setup_pr
 from repr_det.commands.shipped import config_path
 from repr_det.commands.world import check_processes
 from repr_det.detectron.lazy import NUM_CLASSES, LazyTrainer, data_set_names, evaluate, repr_cfg_from_lazy
+from repr_det.detectron.trackers import check_wandb, tracked
 from repr_det.method.errors import UserError
 from repr_det.runs.checkpoints import AtomicCheckpointer
 from repr_det.runs.record import CONFIG_FILE, RunRecord
@@ -88,7 +89,7 @@ def main(args: argparse.Namespace) -> None:
         evaluate(cfg, model)
         return
     as_given = copy.deepcopy(cfg)  # LazyTrainer puts its model into the other
-    trainer = LazyTrainer(cfg)
+    trainer = tracked(LazyTrainer, args.wandb)(cfg)
     trainer.resume_or_load(resume=args.resume)
     data_sets = (*yacs.DATASETS.TRAIN, *yacs.DATASETS.TEST)
     trainer.register_hooks([RunRecord(yacs.OUTPUT_DIR, functools.partial(_write_config, as_given), data_sets)])
@@ -102,6 +103,7 @@ def _write_config(cfg: DictConfig, folder: Path) -> None:
 def start(argv: list[str] | None = None) -> None:
     """Parses arguments, checks what can be checked, then launches the processes."""
     args = train_argument_parser().parse_args(argv)
+    check_wandb(args.wandb)
     cfg = config_of(args)
     yacs = repr_cfg_from_lazy(cfg)
     world = check_processes(args, yacs, {"model": cfg.model})

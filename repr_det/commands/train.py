@@ -12,6 +12,7 @@ from repr_det.commands.checks import check_run
 from repr_det.commands.processes import launch_processes, may_continue, setup, write_configs
 from repr_det.commands.world import check_processes
 from repr_det.detectron.engine import Trainer
+from repr_det.detectron.trackers import check_wandb, tracked
 from repr_det.runs.checkpoints import AtomicCheckpointer
 from repr_det.runs.record import RunRecord
 
@@ -33,7 +34,7 @@ def main(args: argparse.Namespace) -> dict:
         if comm.is_main_process():
             verify_results(cfg, results)
         return results
-    trainer = Trainer(cfg)
+    trainer = tracked(Trainer, args.wandb)(cfg)
     trainer.resume_or_load(resume=args.resume)
     data_sets = (*trainer.cfg.DATASETS.TRAIN, *trainer.cfg.DATASETS.TEST)
     trainer.register_hooks([RunRecord(cfg.OUTPUT_DIR, functools.partial(write_configs, cfg), data_sets)])
@@ -43,6 +44,7 @@ def main(args: argparse.Namespace) -> dict:
 def start(argv: list[str] | None = None) -> None:
     """Parses arguments, checks everything that can be checked, then launches the processes."""
     args = train_argument_parser().parse_args(argv)
+    check_wandb(args.wandb)
     cfg = config_of(args)
     world = check_processes(args, cfg, cfg.MODEL)
     args.resume = may_continue(args, cfg.OUTPUT_DIR)

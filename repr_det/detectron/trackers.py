@@ -1,16 +1,21 @@
 """WandbWriter: a run in Weights & Biases, through Detectron2's interface for writers of events."""
 
+import importlib.util
 import json
 import os
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer
 from detectron2.utils.events import EventWriter, get_event_storage
-from matplotlib.figure import Figure
 
+from repr_det.method.errors import UserError
 from repr_det.runs.files import EVENTS_FILE, OVERLAPS_FILE, last_logged, write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _ID_FILE = "wandb_id.txt"
 
@@ -28,6 +33,7 @@ class WandbWriter(EventWriter):
 
     Raises:
         ImportError: wandb is not installed.
+        UserError: it cannot begin, such as without a login.
     """
 
     def __init__(self, cfg: CfgNode, window_size: int = 20, **options: Any) -> None:
@@ -41,7 +47,10 @@ class WandbWriter(EventWriter):
         self._window_size = window_size
         self._last_write = -1
         self._last_transition = last_logged(self._folder / EVENTS_FILE)  # of the run that this one resumes
-        self._run = wandb.init(id=self._id(), resume="allow", config=_plain(cfg), dir=cfg.OUTPUT_DIR, **options)
+        try:
+            self._run = wandb.init(id=self._id(), resume="allow", config=_plain(cfg), dir=cfg.OUTPUT_DIR, **options)
+        except wandb.Error as error:  # not logged in, no connection, no such project
+            raise UserError(f"Weights & Biases: {error} WANDB_MODE=offline keeps everything on disk.") from error
 
     def write(self) -> None:
         """Logs what came since the last call."""
@@ -79,8 +88,28 @@ class WandbWriter(EventWriter):
         return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def draw_overlap(event: dict[str, Any], overlap: dict[str, list[float]]) -> Figure:
+def tracked(trainer: type[DefaultTrainer], project: str) -> type[DefaultTrainer]:
+    """``trainer`` with a WandbWriter of this project among its writers; itself where there is no project."""
+    if not project:
+        return trainer
+
+    class Tracked(trainer):  # type: ignore[valid-type, misc]
+        def build_writers(self) -> list[EventWriter]:
+            return [*super().build_writers(), WandbWriter(self.cfg, project=project)]
+
+    return Tracked
+
+
+def check_wandb(project: str) -> None:
+    """Raises UserError where a project is given, but wandb is not installed."""
+    if project and importlib.util.find_spec("wandb") is None:
+        raise UserError(f"--wandb {project} needs wandb, which is not installed: pip install 'repr_det[wandb]'")
+
+
+def draw_overlap(event: dict[str, Any], overlap: dict[str, list[float]]) -> "Figure":
     """O_f of the filters of every layer around a transition: the middle half as a box, dropped filters as dots."""
+    from matplotlib.figure import Figure  # a training that is not tracked need not wait for it
+
     figure = Figure(figsize=(6, 1 + 0.18 * len(overlap)), layout="constrained")
     axes = figure.add_subplot()
     axes.boxplot(list(overlap.values()), orientation="horizontal", showfliers=False)
