@@ -1,4 +1,4 @@
-"""docs/evidence: the removals of the fine-tuning search against what they promise, its table against a hand count."""
+"""docs/evidence: the removals of the fine-tuning search against what they promise, its tables against a hand count."""
 
 import importlib.util
 import json
@@ -20,6 +20,7 @@ def load(name):
 
 
 report, search = load("fine_tuning_report"), load("fine_tuning_search")
+fit = load("cifar10_equal_fit")
 
 
 def small_trainer(max_iter=100):
@@ -134,3 +135,24 @@ def test_the_committed_runs_are_whole():
     lines = (FOLDER / "fine_tuning_search.jsonl").read_text().splitlines()
     runs = [json.loads(line)["run"] for line in lines]
     assert len({(run["name"], run["seed"]) for run in runs}) == len(runs) > 20
+
+
+def cifar_run(row, seed, curve, train, **own):
+    settings = {"row": row, "seed": seed, "train_images": 100, "optimizer": "sgd", "weight_decay": 0.0, "s1": None}
+    epochs = list(range(1, len(curve) + 1))
+    return {"settings": settings | own, "curve": curve, "train_curve": train, "curve_epochs": epochs}
+
+
+def test_a_repr_network_is_held_against_the_standard_one_where_it_fitted_as_well():
+    rises = list(range(10, 110, 10))
+    standard = cifar_run("standard", 0, [50, 56, 60, 62, 61, 60, 59, 58, 57, 56], rises)
+    repr_run = cifar_run(
+        "ortho", 0, [50, 56, 60, 40, 50, 59, 60, 60, 60, 61], [10, 20, 30, 10, 20, 40] + 4 * [40], s1=20
+    )
+    other = cifar_run("ortho", 1, [0] * 10, rises)
+    assert fit.pairs([standard, repr_run, other]) == [(standard, repr_run)]
+    # its end: train 40, test 60; the standard network: train 80, test 58 there, and 40, (60 + 62 + 61) / 3 at epoch 4
+    assert fit.end(repr_run) == (40, 60, None) and fit.end(standard) == (80, 58, None)
+    assert fit.first_at(standard, 40) == (40, 61, 4)
+    assert fit.first_at(standard, 99) is None
+    assert fit.line(standard, repr_run)[3:] == ["40.0, 60.0", "80.0, 58.0", "+2.0", "epoch 4: 61.0", "-1.0"]
