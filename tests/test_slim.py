@@ -11,6 +11,7 @@ from detectron2.modeling.backbone import ResNet
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock
 from detectron2.utils.events import EventStorage
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from repr_det.method.layers import BATCH, GROUP, find_filter_layers, zero_rows_
@@ -132,6 +133,63 @@ def test_any_choice_of_layers(patterns):
     masked = resnet(50, "BN")
     layers, masks = drop(masked, patterns)
     assert_same_training(masked, copy.deepcopy(masked), layers, masks)
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+@pytest.mark.parametrize("norm", ["BN", "FrozenBN", "GN", ""])
+def test_a_gradient_of_a_gradient_is_that_of_the_masked_network(depth, norm):
+    """Gradient penalties, Hessian-vector products."""
+    masked = resnet(depth, norm)
+    layers, masks = drop(masked, ["res*.conv*"])
+    slim = copy.deepcopy(masked)
+    mine = find_filter_layers(slim, ["res*.conv*"])
+
+    def penalty(model: nn.Module, of: list) -> torch.Tensor:
+        x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(4)).double().requires_grad_()
+        (gradient,) = torch.autograd.grad((model(x)["res3"] ** 2).mean(), x, create_graph=True)
+        (gradient**2).sum().backward()
+        for layer in of:
+            for parameter in layer.parameters():
+                if parameter.grad is not None:
+                    zero_rows_([parameter.grad], masks[layer.name].nonzero().flatten())
+        return gradient.detach()
+
+    wanted = penalty(masked, layers)
+    with SlimNetwork(slim, mine, masks):
+        assert_same(penalty(slim, mine), wanted, "gradient of the input")
+    largest = 0.0
+    for (name, a), b in zip(slim.named_parameters(), masked.parameters(), strict=True):
+        if b.grad is not None:
+            assert_same(torch.zeros_like(a) if a.grad is None else a.grad, b.grad, name)
+            largest = max(largest, b.grad.abs().max().item())
+    assert largest > 1e-6
+
+
+def _dual(net, x):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(net(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        _dual,
+        lambda net, x: torch.func.jvp(net, (x,), (torch.ones_like(x),))[1],
+        lambda net, x: torch.func.grad(lambda a: (net(a) ** 2).sum())(x),
+        lambda net, x: torch.vmap(net)(x[None]),
+    ],
+    ids=["forward mode", "jvp", "grad", "vmap"],
+)
+def test_transforms_that_know_torch_operations_alone_see_the_masked_network(transform):
+    net = resnet(50, "FrozenBN")
+    layers, masks = drop(net, ["res*.conv*"])
+    x = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(4)).double()
+    model = lambda a: net(a)["res3"]  # noqa: E731
+    wanted = transform(model, x)
+    with SlimNetwork(net, layers, masks) as network:
+        model(x)
+        assert network.count()[0].operations > 0  # it is slim otherwise
+        assert torch.equal(transform(model, x), wanted)
 
 
 @pytest.mark.parametrize("norm", ["BN", "FrozenBN", "GN", ""])

@@ -1,6 +1,7 @@
 """Parts of tensors and convs on them, with gradients in the tensor's own shape: what ``slim`` computes with.
 
-A slice is a gather, and its gradient a gather from a padded copy: each writes its result once.
+All can be differentiated as often as torch's own. A slice is a gather, and its gradient a gather from a padded copy:
+each writes its result once.
 
 Shape shorthand:
     J, K: rows of a tensor, those that are taken        C: input channels of a conv weight
@@ -11,7 +12,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 
 class Rows(NamedTuple):
@@ -68,7 +68,7 @@ class Selection:
 
 
 class _Slice(torch.autograd.Function):
-    """``selection.take(tensor)`` times scale (K,); the gradient comes back in full shape, zero outside."""
+    """``selection.take(tensor)`` times scale (K,), which takes no gradient; that of ``tensor`` is zero outside."""
 
     @staticmethod
     def forward(ctx, tensor: Tensor, selection: Selection, scale: Tensor | None) -> Tensor:
@@ -77,9 +77,22 @@ class _Slice(torch.autograd.Function):
         return _take(tensor, selection, scale)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple:
-        return ctx.selection.put(grad, ctx.saved_tensors[0], ctx.shape), None, None
+        return _Put.apply(grad, ctx.selection, ctx.saved_tensors[0], ctx.shape), None, None
+
+
+class _Put(torch.autograd.Function):
+    """``selection.put``, the gradient of ``_Slice``, whose gradient is ``_Slice`` again."""
+
+    @staticmethod
+    def forward(ctx, part: Tensor, selection: Selection, scale: Tensor | None, shape: torch.Size) -> Tensor:
+        ctx.selection = selection
+        ctx.save_for_backward(scale)
+        return selection.put(part, scale, shape)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        return _Slice.apply(grad, ctx.selection, ctx.saved_tensors[0]), None, None, None
 
 
 def _take(tensor: Tensor, selection: Selection, scale: Tensor | None) -> Tensor:
@@ -114,15 +127,14 @@ class _SlicedConv(torch.autograd.Function):
         return F.conv2d(x, _take(tensor, selection, scale), bias, *options)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple:
         x, tensor, scale = ctx.saved_tensors
-        part = _take(tensor, ctx.selection, scale)
+        part = _Slice.apply(tensor, ctx.selection, scale)
         mask = [*ctx.needs_input_grad[:2], ctx.bias_shape is not None and ctx.needs_input_grad[2]]
         of_x, of_part, of_bias = torch.ops.aten.convolution_backward(
             grad, x, part, ctx.bias_shape, *ctx.options, False, [0, 0], 1, mask
         )
-        of_tensor = ctx.selection.put(of_part, scale, tensor.shape) if mask[1] else None
+        of_tensor = _Put.apply(of_part, ctx.selection, scale, tensor.shape) if mask[1] else None
         return of_x, of_tensor, of_bias, None, None, None
 
 
@@ -143,7 +155,6 @@ class _AddChannels(torch.autograd.Function):
         return whole.to(part.dtype, copy=True).index_add_(1, index, part)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple:
         return grad if ctx.needs_input_grad[0] else None, grad.index_select(1, ctx.index), None
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from repr_det.method.blocks import CONV_FORWARDS, NORM_FORWARDS, known_blocks
 from repr_det.method.layers import BATCH, FROZEN, FilterLayer, norm_kind
@@ -74,8 +75,8 @@ class SlimNetwork:
     class of its own the zeros come first, for it may look at all channels. Grouped convs, padding modes other than
     zeros and convs whose forward pass is not in ``blocks.CONV_FORWARDS`` stay masked.
 
-    Module calls are kept, so forward hooks fire; inside a block they see kept channels only. Under ``torch.compile``
-    dropped channels are computed, as zeros.
+    Module calls are kept, so forward hooks fire; inside a block they see kept channels only. Under ``torch.compile``,
+    ``torch.func`` and forward-mode differentiation dropped channels are computed, as zeros.
 
     Where dropped filters turn out not to be zero (weights that were loaded, an average that was swapped in), their
     block or conv computes all channels until they are zero again; a warning says so. That is looked at whenever weights
@@ -320,8 +321,11 @@ class _SlimCall(Absent):
 
 
 def _is_computed(x: Any) -> bool:
-    """Whether a pass computes numbers, not a graph for later: a tracer's, a compiler's, an exporter's."""
+    """Whether nothing but autograd follows a pass: no tracer, compiler or exporter, which make a graph for later, nor
+    torch.func and forward-mode differentiation, which know torch's own operations only."""
     if not torch.is_tensor(x) or torch.compiler.is_compiling():
+        return False
+    if torch._C._are_functorch_transforms_active() or forward_ad.unpack_dual(x).tangent is not None:
         return False
     return _traced_slim or not torch.jit.is_tracing()
 
