@@ -47,6 +47,37 @@ def test_gradients_that_wait_when_a_state_is_loaded():
     assert largest_dropped(other) == 0
 
 
+class TwoReaders(nn.Module):
+    """The first conv feeds its BN and, past it, something else: its gradient is not zero where gamma is."""
+
+    def __init__(self, twice: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.conv2, self.bn2 = nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.twice = twice
+
+    def forward(self, x):
+        raw = self.conv1(x)
+        x = self.bn2(self.conv2(self.bn1(raw).relu()))
+        return self.conv2(x.relu()) if self.twice else x + raw
+
+
+@pytest.mark.parametrize("slim", [True, False])
+@pytest.mark.parametrize("twice", [True, False], ids=["conv called twice", "conv read past its norm"])
+@pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
+def test_convs_that_do_not_only_feed_their_norm(twice, slim, optimizer):
+    net = TwoReaders(twice)
+    opt = getattr(torch.optim, optimizer)(net.parameters(), 0.01)
+    scheme = RePrScheme(find_filter_layers(net, ["*"]), opt, slim=slim, slim_model=net)
+    train(net, opt)
+    scheme.drop()
+    for _ in range(3):
+        train(net, opt, steps=1)
+        assert largest_dropped(scheme) == 0
+    assert scheme.restore().event == "restore"
+
+
 def moved_by_hand(net, scheme):
     layer = scheme.layers[1]
     layer.norm.bias.data[scheme.masks[layer.name]] += 1e-30

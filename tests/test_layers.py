@@ -268,6 +268,20 @@ def test_reparametrised_weights_are_refused_by_name(kind):
     assert names(find_filter_layers(nn.ModuleDict({"a": conv, "b": nn.Conv2d(8, 8, 3)}), ["*"])) == ["b"]
 
 
+@pytest.mark.parametrize(
+    ("net", "name"),
+    [
+        (nn.Sequential(nn.LazyConv2d(8, 3), nn.BatchNorm2d(8)), "0 (LazyConv2d)"),
+        (nn.Sequential(nn.Conv2d(3, 8, 3), nn.LazyBatchNorm2d()), "1 (LazyBatchNorm2d)"),
+    ],
+)
+def test_a_lazy_module_needs_a_pass_first(net, name):
+    assert f"REPR: {name} has no weight before its first forward pass: run one" in refused(net)
+    net(torch.randn(2, 3, 8, 8))
+    (layer,) = find_filter_layers(net, ["*"])
+    assert (layer.num_filters, layer.kind) == (8, "batch")
+
+
 def test_shared_weights_are_refused_by_name():
     model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1))
     model[2].weight = model[0].weight

@@ -4,7 +4,7 @@ Shape shorthand:
     J: filters of a layer        M: filters of it that are dropped
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +60,8 @@ class HeldFilters:
         layers: all layers that take part.
         masks: layer name -> (J,) bool, True = dropped, on the layer's device.
         optimizers: hold the parameters of the layers.
+        norm_is_known: layer name -> whether its norm is sure to be the one behind its conv. Where it is not, gradients
+            of the conv are left alone: that they move what should be zero shows the mistake at the restore.
 
     Attributes:
         masks: as given.
@@ -68,12 +70,17 @@ class HeldFilters:
     """
 
     def __init__(
-        self, layers: Sequence[FilterLayer], masks: Mapping[str, Tensor], optimizers: Sequence[Optimizer]
+        self,
+        layers: Sequence[FilterLayer],
+        masks: Mapping[str, Tensor],
+        optimizers: Sequence[Optimizer],
+        norm_is_known: Callable[[str], bool],
     ) -> None:
         self.masks = {layer.name: masks[layer.name] for layer in layers}
         self.rows = {name: mask.nonzero().flatten() for name, mask in self.masks.items()}
         self.layers = [layer for layer in layers if len(self.rows[layer.name])]
         self._optimizers = optimizers
+        self._norm_is_known = norm_is_known
         self._handles: list[RemovableHandle] = []
 
     def __len__(self) -> int:
@@ -97,8 +104,29 @@ class HeldFilters:
         for layer in self.layers:
             rows = self.rows[layer.name]
             zero_rows_((p.grad for p in layer.parameters() if p.grad is not None), rows)
-            for parameter in layer.moving_parameters():
-                self._handles.append(parameter.register_hook(lambda grad, rows=rows: grad.index_fill(0, rows, 0)))
+            moving = layer.moving_parameters()
+            for parameter in layer.parameters():
+                if any(parameter is one for one in moving):
+                    self._handles.append(parameter.register_hook(lambda grad, rows=rows: grad.index_fill(0, rows, 0)))
+                elif parameter.requires_grad:
+                    self._handles.append(self._look_once(layer.name, parameter, rows))
+
+    def _look_once(self, name: str, parameter: nn.Parameter, rows: Tensor) -> RemovableHandle:
+        """For a parameter whose gradient is zero by itself (``moving_parameters``), as long as nothing but the norm
+        reads the conv and one call of it: the first gradient tells, and where it is not it is made so from then on."""
+        looked = False
+
+        def zero(grad: Tensor) -> Tensor | None:
+            nonlocal looked
+            if not looked:
+                looked = True
+                if not (self._norm_is_known(name) and grad.index_select(0, rows).count_nonzero()):
+                    handle.remove()
+                    return None
+            return grad.index_fill(0, rows, 0)
+
+        handle = parameter.register_hook(zero)
+        return handle
 
     def not_zero(self) -> tuple[str, str] | None:
         """Names of a layer and of its tensor whose dropped filters are not exactly 0."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from repr_det.method.errors import UserError
 from repr_det.method.features import why_not_features
@@ -164,12 +165,18 @@ def find_filter_layers(
             of several arguments. The model is left as it was.
 
     Raises:
-        UserError: no trainable conv matches the patterns, one has a norm or parametrisation that RePr cannot handle, or
-            one shares a parameter with another module.
+        UserError: a module is lazy and has not run yet, no trainable conv matches the patterns, one has a norm or
+            parametrisation that RePr cannot handle, or one shares a parameter with another module.
     """
     for key, patterns in (("INCLUDE", include), ("EXCLUDE", exclude)):
         if isinstance(patterns, str) or not all(isinstance(p, str) for p in patterns):
             raise UserError(f"REPR.LAYERS.{key} must be a list of patterns, got {patterns!r}")
+    for name, module in model.named_modules():
+        if any(is_lazy(parameter) for parameter in module.parameters(recurse=False)):
+            raise UserError(
+                f"REPR: {name} ({type(module).__name__}) has no weight before its first forward pass: run one, then "
+                "build the optimizer and RePr"
+            )
     convs = {
         name: module
         for name, module in model.named_modules()

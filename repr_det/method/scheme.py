@@ -191,7 +191,7 @@ class RePrScheme:
             overlap_of_kept(x.weight, overlaps[x.name], masks[x.name], x.conv.groups) for x in self.layers
         ]
 
-        held = HeldFilters(self.layers, masks, self.optimizers)
+        held = HeldFilters(self.layers, masks, self.optimizers, self._wiring.has_seen)
         frozen = self._frozen_norms()
         moments = self._measure_moments(held, frozen)
         self._old = {x.name: remember(x, held.rows[x.name], x in frozen, moments.get(x.name)) for x in self.layers}
@@ -300,7 +300,7 @@ class RePrScheme:
         if not state["masks"]:
             return
         masks = {layer.name: state["masks"][layer.name].to(layer.weight.device) for layer in self.layers}
-        self._held = HeldFilters(self.layers, masks, self.optimizers)
+        self._held = HeldFilters(self.layers, masks, self.optimizers, self._wiring.has_seen)
         self._held.hold()
         self._old = {name: {k: v.cpu() for k, v in old.items()} for name, old in state["old"].items()}
         if (found := self._held.not_zero()) is not None:

@@ -76,6 +76,10 @@ class WiringWatch:
                 "sample, find_filter_layers(..., sample=images), or exclude that layer"
             )
 
+    def has_seen(self, name: str) -> bool:
+        """Whether the norm is known to be the conv's: seen in a pass, or not one to be watched."""
+        return name not in self._undecided and name not in self._wrong
+
     def stop(self) -> None:
         for handle in self._handles:
             handle.remove()
