@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 import torchvision
 from detectron2.config import get_cfg
 from detectron2.layers import Conv2d, FrozenBatchNorm2d, get_norm
@@ -280,6 +281,23 @@ def test_a_lazy_module_needs_a_pass_first(net, name):
     net(torch.randn(2, 3, 8, 8))
     (layer,) = find_filter_layers(net, ["*"])
     assert (layer.num_filters, layer.kind) == (8, "batch")
+
+
+@pytest.mark.parametrize("how", ["fully_shard", "FullyShardedDataParallel"])
+def test_sharded_models_are_refused_by_name(how, tmp_path):
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    if not hasattr(fsdp, how):
+        pytest.skip(f"this torch has no {how}")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+        if how == "fully_shard":
+            fsdp.fully_shard(net)
+        else:
+            net = fsdp.FullyShardedDataParallel(net, device_id=torch.device("cpu"))
+        assert "are sharded over processes (FSDP)" in refused(net)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_shared_weights_are_refused_by_name():

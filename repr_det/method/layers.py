@@ -165,18 +165,14 @@ def find_filter_layers(
             of several arguments. The model is left as it was.
 
     Raises:
-        UserError: a module is lazy and has not run yet, no trainable conv matches the patterns, one has a norm or
-            parametrisation that RePr cannot handle, or one shares a parameter with another module.
+        UserError: a module is lazy and has not run yet, or sharded (FSDP); no trainable conv matches the patterns, one
+            has a norm or parametrisation that RePr cannot handle, or one shares a parameter with another module.
     """
     for key, patterns in (("INCLUDE", include), ("EXCLUDE", exclude)):
         if isinstance(patterns, str) or not all(isinstance(p, str) for p in patterns):
             raise UserError(f"REPR.LAYERS.{key} must be a list of patterns, got {patterns!r}")
     for name, module in model.named_modules():
-        if any(is_lazy(parameter) for parameter in module.parameters(recurse=False)):
-            raise UserError(
-                f"REPR: {name} ({type(module).__name__}) has no weight before its first forward pass: run one, then "
-                "build the optimizer and RePr"
-            )
+        _check_whole(name, module)
     convs = {
         name: module
         for name, module in model.named_modules()
@@ -225,6 +221,22 @@ def _check_sharing(model: nn.Module, layers: list[FilterLayer]) -> None:
                 f"REPR cannot drop filters of {layer.name}: it shares its weight or norm with {others[0]}; "
                 f"add {layer.name!r} to REPR.LAYERS.EXCLUDE"
             )
+
+
+def _check_whole(name: str, module: nn.Module) -> None:
+    """Raises UserError where parameters are not there yet (lazy modules), or not all on this process (FSDP)."""
+    parameters = list(module.parameters(recurse=False))
+    if any(is_lazy(parameter) for parameter in parameters):
+        raise UserError(
+            f"REPR: {name} ({type(module).__name__}) has no weight before its first forward pass: run one, then build "
+            "the optimizer and RePr"
+        )
+    # fully_shard makes them DTensors; FullyShardedDataParallel keeps one flat parameter.
+    if type(module).__name__ == "FullyShardedDataParallel" or any(hasattr(p, "device_mesh") for p in parameters):
+        raise UserError(
+            f"REPR: the parameters of {name or 'the model'} ({type(module).__name__}) are sharded over processes "
+            "(FSDP); filters are compared and renewed whole: use DistributedDataParallel"
+        )
 
 
 def _owns_weight(conv: nn.Conv2d) -> bool:
