@@ -147,12 +147,15 @@ def test_a_repr_network_is_held_against_the_standard_one_where_it_fitted_as_well
     rises = list(range(10, 110, 10))
     standard = cifar_run("standard", 0, [50, 56, 60, 62, 61, 60, 59, 58, 57, 56], rises)
     repr_run = cifar_run(
-        "ortho", 0, [50, 56, 60, 40, 50, 59, 60, 60, 60, 61], [10, 20, 30, 10, 20, 40] + 4 * [40], s1=20
+        "ortho", 0, [50, 56, 60, 40, 50, 59, 60, 60, 60, 61], [10, 20, 30, 10] + 6 * [40], s1=20, bf16=False
     )
     other = cifar_run("ortho", 1, [0] * 10, rises)
     assert fit.pairs([standard, repr_run, other]) == [(standard, repr_run)]
-    # its end: train 40, test 60; the standard network: train 80, test 58 there, and 40, (60 + 62 + 61) / 3 at epoch 4
-    assert fit.end(repr_run) == (40, 60, None) and fit.end(standard) == (80, 58, None)
+    assert fit.end(repr_run) == (40, 61, None) and fit.end(standard) == (100, 56, None)
+    longer = standard | {"curve_epochs": list(range(22, 42, 2)), "train_curve": list(range(1, 41))}
+    assert fit.end(longer) == (40, 56, None)  # epoch 40 of 40, tested every other epoch
+    assert fit.end(longer | {"curve_epochs": list(range(31, 41))}) == (39.5, 56.5, None)  # 39 and 40
+    # the standard network reached 40 at epoch 4, where it tested (60 + 62 + 61) / 3
     assert fit.first_at(standard, 40) == (40, 61, 4)
     assert fit.first_at(standard, 99) is None
-    assert fit.line(standard, repr_run)[3:] == ["40.0, 60.0", "80.0, 58.0", "+2.0", "epoch 4: 61.0", "-1.0"]
+    assert fit.line(standard, repr_run)[3:] == ["40.0, 61.0", "100.0, 56.0", "+5.0", "epoch 4: 61.0", "+0.0"]

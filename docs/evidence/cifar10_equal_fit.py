@@ -5,8 +5,8 @@ docs/evidence/cifar10_equal_fit.py [cifar10.jsonl]
 
 A network that is trained past its best epoch gains test accuracy by being set back. So RePr's end is compared with two
 moments of the standard network of the same seed and settings: its end, and the first epoch at which it fitted the
-training images as well as the RePr network does at its end. Accuracies are means of the last five epochs, and of
-three around that moment.
+training images as well as the RePr network does at its end. Accuracies are means of the last 5 % of the epochs, and of
+three measurements around that moment.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from tabulate import tabulate
 
-STANDARD, LAST, AROUND = "standard", 5, 1
+STANDARD, LAST, AROUND = "standard", 0.05, 1
 OF_REPR = ("s1", "s2", "cycles", "drop_ratio", "max_drop_per_layer", "skip_first", "scale", "criterion_batches")
 
 
@@ -29,20 +29,30 @@ class Fit(NamedTuple):
     epoch: int | None = None
 
 
+def course(run: dict[str, Any]) -> list[Fit]:
+    """The training accuracy is known after every epoch, the test accuracy after those of ``curve_epochs``."""
+    return [
+        Fit(run["train_curve"][epoch - 1], test, epoch)
+        for epoch, test in zip(run["curve_epochs"], run["curve"], strict=True)
+    ]
+
+
+def mean(fits: list[Fit], epoch: int | None = None) -> Fit:
+    return Fit(statistics.mean(fit.train for fit in fits), statistics.mean(fit.test for fit in fits), epoch)
+
+
 def end(run: dict[str, Any]) -> Fit:
-    return Fit(statistics.mean(run["train_curve"][-LAST:]), statistics.mean(run["curve"][-LAST:]))
+    first = (1 - LAST) * run["curve_epochs"][-1]
+    return mean([fit for fit in course(run) if fit.epoch > first])
 
 
 def first_at(run: dict[str, Any], train: float) -> Fit | None:
     """The first moment at which the training accuracy is at least ``train``; None where it never is."""
-
-    def around(curve: list[float], place: int) -> float:
-        return statistics.mean(curve[max(0, place - AROUND) : place + AROUND + 1])
-
-    for place, epoch in enumerate(run["curve_epochs"]):
-        fit = around(run["train_curve"], place)
-        if fit >= train:
-            return Fit(fit, around(run["curve"], place), epoch)
+    fits = course(run)
+    for place, fit in enumerate(fits):
+        around = mean(fits[max(0, place - AROUND) : place + AROUND + 1], fit.epoch)
+        if around.train >= train:
+            return around
     return None
 
 
