@@ -8,6 +8,7 @@ from detectron2.config import get_cfg
 from detectron2.layers import Conv2d, FrozenBatchNorm2d, get_norm
 from detectron2.modeling import build_model
 from torch import nn
+from torch.distributed import fsdp
 from torch.nn.utils import prune
 
 from repr_det.method.errors import UserError
@@ -285,9 +286,6 @@ def test_a_lazy_module_needs_a_pass_first(net, name):
 
 @pytest.mark.parametrize("how", ["fully_shard", "FullyShardedDataParallel"])
 def test_sharded_models_are_refused_by_name(how, tmp_path):
-    fsdp = pytest.importorskip("torch.distributed.fsdp")
-    if not hasattr(fsdp, how):
-        pytest.skip(f"this torch has no {how}")
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
         net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))

@@ -184,7 +184,10 @@ def test_transforms_that_know_torch_operations_alone_see_the_masked_network(tran
     net = resnet(50, "FrozenBN")
     layers, masks = drop(net, ["res*.conv*"])
     x = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(4)).double()
-    model = lambda a: net(a)["res3"]  # noqa: E731
+
+    def model(images):
+        return net(images)["res3"]
+
     wanted = transform(model, x)
     with SlimNetwork(net, layers, masks) as network:
         model(x)

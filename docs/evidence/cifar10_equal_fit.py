@@ -10,15 +10,18 @@ three measurements around that moment.
 """
 
 import argparse
-import json
 import statistics
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tabulate import tabulate
 
-STANDARD, LAST, AROUND = "standard", 0.05, 1
-OF_REPR = ("s1", "s2", "cycles", "drop_ratio", "max_drop_per_layer", "skip_first", "scale", "criterion_batches")
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+from cifar.records import Settings, read
+from cifar.report import group, tail_epochs
+
+AROUND = 1
 
 
 class Fit(NamedTuple):
@@ -42,8 +45,8 @@ def mean(fits: list[Fit], epoch: int | None = None) -> Fit:
 
 
 def end(run: dict[str, Any]) -> Fit:
-    first = (1 - LAST) * run["curve_epochs"][-1]
-    return mean([fit for fit in course(run) if fit.epoch > first])
+    last = tail_epochs(run)
+    return mean([fit for fit in course(run) if fit.epoch in last])
 
 
 def first_at(run: dict[str, Any], train: float) -> Fit | None:
@@ -58,15 +61,12 @@ def first_at(run: dict[str, Any], train: float) -> Fit | None:
 
 def pairs(runs: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """(standard, RePr) runs of the same seed and settings, RePr's own aside."""
-
-    def shared(run: dict[str, Any]) -> str:
-        # What is off may be missing: the first runs are older than some options.
-        own = {k: v for k, v in run["settings"].items() if k not in ("row", *OF_REPR) and (v or k == "seed")}
-        return json.dumps(own, sort_keys=True)
-
-    standard = {shared(run): run for run in runs if run["settings"]["row"] == STANDARD}
-    others = [run for run in runs if run["settings"]["row"] != STANDARD]
-    return [(standard[shared(run)], run) for run in others if shared(run) in standard]
+    found = []
+    for way, arms in group([(Settings(**run["settings"]), run) for run in runs]).items():
+        standard = arms.get(way, {})
+        others = [arm for settings, arm in arms.items() if settings != way]
+        found += [(standard[seed], run) for arm in others for seed, run in arm.items() if seed in standard]
+    return found
 
 
 def line(standard: dict[str, Any], run: dict[str, Any]) -> list[str]:
@@ -85,7 +85,7 @@ def line(standard: dict[str, Any], run: dict[str, Any]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="?", default=Path(__file__).with_name("cifar10.jsonl"))
-    runs = [json.loads(text) for text in parser.parse_args().runs.read_text(encoding="utf-8").splitlines()]
+    runs = [run for _, run in read(parser.parse_args().runs)]
     lines = sorted((line(*pair) for pair in pairs(runs)), key=lambda x: (x[0].startswith("50"), *x[:3]))
     head = ["setting", "row", "seed", "RePr: train, test", "standard at its end", "RePr - it"]
     print(tabulate(lines, [*head, "standard at the same fit", "RePr - it"], "github", disable_numparse=True))

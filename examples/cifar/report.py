@@ -80,8 +80,14 @@ def _lines(way: Settings, arms: Arms) -> list[tuple[str, ...]]:
 
 def tail(record: Record) -> float:
     """Mean test accuracy over the last 5 % of the epochs: at a constant rate one epoch's jumps by a point or two."""
+    last = tail_epochs(record)
+    return statistics.mean(a for epoch, a in zip(record["curve_epochs"], record["curve"], strict=True) if epoch in last)
+
+
+def tail_epochs(record: Record) -> list[int]:
+    """Those of the last 5 % of the epochs after which the test accuracy is known."""
     epochs = record["curve_epochs"]
-    return statistics.mean(a for epoch, a in zip(epochs, record["curve"], strict=True) if epoch > 0.95 * epochs[-1])
+    return [epoch for epoch in epochs if epoch > 0.95 * epochs[-1]]
 
 
 _final, _best, _train = map(operator.itemgetter, ("final", "best", "train"))

@@ -8,36 +8,39 @@ What takes effect is bound to this model and to its weights being zero. A copy, 
 is the masked network with the weights that it holds, and so is the model itself while other weights are in it.
 
 Shape shorthand:
-    J: filters of a layer    K: filters of it that are computed    I: input channels of a conv that are computed
+    J: filters of a layer
 """
 
 import logging
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from repr_det.method.blocks import CONV_FORWARDS, NORM_FORWARDS, known_blocks
-from repr_det.method.layers import BATCH, FROZEN, FilterLayer, norm_kind
-from repr_det.method.slices import Rows, Selection, add_channels, slice_of, sliced_conv
+from repr_det.method.blocks import known_blocks
+from repr_det.method.layers import FilterLayer
+from repr_det.method.slices import Rows
+from repr_det.method.slim_passes import (
+    BlockForward,
+    ConvForward,
+    NormForward,
+    SlimForward,
+    Work,
+    Zeros,
+    is_channelwise,
+    is_foldable,
+    is_sliceable,
+)
 
 logger = logging.getLogger("repr_det.slim")
-
-_PER_CHANNEL = ("weight", "bias", "running_mean", "running_var")  # what a norm of NORM_FORWARDS holds for each channel
 
 # Kept counts are rounded up to a multiple of this by channels that are dropped, which changes no number. oneDNN (AVX2)
 # computes in blocks of 8 channels: R50's backbone took no longer with multiples of 8 or 16 than with odd counts, in
 # spite of the additional FLOPs. The half-precision kernels of cuDNN want multiples of 8.
 _MULTIPLE = 8
-
-# How often a conv's forward and backward pass move a weight, reordering it for its kernels (docs/performance.md).
-_MOVES = 14
 
 _traced_slim = False
 
@@ -51,17 +54,6 @@ def traced_slim() -> Iterator[None]:
         yield
     finally:
         _traced_slim = before
-
-
-@dataclass(frozen=True)
-class Work:
-    """Operations of convs (2 a multiply-add) and bytes of weights and channels that are moved for them."""
-
-    operations: float = 0.0
-    bytes: float = 0.0
-
-    def __add__(self, other: "Work") -> "Work":
-        return Work(self.operations + other.operations, self.bytes + other.bytes)
 
 
 class SlimNetwork:
@@ -102,7 +94,7 @@ class SlimNetwork:
         self.multiple = multiple
         self._replaced: list[nn.Module] = []
         self._handles: list[Any] = []
-        self._zeros: dict[nn.Module, _Zeros] = {}
+        self._zeros: dict[nn.Module, Zeros] = {}
         for layer in self.layers:
             mask = self.masks.get(layer.name)
             if mask is not None and (len(mask) != layer.num_filters or bool(mask.all())):
@@ -120,7 +112,7 @@ class SlimNetwork:
         if self.installed:
             return
         kept = {layer.conv: rows for layer in self.layers if (rows := self._kept(layer)) is not None}
-        self._zeros = {x.conv: _Zeros(x, self.masks[x.name], self._warn) for x in self.layers if x.conv in kept}
+        self._zeros = {x.conv: Zeros(x, self.masks[x.name], self._warn) for x in self.layers if x.conv in kept}
         for zeros in self._zeros.values():
             for module in {zeros.layer.conv, zeros.layer.norm} - {None}:
                 self._handles.append(module.register_load_state_dict_post_hook(_OnLoad(zeros)))
@@ -137,10 +129,10 @@ class SlimNetwork:
             handle.remove()
         self._replaced, self._handles, self._zeros = [], [], {}
 
-    def count(self) -> tuple["Work", "Work"]:
+    def count(self) -> tuple[Work, Work]:
         """What the last forward pass and its backward pass take in the convs that leave out channels: slim, masked."""
         forwards = [module._compiled_call_impl.forward for module in self._replaced]
-        works = [forward.count() for forward in forwards if isinstance(forward, _ConvForward)]
+        works = [forward.count() for forward in forwards if isinstance(forward, ConvForward)]
         return sum((slim for slim, _ in works), Work()), sum((masked for _, masked in works), Work())
 
     def __enter__(self) -> "SlimNetwork":
@@ -154,7 +146,7 @@ class SlimNetwork:
         """The rows to compute, or None where that is all of them or the conv has to stay masked."""
         mask = self.masks.get(layer.name)
         own_norm = getattr(layer.conv, "norm", None)
-        if mask is None or not mask.any() or not _sliceable(layer.conv) or own_norm not in (None, layer.norm):
+        if mask is None or not mask.any() or not is_sliceable(layer.conv) or own_norm not in (None, layer.norm):
             return None
         mask = mask.to(layer.weight.device)
         extra = mask.nonzero().flatten()[: -int((~mask).sum()) % self.multiple]
@@ -175,17 +167,17 @@ class SlimNetwork:
             flows_on = (
                 rows is not None
                 and getattr(conv, "activation", None) is None
-                and (getattr(conv, "norm", None) is None or _channelwise(conv.norm))
-                and (follower is None or _sliceable(follower))
+                and (getattr(conv, "norm", None) is None or is_channelwise(conv.norm))
+                and (follower is None or is_sliceable(follower))
             )
             if rows is not None or given is not None:
                 installed = self._install_conv(conv, rows, given, scatter=not flows_on, zeros=zeros)
             given = rows if flows_on else None
         if given is not None:
             shortcut = block.shortcut
-            if shortcut is not None and shortcut not in kept and _sliceable(shortcut) and _folds(shortcut.norm):
+            if shortcut is not None and shortcut not in kept and is_sliceable(shortcut) and is_foldable(shortcut.norm):
                 self._install_conv(shortcut, None, None, scatter=False)
-            installed.block = _BlockForward(block, chain, given, zeros)
+            installed.block = BlockForward(block, chain, given, zeros)
             self._replace(block, installed.block)
 
     def _install_conv(
@@ -194,15 +186,15 @@ class SlimNetwork:
         rows: Rows | None,
         columns: Rows | None,
         scatter: bool,
-        zeros: "Sequence[_Zeros] | None" = None,
-    ) -> "_ConvForward":
+        zeros: Sequence[Zeros] | None = None,
+    ) -> ConvForward:
         norm = getattr(conv, "norm", None)
-        slices_norm = norm is not None and rows is not None and _channelwise(norm)
+        slices_norm = norm is not None and rows is not None and is_channelwise(norm)
         if zeros is None:
             zeros = [self._zeros[conv]] if rows is not None else []
-        forward = _ConvForward(conv, rows, columns, scatter and rows is not None, slices_norm, zeros)
+        forward = ConvForward(conv, rows, columns, scatter and rows is not None, slices_norm, zeros)
         if slices_norm:
-            self._replace(norm, _NormForward(norm, rows))
+            self._replace(norm, NormForward(norm, rows))
         self._replace(conv, forward)
         return forward
 
@@ -215,43 +207,11 @@ class SlimNetwork:
                 name,
             )
 
-    def _replace(self, module: nn.Module, forward: "_SlimForward") -> None:
+    def _replace(self, module: nn.Module, forward: SlimForward) -> None:
         # Not ``module.forward``: this attribute is what a module's call looks at, what torch leaves out of copies and
         # pickles, and what compilers and scripts pass by.
         module._compiled_call_impl = _SlimCall(module, forward)
         self._replaced.append(module)
-
-
-class _Zeros:
-    """The dropped filters of a layer, and whether what makes their channels zero still is."""
-
-    def __init__(self, layer: FilterLayer, mask: Tensor, warn: Callable[[str], None]) -> None:
-        self.layer = layer
-        self.warn = warn
-        self.rows = mask.to(layer.weight.device).nonzero().flatten()
-        self.parameters = {name: t for name, t in layer.tensors().items() if isinstance(t, nn.Parameter)}
-        self.broken = False
-
-    @torch.no_grad()
-    def look(self) -> bool:
-        """Whether the channels are zero by the values that the model holds now."""
-        tensors = self.layer.tensors()
-        if self.layer.kind in (BATCH, FROZEN):  # whatever comes out of the conv
-            tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("norm.")}
-        broken = any(bool(tensor.index_select(0, self.rows).any()) for tensor in tensors.values())
-        if broken and not self.broken:
-            self.warn(self.layer.name)
-        self.broken = broken
-        return not broken
-
-    def hold(self, training: bool) -> bool:
-        """The same at the start of a pass; while a GPU trains by what the last look found, for a look waits for it."""
-        tensors = self.layer.tensors()
-        if any(tensors[name] is not parameter for name, parameter in self.parameters.items()):
-            return False  # torch.func.functional_call, or load_state_dict(assign=True)
-        if training and torch.is_grad_enabled() and self.rows.is_cuda:
-            return not self.broken
-        return self.look()
 
 
 class Absent:
@@ -271,7 +231,7 @@ class Absent:
 class _OnLoad(Absent):
     """Looks after weights have been loaded into a conv or its norm."""
 
-    def __init__(self, zeros: _Zeros) -> None:
+    def __init__(self, zeros: Zeros) -> None:
         self.zeros = zeros
 
     def __call__(self, module: nn.Module, incompatible_keys: Any) -> None:
@@ -286,20 +246,10 @@ def _nothing_on_load(module: nn.Module, incompatible_keys: Any) -> None:
     pass
 
 
-class _SlimForward(ABC):
-    """A forward pass of a module that stands in for its class's where ``takes`` says so."""
-
-    @abstractmethod
-    def takes(self, x: Tensor) -> bool: ...
-
-    @abstractmethod
-    def __call__(self, x: Tensor) -> Tensor: ...
-
-
 class _SlimCall(Absent):
     """What calling a module does: its hooks as ever, and between them the slim forward pass where it applies."""
 
-    def __init__(self, module: nn.Module, forward: _SlimForward) -> None:
+    def __init__(self, module: nn.Module, forward: SlimForward) -> None:
         self.module = module
         self.forward = forward
 
@@ -328,167 +278,3 @@ def _is_computed(x: Any) -> bool:
     if torch._C._are_functorch_transforms_active() or forward_ad.unpack_dual(x).tangent is not None:
         return False
     return _traced_slim or not torch.jit.is_tracing()
-
-
-def _sliceable(conv: nn.Module) -> bool:
-    return (
-        type(conv).forward in CONV_FORWARDS
-        and "forward" not in conv.__dict__
-        and conv._compiled_call_impl is None  # somebody has compiled it
-        and conv.groups == 1
-        and conv.padding_mode == "zeros"
-    )
-
-
-def _channelwise(norm: nn.Module) -> bool:
-    return type(norm).forward in NORM_FORWARDS and "forward" not in norm.__dict__ and norm._compiled_call_impl is None
-
-
-class _ConvForward(_SlimForward):
-    """Forward pass of nn.Conv2d, or of a conv with its norm inside (Detectron2's), for some rows (all where None) and
-    input channels.
-
-    ``scatter`` puts the result into zeros at the dropped channels. Before a norm that is not sliced the zeros come
-    first, after one that is they come last. So does a conv whose result goes to its ``block``, where that does not run
-    its slim pass. ``zeros`` are what the passes of its block leave out: the first conv of them decides, the others go
-    by what it gives them.
-    """
-
-    block: "_BlockForward | None" = None
-    positions = 0  # images times places of the last pass
-
-    def __init__(
-        self,
-        conv: nn.Conv2d,
-        rows: Rows | None,
-        columns: Rows | None,
-        scatter: bool,
-        slices_norm: bool,
-        zeros: Sequence[_Zeros],
-    ) -> None:
-        self.conv = conv
-        self.rows = rows
-        self.of_weight = Selection(rows, columns, conv.weight[0, 0].numel())
-        self.of_bias = Selection(rows)
-        self.scatter = scatter
-        self.slices_norm = slices_norm
-        self.folds = _folds(getattr(conv, "norm", None))
-        self.takes_part_of_input = columns is not None
-        self.inputs = conv.in_channels if columns is None else len(columns.index)
-        self.zeros = zeros
-
-    def takes(self, x: Tensor) -> bool:
-        if x.dim() != 4 or x.shape[1] != self.inputs:
-            return False
-        return self.takes_part_of_input or all([zeros.hold(self.conv.training) for zeros in self.zeros])
-
-    def __call__(self, x: Tensor) -> Tensor:
-        conv, rows = self.conv, self.rows
-        norm, activation = getattr(conv, "norm", None), getattr(conv, "activation", None)
-        # Somebody who looks at the norm's input or output wants it to be called.
-        folds = self.folds and not norm._forward_hooks and not norm._forward_pre_hooks
-        scale = shift = None
-        if folds:
-            scale, shift = _frozen_affine(norm)
-            if rows is not None:
-                scale, shift = scale.index_select(0, rows.index), shift.index_select(0, rows.index)
-        bias = conv.bias
-        if bias is not None and (rows is not None or folds):
-            bias = slice_of(bias, self.of_bias, scale)
-        if folds:
-            bias = shift if bias is None else bias + shift
-        x = sliced_conv(x, conv, self.of_weight, scale, bias)
-        self.positions = x.shape[0] * x.shape[2:].numel()
-        if self.slices_norm and not folds:
-            x = norm(x)
-        if self.scatter or (self.block is not None and not self.block.runs):
-            x = add_channels(x.new_zeros(()).expand(x.shape[0], len(rows.inverse), *x.shape[2:]), x, rows.index)
-        if norm is not None and not self.slices_norm and not folds:
-            x = norm(x)
-        return x if activation is None else activation(x)
-
-    def count(self) -> tuple[Work, Work]:
-        """See ``SlimNetwork.count``."""
-        weight = self.conv.weight
-        filters, taps = len(weight), weight[0, 0].numel()
-        kept = filters if self.rows is None else len(self.rows.index)
-        part, whole, size = kept * self.inputs * taps, weight.numel(), weight.element_size()
-        moved = _MOVES * part
-        if part < whole:  # a slice is read and written; its gradient padded, gathered and written in full
-            moved += 4 * part + 2 * whole
-        if self.scatter:  # fills the whole, adds the part, gathers its gradient; larger than any cache
-            moved += 2 * self.positions * (filters + 5 * kept)
-        flops = 3 * 2 * self.positions
-        return Work(flops * part, size * moved), Work(flops * whole, size * _MOVES * whole)
-
-
-def _folds(norm: nn.Module | None) -> bool:
-    """Whether it is a FrozenBN that can become part of the conv before it."""
-    return norm is not None and _channelwise(norm) and norm_kind(norm) == FROZEN
-
-
-def _frozen_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """FrozenBN as x * scale + shift, each (J,)."""
-    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    return scale, norm.bias - norm.running_mean * scale
-
-
-class _NormForward(_SlimForward):
-    """Forward pass of a norm over some of its channels: its class's own, on slices of what it holds for each."""
-
-    def __init__(self, norm: nn.Module, rows: Rows) -> None:
-        self.norm = norm
-        self.rows = rows
-        self.selection = Selection(rows)
-
-    def takes(self, x: Tensor) -> bool:
-        return x.dim() == 4 and x.shape[1] == len(self.rows.index)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        held, index = self.norm.__dict__, self.rows.index
-        parameters, buffers = held["_parameters"], held["_buffers"]
-        sliced = {
-            name: tensor.index_select(0, index) if name in _PER_CHANNEL and tensor is not None else tensor
-            for name, tensor in buffers.items()
-        }
-        held["_parameters"] = {
-            name: None if tensor is None else slice_of(tensor, self.selection) for name, tensor in parameters.items()
-        }
-        held["_buffers"] = sliced
-        try:
-            x = type(self.norm).forward(self.norm, x)
-        finally:
-            held["_parameters"], held["_buffers"] = parameters, buffers
-        if self.norm.training and norm_kind(self.norm) != FROZEN:
-            with torch.no_grad():
-                for name in ("running_mean", "running_var"):
-                    if buffers[name] is not None:
-                        buffers[name].index_copy_(0, index, sliced[name])
-        return x
-
-
-class _BlockForward(_SlimForward):
-    """Forward pass of a residual block whose last conv returns some channels only."""
-
-    def __init__(self, block: nn.Module, chain: list[nn.Module], rows: Rows, zeros: Sequence[_Zeros]) -> None:
-        self.block = block
-        self.chain = chain
-        self.rows = rows
-        self.zeros = zeros
-        self.runs = False
-
-    def takes(self, x: Tensor) -> bool:
-        return x.dim() == 4 and all([zeros.hold(self.block.training) for zeros in self.zeros])
-
-    def __call__(self, x: Tensor) -> Tensor:
-        out = x
-        self.runs = True
-        try:
-            for number, conv in enumerate(self.chain):
-                out = conv(F.relu_(out) if number else out)
-        finally:
-            self.runs = False
-        shortcut = x if self.block.shortcut is None else self.block.shortcut(x)
-        if out.shape[1] == shortcut.shape[1]:  # what its last conv computes if called with all channels
-            return F.relu_(out + shortcut)
-        return F.relu_(add_channels(shortcut, out, self.rows.index))

@@ -22,7 +22,7 @@ ungrouped.
 
 def main(argv: list[str] | None = None) -> None:
     """Parses arguments, then reads the checkpoint and shows it."""
-    args = _parser().parse_intermixed_args(argv)
+    args = argument_parser().parse_intermixed_args(argv)
     for name, path in (("--json", args.json), ("--plot", args.plot)):
         if path is not None and not path.absolute().parent.is_dir():
             raise UserError(f"{name} {path}: the folder {path.parent} does not exist")
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
         plot(args.plot, checkpoint, analysis)
 
 
-def _parser() -> argparse.ArgumentParser:
+def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--config-file", help="of the run that wrote the checkpoint")

@@ -93,21 +93,22 @@ class Case:
 
 def stock_step(config_file: str) -> tuple[int, tuple[int, int]]:
     """Images and their largest height and width in a step of one of the 8 GPUs that a stock config is for."""
+    cfg = _read_config(config_file)
+    return max(1, cfg.SOLVER.IMS_PER_BATCH // 8), (max(cfg.INPUT.MIN_SIZE_TRAIN), cfg.INPUT.MAX_SIZE_TRAIN)
+
+
+def _read_config(config_file: str) -> CfgNode:
     if not os.path.isfile(config_file):
         raise UserError(f"--config-file {config_file!r} is not a file")
     cfg = get_cfg()
     add_repr_config(cfg)
     cfg.merge_from_file(config_file)
-    return max(1, cfg.SOLVER.IMS_PER_BATCH // 8), (max(cfg.INPUT.MIN_SIZE_TRAIN), cfg.INPUT.MAX_SIZE_TRAIN)
+    return cfg
 
 
 def build_config(case: Case, config_file: str) -> CfgNode:
     """The config of the case, RePr on, the same share dropped in every layer, no calibration passes."""
-    if not os.path.isfile(config_file):
-        raise UserError(f"--config-file {config_file!r} is not a file")
-    cfg = get_cfg()
-    add_repr_config(cfg)
-    cfg.merge_from_file(config_file)
+    cfg = _read_config(config_file)
     cfg.merge_from_list(HEADS[case.heads])
     cfg.MODEL.WEIGHTS = ""
     cfg.MODEL.DEVICE = case.device

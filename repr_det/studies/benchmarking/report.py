@@ -158,14 +158,9 @@ def write(results: dict[str, Any], folder: str) -> None:
 
 
 def _plot(results: dict[str, Any], folder: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     steps = [(e["name"], e["steps"]) for e in results["cases"] if "steps" in e]
     transitions = [(e["name"], e["transitions"]) for e in results["cases"] if "transitions" in e]
-    figure, axes = pyplot.subplots(1, 3, figsize=(17, 1.8 + 0.75 * max(len(steps), len(transitions), 3)))
+    figure, axes = _panels(3, 17, 1.8 + 0.75 * max(len(steps), len(transitions), 3))
     _bars(
         axes[0],
         steps,
@@ -199,22 +194,14 @@ def _plot(results: dict[str, Any], folder: Path) -> None:
     )
     if transitions:
         axes[2].set_xscale("log")
-    figure.tight_layout()
-    for suffix in ("svg", "png"):
-        figure.savefig(folder / f"{PLOT}.{suffix}", dpi=110)
-    pyplot.close(figure)
+    _save(figure, folder / PLOT)
 
 
 def _plot_scale(found: dict[str, Any], folder: Path) -> None:
     """Seconds of drop and restore against operations for networks, against channels for layers; lines: the products
     alone, and with the eigen-decompositions."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     rate = found["gemm_flops_per_second"]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.8))
+    figure, (left, right) = _panels(2, 12, 4.8)
     flops = sorted(entry["flops"] for entry in found["networks"])
     ends = [flops[0] / 5e9, flops[-1] * 2 / 1e9]
     left.plot(ends, [x * 1e9 / rate for x in ends], color="black", linewidth=0.8, label="matrix products alone")
@@ -252,9 +239,26 @@ def _plot_scale(found: dict[str, Any], folder: Path) -> None:
     left.xaxis.set_major_formatter("{x:g}")
     right.set_xticks([256, 512, 1024, 2048, 4096], ["256", "512", "1024", "2048", "4096"])
     right.minorticks_off()
+    _save(figure, folder / SCALE_PLOT)
+
+
+def _panels(number: int, width: float, height: float) -> tuple[Any, Any]:
+    """A figure of so many inches and its axes side by side."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot.subplots(1, number, figsize=(width, height))
+
+
+def _save(figure: Any, path: Path) -> None:
+    """As SVG and PNG."""
+    from matplotlib import pyplot
+
     figure.tight_layout()
     for suffix in ("svg", "png"):
-        figure.savefig(folder / f"{SCALE_PLOT}.{suffix}", dpi=110)
+        figure.savefig(path.with_suffix(f".{suffix}"), dpi=110)
     pyplot.close(figure)
 
 
