@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import json
 import os
 import pickle
 import re
@@ -13,22 +12,19 @@ import time
 import zipfile
 from pathlib import Path
 
+import cifar10
 import numpy as np
 import pytest
 import torch
+from cifar import data, network, records, report, training
+from cifar.records import Settings
+from cifar_study import NUMBERS, TINY, run_main, settings
+from conftest import ROOT
 from PIL import Image
-from scipy import stats
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-sys.path.insert(0, str(EXAMPLES))
-import cifar10  # noqa: E402
-from cifar import data, network, records, report, training  # noqa: E402
-from cifar.records import Settings  # noqa: E402
+from repr_det import UserError
 
-from repr_det import UserError  # noqa: E402
-
-NUMBERS = {"train": 40, "test": 20}
-TINY = ["--train-images", "40", "--batch-size", "8", "--epochs", "10", "--criterion-batches", "2"]
+EXAMPLES = ROOT / "examples"
 WITHOUT_DETECTRON2 = f"""
 import runpy, sys
 sys.modules["detectron2"] = sys.modules["fvcore"] = None
@@ -100,21 +96,6 @@ def batches(tmp_path, numbers) -> Path:
 def feed(numbers) -> training.Feed:
     parts = tiny_parts()
     return training.Feed(parts["train"], parts["test"])
-
-
-def settings(**options) -> Settings:
-    """RePr's options only where there is a row of RePr."""
-    common = {"train_images": 40, "batch_size": 8, "epochs": 10}
-    if options.get("row", "standard") != "standard":
-        common |= {"s1": 20.0, "s2": 10.0, "cycles": 3, "drop_ratio": 0.3, "max_drop_per_layer": 0.5}
-        common |= {"skip_first": False, "scale": "kept", "criterion_batches": 2}
-    return Settings(**(common | options))
-
-
-def run_main(monkeypatch, *arguments: str) -> None:
-    monkeypatch.setattr(training, "prepare_process", lambda: None)  # it would outlive the test
-    monkeypatch.setattr(sys, "argv", ["cifar10.py", *map(str, arguments)])
-    cifar10.main()
 
 
 # Data
@@ -451,45 +432,3 @@ def test_distilling_trains_the_teacher_once_and_draws_the_influence(folder, tmp_
     assert [key for key, _ in records.read_influence(out)] == [held[1][0].key, held[2][0].key]
     assert "influence of every filter in 2 networks" in capsys.readouterr().out
     assert (out / "influence.svg").read_text().count("filter, by influence") == 3
-
-
-# Report
-
-
-def fake_run(row: str, seed: int, final: float, **options) -> tuple[Settings, dict]:
-    # The last 5 % of 100 epochs are four of `final - 1` and the last one.
-    curve = [10.0] * 95 + [final - 1] * 4 + [final]
-    record = {"final": final, "best": final + 1, "train": 90.0, "diverged": None}
-    record |= {"curve": curve, "curve_epochs": list(range(1, 101))}
-    return settings(row=row, seed=seed, **options), record
-
-
-def test_table_pairs_by_seed_and_keeps_ways_of_training_apart():
-    values = {"standard": [70.0, 71.0, 72.5], "ortho": [73.0, 72.0, 75.0], "random": [71.0]}
-    runs = [fake_run(row, seed, final) for row, finals in values.items() for seed, final in enumerate(finals)]
-    runs += [fake_run("ortho", seed, 60.0 + seed, skip_first=True) for seed in (2, 7)]
-    runs += [fake_run("standard", 0, 74.0, dropout=0.2), fake_run("ortho", 1, 76.0, dropout=0.2)]
-    plain, dropped, overview = report.table(runs).split("\n\n")
-
-    difference = np.subtract(values["ortho"], values["standard"])
-    low, high = stats.t.interval(0.95, 2, difference.mean(), stats.sem(difference))
-    mean, deviation = np.mean(values["ortho"]), np.std(values["ortho"], ddof=1)
-    wanted = f"76.4     3  {mean:.2f} +- {deviation:.2f}  {mean - 0.8:.2f} +- {deviation:.2f}"
-    line = next(line for line in plain.splitlines() if line.startswith("ortho skip_first False"))
-    assert wanted in line and line.endswith(f"{difference.mean():+.2f} ({low:+.2f} to {high:+.2f})")
-    # Of seeds 2 and 7 only one has a standard run.
-    assert "ortho skip_first True" in plain and "-10.50 (one pair)" in plain
-    assert re.search(r"^standard +72.1 +3 ", plain, re.M) and "drop_ratio 0.3" in plain
-    assert "dropout 0.2" in dropped and "no standard run" in dropped
-    names = [line.split("  ")[0] for line in overview.splitlines()[2:]]
-    assert names == ["plain"] * 3 + ["dropout 0.2"]
-
-
-def test_only_report_trains_nothing(tmp_path, monkeypatch, capsys):
-    run_main(monkeypatch, "--only-report", "--output", tmp_path)
-    assert capsys.readouterr().out == "no finished runs\n"
-    chosen, record = fake_run("standard", 0, 71.5)
-    records.append(tmp_path / "runs.jsonl", {"settings": dataclasses.asdict(chosen), **record})
-    assert json.loads((tmp_path / "runs.jsonl").read_text())["final"] == 71.5
-    run_main(monkeypatch, "--only-report", "--output", tmp_path)
-    assert "71.50" in capsys.readouterr().out

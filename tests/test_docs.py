@@ -2,11 +2,12 @@
 
 import re
 import shlex
-import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
+import cifar10
+import plain_pytorch
 import pytest
 import torch
 from conftest import ROOT
@@ -19,10 +20,6 @@ from repr_det.commands.shipped import config_path
 from repr_det.studies.analysis_command import argument_parser as analysis_argument_parser
 from repr_det.studies.benchmarking.command import argument_parser as benchmark_argument_parser
 from repr_det.studies.comparison.command import argument_parser as comparison_argument_parser
-
-sys.path.insert(0, str(ROOT / "examples"))
-import cifar10
-import plain_pytorch
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROGRAM = re.compile(r"(\S*bin/)?(python|torchrun|pip|make|sbatch|bash|repr-det)$|tools/|examples/")

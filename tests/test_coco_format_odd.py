@@ -1,0 +1,268 @@
+"""COCO-format data that are odd but sound pass here and in Detectron2; what is of no use is told and left out."""
+
+import logging
+
+import pytest
+import torch
+from coco_folder import SIZES, Folder, annotation, image, whole
+from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.data.datasets import load_coco_json, register_coco_instances
+from detectron2.evaluation import COCOEvaluator
+from detectron2.structures import Boxes, Instances
+from PIL import Image
+
+from repr_det.datasets import image_files
+from repr_det.method.errors import UserError
+
+
+def as_detectron2_reads_it(folder, name="repr_det_test_folder"):
+    """Stock loading and mapping of every image, without random resizing: width and height must fit."""
+    register_coco_instances(name, {}, str(folder.json), str(folder.images))
+    try:
+        cfg = get_cfg()
+        cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.RANDOM_FLIP = (0,), "none"
+        mapper = DatasetMapper(cfg, is_train=True)
+        return [mapper(record) for record in DatasetCatalog.get(name)]
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def rle_crowd(folder):
+    crowd = {"counts": [0, 600, 600], "size": [30, 40]}
+    annotation(0, iscrowd=1, segmentation=crowd)(folder.content)
+    return [1, 2, 0]
+
+
+def greyscale(folder):
+    Image.new("L", SIZES[1]).save(folder.images / "1.jpg")
+
+
+def cmyk(folder):
+    Image.new("CMYK", SIZES[1]).save(folder.images / "1.jpg")
+
+
+def palette_png(folder):
+    Image.new("P", SIZES[1]).save(folder.images / "1.png")
+    image(0, file_name="1.png")(folder.content)
+
+
+def exif_rotated(folder):
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.new("RGB", SIZES[1][::-1]).save(folder.images / "1.jpg", exif=exif)
+
+
+def exif_rotated_png(folder):
+    exif = Image.Exif()
+    exif[274] = 8
+    Image.new("RGB", SIZES[1][::-1]).save(folder.images / "1.png", exif=exif)
+    image(0, file_name="1.png")(folder.content)
+
+
+def exif_upside_down(folder):
+    exif = Image.Exif()
+    exif[274] = 3
+    Image.new("RGB", SIZES[1]).save(folder.images / "1.jpg", exif=exif)
+
+
+def damaged_exif(folder):
+    Image.new("RGB", SIZES[1]).save(folder.images / "1.jpg", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
+
+
+def unicode_subfolder(folder):
+    (folder.images / "große Bilder 細胞").mkdir()
+    (folder.images / "1.jpg").rename(folder.images / "große Bilder 細胞" / "ein s.jpg")
+    image(0, file_name="große Bilder 細胞/ein s.jpg")(folder.content)
+
+
+def sticks_out(folder):
+    annotation(0, bbox=[-2, -2.5, 50, 60])(folder.content)
+
+
+def unsorted_sparse_categories(folder):
+    folder.content["categories"] = [{"id": 7, "name": "plate"}, {"id": 90, "name": "none"}, {"id": 3, "name": "cell"}]
+
+
+def string_image_ids(folder):
+    for entry in folder.content["images"]:
+        entry["id"] = str(entry["id"])
+    for entry in folder.content["annotations"]:
+        entry["image_id"] = str(entry["image_id"])
+
+
+def polygons_and_extras(folder):
+    annotation(0, segmentation=[[2, 3, 12, 3, 12, 15]], score=0.3)(folder.content)
+    annotation(1, segmentation=[])(folder.content)
+    folder.content |= {"info": {}, "licenses": []}
+
+
+def flags_and_lengths_of_other_tools(folder):
+    for entry in folder.content["annotations"]:
+        entry["iscrowd"] = False
+    for entry in folder.content["images"]:
+        entry["width"], entry["height"] = float(entry["width"]), float(entry["height"])
+
+
+ODD = [
+    flags_and_lengths_of_other_tools,
+    rle_crowd,
+    greyscale,
+    cmyk,
+    palette_png,
+    exif_rotated,
+    exif_rotated_png,
+    exif_upside_down,
+    damaged_exif,
+]
+ODD += [unicode_subfolder, sticks_out, unsorted_sparse_categories, string_image_ids, polygons_and_extras]
+
+
+@pytest.mark.parametrize("change", ODD)
+def test_odd_but_sound_data_pass_here_and_in_detectron2(tmp_path, change):
+    folder = Folder(tmp_path / "a folder with späces")
+    boxes = change(folder) or [2, 2, 0]
+    summary = folder.check()
+    assert summary.num_images == 3 and summary.num_boxes == 4 and set(summary.class_names) >= {"cell", "plate"}
+    assert folder.check(decode=True) == summary
+    records = as_detectron2_reads_it(folder)
+    assert [len(record["instances"]) for record in records] == boxes
+    assert [tuple(record["image"].shape[:0:-1]) for record in records] == list(SIZES.values())
+    ids = {name: summary.class_names.index(name) for name in ("cell", "plate")}
+    assert records[1]["instances"].gt_classes.tolist() == [ids["cell"], ids["plate"]]
+
+
+@pytest.mark.parametrize("size", [SIZES[1], SIZES[1][::-1]])
+def test_exif_rotation_decides_which_size_is_right(folder, size):
+    exif_rotated(folder)
+    image(0, width=size[0], height=size[1])(folder.content)
+    if size == SIZES[1]:
+        folder.check()
+    else:
+        with pytest.raises(UserError, match="width and height 40x30"):
+            folder.check()
+
+
+def test_no_boxes_where_they_are_not_needed(folder):
+    for change in (whole(annotations=[]), whole(annotations=...)):
+        change(folder.content)
+        assert folder.check(allow_no_boxes=True).num_boxes == 0
+
+
+def test_a_few_useless_boxes_pass_with_a_warning_as_in_coco_train2017(folder, caplog):
+    first = folder.content["annotations"][0]
+    folder.content["annotations"] = [first | {"id": i} for i in range(1, 2001)]
+    annotation(9, bbox=[296.65, 388.33, 1.03, 0.0])(folder.content)
+    annotation(10, bbox=[2, 3, 4, 0])(folder.content)
+    with caplog.at_level(logging.WARNING):
+        folder.check()
+    assert "annotation 10 has a bbox without area" in caplog.text and "2 such boxes of 2000" in caplog.text
+    annotation(11, bbox=[40, 30, 4, 4])(folder.content)
+    with pytest.raises(UserError, match=r"annotation 10 has a bbox without area.* \(3 such boxes\)"):
+        folder.check()
+
+
+@pytest.mark.parametrize(
+    "damage", [dict(bbox=[2, 3, 0, 4]), dict(segmentation=[[2, 3, 12, 15]]), dict(segmentation=[[]])]
+)
+def test_one_useless_object_among_many_is_left_out_and_told(folder, catalogs, caplog, damage):
+    first = folder.content["annotations"][0]
+    folder.content["annotations"] = [first | {"id": i} for i in range(1, 146)]
+    annotation(9, **damage)(folder.content)
+    with caplog.at_level(logging.WARNING):
+        folder.check()
+    assert (
+        "annotation 10 has a " in caplog.text and "1 such " in caplog.text and " of 145 are left aside" in caplog.text
+    )
+    assert sum(len(record["instances"]) for record in as_detectron2_reads_it(folder)) == 144
+    annotation(10, **damage)(folder.content)
+    with pytest.raises(UserError, match=r"annotation 10 has a .* \(2 such "):
+        folder.check()
+
+
+@pytest.mark.parametrize(
+    "segmentation, gap",
+    [
+        (
+            {"size": [30, 40], "counts": "x"},
+            "annotation 3 has RLE that must have the size [height, width] of its image, [40, 30], got [30, 40]",
+        ),
+        ([[1, 2, 3, "4", 5, 6]], "annotation 3 has a polygon with the coordinate '4'"),
+        ([[1, 2, 3, float("nan"), 5, 6]], "annotation 3 has a polygon with the coordinate nan"),
+    ],
+)
+def test_boxes_can_be_trained_beside_masks_that_cannot(folder, segmentation, gap):
+    annotation(2, segmentation=segmentation)(folder.content)
+    assert folder.check().mask_gap == gap
+
+
+def test_training_needs_less_than_evaluation(folder):
+    annotation(2, area=...)(folder.content)
+    assert "'area'" in folder.check(for_evaluation=False).evaluation_gap
+    assert len(as_detectron2_reads_it(folder)) == 3
+
+
+def ap_of_the_truth(folder, name):
+    """Stock COCO evaluation of the true boxes."""
+    load_coco_json(str(folder.json), str(folder.images), name)
+    MetadataCatalog.get(name).json_file = str(folder.json)
+    evaluator = COCOEvaluator(name, ("bbox",), distributed=False)
+    evaluator.reset()
+    classes = MetadataCatalog.get(name).thing_dataset_id_to_contiguous_id
+    for entry in folder.content["images"]:
+        truth = [a for a in folder.content["annotations"] if a["image_id"] == entry["id"]]
+        found = Instances((entry["height"], entry["width"]), scores=torch.ones(len(truth)))
+        boxes = torch.tensor([a["bbox"] for a in truth]).reshape(-1, 4)
+        found.pred_boxes = Boxes(torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1))
+        found.pred_classes = torch.tensor([classes[a["category_id"]] for a in truth], dtype=torch.long)
+        evaluator.process([{"image_id": entry["id"]}], [{"instances": found}])
+    return evaluator.evaluate()["bbox"]["AP"]
+
+
+@pytest.mark.parametrize("key", ["area", "iscrowd"])
+def test_what_is_called_an_evaluation_gap_breaks_coco_evaluation(folder, catalogs, key):
+    folder.check()
+    assert ap_of_the_truth(folder, "sound") == pytest.approx(100)
+    annotation(2, **{key: ...})(folder.content)
+    assert folder.check(for_evaluation=False).evaluation_gap
+    with pytest.raises(KeyError, match=key):
+        ap_of_the_truth(folder, "gap")
+
+
+def test_annotation_id_zero_is_warned_of_since_pycocotools_never_matches_it(folder, catalogs, caplog):
+    annotation(0, id=0)(folder.content)
+    with caplog.at_level(logging.WARNING):
+        folder.check()
+    assert "annotation id 0 means 'no match' to pycocotools" in caplog.text
+    assert ap_of_the_truth(folder, "zero") < 90
+
+
+def test_boxes_given_by_their_corners_are_told(folder, caplog):
+    """[x1, y1, x2, y2] read as [x, y, width, height]: no box is wrong in itself, Detectron2 clips in silence."""
+    first = folder.content["annotations"][0]  # in an image of 40x30
+    corners = [[20, 10, 30, 20], [2, 3, 12, 14]]
+    folder.content["annotations"] = [first | {"id": i, "bbox": corners[i % 2]} for i in range(1, 21)]
+    with caplog.at_level(logging.WARNING):
+        folder.check(name="cells")
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert told.startswith("data set cells: ") and str(folder.json) in told
+    assert "10 of 20 boxes reach beyond their image (the first is annotation 2: [20, 10, 30, 20])" in told
+    caplog.clear()
+    folder.content["annotations"] = [first | {"id": i, "bbox": [20, 10, 21, 20]} for i in range(1, 21)]  # by a pixel
+    with caplog.at_level(logging.WARNING):
+        folder.check()
+    assert not caplog.records
+
+
+def test_an_image_that_can_be_read_is_not_called_broken(tmp_path):
+    """A strip of 5000x3 becomes 0 pixels high at INPUT.MAX_SIZE_TRAIN 160."""
+    path = tmp_path / "strip.png"
+    Image.new("RGB", (5000, 3)).save(path)
+    cfg = get_cfg()
+    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN = (96,), 160
+    mapper = image_files.NamingMapper(DatasetMapper(cfg, True))
+    with pytest.raises(UserError) as error:
+        mapper({"file_name": str(path), "width": 5000, "height": 3})
+    assert str(error.value).startswith(f"{path} (5000x3) can be read but not prepared for the model: ")
+    assert "see INPUT" in str(error.value) and "repair" not in str(error.value)
