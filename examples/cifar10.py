@@ -47,9 +47,9 @@ DEFAULTS = {
 # option -> (least, most)
 RANGES = {
     "jobs": (1, 1024), "epochs": (1, 100_000), "train_images": (10, data.NUMBERS["train"]), "batch_size": (1, 50_000),
-    "lr_half_life": (0, 100), "weight_decay": (0, 1), "dropout": (0, 0.99), "distill": (0, 1),
-    "temperature": (0.1, 100), "teacher_epochs": (1, 100_000), "ortho_reg": (0, 1000), "s1": (0, 100), "s2": (0, 100),
-    "criterion_batches": (1, 100_000),
+    "lr_half_life": (0, 100), "weight_decay": (0, 1), "dropout": (0, 0.99), "duplicates": (0, 0.95), "dead": (0, 0.95),
+    "distill": (0, 1), "temperature": (0.1, 100), "teacher_epochs": (1, 100_000), "ortho_reg": (0, 1000),
+    "s1": (0, 100), "s2": (0, 100), "criterion_batches": (1, 100_000),
 }  # fmt: skip
 
 
@@ -79,6 +79,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     both("--lr-half-life", type=float, metavar="PERCENT", help="of the training, to halve the learning rate; 0: never")
     both("--weight-decay", type=float, default=0.0)
     both("--dropout", type=float, default=0.0, metavar="P", help="before the classifier")
+    both(
+        "--duplicates",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="of every conv's filters begin as copies of others",
+    )
+    both("--dead", type=float, default=0.0, metavar="SHARE", help="of every conv's filters begin with outputs of 0")
     both("--distill", type=float, default=0.0, metavar="WEIGHT", help="of the loss against a larger network's scores")
     both("--temperature", type=float, default=4.0, help="of the scores in that loss")
     both("--teacher-epochs", type=int, default=20, help="of the larger network, which is trained first")

@@ -18,7 +18,7 @@ import pytest
 import torch
 from cifar import data, network, records, report, training
 from cifar.records import Settings
-from cifar_study import NUMBERS, TINY, run_main, settings
+from cifar_study import NUMBERS, TINY, run_main, settings, tiny_parts
 from conftest import ROOT
 from PIL import Image
 
@@ -39,17 +39,6 @@ data.NUMBERS.update({NUMBERS})
 import cifar10
 cifar10.main()
 """
-
-
-def tiny_parts() -> dict[str, data.Images]:
-    """Noise, brighter from class to class."""
-    draw = np.random.default_rng(0)
-    parts = {}
-    for part, number in NUMBERS.items():
-        classes = np.repeat(np.arange(10), number // 10)
-        pixels = draw.integers(0, 100, (number, 32, 32, 3)) + 15 * classes[:, None, None, None]
-        parts[part] = data.Images(torch.tensor(pixels, dtype=torch.uint8), torch.tensor(classes))
-    return parts
 
 
 def png(pixels: torch.Tensor) -> bytes:

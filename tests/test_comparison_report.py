@@ -123,6 +123,17 @@ def test_report_says_what_is_missing(finished, tmp_path):
     assert json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]["AP"]["repr"]["mean"] is None
 
 
+def test_drops_that_took_nothing(finished, tmp_path):
+    bases, others = ([finished(arm, seed) for seed in (1, 2)] for arm in ("baseline", "repr"))
+    for other in others:
+        events = [json.loads(line) for line in (other / "repr_events.jsonl").read_text().splitlines()]
+        lines = [json.dumps(event | {"dropped": {}, "overlap_after": event["overlap_before"]}) for event in events]
+        (other / "repr_events.jsonl").write_text("".join(line + "\n" for line in lines))
+    compare_folders(tmp_path, bases, others)
+    page = Page((tmp_path / "out" / "report.html").read_text(encoding="utf-8"))
+    assert "Which filters were dropped" in page.text and "nan" not in page.words
+
+
 def collapse(folder, detections="[]"):
     """As Detectron2 leaves a run whose last evaluation found nothing: NaN for the areas, no line for the classes."""
     rows = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]

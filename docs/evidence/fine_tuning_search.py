@@ -4,17 +4,19 @@
 docs/evidence/fine_tuning_search.py --data FOLDER --weights thin_resnet50.pkl --results search.jsonl '{"name": ...}' ...
 
 Every description is one run: a half-width R50-FPN with ImageNet weights and FrozenBN (stem and res2 frozen), about
-176 px, batch 4, SGD with warm-up and two steps, one thread, bf16 autocast in training. A run that the results hold
-already is skipped, so a list that was killed goes on with the same command. What a description may say, besides name
-and seed:
+176 px, batch 4, SGD with warm-up and two steps, one thread, bf16 autocast in training unless the description says
+otherwise. A run that the results hold already is skipped, so a list that was killed goes on with the same command. What
+a description may say, besides name and seed:
 
     data         "raccoon" or "bccd": FOLDER/NAME/annotations/instances_{train,val}.json, FOLDER/NAME/{train,val}/
     iterations   800
     steps        shares of the iterations at which the rate falls to a tenth, [0.8, 0.934]
+    fp32         true: no autocast, which on a CPU without AVX-512 takes ten times as long as float32
     noise        share of the training boxes that are removed (half of it) or shifted by up to 30 % (the other half)
     cfg          config keys, REPR among them
     cycle        removal by this file instead of RePrHook, see ``Cycle``
     dropout      removal of other channels in every step, kept ones scaled up: {"layers", "p"}, p reached linearly
+    distill      {"at", "until", "weight"}: losses against the network of these iterations, see ``Distillation``
     average      name -> {"decay"} or {"start", "every"}: exponential or uniform averages of the weights, evaluated too
     cosine       iterations at which a cosine rate begins anew, instead of the steps
 """
@@ -37,6 +39,7 @@ from detectron2.data import build_detection_test_loader
 from detectron2.data.datasets import register_coco_instances
 from detectron2.engine import DefaultTrainer, HookBase, hooks
 from detectron2.evaluation import COCOEvaluator, inference_on_dataset
+from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
@@ -226,6 +229,77 @@ class ChannelDropout(HookBase):
         return F.dropout2d(output, self.share) if output.dim() == 4 else F.dropout(output, self.share)
 
 
+class Distillation(HookBase):
+    """Holds the network to a copy of itself: to the one of the latest of the iterations ``at``, until ``until``.
+
+    Two losses are added: the squared distance of the FPN maps over the copy's mean square, mean of the levels, and the
+    divergence KL(copy || network) of the class scores on the network's own proposals. Registered before a hook that
+    drops at the same iteration, the copy is the network before the drop.
+
+    Args (of ``options``):
+        at: iterations after which the copy is made.
+        until: iteration from which there is no copy.
+        weight: of both losses.
+    """
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.options = options
+        self.teacher: list[nn.Module] = []  # a list, so that the trainer's model does not see it
+        self.features: dict[str, Tensor] = {}
+        self.losses: dict[str, Tensor] = {}
+
+    def before_train(self) -> None:
+        model = self.trainer.model
+        model.backbone.register_forward_hook(self._after_backbone)
+        self.forward_box = model.roi_heads._forward_box
+        model.roi_heads._forward_box = self._forward_box
+        model.roi_heads.box_predictor.register_forward_hook(self._keep_scores)
+        self.forward = model.forward
+        model.forward = self._forward
+
+    def after_step(self) -> None:
+        if self.trainer.iter in self.options["at"]:
+            state = self.trainer.model.state_dict()
+            teacher = build_model(self.trainer.cfg)
+            teacher.load_state_dict(state)
+            self.teacher = [teacher.to(memory_format=torch.channels_last).eval()]
+        if self.trainer.iter + 1 >= self.options["until"]:
+            self.teacher = []
+
+    def _after_backbone(self, module: nn.Module, inputs: tuple[Tensor], output: dict[str, Tensor]) -> None:
+        if module.training and self.teacher:
+            with torch.no_grad():
+                self.features = self.teacher[0].backbone(*inputs)
+            distances = [
+                F.mse_loss(output[name].float(), aim.float()) / aim.float().square().mean()
+                for name, aim in self.features.items()
+            ]
+            self.losses["loss_features"] = self.options["weight"] * torch.stack(distances).mean()
+
+    def _forward_box(self, features: dict[str, Tensor], proposals: list) -> Any:
+        found = self.forward_box(features, proposals)
+        if self.trainer.model.training and self.teacher:
+            heads = self.teacher[0].roi_heads
+            with torch.no_grad():
+                pooled = heads.box_pooler(
+                    [self.features[f] for f in heads.box_in_features], [p.proposal_boxes for p in proposals]
+                )
+                aim = heads.box_predictor(heads.box_head(pooled))[0].float().log_softmax(1)
+            distance = F.kl_div(self.scores.float().log_softmax(1), aim, reduction="batchmean", log_target=True)
+            self.losses["loss_scores"] = self.options["weight"] * distance
+        return found
+
+    def _keep_scores(self, module: nn.Module, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
+        self.scores = output[0]
+
+    def _forward(self, batch: list[dict]) -> Any:
+        found = self.forward(batch)
+        if self.trainer.model.training:
+            found.update(self.losses)
+            self.losses = {}
+        return found
+
+
 class Average(HookBase):
     """Exponential (``decay``) or uniform (from ``start``, every ``every``) average of everything in the state dict."""
 
@@ -293,9 +367,11 @@ def train(run: dict[str, Any], cfg: CfgNode) -> dict[str, Any]:
     trainer = Trainer(cfg)
     trainer.resume_or_load(False)
     model = trainer.model
-    in_bf16(model)
+    channels_last(model, bf16=not run.get("fp32", False))
     scheduling = CosineRestarts([*run["cosine"], cfg.SOLVER.MAX_ITER]) if "cosine" in run else hooks.LRScheduler()
     trainer.register_hooks([scheduling])
+    if "distill" in run:
+        trainer.register_hooks([Distillation(run["distill"])])
     if cfg.REPR.ENABLED:
         trainer.register_hooks([RePrHook(cfg)])
     if "cycle" in run:
@@ -312,8 +388,8 @@ def train(run: dict[str, Any], cfg: CfgNode) -> dict[str, Any]:
     return found | {"minutes": round((time.time() - start) / 60, 1)}
 
 
-def in_bf16(model: nn.Module) -> None:
-    """Channels last, and autocast in training: half the time on a CPU, the same for all runs."""
+def channels_last(model: nn.Module, bf16: bool) -> None:
+    """Channels last and, if ``bf16``, autocast in training: half the time on a CPU that has bf16 instructions."""
     model.to(memory_format=torch.channels_last)
     forward, preprocess = model.forward, model.preprocess_image
 
@@ -323,7 +399,7 @@ def in_bf16(model: nn.Module) -> None:
         return images
 
     def autocast(batch: list[dict]) -> Any:
-        with torch.autocast("cpu", torch.bfloat16, enabled=model.training):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16 and model.training):
             return forward(batch)
 
     model.forward, model.preprocess_image = autocast, preprocess_image

@@ -6,6 +6,7 @@ standard deviation 0.04, biases 0. Neither has a norm. "teacher" is a larger net
 """
 
 from collections.abc import Iterable
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -40,6 +41,31 @@ def build(kind: str = "3x3", dropout: float = 0.0) -> nn.Sequential:
             else:
                 nn.init.zeros_(parameter)
     return model.to(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def plant(model: nn.Sequential, duplicates: float = 0.0, dead: float = 0.0) -> None:
+    """Makes filters of every conv of C3(32) redundant, as a control: what is there to remove is known.
+
+    Args:
+        duplicates: share of the filters that become copies of the first ones, weight and bias, and share with them the
+            weights that read them (Net2WiderNet, arXiv 1511.05641, without noise). The network computes what it would
+            without the copies, and their gradients are those of what they copy: descent does not part them.
+        dead: share of the filters, the last ones, whose bias is so low that no ReLU behind them is ever above 0. They
+            get no gradient.
+    """
+    layers = [module for module in model if isinstance(module, (nn.Conv2d, nn.Linear))]
+    for conv, reader in pairwise(layers):
+        filters = len(conv.weight)
+        first = filters - int(duplicates * filters)
+        origin = torch.arange(filters) % first
+        # (rows, filters, taps), where a linear layer has a tap for each place of the map
+        taps = reader.weight.reshape(len(reader.weight), filters, -1)
+        taps = taps[:, origin] / origin.bincount()[origin, None]
+        reader.weight.copy_(taps.reshape(reader.weight.shape))
+        conv.weight.copy_(conv.weight[origin])
+        conv.bias.copy_(conv.bias[origin])
+        conv.bias[filters - int(dead * filters) :] = -1e3
 
 
 def convs(model: nn.Module) -> Iterable[nn.Conv2d]:

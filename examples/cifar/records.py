@@ -31,6 +31,7 @@ class Settings:
         optimizer, lr, weight_decay: see ``training.OPTIMIZERS``.
         lr_half_life: percent of the training after which the learning rate is halved, again and again; 0: never.
         dropout: before the classifier.
+        duplicates, dead: shares of the filters that begin redundant, see ``network.plant``.
         bf16: conv and linear layers in bfloat16.
         distill, temperature, teacher: weight of the teacher's term in the loss, see ``training.distillation``, and the
             key of the run that trained the teacher.
@@ -55,6 +56,8 @@ class Settings:
     weight_decay: float = 0.0
     lr_half_life: float = 0.0
     dropout: float = 0.0
+    duplicates: float = 0.0
+    dead: float = 0.0
     bf16: bool = False
     distill: float = 0.0
     temperature: float = 0.0

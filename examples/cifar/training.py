@@ -123,6 +123,8 @@ def train(
     torch.manual_seed(settings.seed)
     device = feed.device
     model = network.build(settings.network, settings.dropout).to(device)
+    if settings.duplicates or settings.dead:
+        network.plant(model, settings.duplicates, settings.dead)
     optimizer = optimizer_of(settings, model)
     schedule, scheme = schedule_of(settings), scheme_of(settings, model, optimizer, feed)
     transitions = () if schedule is None else (*schedule.drop_iters, *schedule.restore_iters)

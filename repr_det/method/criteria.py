@@ -12,6 +12,7 @@ from repr_det.method.errors import UserError
 from repr_det.method.layers import FilterLayer
 from repr_det.method.orthogonality import by_group, expected_overlap, inter_filter_orthogonality
 from repr_det.method.passes import TrainingPasses
+from repr_det.method.redundancy import redundancy
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,7 @@ _of_batches("apoz", data_criteria.share_of_zeros)
 _of_batches("gradient", data_criteria.small_gradient)
 _of_batches("taylor", data_criteria.small_taylor)
 _of_batches("hessian", data_criteria.small_fisher)
+_of_batches("redundant", redundancy)
 # The filter whose removal hurts least on these batches comes first.
 _of_batches("oracle", _oracle, oracle.MAX_FILTERS)
 

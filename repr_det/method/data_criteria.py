@@ -42,6 +42,31 @@ def share_of_zeros(layers: Sequence[FilterLayer], passes: TrainingPasses, num_ba
     return _finished(layers, "apoz", means)
 
 
+def share_in_use(layers: Sequence[FilterLayer], passes: TrainingPasses, num_batches: int, cycle: int) -> Scores:
+    """The share of ranks on which a filter puts out something above 0 anywhere, or gets a gradient: 0 for one behind a
+    ReLU that never opens ("dead"). 1 where a layer does not run, or no loss depends on it."""
+    in_use: dict[str, Tensor] = {}
+    reached: set[str] = set()
+
+    def note(name: str, rows: Tensor) -> None:
+        in_use[name] = in_use.get(name, False) | rows.cpu()
+
+    def see(layer: FilterLayer, output: Tensor) -> None:
+        note(layer.name, (_positions(output.detach()) > 0).any(2).any(0))
+
+    def on_loss(loss: Tensor) -> None:
+        gradients = _gradients(loss, [layer.weight for layer in layers])
+        for layer, gradient in zip(layers, gradients, strict=True):
+            if gradient is not None:
+                reached.add(layer.name)
+                note(layer.name, gradient.flatten(1).any(1))
+
+    with _on_output(layers, see):
+        _run(passes, num_batches, cycle, on_loss, gradients=True)
+    every = {layer.name: torch.ones(layer.num_filters) for layer in layers}
+    return _finished(layers, "redundant", every | {name: in_use[name] for name in reached if name in in_use})
+
+
 def small_gradient(layers: Sequence[FilterLayer], passes: TrainingPasses, num_batches: int, cycle: int) -> Scores:
     """Minus the mean |d loss / d w| over the weights of the filter and over batches, with the loss of a whole batch."""
     means = _gradient_means(

@@ -430,7 +430,7 @@ class RePrScheme:
         broadcast_([statistic for layer in layers for statistic in layer.running_statistics() or ()])
 
     def _go_slim(self) -> None:
-        if self.slim_model is None or self._chosen is False:
+        if self.slim_model is None or self._chosen is False or not self.num_dropped:
             return
         self._slim = SlimNetwork(self.slim_model, self.layers, self.masks)
         self._slim.install()

@@ -46,7 +46,8 @@ def select_filters(scores: dict[str, Tensor], drop_ratio: float, max_drop_per_la
     """The floor(drop_ratio * F) filters with the highest scores over all layers, at most a capped number in any layer.
 
     Args:
-        scores: layer name -> (J,), larger is dropped earlier. Ties go by the order of the layers, then by index.
+        scores: layer name -> (J,), larger is dropped earlier, minus infinity never. Ties go by the order of the layers,
+            then by index.
         drop_ratio: share of all F filters, in (0, 1).
         max_drop_per_layer: share of a layer that may be dropped, rounded up, in (0, 1]; one filter always stays. A cap
             equal to ``drop_ratio`` ranks every layer by itself.
@@ -67,7 +68,7 @@ def select_filters(scores: dict[str, Tensor], drop_ratio: float, max_drop_per_la
             raise ValueError(f"the score of filter {int(torch.isnan(score).nonzero()[0])} of {name} is NaN")
         # Only the worst `cap` filters of a layer can ever be chosen, so the cap is a cut before the global ranking.
         order = torch.sort(score, descending=True, stable=True).indices[: drop_cap(len(score), max_drop_per_layer)]
-        order = order.sort().values
+        order = order[score[order] > -math.inf].sort().values
         candidates.append(score[order])
         owners.append(torch.stack([torch.full_like(order, layer), order], 1))
     total = drop_total(sum(sizes.values()), drop_ratio)

@@ -22,13 +22,13 @@ from repr_det.method.criteria import CRITERIA, Context, get_criterion
 from repr_det.method.errors import UserError
 from repr_det.method.layers import FilterLayer, find_filter_layers
 from repr_det.method.orthogonality import by_group, expected_overlap, inter_filter_orthogonality, unit_filters
+from repr_det.method.redundancy import NEAR_DUPLICATE
 from repr_det.method.selection import select_filters
 from repr_det.runs.safe_pickle import load_checkpoint
 
 # Transposed convs keep (C_in, C_out, kh, kw): their rows are no filters.
 NOT_FILTERS = ("*deconv*",)
 DEAD = 0.02  # a filter whose norm is below this share of the median of its layer
-NEAR_DUPLICATE = 0.9  # |cos| of two filters of which one says little that the other does not
 
 
 @dataclass

@@ -7,9 +7,10 @@ import numpy as np
 import torch
 
 from repr_det.method.errors import UserError
+from repr_det.method.redundancy import NEAR_DUPLICATE
 from repr_det.method.selection import drop_total
 from repr_det.runs.files import write_atomically
-from repr_det.studies.analysis import DEAD, NEAR_DUPLICATE, Analysis, Checkpoint
+from repr_det.studies.analysis import DEAD, Analysis, Checkpoint
 
 # O_f over its expectation for random directions, below which there is no overlap to speak of: 1.0 in networks trained
 # from random weights on hundreds of images, 1.1 to 3.1 in the layers of one trained on ImageNet.

@@ -1,0 +1,167 @@
+"""The criterion "redundant": which filters it finds, and that a run without any is the run without RePr."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import assert_same_weights
+from test_fine_tuning import BACKBONE
+from test_hook import SCHEDULE, trained
+from torch import nn
+
+from repr_det import RePrScheme, Trainer, find_filter_layers
+from repr_det.method.data_criteria import share_in_use
+from repr_det.method.passes import TrainingPasses
+from repr_det.method.redundancy import copies
+from repr_det.method.selection import select_filters
+
+IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+REDUNDANT = [*SCHEDULE, "REPR.CRITERION", "redundant", "REPR.CRITERION_BATCHES", "2"]
+
+
+class Net(nn.Module):
+    """A filter whose ReLU never opens, one that is below 0 but read behind a sum, one that runs too late to matter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Conv2d(3, 6, 3, padding=1)
+        self.summed = nn.Conv2d(6, 6, 3, padding=1)
+        self.last = nn.Conv2d(6, 6, 3, padding=1)
+        self.unread = nn.Conv2d(6, 2, 1)
+        self.never = nn.Conv2d(6, 2, 1)
+        self.dropout = nn.Dropout(0.2)
+
+    def forward(self, x):
+        x = F.relu(self.first(x))
+        x = F.relu(self.summed(x) + 2 * x)
+        x = F.relu(self.last(x))
+        self.unread(x)
+        return self.dropout(x)
+
+
+def passes_of(net: nn.Module) -> TrainingPasses:
+    return TrainingPasses(net, lambda number, cycle: [IMAGES] * number, lambda batch: net(batch).square().mean(), list)
+
+
+def test_a_filter_is_in_use_where_it_puts_out_something_or_learns():
+    net = Net()
+    with torch.no_grad():
+        net.first.bias[2] = -100.0
+        net.summed.bias[1] = -0.5
+        net.summed.weight[1] *= 0.01  # always below 0, and what it is added to is mostly above
+        net.last.weight[4] = 0.0
+        net.last.bias[4] = 0.0
+    found = share_in_use(find_filter_layers(net, ["*"]), passes_of(net), 2, 0)
+    assert {name: (score == 0).nonzero().flatten().tolist() for name, score in found.items()} == {
+        "first": [2], "summed": [], "last": [4], "unread": [], "never": []
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+def test_copies_are_what_a_loop_over_pairs_finds(scale):
+    draw = np.random.default_rng(0)
+    for trial in range(50):
+        distinct = draw.standard_normal((5, 8))
+        origin = draw.integers(0, 5, 12)
+        rows = distinct[origin] * draw.choice([-2, 1, 3], 12)[:, None] + 0.3 * draw.standard_normal((12, 8))
+        idle = draw.random(12) < 0.2
+        kept, wanted = [], np.full(12, -np.inf)
+        for row in sorted(range(12), key=lambda row: -np.linalg.norm(rows[row])):
+            cosines = [rows[row] @ rows[k] / np.linalg.norm(rows[row]) / np.linalg.norm(rows[k]) for k in kept]
+            if idle[row]:
+                continue
+            if cosines and max(cosines) > 0.9:
+                wanted[row] = max(cosines)
+            else:
+                kept.append(row)
+        found = copies(torch.tensor(scale * rows).view(12, 2, 2, 2), torch.tensor(idle)).numpy()
+        np.testing.assert_array_equal(np.isfinite(found), np.isfinite(wanted), err_msg=str(trial))
+        for row in np.isfinite(wanted).nonzero()[0]:  # those that stay after it may be closer, but not from before
+            assert found[row] >= wanted[row] - 1e-12
+
+
+def test_minus_infinity_is_never_dropped():
+    never = float("-inf")
+    scores = {"a": torch.tensor([1.0, never, never, 2.0]), "b": torch.full((4,), never), "c": torch.ones(4)}
+    for cap, wanted in ((1.0, {"a": [0, 3], "b": [], "c": [0, 1]}), (0.5, {"a": [0, 3], "b": [], "c": [0, 1]})):
+        masks = select_filters(scores, 0.5, cap)
+        found = {name: mask.nonzero().flatten().tolist() for name, mask in masks.items()}
+        assert found == (wanted if cap == 0.5 else wanted | {"c": [0, 1, 2]})
+    assert not any(mask.any() for mask in select_filters({"b": scores["b"]}, 0.5, 0.5).values())
+
+
+def train(net: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3) -> None:
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (net(IMAGES) - 1).square().mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("slim", [False, True, "auto"])
+def test_where_nothing_is_redundant_training_is_training_without_repr(slim):
+    ends = []
+    for with_repr in (False, True):
+        net = Net()
+        optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9, weight_decay=1e-3)
+        layers = find_filter_layers(net, ["*"], ["never", "unread"])
+        scheme = RePrScheme(layers, optimizer, criterion="redundant", passes=passes_of(net), slim_model=net, slim=slim)
+        for transition in (scheme.drop, scheme.restore) * 2:
+            train(net, optimizer)
+            if with_repr:
+                assert transition().dropped == {}
+        train(net, optimizer)
+        ends.append({"net": net.state_dict(), "momentum": optimizer.state_dict()["state"]})
+    assert_same_weights(ends[0]["net"], ends[1]["net"])
+    for one, other in zip(ends[0]["momentum"].values(), ends[1]["momentum"].values(), strict=True):
+        assert one["momentum_buffer"] is other["momentum_buffer"] is None or torch.equal(*(
+            state["momentum_buffer"] for state in (one, other)
+        ))  # fmt: skip
+
+
+def test_a_sub_network_without_dropped_filters_is_saved_and_loaded():
+    net = Net()
+    optimizer = torch.optim.SGD(net.parameters(), 0.01)
+    layers = find_filter_layers(net, ["first", "summed", "last"])
+    one, other = (
+        RePrScheme(layers, optimizer, criterion="redundant", passes=passes_of(net), slim_model=net) for _ in range(2)
+    )
+    one.drop()
+    other.load_state_dict(one.state_dict())
+    assert other.is_sub and other.num_dropped == 0
+    assert other.restore().dropped == {} and other.cycle == 1
+
+
+def test_copies_and_dead_filters_go_and_come_back_as_something_else():
+    net = Net()
+    with torch.no_grad():
+        net.first.weight[3], net.first.bias[3] = 1.5 * net.first.weight[0], 1.5 * net.first.bias[0]
+        net.first.weight[5] = -net.first.weight[1]  # says something else behind the ReLU
+        net.last.bias[2] = -100.0
+    optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9)
+    layers = find_filter_layers(net, ["first", "summed", "last"])
+    scheme = RePrScheme(layers, optimizer, criterion="redundant", passes=passes_of(net))
+    assert scheme.drop().dropped == {"first": [0], "last": [2]}
+    train(net, optimizer)
+    back = scheme.restore()
+    assert max(back.max_cosine.values()) < 1e-5
+    assert net.last.bias[2] == 0 and F.cosine_similarity(*net.first.weight[[0, 3]].flatten(1), dim=0).abs() < 1e-5
+    assert scheme.drop().dropped == {}
+
+
+def test_a_detector_without_redundancy_trains_as_its_baseline_and_one_with_some_drops_it(tiny_cfg, tmp_path):
+    off = trained(Trainer, tiny_cfg(*REDUNDANT, "REPR.ENABLED", "False", "DATASETS.TEST", "()"))
+    on = trained(Trainer, tiny_cfg(*REDUNDANT, "DATASETS.TEST", "()", "OUTPUT_DIR", tmp_path / "on"))
+    assert_same_weights(off.model.state_dict(), on.model.state_dict())
+    events = [json.loads(line) for line in (tmp_path / "on" / "repr_events.jsonl").read_text().splitlines()]
+    assert [(event["event"], event["dropped"]) for event in events] == 2 * [("drop", {}), ("restore", {})]
+
+    weights = off.model.state_dict()
+    weights[f"{BACKBONE}.weight"][7] = weights[f"{BACKBONE}.weight"][1] * 0.5
+    torch.save({"model": weights}, tmp_path / "copies.pth")
+    keys = [*REDUNDANT, "DATASETS.TEST", "()", "MODEL.WEIGHTS", tmp_path / "copies.pth", "SOLVER.BASE_LR", "1e-6"]
+    trained(Trainer, tiny_cfg(*keys, "OUTPUT_DIR", tmp_path / "copies"))
+    events = [json.loads(line) for line in (tmp_path / "copies" / "repr_events.jsonl").read_text().splitlines()]
+    assert [event["dropped"] for event in events] == 2 * [{BACKBONE: [7]}] + 2 * [{}]
