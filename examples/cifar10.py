@@ -13,7 +13,8 @@ momentum 0.9, learning rate 0.01, batches of 64, no augmentation. --setting rele
 19 more, 379 in all. --epochs scales the whole schedule.
 
 Every other option goes for the standard network and RePr alike, so the paper's ablations are: --optimizer, --dropout,
---distill, --ortho-reg, --drop-ratio, --max-drop-per-layer, --skip-first. --influence draws what each filter is worth.
+--distill, --ortho-reg, --drop-ratio, --max-drop-per-layer, --skip-first. --duplicates and --dead plant
+redundant filters, as a control. --influence draws what each filter is worth.
 """
 
 import argparse

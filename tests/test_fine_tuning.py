@@ -35,13 +35,6 @@ def test_who_is_warned(tiny_cfg, weights, iterations, names, warns):
         assert f"30 % of the filters of {sum(name != FPN for name in names)} trained convs" in warning
 
 
-def test_no_warning_where_only_what_is_redundant_goes(tiny_cfg):
-    keys = ["SOLVER.MAX_ITER", 800, "MODEL.WEIGHTS", "x.pkl", "REPR.CRITERION"]
-    for criterion, warns in (("random", True), ("redundant", False)):
-        warning = fine_tuning_warning(tiny_cfg(*keys, criterion), [SimpleNamespace(name=BACKBONE)])
-        assert (warning is not None) == warns
-
-
 def test_one_warning_before_the_first_step_and_none_on_resume(tiny_cfg, tmp_path, caplog):
     torch.save({"model": build_model(tiny_cfg()).state_dict()}, tmp_path / "trained.pth")
     cfg = tiny_cfg(*SCHEDULE, "MODEL.WEIGHTS", tmp_path / "trained.pth", "DATASETS.TEST", "()")

@@ -22,6 +22,8 @@ from cifar.records import Settings, read
 from cifar.report import group, tail_epochs
 
 AROUND = 1
+DEFAULT_RATIO = 0.3
+_TOLD = ("weight_decay", "dropout", "distill", "ortho_reg", "duplicates", "dead")
 
 
 class Fit(NamedTuple):
@@ -71,7 +73,9 @@ def pairs(runs: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, An
 
 def line(standard: dict[str, Any], run: dict[str, Any]) -> list[str]:
     settings = run["settings"]
-    more = [f"{k} {settings[k]:g}" for k in ("weight_decay", "dropout", "distill", "ortho_reg") if settings.get(k)]
+    more = [f"{k} {settings[k]:g}" for k in _TOLD if settings.get(k)]
+    if settings["drop_ratio"] != DEFAULT_RATIO:
+        more.append(f"{100 * settings['drop_ratio']:g} % dropped")
     ours, theirs = end(run), end(standard)
     same = first_at(standard, ours.train)
     name = ", ".join([f"{settings['train_images']:,} images", settings["optimizer"], *more])

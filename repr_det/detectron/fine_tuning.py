@@ -33,13 +33,13 @@ def fine_tuning_warning(cfg: CfgNode, layers: Sequence[FilterLayer]) -> str | No
         layers: that take part.
 
     Returns:
-        None where training starts from random weights, lasts SHORT iterations or more, only parts that are new to the
-        detector (FPN, RPN, heads) take part, or only what is redundant goes.
+        None where training starts from random weights, lasts SHORT iterations or more, or only parts that are new to
+        the detector (FPN, RPN, heads) take part.
     """
     trained = [layer for layer in layers if not layer.name.startswith(_NEW_PARTS)]
-    if not cfg.MODEL.WEIGHTS or cfg.SOLVER.MAX_ITER >= SHORT or not trained or cfg.REPR.CRITERION == "redundant":
+    if not cfg.MODEL.WEIGHTS or cfg.SOLVER.MAX_ITER >= SHORT or not trained:
         return None
     return (
         f"RePr: {cfg.SOLVER.MAX_ITER} iterations from trained weights (MODEL.WEIGHTS {cfg.MODEL.WEIGHTS}), and every "
-        f"drop takes {100 * cfg.REPR.DROP_RATIO:g} % of the filters of {len(trained)} trained convs. {MEASURED}"
+        f"drop takes up to {100 * cfg.REPR.DROP_RATIO:g} % of the filters of {len(trained)} trained convs. {MEASURED}"
     )
