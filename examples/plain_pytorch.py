@@ -11,6 +11,7 @@ held-out images, and prints their rank correlation.
 """
 
 import argparse
+import math
 import statistics
 import sys
 import time
@@ -172,7 +173,8 @@ def main() -> None:
                 context = Context(torch.Generator().manual_seed(seed), passes_over(model, held_out), num_batches=8)
                 layers = find_filter_layers(model, ["*"])
                 for name, value in correlation_with_oracle(layers, context, list(correlations)).items():
-                    correlations[name].append(value)
+                    # Without a rank where all scores are the same: "redundant", and nothing is.
+                    correlations[name].append(0.0 if math.isnan(value) else value)
         both = ", ".join(f"{arm} {found['test'][-1]:.2f}" for arm, found in scores.items())
         print(f"seed {seed}: test accuracy {both} ({time.perf_counter() - start:.0f} s)", flush=True)
 

@@ -74,7 +74,7 @@ def pairs(runs: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, An
 def line(standard: dict[str, Any], run: dict[str, Any]) -> list[str]:
     settings = run["settings"]
     more = [f"{k} {settings[k]:g}" for k in _TOLD if settings.get(k)]
-    if settings["drop_ratio"] != DEFAULT_RATIO:
+    if settings.get("drop_ratio", DEFAULT_RATIO) != DEFAULT_RATIO:
         more.append(f"{100 * settings['drop_ratio']:g} % dropped")
     ours, theirs = end(run), end(standard)
     same = first_at(standard, ours.train)
