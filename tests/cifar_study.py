@@ -23,6 +23,11 @@ def tiny_parts() -> dict[str, data.Images]:
     return parts
 
 
+def tiny_feed() -> training.Feed:
+    parts = tiny_parts()
+    return training.Feed(parts["train"], parts["test"])
+
+
 def settings(**options) -> Settings:
     """RePr's options only where there is a row of RePr."""
     common = {"train_images": 40, "batch_size": 8, "epochs": 10}

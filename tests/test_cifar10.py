@@ -18,7 +18,7 @@ import pytest
 import torch
 from cifar import data, network, records, report, training
 from cifar.records import Settings
-from cifar_study import NUMBERS, TINY, run_main, settings, tiny_parts
+from cifar_study import NUMBERS, TINY, run_main, settings, tiny_feed, tiny_parts
 from conftest import ROOT
 from PIL import Image
 
@@ -83,8 +83,7 @@ def batches(tmp_path, numbers) -> Path:
 
 @pytest.fixture
 def feed(numbers) -> training.Feed:
-    parts = tiny_parts()
-    return training.Feed(parts["train"], parts["test"])
+    return tiny_feed()
 
 
 # Data

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cifar import network, training
-from cifar_study import settings, tiny_parts
+from cifar_study import settings, tiny_feed
 from torch import Tensor, nn
 
 IMAGES = torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -14,11 +14,10 @@ IMAGES = torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture
 def feed() -> training.Feed:
-    parts = tiny_parts()
-    return training.Feed(parts["train"], parts["test"])
+    return tiny_feed()
 
 
-def step(model: nn.Module, steps: int = 1) -> None:
+def train(model: nn.Module, steps: int) -> None:
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -49,7 +48,7 @@ def test_copies_change_nothing_and_descent_does_not_part_them(kind, share, keep)
     narrow, before = of_first_filters(model, keep), filters(model)
     network.plant(model, duplicates=share)
     torch.testing.assert_close(model(IMAGES), narrow(IMAGES), rtol=1e-4, atol=1e-6)
-    step(model, 3)
+    train(model, 3)
     for now, old in zip(filters(model), before, strict=True):
         assert not torch.equal(now[:keep], old[:keep])
         torch.testing.assert_close(now[keep:], now[torch.arange(keep, 32) % keep], rtol=0, atol=1e-6)
@@ -61,7 +60,7 @@ def test_dead_filters_are_the_networks_without_them_and_stay():
     narrow, before = of_first_filters(model, 24), filters(model)
     network.plant(model, dead=0.25)
     torch.testing.assert_close(model(IMAGES), narrow(IMAGES), rtol=1e-4, atol=1e-6)
-    step(model, 3)
+    train(model, 3)
     for now, old in zip(filters(model), before, strict=True):
         assert torch.equal(now[24:, :-1], old[24:, :-1]) and not torch.equal(now[:24], old[:24])
 

@@ -1,26 +1,17 @@
 """docs/evidence: the removals of the fine-tuning search against what they promise, its tables against a hand count."""
 
-import importlib.util
 import json
 from types import SimpleNamespace
 
+import cifar10_equal_fit as fit
+import fine_tuning_hooks as hooks
+import fine_tuning_report as report
 import pytest
 import torch
 from conftest import ROOT
 from torch import nn
 
 FOLDER = ROOT / "docs" / "evidence"
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-report, search = load("fine_tuning_report"), load("fine_tuning_search")
-fit = load("cifar10_equal_fit")
 
 
 def small_trainer(max_iter=100):
@@ -47,14 +38,14 @@ def steps(hook, trainer, number):
 @pytest.mark.parametrize("returns", ["old", "new", "init", "shrink", "mix"])
 def test_rows_are_out_for_s2_iterations_and_come_back(returns):
     options = {"layers": ["conv"], "s1": 4, "s2": 3, "n": 2, "ratio": 0.3, "returns": returns, "alpha": 0.5}
-    hook, trainer = search.Cycle(options, seed=1), small_trainer()
+    hook, trainer = hooks.Cycle(options, seed=1), small_trainer()
     assert steps(hook, trainer, 16) == [0] * 3 + [3] * 3 + [0] * 4 + [3] * 3 + [0] * 3
     assert hook.rows == {} and not any((p == 0).all() for p in trainer.model.parameters())
 
 
 def test_old_rows_come_back_as_they_were():
     hook, trainer = (
-        search.Cycle({"layers": ["fc"], "s1": 2, "s2": 2, "n": 1, "ratio": 0.5, "returns": "old"}, 1),
+        hooks.Cycle({"layers": ["fc"], "s1": 2, "s2": 2, "n": 1, "ratio": 0.5, "returns": "old"}, 1),
         small_trainer(),
     )
     kept = {}
@@ -73,7 +64,7 @@ def test_old_rows_come_back_as_they_were():
 
 
 def test_averages_against_closed_forms():
-    uniform, exponential = search.Average(start=1, every=2), search.Average(decay=0.5)
+    uniform, exponential = hooks.Average(start=1, every=2), hooks.Average(decay=0.5)
     model = nn.Linear(1, 1, bias=False)
     values, expected = [1.0, 4.0, 2.0, 10.0], 0.0
     for iteration, value in enumerate(values):
@@ -89,7 +80,7 @@ def test_averages_against_closed_forms():
 
 def test_channel_dropout_keeps_the_mean_and_is_off_in_evaluation():
     trainer = small_trainer()
-    hook = search.ChannelDropout({"layers": ["conv"], "p": 0.4})
+    hook = hooks.ChannelDropout({"layers": ["conv"], "p": 0.4})
     hook.trainer = trainer
     hook.before_train()
     trainer.iter = 50

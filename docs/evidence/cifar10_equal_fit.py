@@ -20,9 +20,10 @@ from tabulate import tabulate
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 from cifar.records import Settings, read
 from cifar.report import group, tail_epochs
+from cifar10 import DEFAULTS
 
 AROUND = 1
-DEFAULT_RATIO = 0.3
+_USUAL_RATIO = DEFAULTS["paper"]["drop_ratio"]
 _TOLD = ("weight_decay", "dropout", "distill", "ortho_reg", "duplicates", "dead")
 
 
@@ -74,7 +75,7 @@ def pairs(runs: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, An
 def line(standard: dict[str, Any], run: dict[str, Any]) -> list[str]:
     settings = run["settings"]
     more = [f"{k} {settings[k]:g}" for k in _TOLD if settings.get(k)]
-    if settings.get("drop_ratio", DEFAULT_RATIO) != DEFAULT_RATIO:
+    if settings.get("drop_ratio", _USUAL_RATIO) != _USUAL_RATIO:
         more.append(f"{100 * settings['drop_ratio']:g} % dropped")
     ours, theirs = end(run), end(standard)
     same = first_at(standard, ours.train)

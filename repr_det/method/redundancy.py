@@ -44,10 +44,13 @@ def copies(weight: Tensor, idle: Tensor) -> Tensor:
         (J,) in (NEAR_DUPLICATE, 1], NEVER for filters that stay and for idle ones.
     """
     rows = unit_filters(weight)
-    cosines = rows @ rows.T
-    near = cosines > NEAR_DUPLICATE
-    stays = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+    with torch.autocast(rows.device.type, enabled=False):
+        cosines = (rows @ rows.T).fill_diagonal_(0).cpu()
+    idle = idle.cpu()
+    near = (cosines > NEAR_DUPLICATE) & ~idle
+    stays = ~idle & ~near.any(1)
     for row in weight.flatten(1).norm(dim=1).sort(descending=True, stable=True).indices.tolist():
-        stays[row] = ~idle[row] & ~(near[row] & stays).any()
+        if near[row].any() and not idle[row]:
+            stays[row] = not (near[row] & stays).any()
     score = torch.where(near & stays, cosines, NEVER).amax(1)
-    return score.masked_fill(stays | idle, NEVER)
+    return score.masked_fill(stays | idle, NEVER).to(weight.device)
