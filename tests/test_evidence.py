@@ -11,6 +11,8 @@ import torch
 from conftest import ROOT
 from torch import nn
 
+from repr_det import Trainer
+
 FOLDER = ROOT / "docs" / "evidence"
 
 
@@ -93,6 +95,18 @@ def test_channel_dropout_keeps_the_mean_and_is_off_in_evaluation():
     whole = dropped == 0
     assert whole.float().mean().item() == pytest.approx(0.2, abs=0.03)
     assert torch.allclose(dropped[~whole], plain[~whole] / 0.8, atol=1e-6)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.005])
+def test_distillation_is_zero_until_the_network_leaves_its_copy_and_ends(tiny_cfg, rate):
+    keys = ["REPR.ENABLED", "False", "MODEL.RESNETS.NORM", "FrozenBN", "SOLVER.MAX_ITER", 6, "DATASETS.TEST", "()"]
+    trainer = Trainer(tiny_cfg(*keys, "SOLVER.BASE_LR", rate))
+    trainer.register_hooks([hooks.Distillation({"at": [1], "until": 5, "weight": 2.0})])
+    trainer.train()
+    for name in ("loss_features", "loss_scores"):
+        found = {int(iteration): value for value, iteration in trainer.storage.history(name).values()}
+        assert list(found) == [2, 3, 4] and found[2] == pytest.approx(0, abs=1e-6)
+        assert found[4] == pytest.approx(0, abs=1e-6) if rate == 0 else found[4] > 1e-6
 
 
 def lines(*runs):
