@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
+from detectron2.modeling.backbone.resnet import BottleneckBlock
 from frozen_nets import (
     LAYERS,
     WIDTH,
@@ -15,11 +16,13 @@ from frozen_nets import (
     fuse,
     make,
     output_statistics,
+    passes_of,
     train,
 )
 from torch import nn
 
 from repr_det import RePrScheme, UserError, find_filter_layers
+from repr_det.method.blocks import readers
 from repr_det.method.criteria import CRITERIA, Criterion
 
 
@@ -189,6 +192,56 @@ def test_channels_without_a_scale_stay_finite(case, monkeypatch):
     assert np.abs(after["conv3"][0][CHOSEN]).max() <= max(np.abs(before["conv3"][0]).max(), bias) + 1e-3
     train(net, optimizer, 2)
     assert torch.isfinite(net(images)).all()
+
+
+class BlockNet(BottleneckBlock):
+    forward = BottleneckBlock.forward
+
+    def __init__(self) -> None:
+        super().__init__(3, 2 * WIDTH, bottleneck_channels=WIDTH, norm="FrozenBN")
+
+    def norm_of(self, name: str) -> nn.Module:
+        return getattr(self, name).norm
+
+
+@pytest.mark.parametrize("all_closed", [False, True])
+def test_a_channel_whose_relu_never_opens_returns_as_one_that_opens(all_closed, monkeypatch):
+    """With the moments it had it would be closed again; what is added to a shortcut may well be below 0 everywhere."""
+    closed = {"conv1": [2, 5], "conv2": list(range(WIDTH)) if all_closed else [0, 7, 8], "conv3": [3]}
+    chosen = {"conv1": [2, 5, 6], "conv2": [0, 7, 9], "conv3": [3, 4]}
+
+    def score(layers, _):
+        scores = {layer.name: torch.zeros(layer.num_filters) for layer in layers}
+        for name, filters in chosen.items():
+            scores[name][filters] = 1
+        return scores
+
+    monkeypatch.setitem(CRITERIA, "chosen", Criterion(score))
+    net, images = BlockNet(), torch.cat(batches(4, 0))
+    fuse(net, images, seed=1)
+    for name, filters in closed.items():
+        net.norm_of(name).bias[filters] -= 50
+    optimizer = torch.optim.SGD(net.parameters(), 0.02)
+    scheme = RePrScheme(
+        find_filter_layers(net, ["conv*"]),
+        optimizer,
+        criterion="chosen",
+        drop_ratio=8.5 / (4 * WIDTH),
+        readers=readers(net),
+        passes=passes_of(net),
+    )
+    before = output_statistics(net, images)
+    scheme.drop(), scheme.restore()
+    after = output_statistics(net, images)
+    for name, filters in chosen.items():
+        stay_closed = name == "conv3" or (all_closed and name == "conv2")
+        opens = [i for i in range(len(before[name][0])) if i not in closed[name]]
+        for moment in range(2):
+            for one in filters:
+                replaced = one in closed[name] and not stay_closed
+                wanted = np.sort(before[name][moment][opens])[(len(opens) - 1) // 2] if replaced else None
+                wanted = before[name][moment][one] if wanted is None else wanted
+                np.testing.assert_allclose(after[name][moment][one], wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_a_scale_out_of_reach_of_eps_still_gets_its_mean():

@@ -2,10 +2,11 @@
 
 Such a norm never adapts, so a new filter behind it would be normalised with the statistics of the filter that is gone.
 At the drop the moments of a channel after the norm are measured; at the restore its running mean and variance are set
-so that the new channel has the same moments after the norm, on the same batches, layer by layer as the data flows.
+so that the new channel has the same moments after the norm, on the same batches, layer by layer as the data flows. A
+channel whose ReLU never opens would be as closed again: it gets the median moments of those of its layer that open.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, suppress
 
 import torch
@@ -20,13 +21,21 @@ _CONSTANT = 1e-6
 
 
 def measure_moments(
-    layers: list[FilterLayer], rows: dict[str, Tensor], passes: TrainingPasses, num_batches: int, cycle: int
+    layers: list[FilterLayer],
+    rows: dict[str, Tensor],
+    passes: TrainingPasses,
+    num_batches: int,
+    cycle: int,
+    rectified: Container[FilterLayer] = (),
 ) -> dict[str, Tensor]:
-    """Mean and standard deviation of channels after the norm, over images and positions of all batches and ranks.
+    """The moments that channels are to have when they return: mean and standard deviation after the norm, over images
+    and positions of all batches and ranks.
 
     Args:
         layers: those whose ``is_frozen``.
-        rows: layer name -> (M,) channels to measure.
+        rows: layer name -> (M,) channels that are to return.
+        rectified: layers behind whose norm there is a ReLU and nothing else. A channel of theirs that is nowhere above
+            0 is given the median, over the channels that are, of the means and of the deviations.
 
     Returns:
         layer name -> (2, M) float64 on the CPU: mean, standard deviation. Layers that the forward pass did not reach
@@ -35,7 +44,14 @@ def measure_moments(
     moments: dict[str, Tensor] = {}
 
     def measure(layer: FilterLayer, output: Tensor) -> None:
-        moments[layer.name] = _moments(output[:, rows[layer.name]])
+        index = rows[layer.name]
+        found = _moments(output[:, index])
+        if layer in rectified:
+            opens = mean_over_ranks((output > 0).any(0).flatten(1).any(1).double()) > 0
+            if opens.any() and not opens[index].all():
+                typical = _moments(output[:, opens]).median(1, keepdim=True).values
+                found = torch.where(opens[index], found, typical)
+        moments[layer.name] = found
 
     with undisturbed(passes.model, own_modes=True), _on_norm(layers, after=measure):
         _run_joined(passes, num_batches, cycle)

@@ -64,15 +64,17 @@ class RePrScheme:
         scale: norm of a new filter: "kept" the mean norm of the filters that stayed, "old" its own before the drop,
             "unit" 1.
         frozen_norm: what statistics of FrozenBN, and of BN in eval mode, do at a restore: "recalibrate" to the
-            channel's old moments, or "keep".
+            channel's old moments (where ``readers`` knows that a ReLU follows and it never opened, to those of channels
+            that open), or "keep".
         returns: how loud a filter returns behind BN and GN. "as_published": gamma 1. "median_gamma": the median of the
             kept filters of its layer. "function_preserving": where ``readers`` knows the conv, the restore changes
             no output of the network (of eval mode too; but GN's groups change with their members): the reader's kernels
             for the returning channels become 0, or gamma where the channels are added to a shortcut; elsewhere, where
             there is no gamma to learn (FrozenBN, no norm) on a shortcut, and where all channels that a filter of a
             grouped reader sees return at once, as published: the log names them.
-        readers: conv -> the only conv that reads its channels, None for a shortcut's sum (``blocks.readers``); helps
-            "function_preserving", and Adam on the kernels for returning channels.
+        readers: conv -> the only conv that reads its channels, through a ReLU; None for a shortcut's sum
+            (``blocks.readers``). Helps "function_preserving", "recalibrate", and Adam on the kernels for returning
+            channels.
         criterion_batches, calibration_batches: training batches that they may look at.
         seed: all randomness comes from it and the cycle; the same on every rank.
         passes: how to run training batches; needed by data-driven criteria and by "recalibrate".
@@ -419,7 +421,8 @@ class RePrScheme:
         layers = [layer for layer in held.layers if layer in frozen]
         if not layers or self.passes is None or self.frozen_norm == "keep":
             return {}
-        return measure_moments(layers, held.rows, self.passes, self.calibration_batches, self.cycle)
+        rectified = [layer for layer in layers if self._all_readers.get(layer.conv) is not None]
+        return measure_moments(layers, held.rows, self.passes, self.calibration_batches, self.cycle, rectified)
 
     def _match_moments(self, held: HeldFilters) -> None:
         wanted = {name: old["moments"] for name, old in self._old.items() if "moments" in old}
