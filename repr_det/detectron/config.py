@@ -65,7 +65,8 @@ def add_repr_config(cfg: CfgNode) -> None:
     # Norm of a new filter: that of the filters that stayed (mean), its own before the drop, or 1.
     node.REINIT.SCALE = "kept"
     # FrozenBN statistics of a restored channel: set so that its moments after the norm are those before the drop,
-    # measured on CALIBRATION_BATCHES training batches (0: as many as have 8 images), or kept as they are.
+    # measured on CALIBRATION_BATCHES training batches (0: as many as have 8 images), or kept as they are. A channel
+    # whose ReLU never opened gets the median moments of those of its layer that do.
     node.REINIT.FROZEN_NORM = "recalibrate"
     node.REINIT.CALIBRATION_BATCHES = 0
     # How loud filters return: "as_published" with gamma 1; "median_gamma" of the kept filters of the layer; or
