@@ -1,10 +1,8 @@
 """What was measured where trained weights are fine-tuned, told to whoever does it before the first step."""
 
-from collections.abc import Sequence
-
 from detectron2.config import CfgNode
 
-from repr_det.method.layers import FilterLayer
+from repr_det.method.scheme import RePrScheme
 
 SHORT = 16_000  # iterations: twenty times the shorter of the two that were measured; COCO's 1x schedule has 90,000
 # By Detectron2's names: parts that ImageNet weights do not reach.
@@ -25,19 +23,21 @@ MEASURED = (
 )
 
 
-def fine_tuning_warning(cfg: CfgNode, layers: Sequence[FilterLayer]) -> str | None:
+def fine_tuning_warning(cfg: CfgNode, scheme: RePrScheme) -> str | None:
     """One sentence for a run that takes filters out of a trained backbone and has few iterations to learn them again.
 
     Args:
         cfg: of the run; MODEL.WEIGHTS, SOLVER.MAX_ITER and REPR are looked at.
-        layers: that take part.
+        scheme: of the run.
 
     Returns:
-        None where training starts from random weights, lasts SHORT iterations or more, or only parts that are new to
-        the detector (FPN, RPN, heads) take part.
+        None where training starts from random weights, lasts SHORT iterations or more, only parts that are new to
+        the detector (FPN, RPN, heads) take part, or only redundant filters go and all return silently.
     """
-    trained = [layer for layer in layers if not layer.name.startswith(_NEW_PARTS)]
+    trained = [layer.name for layer in scheme.layers if not layer.name.startswith(_NEW_PARTS)]
     if not cfg.MODEL.WEIGHTS or cfg.SOLVER.MAX_ITER >= SHORT or not trained:
+        return None
+    if cfg.REPR.CRITERION == "redundant" and not set(trained) & set(scheme.loud):
         return None
     return (
         f"RePr: {cfg.SOLVER.MAX_ITER} iterations from trained weights (MODEL.WEIGHTS {cfg.MODEL.WEIGHTS}), and every "

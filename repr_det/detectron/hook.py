@@ -99,7 +99,7 @@ class RePrHook(HookBase):
             for name in (EVENTS_FILE, OVERLAPS_FILE):
                 truncate_log(self._path(name), trainer.start_iter - owed)
         self._log_plan()
-        if trainer.start_iter == 0 and (warning := fine_tuning_warning(self.cfg, self.scheme.layers)):
+        if trainer.start_iter == 0 and (warning := fine_tuning_warning(self.cfg, self.scheme)):
             logger.warning(warning)
         if owed:
             self._record(last, self.scheme.restore() if self.scheme.is_sub else self.scheme.drop())

@@ -165,6 +165,15 @@ class RePrScheme:
         return self.criterion.needs_data or (self.frozen_norm != "keep" and bool(self._frozen_norms()))
 
     @property
+    def loud(self) -> list[str]:
+        """Names of the layers whose filters change the network's output when they return."""
+        return [
+            layer.name
+            for layer in self.layers
+            if layer.conv not in self.readers or not can_be_silent(layer, self.readers[layer.conv])
+        ]
+
+    @property
     def masks(self) -> dict[str, Tensor]:
         """Layer name -> (J,) bool, True = dropped; empty where no filters are."""
         return {} if self._held is None else self._held.masks
@@ -360,16 +369,11 @@ class RePrScheme:
             raise_squares_of_inputs_(self.optimizers, reader.weight, returned)
 
     def _log_what_returns_loud(self) -> None:
-        loud = [
-            layer.name
-            for layer in self.layers
-            if layer.conv not in self.readers or not can_be_silent(layer, self.readers[layer.conv])
-        ]
-        if self.returns == "function_preserving" and loud:
+        if self.returns == "function_preserving" and self.loud:
             logger.warning(
                 "RePr: filters of %s cannot return without changing the network's output (no gamma to learn on a "
                 "shortcut, a depthwise reader, or a reader that is not known) and return as published",
-                ", ".join(loud),
+                ", ".join(self.loud),
             )
 
     def _scores(self) -> dict[str, Tensor]:
