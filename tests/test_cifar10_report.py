@@ -40,6 +40,15 @@ def test_table_pairs_by_seed_and_keeps_ways_of_training_apart():
     assert names == ["plain"] * 3 + ["dropout 0.2"]
 
 
+def test_equal_pairs_have_no_interval():
+    """What ``redundant`` gives where nothing is redundant."""
+    records = [
+        fake_run(row, seed, 60.0 + seed, train_images=50) for row in ("standard", "redundant") for seed in (0, 1)
+    ]
+    (line,) = [line for line in report.table(records).splitlines() if line.startswith("redundant")]
+    assert line.count("+0.00 (2 equal pairs)") == 2
+
+
 def test_only_report_trains_nothing(tmp_path, monkeypatch, capsys):
     run_main(monkeypatch, "--only-report", "--output", tmp_path)
     assert capsys.readouterr().out == "no finished runs\n"

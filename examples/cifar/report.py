@@ -1,6 +1,7 @@
 """The paper's table beside ours, from the records."""
 
 import dataclasses
+import math
 import operator
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -149,7 +150,8 @@ def _difference(
     if not seeds:
         return "no standard run"
     found = paired_difference(*([value(arm[seed]) for seed in seeds] for arm in (standard, other)))
-    return f"{found.mean:+.2f} " + (f"({found.low:+.2f} to {found.high:+.2f})" if found.n > 1 else "(one pair)")
+    pairs = "one pair" if found.n == 1 else f"{found.n} equal pairs"
+    return f"{found.mean:+.2f} ({f'{found.low:+.2f} to {found.high:+.2f}' if math.isfinite(found.low) else pairs})"
 
 
 def _columns(lines: list[tuple[str, ...]]) -> str:
