@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import SMALL
 from detectron2.modeling import build_model
 
 from repr_det import UserError
 from repr_det.runs.safe_pickle import load_checkpoint, load_restricted
-from repr_det.studies.analysis import analyze, layers_by_config, read_checkpoint
+from repr_det.studies.analysis import analyze, model_by_config, read_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 spec = importlib.util.spec_from_file_location("analyze_filters", ROOT / "tools" / "analyze_filters.py")
@@ -83,7 +84,7 @@ def test_grouped_convs_of_a_config_are_looked_at_in_each_group(tmp_path, tiny_cf
     weight[16:20] = weight[:4]
     weight[5] = 0
     torch.save({"model": weights}, tmp_path / "model.pth")
-    analysis = analyze(layers_by_config(read_checkpoint(tmp_path / "model.pth"), cfg), num_pairs=30)
+    analysis = analyze(model_by_config(read_checkpoint(tmp_path / "model.pth"), cfg)[1], num_pairs=30)
     plain, grouped = analysis.layers
     np.testing.assert_allclose(plain.overlap, overlaps(weights[f"{include[0]}.weight"]), atol=1e-6)
     expected = np.zeros(64)
@@ -158,7 +159,7 @@ def test_the_verdict_counts_duplicates_and_dead_filters(tmp_path, capsys):
         total / (31 * expected * 30 / 31 + 32 * expected * 31 / 32), rel=0.01
     )
     said = capsys.readouterr().out.splitlines()[-1]
-    assert said.startswith("There is overlap to remove: mean O_f is 1.0")
+    assert said.startswith("There is something to remove: mean O_f is 1.0")
     assert "of 63 filters 2 are near-duplicates (|cos| > 0.9), 1 dead" in said
 
 
@@ -174,13 +175,34 @@ def test_layers_of_a_config(tmp_path, tiny_cfg):
     cfg = tiny_cfg("REPR.LAYERS.INCLUDE", "['backbone.bottom_up.res5*conv*']")
     model = build_model(cfg)
     torch.save({"model": model.state_dict()}, tmp_path / "model.pth")
-    layers = layers_by_config(read_checkpoint(tmp_path / "model.pth"), cfg)
+    _, layers = model_by_config(read_checkpoint(tmp_path / "model.pth"), cfg)
     assert [x.name for x in layers] == [f"backbone.bottom_up.res5.{b}.conv{c}" for b in (0, 1) for c in (1, 2)]
     for layer in layers:
         assert torch.equal(layer.weight, model.get_submodule(layer.name).weight)
     with pytest.raises(UserError, match=r"res5.0.conv1.weight is 512x256x3x3 in the model .* and absent in the file"):
         torch.save(random_weights(), tmp_path / "other.pth")
-        layers_by_config(read_checkpoint(tmp_path / "other.pth"), cfg)
+        model_by_config(read_checkpoint(tmp_path / "other.pth"), cfg)
+
+
+def test_training_batches_show_which_filters_are_idle(tmp_path, tiny_data, tiny_cfg, capsys):
+    """Weights say nothing about a ReLU that never opens; the criterion "redundant" would drop just those."""
+    layer, closed = "backbone.bottom_up.res4.1.conv1", [3, 200]
+    include = ["REPR.LAYERS.INCLUDE", f"['{layer}']"]
+    model = build_model(tiny_cfg(*include))
+    model.get_submodule(layer).norm.bias.data[closed] = -100.0
+    model.get_submodule(layer).weight.data[5] = 0.0  # a dropped filter is none that is idle
+    torch.save({"model": model.state_dict()}, tmp_path / "model.pth")
+    config, keys = ["--config-file", ROOT / "configs/baseline_r50_fpn.yaml"], [*SMALL, *include]
+    (without,) = run(tmp_path / "model.pth", *config, *keys)["layers"]
+    assert without["idle"] is None and without["dead"] == [] and "idle" not in capsys.readouterr().out
+    found = run(tmp_path / "model.pth", *config, "--batches", "2", "--criterion", "redundant", *keys)
+    assert found["layers"][0]["idle"] == closed and found["layers"][0]["dropped"] == [3, 5, 200]
+    out = capsys.readouterr().out
+    assert next(line for line in out.splitlines() if line.startswith("all ")).split()[-1] == "3"
+    assert "There is something to remove" in out
+    assert "2 idle (no output above 0 and no gradient on 2 training batches)" in out.splitlines()[-1]
+    with pytest.raises(UserError, match="nowhere_train"):
+        run(tmp_path / "model.pth", *config, "--batches", "2", *keys, "DATASETS.TRAIN", "('nowhere_train',)")
 
 
 @pytest.mark.parametrize("author", ["Caffe2", "torchvision"])
@@ -197,7 +219,7 @@ def test_official_pkl_weights_of_a_config(tmp_path, tiny_cfg, author):
             weights[own] = tensor.numpy()
     saved = weights if author == "Caffe2" else {"model": weights, "__author__": author, "matching_heuristics": True}
     (tmp_path / "R-18.pkl").write_bytes(pickle.dumps(saved, protocol=2))
-    layers = layers_by_config(read_checkpoint(tmp_path / "R-18.pkl"), cfg)
+    _, layers = model_by_config(read_checkpoint(tmp_path / "R-18.pkl"), cfg)
     assert len(layers) == 4
     for layer in layers:
         assert torch.equal(layer.weight, model.get_submodule(layer.name).weight)
@@ -314,7 +336,13 @@ def test_damaged_files_get_one_line(tmp_path, kind):
             ["--include", "nothing*"],
             "no 4-D weight matches --include nothing* less --exclude *deconv*; there are: a, b",
         ),
-        (["--criterion", "taylor"], "criterion 'taylor' looks at training batches, of a checkpoint alone only: ortho"),
+        (
+            ["--criterion", "taylor"],
+            "criterion 'taylor' looks at training batches: give --config-file and --batches, or",
+        ),
+        (["--batches", "-1"], "--batches must be at least 0, got -1"),
+        (["--batches", "2"], "--batches 2 needs --config-file"),
+        (["--register", "mine", "my.json", "images"], "--register mine my.json images needs --config-file"),
         (["--criterion", "nope"], "REPR.CRITERION must be one of"),
         (["--drop-ratio", "1.5"], "REPR.DROP_RATIO must be in (0, 1), got 1.5"),
         (["--max-drop-per-layer", "0.1"], "REPR.MAX_DROP_PER_LAYER 0.1 lets"),

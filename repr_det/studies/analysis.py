@@ -1,5 +1,5 @@
-"""What the filters of a checkpoint look like, without training: inter-filter orthogonality, overlapping pairs, and what
-a criterion would drop.
+"""What the filters of a checkpoint look like, without training: inter-filter orthogonality, overlapping pairs, filters
+that training batches never bring into use, and what a criterion would drop.
 
 Shape shorthand:
     J: filters of a layer        d: weights of one filter
@@ -19,9 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from repr_det.method.criteria import CRITERIA, Context, get_criterion
+from repr_det.method.data_criteria import share_in_use
 from repr_det.method.errors import UserError
 from repr_det.method.layers import FilterLayer, find_filter_layers
 from repr_det.method.orthogonality import by_group, expected_overlap, inter_filter_orthogonality, unit_filters
+from repr_det.method.passes import TrainingPasses
 from repr_det.method.redundancy import NEAR_DUPLICATE
 from repr_det.method.selection import select_filters
 from repr_det.runs.safe_pickle import load_checkpoint
@@ -60,6 +62,8 @@ class LayerAnalysis:
         zero, not_finite: indices of filters that are exactly zero, or hold NaN or infinity.
         dead: indices of those whose norm is below DEAD of the median of the layer, without those of ``zero``.
         duplicates: indices of those with |cos| above NEAR_DUPLICATE to another filter of the layer.
+        idle: indices of those that put out nothing above 0 and get no gradient on the training batches that were run,
+            without those of ``zero``; empty where none were.
         overlap: (J,) O_f among the filters in use; 0 for those of ``zero``.
         expected: O_f of random directions, for the same number of filters in use.
         max_cosine: the largest |cos| of two filters.
@@ -73,6 +77,7 @@ class LayerAnalysis:
     not_finite: list[int]
     dead: list[int]
     duplicates: list[int]
+    idle: list[int]
     overlap: Tensor
     expected: float
     max_cosine: float
@@ -88,13 +93,15 @@ class LayerAnalysis:
 
 @dataclass
 class Analysis:
-    """All layers, the pairs (layer, i, j, cosine) by falling |cosine|, and the drop that was asked about."""
+    """All layers, the pairs (layer, i, j, cosine) by falling |cosine|, the drop that was asked about, and how many
+    training batches were run."""
 
     layers: list[LayerAnalysis]
     pairs: list[tuple[str, int, int, float]]
     criterion: str
     drop_ratio: float
     max_drop_per_layer: float
+    num_batches: int
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -156,11 +163,12 @@ def layers_by_pattern(
     return [_stand_in(name, candidates[name]) for name in chosen]
 
 
-def layers_by_config(checkpoint: Checkpoint, cfg: Any) -> list[FilterLayer]:
-    """The layers that REPR.LAYERS of a Detectron2 config names in its model, with the weights of the checkpoint.
+def model_by_config(checkpoint: Checkpoint, cfg: Any) -> tuple[nn.Module, list[FilterLayer]]:
+    """The model of a Detectron2 config on the CPU with the weights of the checkpoint, and its layers that REPR.LAYERS
+    names. What else the checkpoint lacks (the heads, in ImageNet weights) is as the model begins.
 
     Raises:
-        UserError: none is trainable, or the checkpoint lacks one or has it in another shape.
+        UserError: no layer is trainable, or the checkpoint lacks one or has it in another shape.
     """
     from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
     from detectron2.modeling import build_model
@@ -170,12 +178,9 @@ def layers_by_config(checkpoint: Checkpoint, cfg: Any) -> list[FilterLayer]:
     cfg.MODEL.DEVICE = "cpu"
     model = build_model(cfg)
     layers = find_filter_layers(model, cfg.REPR.LAYERS.INCLUDE, cfg.REPR.LAYERS.EXCLUDE)
-    weights = checkpoint.weights
+    weights, own = checkpoint.weights, model.state_dict()
     if checkpoint.converts:
-        weights = align_and_update_state_dicts(
-            model.state_dict(), dict(weights), c2_conversion=checkpoint.converts == "Caffe2"
-        )
-    found = []
+        weights = align_and_update_state_dicts(own, dict(weights), c2_conversion=checkpoint.converts == "Caffe2")
     for layer in layers:
         weight = weights.get(f"{layer.name}.weight")
         if weight is None or weight.shape != layer.weight.shape:
@@ -185,8 +190,9 @@ def layers_by_config(checkpoint: Checkpoint, cfg: Any) -> list[FilterLayer]:
                 f"{checkpoint.path}: {layer.name}.weight is {wanted} in the model of the config and {has} in the file: "
                 "give the config of the run that wrote it"
             )
-        found.append(_stand_in(layer.name, weight, layer.conv.groups))
-    return found
+    fitting = {name: weight for name, weight in weights.items() if name in own and weight.shape == own[name].shape}
+    model.load_state_dict(fitting, strict=False)
+    return model, layers
 
 
 def analyze(
@@ -196,24 +202,32 @@ def analyze(
     max_drop_per_layer: float = 0.5,
     num_pairs: int = 10,
     seed: int = 0,
+    passes: TrainingPasses | None = None,
+    num_batches: int = 0,
 ) -> Analysis:
-    """Looks at the weights of ``layers``.
+    """Looks at the weights of ``layers``, and at what they do on training batches where there are ``passes``.
 
     Args:
-        criterion: a name in CRITERIA that does not look at data.
+        criterion: a name in CRITERIA; without ``passes`` one that does not look at data.
         drop_ratio, max_drop_per_layer: see ``selection.select_filters``.
         num_pairs: how many of the most overlapping pairs.
         seed: for the criterion "random".
+        passes, num_batches: how to run training batches through the model of the layers, and how many.
 
     Raises:
         UserError: an argument is wrong.
     """
-    if get_criterion(criterion).needs_data:
+    if get_criterion(criterion, sum(layer.num_filters for layer in layers)).needs_data and passes is None:
         others = ", ".join(sorted(name for name in CRITERIA if not CRITERIA[name].needs_data))
-        raise UserError(f"criterion {criterion!r} looks at training batches, of a checkpoint alone only: {others}")
+        raise UserError(
+            f"criterion {criterion!r} looks at training batches: give --config-file and --batches, or a criterion that "
+            f"looks at the weights alone: {others}"
+        )
     if num_pairs < 0:
         raise UserError(f"the number of pairs must be at least 0, got {num_pairs}")
-    scores = get_criterion(criterion).score(layers, Context(torch.Generator().manual_seed(seed)))
+    context = Context(torch.Generator().manual_seed(seed), passes, num_batches)
+    scores = get_criterion(criterion).score(layers, context)
+    in_use = share_in_use(layers, passes, num_batches, context.cycle) if passes else {}
     masks = select_filters(scores, drop_ratio, max_drop_per_layer)
     analyses, pairs = [], []
     for layer in layers:
@@ -225,6 +239,7 @@ def analyze(
         norms = rows.norm(dim=1)
         dead = ~zero & (norms < DEAD * norms[~zero].nanmedian()) if not zero.all() else zero & False
         near = cosines.abs() > NEAR_DUPLICATE
+        idle = (in_use[layer.name] == 0) & ~zero if passes else zero & False
         analyses.append(
             LayerAnalysis(
                 name=layer.name,
@@ -234,6 +249,7 @@ def analyze(
                 not_finite=(~torch.isfinite(rows).all(1)).nonzero().flatten().tolist(),
                 dead=dead.nonzero().flatten().tolist(),
                 duplicates=(near.any(0) | near.any(1)).nonzero().flatten().tolist(),
+                idle=idle.nonzero().flatten().tolist(),
                 overlap=by_group(_overlap_in_use, groups, rows, zero),
                 expected=_expected(zero, groups, rows.shape[1]),
                 max_cosine=cosines.abs().max().item(),
@@ -241,7 +257,7 @@ def analyze(
             )
         )
     pairs.sort(key=lambda pair: -abs(pair[3]))
-    return Analysis(analyses, pairs[:num_pairs], criterion, drop_ratio, max_drop_per_layer)
+    return Analysis(analyses, pairs[:num_pairs], criterion, drop_ratio, max_drop_per_layer, num_batches)
 
 
 def _stand_in(name: str, weight: Tensor, groups: int = 1) -> FilterLayer:

@@ -8,7 +8,6 @@ import torch
 
 from repr_det.method.errors import UserError
 from repr_det.method.redundancy import NEAR_DUPLICATE
-from repr_det.method.selection import drop_total
 from repr_det.runs.files import write_atomically
 from repr_det.studies.analysis import DEAD, Analysis, Checkpoint
 
@@ -47,14 +46,17 @@ def verdict(analysis: Analysis) -> str:
     filters = sum(layer.filters - len(layer.zero) for layer in analysis.layers)
     dead = sum(len(layer.dead) for layer in analysis.layers)
     duplicates = sum(len(layer.duplicates) for layer in analysis.layers)
+    idle = sum(len(layer.idle) for layer in analysis.layers)
     factor = overlap_factor(analysis)
     found = (
         f"mean O_f is {factor:.2f} times that of random directions; of {filters} filters {duplicates} are "
         f"near-duplicates (|cos| > {NEAR_DUPLICATE:g}), {dead} dead (norm below {100 * DEAD:g} % of their "
         "layer's median)"
     )
-    if factor >= _AS_RANDOM or duplicates or dead:
-        return f"There is overlap to remove: {found}."
+    if analysis.num_batches:
+        found += f", {idle} idle (no output above 0 and no gradient on {analysis.num_batches} training batches)"
+    if factor >= _AS_RANDOM or duplicates or dead or idle:
+        return f"There is something to remove: {found}."
     return (
         f"There is nothing to remove: {found}. What a drop takes here follows the layers' dimensions, not redundancy."
     )
@@ -70,6 +72,7 @@ def as_table(analysis: Analysis) -> str:
             layer.filters,
             layer.dimension,
             len(layer.zero),
+            *([len(layer.idle)] if analysis.num_batches else []),
             layer.used.mean().item(),
             layer.used.max().item(),
             layer.expected,
@@ -81,11 +84,13 @@ def as_table(analysis: Analysis) -> str:
     ]
     filters = sum(layer.filters for layer in analysis.layers)
     used = torch.cat([layer.used for layer in analysis.layers])
-    total = drop_total(filters, analysis.drop_ratio)
-    rows.append(["all", filters, "", sum(row[3] for row in rows), used.mean().item(), used.max().item(), "", "", total])
-    headers = ["layer", "J", "d", "zero", "mean O_f", "max O_f", "random", "max |cos|", "drop", "share"]
-    formats = ("", "", "", "", ".4f", ".4f", ".4f", ".4f", "", "")
-    text = tabulate(rows, headers, floatfmt=formats, colalign=("left", *["right"] * 9))
+    total = sum(len(layer.dropped) for layer in analysis.layers)
+    counts = ["zero", "idle"] if analysis.num_batches else ["zero"]
+    sums = [sum(row[column] for row in rows) for column in range(3, 3 + len(counts))]
+    rows.append(["all", filters, "", *sums, used.mean().item(), used.max().item(), "", "", total])
+    headers = ["layer", "J", "d", *counts, "mean O_f", "max O_f", "random", "max |cos|", "drop", "share"]
+    formats = (*[""] * (3 + len(counts)), ".4f", ".4f", ".4f", ".4f", "", "")
+    text = tabulate(rows, headers, floatfmt=formats, colalign=("left", *["right"] * (len(headers) - 1)))
     text += (
         "\n\nO_f: inter-filter orthogonality (random: its value for random directions). drop: what the criterion\n"
         f"{analysis.criterion} takes at drop ratio {analysis.drop_ratio:g}, cap {analysis.max_drop_per_layer:g}."
@@ -121,6 +126,7 @@ def write_json(path: str | Path, checkpoint: Checkpoint, analysis: Analysis) -> 
                 "not_finite": layer.not_finite,
                 "dead": layer.dead,
                 "near_duplicates": layer.duplicates,
+                "idle": layer.idle if analysis.num_batches else None,
                 "overlap": [round(x, 7) for x in layer.overlap.tolist()],
                 "overlap_mean": layer.used.mean().item(),
                 "overlap_random": layer.expected,
