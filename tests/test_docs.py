@@ -27,7 +27,7 @@ PARSERS = {
     "tools/train_net.py": lambda words: train_argument_parser().parse_args(words),
     "tools/lazyconfig_train_net.py": lambda words: train_argument_parser().parse_args(words),
     "tools/compare.py": lambda words: comparison_argument_parser().parse_args(words),
-    "tools/analyze_filters.py": lambda words: analysis_argument_parser().parse_args(words),
+    "tools/analyze_filters.py": lambda words: analysis_argument_parser().parse_intermixed_args(words),
     "tools/benchmark.py": lambda words: benchmark_argument_parser().parse_args(words),
     "examples/cifar10.py": cifar10.parse,
     "examples/plain_pytorch.py": plain_pytorch.parse,
