@@ -220,6 +220,22 @@ def test_extra_passes_leave_no_trace_in_the_log(tiny_cfg):
     assert {len(logged[name].values()) for name in ("rpn/num_pos_anchors", "total_loss")} == {8}
 
 
+def test_a_network_that_diverges_is_named_as_such_at_a_transition(tiny_cfg):
+    """Weights that are finite and whose boxes are not: Detectron2 raises FloatingPointError, here between two steps."""
+
+    class Blow(HookBase):
+        def after_step(self):
+            if self.trainer.iter == 1:
+                self.trainer.model.proposal_generator.rpn_head.anchor_deltas.weight.data.fill_(3e38)
+
+    trainer = Trainer(tiny_cfg(*SCHEDULE, "REPR.CRITERION", "redundant", "DATASETS.TEST", "()"))
+    trainer.register_hooks([Blow()])
+    trainer._hooks.insert(0, trainer._hooks.pop())
+    with pytest.raises(UserError, match="that a transition looks at: .* has diverged. Lower the learning rate") as error:
+        trainer.train()
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(("size", "batches", "images"), [(2, 0, 8), (3, 0, 9), (10, 0, 10), (2, 3, 6)])
 def test_calibration_of_frozen_bn_looks_at_eight_images_or_at_the_batches_it_is_told(tiny_cfg, size, batches, images):
     keys = {"MODEL.RESNETS.NORM": "FrozenBN", "SOLVER.IMS_PER_BATCH": size, "REPR.REINIT.CALIBRATION_BATCHES": batches}

@@ -150,9 +150,11 @@ def test_copies_and_dead_filters_go_and_come_back_as_something_else():
     assert scheme.drop().dropped == {}
 
 
-def test_a_detector_without_redundancy_trains_as_its_baseline_and_one_with_some_drops_it(tiny_cfg, tmp_path):
+def test_a_detector_without_redundancy_trains_as_its_baseline_and_one_with_some_drops_it(tiny_cfg, tmp_path, caplog):
     off = trained(Trainer, tiny_cfg(*REDUNDANT, "REPR.ENABLED", "False", "DATASETS.TEST", "()"))
-    on = trained(Trainer, tiny_cfg(*REDUNDANT, "DATASETS.TEST", "()", "OUTPUT_DIR", tmp_path / "on"))
+    with caplog.at_level("INFO", "repr_det.hook"):
+        on = trained(Trainer, tiny_cfg(*REDUNDANT, "DATASETS.TEST", "()", "OUTPUT_DIR", tmp_path / "on"))
+    assert "every drop takes up to " in caplog.text
     assert_same_weights(off.model.state_dict(), on.model.state_dict())
     assert [(event["event"], event["dropped"]) for event in read_events(tmp_path / "on")] == 2 * [
         ("drop", {}),

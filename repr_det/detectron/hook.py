@@ -265,10 +265,11 @@ class RePrHook(HookBase):
         filters = sum(layer.num_filters for layer in layers)
         kinds = sorted({layer.kind for layer in layers})
         logger.info(
-            "RePr: %d convs, %d filters take part (norm: %s); every drop takes %d (%g %%), at most %g %% of a layer",
+            "RePr: %d convs, %d filters take part (norm: %s); every drop takes %s%d (%g %%), at most %g %% of a layer",
             len(layers),
             filters,
             ", ".join(kinds),
+            "up to " if self.cfg.REPR.CRITERION == "redundant" else "",
             drop_total(filters, self.cfg.REPR.DROP_RATIO),
             100 * self.cfg.REPR.DROP_RATIO,
             100 * self.cfg.REPR.MAX_DROP_PER_LAYER,
@@ -368,8 +369,14 @@ def training_passes(cfg: CfgNode, model: nn.Module, trainer: Any) -> TrainingPas
 
     def loss(batch: list[dict]) -> Tensor:
         # Detectron2's models log scalars and images as they run; those of extra passes are not the training's.
-        with EventStorage(0):
-            return sum(model(batch).values())
+        try:
+            with EventStorage(0):
+                return sum(model(batch).values())
+        except FloatingPointError as error:  # Detectron2's, of boxes that are not finite
+            raise UserError(
+                f"REPR: on the training batches that a transition looks at: {' '.join(str(error).split())} Lower the "
+                "learning rate or clip gradients, and go on from a checkpoint before that"
+            ) from error
 
     return TrainingPasses(
         model=model,
