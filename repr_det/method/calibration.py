@@ -45,17 +45,17 @@ def measure_moments(
 
     def measure(layer: FilterLayer, output: Tensor) -> None:
         index = rows[layer.name]
-        found = _moments(output[:, index])
+        found = _moments(output[:, index]).cpu()
         if layer in rectified:
             opens = mean_over_ranks((output > 0).any(0).flatten(1).any(1).double()) > 0
             if opens.any() and not opens[index].all():
-                typical = _moments(output[:, opens]).median(1, keepdim=True).values
-                found = torch.where(opens[index], found, typical)
+                typical = _moments(output[:, opens]).cpu().median(1, keepdim=True).values
+                found = torch.where(opens[index].cpu(), found, typical)
         moments[layer.name] = found
 
     with undisturbed(passes.model, own_modes=True), _on_norm(layers, after=measure):
         _run_joined(passes, num_batches, cycle)
-    return {name: value.cpu() for name, value in moments.items()}
+    return moments
 
 
 def match_moments(
