@@ -5,12 +5,15 @@ import copy
 import numpy as np
 import pytest
 import torch
+import torchvision
 from detectron2.engine import HookBase
 from test_slim import resnet
+from torch import nn
 
 from repr_det import Trainer
 from repr_det.method.blocks import readers
 from repr_det.method.layers import find_filter_layers
+from repr_det.method.passes import TrainingPasses
 from repr_det.method.scheme import RePrScheme
 from repr_det.studies.benchmarking.transitions import textbook_overlap
 
@@ -59,6 +62,42 @@ def test_function_preserving_restore_changes_no_output_and_everything_learns(dep
     for layer, rows in restored.items():
         moved = (layer.weight[dropped[layer]] - rows).flatten(1).abs().amax(1)
         assert (moved > 0).all(), layer.name  # every filter gets a gradient: none is dead
+
+
+@pytest.mark.parametrize("build", [torchvision.models.resnet18, torchvision.models.resnet50])
+def test_torchvision_blocks_are_known_too(build):
+    """A restore changes no output, and what is closed behind a norm that never adapts does not come back closed."""
+    torch.manual_seed(0)
+    net = build(num_classes=3).double()
+    optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9)
+    images = torch.randn(2, 3, 48, 32, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    passes = TrainingPasses(net, lambda n, _: [images] * n, lambda batch: net(batch).square().mean(), torch.cat)
+    closed = net.layer3[0].bn1
+    with torch.no_grad():
+        net(images)  # statistics to evaluate with
+        closed.bias[[1, 6]] = -100.0
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    layers = find_filter_layers(net, ["layer*.conv*"])
+    assert {layer.conv for layer in layers} == set(readers(net))
+    options = {"returns": "function_preserving", "criterion": "redundant", "passes": passes, "readers": readers(net)}
+    options |= {"criterion_batches": 1, "calibration_batches": 1}
+    scheme = RePrScheme(layers, optimizer, **options)
+    assert {1, 6} <= set(scheme.drop().dropped["layer3.0.conv1"])
+    passes.loss(images).backward()
+    optimizer.step()
+    with torch.no_grad():
+        before = net(images)
+        scheme.restore()
+        assert (net(images) - before).abs().max() <= 1e-12 * before.abs().max()
+    seen = []
+    closed.register_forward_hook(lambda module, inputs, output: seen.append(output.detach()))
+    net(images)
+    assert (seen[0][:, [1, 6]] > 0).any((0, 2, 3)).all()
+
+    net.layer3[0].relu = nn.GELU()
+    assert not {net.layer3[0].conv1, net.layer3[0].conv2} & set(readers(net))
 
 
 def test_function_preserving_needs_the_momentum_of_the_readers_to_be_zero():

@@ -1,9 +1,11 @@
 """Forward passes that RePr knows: which conv of a residual block reads the channels of which, and which convs and norms
 treat every channel by itself.
 
-A framework registers its own: ``detectron.blocks`` those of Detectron2.
+A framework registers its own: ``detectron.blocks`` those of Detectron2. Of torchvision's ResNets only the order of the
+convs is known, where they are in use.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 
 from torch import nn
@@ -37,7 +39,19 @@ def known_blocks(model: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module]]
 
 
 def readers(model: nn.Module) -> dict[nn.Module, nn.Module | None]:
-    """Conv of a known block -> the only conv that reads its channels; None where they are added to the shortcut."""
-    return {
-        conv: reader for _, chain in known_blocks(model) for conv, reader in zip(chain, [*chain[1:], None], strict=True)
-    }
+    """Conv of a known block -> the only conv that reads its channels, through norm and ReLU; None where they are added
+    to the shortcut."""
+    chains = [chain for _, chain in known_blocks(model)] + _torchvision_chains(model)
+    return {conv: reader for chain in chains for conv, reader in zip(chain, [*chain[1:], None], strict=True)}
+
+
+def _torchvision_chains(model: nn.Module) -> list[list[nn.Module]]:
+    resnet = sys.modules.get("torchvision.models.resnet")
+    if resnet is None:
+        return []
+    orders = {resnet.BasicBlock.forward: ("conv1", "conv2"), resnet.Bottleneck.forward: ("conv1", "conv2", "conv3")}
+    return [
+        [getattr(block, name) for name in orders[type(block).forward]]
+        for block in model.modules()
+        if type(block).forward in orders and "forward" not in block.__dict__ and isinstance(block.relu, nn.ReLU)
+    ]
