@@ -195,6 +195,7 @@ def test_training_batches_show_which_filters_are_idle(tmp_path, tiny_data, tiny_
     config, keys = ["--config-file", ROOT / "configs/baseline_r50_fpn.yaml"], [*SMALL, *include]
     (without,) = run(tmp_path / "model.pth", *config, *keys)["layers"]
     assert without["idle"] is None and without["dead"] == [] and "idle" not in capsys.readouterr().out
+    keys += ["DATASETS.TEST", "('nowhere_val',)"]  # nothing is evaluated
     found = run(tmp_path / "model.pth", *config, "--batches", "2", "--criterion", "redundant", *keys)
     assert found["layers"][0]["idle"] == closed and found["layers"][0]["dropped"] == [3, 5, 200]
     out = capsys.readouterr().out

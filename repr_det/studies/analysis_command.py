@@ -43,6 +43,9 @@ def main(argv: list[str] | None = None) -> None:
                 "--include and --exclude go without --config-file; with it, set REPR.LAYERS.INCLUDE, EXCLUDE"
             )
         cfg = build_config(args.config_file, args.opts, args.register)
+        cfg.defrost()
+        cfg.DATASETS.TEST = ()  # nothing is evaluated, and what would be need not be there
+        cfg.freeze()
         criterion, ratio, cap = cfg.REPR.CRITERION, cfg.REPR.DROP_RATIO, cfg.REPR.MAX_DROP_PER_LAYER
         if args.batches:
             check_datasets(cfg)
