@@ -143,7 +143,15 @@ def test_the_committed_runs_are_whole():
 
 
 def cifar_run(row, seed, curve, train, **own):
-    settings = {"row": row, "seed": seed, "train_images": 100, "optimizer": "sgd", "weight_decay": 0.0, "s1": None}
+    settings = {
+        "row": row,
+        "seed": seed,
+        "train_images": 100,
+        "optimizer": "sgd",
+        "lr": 0.05,
+        "weight_decay": 0.0,
+        "s1": None,
+    }
     epochs = list(range(1, len(curve) + 1))
     return {"settings": settings | own, "curve": curve, "train_curve": train, "curve_epochs": epochs}
 
@@ -155,7 +163,12 @@ def test_a_repr_network_is_held_against_the_standard_one_where_it_fitted_as_well
         "ortho", 0, [50, 56, 60, 40, 50, 59, 60, 60, 60, 61], [10, 20, 30, 10] + 6 * [40], s1=20, bf16=False
     )
     other = cifar_run("ortho", 1, [0] * 10, rises)
-    assert fit.pairs([standard, repr_run, other]) == [(standard, repr_run)]
+    nothing_dropped = standard | {"settings": standard["settings"] | {"row": "redundant", "s1": 20}}
+    assert fit.pairs([standard, repr_run, other, nothing_dropped]) == [(standard, repr_run)]
+    assert fit.line(standard, repr_run)[0] == "100 images, sgd"
+    more = {"lr": 0.01, "drop_ratio": 0.1, "skip_first": True}
+    told = fit.line(standard, repr_run | {"settings": repr_run["settings"] | more})[0]
+    assert told == "100 images, sgd, lr 0.01, 10 % dropped, first conv not ranked"
     assert fit.end(repr_run) == (40, 61, None) and fit.end(standard) == (100, 56, None)
     longer = standard | {"curve_epochs": list(range(22, 42, 2)), "train_curve": list(range(1, 41))}
     assert fit.end(longer) == (40, 56, None)  # epoch 40 of 40, tested every other epoch

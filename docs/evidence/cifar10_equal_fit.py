@@ -20,6 +20,7 @@ from tabulate import tabulate
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 from cifar.records import Settings, read
 from cifar.report import group, tail_epochs
+from cifar.training import OPTIMIZERS
 from cifar10 import DEFAULTS
 
 AROUND = 1
@@ -63,20 +64,25 @@ def first_at(run: dict[str, Any], train: float) -> Fit | None:
 
 
 def pairs(runs: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """(standard, RePr) runs of the same seed and settings, RePr's own aside."""
+    """(standard, RePr) runs of the same seed and settings, RePr's own aside; not those that are the same run, for
+    nothing was dropped."""
     found = []
     for way, arms in group([(Settings(**run["settings"]), run) for run in runs]).items():
         standard = arms.get(way, {})
         others = [arm for settings, arm in arms.items() if settings != way]
         found += [(standard[seed], run) for arm in others for seed, run in arm.items() if seed in standard]
-    return found
+    return [(standard, run) for standard, run in found if standard["curve"] != run["curve"]]
 
 
 def line(standard: dict[str, Any], run: dict[str, Any]) -> list[str]:
     settings = run["settings"]
     more = [f"{k} {settings[k]:g}" for k in _TOLD if settings.get(k)]
+    if settings["lr"] != OPTIMIZERS[settings["optimizer"]][2]:
+        more.insert(0, f"lr {settings['lr']:g}")
     if settings.get("drop_ratio", _USUAL_RATIO) != _USUAL_RATIO:
         more.append(f"{100 * settings['drop_ratio']:g} % dropped")
+    if settings.get("skip_first"):
+        more.append("first conv not ranked")
     ours, theirs = end(run), end(standard)
     same = first_at(standard, ours.train)
     name = ", ".join([f"{settings['train_images']:,} images", settings["optimizer"], *more])
