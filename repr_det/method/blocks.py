@@ -6,7 +6,7 @@ convs is known, where they are in use.
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from torch import nn
 
@@ -32,10 +32,7 @@ def register_block(block: type[nn.Module], convs: Sequence[str]) -> None:
 
 def known_blocks(model: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
     """Every block whose class is registered and whose forward pass is its class's, with its convs in order."""
-    for block in model.modules():
-        names = _CHAINS.get(type(block).forward)
-        if names is not None and "forward" not in block.__dict__:
-            yield block, [getattr(block, name) for name in names]
+    return _blocks_of(model, _CHAINS)
 
 
 def readers(model: nn.Module) -> dict[nn.Module, nn.Module | None]:
@@ -49,9 +46,14 @@ def _torchvision_chains(model: nn.Module) -> list[list[nn.Module]]:
     resnet = sys.modules.get("torchvision.models.resnet")
     if resnet is None:
         return []
-    orders = {resnet.BasicBlock.forward: ("conv1", "conv2"), resnet.Bottleneck.forward: ("conv1", "conv2", "conv3")}
-    return [
-        [getattr(block, name) for name in orders[type(block).forward]]
-        for block in model.modules()
-        if type(block).forward in orders and "forward" not in block.__dict__ and isinstance(block.relu, nn.ReLU)
-    ]
+    chains = {resnet.BasicBlock.forward: ("conv1", "conv2"), resnet.Bottleneck.forward: ("conv1", "conv2", "conv3")}
+    return [chain for block, chain in _blocks_of(model, chains) if isinstance(block.relu, nn.ReLU)]
+
+
+def _blocks_of(
+    model: nn.Module, chains: Mapping[Callable, tuple[str, ...]]
+) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
+    for block in model.modules():
+        names = chains.get(type(block).forward)
+        if names is not None and "forward" not in block.__dict__:
+            yield block, [getattr(block, name) for name in names]

@@ -369,11 +369,11 @@ class RePrScheme:
             raise_squares_of_inputs_(self.optimizers, reader.weight, returned)
 
     def _log_what_returns_loud(self) -> None:
-        if self.returns == "function_preserving" and self.loud:
+        if self.returns == "function_preserving" and (loud := self.loud):
             logger.warning(
                 "RePr: filters of %s cannot return without changing the network's output (no gamma to learn on a "
                 "shortcut, a depthwise reader, or a reader that is not known) and return as published",
-                ", ".join(self.loud),
+                ", ".join(loud),
             )
 
     def _scores(self) -> dict[str, Tensor]:

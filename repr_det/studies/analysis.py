@@ -260,10 +260,10 @@ def analyze(
     return Analysis(analyses, pairs[:num_pairs], criterion, drop_ratio, max_drop_per_layer, num_batches)
 
 
-def _stand_in(name: str, weight: Tensor, groups: int = 1) -> FilterLayer:
+def _stand_in(name: str, weight: Tensor) -> FilterLayer:
     """A layer that has a weight and nothing else."""
     filters, inputs, height, width = weight.shape
-    conv = nn.Conv2d(inputs * groups, filters, (height, width), groups=groups, bias=False, device="meta")
+    conv = nn.Conv2d(inputs, filters, (height, width), bias=False, device="meta")
     conv.weight = nn.Parameter(weight.detach().float(), requires_grad=False)
     return FilterLayer(name, conv)
 
