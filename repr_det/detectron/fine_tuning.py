@@ -2,6 +2,7 @@
 
 from detectron2.config import CfgNode
 
+from repr_det.method.criteria import CRITERIA
 from repr_det.method.scheme import RePrScheme
 
 SHORT = 16_000  # iterations: twenty times the shorter of the two that were measured; COCO's 1x schedule has 90,000
@@ -38,7 +39,7 @@ def fine_tuning_warning(cfg: CfgNode, scheme: RePrScheme) -> str | None:
     trained = [layer.name for layer in scheme.layers if not layer.name.startswith(_NEW_PARTS)]
     if not cfg.MODEL.WEIGHTS or cfg.SOLVER.MAX_ITER >= SHORT or not trained:
         return None
-    if cfg.REPR.CRITERION == "redundant" and not set(trained) & set(scheme.loud):
+    if CRITERIA[cfg.REPR.CRITERION].spares and not set(trained) & set(scheme.loud):
         return None
     return (
         f"RePr: {cfg.SOLVER.MAX_ITER} iterations from trained weights (MODEL.WEIGHTS {cfg.MODEL.WEIGHTS}), and every "

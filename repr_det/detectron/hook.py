@@ -23,6 +23,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from repr_det.detectron.config import calibration_batches, scale_to_world, validate_repr_config
 from repr_det.detectron.fine_tuning import fine_tuning_warning
 from repr_det.method.blocks import readers
+from repr_det.method.criteria import CRITERIA
 from repr_det.method.errors import UserError
 from repr_det.method.holding import Transition
 from repr_det.method.layers import find_filter_layers
@@ -269,7 +270,7 @@ class RePrHook(HookBase):
             len(layers),
             filters,
             ", ".join(kinds),
-            "up to " if self.cfg.REPR.CRITERION == "redundant" else "",
+            "up to " if CRITERIA[self.cfg.REPR.CRITERION].spares else "",
             drop_total(filters, self.cfg.REPR.DROP_RATIO),
             100 * self.cfg.REPR.DROP_RATIO,
             100 * self.cfg.REPR.MAX_DROP_PER_LAYER,

@@ -35,11 +35,12 @@ class Context:
 @dataclass(frozen=True)
 class Criterion:
     """``score(layers, context)`` -> layer name -> (J,); ``needs_data`` where it runs training batches, ``max_filters``
-    where it is too slow for more."""
+    where it is too slow for more, ``spares`` where it has filters (score ``redundancy.NEVER``) that no drop takes."""
 
     score: Callable[[Sequence[FilterLayer], Context], Scores]
     needs_data: bool = False
     max_filters: int | None = None
+    spares: bool = False
 
 
 CRITERIA: dict[str, Criterion] = {}
@@ -107,6 +108,7 @@ def _of_batches(
     name: str,
     function: Callable[[Sequence[FilterLayer], TrainingPasses, int, int], Scores],
     max_filters: int | None = None,
+    spares: bool = False,
 ) -> None:
     """Registers a function of layers, passes, number of batches and cycle as a criterion."""
 
@@ -115,7 +117,7 @@ def _of_batches(
             raise UserError(f"REPR.CRITERION {name!r} looks at training batches: give Context(passes=...)")
         return function(layers, context.passes, context.num_batches, context.cycle)
 
-    CRITERIA[name] = Criterion(score, needs_data=True, max_filters=max_filters)
+    CRITERIA[name] = Criterion(score, needs_data=True, max_filters=max_filters, spares=spares)
 
 
 def _oracle(layers: Sequence[FilterLayer], passes: TrainingPasses, num_batches: int, cycle: int) -> Scores:
@@ -128,7 +130,7 @@ _of_batches("apoz", data_criteria.share_of_zeros)
 _of_batches("gradient", data_criteria.small_gradient)
 _of_batches("taylor", data_criteria.small_taylor)
 _of_batches("hessian", data_criteria.small_fisher)
-_of_batches("redundant", redundancy)
+_of_batches("redundant", redundancy, spares=True)
 # The filter whose removal hurts least on these batches comes first.
 _of_batches("oracle", _oracle, oracle.MAX_FILTERS)
 
