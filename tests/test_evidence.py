@@ -5,10 +5,12 @@ from types import SimpleNamespace
 
 import cifar10_equal_fit as fit
 import fine_tuning_hooks as hooks
+import fine_tuning_plant
 import fine_tuning_report as report
 import pytest
 import torch
 from conftest import ROOT
+from detectron2.modeling.backbone.resnet import BottleneckBlock
 from torch import nn
 
 from repr_det import Trainer
@@ -177,3 +179,38 @@ def test_a_repr_network_is_held_against_the_standard_one_where_it_fitted_as_well
     assert fit.first_at(standard, 40) == (40, 61, 4)
     assert fit.first_at(standard, 99) is None
     assert fit.line(standard, repr_run)[3:] == ["40.0, 61.0", "100.0, 56.0", "+5.0", "epoch 4: 61.0", "+0.0"]
+
+
+def test_planted_copies_are_a_narrower_block_and_stay_copies():
+    torch.manual_seed(0)
+    block, narrow = (BottleneckBlock(8, 16, bottleneck_channels=n, norm="BN") for n in (8, 3))
+    with torch.no_grad():
+        for norm in (block.conv1.norm, block.conv2.norm):
+            for values in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+                values.uniform_(0.5, 1.5)
+        for name, source in block.state_dict().items():  # the first three channels of conv1 and conv2
+            target = narrow.state_dict()[name]
+            target.copy_(source[tuple(slice(size) for size in target.shape)])
+    assert fine_tuning_plant.plant_copies(block, 5 / 8) == 10
+    images = torch.randn(4, 8, 6, 6)
+    for mode in (False, True):
+        assert torch.allclose(block.train(mode)(images), narrow.train(mode)(images), atol=1e-5)
+
+    optimizer = torch.optim.SGD(block.parameters(), 0.1, momentum=0.9, weight_decay=0.01)
+    before = block.conv1.weight.detach().clone()
+    for _ in range(5):
+        optimizer.zero_grad()
+        block(torch.randn(4, 8, 6, 6)).square().mean().backward()
+        optimizer.step()
+    assert (block.conv1.weight - before).abs().max() > 0.01
+    for conv in (block.conv1, block.conv2):
+        for copy, origin in enumerate([0, 1, 2, 0, 1, 2, 0, 1]):
+            assert torch.allclose(conv.weight[copy], conv.weight[origin], atol=1e-4)
+
+
+def test_frozen_convs_get_no_copies():
+    block = BottleneckBlock(8, 16, bottleneck_channels=4)
+    block.conv1.weight.requires_grad_(False)
+    before = block.conv1.weight.clone()
+    assert fine_tuning_plant.plant_copies(block, 0.5) == 2
+    assert torch.equal(block.conv1.weight, before)

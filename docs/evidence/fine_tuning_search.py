@@ -8,10 +8,13 @@ Every description is one run: a half-width R50-FPN with ImageNet weights and Fro
 otherwise. A run that the results hold already is skipped, so a list that was killed goes on with the same command. What
 a description may say, besides name and seed:
 
-    data         "raccoon" or "bccd": FOLDER/NAME/annotations/instances_{train,val}.json, FOLDER/NAME/{train,val}/
+    data         "raccoon" or "bccd": FOLDER/NAME/annotations/instances_{train,val}.json, FOLDER/NAME/{train,val}/;
+                 "shapes": all 600 embedded ones instead, from random weights by configs/demo_r50_fpn.yaml (R50-FPN at a
+                 quarter of its width, BN)
     iterations   800
     steps        shares of the iterations at which the rate falls to a tenth, [0.8, 0.934]
     fp32         true: no autocast, which on a CPU without AVX-512 takes ten times as long as float32
+    copies       share of the filters of conv1 and conv2 that begin as copies, see ``fine_tuning_plant``
     noise        share of the training boxes that are removed (half of it) or shifted by up to 30 % (the other half)
     cfg          config keys, REPR among them
     cycle        removal by this file instead of RePrHook, see ``fine_tuning_hooks.Cycle``
@@ -40,9 +43,11 @@ from detectron2.evaluation import COCOEvaluator, inference_on_dataset
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 from fine_tuning_hooks import Average, ChannelDropout, CosineRestarts, Cycle, Distillation
+from fine_tuning_plant import plant_copies
 from torch import nn
 
 from repr_det import RePrHook, add_repr_config
+from repr_det.datasets import register_builtin
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = """
@@ -50,7 +55,7 @@ MODEL.RESNETS.DEPTH 50 MODEL.RESNETS.WIDTH_PER_GROUP 32 MODEL.RESNETS.RES2_OUT_C
 MODEL.RESNETS.STRIDE_IN_1X1 True MODEL.RESNETS.NORM FrozenBN MODEL.BACKBONE.FREEZE_AT 2 MODEL.FPN.NORM ''
 MODEL.PIXEL_MEAN [104,117,123] MODEL.PIXEL_STD [1,1,1] MODEL.ROI_BOX_HEAD.NUM_FC 2 INPUT.MIN_SIZE_TRAIN (160,176,192)
 INPUT.MIN_SIZE_TEST 176 INPUT.MAX_SIZE_TRAIN 320 INPUT.MAX_SIZE_TEST 320 SOLVER.BASE_LR 0.01 REPR.ENABLED False
-SOLVER.CHECKPOINT_PERIOD 100000000 TEST.DETECTIONS_PER_IMAGE 50
+TEST.DETECTIONS_PER_IMAGE 50
 """.split()
 CLASSES = {"raccoon": 1, "bccd": 3}
 
@@ -58,17 +63,22 @@ CLASSES = {"raccoon": 1, "bccd": 3}
 def config_of(run: dict[str, Any], data: Path, weights: Path, output: Path) -> CfgNode:
     cfg = get_cfg()
     add_repr_config(cfg)
-    cfg.merge_from_file(str(ROOT / "configs" / "bccd_r18_fpn.yaml"))
     iterations, name = run.get("iterations", 800), run.get("data", "raccoon")
-    cfg.merge_from_list([*SETTINGS, "MODEL.WEIGHTS", str(weights), "MODEL.ROI_HEADS.NUM_CLASSES", CLASSES[name]])
+    if name == "shapes":
+        register_builtin()
+        cfg.merge_from_file(str(ROOT / "configs" / "demo_r50_fpn.yaml"))
+        cfg.merge_from_list(["DATASETS.TRAIN", ("shapes_train",), "REPR.ENABLED", False])
+    else:
+        cfg.merge_from_file(str(ROOT / "configs" / "bccd_r18_fpn.yaml"))
+        cfg.merge_from_list([*SETTINGS, "MODEL.WEIGHTS", str(weights), "MODEL.ROI_HEADS.NUM_CLASSES", CLASSES[name]])
+        for part in ("train", "val"):
+            path = data / name / "annotations" / f"instances_{part}.json"
+            if part == "train" and run.get("noise"):
+                path = with_label_noise(path, run["noise"], run["seed"], output)
+            register_coco_instances(part, {}, str(path), str(data / name / part))
+        cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("train",), ("val",)
     cfg.SOLVER.MAX_ITER = iterations
     cfg.SOLVER.STEPS = tuple(int(iterations * share) for share in run.get("steps", (0.8, 0.934)))
-    for part in ("train", "val"):
-        path = data / name / "annotations" / f"instances_{part}.json"
-        if part == "train" and run.get("noise"):
-            path = with_label_noise(path, run["noise"], run["seed"], output)
-        register_coco_instances(part, {}, str(path), str(data / name / part))
-    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("train",), ("val",)
     cfg.SEED, cfg.OUTPUT_DIR = run["seed"], str(output)
     for key, value in run.get("cfg", {}).items():
         cfg.merge_from_list([key, value])
@@ -103,9 +113,10 @@ class Trainer(DefaultTrainer):
 
 def box_ap(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
     model.eval()
-    evaluator = COCOEvaluator("val", output_dir=None)
+    (name,) = cfg.DATASETS.TEST
+    evaluator = COCOEvaluator(name, output_dir=None)
     with EventStorage(0):
-        found = inference_on_dataset(model, build_detection_test_loader(cfg, "val"), evaluator)["bbox"]
+        found = inference_on_dataset(model, build_detection_test_loader(cfg, name), evaluator)["bbox"]
     return {name: round(float(found[name]), 2) for name in ("AP", "AP50", "AP75")}
 
 
@@ -115,6 +126,8 @@ def train(run: dict[str, Any], cfg: CfgNode) -> dict[str, Any]:
     trainer = Trainer(cfg)
     trainer.resume_or_load(False)
     model = trainer.model
+    if "copies" in run:
+        plant_copies(model, run["copies"])
     channels_last(model, bf16=not run.get("fp32", False))
     scheduling = CosineRestarts([*run["cosine"], cfg.SOLVER.MAX_ITER]) if "cosine" in run else hooks.LRScheduler()
     trainer.register_hooks([scheduling])
