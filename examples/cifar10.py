@@ -14,7 +14,8 @@ momentum 0.9, learning rate 0.01, batches of 64, no augmentation. --setting rele
 
 Every other option goes for the standard network and RePr alike, so the paper's ablations are: --optimizer, --dropout,
 --distill, --ortho-reg, --drop-ratio, --max-drop-per-layer, --skip-first. --duplicates and --dead plant
-redundant filters, as a control. --influence draws what each filter is worth.
+redundant filters, as a control. --warm-images trains on a part of the images first. --influence draws what each filter
+is worth.
 """
 
 import argparse
@@ -50,6 +51,7 @@ RANGES = {
     "jobs": (1, 1024), "epochs": (1, 100_000), "train_images": (10, data.NUMBERS["train"]), "batch_size": (1, 50_000),
     "lr_half_life": (0, 100), "weight_decay": (0, 1), "dropout": (0, 0.99), "duplicates": (0, 0.95), "dead": (0, 0.95),
     "distill": (0, 1), "temperature": (0.1, 100), "teacher_epochs": (1, 100_000), "ortho_reg": (0, 1000),
+    "warm_images": (0, data.NUMBERS["train"]), "warm_epochs": (0, 100_000),
     "s1": (0, 100), "s2": (0, 100), "criterion_batches": (1, 100_000),
 }  # fmt: skip
 
@@ -94,6 +96,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     both(
         "--ortho-reg", type=float, default=0.0, metavar="WEIGHT", help="of squared cosines between filters in the loss"
     )
+    both("--warm-images", type=int, default=0, metavar="N", help="go on from a standard network of so many images")
+    both("--warm-epochs", type=int, metavar="EPOCHS", help="of that network (--epochs)")
     both("--bf16", action="store_true", help="conv and linear layers in bfloat16")
 
     repr_ = parser.add_argument_group("RePr").add_argument
@@ -112,6 +116,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             setattr(args, name, value)
     if args.lr is None:
         args.lr = training.OPTIMIZERS[args.optimizer][2]
+    if args.warm_epochs is None:
+        args.warm_epochs = args.epochs if args.warm_images else 0
     return args
 
 
@@ -120,6 +126,10 @@ def check(args: argparse.Namespace) -> None:
     for name, (least, most) in RANGES.items():
         if not least <= getattr(args, name) <= most:
             raise UserError(f"--{name.replace('_', '-')} must be {least} to {most}, got {getattr(args, name)}")
+    if args.warm_images > args.train_images:
+        raise UserError(f"--warm-images {args.warm_images} are more than --train-images {args.train_images}")
+    if bool(args.warm_images) != bool(args.warm_epochs):
+        raise UserError("--warm-images and --warm-epochs go together: one of them is 0")
     if not args.lr > 0:
         raise UserError(f"--lr must be above 0, got {args.lr}")
     if args.data is None:
@@ -181,10 +191,25 @@ def run(
     with records.claimed(output / "claims", settings.key, wait) as mine:
         if not mine or settings.key in {done.key for done, _ in records.read(output / "runs.jsonl")}:
             return
-        model, record = training.train(settings, feed, on_epoch)
+        start = None if settings.warm is None else trained(output, settings.warm)
+        model, record = training.train(settings, feed, on_epoch, start)
         weights_file(output, settings).parent.mkdir(exist_ok=True)
         torch.save(model.state_dict(), weights_file(output, settings))
         records.append(output / "runs.jsonl", record)
+
+
+def train_first(settings: Settings, feed: training.Feed, output: Path, what: str) -> None:
+    """Trains a run that others need, unless that is done, with a bar of its own."""
+    with tqdm(total=settings.epochs, unit="epoch", desc=what) as bar:
+        run(settings, feed, output, lambda epoch, accuracy: bar.update(), wait=True)
+
+
+def trained(output: Path, settings: Settings) -> torch.nn.Module:
+    """The network of a run that others need. Raises UserError where its weights are gone."""
+    model = load_weights(output, settings)
+    if model is None:
+        raise UserError(f"{weights_file(output, settings)} is missing: delete its run from runs.jsonl")
+    return model
 
 
 def load_weights(output: Path, settings: Settings) -> torch.nn.Module | None:
@@ -248,12 +273,12 @@ def study(args: argparse.Namespace) -> None:
     missing = [settings for settings in runs if settings.key not in finished]
     if missing and args.distill:
         teacher = teacher_of(args, images.digest)
-        with tqdm(total=teacher.epochs, unit="epoch", desc="teacher", disable=teacher.key in finished) as bar:
-            run(teacher, feed, args.output, lambda epoch, accuracy: bar.update(), wait=True)
-        model = load_weights(args.output, teacher)
-        if model is None:
-            raise UserError(f"{weights_file(args.output, teacher)} is missing: delete its run from runs.jsonl")
-        feed.teacher = training.logits_of(model.to(args.device), feed, feed.train)
+        train_first(teacher, feed, args.output, "teacher")
+        feed.teacher = training.logits_of(trained(args.output, teacher).to(args.device), feed, feed.train)
+    if missing and args.warm_images:
+        fewer = training.Feed(data.balanced(images.train, args.warm_images), images.test, args.device)
+        for warm in dict.fromkeys(settings.warm for settings in missing):
+            train_first(warm, fewer, args.output, f"first, seed {warm.seed}")
     train_all(missing, feed, args)
     if args.influence:
         measure_influence(runs, feed, args.output)

@@ -36,6 +36,7 @@ class Settings:
         distill, temperature, teacher: weight of the teacher's term in the loss, see ``training.distillation``, and the
             key of the run that trained the teacher.
         ortho_reg: weight of ``training.overlap_penalty`` in the loss.
+        warm_images, warm_epochs: of the run whose weights are the first ones, see ``warm``; 0: they are new.
         s1, s2, cycles: percent of the training with the full network and the sub-network in a cycle; how many cycles.
             These and what follows are None in "standard" runs.
         drop_ratio, max_drop_per_layer: shares.
@@ -63,6 +64,8 @@ class Settings:
     temperature: float = 0.0
     teacher: str = ""
     ortho_reg: float = 0.0
+    warm_images: int = 0
+    warm_epochs: int = 0
     s1: float | None = None
     s2: float | None = None
     cycles: int | None = None
@@ -79,10 +82,22 @@ class Settings:
         told = {name: value for name, value in dataclasses.asdict(self).items() if value != defaults[name]}
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
 
+    @property
+    def warm(self) -> "Settings | None":
+        """The run of the standard network on fewer images that this one goes on from, as when more data comes."""
+        if not self.warm_images:
+            return None
+        new = {"row": STANDARD, "train_images": self.warm_images, "epochs": self.warm_epochs, **_NOT_WARM}
+        return dataclasses.replace(self, **new)
+
 
 REPR_FIELDS = (
     "s1", "s2", "cycles", "drop_ratio", "max_drop_per_layer", "skip_first", "scale", "criterion_batches",
 )  # fmt: skip
+# What a first run on fewer images does without.
+_NOT_WARM = {
+    **dict.fromkeys(REPR_FIELDS), "warm_images": 0, "warm_epochs": 0, "distill": 0.0, "temperature": 0.0, "teacher": "",
+}  # fmt: skip
 
 
 def append(file: Path, record: dict[str, Any]) -> None:

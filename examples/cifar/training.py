@@ -108,9 +108,12 @@ def optimizer_of(settings: Settings, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def train(
-    settings: Settings, feed: Feed, on_epoch: Callable[[int, float], None] = lambda epoch, accuracy: None
+    settings: Settings,
+    feed: Feed,
+    on_epoch: Callable[[int, float], None] = lambda epoch, accuracy: None,
+    start: nn.Module | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Trains from new weights.
+    """Trains from new weights, or from those of ``start``.
 
     Args:
         on_epoch: told the number of finished epochs and the last test accuracy in percent (NaN before the first).
@@ -119,11 +122,13 @@ def train(
         The model and the record of the run. Accuracies are in percent: "curve" on the test images after the epochs
         "curve_epochs", "train_curve" of every epoch's batches as they came, "train" of the finished model.
     """
-    start = time.perf_counter()
+    began = time.perf_counter()
     torch.manual_seed(settings.seed)
     device = feed.device
     model = network.build(settings.network, settings.dropout).to(device)
-    if settings.duplicates or settings.dead:
+    if start is not None:
+        model.load_state_dict(start.state_dict())
+    elif settings.duplicates or settings.dead:
         network.plant(model, settings.duplicates, settings.dead)
     optimizer = optimizer_of(settings, model)
     schedule, scheme = schedule_of(settings), scheme_of(settings, model, optimizer, feed)
@@ -182,7 +187,7 @@ def train(
         "loss_curve": loss_curve,
         "events": events,
         "diverged": diverged,
-        "seconds": round(time.perf_counter() - start, 1),
+        "seconds": round(time.perf_counter() - began, 1),
         "torch": torch.__version__,
     }
     return model, record
