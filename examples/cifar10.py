@@ -184,32 +184,44 @@ def run(
     feed: training.Feed,
     output: Path,
     on_epoch: Callable[[int, float], None] = lambda epoch, accuracy: None,
-    wait: bool = False,
 ) -> None:
-    """Trains and files the result, unless that is done. Where another process is at it: ``wait`` for that, or leave it
-    to that."""
-    with records.claimed(output / "claims", settings.key, wait) as mine:
-        if not mine or settings.key in {done.key for done, _ in records.read(output / "runs.jsonl")}:
-            return
-        start = None if settings.warm is None else trained(output, settings.warm)
-        model, record = training.train(settings, feed, on_epoch, start)
-        weights_file(output, settings).parent.mkdir(exist_ok=True)
-        torch.save(model.state_dict(), weights_file(output, settings))
+    """Trains and files the result, unless that is done or another process is at it."""
+    with records.claimed(output / "claims", settings.key) as mine:
+        if mine and not _is_done(settings, output):
+            start = None if settings.warm is None else load_weights(output, settings.warm)
+            _train(settings, feed, output, on_epoch, start)
+
+
+def run_first(settings: Settings, feed: training.Feed, output: Path, what: str) -> torch.nn.Module:
+    """The network of a run that others need. It is trained, with a bar of its own, unless its weights are there; where
+    another process is at it, that one is waited for."""
+    with (
+        records.claimed(output / "claims", settings.key, wait=True),
+        tqdm(total=settings.epochs, unit="epoch", desc=what) as bar,
+    ):
+        if not weights_file(output, settings).exists():
+            _train(settings, feed, output, lambda epoch, accuracy: bar.update())
+    return load_weights(output, settings)
+
+
+def _is_done(settings: Settings, output: Path) -> bool:
+    return settings.key in {done.key for done, _ in records.read(output / "runs.jsonl")}
+
+
+def _train(
+    settings: Settings,
+    feed: training.Feed,
+    output: Path,
+    on_epoch: Callable[[int, float], None],
+    start: torch.nn.Module | None = None,
+) -> None:
+    model, record = training.train(settings, feed, on_epoch, start)
+    weights = weights_file(output, settings)
+    weights.parent.mkdir(exist_ok=True)
+    torch.save(model.state_dict(), weights.with_suffix(".tmp"))
+    weights.with_suffix(".tmp").replace(weights)
+    if not _is_done(settings, output):
         records.append(output / "runs.jsonl", record)
-
-
-def train_first(settings: Settings, feed: training.Feed, output: Path, what: str) -> None:
-    """Trains a run that others need, unless that is done, with a bar of its own."""
-    with tqdm(total=settings.epochs, unit="epoch", desc=what) as bar:
-        run(settings, feed, output, lambda epoch, accuracy: bar.update(), wait=True)
-
-
-def trained(output: Path, settings: Settings) -> torch.nn.Module:
-    """The network of a run that others need. Raises UserError where its weights are gone."""
-    model = load_weights(output, settings)
-    if model is None:
-        raise UserError(f"{weights_file(output, settings)} is missing: delete its run from runs.jsonl")
-    return model
 
 
 def load_weights(output: Path, settings: Settings) -> torch.nn.Module | None:
@@ -272,13 +284,12 @@ def study(args: argparse.Namespace) -> None:
     finished = {done.key for done, _ in records.read(args.output / "runs.jsonl")}
     missing = [settings for settings in runs if settings.key not in finished]
     if missing and args.distill:
-        teacher = teacher_of(args, images.digest)
-        train_first(teacher, feed, args.output, "teacher")
-        feed.teacher = training.logits_of(trained(args.output, teacher).to(args.device), feed, feed.train)
+        model = run_first(teacher_of(args, images.digest), feed, args.output, "teacher")
+        feed.teacher = training.logits_of(model.to(args.device), feed, feed.train)
     if missing and args.warm_images:
         fewer = training.Feed(data.balanced(images.train, args.warm_images), images.test, args.device)
         for warm in dict.fromkeys(settings.warm for settings in missing):
-            train_first(warm, fewer, args.output, f"first, seed {warm.seed}")
+            run_first(warm, fewer, args.output, f"first, seed {warm.seed}")
     train_all(missing, feed, args)
     if args.influence:
         measure_influence(runs, feed, args.output)
