@@ -168,9 +168,11 @@ def test_a_repr_network_is_held_against_the_standard_one_where_it_fitted_as_well
     nothing_dropped = standard | {"settings": standard["settings"] | {"row": "redundant", "s1": 20}}
     assert fit.pairs([standard, repr_run, other, nothing_dropped]) == [(standard, repr_run)]
     assert fit.line(standard, repr_run)[0] == "100 images, sgd"
-    more = {"lr": 0.01, "drop_ratio": 0.1, "skip_first": True}
+    more = {"lr": 0.01, "drop_ratio": 0.1, "max_drop_per_layer": 1.0, "skip_first": True, "warm_images": 50}
     told = fit.line(standard, repr_run | {"settings": repr_run["settings"] | more})[0]
-    assert told == "100 images, sgd, lr 0.01, 10 % dropped, first conv not ranked"
+    assert told == (
+        "100 images, sgd, lr 0.01, warm_images 50, 10 % dropped, at most 100 % of a layer, first conv not ranked"
+    )
     assert fit.end(repr_run) == (40, 61, None) and fit.end(standard) == (100, 56, None)
     longer = standard | {"curve_epochs": list(range(22, 42, 2)), "train_curve": list(range(1, 41))}
     assert fit.end(longer) == (40, 56, None)  # epoch 40 of 40, tested every other epoch

@@ -24,8 +24,9 @@ from cifar.training import OPTIMIZERS
 from cifar10 import DEFAULTS
 
 AROUND = 1
-_USUAL_RATIO = DEFAULTS["paper"]["drop_ratio"]
-_TOLD = ("weight_decay", "dropout", "distill", "ortho_reg", "duplicates", "dead")
+_TOLD = ("weight_decay", "dropout", "distill", "ortho_reg", "duplicates", "dead", "warm_images")
+# Field of RePr -> how it is told where it is not the paper's.
+_OF_REPR = {"drop_ratio": "{:g} % dropped", "max_drop_per_layer": "at most {:g} % of a layer"}
 
 
 class Fit(NamedTuple):
@@ -79,8 +80,8 @@ def line(standard: dict[str, Any], run: dict[str, Any]) -> list[str]:
     more = [f"{k} {settings[k]:g}" for k in _TOLD if settings.get(k)]
     if settings["lr"] != OPTIMIZERS[settings["optimizer"]][2]:
         more.insert(0, f"lr {settings['lr']:g}")
-    if settings.get("drop_ratio", _USUAL_RATIO) != _USUAL_RATIO:
-        more.append(f"{100 * settings['drop_ratio']:g} % dropped")
+    usual = DEFAULTS["paper"]
+    more += [told.format(100 * settings[k]) for k, told in _OF_REPR.items() if settings.get(k, usual[k]) != usual[k]]
     if settings.get("skip_first"):
         more.append("first conv not ranked")
     ours, theirs = end(run), end(standard)
