@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from cifar import data, figure, network, records, report, training
@@ -189,18 +190,21 @@ def run(
     with records.claimed(output / "claims", settings.key) as mine:
         if mine and not _is_done(settings, output):
             start = None if settings.warm is None else load_weights(output, settings.warm)
-            _train(settings, feed, output, on_epoch, start)
+            records.append(output / "runs.jsonl", _train(settings, feed, output, on_epoch, start))
 
 
 def run_first(settings: Settings, feed: training.Feed, output: Path, what: str) -> torch.nn.Module:
-    """The network of a run that others need. It is trained, with a bar of its own, unless its weights are there; where
-    another process is at it, that one is waited for."""
+    """The network of a run that others need. It is trained, with a bar of its own, unless its weights and its record
+    are there; where another process is at it, that one is waited for."""
     with (
         records.claimed(output / "claims", settings.key, wait=True),
         tqdm(total=settings.epochs, unit="epoch", desc=what) as bar,
     ):
-        if not weights_file(output, settings).exists():
-            _train(settings, feed, output, lambda epoch, accuracy: bar.update())
+        done = _is_done(settings, output)
+        if not done or not weights_file(output, settings).exists():
+            record = _train(settings, feed, output, lambda epoch, accuracy: bar.update())
+            if not done:
+                records.append(output / "runs.jsonl", record)
     return load_weights(output, settings)
 
 
@@ -214,21 +218,20 @@ def _train(
     output: Path,
     on_epoch: Callable[[int, float], None],
     start: torch.nn.Module | None = None,
-) -> None:
+) -> dict[str, Any]:
+    """Trains, writes the weights, whole or not at all, and returns the record."""
     model, record = training.train(settings, feed, on_epoch, start)
     weights = weights_file(output, settings)
     weights.parent.mkdir(exist_ok=True)
-    torch.save(model.state_dict(), weights.with_suffix(".tmp"))
-    weights.with_suffix(".tmp").replace(weights)
-    if not _is_done(settings, output):
-        records.append(output / "runs.jsonl", record)
+    temporary = weights.with_suffix(".tmp")
+    torch.save(model.state_dict(), temporary)
+    temporary.replace(weights)
+    return record
 
 
-def load_weights(output: Path, settings: Settings) -> torch.nn.Module | None:
-    """The finished network; None where its weights are gone."""
+def load_weights(output: Path, settings: Settings) -> torch.nn.Module:
+    """The finished network. Raises FileNotFoundError where its weights are gone."""
     model = network.build(settings.network)
-    if not weights_file(output, settings).exists():
-        return None
     model.load_state_dict(torch.load(weights_file(output, settings), weights_only=True))
     return model
 
@@ -298,11 +301,10 @@ def study(args: argparse.Namespace) -> None:
 def measure_influence(runs: list[Settings], feed: training.Feed, output: Path) -> None:
     """Files what each filter of the finished runs is worth, one line a run."""
     known = {key for key, _ in records.read_influence(output)}
-    for settings in tqdm([r for r in runs if r.key not in known], unit="run", desc="influence"):
-        model = load_weights(output, settings)
-        if model is not None:
-            found = training.influence(model.to(feed.device), feed)
-            records.append(output / "influence.jsonl", {"key": settings.key, "influence": found})
+    missing = [r for r in runs if r.key not in known and weights_file(output, r).exists()]
+    for settings in tqdm(missing, unit="run", desc="influence"):
+        found = training.influence(load_weights(output, settings).to(feed.device), feed)
+        records.append(output / "influence.jsonl", {"key": settings.key, "influence": found})
 
 
 def main() -> None:

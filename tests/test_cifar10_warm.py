@@ -40,7 +40,7 @@ def test_the_first_run_is_trained_once_and_is_a_run_of_its_own(study):
 
 
 @pytest.mark.parametrize("row", ["standard", "ortho"])
-def test_training_goes_on_from_its_weights(study, tmp_path, row):
+def test_training_goes_on_from_its_weights(study, row):
     options = ["--warm-images", "20", "--warm-epochs", "2", "--seeds", "3", "--rows", row]
     warm, found = (record for _, record in study(*options))
     parts = tiny_parts()
@@ -53,9 +53,10 @@ def test_training_goes_on_from_its_weights(study, tmp_path, row):
     assert found["loss_curve"] != new["loss_curve"]
 
 
-def test_a_rate_of_next_to_nothing_leaves_the_first_weights():
+@pytest.mark.parametrize("planted", [{}, {"duplicates": 0.5}, {"dead": 0.5}])  # not planted a second time
+def test_a_rate_of_next_to_nothing_leaves_the_first_weights(planted):
     start, _ = training.train(settings(train_images=20, epochs=1, seed=1), tiny_feed())
-    after, _ = training.train(settings(lr=1e-12, seed=1, **WARM), tiny_feed(), start=start)
+    after, _ = training.train(settings(lr=1e-12, seed=1, **WARM, **planted), tiny_feed(), start=start)
     for name, value in start.state_dict().items():
         assert torch.allclose(value, after.state_dict()[name], atol=1e-8)
 
@@ -91,3 +92,15 @@ def test_first_weights_that_are_gone_are_trained_again(study, tmp_path):
     after = study(*options, "standard", "ortho")
     assert after[:2] == before and [s.row for s, _ in after] == ["standard", "standard", "ortho"]
     assert all(torch.equal(value, weights[name]) for name, value in torch.load(file).items())
+
+
+def test_a_record_that_a_kill_kept_from_being_written_comes_back(study, tmp_path):
+    options = ["--warm-images", "20", "--warm-epochs", "1", "--seeds", "0", "--rows", "standard"]
+    before = study(*options)
+    (tmp_path / "runs.jsonl").unlink()  # the weights are written first
+    assert [settings for settings, _ in study(*options)] == [settings for settings, _ in before]
+
+
+def test_a_run_is_not_begun_with_new_weights_where_the_first_ones_are_gone(tmp_path):
+    with pytest.raises(FileNotFoundError, match="weights"):
+        cifar10.run(settings(**WARM), tiny_feed(), tmp_path)

@@ -87,17 +87,23 @@ class Settings:
         """The run of the standard network on fewer images that this one goes on from, as when more data comes."""
         if not self.warm_images:
             return None
-        new = {"row": STANDARD, "train_images": self.warm_images, "epochs": self.warm_epochs, **_NOT_WARM}
-        return dataclasses.replace(self, **new)
+        return dataclasses.replace(
+            self,
+            row=STANDARD,
+            train_images=self.warm_images,
+            epochs=self.warm_epochs,
+            warm_images=0,
+            warm_epochs=0,
+            distill=0.0,
+            temperature=0.0,
+            teacher="",
+            **dict.fromkeys(REPR_FIELDS),
+        )
 
 
 REPR_FIELDS = (
     "s1", "s2", "cycles", "drop_ratio", "max_drop_per_layer", "skip_first", "scale", "criterion_batches",
 )  # fmt: skip
-# What a first run on fewer images does without.
-_NOT_WARM = {
-    **dict.fromkeys(REPR_FIELDS), "warm_images": 0, "warm_epochs": 0, "distill": 0.0, "temperature": 0.0, "teacher": "",
-}  # fmt: skip
 
 
 def append(file: Path, record: dict[str, Any]) -> None:
