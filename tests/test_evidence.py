@@ -3,11 +3,14 @@
 import json
 from types import SimpleNamespace
 
+import cifar10
 import cifar10_equal_fit as fit
+import cifar10_tables
 import fine_tuning_hooks as hooks
 import fine_tuning_plant
 import fine_tuning_report as report
 import pytest
+import tables
 import torch
 from conftest import ROOT
 from detectron2.modeling.backbone.resnet import BottleneckBlock
@@ -181,6 +184,72 @@ def test_a_repr_network_is_held_against_the_standard_one_where_it_fitted_as_well
     assert fit.first_at(standard, 40) == (40, 61, 4)
     assert fit.first_at(standard, 99) is None
     assert fit.line(standard, repr_run)[3:] == ["40.0, 61.0", "100.0, 56.0", "+5.0", "epoch 4: 61.0", "+0.0"]
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_the_tables_of_the_pages_are_those_of_the_runs(page):
+    text = page.read_text()
+    assert tables.renewed(text) == text, "docs/evidence/tables.py writes them anew"
+
+
+def test_every_table_is_on_a_page_and_a_changed_cell_is_seen():
+    pages = "".join(page.read_text() for page in (ROOT / "docs").glob("*.md"))
+    assert sorted(name for _, name in tables.TABLE.findall(pages)) == sorted(tables.TABLES)
+    page = (ROOT / "docs" / "results_fine_tuning.md").read_text()
+    assert tables.renewed(page.replace("**f4_base** | ", "**f4_base** | 1")) == page
+
+
+def test_the_verdict_at_equal_fit_is_what_the_texts_say():
+    worse, pairs = fit.verdict(fit.runs())
+    for page in ("method.md", "results_classifiers.md"):
+        assert f"worse in {worse} of {pairs} pairs" in (ROOT / "docs" / page).read_text().replace("\n", " ")
+
+
+def test_pairs_with_planted_filters_do_not_count_for_the_verdict():
+    rises = list(range(10, 110, 10))
+    runs = []
+    for own in ({}, {"duplicates": 0.5}):
+        runs.append(cifar_run("standard", 0, [50] * 10, rises, **own))
+        runs.append(cifar_run("ortho", 0, [40] * 10, [50] * 10, s1=20, **own))
+        runs.append(cifar_run("ortho", 0, [60] * 10, [50] * 10, s1=10, **own))
+    runs.append(cifar_run("ortho", 0, [40] * 10, [101] * 10, s1=5))  # the standard one never fits as well
+    assert fit.verdict(runs) == (1, 2)
+
+
+def test_a_line_of_the_cifar_tables_is_the_runs_of_its_options(tmp_path):
+    def lines(options, **final):
+        args = cifar10.parse([*options.split(), "--seeds", *(key[1:] for key in final)])
+        for settings, value in zip(cifar10.plan(args, "digest"), final.values(), strict=True):
+            record = {"final": value, "best": value + 1, "best_epoch": 3, "train": 2 * value}
+            record |= {"curve": [0, value], "curve_epochs": [1, 60], "settings": vars(settings)}
+            yield json.dumps(record)
+
+    small, short = cifar10_tables.SMALL, cifar10_tables.SHORT
+    (tmp_path / "runs.jsonl").write_text(
+        "\n".join(
+            [
+                *lines(f"{small} --rows standard", s0=50.0, s1=51.0, s2=10.0),
+                *lines(f"{small} --rows ortho", s0=48.0, s1=47.0, s3=90.0),
+                *lines(f"{small} --rows ortho --drop-ratio 0.1", s0=50.0),
+                *lines(f"{small} --rows standard --distill 0.5", s0=30.0),
+                *lines(f"{small} --rows ortho --distill 0.5", s0=31.5),
+                *lines(f"{short} --rows standard --dead 0.75", s0=20.0, s1=21.0),
+                *lines(f"{short} --rows redundant --dead 0.75", s0=20.0, s1=21.0),
+            ]
+        )
+        + "\n"
+    )
+    study = cifar10_tables.Study(tmp_path / "runs.jsonl")
+    found = cifar10_tables.ablations(study).splitlines()
+    # -2 and -4: mean -3, t(0.975, 1) = 12.7062, sd 1.41421 / sqrt 2
+    assert found[2:] == [
+        "| SGD with momentum, 30 % dropped | 37.0 ± 23.4 | 61.7 ± 24.5 | -3.0 (-15.7 .. +9.7, 2 pairs) | 74, 123 |",
+        "| 10 % dropped | | 50.0 | +0.0 (the same numbers, one pair) | 74, 100 |",
+        "| distillation from a larger network, weight 0.5 | 30.0 | 31.5 | +1.5 (one pair) | 60, 63 |",
+    ]
+    dead = cifar10_tables.planted(study).splitlines()[-2:]
+    assert dead[0] == "| three quarters dead | standard | 2 | 20.5 ± 0.7 | |"
+    assert dead[1] == "| | redundant | 2 | 20.5 ± 0.7 | +0.0 (the same numbers, 2 pairs) |"
 
 
 def test_planted_copies_are_a_narrower_block_and_stay_copies():

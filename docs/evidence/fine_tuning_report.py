@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""The table of the fine-tuning search: every arm beside the baseline of the same data, iterations, rate and noise.
+"""The tables of the fine-tuning search: every arm beside the baseline of the same data, iterations, rate and noise.
 
 docs/evidence/fine_tuning_report.py [fine_tuning_search.jsonl] [--average ema]
 
@@ -9,13 +9,33 @@ same otherwise. --average takes the AP of an averaged model in both arms.
 
 import argparse
 import json
-import math
 from pathlib import Path
 from typing import Any
 
-from tabulate import tabulate
+from telling import interval, markdown, spread
 
-from repr_det.studies.comparison.statistics import Difference, paired_difference, summarize
+from repr_det.studies.comparison.statistics import Difference, paired_difference
+
+RESULTS = Path(__file__).with_name("fine_tuning_search.jsonl")
+# Run of the search -> what it does, for the method card.
+FORMS = {
+    "b_lr04": "baseline",
+    "f4_base": "baseline, fp32",
+    "b4_heads": "FPN and RPN convs alone, the layers that are new",
+    "b4_hearly": "the same, cycles in the first 180 iterations",
+    "b4_old": "backbone, filters come back as they were",
+    "b4_recycle": "backbone, the 10 % of conv1 and conv2 that matter least (Taylor), `function_preserving`",
+    "b4_fcnew": "the box head's fully connected layers begun anew twice (after RIFLE)",
+    "b4_small5": "backbone, 5 % at most 10 % of a layer, `ortho_calibrated`",
+    "f4_distill_pub": "as published, distilled from the network before each drop; fp32, against the same without RePr",
+    "f4_redundant": "near-duplicates and dead filters alone (`redundant`, `function_preserving`); fp32",
+    "f5_redundant_no3": "the same in conv1 and conv2 alone (`repr_*_redundant.yaml`); fp32",
+    "f5_redundant_no3_6c": "the same in six cycles; fp32",
+    "b4_pub": "backbone, as published",
+    "b_bkdrop_step": "at 0.01: 10 % of conv1 and conv2 left out, others in every step",
+    "b_fcdrop_step": "at 0.01: 30 % of the box head left out, others in every step",
+    "b_pub": "at 0.01: as published",
+}
 
 Run = dict[str, Any]
 Arms = dict[str, dict[int, float]]  # name -> seed -> AP
@@ -59,10 +79,10 @@ def lines(baselines: dict[str, Arms], forms: dict[str, Arms]) -> list[tuple[str,
     found = []
     for setting in sorted(set(baselines) | set(forms), key=_order):
         for name, arm in sorted(baselines.get(setting, {}).items()):
-            found.append((_told(setting), f"**{name}**", str(len(arm)), _spread(arm), ""))
+            found.append((_told(setting), f"**{name}**", str(len(arm)), spread(arm.values()), ""))
         for name, arm in sorted(forms.get(setting, {}).items()):
             d = difference(baselines.get(setting, {}), arm)
-            found.append((_told(setting), name, str(len(arm)), _spread(arm), _interval(d)))
+            found.append((_told(setting), name, str(len(arm)), spread(arm.values()), interval(d)))
     return found
 
 
@@ -79,28 +99,32 @@ def _told(setting: str) -> str:
     return ", ".join([*parts, *(f"{key} {value}" for key, value in values.items())])
 
 
-def _spread(arm: dict[int, float]) -> str:
-    found = summarize(list(arm.values()))
-    return f"{found.mean:.1f}" + (f" ± {found.sd:.1f}" if found.n > 1 else "")
+def table(file: Path = RESULTS, average: str | None = None) -> str:
+    """Every arm, a line each; bold: without a removal."""
+    header = ("data, iterations, setting", "arm", "runs", "AP", "arm - baseline (95 % CI)")
+    return markdown(header, lines(*read(file, average)))
 
 
-def _interval(d: Difference | None) -> str:
-    if d is None:
-        return "no baseline of these seeds"
-    if not math.isfinite(d.low):
-        return f"{d.mean:+.1f} (one pair)"
-    return f"{d.mean:+.1f} ({d.low:+.1f} .. {d.high:+.1f}, {d.n} pairs)"
+def forms(file: Path = RESULTS) -> str:
+    """The arms of FORMS in words."""
+    baselines, others = read(file, None)
+    told = {}
+    for setting, arms in [*baselines.items(), *others.items()]:
+        for name, arm in arms.items():
+            other = "" if arms is baselines.get(setting) else interval(difference(baselines.get(setting, {}), arm))
+            told[name] = [str(len(arm)), spread(arm.values()), other]
+    return markdown(
+        ("run", "form, BCCD, rate 0.04, 800 iterations", "seeds", "AP", "form - baseline (95 % CI)"),
+        [[f"`{name}`", words, *told[name]] for name, words in FORMS.items()],
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "results", type=Path, nargs="?", default=Path(__file__).with_name("fine_tuning_search.jsonl"), help="JSON lines"
-    )
+    parser.add_argument("results", type=Path, nargs="?", default=RESULTS, help="JSON lines")
     parser.add_argument("--average", help="take the AP of this average of the weights instead of the last weights'")
     args = parser.parse_args()
-    header = ("data, iterations, setting", "arm", "runs", "AP", "arm - baseline (95 % CI)")
-    print(tabulate(lines(*read(args.results, args.average)), header, "github", disable_numparse=True))
+    print(table(args.results, args.average))
 
 
 if __name__ == "__main__":

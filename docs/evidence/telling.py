@@ -1,0 +1,29 @@
+"""How the tables of the evidence tell values, differences and themselves."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+from repr_det.studies.comparison.statistics import Difference, summarize
+
+
+def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A table without padding, so that a changed cell changes one line."""
+    rows = [header, ["---"] * len(header), *lines]
+    return "\n".join(f"| {' | '.join(row)} |".replace("  ", " ") for row in rows)
+
+
+def spread(values: Iterable[float]) -> str:
+    """Mean ± standard deviation (n - 1)."""
+    found = summarize(list(values))
+    return f"{found.mean:.1f}" + (f" ± {found.sd:.1f}" if found.n > 1 else "")
+
+
+def interval(d: Difference | None) -> str:
+    """Mean difference (95 % CI, pairs); the difference itself of one pair."""
+    if d is None:
+        return "no baseline of these seeds"
+    if math.isfinite(d.low):
+        return f"{d.mean:+.1f} ({d.low:+.1f} .. {d.high:+.1f}, {d.n} pairs)"
+    pairs = "one pair" if d.n == 1 else f"{d.n} pairs"
+    same = "" if any(d.values) else "the same numbers, "
+    return f"{d.mean:+.1f} ({same}{pairs})"
