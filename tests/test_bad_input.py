@@ -49,8 +49,12 @@ CONFIG = [
         ["REPR.REINIT.RETURN", "loud"],
         "REPR.REINIT.RETURN must be one of as_published, median_gamma, function_preserving, got 'loud'",
     ),
-    (["REPR.REINIT.WARMUP_ITERS", "-1"], "REPR.REINIT.WARMUP_ITERS must be at least 0, got -1"),
+    (["REPR.REINIT.WARMUP_ITERS", "-2"], "REPR.REINIT.WARMUP_ITERS must be at least -1, got -2"),
     (["REPR.S1_ITERS", "-5"], "REPR.S1_ITERS must be an integer of at least 1, got -5"),
+    (
+        ["REPR.START_ITER", "-1", "SOLVER.REFERENCE_WORLD_SIZE", "2", "SOLVER.IMS_PER_BATCH", "4"],
+        "REPR.START_ITER must be an integer of at least 0, got -1",
+    ),
     (["REPR.S2_ITERS", "0"], "REPR.S1_ITERS 6 and REPR.S2_ITERS 0: set both"),
     (["REPR.S1_ITERS", "2.5"], "command line: Type mismatch"),
     (["REPR.NUM_CYCLES", "0"], "REPR.NUM_CYCLES must be an integer of at least 1, got 0"),

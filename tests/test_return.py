@@ -10,7 +10,7 @@ from detectron2.engine import HookBase
 from test_slim import resnet
 from torch import nn
 
-from repr_det import Trainer
+from repr_det import RePrHook, Trainer
 from repr_det.method.blocks import readers
 from repr_det.method.layers import find_filter_layers
 from repr_det.method.passes import TrainingPasses
@@ -174,6 +174,23 @@ def test_warm_up_after_every_restore(tiny_cfg, tmp_path):
     # Restores after iterations 3 and 7: 1/4, 2/4, 3/4 of the rate from 4 and from 8 on.
     shares = [1, 1, 1, 1, 0.25, 0.5, 0.75, 1, 0.25, 0.5, 0.75, 1]
     assert rates.used == pytest.approx([a * b for a, b in zip(shares, rates.stock, strict=True)])
+
+
+@pytest.mark.parametrize(
+    "opts, length",
+    [
+        (["REPR.REINIT.WARMUP_ITERS", "0"], 0),
+        (["REPR.REINIT.WARMUP_ITERS", "7"], 7),
+        (["REPR.REINIT.WARMUP_ITERS", "-1"], 3),  # as long as the filters were out
+        (["REPR.REINIT.WARMUP_ITERS", "-1", "REPR.S1_ITERS", "0", "REPR.S2_ITERS", "0"], None),  # derived phases
+        (["REPR.REINIT.WARMUP_ITERS", "7", "SOLVER.REFERENCE_WORLD_SIZE", "2"], 14),
+        (["REPR.REINIT.WARMUP_ITERS", "-1", "SOLVER.REFERENCE_WORLD_SIZE", "2"], 6),
+    ],
+)
+def test_length_of_the_warm_up(tiny_cfg, opts, length):
+    hook = RePrHook(tiny_cfg("REPR.ENABLED", "True", "REPR.S1_ITERS", "6", "REPR.S2_ITERS", "3", *opts))
+    assert hook.warm_up_iters == (hook.schedule.s2_iters if length is None else length)
+    assert length is not None or 0 < hook.schedule.s2_iters != 3
 
 
 def overlaps_by_hand(rows):

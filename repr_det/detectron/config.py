@@ -72,7 +72,8 @@ def add_repr_config(cfg: CfgNode) -> None:
     # How loud filters return: "as_published" with gamma 1; "median_gamma" of the kept filters of the layer; or
     # "function_preserving", so that a restore changes no output and filters earn their way in. Not in the paper.
     node.REINIT.RETURN = "as_published"
-    # Iterations of linear learning-rate warm-up after every restore. Not in the paper.
+    # Iterations of linear learning-rate warm-up after every restore; -1: as long as the filters were out, S2_ITERS. Not
+    # in the paper.
     node.REINIT.WARMUP_ITERS = 0
     # Leave dropped channels out of the computation (True) instead of computing zeros (False): the same numbers up to
     # rounding, fewer FLOPs, more kernels. "auto": the first training step of the first sub-network finds out which
@@ -103,7 +104,7 @@ def validate_repr_config(cfg: CfgNode) -> RePrSchedule | None:
     for key, value, least in (
         ("CRITERION_BATCHES", node.CRITERION_BATCHES, 1),
         ("REINIT.CALIBRATION_BATCHES", node.REINIT.CALIBRATION_BATCHES, 0),
-        ("REINIT.WARMUP_ITERS", node.REINIT.WARMUP_ITERS, 0),
+        ("REINIT.WARMUP_ITERS", node.REINIT.WARMUP_ITERS, -1),
     ):
         if value < least:
             raise UserError(f"REPR.{key} must be at least {least}, got {value}")
@@ -145,9 +146,13 @@ def scale_to_world(cfg: CfgNode, world_size: int) -> CfgNode:
         return cfg
     scaled = DefaultTrainer.auto_scale_workers(cfg, world_size)
     scaled.defrost()
-    for key in ("START_ITER", "S1_ITERS", "S2_ITERS") if "REPR" in scaled else ():
-        value = getattr(scaled.REPR, key)
-        setattr(scaled.REPR, key, max(1, round(value * reference / world_size)) if value else 0)
+    node = scaled.get("REPR")
+    numbers = (
+        [(node, "START_ITER"), (node, "S1_ITERS"), (node, "S2_ITERS"), (node.REINIT, "WARMUP_ITERS")] if node else []
+    )
+    for holder, key in numbers:
+        if (value := getattr(holder, key)) > 0:
+            setattr(holder, key, max(1, round(value * reference / world_size)))
     scaled.freeze()
     return scaled
 

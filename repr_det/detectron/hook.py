@@ -67,6 +67,8 @@ class RePrHook(HookBase):
             raise UserError("RePrHook needs REPR.ENABLED True, got False")
         self.cfg = cfg
         self.schedule = validate_repr_config(cfg)
+        length = cfg.REPR.REINIT.WARMUP_ITERS
+        self.warm_up_iters = self.schedule.s2_iters if length == -1 else length
         self.scheme: RePrScheme | None = None
         self._loaded: dict[str, Any] | None = None
 
@@ -84,7 +86,7 @@ class RePrHook(HookBase):
                 self._find_state()
             self.scheme = self._build_scheme()
             self._try_passes()
-            if self.cfg.REPR.REINIT.WARMUP_ITERS:
+            if self.warm_up_iters:
                 self.scheme.optimizer.register_step_pre_hook(self._warm_up)
                 self.scheme.optimizer.register_step_post_hook(self._end_warm_up)
         if self._loaded is not None:
@@ -199,9 +201,8 @@ class RePrHook(HookBase):
 
     # Around the optimizer's step alone, so that learning-rate schedules, logs and checkpoints do not see it.
     def _warm_up(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        length = self.cfg.REPR.REINIT.WARMUP_ITERS
         restores = [i for i in self.schedule.restore_iters if i < self.trainer.iter]
-        share = min(1.0, (self.trainer.iter - restores[-1]) / (length + 1)) if restores else 1.0
+        share = min(1.0, (self.trainer.iter - restores[-1]) / (self.warm_up_iters + 1)) if restores else 1.0
         self._rates = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
             group["lr"] *= share
