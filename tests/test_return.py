@@ -176,6 +176,39 @@ def test_warm_up_after_every_restore(tiny_cfg, tmp_path):
     assert rates.used == pytest.approx([a * b for a, b in zip(shares, rates.stock, strict=True)])
 
 
+def test_no_warm_up_where_nothing_came_back_and_the_same_one_in_a_resumed_run(tiny_cfg, tmp_path):
+    class Rates(HookBase):
+        def before_train(self):
+            self.used = []
+            self.trainer.optimizer.register_step_pre_hook(lambda opt, *_: self.used.append(opt.param_groups[0]["lr"]))
+
+    opts = "SOLVER.MAX_ITER 12 SOLVER.WARMUP_ITERS 0 SOLVER.STEPS () SOLVER.BASE_LR 0.001 REPR.ENABLED True".split()
+    opts += "REPR.S1_ITERS 3 REPR.S2_ITERS 3 REPR.NUM_CYCLES 1 REPR.REINIT.WARMUP_ITERS -1 DATASETS.TEST ()".split()
+
+    def train(name, *own, until=12, resume=False):
+        trainer, rates = Trainer(tiny_cfg(*opts, "OUTPUT_DIR", tmp_path / name, *own)), Rates()
+        trainer.register_hooks([rates])
+        trainer.resume_or_load(resume)
+        trainer.max_iter = until
+        trainer.train()
+        (scheme,) = (hook.scheme for hook in trainer._hooks if isinstance(hook, RePrHook))
+        return rates.used, scheme
+
+    used, scheme = train("nothing", "REPR.CRITERION", "redundant")
+    assert used == 12 * [0.001] and scheme.cycle == 1 and scheme.num_returned == 0  # stock training
+    expected = [0.001 * share for share in (1, 1, 1, 1, 1, 1, 0.25, 0.5, 0.75, 1, 1, 1)]
+    used, scheme = train("whole")
+    assert used == pytest.approx(expected) and scheme.num_returned > 0
+    state = scheme.state_dict()
+    del state["returned"]  # of version 0.1.0
+    scheme.load_state_dict(state)
+    assert scheme.num_returned > 0
+
+    first, _ = train("stopped", "SOLVER.CHECKPOINT_PERIOD", "7", until=7)
+    second, _ = train("stopped", "SOLVER.CHECKPOINT_PERIOD", "7", resume=True)
+    assert (len(first), first + second) == (7, pytest.approx(expected))
+
+
 @pytest.mark.parametrize(
     "opts, length",
     [

@@ -72,8 +72,8 @@ def add_repr_config(cfg: CfgNode) -> None:
     # How loud filters return: "as_published" with gamma 1; "median_gamma" of the kept filters of the layer; or
     # "function_preserving", so that a restore changes no output and filters earn their way in. Not in the paper.
     node.REINIT.RETURN = "as_published"
-    # Iterations of linear learning-rate warm-up after every restore; -1: as long as the filters were out, S2_ITERS. Not
-    # in the paper.
+    # Iterations of linear learning-rate warm-up after every restore that brought filters back; -1: as long as they were
+    # out, S2_ITERS. Not in the paper.
     node.REINIT.WARMUP_ITERS = 0
     # Leave dropped channels out of the computation (True) instead of computing zeros (False): the same numbers up to
     # rounding, fewer FLOPs, more kernels. "auto": the first training step of the first sub-network finds out which

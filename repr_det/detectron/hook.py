@@ -201,8 +201,10 @@ class RePrHook(HookBase):
 
     # Around the optimizer's step alone, so that learning-rate schedules, logs and checkpoints do not see it.
     def _warm_up(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        restores = [i for i in self.schedule.restore_iters if i < self.trainer.iter]
-        share = min(1.0, (self.trainer.iter - restores[-1]) / (self.warm_up_iters + 1)) if restores else 1.0
+        share = 1.0
+        if self.scheme.num_returned:
+            last = max(i for i in self.schedule.restore_iters if i < self.trainer.iter)
+            share = min(1.0, (self.trainer.iter - last) / (self.warm_up_iters + 1))
         self._rates = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
             group["lr"] *= share

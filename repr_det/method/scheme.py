@@ -85,6 +85,8 @@ class RePrScheme:
         apart: a context for the extra passes of "auto", see ``slim_choice.SlimChooser``.
 
     Attributes:
+        cycle: how many restores there have been.
+        num_returned: how many filters came back at the last of them; 0 before the first.
         slim_choice: what "auto" found out in this sub-network phase, and on which grounds; else None.
 
     Raises:
@@ -146,7 +148,7 @@ class RePrScheme:
         self._learning = LearningLayers(self.layers, self.optimizers)
         # Norms inside convs (Detectron2's) are called by these; the others were found by where they are registered.
         self._wiring = WiringWatch({x.name: (x.conv, x.norm) for x in self.layers if x.output_module() is not x.conv})
-        self.cycle = 0
+        self.cycle = self.num_returned = 0
         self._held: HeldFilters | None = None
         self._old: dict[str, dict[str, Tensor]] = {}
         self._slim: SlimNetwork | None = None
@@ -270,6 +272,7 @@ class RePrScheme:
             slim=None if self.slim_choice is None else dataclasses.asdict(self.slim_choice),
         )
         self.slim_choice = None
+        self.num_returned = len(held)
         self._release()
         self.cycle += 1
         return transition
@@ -278,6 +281,7 @@ class RePrScheme:
         """Everything that ``load_state_dict`` needs; loads under ``torch.load(weights_only=True)``."""
         return {
             "cycle": self.cycle,
+            "returned": self.num_returned,
             "seed": self.seed,
             "masks": {name: mask.cpu() for name, mask in self.masks.items()},
             "old": self._old,
@@ -302,6 +306,7 @@ class RePrScheme:
             )
         self._release()
         self.cycle = state["cycle"]
+        self.num_returned = state.get("returned", self.cycle)  # 0.1.0 had no criterion that spares filters
         self.seed = state["seed"]
         if self.slim == "auto":
             self._chosen = state.get("slim", True)  # slim was the default before there was a choice
