@@ -149,16 +149,19 @@ def test_median_gamma():
         assert (layer.norm.weight[mask] == expected).all()
 
 
+class Rates(HookBase):
+    """Those with which the optimizer steps, and those of the schedule."""
+
+    def before_train(self):
+        self.used, self.stock = [], []
+        self.trainer.optimizer.register_step_pre_hook(lambda opt, *_: self.used.append(opt.param_groups[0]["lr"]))
+
+    def before_step(self):
+        self.stock.append(self.trainer.optimizer.param_groups[0]["lr"])
+
+
 def test_warm_up_after_every_restore(tiny_cfg, tmp_path):
     """The rates with which the optimizer steps; logs, schedule and checkpoints keep the stock ones."""
-
-    class Rates(HookBase):
-        def before_train(self):
-            self.used, self.stock = [], []
-            self.trainer.optimizer.register_step_pre_hook(lambda opt, *_: self.used.append(opt.param_groups[0]["lr"]))
-
-        def before_step(self):
-            self.stock.append(self.trainer.optimizer.param_groups[0]["lr"])
 
     opts = "SOLVER.MAX_ITER 12 REPR.ENABLED True REPR.S1_ITERS 2 REPR.S2_ITERS 2 REPR.NUM_CYCLES 2".split()
     opts += ["DATASETS.TEST", "()"]
@@ -177,11 +180,6 @@ def test_warm_up_after_every_restore(tiny_cfg, tmp_path):
 
 
 def test_no_warm_up_where_nothing_came_back_and_the_same_one_in_a_resumed_run(tiny_cfg, tmp_path):
-    class Rates(HookBase):
-        def before_train(self):
-            self.used = []
-            self.trainer.optimizer.register_step_pre_hook(lambda opt, *_: self.used.append(opt.param_groups[0]["lr"]))
-
     opts = "SOLVER.MAX_ITER 12 SOLVER.WARMUP_ITERS 0 SOLVER.STEPS () SOLVER.BASE_LR 0.001 REPR.ENABLED True".split()
     opts += "REPR.S1_ITERS 3 REPR.S2_ITERS 3 REPR.NUM_CYCLES 1 REPR.REINIT.WARMUP_ITERS -1 DATASETS.TEST ()".split()
 

@@ -9,17 +9,16 @@ A line of a table is told by the options with which examples/cifar10.py trains i
 import statistics
 import sys
 from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from telling import interval, markdown, spread
+from telling import interval, markdown, paired, spread
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 import cifar10
 from cifar.records import read
 from cifar.report import tail
-
-from repr_det.studies.comparison.statistics import Difference, paired_difference
 
 RUNS = Path(__file__).with_name("cifar10.jsonl")
 SEEDS = range(20)
@@ -55,6 +54,7 @@ BY_ITSELF = {
         "--warm-images 5000 --warm-epochs 60", ["ortho", "redundant"],
     ),
 }  # fmt: skip
+OF_BOTH = ("{final:.1f}", "{best:.1f} (epoch {best_epoch})", "{train:.1f}")  # of a record
 
 Record = dict[str, Any]
 Arm = dict[int, Record]  # seed -> record
@@ -74,26 +74,24 @@ class Study:
         return {seed: self.records[key] for seed, key in runs.items() if key in self.records}
 
 
-def last(record: Record) -> float:
-    return record["final"]
+last: Value = itemgetter("final")
+best: Value = itemgetter("best")
 
 
-def difference(standard: Arm, other: Arm, value: Value) -> Difference | None:
-    seeds = sorted(set(standard) & set(other))
-    if not seeds:
-        return None
-    return paired_difference(*([value(arm[seed]) for seed in seeds] for arm in (standard, other)))
+def versus(standard: Arm, other: Arm, value: Value) -> str:
+    """The paired difference of ``value``; empty for the standard network itself."""
+    of_seeds = ({seed: value(record) for seed, record in arm.items()} for arm in (standard, other))
+    return "" if other is standard else interval(paired(*of_seeds))
 
 
 def medium(study: Study) -> str:
     """10,000 images: every criterion, mean of the last five epochs."""
-    standard = study.arm("standard", MEDIUM)
+    arms = {row: study.arm(row, MEDIUM) for row in ["standard", *TABLE_1]}
     lines = []
-    for row in ["standard", *TABLE_1]:
-        arm = study.arm(row, MEDIUM)
+    for row, arm in arms.items():
         by_seed = [f"{tail(arm[seed]):.1f}" if seed in arm else "" for seed in range(3)]
-        other = "" if row == "standard" else interval(difference(standard, arm, tail))
-        lines.append([_row(row), *by_seed, spread(map(last, arm.values())), spread(_best(arm)), other])
+        others = [spread(map(last, arm.values())), spread(map(best, arm.values()))]
+        lines.append([_row(row), *by_seed, *others, versus(arms["standard"], arm, tail)])
     head = ["10,000 images", "seed 0", "seed 1", "seed 2", "last epoch", "best epoch", "RePr - standard (95 % CI)"]
     return markdown(head, lines)
 
@@ -104,13 +102,13 @@ def whole(study: Study) -> str:
     for told, options in {"SGD with momentum": "", "plain SGD (bf16)": "--optimizer sgd --lr 0.01 --bf16"}.items():
         standard = study.arm("standard", options)
         for row in TABLE_1:
-            for seed, record in study.arm(row, options).items():
-                pair = [standard[seed], record]
-                first = [told, _row(row), str(seed), *(f"{tail(r):.1f}" for r in pair)]
-                second = [f"{r['best']:.1f} (epoch {r['best_epoch']})" for r in pair]
-                second += [f"{r['train']:.1f}" for r in pair]
-                both = [", ".join(x) for x in ([f"{last(r):.1f}" for r in pair], second[:2], second[2:])]
-                lines.append([*first, f"{tail(record) - tail(standard[seed]):+.1f}", *both])
+            arm = study.arm(row, options)
+            for seed in sorted(set(standard) & set(arm)):
+                pair = standard[seed], arm[seed]
+                ends = [tail(record) for record in pair]
+                values = [*(f"{end:.1f}" for end in ends), f"{ends[1] - ends[0]:+.1f}"]
+                both = [", ".join(map(form.format_map, pair)) for form in OF_BOTH]
+                lines.append([told, _row(row), str(seed), *values, *both])
     head = ["all 50,000 images", "form", "seed", "standard", "RePr", "difference", "last epoch", "best epoch"]
     return markdown([*head, "training accuracy"], lines)
 
@@ -121,23 +119,20 @@ def ablations(study: Study) -> str:
     for told, (both, own) in ABLATIONS.items():
         standard, ortho = study.arm("standard", f"{SMALL} {both}"), study.arm("ortho", f"{SMALL} {both} {own}")
         if ortho:
-            fits = ", ".join(f"{statistics.mean(r['train'] for r in arm.values()):.0f}" for arm in (standard, ortho))
             alone = "" if own else spread(map(tail, standard.values()))
-            others = [spread(map(tail, ortho.values())), interval(difference(standard, ortho, tail)), fits]
-            lines.append([told, alone, *others])
+            others = [spread(map(tail, ortho.values())), versus(standard, ortho, tail)]
+            lines.append([told, alone, *others, f"{_fit(standard)}, {_fit(ortho)}"])
     return markdown(["setting", "standard", "RePr (ortho)", "RePr - standard (95 % CI)", "training accuracy"], lines)
 
 
 def released(study: Study) -> str:
     """The setting of the author's code on 5,000 images and 95 epochs, mean of the last 5 % of the epochs."""
     options = "--setting released --train-images 5000 --epochs 95"
-    standard = study.arm("standard", options)
+    arms = {row: study.arm(row, options) for row in ("standard", "ortho_released")}
     lines = []
-    for row in ("standard", "ortho_released", "redundant"):
-        if arm := study.arm(row, options):
-            other = "" if row == "standard" else interval(difference(standard, arm, tail))
-            fit = f"{statistics.mean(r['train'] for r in arm.values()):.0f}"
-            lines.append([_row(row), str(len(arm)), spread(map(tail, arm.values())), spread(_best(arm)), fit, other])
+    for row, arm in arms.items():
+        tests = [spread(map(value, arm.values())) for value in (tail, best)]
+        lines.append([_row(row), str(len(arm)), *tests, _fit(arm), versus(arms["standard"], arm, tail)])
     head = ["the released code's setting", "seeds", "test accuracy", "best epoch", "training accuracy"]
     return markdown([*head, "RePr - standard (95 % CI)"], lines)
 
@@ -155,17 +150,17 @@ def by_itself(study: Study) -> str:
 def _short(study: Study, head: str, settings: dict[str, tuple[str, list[str]]]) -> str:
     lines = []
     for told, (options, rows) in settings.items():
-        standard = study.arm("standard", f"{SHORT} {options}")
-        lines.append([told, "standard", str(len(standard)), spread(map(last, standard.values())), ""])
-        for row in rows:
-            if arm := study.arm(row, f"{SHORT} {options}"):
+        arms = {row: study.arm(row, f"{SHORT} {options}") for row in ["standard", *rows]}
+        for row, arm in arms.items():
+            if arm:
+                first = told if row == "standard" else ""
                 test = spread(map(last, arm.values()))
-                lines.append(["", row, str(len(arm)), test, interval(difference(standard, arm, last))])
+                lines.append([first, row, str(len(arm)), test, versus(arms["standard"], arm, last)])
     return markdown([head, "form", "seeds", "test accuracy", "form - standard (95 % CI)"], lines)
 
 
-def _best(arm: Arm) -> list[float]:
-    return [record["best"] for record in arm.values()]
+def _fit(arm: Arm) -> str:
+    return f"{statistics.mean(record['train'] for record in arm.values()):.0f}"
 
 
 def _row(row: str) -> str:

@@ -12,9 +12,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from telling import interval, markdown, spread
+from telling import interval, markdown, paired, spread
 
-from repr_det.studies.comparison.statistics import Difference, paired_difference
+from repr_det.studies.comparison.statistics import Difference
 
 RESULTS = Path(__file__).with_name("fine_tuning_search.jsonl")
 # Run of the search -> what it does, for the method card.
@@ -72,8 +72,7 @@ def read(file: Path, average: str | None) -> tuple[dict[str, Arms], dict[str, Ar
 def difference(baseline: Arms, form: dict[int, float]) -> Difference | None:
     """Form minus baseline over the seeds that both have; None without any."""
     all_seeds = {seed: ap for arm in baseline.values() for seed, ap in arm.items()}
-    seeds = sorted(set(all_seeds) & set(form))
-    return paired_difference([all_seeds[s] for s in seeds], [form[s] for s in seeds]) if seeds else None
+    return paired(all_seeds, form)
 
 
 def lines(baselines: dict[str, Arms], forms: dict[str, Arms]) -> list[tuple[str, ...]]:
@@ -108,12 +107,7 @@ def table(file: Path = RESULTS, average: str | None = None) -> str:
 
 def forms(file: Path = RESULTS) -> str:
     """The arms of FORMS in words."""
-    baselines, others = read(file, None)
-    told = {}
-    for setting, arms in [*baselines.items(), *others.items()]:
-        for name, arm in arms.items():
-            other = "" if arms is baselines.get(setting) else interval(difference(baselines.get(setting, {}), arm))
-            told[name] = [str(len(arm)), spread(arm.values()), other]
+    told = {name.strip("*"): values for _, name, *values in lines(*read(file, None))}
     return markdown(
         ("run", "form, BCCD, rate 0.04, 800 iterations", "seeds", "AP", "form - baseline (95 % CI)"),
         [[f"`{name}`", words, *told[name]] for name, words in FORMS.items()],

@@ -8,6 +8,7 @@ table is not that of the runs.
 """
 
 import argparse
+import functools
 import re
 import sys
 from collections.abc import Callable
@@ -21,8 +22,11 @@ DOCS = Path(__file__).resolve().parents[1]
 TABLE = re.compile(r"(<!-- table ([\w-]+) -->\n\n).*?\n(?=\n)", re.S)
 
 
+study = functools.cache(cifar10_tables.Study)
+
+
 def of_cifar(table: Callable[[cifar10_tables.Study], str]) -> Callable[[], str]:
-    return lambda: table(cifar10_tables.Study())
+    return lambda: table(study())
 
 
 TABLES: dict[str, Callable[[], str]] = {

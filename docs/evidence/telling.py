@@ -1,9 +1,9 @@
 """How the tables of the evidence tell values, differences and themselves."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from repr_det.studies.comparison.statistics import Difference, summarize
+from repr_det.studies.comparison.statistics import Difference, paired_difference, summarize
 
 
 def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -16,6 +16,12 @@ def spread(values: Iterable[float]) -> str:
     """Mean ± standard deviation (n - 1)."""
     found = summarize(list(values))
     return f"{found.mean:.1f}" + (f" ± {found.sd:.1f}" if found.n > 1 else "")
+
+
+def paired(baseline: Mapping[int, float], other: Mapping[int, float]) -> Difference | None:
+    """Other minus baseline, both seed -> value, over the seeds that both have; None without any."""
+    seeds = sorted(set(baseline) & set(other))
+    return paired_difference(*([arm[seed] for seed in seeds] for arm in (baseline, other))) if seeds else None
 
 
 def interval(d: Difference | None) -> str:
