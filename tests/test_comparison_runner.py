@@ -181,7 +181,8 @@ def _start_parent(run):
     listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     parent = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
     deadline = time.monotonic() + 40
-    while not (run.folder / "metrics.json").exists():
+    metrics = run.folder / "metrics.json"
+    while not (metrics.exists() and b"\n" in metrics.read_bytes()):  # the file is there before its first line is
         assert parent.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     return parent
