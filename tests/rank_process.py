@@ -58,7 +58,9 @@ def main(folder: str, json_file: str, images: str, opts: list[str], how: str = "
     cfg = build_config(str(ROOT / "configs" / "baseline_r50_fpn.yaml"), [*SMALL, *opts, *out], register)
     setup(train_argument_parser().parse_args([]), cfg)
     trainer = Trainer(cfg)
-    if how:
+    if how == "channels_last":
+        trainer.model.to(memory_format=torch.channels_last)
+    elif how:
         trainer.register_hooks([Misbehave(how)])
     trainer.resume_or_load(resume=True)
     try:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from detectron2.engine import HookBase
+from detectron2.engine import HookBase, SimpleTrainer, hooks
+from detectron2.solver import build_lr_scheduler
 from test_slim import resnet
 from torch import nn
 
@@ -177,6 +178,68 @@ def test_warm_up_after_every_restore(tiny_cfg, tmp_path):
     # Restores after iterations 3 and 7: 1/4, 2/4, 3/4 of the rate from 4 and from 8 on.
     shares = [1, 1, 1, 1, 0.25, 0.5, 0.75, 1, 0.25, 0.5, 0.75, 1]
     assert rates.used == pytest.approx([a * b for a, b in zip(shares, rates.stock, strict=True)])
+
+
+class ClippingSGD(torch.optim.SGD):
+    """As Detectron2's projects write it. A plain SGD exists too: RePrHook asks one for the schedule."""
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+class RatesAtTheWork(ClippingSGD):
+    """The rates with which parameters are moved, behind all hooks."""
+
+    def _init_group(self, group, *lists):
+        self.used = [*getattr(self, "used", []), float(group["lr"])]
+        return super()._init_group(group, *lists)
+
+
+@pytest.mark.parametrize("rate", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_warm_up_of_other_optimizers(tiny_cfg, tmp_path, rate, scheduled):
+    """``step`` calls that of its base, or the rate is a tensor, which compiled optimizers keep."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(576, 1))
+    model = nn.ModuleDict({"net": net})
+    model.forward = lambda x: {"loss": net(x).sigmoid().mean()}
+    rate = rate.clone() if torch.is_tensor(rate) else rate
+    opts = "SOLVER.MAX_ITER 16 SOLVER.WARMUP_ITERS 0 SOLVER.STEPS () REPR.S1_ITERS 3 REPR.S2_ITERS 3".split()
+    opts += ["SOLVER.BASE_LR", 0.1, "REPR.ENABLED", True, "REPR.NUM_CYCLES", 1, "REPR.REINIT.WARMUP_ITERS", 3]
+    cfg = tiny_cfg(*opts, "REPR.LAYERS.INCLUDE", ["net.0"])
+    optimizer = RatesAtTheWork(model.parameters(), lr=rate)
+    trainer = SimpleTrainer(model, 20 * [torch.randn(2, 3, 8, 8)], optimizer)
+    trainer.register_hooks([RePrHook(cfg)])
+    if scheduled:
+        trainer.register_hooks([hooks.LRScheduler(optimizer, build_lr_scheduler(cfg, optimizer))])
+    trainer.train(0, 12)
+    shares = [1, 1, 1, 1, 1, 1, 0.25, 0.5, 0.75, 1, 1, 1]
+    assert optimizer.used == pytest.approx([0.1 * share for share in shares])
+    assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(0.1)
+    assert not torch.is_tensor(rate) or optimizer.param_groups[0]["lr"] is rate
+
+
+def reparametrised(block, how):
+    if how == "weight norm":
+        nn.utils.parametrizations.weight_norm(block.conv2)
+    elif how == "spectral norm":
+        nn.utils.parametrizations.spectral_norm(block.conv2)
+    else:
+        block.conv2 = nn.Sequential(block.conv2, nn.Dropout2d(0.1))
+
+
+@pytest.mark.parametrize("how", ["weight norm", "spectral norm", "another module"])
+def test_a_reader_whose_kernels_cannot_be_silenced_is_named(how, caplog):
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18(num_classes=4)
+    reparametrised(model.layer1[0], how)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+    layers = find_filter_layers(model, ["layer1.?.conv1"])
+    scheme = RePrScheme(layers, optimizer, returns="function_preserving", readers=readers(model))
+    assert scheme.loud == ["layer1.0.conv1"]
+    assert "filters of layer1.0.conv1 cannot return without changing" in caplog.text
+    scheme.drop()
+    scheme.restore()
 
 
 def test_no_warm_up_where_nothing_came_back_and_the_same_one_in_a_resumed_run(tiny_cfg, tmp_path):

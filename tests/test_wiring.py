@@ -140,6 +140,112 @@ def test_a_wrong_guess_is_refused_at_the_first_drop(net, conv):
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
+class Lists(nn.Module):
+    """Convs and norms in lists of their own, which the forward pass goes through together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.convs = nn.ModuleList(nn.Conv2d(width, 16, 3, padding=1) for width in (3, 16))
+        self.bns = nn.ModuleList(nn.BatchNorm2d(16) for _ in range(2))
+        self.fc = nn.Linear(16, 4)
+
+    def forward(self, x):
+        for conv, bn in zip(self.convs, self.bns, strict=True):
+            x = F.relu(bn(conv(x)))
+        return self.fc(x.mean((2, 3)))
+
+
+class Wider(nn.Module):
+    """No norm stands right behind a conv of its channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv1, self.conv2 = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 16, 3, padding=1)
+        self.bn1, self.bn2, self.fc = nn.BatchNorm2d(8), nn.BatchNorm2d(16), nn.Linear(16, 4)
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        return self.fc(F.relu(self.bn2(self.conv2(x))).mean((2, 3)))
+
+
+class TwoNorms(nn.Module):
+    """One conv that is called twice, with a norm for each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.first, self.second = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.BatchNorm2d(16)
+        self.fc = nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.fc(sum(norm(self.conv(x)).relu().mean((2, 3)) for norm in (self.first, self.second)))
+
+
+@pytest.mark.parametrize(
+    ("net", "conv", "norm"),
+    [
+        (Lists(), "convs.0", "bns.0"),
+        (Wider(), "conv1", "bn1"),
+        (ReluBetween(), "0", "2"),
+        (TwoNorms(), "conv", "second"),
+    ],
+)
+def test_a_norm_that_was_not_found_is_refused_after_the_first_step(net, conv, norm):
+    """Its channels would go on putting out what the norm makes of zeros."""
+    before = copy.deepcopy(net.state_dict())
+    one = RePr(net, torch.optim.SGD(net.parameters(), 0.1), 20)
+    with pytest.raises(UserError, match=rf"the output of {conv} goes through {norm}, which was not taken for its norm"):
+        train(net, torch.optim.SGD(net.parameters(), 0.0), steps=1)
+        one.step()
+    assert one.phase == "full" and one.steps == 1
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items() if "weight" in name)
+
+
+def test_a_norm_of_another_block_is_told(caplog):
+    """Behind the stem of a network with norms before the convs; the shortcut reads it too."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn1, self.conv1 = nn.BatchNorm2d(16), nn.Conv2d(16, 16, 3, padding=1)
+
+        def forward(self, x):
+            return x + self.conv1(F.relu(self.bn1(x)))
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), Block(), nn.AvgPool2d(6), nn.Flatten(), nn.Linear(16, 4))
+    said = "the output of 0 goes through 1.bn1, which was not taken for its norm"
+    for options, times in (({}, 1), ({"norms": {"0": None}}, 0)):  # the second says that there is none
+        opt = torch.optim.SGD(net.parameters(), 0.1)
+        one = RePr(net, opt, 20, **options)
+        for _ in range(20):
+            train(net, opt, steps=1)
+            one.step()
+        assert one.scheme.cycle == 3 and caplog.text.count(said) == times
+        caplog.clear()
+
+
+def test_convs_that_never_ran_do_not_keep_a_model_from_being_scripted():
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.extra, self.extra_bn = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16)
+            self.conv, self.bn, self.fc = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.Linear(16, 4)
+
+        def forward(self, x):
+            return self.fc(torch.relu(self.bn(self.conv(x))).mean((2, 3)))
+
+    net = Unused()
+    opt, scheme = scheme_of(net)
+    train(net, opt)
+    scheme.drop()
+    scheme.restore()
+    scripted = torch.jit.script(net.eval())
+    torch.testing.assert_close(scripted(IMAGES), net(IMAGES))
+
+
 def test_a_wrong_guess_is_refused_at_the_restore_where_no_pass_came_before_the_drop():
     net = Net(OUT_OF_ORDER)
     opt, scheme = scheme_of(net)

@@ -27,6 +27,7 @@ from repr_det.method.criteria import CRITERIA
 from repr_det.method.errors import UserError
 from repr_det.method.holding import Transition
 from repr_det.method.layers import find_filter_layers
+from repr_det.method.optimizers import around_step
 from repr_det.method.passes import TrainingPasses, preserved_random_state
 from repr_det.method.scheme import RePrScheme
 from repr_det.method.selection import drop_total
@@ -87,8 +88,7 @@ class RePrHook(HookBase):
             self.scheme = self._build_scheme()
             self._try_passes()
             if self.warm_up_iters:
-                self.scheme.optimizer.register_step_pre_hook(self._warm_up)
-                self.scheme.optimizer.register_step_post_hook(self._end_warm_up)
+                around_step(self.scheme.optimizer, self._warm_up, self._end_warm_up)
         if self._loaded is not None:
             self.scheme.load_state_dict(self._loaded["scheme"])
             self._loaded = None
@@ -163,6 +163,7 @@ class RePrHook(HookBase):
     def after_step(self) -> None:
         """Logs phase and dropped filters; drops or restores where the schedule says so."""
         iteration = self.trainer.iter
+        self.scheme.check()
         # The phase of an iteration is the network that its forward pass saw, so it is logged before a transition.
         storage = self.trainer.storage
         storage.put_scalar("repr/phase", float(self.scheme.is_sub), smoothing_hint=False)
@@ -200,18 +201,23 @@ class RePrHook(HookBase):
         self._loaded = state
 
     # Around the optimizer's step alone, so that learning-rate schedules, logs and checkpoints do not see it.
-    def _warm_up(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def _warm_up(self) -> None:
         share = 1.0
         if self.scheme.num_returned:
             last = max(i for i in self.schedule.restore_iters if i < self.trainer.iter)
             share = min(1.0, (self.trainer.iter - last) / (self.warm_up_iters + 1))
-        self._rates = [group["lr"] for group in optimizer.param_groups]
-        for group in optimizer.param_groups:
+        groups = self.scheme.optimizer.param_groups
+        # A rate that is a tensor stays the same one: what has been compiled or captured reads it.
+        self._rates = [rate.clone() if torch.is_tensor(rate := group["lr"]) else rate for group in groups]
+        for group in groups:
             group["lr"] *= share
 
-    def _end_warm_up(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = rate
+    def _end_warm_up(self) -> None:
+        for group, rate in zip(self.scheme.optimizer.param_groups, self._rates, strict=True):
+            if torch.is_tensor(rate):
+                group["lr"].copy_(rate)
+            else:
+                group["lr"] = rate
 
     def _fingerprint(self) -> dict[str, Any]:
         """What must be the same when a run is resumed, by config key."""

@@ -37,9 +37,14 @@ def known_blocks(model: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module]]
 
 def readers(model: nn.Module) -> dict[nn.Module, nn.Module | None]:
     """Conv of a known block -> the only conv that reads its channels, through norm and ReLU; None where they are added
-    to the shortcut."""
+    to the shortcut. Missing where another module than a conv stands there, or one whose weight is re-parametrised."""
     chains = [chain for _, chain in known_blocks(model)] + _torchvision_chains(model)
-    return {conv: reader for chain in chains for conv, reader in zip(chain, [*chain[1:], None], strict=True)}
+    pairs = (pair for chain in chains for pair in zip(chain, [*chain[1:], None], strict=True))
+    return {conv: reader for conv, reader in pairs if reader is None or _is_plain(reader)}
+
+
+def _is_plain(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d) and isinstance(module._parameters.get("weight"), nn.Parameter)
 
 
 def _torchvision_chains(model: nn.Module) -> list[list[nn.Module]]:

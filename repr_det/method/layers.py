@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from repr_det.method.errors import UserError
 from repr_det.method.features import why_not_features
-from repr_det.method.wiring import norms_in_a_pass
+from repr_det.method.wiring import WiringWatch, norms_in_a_pass
 
 logger = logging.getLogger("repr_det.layers")
 
@@ -44,11 +44,13 @@ class FilterLayer:
         name: the conv's module name.
         conv: weight (J, C_in / groups, kh, kw), bias (J,) or None.
         norm: a module of J channels, or None.
+        named: whether a user has said that this is its norm.
     """
 
     name: str
     conv: nn.Conv2d
     norm: Any = None  # to a type checker every attribute of an nn.Module may be a tensor or a module
+    named: bool = False
 
     def __post_init__(self) -> None:
         if norm_kind(self.norm) is None:
@@ -201,7 +203,10 @@ def find_filter_layers(
     if sample is not None:
         apart = {n: convs[n] for n in chosen if getattr(convs[n], "norm", None) is None and n not in known}
         known |= norms_in_a_pass(model, sample, apart, [m for m in model.modules() if _looks_like_a_norm(m)])
-    layers = [FilterLayer(name, convs[name], _norm_of(model, name, convs[name], known)) for name in chosen]
+    layers = [
+        FilterLayer(name, convs[name], _norm_of(model, name, convs[name], known), name in (norms or {}))
+        for name in chosen
+    ]
     _check_sharing(model, layers)
     return layers
 
@@ -289,6 +294,24 @@ def _norm_of(model: nn.Module, name: str, conv: nn.Conv2d, norms: Mapping[str, n
         # A norm of another kind is returned for FilterLayer to refuse.
         return follower if _looks_like_a_norm(follower) else None
     return follower if channels == conv.out_channels else None
+
+
+def watched(layers: Sequence[FilterLayer], model: nn.Module | None) -> WiringWatch:
+    """Watches that the norms of ``layers`` are those of their convs, and that no other norm of ``model`` is."""
+    # Norms inside convs (Detectron2's) are called by these, and what a user has said is so.
+    pairs = {x.name: (x.conv, x.norm) for x in layers if not x.named and getattr(x.conv, "norm", None) is None}
+    taken = {layer.norm for layer in layers}
+    modules = {} if model is None else dict(model.named_modules())
+    others = {name: module for name, module in modules.items() if _looks_like_a_norm(module) and module not in taken}
+    return WiringWatch(pairs, others, lambda conv, norm: _caller(modules, conv) == _caller(modules, norm))
+
+
+def _caller(modules: Mapping[str, nn.Module], name: str) -> str:
+    """The module whose forward pass calls that of this name: a list or dict of modules has none."""
+    name = name.rpartition(".")[0]
+    while name and isinstance(modules[name], (nn.ModuleList, nn.ModuleDict)):
+        name = name.rpartition(".")[0]
+    return name
 
 
 def _looks_like_a_norm(module: nn.Module | None) -> bool:

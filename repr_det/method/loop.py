@@ -24,6 +24,7 @@ from repr_det.method.blocks import readers
 from repr_det.method.errors import UserError
 from repr_det.method.holding import Transition
 from repr_det.method.layers import find_filter_layers
+from repr_det.method.optimizers import around_step
 from repr_det.method.passes import TrainingPasses, preserved_random_state
 from repr_det.method.schedule import RePrSchedule
 from repr_det.method.scheme import RePrScheme
@@ -111,9 +112,13 @@ class RePr:
 
         Returns:
             What a drop or restore did, in the iterations that have one.
+
+        Raises:
+            UserError: of ``RePrScheme.check``, ``drop`` and ``restore``.
         """
         iteration = self.steps
         self.steps += 1
+        self.scheme.check()
         if iteration in self.schedule.drop_iters:
             return self.scheme.drop()
         if iteration in self.schedule.restore_iters:
@@ -167,10 +172,7 @@ def apply_repr(model: nn.Module, optimizer: torch.optim.Optimizer, total_steps: 
     """
     repr_training = RePr(model, optimizer, total_steps, **options)
 
-    def count(*_: Any) -> None:
-        repr_training.step()
-
-    optimizer.register_step_post_hook(count)
+    around_step(optimizer, after=repr_training.step)
     return repr_training
 
 

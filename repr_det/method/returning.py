@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from repr_det.method.errors import UserError
-from repr_det.method.holding import restart_optimizer_state_
 from repr_det.method.layers import BATCH, GROUP, FilterLayer
+from repr_det.method.optimizers import restart_optimizer_state_
 from repr_det.method.orthogonality import (
     least_overlap_rows,
     overlap_of_unit_rows,

@@ -26,23 +26,22 @@ from repr_det.method.calibration import match_moments, measure_moments
 from repr_det.method.criteria import Context, get_criterion
 from repr_det.method.distributed import broadcast_, check_agreement, rank
 from repr_det.method.errors import UserError
-from repr_det.method.holding import (
-    HeldFilters,
-    Transition,
+from repr_det.method.holding import HeldFilters, Transition
+from repr_det.method.layers import FROZEN, FilterLayer, watched
+from repr_det.method.learning import LearningLayers
+from repr_det.method.optimizers import (
     check_optimizer_state,
     check_optimizers,
     raise_squares_of_inputs_,
     restart_optimizer_state_,
+    with_inner,
 )
-from repr_det.method.layers import FROZEN, FilterLayer
-from repr_det.method.learning import LearningLayers
 from repr_det.method.orthogonality import inter_filter_orthogonality, overlap_of_kept
 from repr_det.method.passes import TrainingPasses, undisturbed
 from repr_det.method.returning import bring_back, can_be_silent, check_reinit, remember, silence
 from repr_det.method.selection import check_capacity, select_filters
 from repr_det.method.slim import SlimNetwork
 from repr_det.method.slim_choice import Choice, SlimChooser, check_slim
-from repr_det.method.wiring import WiringWatch
 
 logger = logging.getLogger("repr_det.scheme")
 
@@ -118,7 +117,7 @@ class RePrScheme:
         check_slim(slim)
         self.layers = list(layers)
         check_capacity({layer.name: layer.num_filters for layer in self.layers}, drop_ratio, max_drop_per_layer)
-        self.optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+        self.optimizers = with_inner(optimizer if isinstance(optimizer, Sequence) else [optimizer])
         check_optimizers(self.layers, self.optimizers)
         self.optimizer = self.optimizers[0]
         self.criterion_name = criterion
@@ -146,10 +145,10 @@ class RePrScheme:
         self._check_calibration()
         self._log_what_returns_loud()
         self._learning = LearningLayers(self.layers, self.optimizers)
-        # Norms inside convs (Detectron2's) are called by these; the others were found by where they are registered.
-        self._wiring = WiringWatch({x.name: (x.conv, x.norm) for x in self.layers if x.output_module() is not x.conv})
+        self._wiring = watched(self.layers, slim_model)
         self.cycle = self.num_returned = 0
         self._held: HeldFilters | None = None
+        self._unchecked = False  # no step has been seen since the drop
         self._old: dict[str, dict[str, Tensor]] = {}
         self._slim: SlimNetwork | None = None
         self._chooser: SlimChooser | None = None
@@ -185,6 +184,18 @@ class RePrScheme:
         """How many filters are out now, over all layers."""
         return 0 if self._held is None else len(self._held)
 
+    def check(self) -> None:
+        """To be called after steps of the optimizer, so that a mistake shows now and not at the next transition.
+
+        Raises:
+            UserError: a layer's norm has been seen to be another one, or the first step since a drop has moved dropped
+                filters.
+        """
+        self._wiring.check()
+        if self._unchecked and self._held is not None:
+            self._check_zero(self._held, "one step after the drop")
+        self._unchecked = False
+
     @torch.no_grad()
     def drop(self) -> Transition:
         """Scores all filters, drops the worst and remembers their values. Collective where there are several ranks.
@@ -211,6 +222,8 @@ class RePrScheme:
         self._held = held
         held.zero_()
         held.hold()
+        self._begin_averages_anew()
+        self._unchecked = True
         self._check_agreement(held, "after the drop")
         self._go_slim()
         return Transition(
@@ -248,13 +261,14 @@ class RePrScheme:
                 kept, overlaps[name], cosines[name] = bring_back(
                     layer, held.masks[name], self._old[name], self.scale, self.returns, generator
                 )
+                self._prepare_reader(layer, held.masks[name])
                 for parameter in layer.parameters():
                     restart_optimizer_state_(self.optimizers, parameter, held.masks[name])
-                self._prepare_reader(layer, held.masks[name])
             else:
                 kept = overlaps[name] = self._overlap(layer)
             overlaps_of_kept.setdefault(name, kept)
         broadcast_([tensor for layer in held.layers for tensor in _state(layer)])
+        self._begin_averages_anew()
         self._match_moments(held)
         self._check_agreement(held, "after the restore")
         if self.readers:
@@ -273,6 +287,7 @@ class RePrScheme:
         )
         self.slim_choice = None
         self.num_returned = len(held)
+        self._wiring.stop()  # what has not run in a whole cycle does not train
         self._release()
         self.cycle += 1
         return transition
@@ -335,9 +350,12 @@ class RePrScheme:
     def _check_before_restore(self, held: HeldFilters) -> None:
         self._wiring.check()
         self._check_finite("restore")
+        self._check_zero(held, "at the restore")
+
+    def _check_zero(self, held: HeldFilters, when: str) -> None:
         if (found := held.not_zero()) is not None:
             raise UserError(
-                f"REPR: dropped filters of {found[0]} are not zero any more at the restore of cycle {self.cycle + 1} "
+                f"REPR: dropped filters of {found[0]} are not zero any more {when} of cycle {self.cycle + 1} "
                 f"(their {found[1]}). "
                 "Something besides the optimizers that RePrScheme knows has written to them: weights loaded into the "
                 "model, an average swapped in and not out again, or a norm that is not the one behind that conv"
@@ -380,6 +398,14 @@ class RePrScheme:
                 "shortcut, a depthwise reader, or a reader that is not known) and return as published",
                 ", ".join(loud),
             )
+
+    def _begin_averages_anew(self) -> None:
+        """Of BN that averages its statistics over all batches so far (momentum None): those saw another network."""
+        norms = (x.norm for x in self.layers) if self.slim_model is None else self.slim_model.modules()
+        averaging = (x for x in norms if isinstance(x, nn.modules.batchnorm._BatchNorm) and x.momentum is None)
+        for norm in averaging:
+            if norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.zero_()
 
     def _scores(self) -> dict[str, Tensor]:
         context = Context(self._generator(0), self.passes, self.criterion_batches, self.cycle)

@@ -4,6 +4,7 @@ A conv marks the node of its output. From the input of a norm one walks back to 
 channel (a ReLU between them, say). Passes without gradients tell nothing.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 
 from repr_det.method.errors import UserError
 from repr_det.method.passes import undisturbed
+
+logger = logging.getLogger("repr_det.wiring")
 
 _MARK = "repr_det.conv"
 _MIXES_CHANNELS = ("View", "Transpose", "Permute", "Unfold", "Shuffle", "Convolution")
@@ -54,25 +57,37 @@ class WiringWatch:
     Copies and pickles of the model made meanwhile are not watched.
 
     Args:
-        pairs: name of a conv -> conv and the norm taken for its own, where that is another module.
+        pairs: name of a conv -> conv and the norm taken for its own, None where none was.
+        others: name -> norm that was taken for that of no conv.
+        together: whether a conv and one of ``others``, by name, run in the forward pass of one module. Then the conv
+            is refused, otherwise a warning tells.
     """
 
-    def __init__(self, pairs: Mapping[str, tuple[nn.Module, nn.Module]]) -> None:
+    def __init__(
+        self,
+        pairs: Mapping[str, tuple[nn.Module, nn.Module | None]],
+        others: Mapping[str, nn.Module],
+        together: Callable[[str, str], bool],
+    ) -> None:
         self._names = list(pairs)
+        self._together = together
         self._wrong: dict[str, str] = {}
         self._ran: set[str] = set()
-        self._undecided = set(pairs)
+        self._undecided = {name for name, (_, norm) in pairs.items() if norm is not None}
+        self._unseen = set(others)
         self._handles = []
         for name, (conv, norm) in pairs.items():
             self._handles.append(conv.register_forward_hook(_Hook(self._see_conv, name)))
-            self._handles.append(norm.register_forward_pre_hook(_Hook(self._see_norm, name)))
+            if norm is not None:
+                self._handles.append(norm.register_forward_pre_hook(_Hook(self._see_norm, name)))
+        for name, norm in others.items():
+            self._handles.append(norm.register_forward_pre_hook(_Hook(self._see_other, name)))
 
     def check(self) -> None:
         """Raises UserError where a conv's output has been seen to go elsewhere."""
         for name in filter(self._wrong.__contains__, self._names):
             raise UserError(
-                f"REPR: the norm that stands behind {name} in its parent module is not the one that its output goes "
-                f"through ({self._wrong[name]}): name it, find_filter_layers(..., norms={{{name!r}: norm}}), give a "
+                f"REPR: {self._wrong[name]}: name it, find_filter_layers(..., norms={{{name!r}: norm}}), give a "
                 "sample, find_filter_layers(..., sample=images), or exclude that layer"
             )
 
@@ -90,18 +105,49 @@ class WiringWatch:
         _mark(name, output)
 
     def _see_norm(self, name: str, inputs: tuple) -> None:
-        if name not in self._undecided or not torch.is_grad_enabled() or not inputs or not torch.is_tensor(inputs[0]):
+        if name not in self._undecided or not _tells(inputs):
             return
         feeding = _feeding(inputs[0])
         if name not in self._ran:
-            self._wrong[name] = "the norm runs before the conv"
+            reason = "the norm runs before the conv"
         elif name not in feeding and feeding:
-            self._wrong[name] = f"the norm follows {' and '.join(sorted(feeding))}"
+            reason = f"the norm follows {' and '.join(sorted(feeding))}"
         elif name not in feeding:
             return  # nothing can be said of this pass
+        else:
+            reason = ""
+        if reason:
+            self._wrong[name] = (
+                f"the norm that stands behind {name} in its parent module is not the one that its output goes through "
+                f"({reason})"
+            )
         self._undecided.discard(name)
-        if not self._undecided:
+        self._stop_if_all_is_seen()
+
+    def _see_other(self, norm: str, inputs: tuple) -> None:
+        if norm not in self._unseen or not _tells(inputs):
+            return
+        name = _source(inputs[0])
+        if name in self._names:
+            what = f"the output of {name} goes through {norm}, which was not taken for its norm"
+            if self._together(name, norm):
+                self._wrong.setdefault(name, f"{what}, and makes something of dropped filters")
+            else:
+                logger.warning(
+                    "RePr: %s and puts out a constant for dropped filters: name it, give a sample "
+                    "(find_filter_layers) or exclude that layer",
+                    what,
+                )
+        self._unseen.discard(norm)
+        self._stop_if_all_is_seen()
+
+    def _stop_if_all_is_seen(self) -> None:
+        if not self._undecided and not self._unseen:
             self.stop()
+
+
+def _tells(inputs: tuple) -> bool:
+    return torch.is_grad_enabled() and bool(inputs) and torch.is_tensor(inputs[0])
 
 
 class _Hook:

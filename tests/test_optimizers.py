@@ -1,0 +1,198 @@
+"""Optimizers of other kinds: whose ``step`` calls that of its base, that wrap another, that keep weights as state."""
+
+import pytest
+import torch
+from plain_nets import IMAGES, largest_dropped, loss_of, plain_net, plain_scheme, train
+from torch import nn
+
+from repr_det import RePr, RePrSchedule, UserError, apply_repr
+
+SCHEDULE = RePrSchedule(8, 4, 2)
+
+
+class Clipping(torch.optim.SGD):
+    """As Detectron2's projects write it; torch runs the hooks of an instance in ``step`` of both classes."""
+
+    def step(self, closure=None):
+        nn.utils.clip_grad_norm_([p for group in self.param_groups for p in group["params"]], 1.0)
+        return super().step(closure)
+
+
+class Failing(Clipping):
+    def step(self, closure=None):
+        super().step(closure)
+        if self.fails:
+            raise KeyboardInterrupt
+
+
+def a_plain_sgd_was_used():
+    torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+
+
+def phases_of(net, optimizer, one, steps=12, before=lambda step: None):
+    phases = []
+    for step in range(steps):
+        before(step)
+        try:
+            train(net, optimizer, steps=1)
+        except KeyboardInterrupt:  # of a notebook, whose cell is run again
+            continue
+        phases.append(one.phase)
+    return phases
+
+
+def test_a_step_that_calls_its_base_class_counts_once():
+    a_plain_sgd_was_used()
+    net = plain_net()
+    optimizer = Clipping(net.parameters(), lr=0.1, momentum=0.9)
+    one = apply_repr(net, optimizer, 100, schedule=SCHEDULE)
+    assert phases_of(net, optimizer, one) == [SCHEDULE.phase(i + 1) for i in range(12)]
+    assert one.steps == 12
+
+
+def test_a_step_that_was_interrupted_does_not_stop_the_count():
+    a_plain_sgd_was_used()
+    net = plain_net()
+    optimizer = Failing(net.parameters(), lr=0.1)
+    one = apply_repr(net, optimizer, 100, schedule=SCHEDULE)
+    phases_of(net, optimizer, one, before=lambda step: setattr(optimizer, "fails", step in (2, 5)))
+    assert one.steps == 10
+
+
+class SharpnessAware(torch.optim.Optimizer):
+    """Two passes a step, the second one's step made by an optimizer of its own (Foret et al., ICLR 2021)."""
+
+    def __init__(self, params, rho=0.05, **options):
+        super().__init__(params, dict(rho=rho, **options))
+        self.base_optimizer = torch.optim.SGD(self.param_groups, **options)
+        self.param_groups = self.base_optimizer.param_groups
+
+    @torch.no_grad()
+    def step(self, closure):
+        moved = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.stack([p.grad.norm() for p in moved]).norm()
+        for p in moved:
+            self.state[p]["old_p"] = p.clone()
+            p.add_(p.grad, alpha=float(0.05 / norm))
+        with torch.enable_grad():
+            closure()
+        for p in moved:
+            p.copy_(self.state[p]["old_p"])
+        self.base_optimizer.step()
+
+
+def test_an_optimizer_inside_another_forgets_dropped_filters_too():
+    net = plain_net()
+    optimizer = SharpnessAware(net.parameters(), lr=0.1, momentum=0.9)
+    one = RePr(net, optimizer, 20, schedule=RePrSchedule(4, 3, 1))
+
+    def closure():
+        optimizer.zero_grad()
+        loss_of(net).backward()
+
+    for _ in range(9):
+        closure()
+        optimizer.step(closure)
+        one.step()
+        if one.phase == "sub":
+            assert largest_dropped(one.scheme) == 0
+    assert one.scheme.cycle == 1
+
+
+class ScheduleFree(torch.optim.Optimizer):
+    """Schedule-free SGD (Defazio et al., 2024): its state z is a second set of weights, which training goes towards."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, dict(lr=lr))
+        self.steps = 0
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.steps += 1
+        for group in self.param_groups:
+            for p in group["params"]:
+                z = self.state[p].setdefault("z", p.clone())
+                p.lerp_(z, 1 / self.steps).sub_(p.grad, alpha=group["lr"] * (1 - 0.9 * (1 - 1 / self.steps)))
+                z.sub_(p.grad, alpha=group["lr"])
+
+
+@pytest.mark.parametrize("returns", ["as_published", "function_preserving"])
+def test_weights_that_are_kept_as_state_return_with_the_filter(returns):
+    net = plain_net(bias=True)
+    optimizer = ScheduleFree(net.parameters(), lr=1e-3)
+    readers = {net[0]: net[3], net[3]: None}
+    _, _, scheme = plain_scheme(net, optimizer, returns=returns, readers=readers)
+    train(net, optimizer, steps=10)
+    scheme.drop()
+    train(net, optimizer, steps=5)
+    assert largest_dropped(scheme) == 0
+    masks = {name: mask.clone() for name, mask in scheme.masks.items()}
+    kept = {p: optimizer.state[p]["z"].clone() for p in net.parameters()}
+    scheme.restore()
+    for layer in scheme.layers:
+        mask = masks[layer.name]
+        for parameter in layer.parameters():
+            z = optimizer.state[parameter]["z"]
+            assert torch.equal(z[mask], parameter[mask])
+            if returns == "as_published":
+                assert torch.equal(z[~mask], kept[parameter][~mask])
+    if returns == "function_preserving":
+        assert masks["0"].any() and not optimizer.state[net[3].weight]["z"][~masks["3"]][:, masks["0"]].any()
+
+
+def test_rprop_moves_what_returned():
+    """Its state ``step_size`` is how far an entry goes next: of 0 it would take forever to recover."""
+    net = plain_net()
+    optimizer = torch.optim.Rprop(net.parameters(), lr=1e-3)
+    _, _, scheme = plain_scheme(net, optimizer)
+    train(net, optimizer, steps=10)
+    scheme.drop()
+    train(net, optimizer, steps=5)
+    mask = scheme.masks["0"].clone()
+    scheme.restore()
+    sizes = optimizer.state[net[0].weight]["step_size"]
+    torch.testing.assert_close(sizes[mask], sizes[~mask].mean().expand_as(sizes[mask]))
+
+
+class Forgetful(torch.optim.SGD):
+    """Moves weights by what nobody can see."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data.add_(1e-3)
+
+
+def test_what_moves_dropped_filters_is_named_one_step_after_the_drop():
+    net = plain_net()
+    optimizer = Forgetful(net.parameters(), lr=0.1)
+    one = RePr(net, optimizer, 100, schedule=RePrSchedule(4, 30, 1))
+    with pytest.raises(UserError, match=r"dropped filters of 0 are not zero any more .*\(their weight\)"):
+        for _ in range(6):
+            train(net, optimizer, steps=1)
+            one.step()
+    assert one.steps == 5  # the drop came after the fourth
+
+
+def test_cumulative_statistics_begin_anew_where_the_network_changes():
+    """BatchNorm2d(momentum=None) averages over all batches so far, of which most saw another network."""
+    net = plain_net()
+    for norm in (net[1], net[4]):
+        norm.momentum = None
+    _, optimizer, scheme = plain_scheme(net)
+    train(net, optimizer, steps=50)
+    for transition in (scheme.drop, scheme.restore):
+        transition()
+        assert net[1].num_batches_tracked == net[4].num_batches_tracked == 0
+        with torch.no_grad():
+            net(IMAGES)
+            seen = net[0](IMAGES)
+        torch.testing.assert_close(net[1].running_mean, seen.mean((0, 2, 3)))
+        train(net, optimizer, steps=3)
+        assert net[1].num_batches_tracked == 4
+    usual = plain_net()
+    _, optimizer, scheme = plain_scheme(usual)
+    train(usual, optimizer, steps=3)
+    scheme.drop()
+    assert usual[1].num_batches_tracked == 3
