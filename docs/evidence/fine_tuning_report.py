@@ -33,6 +33,7 @@ FORMS = {
     "f5_redundant_no3_6c": "the same in six cycles; fp32",
     "f5_redundant_no3_warm": "the same in three, with a new warm-up after each restore (`repr_*_redundant.yaml`); fp32",
     "b4_pub": "backbone, as published",
+    "b4_pub_warm": "the same with a new warm-up after each restore",
     "b_bkdrop_step": "at 0.01: 10 % of conv1 and conv2 left out, others in every step",
     "b_fcdrop_step": "at 0.01: 30 % of the box head left out, others in every step",
     "b_pub": "at 0.01: as published",
