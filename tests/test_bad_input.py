@@ -112,17 +112,34 @@ def test_numbers_of_processes(tiny_cfg):
         ("REPR: 5\n", "REPR"),
         ("MODEL:\n  WEIGHTS: 5\n", "Type mismatch"),
         ("_BASE_: nowhere.yaml\n", "nowhere.yaml"),
-        ("- a\n- b\n", ""),
+        ("_BASE_: repr_r50_fpn.yaml\n", "the one of this name that comes with repr_det is "),
+        ("_BASE_: 'my config ü.yaml'\n", "builds on this file again"),
+        ("_BASE_:\n", "_BASE_ must be the name of a config file, got None"),
+        ("", "must hold config keys with their values (MODEL: ...), got nothing"),
+        ("- a\n- b\n", "must hold config keys with their values (MODEL: ...), got ['a', 'b']"),
+        ("some text", "must hold config keys with their values (MODEL: ...), got some text"),
+        ("1: 2\n", "must hold config keys"),
+        ("MODEL:\n", "MODEL is empty: give keys below it, or leave it out"),
+        ("REPR:\n", "REPR is empty"),
+        ("SEED: !!python/object/apply:os.system ['touch executed']\n", "not valid YAML: could not determine a"),
         ("\x00\x01", ""),
     ],
 )
-def test_config_files(tmp_path, text, fragment):
+def test_config_files(tmp_path, monkeypatch, text, fragment):
     path = tmp_path / "my config ü.yaml"
+    monkeypatch.chdir(tmp_path)
     if text is not None:
         path.write_text(text)
     with pytest.raises(UserError) as error:
         build_config(str(path), [])
     assert fragment in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_the_home_folder_in_output_dir(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = str(ROOT / "configs" / "baseline_r50_fpn.yaml")
+    assert str(tmp_path / "x") == build_config(config, ["OUTPUT_DIR", "~/x"]).OUTPUT_DIR
 
 
 def test_weights_that_detectron2_reads(tiny_cfg, tmp_path):

@@ -3,17 +3,20 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from coco_folder import Folder
 from conftest import SMALL
 from detectron2.modeling import build_model
+from pycocotools import mask as mask_utils
 
 from repr_det import UserError
 from repr_det.commands import checks
 from repr_det.commands.arguments import build_config
 from repr_det.commands.checks import check_run
 from repr_det.commands.data import DATA_FILE
+from repr_det.datasets import register_coco_format
 from repr_det.detectron.config import scale_to_world, without_repr
 from repr_det.runs.files import run_traces
 
@@ -60,6 +63,34 @@ def test_the_batch_is_that_of_the_scaled_config(tiny_cfg):
         (["MODEL.KEYPOINT_ON", "True"], "MODEL.KEYPOINT_ON is True, but no object of tiny_train has keypoints"),
         (["MODEL.MASK_ON", "True"], "objects in tiny_train lack a segmentation"),
         (["MODEL.ANCHOR_GENERATOR.SIZES", "[[8],[16]]"], "MODEL: "),
+        (["SOLVER.STEPS", "(12,40)", "SOLVER.MAX_ITER", "40"], "SOLVER: no learning-rate schedule of STEPS (12, 40)"),
+        (["SOLVER.STEPS", "(12,6)"], "SOLVER: no learning-rate schedule of STEPS (12, 6)"),
+        (["SOLVER.LR_SCHEDULER_NAME", "Foo"], "Unknown LR scheduler: Foo"),
+        (["SOLVER.BASE_LR", "-0.1"], "SOLVER.BASE_LR must be a finite number of at least 0, got -0.1"),
+        (["SOLVER.CLIP_GRADIENTS.ENABLED", "True", "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "foo"], "SOLVER: 'foo' is not"),
+        (["INPUT.CROP.ENABLED", "True", "INPUT.CROP.TYPE", "absolut"], "INPUT.CROP.TYPE must be one of relative, "),
+        (["INPUT.RANDOM_FLIP", "sideways"], "INPUT.RANDOM_FLIP must be one of none, horizontal, vertical"),
+        (["INPUT.MIN_SIZE_TRAIN_SAMPLING", "foo"], "INPUT.MIN_SIZE_TRAIN_SAMPLING must be one of choice, range"),
+        (
+            ["INPUT.MIN_SIZE_TRAIN_SAMPLING", "range", "INPUT.MIN_SIZE_TRAIN", "(64,)"],
+            "INPUT.MIN_SIZE_TRAIN must be (least, largest) where MIN_SIZE_TRAIN_SAMPLING is 'range', got (64,)",
+        ),
+        (["INPUT.FORMAT", "XYZ"], "INPUT.FORMAT 'XYZ' is none that Detectron2 reads images in: "),
+        (["DATALOADER.SAMPLER_TRAIN", "Foo"], "DATALOADER.SAMPLER_TRAIN must be one of TrainingSampler, "),
+        (["OUTPUT_DIR", ""], "OUTPUT_DIR is empty"),
+        (
+            ["TEST.EXPECTED_RESULTS", "[['bbox','AP']]"],
+            "TEST.EXPECTED_RESULTS must be a list of [task, metric, value, tolerance], got ['bbox', 'AP']",
+        ),
+        (
+            ["MODEL.LOAD_PROPOSALS", "True", "DATASETS.PROPOSAL_FILES_TRAIN", "('nope.pkl',)"],
+            "DATASETS.PROPOSAL_FILES_TRAIN 'nope.pkl' cannot be read",
+        ),
+        (["MODEL.LOAD_PROPOSALS", "True"], "DATASETS.PROPOSAL_FILES_TRAIN must name a file for each of 1 data sets"),
+        (
+            ["MODEL.META_ARCHITECTURE", "PanopticFPN"],
+            "PanopticFPN learns from semantic segmentation, which tiny_train (COCO format) does not have",
+        ),
         (["MODEL.RESNETS.DEPTH", "19"], "MODEL: 19"),
         (["MODEL.FPN.OUT_CHANNELS", "-1"], "MODEL: "),
     ],
@@ -177,6 +208,9 @@ def mine(folder, catalogs, tmp_path):
     return make
 
 
+EYE = mask_utils.encode(np.asfortranarray(np.eye(30, 40, dtype=np.uint8)))["counts"].decode()
+
+
 def polygons(content, rle=0):
     for number, entry in enumerate(content["annotations"]):
         x, y, w, h = entry["bbox"]
@@ -201,6 +235,33 @@ def test_masks(mine):
     check_run(mine(wrong))
     message = refused(mine(wrong, *mask_on))
     assert message.startswith("MODEL.MASK_ON is True, but in mine annotation 2 has a polygon with the coordinate '4'")
+
+
+def test_masks_that_are_only_evaluated(mine, folder):
+    """pycocotools would end in a KeyError, or not at all, after the training."""
+    mask_on = ["MODEL.MASK_ON", "True", "INPUT.MASK_FORMAT", "bitmask"]
+    train = Folder(folder.json.parents[1] / "train")
+    polygons(train.content)
+    train.check()
+    register_coco_format("sound", str(train.json), str(train.images))
+    mask_on += ["DATASETS.TRAIN", "('sound',)"]
+    assert "4 of 4 objects in mine lack a segmentation" in refused(mine(lambda content: None, *mask_on))
+
+    def damaged(value, **more):
+        def change(content):
+            polygons(content)
+            content["annotations"][1].update(segmentation=value, **more)
+
+        return mine(change, *mask_on)
+
+    assert "1 of 4 objects in mine lack a segmentation" in refused(damaged([], iscrowd=1))
+    for counts, gap in (
+        ("zzz", "of COCO's compressed form: 'zzz'"),
+        ([0, 1300], "add up to 1300, not to the 1200 pix"),
+    ):
+        message = refused(damaged({"size": [30, 40], "counts": counts}))
+        assert f"in mine annotation 2 has RLE whose counts {'are not ' * (counts == 'zzz')}{gap}" in message
+    check_run(damaged({"size": [30, 40], "counts": EYE}))
 
 
 def test_area_is_needed_for_evaluation_only(mine):

@@ -13,7 +13,8 @@ from repr_det.method.errors import UserError
 
 
 def test_a_sound_folder(folder):
-    assert folder.check() == datasets.CocoSummary(3, 4, ("cell", "plate"), (3, 7), None)
+    keypoint_gap = "annotation 1 has no 'keypoints', which COCO evaluation needs"
+    assert folder.check() == datasets.CocoSummary(3, 4, ("cell", "plate"), (3, 7), keypoint_gap=keypoint_gap)
 
 
 # ---- wrong content ----
@@ -82,6 +83,17 @@ WRONG = [
     (annotation(2, segmentation=[[]]), "annotation 3 has a segmentation without a polygon of 3 points or more ([[]])"),
     (annotation(2, segmentation=[[1, 2, 3, 4, 5, 6, 7]]), "annotation 3 has a segmentation without a polygon of 3 po"),
     (annotation(2, bbox=[1, 2, 10**400, 4]), "must have a bbox of four finite numbers"),
+    (annotation(2, segmentation={"size": [10], "counts": "abc"}), "or RLE (size [height, width], counts a list of"),
+    (annotation(2, segmentation={"size": ["30", "40"], "counts": "a"}), "or none; got {'size': ['30', '40'], 'counts'"),
+    (annotation(2, segmentation={"size": [40, 30], "counts": 7}), "or none; got {'size': [40, 30], 'counts': 7}"),
+    (
+        annotation(2, segmentation={"size": [40, 30], "counts": [0, -1]}),
+        "or none; got {'size': [40, 30], 'counts': [0, -",
+    ),
+    (
+        annotation(2, segmentation={"size": [40, 30], "counts": [2**40]}),
+        "or none; got {'size': [40, 30], 'counts': [10",
+    ),
     (annotation(2, iscrowd="no"), "annotation 3 must have iscrowd 0 or 1, got 'no'"),
     (annotation(2, area=...), "1 annotations have no 'area', which COCO evaluation needs"),
     (annotation(2, area=None), "1 annotations have no 'area'"),

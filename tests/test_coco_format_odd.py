@@ -2,6 +2,7 @@
 
 import logging
 
+import numpy as np
 import pytest
 import torch
 from coco_folder import SIZES, Folder, annotation, image, whole
@@ -11,8 +12,9 @@ from detectron2.data.datasets import load_coco_json, register_coco_instances
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
 from PIL import Image
+from pycocotools import mask as mask_utils
 
-from repr_det.datasets import image_files
+from repr_det.datasets import image_files, masks
 from repr_det.method.errors import UserError
 
 
@@ -195,6 +197,22 @@ def test_one_useless_object_among_many_is_left_out_and_told(folder, catalogs, ca
 def test_boxes_can_be_trained_beside_masks_that_cannot(folder, segmentation, gap):
     annotation(2, segmentation=segmentation)(folder.content)
     assert folder.check().mask_gap == gap
+
+
+def test_every_string_of_pycocotools_is_read(tmp_path):
+    generator = np.random.default_rng(0)
+    for width, height in ((1, 1), (40, 30), (640, 480), (3000, 2000)):
+        for share in (0, 0.001, 0.5, 1):
+            pixels = np.asfortranarray((generator.random((height, width)) < share).astype(np.uint8))
+            text = mask_utils.encode(pixels)["counts"].decode()
+            assert masks.mask_gap({"size": [height, width], "counts": text}, (width, height)) is None
+            flat = pixels.ravel("F")
+            changes = (np.diff(flat, prepend=0) != 0).nonzero()[0]
+            runs = np.diff(np.concatenate([[0], changes, [flat.size]]))
+            np.testing.assert_array_equal(masks._lengths(text), runs)
+            for damaged in (text[:-1], text + "z", "!" + text):
+                gap = masks.mask_gap({"size": [height, width], "counts": damaged}, (width, height))
+                assert gap.startswith("RLE whose counts")
 
 
 def test_training_needs_less_than_evaluation(folder):

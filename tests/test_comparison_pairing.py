@@ -11,7 +11,7 @@ from finished_runs import compare_folders, write_metrics
 
 from repr_det.method.errors import UserError
 from repr_det.runs.record import describe_data_sets
-from repr_det.studies.comparison.command import main
+from repr_det.studies.comparison.command import main, parse
 from repr_det.studies.comparison.data import check_same_data
 from repr_det.studies.comparison.pairing import check_finished, first_difference, run_from_folder
 from repr_det.studies.comparison.plan import plan_runs
@@ -103,6 +103,11 @@ def test_seeds_and_arms_must_fit(finished, tmp_path):
         ([], "give --config-file and --seeds"),
         (["--config-file", "x.yaml"], "give --config-file and --seeds"),
         (["--config-file", "x.yaml", "--seeds", "1"], "'x.yaml' is not a file"),
+        (
+            ["--config-file", "x.yaml", "--seeds", "1", "two"],
+            "--seeds must be integers, and KEY VALUE pairs may follow; g",
+        ),
+        (["--config-file", "x.yaml", "--seeds", "SEED", "2"], "--seeds must be integers"),
         (["--baseline-runs", "a", "--output", "o"], "go together"),
         (["--baseline-runs", "a", "--repr-runs", "b"], "--output is missing"),
         (["--report-only"], "--report-only needs --output"),
@@ -113,6 +118,12 @@ def test_seeds_and_arms_must_fit(finished, tmp_path):
 def test_arguments_that_make_no_comparison(words, message):
     with pytest.raises(UserError, match=message):
         main(words)
+
+
+@pytest.mark.parametrize("between", [[], ["--"], ["--jobs", "2"]])
+def test_pairs_behind_the_seeds(between):
+    args = parse(["--config-file", "x.yaml", "--seeds", "1", "-2", "3", *between, "SOLVER.BASE_LR", "0.005"])
+    assert (args.seeds, args.opts) == ([1, -2, 3], ["SOLVER.BASE_LR", "0.005"])
 
 
 def test_plan(named_data, tmp_path):

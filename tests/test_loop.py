@@ -221,6 +221,8 @@ def test_ddp_is_looked_through(tmp_path):
         (dict(loader=iter([1]), loss=sum), "loader must start anew whenever it is iterated"),
         (dict(criterion="taylor"), "criterion 'taylor' looks at training batches"),
         (dict(criterion="nope"), "REPR.CRITERION must be one of"),
+        (dict(layers="backbone.*"), "REPR.LAYERS.INCLUDE must be a list of patterns, got 'backbone.*'"),
+        (dict(exclude="head"), "REPR.LAYERS.EXCLUDE must be a list of patterns, got 'head'"),
         (dict(ratio=0.3), "RePr has no option 'ratio': take one of criterion, drop_ratio"),
         (dict(drop_ratio=1.5), "REPR.DROP_RATIO must be in (0, 1), got 1.5"),
     ],

@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -12,20 +11,21 @@ from urllib.parse import urlparse
 
 import torch
 from detectron2.config import CfgNode, get_cfg
-from detectron2.data import MetadataCatalog
 from detectron2.modeling import GeneralizedRCNN, build_model
-from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from repr_det.commands.data import check_same_classes
-from repr_det.datasets import CocoSummary, agree_on_classes, any_mapped, check_registered, class_names
-from repr_det.detectron.config import (
-    add_repr_config,
-    as_user_error,
-    scale_to_world,
-    schedule_from_config,
-    validate_repr_config,
+from repr_det.commands.data_checks import check_datasets, local_file
+from repr_det.commands.key_checks import (
+    check_device,
+    check_evaluation,
+    check_input,
+    check_optimizer,
+    check_solver,
+    scaled_config,
 )
+from repr_det.datasets import class_names
+from repr_det.detectron.config import add_repr_config, as_user_error, schedule_from_config, validate_repr_config
 from repr_det.method.criteria import get_criterion
 from repr_det.method.errors import UserError
 from repr_det.method.layers import find_filter_layers
@@ -54,11 +54,15 @@ def check_run(
     Raises:
         UserError: naming the key, file or folder.
     """
-    _check_device(cfg, num_gpus)
-    scaled = _scaled(cfg, world_size or num_gpus)
+    check_device(cfg, num_gpus)
+    check_evaluation(cfg)
+    scaled = scaled_config(cfg, world_size or num_gpus)
     if not eval_only:
-        _check_solver(scaled, num_gpus)
+        check_solver(scaled, num_gpus)
         validate_repr_config(scaled)
+        if build is None:  # a LazyConfig makes its own from these
+            check_input(scaled)
+            check_optimizer(scaled)
         check_output_folder(cfg, resume)
     check_datasets(cfg, eval_only)
     if not eval_only and resume:
@@ -98,55 +102,10 @@ def check_layers(cfg: CfgNode, model: nn.Module) -> None:
     get_criterion(cfg.REPR.CRITERION, sum(sizes.values()))
 
 
-def check_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
-    """Every data set of the run exists, is well formed, has what the model learns from, and the model's classes."""
-    train, test = (() if eval_only else cfg.DATASETS.TRAIN), cfg.DATASETS.TEST
-    if not eval_only and not train:
-        raise UserError("DATASETS.TRAIN is empty: name at least one registered data set")
-    if eval_only and not test:
-        raise UserError("DATASETS.TEST is empty: name at least one registered data set")
-    retina = cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
-    key = "MODEL.RETINANET.NUM_CLASSES" if retina else "MODEL.ROI_HEADS.NUM_CLASSES"
-    num_classes = cfg.MODEL.RETINANET.NUM_CLASSES if retina else cfg.MODEL.ROI_HEADS.NUM_CLASSES
-    summaries = {name: check_registered(name, for_evaluation=name in test) for name in dict.fromkeys((*train, *test))}
-    if not (eval_only and any_mapped((test,))):  # those are mapped to the classes of the checkpoint
-        agree_on_classes(train, test)
-    for name in summaries:
-        if len(class_names(name)) != num_classes:
-            raise UserError(f"{key} is {num_classes}, but {name} has {len(class_names(name))} classes: set it to that")
-    for name in train:
-        _check_targets(cfg, name, summaries[name])
-
-
-def _check_targets(cfg: CfgNode, name: str, summary: CocoSummary | None) -> None:
-    """Masks and keypoints are there where the model learns them."""
-    if summary is None:
-        return
-    objects = summary.num_boxes - summary.crowds
-    if cfg.MODEL.MASK_ON and summary.masks < objects:
-        raise UserError(
-            f"MODEL.MASK_ON is True, but {objects - summary.masks} of {objects} objects in {name} lack a segmentation: "
-            "set it to False, or give every object one"
-        )
-    if cfg.MODEL.MASK_ON and summary.mask_gap:
-        raise UserError(f"MODEL.MASK_ON is True, but in {name} {summary.mask_gap}: mend it, or set MASK_ON to False")
-    if cfg.MODEL.MASK_ON and summary.rle_masks and cfg.INPUT.MASK_FORMAT == "polygon":
-        raise UserError(
-            f"INPUT.MASK_FORMAT is 'polygon', but {summary.rle_masks} of {objects} objects of {name} have RLE masks: "
-            "set it to bitmask"
-        )
-    metadata = MetadataCatalog.get(name)
-    if cfg.MODEL.KEYPOINT_ON and not summary.keypoints:
-        raise UserError(f"MODEL.KEYPOINT_ON is True, but no object of {name} has keypoints: set it to False")
-    if cfg.MODEL.KEYPOINT_ON and not (metadata.get("keypoint_names") and metadata.get("keypoint_flip_map") is not None):
-        raise UserError(
-            f"MODEL.KEYPOINT_ON is True, but the metadata of {name} have no keypoint_names and keypoint_flip_map, "
-            "which Detectron2 needs: set them by MetadataCatalog, or MODEL.KEYPOINT_ON to False"
-        )
-
-
 def check_output_folder(cfg: CfgNode, resume: bool) -> None:
     """A new run gets a folder without another run's files; a resumed one the folder of the same run."""
+    if not cfg.OUTPUT_DIR:
+        raise UserError("OUTPUT_DIR is empty: give the folder that the run is to write to")
     folder = Path(cfg.OUTPUT_DIR)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"OUTPUT_DIR {folder} is a file, not a folder")
@@ -189,43 +148,6 @@ def _check_same_run(cfg: CfgNode, saved: Path) -> None:
             f"OUTPUT_DIR {saved.parent} holds a run with {schedule_from_config(old)}, this one has "
             f"{schedule_from_config(cfg)}: resume with the same schedule or give another OUTPUT_DIR"
         )
-
-
-def _check_device(cfg: CfgNode, num_gpus: int) -> None:
-    if num_gpus < 1:
-        raise UserError(f"--num-gpus must be at least 1, got {num_gpus}")
-    device = str(cfg.MODEL.DEVICE)
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise UserError(f"MODEL.DEVICE {device!r} is not a device: use cuda or cpu") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"MODEL.DEVICE is {device!r} but torch sees no GPU: add MODEL.DEVICE cpu to the command line")
-    if kind == "cuda" and num_gpus > torch.cuda.device_count():
-        raise UserError(f"--num-gpus {num_gpus}, but torch sees {torch.cuda.device_count()} GPU(s)")
-    if cfg.SOLVER.AMP.ENABLED and kind != "cuda":
-        raise UserError(f"SOLVER.AMP.ENABLED needs a GPU in Detectron2, MODEL.DEVICE is {device!r}: set it to False")
-
-
-def _scaled(cfg: CfgNode, world_size: int) -> CfgNode:
-    """The config as it trains."""
-    reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
-    if reference and cfg.SOLVER.IMS_PER_BATCH % reference:
-        raise UserError(
-            f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} must be a multiple of SOLVER.REFERENCE_WORLD_SIZE "
-            f"{reference}"
-        )
-    return scale_to_world(cfg, world_size)
-
-
-def _check_solver(cfg: CfgNode, num_gpus: int) -> None:
-    """Of the config as it trains, scaled to the number of processes."""
-    solver = cfg.SOLVER
-    for key in ("MAX_ITER", "IMS_PER_BATCH", "CHECKPOINT_PERIOD"):
-        if getattr(solver, key) < 1:
-            raise UserError(f"SOLVER.{key} must be at least 1, got {getattr(solver, key)}")
-    if solver.IMS_PER_BATCH % num_gpus:  # several machines: ``world.check_processes``
-        raise UserError(f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} must be a multiple of --num-gpus {num_gpus}")
 
 
 def _model_of_shapes(cfg: CfgNode, build: Callable[[], nn.Module] | None) -> nn.Module:
@@ -273,17 +195,8 @@ def _check_weights(cfg: CfgNode, model: nn.Module, resume: bool, eval_only: bool
 def _local(weights: str) -> str:
     """The local file of MODEL.WEIGHTS, with its query (?matching_heuristics=True)."""
     url = urlparse(weights)
-    try:
-        local = PathManager.get_local_path(url._replace(query="").geturl())
-        found = os.path.isfile(local)
-        reason = "it is not a file"
-    except Exception as error:  # whatever a download handler raises, the user needs the same line
-        found, reason = False, " ".join(str(error).split())
-    if not found:
-        raise UserError(
-            f"MODEL.WEIGHTS {weights!r} cannot be read ({reason}): give the path of a local file, or MODEL.WEIGHTS '' "
-            "to train from random weights"
-        )
+    file = url._replace(query="").geturl()
+    local = local_file(file, "MODEL.WEIGHTS", ", or MODEL.WEIGHTS '' to train from random weights")
     if url.query not in ("", "matching_heuristics=True"):
         raise UserError(f"MODEL.WEIGHTS {weights!r}: after the file's name only ?matching_heuristics=True is known")
     return f"{local}?{url.query}" if url.query else local

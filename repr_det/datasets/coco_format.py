@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from repr_det.datasets.image_files import MAX_HEADERS, check_image_files
+from repr_det.datasets.masks import is_polygon, is_segmentation, mask_gap
 from repr_det.method.errors import UserError
 
 MANY_BEYOND = 0.1  # share of boxes that reach beyond their image from which on it looks like a mistake
@@ -28,8 +29,9 @@ class CocoSummary:
         category_ids: of each class the (lowest) category id.
         evaluation_gap: why COCO evaluation would fail where training would not.
         aliases: (category id, lowest id of the same name), for the names that several ids have.
-        mask_gap: why masks cannot be trained where boxes can.
-        crowds: crowd regions among the boxes.
+        mask_gap: why masks cannot be trained or evaluated where boxes can.
+        keypoint_gap: why keypoints cannot be evaluated.
+        crowds, crowd_masks: crowd regions among the boxes, and how many of these have a segmentation.
         masks, rle_masks, keypoints: objects, crowd regions aside, that have a segmentation, one in RLE, keypoints.
     """
 
@@ -40,7 +42,9 @@ class CocoSummary:
     evaluation_gap: str | None = None
     aliases: tuple[tuple[int, int], ...] = ()
     mask_gap: str | None = None
+    keypoint_gap: str | None = None
     crowds: int = 0
+    crowd_masks: int = 0
     masks: int = 0
     rle_masks: int = 0
     keypoints: int = 0
@@ -99,6 +103,7 @@ def check_coco_format(
     for other, lowest in aliases:
         warn(f"categories {lowest} and {other} are both '{classes[other]}': taken for one class")
     single = [a for a in content["annotations"] if not a.get("iscrowd", 0)]
+    crowds = [a for a in content["annotations"] if a.get("iscrowd", 0)]
     return CocoSummary(
         num_images=len(sizes),
         num_boxes=len(content["annotations"]),
@@ -106,8 +111,10 @@ def check_coco_format(
         category_ids=tuple(first.values()),
         evaluation_gap=gap,
         aliases=aliases,
-        mask_gap=next(filter(None, (_mask_gap(a, sizes[a["image_id"]]) for a in single)), None),
-        crowds=len(content["annotations"]) - len(single),
+        mask_gap=next(filter(None, (_mask_gap(a, sizes[a["image_id"]]) for a in content["annotations"])), None),
+        keypoint_gap=next(filter(None, map(_keypoint_gap, content["annotations"])), None),
+        crowds=len(crowds),
+        crowd_masks=sum(bool(a.get("segmentation")) for a in crowds),
         masks=sum(bool(a.get("segmentation")) for a in single),
         rle_masks=sum(isinstance(a.get("segmentation"), dict) for a in single),
         keypoints=sum(bool(a.get("keypoints")) for a in single),
@@ -258,9 +265,12 @@ def _check_annotations(
         if annotation.get("ignore", 0) != 0:
             fail(f"{label} has 'ignore' set, which Detectron2 does not support: remove it or set iscrowd to 1")
         segmentation = annotation.get("segmentation")
-        if not _is_segmentation(segmentation):
-            fail(f"{label} must have a segmentation of polygons [[x, y, ...], ...] or RLE, or none")
-        if segmentation and isinstance(segmentation, list) and not any(map(_is_polygon, segmentation)):
+        if not is_segmentation(segmentation):
+            fail(
+                f"{label} must have a segmentation of polygons [[x, y, ...], ...] or RLE (size [height, width], counts "
+                f"a list of lengths or a string), or none; got {str(segmentation)[:60]}"
+            )
+        if segmentation and isinstance(segmentation, list) and not any(map(is_polygon, segmentation)):
             lost.append(
                 f"{label} has a segmentation without a polygon of 3 points or more ({str(segmentation)[:60]}), and "
                 "Detectron2 leaves such an object out, box and all, also with masks off: mend or remove it"
@@ -293,25 +303,12 @@ def _check_annotations(
     return None
 
 
-def _is_segmentation(value: object) -> bool:
-    if isinstance(value, dict):
-        return {"counts", "size"} <= value.keys()
-    return not value or (isinstance(value, list) and all(isinstance(polygon, list) for polygon in value))
-
-
 def _mask_gap(annotation: dict, size: tuple[int, int]) -> str | None:
-    """Why its segmentation is no mask, where boxes can be trained all the same; ``size`` is (width, height)."""
-    value = annotation.get("segmentation") or []
-    label = f"annotation {annotation['id']}"
-    if isinstance(value, dict):
-        wanted = [size[1], size[0]]
-        if value["size"] == wanted:
-            return None
-        return f"{label} has RLE that must have the size [height, width] of its image, {wanted}, got {value['size']!r}"
-    wrong = (number for polygon in value for number in polygon if not _is_number(number))
-    return next((f"{label} has a polygon with the coordinate {number!r}" for number in wrong), None)
+    gap = mask_gap(annotation.get("segmentation") or [], size)
+    return gap and f"annotation {annotation['id']} has {gap}"
 
 
-def _is_polygon(value: list) -> bool:
-    """Which polygons Detectron2 keeps."""
-    return len(value) >= 6 and len(value) % 2 == 0
+def _keypoint_gap(annotation: dict) -> str | None:
+    """What COCO evaluation of keypoints asks of every annotation, crowd regions too."""
+    missing = [key for key in ("keypoints", "num_keypoints") if key not in annotation]
+    return f"annotation {annotation['id']} has no '{missing[0]}', which COCO evaluation needs" if missing else None

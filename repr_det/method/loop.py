@@ -92,7 +92,7 @@ class RePr:
         if loader is not None and loss is not None:
             passes = passes_over(model, loader, loss, options.get("seed", 0))
         self.scheme = RePrScheme(
-            find_filter_layers(model, list(layers), list(exclude), norms, sample),
+            find_filter_layers(model, layers, exclude, norms, sample),
             optimizer,
             readers=readers(model),
             passes=passes,

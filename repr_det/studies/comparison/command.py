@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -44,7 +45,7 @@ def argument_parser() -> argparse.ArgumentParser:
     """See _DESCRIPTION."""
     parser = argparse.ArgumentParser(description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-file", default="", help="config of the RePr arm")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[], metavar="SEED")
+    parser.add_argument("--seeds", nargs="+", default=[], metavar="SEED")
     parser.add_argument("--baseline-runs", type=Path, nargs="+", default=[], metavar="DIR", help="finished folders")
     parser.add_argument("--repr-runs", type=Path, nargs="+", default=[], metavar="DIR", help="finished folders")
     parser.add_argument(
@@ -64,13 +65,29 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The arguments; argparse cannot tell the seeds from KEY VALUE pairs behind them.
+
+    Raises:
+        UserError: a seed is not an integer.
+    """
+    args = argument_parser().parse_args(argv)
+    words = args.seeds
+    number = next((i for i, word in enumerate(words) if not re.fullmatch(r"-?\d+", word)), len(words))
+    args.seeds, behind = [int(word) for word in words[:number]], words[number:]
+    if behind and (not args.seeds or len(behind) % 2):
+        raise UserError(f"--seeds must be integers, and KEY VALUE pairs may follow; got {' '.join(words)}")
+    args.opts = behind + (args.opts[1:] if args.opts[:1] == ["--"] else args.opts)
+    return args
+
+
 def main(argv: list[str] | None = None) -> None:
     """Runs the command.
 
     Raises:
         UserError, RunFailed: see ``runner.run_comparison_tool``.
     """
-    args = argument_parser().parse_args(argv)
+    args = parse(argv)
     refuse_torchrun("compare.py")
     _check_arguments(args)
     if args.report_only:
