@@ -115,12 +115,12 @@ def test_training_sets_may_number_and_list_otherwise(folder, catalogs):
 def test_what_cannot_be_mapped_names_both_lists(folder, catalogs):
     register(folder, t={1: "cell", 2: "plate"}, v=CLASSES, w={3: "plate", 4: "cells"})
     for test, wanted in (
-        ("v", "v has the classes cell, plate, drop, which .* to those of t, cell, plate: drop is missing there"),
-        ("w", "w has the classes plate, cells, which cannot be mapped by name to those of t, cell, plate: cells is "),
+        ("v", "v has the classes cell, plate, drop, which .* to those of t, cell, plate: 'drop' is missing there"),
+        ("w", "w has the classes plate, cells, which cannot be mapped by name to those of t, cell, plate: 'cells' is "),
     ):
         with pytest.raises(UserError, match=wanted):
             datasets.agree_on_classes(("t",), (test,))
-    with pytest.raises(UserError, match=r"data set w has .* to those of the checkpoint, cell, plate: cells is missing"):
+    with pytest.raises(UserError, match=r"data set w has .* to those of the checkpoint, cell, plate: 'cells' is missing"):
         datasets.agree_on_classes((), ("w",), ("cell", "plate"))
 
 

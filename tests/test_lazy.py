@@ -191,7 +191,23 @@ def test_command_line(small_config, tmp_path):
         (["--config-file", "{small}", "DROP_RATIO", "0.2"], "overrides must be path.key=value"),
         (["--config-file", "{small}", "train.max_iter=soon"], "train.max_iter must be an integer, got 'soon'"),
         (["--config-file", "{small}", "train.init_checkpoint=gone.pth"], "'gone.pth' cannot be read"),
-        (["--config-file", "{small}", "model.roi_heads.num_classes=7"], "has 2 classes"),
+        (["--config-file", "{small}", "model.roi_heads.num_classes=7"], "model.roi_heads.num_classes is 7, but tiny_t"),
+        (
+            ["--config-file", "{small}", "dataloader.train.total_batch_size=0"],
+            "dataloader.train.total_batch_size must be",
+        ),
+        (
+            ["--config-file", "{small}", "train.amp.enabled=True"],
+            "train.amp.enabled needs a GPU in Detectron2, train.dev",
+        ),
+        (
+            ["--config-file", "{small}", "train.checkpointer.period=0"],
+            "train.checkpointer.period must be at least 1, got 0",
+        ),
+        (
+            ["--config-file", "{small}", "dataloader.evaluator.dataset_name=vv"],
+            "dataloader.evaluator.dataset_name must be that of dataloader.test (",
+        ),
         (["--config-file", "{broken}"], "broken.py: NameError: name 'models' is not defined"),
         (["--config-file", "{empty}"], "empty.py lacks model: define model, dataloader"),
     ],

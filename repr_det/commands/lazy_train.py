@@ -15,7 +15,15 @@ from repr_det.commands.overrides import refuse_unknown_keys
 from repr_det.commands.processes import launch_processes, may_continue, setup_process
 from repr_det.commands.shipped import config_path
 from repr_det.commands.world import check_processes
-from repr_det.detectron.lazy import NUM_CLASSES, LazyTrainer, data_set_names, evaluate, repr_cfg_from_lazy
+from repr_det.detectron.lazy import (
+    NUM_CLASSES,
+    LazyTrainer,
+    check_evaluator,
+    data_set_names,
+    evaluate,
+    naming_lazy_keys,
+    repr_cfg_from_lazy,
+)
 from repr_det.detectron.trackers import check_wandb, tracked
 from repr_det.method.errors import UserError
 from repr_det.runs.checkpoints import AtomicCheckpointer
@@ -106,7 +114,9 @@ def start(argv: list[str] | None = None) -> None:
     check_wandb(args.wandb)
     cfg = config_of(args)
     yacs = repr_cfg_from_lazy(cfg)
-    world = check_processes(args, yacs, {"model": cfg.model})
-    args.resume = may_continue(args, yacs.OUTPUT_DIR)
-    check_run(yacs, args.resume, args.eval_only, world.local_size, world.size, lambda: instantiate(cfg.model))
+    with naming_lazy_keys():
+        world = check_processes(args, yacs, {"model": cfg.model})
+        args.resume = may_continue(args, yacs.OUTPUT_DIR)
+        check_run(yacs, args.resume, args.eval_only, world.local_size, world.size, lambda: instantiate(cfg.model))
+    check_evaluator(cfg)
     launch_processes(main, args, yacs.MODEL.DEVICE)

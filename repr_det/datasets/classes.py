@@ -40,7 +40,7 @@ def agree_on_classes(
         if not set(classes) <= set(reference):
             raise UserError(
                 f"data set {name} has the classes {listed(classes, 20)}, which cannot be mapped by name to {source}, "
-                f"{listed(reference, 20)}: {listed(c for c in classes if c not in reference)} is missing there"
+                f"{listed(reference, 20)}: {listed(repr(c) for c in classes if c not in reference)} is missing there"
             )
         metadata = MetadataCatalog.get(name)
         if metadata.get("own_classes"):

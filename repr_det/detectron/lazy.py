@@ -1,7 +1,9 @@
 """The LazyConfig route: what RePrHook needs from a LazyConfig with a node ``repr``, and a Trainer for such a config."""
 
+import contextlib
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -77,6 +79,42 @@ NUM_CLASSES = {
     "model.num_classes": "MODEL.RETINANET.NUM_CLASSES",
     "model.roi_heads.num_classes": "MODEL.ROI_HEADS.NUM_CLASSES",
 }
+_KEYS = NUM_CLASSES | {
+    "train.max_iter": "SOLVER.MAX_ITER",
+    "dataloader.train.total_batch_size": "SOLVER.IMS_PER_BATCH",
+    "train.amp.enabled": "SOLVER.AMP.ENABLED",
+    "train.checkpointer.period": "SOLVER.CHECKPOINT_PERIOD",
+    "train.output_dir": "OUTPUT_DIR",
+    "train.device": "MODEL.DEVICE",
+    "train.init_checkpoint": "MODEL.WEIGHTS",
+    "dataloader.train.dataset.names": "DATASETS.TRAIN",
+    "dataloader.test.dataset.names": "DATASETS.TEST",
+    "dataloader.train.mapper.use_instance_mask": "MODEL.MASK_ON",
+    "dataloader.train.mapper.use_keypoint": "MODEL.KEYPOINT_ON",
+    "dataloader.train.mapper.instance_mask_format": "INPUT.MASK_FORMAT",
+}
+
+
+@contextlib.contextmanager
+def naming_lazy_keys() -> Iterator[None]:
+    """A UserError names the keys of a LazyConfig, not those of a yaml config that ``repr_cfg_from_lazy`` stands for."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error)
+        for key, own in _KEYS.items():
+            text = re.sub(rf"(?<![\w.]){re.escape(own)}(?![\w.]*\w)", key, text)
+        raise UserError(text) from error
+
+
+def check_evaluator(cfg: DictConfig) -> None:
+    """Raises UserError where ``dataloader.evaluator`` is of a data set that is not loaded."""
+    name = OmegaConf.select(cfg, "dataloader.evaluator.dataset_name", default=None)
+    loaded = data_set_names(OmegaConf.select(cfg, "dataloader.test.dataset.names", default=()))
+    if name is not None and name not in loaded:
+        raise UserError(
+            f"dataloader.evaluator.dataset_name must be that of dataloader.test ({', '.join(loaded)}), got {name!r}"
+        )
 
 
 class LazyTrainer(Trainer):
