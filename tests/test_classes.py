@@ -120,7 +120,9 @@ def test_what_cannot_be_mapped_names_both_lists(folder, catalogs):
     ):
         with pytest.raises(UserError, match=wanted):
             datasets.agree_on_classes(("t",), (test,))
-    with pytest.raises(UserError, match=r"data set w has .* to those of the checkpoint, cell, plate: 'cells' is missing"):
+    with pytest.raises(
+        UserError, match=r"data set w has .* to those of the checkpoint, cell, plate: 'cells' is missing"
+    ):
         datasets.agree_on_classes((), ("w",), ("cell", "plate"))
 
 

@@ -19,9 +19,9 @@ _NEW_PARTS = (
 )
 MEASURED = (
     "In runs of 800 iterations on two small data sets that lost 8 and 17 AP against the same runs without RePr, in "
-    "runs of 2,400 it lost 1 and 8, and no form of it gained (docs/method.md): take repr_r50_fpn_redundant.yaml, which "
-    "lost nothing there that seven seeds could tell, train the baseline beside it (repr-det compare), or set "
-    "REPR.ENABLED False"
+    "runs of 2,400 it lost 1 (and collapsed on one seed of five) and 8, and no form of it gained (docs/method.md): "
+    "take repr_r50_fpn_redundant.yaml, which lost nothing there that seven seeds could tell, train the baseline beside "
+    "it (repr-det compare), or set REPR.ENABLED False"
 )
 
 
