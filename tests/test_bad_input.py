@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from detectron2 import model_zoo
+from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 
 from repr_det import UserError
@@ -122,6 +124,13 @@ def test_numbers_of_processes(tiny_cfg):
         ("MODEL:\n", "MODEL is empty: give keys below it, or leave it out"),
         ("REPR:\n", "REPR is empty"),
         ("SEED: !!python/object/apply:os.system ['touch executed']\n", "not valid YAML: could not determine a"),
+        (
+            'SEED: !!python/object/apply:eval [\'open("executed", "w")\']\n',
+            '\'open("executed", "w")\' is not arithmetic',
+        ),
+        ("SEED: !!python/object/apply:eval ['().__class__']\n", "'().__class__' is not arithmetic"),
+        ("SEED: !!python/object/apply:eval ['(']\n", "'(' is not arithmetic"),
+        ("SEED: !!python/object/apply:eval 3\n", "not valid YAML"),
         ("\x00\x01", ""),
     ],
 )
@@ -134,6 +143,15 @@ def test_config_files(tmp_path, monkeypatch, text, fragment):
         build_config(str(path), [])
     assert fragment in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("name", ["retinanet_R_50_FPN_1x", "faster_rcnn_R_50_FPN_1x"])
+def test_config_files_of_detectron2_are_read_as_it_reads_them(name):
+    path = model_zoo.get_config_file(f"COCO-Detection/{name}.yaml")
+    stock, ours = get_cfg(), build_config(path, ["MODEL.DEVICE", "cpu"])
+    stock.merge_from_file(path)
+    assert ours.MODEL.ANCHOR_GENERATOR == stock.MODEL.ANCHOR_GENERATOR
+    assert ours.DATASETS == stock.DATASETS and ours.SOLVER == stock.SOLVER
 
 
 def test_the_home_folder_in_output_dir(monkeypatch, tmp_path):

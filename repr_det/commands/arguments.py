@@ -3,12 +3,12 @@
 import argparse
 import os
 
-import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_argument_parser
 
+from repr_det.commands.config_files import merge_config_file
 from repr_det.commands.data import classes_of_run, register_data
-from repr_det.commands.shipped import CONFIGS, config_path
+from repr_det.commands.shipped import config_path
 from repr_det.commands.world import add_process_arguments
 from repr_det.detectron.config import add_repr_config, as_user_error
 from repr_det.method.errors import UserError
@@ -68,9 +68,7 @@ def build_config(
     config_file = config_path(config_file)
     if len(opts) % 2:
         raise UserError(f"options after the flags must be KEY VALUE pairs, got {len(opts)} words: {' '.join(opts)}")
-    check_config_file(config_file, cfg)
-    with as_user_error(config_file):
-        cfg.merge_from_file(config_file, allow_unsafe=False)
+    merge_config_file(cfg, config_file)
     with as_user_error("command line"):
         cfg.merge_from_list(opts)
     given = set(opts[::2])
@@ -89,40 +87,6 @@ def build_config(
                 cfg.merge_from_list([key, len(classes)])
     cfg.freeze()
     return cfg
-
-
-def check_config_file(file: str, cfg: CfgNode, before: tuple[str, ...] = ()) -> None:
-    """A yaml file, and those that it builds on, are mappings of keys.
-
-    Args:
-        cfg: the config with its defaults.
-        before: the files that build on this one.
-
-    Raises:
-        UserError: naming the file, and what is wrong with it.
-    """
-    with as_user_error(file), open(file, encoding="utf-8") as stream:
-        content = yaml.safe_load(stream)
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        found = "nothing" if content is None else str(content)[:40]
-        raise UserError(f"{file}: must hold config keys with their values (MODEL: ...), got {found}")
-    for key, value in content.items():
-        if value is None and isinstance(cfg.get(key), CfgNode):
-            raise UserError(f"{file}: {key} is empty: give keys below it, or leave it out")
-    bases = content.get("_BASE_", [])
-    for base in bases if isinstance(bases, list) else [bases]:
-        if not isinstance(base, str) or not base:
-            raise UserError(f"{file}: _BASE_ must be the name of a config file, got {base!r}")
-        if base.startswith(("http://", "https://")):
-            continue
-        path = os.path.join(os.path.dirname(file), os.path.expanduser(base))
-        if not os.path.isfile(path):
-            shipped = CONFIGS / base
-            hint = f"; the one of this name that comes with repr_det is {shipped}" if shipped.is_file() else ""
-            raise UserError(f"{file}: _BASE_ {base!r} is not a file: it is looked for as {path}{hint}")
-        if os.path.realpath(path) in map(os.path.realpath, (*before, file)):
-            raise UserError(f"{file}: _BASE_ {base!r} builds on this file again")
-        check_config_file(path, cfg, (*before, file))
 
 
 def folder_of_checkpoint(output_dir: str, weights: str, resume: bool) -> str:
