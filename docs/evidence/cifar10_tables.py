@@ -22,7 +22,7 @@ from cifar.report import tail
 
 RUNS = Path(__file__).with_name("cifar10.jsonl")
 SEEDS = range(20)
-MEDIUM = "--train-images 10000"
+WHOLE = {"plain SGD (bf16): ": "--optimizer sgd --lr 0.01 --bf16", "SGD with momentum: ": ""}
 SMALL = "--train-images 5000 --epochs 60"
 SHORT = "--train-images 25000 --epochs 12 --s1 13 --s2 7"
 TABLE_1 = ["random", "weight_norm", "ortho", "taylor", "hessian", "apoz", "gradient", "mean_activation"]
@@ -54,7 +54,6 @@ BY_ITSELF = {
         "--warm-images 5000 --warm-epochs 60", ["ortho", "redundant"],
     ),
 }  # fmt: skip
-OF_BOTH = ("{final:.1f}", "{best:.1f} (epoch {best_epoch})", "{train:.1f}")  # of a record
 
 Record = dict[str, Any]
 Arm = dict[int, Record]  # seed -> record
@@ -84,33 +83,28 @@ def versus(standard: Arm, other: Arm, value: Value) -> str:
     return "" if other is standard else interval(paired(*of_seeds))
 
 
+def whole(study: Study) -> str:
+    """All 50,000 images: mean of the last five epochs."""
+    return _by_seed(study, "all 50,000 images", WHOLE)
+
+
 def medium(study: Study) -> str:
     """10,000 images: every criterion, mean of the last five epochs."""
-    arms = {row: study.arm(row, MEDIUM) for row in ["standard", *TABLE_1]}
-    lines = []
-    for row, arm in arms.items():
-        by_seed = [f"{tail(arm[seed]):.1f}" if seed in arm else "" for seed in range(3)]
-        others = [spread(map(last, arm.values())), spread(map(best, arm.values()))]
-        lines.append([_row(row), *by_seed, *others, versus(arms["standard"], arm, tail)])
-    head = ["10,000 images", "seed 0", "seed 1", "seed 2", "last epoch", "best epoch", "RePr - standard (95 % CI)"]
-    return markdown(head, lines)
+    return _by_seed(study, "10,000 images", {"": "--train-images 10000"})
 
 
-def whole(study: Study) -> str:
-    """All 50,000 images, seed by seed, mean of the last five epochs."""
+def _by_seed(study: Study, head: str, settings: dict[str, str]) -> str:
     lines = []
-    for told, options in {"SGD with momentum": "", "plain SGD (bf16)": "--optimizer sgd --lr 0.01 --bf16"}.items():
-        standard = study.arm("standard", options)
-        for row in TABLE_1:
-            arm = study.arm(row, options)
-            for seed in sorted(set(standard) & set(arm)):
-                pair = standard[seed], arm[seed]
-                ends = [tail(record) for record in pair]
-                values = [*(f"{end:.1f}" for end in ends), f"{ends[1] - ends[0]:+.1f}"]
-                both = [", ".join(map(form.format_map, pair)) for form in OF_BOTH]
-                lines.append([told, _row(row), str(seed), *values, *both])
-    head = ["all 50,000 images", "form", "seed", "standard", "RePr", "difference", "last epoch", "best epoch"]
-    return markdown([*head, "training accuracy"], lines)
+    for told, options in settings.items():
+        arms = {row: study.arm(row, options) for row in ["standard", *TABLE_1]}
+        for row, arm in arms.items():
+            if arm:
+                tests = [f"{tail(arm[seed]):.1f}" if seed in arm else "" for seed in range(3)]
+                others = [spread(map(last, arm.values())), spread(map(best, arm.values())), _fit(arm)]
+                lines.append([told + _row(row), *tests, *others, versus(arms["standard"], arm, tail)])
+    seeds = [f"seed {seed}" for seed in range(3)]
+    ends = ["last epoch", "best epoch", "training accuracy", "RePr - standard (95 % CI)"]
+    return markdown([head, *seeds, *ends], lines)
 
 
 def ablations(study: Study) -> str:
