@@ -350,7 +350,7 @@ def test_evaluation_follows_the_classes_of_the_checkpoint(folder, catalogs, tmp_
     checks.check_datasets(cfg, eval_only=True)
     assert datasets.class_names("v") == ("cell", "drop", "plate")
     with pytest.raises(
-        UserError, match=r"data set v has .* to those of the checkpoint, cell, plates: plate is missing"
+        UserError, match=r"data set v has .* to those of the checkpoint, cell, plates: 'plate' is missing"
     ):
         (tmp_path / DATA_FILE).write_text(json.dumps({"t": {"classes": ["cell", "plates"]}}))
         config(register, "MODEL.WEIGHTS", str(tmp_path / "model_final.pth"), eval_only=True)
