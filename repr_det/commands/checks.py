@@ -14,6 +14,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import GeneralizedRCNN, build_model
 from torch import nn
 
+from repr_det.commands.config_files import merge_config_file
 from repr_det.commands.data import check_same_classes
 from repr_det.commands.data_checks import check_datasets, local_file
 from repr_det.commands.key_checks import (
@@ -134,8 +135,7 @@ def _check_same_run(cfg: CfgNode, saved: Path) -> None:
     old = get_cfg()
     add_repr_config(old)
     try:
-        with as_user_error(str(saved)):
-            old.merge_from_file(str(saved))
+        merge_config_file(old, str(saved))
     except UserError:
         return  # cut short by a crash; the checkpoint itself knows its schedule
     if old.REPR.ENABLED != cfg.REPR.ENABLED:

@@ -16,6 +16,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
+from repr_det.commands.config_files import merge_config_file
 from repr_det.detectron.config import add_repr_config
 from repr_det.detectron.hook import RePrHook
 from repr_det.method.errors import UserError
@@ -102,7 +103,7 @@ def _read_config(config_file: str) -> CfgNode:
         raise UserError(f"--config-file {config_file!r} is not a file")
     cfg = get_cfg()
     add_repr_config(cfg)
-    cfg.merge_from_file(config_file)
+    merge_config_file(cfg, config_file)
     return cfg
 
 
