@@ -62,11 +62,11 @@ def local_file(path: str, key: str, otherwise: str = "") -> str:
     return local
 
 
-def _check_masks(name: str, summary: CocoSummary, lacking: int, of: str) -> None:
+def _check_masks(name: str, summary: CocoSummary, lacking: int, objects: int) -> None:
     if lacking:
         raise UserError(
-            f"MODEL.MASK_ON is True, but {lacking} of {of} in {name} lack a segmentation: set it to False, or give "
-            "every object one"
+            f"MODEL.MASK_ON is True, but {lacking} of {objects} objects in {name} lack a segmentation: set it to "
+            "False, or give every object one"
         )
     if summary.mask_gap:
         raise UserError(f"MODEL.MASK_ON is True, but in {name} {summary.mask_gap}: mend it, or set MASK_ON to False")
@@ -78,7 +78,7 @@ def _check_truth(cfg: CfgNode, name: str, summary: CocoSummary | None) -> None:
         return
     if cfg.MODEL.MASK_ON:
         lacking = summary.num_boxes - summary.masks - summary.crowd_masks
-        _check_masks(name, summary, lacking, f"{summary.num_boxes} objects")
+        _check_masks(name, summary, lacking, summary.num_boxes)
     if cfg.MODEL.KEYPOINT_ON and summary.keypoint_gap:
         raise UserError(f"MODEL.KEYPOINT_ON is True, but in {name} {summary.keypoint_gap}: mend it, or set it to False")
 
@@ -98,7 +98,7 @@ def _check_targets(cfg: CfgNode, name: str, summary: CocoSummary | None) -> None
         )
     objects = summary.num_boxes - summary.crowds
     if cfg.MODEL.MASK_ON:
-        _check_masks(name, summary, objects - summary.masks, f"{objects} objects")
+        _check_masks(name, summary, objects - summary.masks, objects)
     if cfg.MODEL.MASK_ON and summary.rle_masks and cfg.INPUT.MASK_FORMAT == "polygon":
         raise UserError(
             f"INPUT.MASK_FORMAT is 'polygon', but {summary.rle_masks} of {objects} objects of {name} have RLE masks: "

@@ -8,7 +8,6 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 from detectron2.config import CfgNode
 from detectron2.data import MapDataset, build_detection_train_loader
 from detectron2.data.samplers import TrainingSampler
@@ -27,7 +26,7 @@ from repr_det.method.criteria import CRITERIA
 from repr_det.method.errors import UserError
 from repr_det.method.holding import Transition
 from repr_det.method.layers import find_filter_layers
-from repr_det.method.optimizers import around_step
+from repr_det.method.optimizers import scale_rates
 from repr_det.method.passes import TrainingPasses, preserved_random_state
 from repr_det.method.scheme import RePrScheme
 from repr_det.method.selection import drop_total
@@ -88,7 +87,7 @@ class RePrHook(HookBase):
             self.scheme = self._build_scheme()
             self._try_passes()
             if self.warm_up_iters:
-                around_step(self.scheme.optimizer, self._warm_up, self._end_warm_up)
+                scale_rates(self.scheme.optimizer, self._share_of_rate)
         if self._loaded is not None:
             self.scheme.load_state_dict(self._loaded["scheme"])
             self._loaded = None
@@ -200,24 +199,12 @@ class RePrHook(HookBase):
                 )
         self._loaded = state
 
-    # Around the optimizer's step alone, so that learning-rate schedules, logs and checkpoints do not see it.
-    def _warm_up(self) -> None:
-        share = 1.0
-        if self.scheme.num_returned:
-            last = max(i for i in self.schedule.restore_iters if i < self.trainer.iter)
-            share = min(1.0, (self.trainer.iter - last) / (self.warm_up_iters + 1))
-        groups = self.scheme.optimizer.param_groups
-        # A rate that is a tensor stays the same one: what has been compiled or captured reads it.
-        self._rates = [rate.clone() if torch.is_tensor(rate := group["lr"]) else rate for group in groups]
-        for group in groups:
-            group["lr"] *= share
-
-    def _end_warm_up(self) -> None:
-        for group, rate in zip(self.scheme.optimizer.param_groups, self._rates, strict=True):
-            if torch.is_tensor(rate):
-                group["lr"].copy_(rate)
-            else:
-                group["lr"] = rate
+    def _share_of_rate(self) -> float:
+        """Of the learning rate, while it warms up anew after a restore."""
+        if not self.scheme.num_returned:
+            return 1.0
+        last = max(i for i in self.schedule.restore_iters if i < self.trainer.iter)
+        return min(1.0, (self.trainer.iter - last) / (self.warm_up_iters + 1))
 
     def _fingerprint(self) -> dict[str, Any]:
         """What must be the same when a run is resumed, by config key."""

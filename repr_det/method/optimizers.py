@@ -57,6 +57,30 @@ def around_step(
     optimizer.register_step_post_hook(unless_inside(after))
 
 
+def scale_rates(optimizer: Optimizer, share: Callable[[], float]) -> None:
+    """Every step of ``optimizer`` takes its learning rates times ``share()``, which is asked before each.
+
+    The rates are changed around the step alone: learning-rate schedules, logs and checkpoints do not see it.
+    """
+    rates: list[Any] = []
+
+    def scale() -> None:
+        factor = share()
+        # A rate that is a tensor stays the same one: what has been compiled or captured reads it.
+        rates[:] = [rate.clone() if torch.is_tensor(rate := group["lr"]) else rate for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group["lr"] *= factor
+
+    def put_back() -> None:
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            if torch.is_tensor(rate):
+                group["lr"].copy_(rate)
+            else:
+                group["lr"] = rate
+
+    around_step(optimizer, scale, put_back)
+
+
 def _is_inside(optimizer: Optimizer, step: FrameType) -> bool:
     """Whether torch's wrapper of a step has been called from that of another step of the same optimizer."""
     frame = step.f_back

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from detectron2.data import build_detection_train_loader
 
 from repr_det.commands.arguments import add_data_argument, build_config
-from repr_det.commands.checks import check_datasets
+from repr_det.commands.data_checks import check_datasets
 from repr_det.detectron.hook import training_passes
 from repr_det.method.errors import UserError
 from repr_det.studies.analysis import NOT_FILTERS, analyze, layers_by_pattern, model_by_config, read_checkpoint

@@ -17,8 +17,8 @@ from detectron2.evaluation.evaluator import inference_context
 from detectron2.modeling import build_model
 from pycocotools.coco import COCO
 
-from repr_det.commands.checks import check_datasets
 from repr_det.commands.data import classes_of_run
+from repr_det.commands.data_checks import check_datasets
 from repr_det.datasets import check_registered, merge_aliases
 from repr_det.detectron.config import add_repr_config
 from repr_det.method.errors import UserError
