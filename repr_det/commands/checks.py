@@ -26,8 +26,14 @@ from repr_det.commands.key_checks import (
     scaled_config,
 )
 from repr_det.datasets import class_names
-from repr_det.detectron.config import add_repr_config, as_user_error, schedule_from_config, validate_repr_config
-from repr_det.method.criteria import get_criterion
+from repr_det.detectron.config import (
+    add_repr_config,
+    as_user_error,
+    naming_keys,
+    options_of_config,
+    schedule_from_config,
+    validate_repr_config,
+)
 from repr_det.method.errors import UserError
 from repr_det.method.layers import find_filter_layers
 from repr_det.method.selection import check_capacity
@@ -95,12 +101,12 @@ def _check_augmentation(cfg: CfgNode, model: nn.Module) -> None:
 
 
 def check_layers(cfg: CfgNode, model: nn.Module) -> None:
-    """REPR.LAYERS matches trainable convs that RePr can handle, few enough for REPR.CRITERION, and the caps leave room
-    for REPR.DROP_RATIO."""
-    layers = find_filter_layers(model, cfg.REPR.LAYERS.INCLUDE, cfg.REPR.LAYERS.EXCLUDE)
-    sizes = {layer.name: layer.num_filters for layer in layers}
-    check_capacity(sizes, cfg.REPR.DROP_RATIO, cfg.REPR.MAX_DROP_PER_LAYER)
-    get_criterion(cfg.REPR.CRITERION, sum(sizes.values()))
+    """REPR.LAYERS matches trainable convs, and the caps leave room for REPR.DROP_RATIO."""
+    options = options_of_config(cfg)
+    with naming_keys():
+        layers = find_filter_layers(model, options.layers, options.exclude)
+        sizes = {layer.name: layer.num_filters for layer in layers}
+        check_capacity(sizes, options.drop_ratio, options.max_drop_per_layer)
 
 
 def check_output_folder(cfg: CfgNode, resume: bool) -> None:

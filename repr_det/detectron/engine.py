@@ -78,7 +78,7 @@ class Trainer(DefaultTrainer):
     def build_hooks(self) -> list[HookBase]:
         """Detectron2's hooks, FiniteGuard, ExactResume, and RePrHook in its place."""
         cfg, built = self.cfg, [hook for hook in super().build_hooks() if hook is not None]
-        repr_hook = RePrHook(cfg) if "REPR" in cfg and cfg.REPR.ENABLED else None
+        repr_hook = self.build_repr_hook(cfg)
         transitions = () if repr_hook is None else (*repr_hook.schedule.drop_iters, *repr_hook.schedule.restore_iters)
 
         def weights_matter(iteration: int) -> bool:
@@ -102,6 +102,10 @@ class Trainer(DefaultTrainer):
         if repr_hook is not None:  # here, not only when it moves itself: its checks come before the others write
             built.insert(first_later_hook(built), repr_hook)
         return built
+
+    def build_repr_hook(self, cfg: CfgNode) -> RePrHook | None:
+        """None where the config has RePr off."""
+        return RePrHook(cfg) if "REPR" in cfg and cfg.REPR.ENABLED else None
 
     def resume_or_load(self, resume: bool = True) -> None:
         """As in Detectron2; a run that was trained beyond SOLVER.MAX_ITER is refused."""
