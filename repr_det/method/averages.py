@@ -41,8 +41,8 @@ class Averages:
                     _copy(module, modules[self._names[module]], rows)
 
     @torch.no_grad()
-    def copy_kernels(self, reader: nn.Conv2d, within: slice, channels: Tensor) -> None:
-        """Makes the kernels of some filters of a conv for some input channels those of the model."""
+    def copy_kernels(self, reader: nn.Module, within: slice, channels: Tensor) -> None:
+        """Makes the weights of some filters of a conv or linear layer for some inputs those of the model."""
         for average in self._models:
             weight = average.get_submodule(self._names[reader]).weight[within]
             there = channels.to(weight.device)

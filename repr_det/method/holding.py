@@ -104,7 +104,7 @@ class HeldFilters:
         rows = self.rows[name]
 
         def look(module: nn.Module, inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and torch.is_grad_enabled():
+            if isinstance(output, Tensor) and torch.is_grad_enabled() and not output.is_meta:
                 found = output.detach().index_select(-3, rows.to(output.device)).any()
                 before = self._leaks.get(name)
                 self._leaks[name] = found if before is None else before | found.to(before.device)

@@ -23,7 +23,7 @@ from repr_det.method.tracing import tensors_in
 # By the names that optimizers give their state. A filter that begins to train again begins with momentum 0 ...
 _MOMENTA = {
     *("momentum_buffer", "exp_avg", "grad_avg", "acc_delta", "exp_avg_diff", "neg_pre_grad", "previous_grad"),
-    *("pre_grad", "last_grad", "prev_grad", "prev", "velocity", "exp_avg_slow", "exp_avg_fast", "s"),
+    *("pre_grad", "last_grad", "prev_grad", "prev", "velocity", "exp_avg_slow", "exp_avg_fast", "s", "momentum"),
 }
 # ... with squared gradients and steps as those of the others ...
 _SCALES = {

@@ -6,6 +6,7 @@ has not run in it is proved when it first runs. The first pass of every sub-netw
 
 import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
@@ -23,7 +24,7 @@ _NOT_RUN = Verdict(reason="it has not run in a training pass", ran=False)
 
 
 class Participation:
-    """Watches training passes of ``model`` until all candidates are proved or refused.
+    """Watches training passes of ``model``, those of one step at a time, until all candidates are proved or refused.
 
     Args:
         model: not wrapped.
@@ -33,7 +34,7 @@ class Participation:
         verdicts: conv name -> what the passes so far have shown.
         traced: how many passes have been traced.
         trains: whether the model was in training mode in them.
-        news: whether a pass has shown something since this was last set to False.
+        news: whether a pass has been traced since ``hear``.
     """
 
     def __init__(self, model: nn.Module, candidates: Sequence[FilterLayer]) -> None:
@@ -50,7 +51,7 @@ class Participation:
         self.trace_next()
 
     def trace_next(self) -> None:
-        """Traces the next training pass."""
+        """Traces training passes from now on, until ``hear``."""
         if self._pass is not None:
             return
         self._forget_waiting()
@@ -58,6 +59,13 @@ class Participation:
         ancestors = {part for layer in self.candidates for part in _ancestors(layer.name)}
         outer = [module for name, module in self.modules.items() if name in ancestors]
         self._pass = TracedPass(watched, outer, self._look)
+
+    def hear(self) -> None:
+        """Traces no more, once a step has been seen, but for convs that have not run yet."""
+        self.news = False
+        self.close()
+        if self.traced < _MOST_PASSES:
+            self._wait_for_others()
 
     def close(self) -> None:
         """Watches no longer."""
@@ -109,22 +117,16 @@ class Participation:
     def _look(self, trace: Trace, left: set[int]) -> None:
         """After a traced pass."""
         norms = [name for name, module in self.modules.items() if is_norm(module)]
-        found = prove(trace, left, [layer.name for layer in self.candidates], norms)
-        for name, verdict in found.items():
+        for name, verdict in prove(trace, left, [layer.name for layer in self.candidates], norms).items():
             before = self.verdicts.get(name)
-            if before is None or not before.ran or (verdict.ran and verdict.reason):
-                self.verdicts[name] = verdict
+            self.verdicts[name] = verdict if before is None else _both(before, verdict)
         self._last = (trace, left, norms)
         self.trains = self.model.training
         self.traced += 1
         self.news = True
-        self._pass.remove()
-        self._pass = None
-        if self.traced < _MOST_PASSES:
-            self._wait_for_others()
 
     def _wait_for_others(self) -> None:
-        """Traces the pass after one in which a conv runs that has not run yet."""
+        """Traces the step after one in which a conv runs that has not run yet."""
         for layer in self.candidates:
             if not self.verdicts[layer.name].ran:
                 hook = HookOfOne(lambda *_: self.trace_next())
@@ -230,6 +232,17 @@ class Gradients:
                 self._handles.pop(name).remove()
 
         return see
+
+
+def _both(before: Verdict, now: Verdict) -> Verdict:
+    """The verdict of two passes."""
+    if not before.ran or (now.ran and now.reason):
+        return now if now.ran or not before.ran else before
+    if now.ran and not before.reason:
+        if now.norm != before.norm:
+            return replace(before, reason="several norms follow it")
+        return replace(before, readers=before.readers | now.readers, rectified=before.rectified and now.rectified)
+    return before
 
 
 def _is_watched(module: nn.Module) -> bool:

@@ -12,6 +12,7 @@ The pass tells more of each conv, in any network: its norm, and the convs that r
 """
 
 import heapq
+import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -81,13 +82,15 @@ class Reader:
 
     Attributes:
         name: of the module; "" where none of those that were watched was running.
-        aligned: whether its input channel f is the conv's channel f.
+        aligned: whether its inputs are the conv's channels in their order.
         alone: whether nothing else has been added to what it reads.
+        span: how many inputs each channel is: the positions of the image, where it is flattened for a linear layer.
     """
 
     name: str
     aligned: bool
     alone: bool
+    span: int = 1
 
 
 @dataclass
@@ -126,7 +129,7 @@ def prove(trace: Trace, left: set[int], convs: list[str], norms: Collection[str]
 
 
 class _Graph:
-    """The operations of a pass, by what they read."""
+    """The operations of a pass that count for its result, by what they read."""
 
     def __init__(self, trace: Trace, left: set[int], norms: Collection[str]) -> None:
         self.operations = trace.operations
@@ -136,11 +139,22 @@ class _Graph:
         self.norms = norms
         self.users: dict[int, list[int]] = defaultdict(list)
         self.calls: dict[str, set[int]] = defaultdict(set)
-        for place, operation in enumerate(self.operations):
+        for place in self._live():
+            operation = self.operations[place]
             for number in set(operation.inputs):
                 self.users[number].append(place)
             if operation.modules:
                 self.calls[operation.modules[-1]].add(operation.call)
+
+    def _live(self) -> list[int]:
+        """Places of the operations that what leaves the network depends on: not of those that count or log."""
+        wanted, found = set(self.left), []
+        for place in range(len(self.operations) - 1, -1, -1):
+            operation = self.operations[place]
+            if wanted.intersection(operation.outputs):
+                found.append(place)
+                wanted.update(operation.inputs)
+        return found[::-1]
 
     def copies(self, number: int) -> set[int]:
         """The value and what is a copy of it, of another type say."""
@@ -166,12 +180,13 @@ class _State:
 
     Attributes:
         reason: why it is not 0 there; "" where it is.
-        aligned, alone: see ``Reader``.
+        aligned, alone, span: see ``Reader``.
     """
 
     reason: str = ""
     aligned: bool = True
     alone: bool = True
+    span: int = 1
 
 
 class _Refused(Exception):
@@ -302,7 +317,7 @@ class _Follow:
             if state.reason:
                 raise _Refused(state.reason)
             name = operation.modules[-1] if operation.modules else ""
-            self.found.readers.add(Reader(name, state.aligned, state.alone))
+            self.found.readers.add(Reader(name, state.aligned, state.alone, state.span))
         weight, bias = [*operation.arguments[1:3], None][:2]
         if operation.name not in _CONVOLUTIONS or not isinstance(weight, Value) or weight.number not in self.own:
             return None
@@ -329,6 +344,8 @@ class _Follow:
             return replace(state, reason=f"it is padded with {operation.arguments[2]}")
         if operation.name not in _OF_CHANNELS or _over_positions(operation):
             return state
+        if (span := _flattened(operation)) is not None:
+            return replace(state, span=state.span * span)
         return replace(state, aligned=False)
 
     def _elementwise(self, operation: Operation, inputs: dict[int, _State]) -> _State:
@@ -385,6 +402,7 @@ def _merged(inputs: Mapping[int, _State], graph: _Graph) -> _State:
         next((state.reason for state in inputs.values() if state.reason), ""),
         all(state.aligned for state in placed),
         all(state.alone for state in placed),
+        max(state.span for state in placed),
     )
 
 
@@ -394,3 +412,13 @@ def _over_positions(operation: Operation) -> bool:
         return False
     dimensions = operation.arguments[1]
     return isinstance(dimensions, tuple) and bool(dimensions) and set(dimensions) <= {2, 3, -1, -2}
+
+
+def _flattened(operation: Operation) -> int | None:
+    """The positions of a channel, where (N, C, H, W) becomes (N, C * H * W); else None."""
+    if operation.name not in ("view", "_unsafe_view", "reshape", "_reshape_alias"):
+        return None
+    before, after = operation.arguments[0].shape, operation.arguments[1]
+    positions = math.prod(before[2:])
+    flat = len(before) > 2 and len(after) == 2 and after[0] in (before[0], -1)
+    return positions if flat and after[1] in (before[1] * positions, -1) else None

@@ -138,6 +138,36 @@ def put_back(layer: FilterLayer, rows: Tensor, values: Mapping[str, Tensor]) -> 
         tensor.index_copy_(0, rows, new)
 
 
+@dataclass(frozen=True)
+class Kernels:
+    """The weights of a module by the channels that they read.
+
+    Attributes:
+        module: a conv or a linear layer.
+        span: how many of its inputs are one channel.
+    """
+
+    module: nn.Conv2d | nn.Linear
+    span: int = 1
+
+    @property
+    def groups(self) -> int:
+        return getattr(self.module, "groups", 1)
+
+    @property
+    def inputs(self) -> int:
+        return self.module.weight.shape[1] * self.groups
+
+    def of(self, mask: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """For every group that sees a channel of ``mask`` (J,): its filters, and among the inputs of one of them those
+        that are of the mask and the others."""
+        filters, device = len(self.module.weight) // self.groups, self.module.weight.device
+        for group, chosen in enumerate(mask.repeat_interleave(self.span).chunk(self.groups)):
+            if chosen.any():
+                within = slice(group * filters, (group + 1) * filters)
+                yield within, _indices(chosen).to(device), _indices(~chosen).to(device)
+
+
 def restart_training(layer: FilterLayer, rows: Tensor, kept: Tensor, optimizers: Sequence[Optimizer]) -> None:
     """Optimizer state of returned filters, and of the kernels that read their channels."""
     for parameter in layer.parameters():
@@ -149,8 +179,8 @@ def prepare_readers(
 ) -> None:
     """The kernels that read returning channels do not step further than others."""
     for reader in aligned_readers(layer, modules) or ():
-        for within, returned, others in kernels_of(reader, mask):
-            raise_squares_of_inputs_(optimizers, reader.weight, returned, others, within)
+        for within, returned, others in reader.of(mask):
+            raise_squares_of_inputs_(optimizers, reader.module.weight, returned, others, within)
 
 
 def can_be_silent(layer: FilterLayer, modules: Mapping[str, nn.Module]) -> bool:
@@ -169,7 +199,7 @@ def silence(
 ) -> int:
     """Keeps returned channels from changing what comes after them, until they have learned ("function_preserving").
 
-    Where all that reads them are convs, their kernels for these channels become 0; else gamma does.
+    Where all that reads them are convs and linear layers, their weights for these channels become 0; else gamma does.
 
     Args:
         modules: of the model, by name.
@@ -187,44 +217,37 @@ def silence(
         return 0
     loud = 0
     for reader in aligned_readers(layer, modules) or ():
-        for within, returned, others in kernels_of(reader, mask):
+        weight = reader.module.weight
+        for within, returned, others in reader.of(mask):
             if not len(others):
-                loud += len(returned)
+                loud += len(returned) // reader.span
                 continue
-            for tensor in (reader.weight, reader.weight.grad):
+            for tensor in (weight, weight.grad):
                 if tensor is not None:
                     tensor[within].index_fill_(1, returned, 0)
-            restart_optimizer_state_(optimizers, reader.weight, returned, others, 1, within)
+            restart_optimizer_state_(optimizers, weight, returned, others, 1, within)
     return loud
 
 
-def aligned_readers(layer: FilterLayer, modules: Mapping[str, nn.Module]) -> list[nn.Conv2d] | None:
-    """The convs that read the layer, where these are all that do and input channel f of each is its channel f alone."""
+def aligned_readers(layer: FilterLayer, modules: Mapping[str, nn.Module]) -> list[Kernels] | None:
+    """The convs and linear layers that read the layer, where these are all that do, and read its channels alone."""
     found = []
-    for reader in layer.readers:
+    for reader in sorted(layer.readers, key=lambda reader: reader.name):
         module = modules.get(reader.name)
         # A weight that is computed from others cannot be set.
-        own = isinstance(module, nn.Conv2d) and "weight" in dict(module.named_parameters(recurse=False))
-        if not (own and reader.aligned and reader.alone and module.in_channels == layer.num_filters):
+        own = isinstance(module, (nn.Conv2d, nn.Linear)) and "weight" in dict(module.named_parameters(recurse=False))
+        if not (own and reader.aligned and reader.alone):
             return None
-        found.append(module)
+        kernels = Kernels(module, reader.span)
+        if kernels.inputs != layer.num_filters * reader.span:
+            return None
+        found.append(kernels)
     return found
-
-
-def kernels_of(reader: nn.Conv2d, mask: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """For every group of a reader that sees a returned channel: its filters, and among the input channels of one of
-    them those that returned and the others."""
-    filters = reader.out_channels // reader.groups
-    for group, returned in enumerate(mask.chunk(reader.groups)):
-        if returned.any():
-            within = slice(group * filters, (group + 1) * filters)
-            device = reader.weight.device
-            yield within, returned.nonzero().flatten().to(device), (~returned).nonzero().flatten().to(device)
 
 
 def _kernels_can_be_silent(layer: FilterLayer, modules: Mapping[str, nn.Module]) -> bool:
     readers = aligned_readers(layer, modules)
-    return bool(readers) and all(x.weight.requires_grad and x.in_channels > x.groups for x in readers or ())
+    return bool(readers) and all(x.module.weight.requires_grad and x.inputs > x.groups for x in readers or ())
 
 
 def _has_gamma(layer: FilterLayer) -> bool:
@@ -232,3 +255,7 @@ def _has_gamma(layer: FilterLayer) -> bool:
     if layer.kind in (NONE, FROZEN):
         return False
     return isinstance(layer.norm.weight, nn.Parameter) and layer.norm.weight.requires_grad
+
+
+def _indices(mask: Tensor) -> Tensor:
+    return mask.nonzero().flatten()

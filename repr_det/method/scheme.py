@@ -45,7 +45,6 @@ from repr_det.method.returning import (
     NewFilters,
     aligned_readers,
     can_be_silent,
-    kernels_of,
     new_filters,
     prepare_readers,
     put_back,
@@ -355,7 +354,7 @@ class RePrScheme:
 
     def _hear_news(self) -> None:
         """After a traced pass: what takes part is checked and said, until the first drop settles it."""
-        self.participation.news = False
+        self.participation.hear()
         if self._held is not None or self.cycle:
             return
         self.layers = self.participation.layers_here()
@@ -640,8 +639,8 @@ class RePrScheme:
             self.averages.copy_rows(layer, held.rows[layer.name])
             if self.options.returns == "function_preserving":
                 for reader in aligned_readers(layer, self._modules) or ():
-                    for within, returned, _ in kernels_of(reader, held.masks[layer.name]):
-                        self.averages.copy_kernels(reader, within, returned)
+                    for within, returned, _ in reader.of(held.masks[layer.name]):
+                        self.averages.copy_kernels(reader.module, within, returned)
 
     def _release(self) -> None:
         if self._held is not None:

@@ -34,6 +34,7 @@ class Value:
 
     number: int
     dtype: torch.dtype
+    shape: torch.Size
 
 
 @dataclass
@@ -119,26 +120,21 @@ class Trace(TorchDispatchMode):
         name = function.overloadpacket.__name__
         in_place = name.endswith("_") and not name.endswith("__")
         name = name[:-1] if in_place else name
-        outputs = self._write(arguments[0], name) if in_place else []
-        if not in_place:
-            outputs = [self._renumber(tensor) for tensor in tensors_in(result)]
+        outputs = [self._renumber(tensor) for tensor in tensors_in(arguments[0] if in_place else result)]
         if name in _FRESH or (inputs and self.constants.issuperset(inputs)):
             self.constants.update(outputs)
         self._record(function, name, noted, noted_keywords, inputs, outputs)
+        if in_place:
+            self._renumber_sharing(arguments[0])
         return result
 
-    def _write(self, target: Any, name: str) -> list[int]:
-        """New numbers for what an operation in place has changed: its target first, then what shares memory with it."""
-        written = []
+    def _renumber_sharing(self, target: Any) -> None:
+        """Tensors that share memory with one that has been written to hold a mixture of before and after."""
         for tensor in tensors_in(target):
-            old = self._numbers.get(tensor)
-            new = self._renumber(tensor)
-            written.append(new)
-            shared = self._sharing.get(tensor.untyped_storage().data_ptr(), {}) if old is not None else {}
-            for other in [other for other in shared if other is not tensor]:
-                mixed = [self._numbers[other], new]
+            sharing = self._sharing.get(tensor.untyped_storage().data_ptr(), {})
+            for other in [other for other in sharing if other is not tensor]:
+                mixed = [self._numbers[other], self._numbers[tensor]]
                 self._record(torch.ops.aten.cat.default, "cat", (), {}, mixed, [self._renumber(other)])
-        return written
 
     def _record(self, function: Any, name: str, arguments: Any, keywords: Any, inputs: list, outputs: list) -> None:
         modules = tuple(running for running, _ in self._running)
@@ -146,7 +142,9 @@ class Trace(TorchDispatchMode):
         self.operations.append(Operation(function, name, arguments, keywords, inputs, outputs, modules, call))
 
     def _noted(self, argument: Any) -> Any:
-        return Value(self.number(argument), argument.dtype) if isinstance(argument, Tensor) else argument
+        if not isinstance(argument, Tensor):
+            return argument
+        return Value(self.number(argument), argument.dtype, argument.shape)
 
 
 class TracedPass:
