@@ -21,6 +21,7 @@ from repr_det.method.tracing import HookOfOne, Trace, TracedPass
 _MOST_PASSES = 20  # to be traced for convs that have not run yet
 _OWNER = "repr_owner"
 _NOT_RUN = Verdict(reason="it has not run in a training pass", ran=False)
+_COMPUTED = Verdict(reason="its weight is computed from other parameters")
 
 
 class Participation:
@@ -117,7 +118,9 @@ class Participation:
     def _look(self, trace: Trace, left: set[int]) -> None:
         """After a traced pass."""
         norms = [name for name, module in self.modules.items() if is_norm(module)]
-        for name, verdict in prove(trace, left, [layer.name for layer in self.candidates], norms).items():
+        found = prove(trace, left, [layer.name for layer in self.candidates], norms)
+        found |= {layer.name: _COMPUTED for layer in self.candidates if "weight" not in layer.conv._parameters}
+        for name, verdict in found.items():
             before = self.verdicts.get(name)
             self.verdicts[name] = verdict if before is None else _both(before, verdict)
         self._last = (trace, left, norms)
