@@ -23,7 +23,7 @@ _FRESH = {
     *("empty", "zeros", "ones", "full", "rand", "randn", "arange", "scalar_tensor", "randint", "randperm"),
     *("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like"),
     *("new_empty", "new_zeros", "new_ones", "new_full", "empty_strided", "new_empty_strided"),
-    *("bernoulli", "uniform", "normal", "random", "exponential", "fill", "zero"),
+    *("bernoulli", "uniform", "normal", "random", "exponential", "fill", "zero", "lift_fresh"),
 }
 _NESTED = 6  # how deep a result is searched for tensors
 
@@ -187,7 +187,7 @@ class TracedPass:
     def _enter(self, module: nn.Module, inputs: Any) -> None:
         thread = threading.get_ident()  # DataParallel runs replicas in threads of their own; one of them is traced
         with self._lock:
-            if self._trace is None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            if self._trace is None and _is_a_training_pass():
                 self._trace, self._thread, self._depth = Trace(module), thread, 0
                 self._trace.__enter__()
             if self._trace is not None and thread == self._thread:
@@ -215,6 +215,13 @@ class TracedPass:
 
     def _is_mine(self) -> bool:
         return self._trace is not None and threading.get_ident() == self._thread
+
+
+def _is_a_training_pass() -> bool:
+    """Gradients are wanted, and it is not a part of one that checkpointing runs again in the backward pass."""
+    # No public function tells whether a backward pass runs in this thread.
+    again = torch._C._current_graph_task_id() != -1
+    return torch.is_grad_enabled() and not again and not torch.compiler.is_compiling()
 
 
 class HookOfOne:
