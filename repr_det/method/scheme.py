@@ -42,7 +42,6 @@ from repr_det.method.orthogonality import inter_filter_orthogonality, overlap_of
 from repr_det.method.participation import Gradients, Owner, Participation
 from repr_det.method.passes import TrainingPasses, undisturbed
 from repr_det.method.returning import (
-    NewFilters,
     aligned_readers,
     can_be_silent,
     new_filters,
@@ -201,8 +200,8 @@ class RePrScheme:
         values = self._values()
         self._check_finite(values, "drop")
         masks = self._select(self._scores(), values)
-        overlaps = {x.name: inter_filter_orthogonality(values[x.name]["weight"], x.conv.groups) for x in self.layers}
-        kept = [overlap_of_kept(values[x.name]["weight"], masks[x.name], x.conv.groups) for x in self.layers]
+        overlaps = self._overlaps(values)
+        kept = [self._overlap_of_kept(layer, values, masks) for layer in self.layers]
 
         held = HeldFilters(self.layers, masks, self.optimizers)
         moments = self._measure_moments(held, frozen)
@@ -246,7 +245,7 @@ class RePrScheme:
         self._check_zero(held, "at the restore")
         renewed = [] if as_they_were else [x for x in held.layers if self._why_frozen(x) is None]
         renewed = [layer for layer in renewed if self._can_calibrate(layer)]
-        new = self._new_filters(renewed, values)
+        new, cosines = self._new_filters(renewed, values)
         for layer in held.layers:
             rows = held.rows[layer.name]
             back = self._old[layer.name]
@@ -254,7 +253,7 @@ class RePrScheme:
                 # FrozenBN's affine is what the network was trained with; its statistics follow the new filter.
                 keeps_norm = layer.name in self._frozen_at_drop
                 own = {name: value for name, value in back.items() if keeps_norm and name.startswith("norm.")}
-                back = own | {"weight": new[layer.name].weight}
+                back = own | {"weight": new[layer.name]}
             put_back(layer, rows, back)
             restart_training(layer, rows, held.kept[layer.name], self.optimizers)
         for layer in renewed:
@@ -262,7 +261,9 @@ class RePrScheme:
         self._match_moments(held, renewed)
         self._restart_averaging_norms()
         self._copy_to_averages(held)
-        overlaps, kept = self._overlaps_after(held, new, values)
+        after = self._values()
+        kept = [self._overlap_of_kept(layer, values, held.masks) for layer in self.layers]
+        overlaps = self._overlaps(after)
 
         transition = Transition(
             event="restore",
@@ -270,12 +271,12 @@ class RePrScheme:
             dropped=held.indices(),
             overlap_before=_mean(kept),
             overlap_after=_mean(overlaps.values()),
-            max_cosine={name: found.max_cosine for name, found in new.items()},
+            max_cosine=cosines,
             seconds=time.perf_counter() - start,
             overlaps=_rounded(overlaps),
         )
         self.num_returned = sum(len(held.rows[layer.name]) for layer in renewed)
-        self._given = {x.name: new[x.name].weight.float() for x in renewed}
+        self._given = {name: weight.float() for name, weight in new.items()}
         self._rows_given = {name: held.rows[name] for name in self._given}
         self._release()
         self.cycle += 1
@@ -532,21 +533,22 @@ class RePrScheme:
 
     # The restore.
 
-    def _new_filters(self, layers: Sequence[FilterLayer], values: Values) -> dict[str, NewFilters]:
-        """The new filters of every layer, found by rank 0; on other ranks without what is told of them."""
-        found = {}
+    def _new_filters(self, layers: Sequence[FilterLayer], values: Values) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Layer name -> new filters (M, ...) of rank 0, and their largest |cos| to kept and old ones."""
+        found: dict[str, Tensor] = {}
+        cosines: dict[str, float] = {}
         for number, layer in enumerate(self.layers):
             if layer not in layers:
                 continue
-            old, mask = self._old[layer.name]["weight"], self._held.masks[layer.name]
+            name, old = layer.name, self._old[layer.name]["weight"]
+            found[name], cosines[name] = torch.empty_like(old), 0.0
             if rank() == 0:
-                weight, groups = values[layer.name]["weight"], layer.conv.groups
-                generator = self._generator(1, number)
-                found[layer.name] = new_filters(weight, old, mask, groups, self.options.scale, generator)
-            else:
-                found[layer.name] = NewFilters(torch.empty_like(old), torch.zeros(0), torch.zeros(len(mask)), 0.0)
-        broadcast_([filters.weight for filters in found.values()], self._device)
-        return found
+                mask, generator = self._held.masks[name], self._generator(1, number)
+                found[name], cosines[name] = new_filters(
+                    values[name]["weight"], old, mask, layer.conv.groups, self.options.scale, generator
+                )
+        broadcast_(list(found.values()), self._device)
+        return found, cosines
 
     def _can_calibrate(self, layer: FilterLayer) -> bool:
         """Whether a new filter would get statistics of its own: a norm that has been frozen since the drop has lost
@@ -589,26 +591,6 @@ class RePrScheme:
         match_moments(layers, held.rows, wanted, self.passes, self._calibration_batches, self.cycle)
         broadcast_([s for layer in layers for s in layer.running_statistics().values()], self._device)
 
-    def _overlaps_after(
-        self, held: HeldFilters, new: Mapping[str, NewFilters], values: Values
-    ) -> tuple[dict[str, Tensor], list[Tensor]]:
-        """O_f of all filters by layer, and of those that stayed among themselves."""
-        silenced = self.options.returns == "function_preserving"  # changes the filters that read a channel
-        now = self._values() if silenced else values
-        overlaps, kept = {}, []
-        for layer in self.layers:
-            name, groups = layer.name, layer.conv.groups
-            if name in new:
-                kept.append(new[name].overlap_kept)
-                overlaps[name] = new[name].overlap
-            else:
-                mask = held.masks[name]
-                kept.append(overlap_of_kept(values[name]["weight"], mask, groups))
-            if name not in new or silenced:
-                weight = now[name]["weight"] if silenced or not held.masks[name].any() else layer.weight
-                overlaps[name] = inter_filter_orthogonality(weight, groups)
-        return overlaps, kept
-
     # What both transitions need.
 
     @property
@@ -618,6 +600,15 @@ class RePrScheme:
     @property
     def _calibration_batches(self) -> int:
         return self.options.calibration_batches or _CALIBRATION_BATCHES
+
+    def _overlaps(self, values: Values) -> dict[str, Tensor]:
+        """Layer name -> (J,) O_f of all its filters."""
+        return {x.name: inter_filter_orthogonality(values[x.name]["weight"], x.conv.groups) for x in self.layers}
+
+    @staticmethod
+    def _overlap_of_kept(layer: FilterLayer, values: Values, masks: Mapping[str, Tensor]) -> Tensor:
+        """(K,) O_f of the filters that stay, among themselves."""
+        return overlap_of_kept(values[layer.name]["weight"], masks[layer.name], layer.conv.groups)
 
     def _generator(self, purpose: int, layer: int = 0) -> torch.Generator:
         """A stream of its own for every cycle, purpose and layer, so that nothing depends on what was drawn before."""
