@@ -24,10 +24,11 @@ from repr_det.method.holding import Transition
 from repr_det.method.layers import FilterLayer, find_filter_layers
 from repr_det.method.optimizers import around_step, scale_rates, with_inner
 from repr_det.method.options import RePrOptions
-from repr_det.method.passes import TrainingPasses, passes_over, undisturbed
+from repr_det.method.passes import TrainingPasses, passes_over
 from repr_det.method.schedule import RePrSchedule
 from repr_det.method.scheme import RePrScheme
 from repr_det.method.selection import drop_total
+from repr_det.network.state import undisturbed
 
 logger = logging.getLogger("repr_det.loop")
 
@@ -237,8 +238,7 @@ class RePr:
 
     def _announce(self) -> None:
         """Once, when it is known who takes part."""
-        participation = self.scheme.participation
-        if self._announced or participation is None or not participation.traced:
+        if self._announced or not self.scheme.watch.traced:
             return
         self._announced = True
         self.logger.info(describe_layers(self.scheme.layers, self.options, self.scheme.criterion.spares))

@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from repr_det.method.averages import Averages
 from repr_det.method.calibration import match_moments, measure_moments
 from repr_det.method.criteria import Context, get_criterion
-from repr_det.method.distributed import broadcast_, rank, to_cpu
+from repr_det.method.distributed import broadcast_, gathered, rank, to_cpu
 from repr_det.method.errors import OptionError, UserError
 from repr_det.method.holding import HeldFilters, Transition
-from repr_det.method.layers import BATCH, FROZEN, FilterLayer
+from repr_det.method.layers import BATCH, FROZEN, FilterLayer, closest, what_attention_means
 from repr_det.method.optimizers import (
     check_optimizer_state,
     check_optimizers,
@@ -39,8 +39,8 @@ from repr_det.method.optimizers import (
 )
 from repr_det.method.options import CONFIG_KEYS, RePrOptions
 from repr_det.method.orthogonality import inter_filter_orthogonality, overlap_of_kept
-from repr_det.method.participation import Gradients, Owner, Participation
-from repr_det.method.passes import TrainingPasses, undisturbed
+from repr_det.method.ownership import Gradients, Owner
+from repr_det.method.passes import TrainingPasses
 from repr_det.method.returning import (
     aligned_readers,
     can_be_silent,
@@ -52,6 +52,9 @@ from repr_det.method.returning import (
     silence,
 )
 from repr_det.method.selection import check_capacity, select_filters
+from repr_det.network.proof import Verdict, first_that_refuses
+from repr_det.network.state import undisturbed
+from repr_det.network.watch import NOT_RUN, Watch
 
 logger = logging.getLogger("repr_det.scheme")
 
@@ -75,7 +78,7 @@ class RePrScheme:
             False) lose no filter then.
         optimizer: holds their parameters; a list where several do.
         model: the module that holds the layers, not wrapped. Its first training pass shows which of them take part
-            (``participation``), and with which norm. None: all do, with the norms that they are given with.
+            (``network.proof``), and with which norm. None: all do, with the norms that they are given with.
         passes: how to run training batches; needed by criteria that look at data, and where a norm is frozen.
         averages: of the weights, see ``averages.Averages``.
         seed: all randomness comes from it and the cycle; the same on every rank.
@@ -136,7 +139,8 @@ class RePrScheme:
         self._owner = Owner(self, [] if model is None else self.layers)
         self._gradients = Gradients(self.layers)
         self._told: set[str] = set()
-        self.participation = None if model is None else Participation(model, self.layers)
+        self.candidates = list(self.layers)
+        self.watch = None if model is None else Watch(model, [layer.name for layer in self.candidates])
         if model is None:
             self._check_participants()
 
@@ -175,7 +179,7 @@ class RePrScheme:
         Raises:
             UserError: nothing takes part; dropped channels or filters are not 0; filters that returned are gone again.
         """
-        if self.participation is not None and self.participation.news:
+        if self.watch is not None and self.watch.news:
             self._hear_news()
         if self._held is not None:
             self._look_at_dropped(self._held)
@@ -285,8 +289,8 @@ class RePrScheme:
     def close(self) -> None:
         """Lets go of the model: no hooks, and another RePrScheme may take it. Filters that are out stay zero."""
         self._release()
-        if self.participation is not None:
-            self.participation.close()
+        if self.watch is not None:
+            self.watch.close()
         self._gradients.close()
         self._owner.let_go()
 
@@ -354,14 +358,13 @@ class RePrScheme:
         self._check_calibration(self._frozen_norms())
 
     def _hear_news(self) -> None:
-        """After a traced pass: what takes part is checked and said, until the first drop settles it."""
-        self.participation.hear()
+        """After a traced pass: who takes part is checked and said, until the first drop settles it."""
+        self.watch.hear()
         if self._held is not None or self.cycle:
             return
-        self.layers = self.participation.layers_here()
-        self._note_mode()
+        self.layers = self._proved(self.watch.verdicts)
         self._check_participants()
-        for sentence in self.participation.left_out():
+        for sentence in self.watch.left_out():
             if sentence not in self._told:
                 logger.info("RePr: all filters stay of %s", sentence)
             self._told.add(sentence)
@@ -373,31 +376,50 @@ class RePrScheme:
             )
 
     def _settle_participants(self) -> None:
-        if self.participation is not None:
-            self.layers = self.participation.layers()
-            self._note_mode()
-            self._check_participants()
+        """Who takes part, the same on every rank."""
+        if self.watch is None:
+            return
+        if not self.watch.traced:
+            raise UserError(
+                "RePr drops filters where a training pass has shown that this silences them, and no pass of this model "
+                "has been seen: give RePr the module that you call, with gradients enabled"
+            )
+        self.layers = self._proved(first_that_refuses(gathered(self.watch.verdicts)))
+        self._check_participants()
 
-    def _note_mode(self) -> None:
+    def _proved(self, verdicts: Mapping[str, Verdict]) -> list[FilterLayer]:
         if self.passes is not None:
-            self.passes.trains = self.participation.trains
+            self.passes.trains = self.watch.trains
+        found = []
+        for layer in self.candidates:
+            verdict = verdicts.get(layer.name, NOT_RUN)
+            if not verdict.reason:
+                norm = None if verdict.norm is None else self._modules[verdict.norm]
+                readers = frozenset(verdict.readers)
+                found.append(FilterLayer(layer.name, layer.conv, norm, verdict.norm, readers, verdict.rectified))
+        if not found:
+            nearest = closest([layer.name for layer in self.candidates], self.watch.others())[:6]
+            raise OptionError(
+                f"no filter can be dropped of the convs that {{layers}} names: {'; '.join(self.watch.left_out())}"
+                + (f"; these could: {', '.join(nearest)}" if nearest else "")
+                + what_attention_means(self.model)
+            )
+        return found
 
     def _layers_of(self, state: dict[str, Any]) -> list[FilterLayer]:
         """The layers of a saved state, of those that are candidates here."""
-        mine = {layer.name: layer for layer in self.layers}
-        if self.participation is not None:
-            mine = {layer.name: layer for layer in self.participation.candidates}
+        mine = {layer.name: layer for layer in self.candidates}
         theirs = state["filters"]
         sizes = {name: layer.num_filters for name, layer in mine.items()}
         strange = sorted(set(theirs.items()) - set(sizes.items()))
-        if strange or (self.participation is None and len(theirs) != len(mine)):
+        if strange or (self.watch is None and len(theirs) != len(mine)):
             first = strange[0] if strange else sorted(set(sizes.items()) - set(theirs.items()))[0]
             raise OptionError(
                 f"the checkpoint's RePr state covers {len(theirs)} layers, this run has {len(mine)}; first difference "
                 f"{first}: resume with the {{layers}} and the model of the run that wrote it"
             )
         norms = state.get("norms")
-        if norms is None or self.participation is None:
+        if norms is None or self.watch is None:
             return [mine[name] for name in theirs]
         return [
             FilterLayer(name, mine[name].conv, None if norm is None else self._modules[norm], norm)
@@ -528,8 +550,8 @@ class RePrScheme:
         self._owner.keeps = self
         held.hold()
         held.watch_channels()
-        if self.participation is not None:
-            self.participation.trace_next()
+        if self.watch is not None:
+            self.watch.trace_next()
 
     # The restore.
 
