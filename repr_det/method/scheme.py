@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from repr_det.method.averages import Averages
 from repr_det.method.calibration import match_moments, measure_moments
 from repr_det.method.criteria import Context, get_criterion
-from repr_det.method.distributed import broadcast_, gathered, rank, to_cpu
+from repr_det.method.distributed import broadcast_, rank, to_cpu
 from repr_det.method.errors import OptionError, UserError
 from repr_det.method.holding import HeldFilters, Transition
-from repr_det.method.layers import BATCH, FROZEN, FilterLayer, closest, what_attention_means
+from repr_det.method.layers import BATCH, FROZEN, FilterLayer
 from repr_det.method.optimizers import (
     check_optimizer_state,
     check_optimizers,
@@ -40,6 +40,7 @@ from repr_det.method.optimizers import (
 from repr_det.method.options import CONFIG_KEYS, RePrOptions
 from repr_det.method.orthogonality import inter_filter_orthogonality, overlap_of_kept
 from repr_det.method.ownership import Gradients, Owner
+from repr_det.method.participants import Participants
 from repr_det.method.passes import TrainingPasses
 from repr_det.method.returning import (
     aligned_readers,
@@ -52,9 +53,7 @@ from repr_det.method.returning import (
     silence,
 )
 from repr_det.method.selection import check_capacity, select_filters
-from repr_det.network.proof import Verdict, first_that_refuses
 from repr_det.network.state import undisturbed
-from repr_det.network.watch import NOT_RUN, Watch
 
 logger = logging.getLogger("repr_det.scheme")
 
@@ -135,12 +134,9 @@ class RePrScheme:
         self._frozen_at_drop: set[str] = set()
         self._sub_steps = 0
         self._given: dict[str, Tensor] = {}  # new filters that the step after a restore is to leave as they are
-        self._modules = {} if model is None else dict(model.named_modules())
         self._owner = Owner(self, [] if model is None else self.layers)
         self._gradients = Gradients(self.layers)
-        self._told: set[str] = set()
-        self.candidates = list(self.layers)
-        self.watch = None if model is None else Watch(model, [layer.name for layer in self.candidates])
+        self.participants = Participants(self.layers, model)
         if model is None:
             self._check_participants()
 
@@ -160,7 +156,7 @@ class RePrScheme:
         """Names of the layers whose filters change the network's output when they return."""
         if self.options.returns != "function_preserving":
             return [layer.name for layer in self.layers]
-        return [layer.name for layer in self.layers if not can_be_silent(layer, self._modules)]
+        return [layer.name for layer in self.layers if not can_be_silent(layer, self.participants.modules)]
 
     @property
     def masks(self) -> dict[str, Tensor]:
@@ -179,7 +175,7 @@ class RePrScheme:
         Raises:
             UserError: nothing takes part; dropped channels or filters are not 0; filters that returned are gone again.
         """
-        if self.watch is not None and self.watch.news:
+        if self.participants.news:
             self._hear_news()
         if self._held is not None:
             self._look_at_dropped(self._held)
@@ -197,7 +193,8 @@ class RePrScheme:
         if self._held is not None:
             raise RuntimeError("filters are dropped already: restore() comes before the next drop()")
         start = time.perf_counter()
-        self._settle_participants()
+        self.layers = self.participants.agreed()
+        self._check_participants()
         check_optimizer_state(self.layers, self.optimizers)
         frozen = self._frozen_norms()
         self._check_calibration(frozen)
@@ -249,7 +246,7 @@ class RePrScheme:
         self._check_zero(held, "at the restore")
         renewed = [] if as_they_were else [x for x in held.layers if self._why_frozen(x) is None]
         renewed = [layer for layer in renewed if self._can_calibrate(layer)]
-        new, cosines = self._new_filters(renewed, values)
+        new, cosines = self._new_filters(renewed, values, held.masks)
         for layer in held.layers:
             rows = held.rows[layer.name]
             back = self._old[layer.name]
@@ -289,8 +286,7 @@ class RePrScheme:
     def close(self) -> None:
         """Lets go of the model: no hooks, and another RePrScheme may take it. Filters that are out stay zero."""
         self._release()
-        if self.watch is not None:
-            self.watch.close()
+        self.participants.close()
         self._gradients.close()
         self._owner.let_go()
 
@@ -302,8 +298,7 @@ class RePrScheme:
             "seed": self.seed,
             "masks": dict(self.masks),
             "old": self._old,
-            "filters": {layer.name: layer.num_filters for layer in self.layers},
-            "norms": {layer.name: layer.norm_name for layer in self.layers},
+            **self.participants.state_dict(self.layers),
             "frozen_at_drop": sorted(self._frozen_at_drop),
             "options": self.options.resumed(),
         }
@@ -315,7 +310,7 @@ class RePrScheme:
             UserError: the state is of other options or layers, or dropped filters are not zero in the model.
         """
         check_resumed(state.get("options", {}), self.options)
-        layers = self._layers_of(state)
+        layers = self.participants.of_state(state)
         self._release()
         self.layers = layers
         self.cycle = state["cycle"]
@@ -353,78 +348,28 @@ class RePrScheme:
         check_capacity(sizes, self.options.drop_ratio, self.options.max_drop_per_layer)
 
     def _check_participants(self) -> None:
+        if self.passes is not None:
+            self.passes.trains = self.participants.trains
         self._check_layers()
         check_optimizers(self.layers, self.optimizers)
         self._check_calibration(self._frozen_norms())
 
     def _hear_news(self) -> None:
         """After a traced pass: who takes part is checked and said, until the first drop settles it."""
-        self.watch.hear()
+        found = {layer.name: layer for layer in self.participants.hear()}
         if self._held is not None or self.cycle:
+            for layer in self.layers:  # of a run of 0.2.0, whose state has no readers
+                if not layer.readers and layer.name in found:
+                    layer.readers, layer.rectified = found[layer.name].readers, found[layer.name].rectified
             return
-        self.layers = self._proved(self.watch.verdicts)
+        self.layers = list(found.values())
         self._check_participants()
-        for sentence in self.watch.left_out():
-            if sentence not in self._told:
-                logger.info("RePr: all filters stay of %s", sentence)
-            self._told.add(sentence)
         if self.options.returns == "function_preserving" and (loud := self.loud):
             logger.warning(
                 "RePr: filters of %s cannot return without changing the network's output (what reads them is no conv "
                 "alone, and there is no gamma to learn) and return as published",
                 ", ".join(loud),
             )
-
-    def _settle_participants(self) -> None:
-        """Who takes part, the same on every rank."""
-        if self.watch is None:
-            return
-        if not self.watch.traced:
-            raise UserError(
-                "RePr drops filters where a training pass has shown that this silences them, and no pass of this model "
-                "has been seen: give RePr the module that you call, with gradients enabled"
-            )
-        self.layers = self._proved(first_that_refuses(gathered(self.watch.verdicts)))
-        self._check_participants()
-
-    def _proved(self, verdicts: Mapping[str, Verdict]) -> list[FilterLayer]:
-        if self.passes is not None:
-            self.passes.trains = self.watch.trains
-        found = []
-        for layer in self.candidates:
-            verdict = verdicts.get(layer.name, NOT_RUN)
-            if not verdict.reason:
-                norm = None if verdict.norm is None else self._modules[verdict.norm]
-                readers = frozenset(verdict.readers)
-                found.append(FilterLayer(layer.name, layer.conv, norm, verdict.norm, readers, verdict.rectified))
-        if not found:
-            nearest = closest([layer.name for layer in self.candidates], self.watch.others())[:6]
-            raise OptionError(
-                f"no filter can be dropped of the convs that {{layers}} names: {'; '.join(self.watch.left_out())}"
-                + (f"; these could: {', '.join(nearest)}" if nearest else "")
-                + what_attention_means(self.model)
-            )
-        return found
-
-    def _layers_of(self, state: dict[str, Any]) -> list[FilterLayer]:
-        """The layers of a saved state, of those that are candidates here."""
-        mine = {layer.name: layer for layer in self.candidates}
-        theirs = state["filters"]
-        sizes = {name: layer.num_filters for name, layer in mine.items()}
-        strange = sorted(set(theirs.items()) - set(sizes.items()))
-        if strange or (self.watch is None and len(theirs) != len(mine)):
-            first = strange[0] if strange else sorted(set(sizes.items()) - set(theirs.items()))[0]
-            raise OptionError(
-                f"the checkpoint's RePr state covers {len(theirs)} layers, this run has {len(mine)}; first difference "
-                f"{first}: resume with the {{layers}} and the model of the run that wrote it"
-            )
-        norms = state.get("norms")
-        if norms is None or self.watch is None:
-            return [mine[name] for name in theirs]
-        return [
-            FilterLayer(name, mine[name].conv, None if norm is None else self._modules[norm], norm)
-            for name, norm in norms.items()
-        ]
 
     def _why_frozen(self, layer: FilterLayer) -> str | None:
         """Why a layer cannot learn now; the same on every rank, for optimizers are."""
@@ -550,8 +495,7 @@ class RePrScheme:
         self._owner.keeps = self
         held.hold()
         held.watch_channels()
-        if self.watch is not None:
-            self.watch.trace_next()
+        self.participants.watch_next()
 
     # The restore.
 
@@ -565,7 +509,7 @@ class RePrScheme:
             name, old = layer.name, self._old[layer.name]["weight"]
             found[name], cosines[name] = torch.empty_like(old), 0.0
             if rank() == 0:
-                mask, generator = self._held.masks[name], self._generator(1, number)
+                mask, generator = masks[name], self._generator(1, number)
                 found[name], cosines[name] = new_filters(
                     values[name]["weight"], old, mask, layer.conv.groups, self.options.scale, generator
                 )
@@ -591,10 +535,10 @@ class RePrScheme:
         squared gradients on them."""
         mask = held.masks[layer.name]
         if self.options.returns != "function_preserving":
-            prepare_readers(layer, self._modules, mask, self.optimizers)
+            prepare_readers(layer, self.participants.modules, mask, self.optimizers)
             return
-        loud = silence(layer, self._modules, mask, held.rows[layer.name], self.optimizers)
-        if loud and can_be_silent(layer, self._modules):
+        loud = silence(layer, self.participants.modules, mask, held.rows[layer.name], self.optimizers)
+        if loud and can_be_silent(layer, self.participants.modules):
             logger.warning("RePr: %d filters of %s return as published: all channels of a group", loud, layer.name)
 
     def _match_moments(self, held: HeldFilters, renewed: Sequence[FilterLayer]) -> None:
@@ -639,7 +583,7 @@ class RePrScheme:
 
     def _restart_averaging_norms(self) -> None:
         """BN that averages its statistics over all batches so far (momentum None) has seen another network."""
-        norms = (layer.norm for layer in self.layers) if self.model is None else self.model.modules()
+        norms: Iterable[Any] = [x.norm for x in self.layers] if self.model is None else self.model.modules()
         for norm in norms:
             averages = isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.momentum is None
             if averages and norm.num_batches_tracked is not None:
@@ -651,7 +595,7 @@ class RePrScheme:
         for layer in held.layers:
             self.averages.copy_rows(layer, held.rows[layer.name])
             if self.options.returns == "function_preserving":
-                for reader in aligned_readers(layer, self._modules) or ():
+                for reader in aligned_readers(layer, self.participants.modules) or ():
                     for within, returned, _ in reader.of(held.masks[layer.name]):
                         self.averages.copy_kernels(reader.module, within, returned)
 
