@@ -16,8 +16,9 @@ from traced_nets import IMAGES, ROWS, build, is_silent, reasons, vary_norms, ver
 
 from repr_det.method.errors import UserError
 from repr_det.method.layers import find_filter_layers
-from repr_det.method.participation import Participation
-from repr_det.method.proof import Reader
+from repr_det.method.participants import Participants
+from repr_det.network.proof import Reader
+from repr_det.network.watch import Watch
 
 
 class Call(nn.Module):
@@ -53,8 +54,8 @@ MAP_ZERO_TO_ZERO = [
     *(nn.Upsample(scale_factor=2, mode="bilinear"), nn.PixelUnshuffle(2), nn.Dropout2d(0.3), nn.Hardtanh()),
     *map(Call, (torch.abs, torch.expm1, halves_swapped, lambda x: x.pow(3), lambda x: x.clamp(min=0))),
     *map(Call, (lambda x: torch.where(x > 0, x, 0.1 * x), lambda x: x / (1 + x.abs()), lambda x: x * x.sigmoid())),
-    *map(Call, (lambda x: x.masked_fill(MASK, 0.0), lambda x: x * 3 - x, lambda x: x.to(memory_format=torch.channels_last))),
-    *map(Call, (lambda x: x.mul_(2).relu_(), lambda x: x * MASK)),
+    *map(Call, (lambda x: x.masked_fill(MASK, 0.0), lambda x: x * 3 - x)),
+    *map(Call, (lambda x: x.to(memory_format=torch.channels_last), lambda x: x.mul_(2).relu_(), lambda x: x * MASK)),
 ]  # fmt: skip
 MAP_ZERO_ELSEWHERE = [
     *(nn.Sigmoid(), nn.Softplus(), nn.Hardsigmoid(), nn.LogSigmoid(), nn.Softmax(1), nn.ConstantPad2d(1, 0.5)),
@@ -350,7 +351,7 @@ def kept_aside(net, boxes, scores):
     "how",
     [
         lambda net, boxes, scores: (boxes, scores),
-        lambda net, boxes, scores: {"boxes": [boxes.flatten(2)], "scores": [scores.permute(0, 2, 3, 1).reshape(-1, 16)]},
+        lambda net, boxes, scores: {"boxes": [boxes.flatten(2)], "scores": [scores.permute(0, 2, 3, 1)]},
         lambda net, boxes, scores: torch.cat([boxes, scores], 1),
         lambda net, boxes, scores: boxes.abs() * scores,
         kept_aside,
@@ -501,11 +502,11 @@ def test_compiled_networks(backend):
     with torch.no_grad():
         expected = net.eval()(IMAGES)
     net.train()
-    participation = Participation(net, find_filter_layers(net, ["*"]))
+    watch = Watch(net, list(PLAIN))
     for _ in range(2):
         compiled(IMAGES).sum().backward()
-        participation.hear()
-    assert {n: (v.reason, v.norm) for n, v in participation.verdicts.items()} == PLAIN and participation.traced == 1
+        watch.hear()
+    assert {n: (v.reason, v.norm) for n, v in watch.verdicts.items()} == PLAIN and watch.traced == 1
     with torch.no_grad():
         net.eval()
         assert compiled(IMAGES).shape == expected.shape
@@ -525,14 +526,14 @@ def replica_of(module: nn.Module) -> nn.Module:
 
 def test_replicas_of_data_parallel_in_threads():
     net = plain_net()
-    participation = Participation(net, find_filter_layers(net, ["*"]))
+    watch = Watch(net, list(PLAIN))
     replicas = [replica_of(net) for _ in range(3)]
     threads = [threading.Thread(target=lambda replica=replica: replica(IMAGES)) for replica in replicas]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert {n: (v.reason, v.norm) for n, v in participation.verdicts.items()} == PLAIN
+    assert {n: (v.reason, v.norm) for n, v in watch.verdicts.items()} == PLAIN
 
 
 def test_parts_that_are_called_on_their_own():
@@ -576,43 +577,72 @@ class Late(nn.Module):
 
 def test_a_conv_is_proved_when_it_first_runs():
     net = Late()
-    participation = Participation(net, find_filter_layers(net, ["*"]))
+    watch = Watch(net, ["always", "late", "never", "last"])
     for number in range(5):
         net(IMAGES)
-        if participation.news:
-            participation.hear()
-        found = {layer.name for layer in participation.layers()}
-        assert found == ({"always"} if number < 3 else {"always", "late"})
-    assert participation.traced == 2  # the first pass, and the one after the first with "late"
-    assert "never (it has not run in a training pass" in " ".join(participation.left_out())
+        if watch.news:
+            watch.hear()
+        found = [name for name, verdict in watch.verdicts.items() if not verdict.reason]
+        assert found == (["always"] if number < 3 else ["always", "late"])
+    assert watch.traced == 2  # the first pass, and the one after the first with "late"
+    assert "never (it has not run in a training pass" in " ".join(watch.left_out())
+
+
+def test_all_passes_of_the_first_step_count():
+    """As a loss on features has it: the whole network, and a part of it on its own."""
+    net = plain_net()
+    watch = Watch(net, list(PLAIN))
+    net(IMAGES)
+    net[:5](IMAGES)  # a Sequential of the same convs, which is not watched
+    assert watch.traced == 1 and not watch.verdicts["3"].reason
+    model = nn.ModuleDict({"body": plain_net()[:6], "head": nn.Conv2d(16, 4, 1)})
+    model.forward = lambda x: model["head"](model["body"](x)).mean((2, 3))
+    watch = Watch(model, ["body.0", "body.3"])
+    model(IMAGES)
+    assert not watch.verdicts["body.3"].reason
+    model["body"](IMAGES)
+    assert "it predicts" in watch.verdicts["body.3"].reason and not watch.verdicts["body.0"].reason
+    watch.hear()
+    net(IMAGES)
+    assert watch.traced == 2
 
 
 def test_only_training_passes_are_looked_at():
     net = plain_net()
-    participation = Participation(net, find_filter_layers(net, ["*"]))
-    with pytest.raises(UserError, match=r"no pass of this model has been seen: give RePr the module that you call"):
-        participation.layers()
+    participants = Participants(find_filter_layers(net, ["*"]), net)
     with torch.no_grad():
         net(IMAGES)
     with pytest.raises(RuntimeError):  # a pass that ends in an error shows nothing
         net(IMAGES[:, :2])
-    assert not participation.traced
+    assert not participants.known
+    with pytest.raises(UserError, match=r"no pass of this model has been seen: give RePr the module that you call"):
+        participants.agreed()
     net(IMAGES)
-    assert participation.traced == 1 and participation.trains and participation.news
-    assert [layer.name for layer in participation.layers()] == list(PLAIN)
-    participation.hear()
+    assert participants.known and participants.news and participants.trains
+    assert [layer.name for layer in participants.hear()] == list(PLAIN)
+    assert not participants.news
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+
+
+def test_what_stays_out_is_said_once(caplog):
+    net = build(conv(), nn.Sigmoid(), conv(16), nn.ReLU())
+    participants = Participants(find_filter_layers(net, ["*"]), net)
+    with caplog.at_level("INFO", "repr_det"):
+        for _ in range(2):
+            net(IMAGES)
+            assert [layer.name for layer in participants.hear()] == ["2", "4"]
+    assert caplog.text.count("all filters stay of 0 (behind it comes sigmoid, which does not make 0 of") == 1
 
 
 def test_where_nothing_takes_part_the_reasons_and_what_could_are_named():
     net = build(conv(), nn.Sigmoid(), conv(16), nn.ReLU())
-    participation = Participation(net, find_filter_layers(net, ["0"]))
+    participants = Participants(find_filter_layers(net, ["0"]), net)
     net(IMAGES)
     with pytest.raises(UserError) as error:
-        participation.layers()
+        participants.agreed()
     assert str(error.value) == (
-        "no filter can be dropped of the convs that layers= names: 0 (behind it comes sigmoid, which does not make 0 of "
-        "a channel that is 0); these could: 2, 4"
+        "no filter can be dropped of the convs that layers= names: 0 (behind it comes sigmoid, which does not make 0 "
+        "of a channel that is 0); these could: 2, 4"
     )
 
 
@@ -639,10 +669,10 @@ def test_networks_of_torchvision(name):
         if hasattr(module, "p"):
             module.p = 0.0  # dropout, stochastic depth
     images = torch.randn(2, 3, 64, 64)
-    participation = Participation(net, find_filter_layers(net, ["*"]))
+    participants = Participants(find_filter_layers(net, ["*"]), net)
     net(images)
-    layers = participation.layers()
-    assert (len(layers), len(participation.candidates)) == TORCHVISION[name]
+    layers = participants.agreed()
+    assert (len(layers), len(participants.candidates)) == TORCHVISION[name]
     modules = dict(net.named_modules())
     with torch.no_grad():
         for layer in layers:

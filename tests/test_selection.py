@@ -151,7 +151,9 @@ def test_cap_out_of_range(cap):
 
 def test_cap_that_leaves_too_few_filters_is_refused():
     scores = {"a": torch.ones(10), "b": torch.ones(20)}
-    with pytest.raises(UserError, match=r"^max_drop_per_layer= 0.2 lets 6 of 30 filters be dropped, drop_ratio= 0.3 needs 9"):
+    with pytest.raises(
+        UserError, match=r"^max_drop_per_layer= 0.2 lets 6 of 30 filters be dropped, drop_ratio= 0.3 needs 9"
+    ):
         select_filters(scores, 0.3, 0.2)
     with pytest.raises(UserError, match=r"lets 0 of 10 filters be dropped, .* needs 3 \(one filter .* always stays\)"):
         select_filters({str(i): torch.ones(1) for i in range(10)}, 0.3, 1.0)

@@ -8,9 +8,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from repr_det.method.layers import find_filter_layers
-from repr_det.method.participation import Participation
-from repr_det.method.proof import Verdict
-from repr_det.method.tracing import tensors_in
+from repr_det.network.proof import Verdict
+from repr_det.network.tracing import tensors_in
+from repr_det.network.watch import Watch
 
 ROWS = [2, 3]  # one group of a GroupNorm of two channels a group
 IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -51,10 +51,11 @@ def vary_norms(net: nn.Module) -> nn.Module:
 
 def verdicts(net: nn.Module, run=None, include=("*",)) -> dict[str, Verdict]:
     """What the first pass shows of every conv."""
-    participation = Participation(net, find_filter_layers(net, list(include)))
+    watch = Watch(net, [layer.name for layer in find_filter_layers(net, list(include))])
     (run or (lambda: net(IMAGES)))()
-    participation.close()
-    return participation.verdicts
+    watch.hear()
+    watch.close()
+    return watch.verdicts
 
 
 def reasons(net: nn.Module, run=None) -> dict[str, str]:

@@ -13,12 +13,7 @@ from torch.optim import Optimizer
 
 from repr_det.method.layers import FROZEN, NONE, FilterLayer
 from repr_det.method.optimizers import raise_squares_of_inputs_, restart_optimizer_state_
-from repr_det.method.orthogonality import (
-    inter_filter_orthogonality,
-    least_overlap_filters,
-    overlap_of_kept,
-    unit_filters,
-)
+from repr_det.method.orthogonality import least_overlap_filters, unit_filters
 
 # What a filter is without a norm of its own, and what a new one begins with.
 _FRESH = {"bias": 0.0, "norm.weight": 1.0, "norm.bias": 0.0, "norm.running_mean": 0.0, "norm.running_var": 1.0}
@@ -34,26 +29,9 @@ def remembered(values: Mapping[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
     return {name: value[mask].clone() for name, value in values.items()}
 
 
-@dataclass
-class NewFilters:
-    """New filters of one layer.
-
-    Attributes:
-        weight: (M, ...) of the dtype in which the layer keeps them, on the CPU.
-        overlap_kept: (K,) O_f of the filters that stayed, among themselves.
-        overlap: (J,) O_f of all filters with the new ones.
-        max_cosine: largest |cos| of a new filter to a kept or an old one.
-    """
-
-    weight: Tensor
-    overlap_kept: Tensor
-    overlap: Tensor
-    max_cosine: float
-
-
 def new_filters(
     weight: Tensor, old: Tensor, mask: Tensor, groups: int, scale: str, generator: torch.Generator
-) -> NewFilters:
+) -> tuple[Tensor, float]:
     """Directions of least overlap for the dropped filters of a layer, at the norm that ``scale`` says.
 
     Args:
@@ -63,28 +41,23 @@ def new_filters(
         groups: of a grouped conv; filters of other groups look at other channels.
         scale: see ``options.RePrOptions``.
         generator: decides where the directions are not determined.
+
+    Returns:
+        (M, ...) new filters of the dtype in which the layer keeps them; the largest |cos| of one of them to a kept or
+        an old filter.
     """
     before = torch.zeros_like(weight)
     before[mask] = old.to(weight)
+    parts = list(zip(weight.chunk(groups), before.chunk(groups), mask.chunk(groups), strict=True))
+    units = [least_overlap_filters(now[~out].double(), then[out].double(), generator) for now, then, out in parts]
     norms = _new_norms(scale, weight[~mask], old)
-    parts = [
-        least_overlap_filters(kept[~out].double(), dropped[out].double(), generator)
-        for kept, dropped, out in zip(weight.chunk(groups), before.chunk(groups), mask.chunk(groups), strict=True)
+    stored = _of_norm(torch.cat(units).flatten(1), norms, weight.dtype).view_as(old)
+    sizes = [int(out.sum()) for _, _, out in parts]
+    cosines = [
+        _largest_cosine(new, now[~out], then[out])
+        for new, (now, then, out) in zip(stored.split(sizes), parts, strict=True)
     ]
-    stored = _of_norm(torch.cat(parts).flatten(1), norms, weight.dtype).view_as(old)
-    now = weight.clone()
-    now[mask] = stored
-    return NewFilters(
-        weight=stored,
-        overlap_kept=overlap_of_kept(weight, mask, groups),
-        overlap=inter_filter_orthogonality(now, groups),
-        max_cosine=max(
-            _largest_cosine(new[out], kept[~out], dropped[out])
-            for new, kept, dropped, out in zip(
-                now.chunk(groups), weight.chunk(groups), before.chunk(groups), mask.chunk(groups), strict=True
-            )
-        ),
-    )
+    return stored, max(cosines)
 
 
 def _largest_cosine(new: Tensor, kept: Tensor, old: Tensor) -> float:

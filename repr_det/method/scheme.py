@@ -39,10 +39,10 @@ from repr_det.method.optimizers import (
 )
 from repr_det.method.options import CONFIG_KEYS, RePrOptions
 from repr_det.method.orthogonality import inter_filter_orthogonality, overlap_of_kept
-from repr_det.method.participation import Gradients, Owner, Participation
-from repr_det.method.passes import TrainingPasses, undisturbed
+from repr_det.method.ownership import Gradients, Owner
+from repr_det.method.participants import Participants
+from repr_det.method.passes import TrainingPasses
 from repr_det.method.returning import (
-    NewFilters,
     aligned_readers,
     can_be_silent,
     new_filters,
@@ -53,6 +53,7 @@ from repr_det.method.returning import (
     silence,
 )
 from repr_det.method.selection import check_capacity, select_filters
+from repr_det.network.state import undisturbed
 
 logger = logging.getLogger("repr_det.scheme")
 
@@ -76,7 +77,7 @@ class RePrScheme:
             False) lose no filter then.
         optimizer: holds their parameters; a list where several do.
         model: the module that holds the layers, not wrapped. Its first training pass shows which of them take part
-            (``participation``), and with which norm. None: all do, with the norms that they are given with.
+            (``network.proof``), and with which norm. None: all do, with the norms that they are given with.
         passes: how to run training batches; needed by criteria that look at data, and where a norm is frozen.
         averages: of the weights, see ``averages.Averages``.
         seed: all randomness comes from it and the cycle; the same on every rank.
@@ -133,11 +134,9 @@ class RePrScheme:
         self._frozen_at_drop: set[str] = set()
         self._sub_steps = 0
         self._given: dict[str, Tensor] = {}  # new filters that the step after a restore is to leave as they are
-        self._modules = {} if model is None else dict(model.named_modules())
         self._owner = Owner(self, [] if model is None else self.layers)
         self._gradients = Gradients(self.layers)
-        self._told: set[str] = set()
-        self.participation = None if model is None else Participation(model, self.layers)
+        self.participants = Participants(self.layers, model)
         if model is None:
             self._check_participants()
 
@@ -157,7 +156,7 @@ class RePrScheme:
         """Names of the layers whose filters change the network's output when they return."""
         if self.options.returns != "function_preserving":
             return [layer.name for layer in self.layers]
-        return [layer.name for layer in self.layers if not can_be_silent(layer, self._modules)]
+        return [layer.name for layer in self.layers if not can_be_silent(layer, self.participants.modules)]
 
     @property
     def masks(self) -> dict[str, Tensor]:
@@ -176,7 +175,7 @@ class RePrScheme:
         Raises:
             UserError: nothing takes part; dropped channels or filters are not 0; filters that returned are gone again.
         """
-        if self.participation is not None and self.participation.news:
+        if self.participants.news:
             self._hear_news()
         if self._held is not None:
             self._look_at_dropped(self._held)
@@ -194,15 +193,16 @@ class RePrScheme:
         if self._held is not None:
             raise RuntimeError("filters are dropped already: restore() comes before the next drop()")
         start = time.perf_counter()
-        self._settle_participants()
+        self.layers = self.participants.agreed()
+        self._check_participants()
         check_optimizer_state(self.layers, self.optimizers)
         frozen = self._frozen_norms()
         self._check_calibration(frozen)
         values = self._values()
         self._check_finite(values, "drop")
         masks = self._select(self._scores(), values)
-        overlaps = {x.name: inter_filter_orthogonality(values[x.name]["weight"], x.conv.groups) for x in self.layers}
-        kept = [overlap_of_kept(values[x.name]["weight"], masks[x.name], x.conv.groups) for x in self.layers]
+        overlaps = self._overlaps(values)
+        kept = [self._overlap_of_kept(layer, values, masks) for layer in self.layers]
 
         held = HeldFilters(self.layers, masks, self.optimizers)
         moments = self._measure_moments(held, frozen)
@@ -246,7 +246,7 @@ class RePrScheme:
         self._check_zero(held, "at the restore")
         renewed = [] if as_they_were else [x for x in held.layers if self._why_frozen(x) is None]
         renewed = [layer for layer in renewed if self._can_calibrate(layer)]
-        new = self._new_filters(renewed, values)
+        new, cosines = self._new_filters(renewed, values, held.masks)
         for layer in held.layers:
             rows = held.rows[layer.name]
             back = self._old[layer.name]
@@ -254,7 +254,7 @@ class RePrScheme:
                 # FrozenBN's affine is what the network was trained with; its statistics follow the new filter.
                 keeps_norm = layer.name in self._frozen_at_drop
                 own = {name: value for name, value in back.items() if keeps_norm and name.startswith("norm.")}
-                back = own | {"weight": new[layer.name].weight}
+                back = own | {"weight": new[layer.name]}
             put_back(layer, rows, back)
             restart_training(layer, rows, held.kept[layer.name], self.optimizers)
         for layer in renewed:
@@ -262,7 +262,9 @@ class RePrScheme:
         self._match_moments(held, renewed)
         self._restart_averaging_norms()
         self._copy_to_averages(held)
-        overlaps, kept = self._overlaps_after(held, new, values)
+        after = self._values()
+        kept = [self._overlap_of_kept(layer, values, held.masks) for layer in self.layers]
+        overlaps = self._overlaps(after)
 
         transition = Transition(
             event="restore",
@@ -270,12 +272,12 @@ class RePrScheme:
             dropped=held.indices(),
             overlap_before=_mean(kept),
             overlap_after=_mean(overlaps.values()),
-            max_cosine={name: found.max_cosine for name, found in new.items()},
+            max_cosine=cosines,
             seconds=time.perf_counter() - start,
             overlaps=_rounded(overlaps),
         )
         self.num_returned = sum(len(held.rows[layer.name]) for layer in renewed)
-        self._given = {x.name: new[x.name].weight.float() for x in renewed}
+        self._given = {name: weight.float() for name, weight in new.items()}
         self._rows_given = {name: held.rows[name] for name in self._given}
         self._release()
         self.cycle += 1
@@ -284,8 +286,7 @@ class RePrScheme:
     def close(self) -> None:
         """Lets go of the model: no hooks, and another RePrScheme may take it. Filters that are out stay zero."""
         self._release()
-        if self.participation is not None:
-            self.participation.close()
+        self.participants.close()
         self._gradients.close()
         self._owner.let_go()
 
@@ -297,8 +298,7 @@ class RePrScheme:
             "seed": self.seed,
             "masks": dict(self.masks),
             "old": self._old,
-            "filters": {layer.name: layer.num_filters for layer in self.layers},
-            "norms": {layer.name: layer.norm_name for layer in self.layers},
+            **self.participants.state_dict(self.layers),
             "frozen_at_drop": sorted(self._frozen_at_drop),
             "options": self.options.resumed(),
         }
@@ -310,7 +310,7 @@ class RePrScheme:
             UserError: the state is of other options or layers, or dropped filters are not zero in the model.
         """
         check_resumed(state.get("options", {}), self.options)
-        layers = self._layers_of(state)
+        layers = self.participants.of_state(state)
         self._release()
         self.layers = layers
         self.cycle = state["cycle"]
@@ -348,60 +348,28 @@ class RePrScheme:
         check_capacity(sizes, self.options.drop_ratio, self.options.max_drop_per_layer)
 
     def _check_participants(self) -> None:
+        if self.passes is not None:
+            self.passes.trains = self.participants.trains
         self._check_layers()
         check_optimizers(self.layers, self.optimizers)
         self._check_calibration(self._frozen_norms())
 
     def _hear_news(self) -> None:
-        """After a traced pass: what takes part is checked and said, until the first drop settles it."""
-        self.participation.hear()
+        """After a traced pass: who takes part is checked and said, until the first drop settles it."""
+        found = {layer.name: layer for layer in self.participants.hear()}
         if self._held is not None or self.cycle:
+            for layer in self.layers:  # of a run of 0.2.0, whose state has no readers
+                if not layer.readers and layer.name in found:
+                    layer.readers, layer.rectified = found[layer.name].readers, found[layer.name].rectified
             return
-        self.layers = self.participation.layers_here()
-        self._note_mode()
+        self.layers = list(found.values())
         self._check_participants()
-        for sentence in self.participation.left_out():
-            if sentence not in self._told:
-                logger.info("RePr: all filters stay of %s", sentence)
-            self._told.add(sentence)
         if self.options.returns == "function_preserving" and (loud := self.loud):
             logger.warning(
                 "RePr: filters of %s cannot return without changing the network's output (what reads them is no conv "
                 "alone, and there is no gamma to learn) and return as published",
                 ", ".join(loud),
             )
-
-    def _settle_participants(self) -> None:
-        if self.participation is not None:
-            self.layers = self.participation.layers()
-            self._note_mode()
-            self._check_participants()
-
-    def _note_mode(self) -> None:
-        if self.passes is not None:
-            self.passes.trains = self.participation.trains
-
-    def _layers_of(self, state: dict[str, Any]) -> list[FilterLayer]:
-        """The layers of a saved state, of those that are candidates here."""
-        mine = {layer.name: layer for layer in self.layers}
-        if self.participation is not None:
-            mine = {layer.name: layer for layer in self.participation.candidates}
-        theirs = state["filters"]
-        sizes = {name: layer.num_filters for name, layer in mine.items()}
-        strange = sorted(set(theirs.items()) - set(sizes.items()))
-        if strange or (self.participation is None and len(theirs) != len(mine)):
-            first = strange[0] if strange else sorted(set(sizes.items()) - set(theirs.items()))[0]
-            raise OptionError(
-                f"the checkpoint's RePr state covers {len(theirs)} layers, this run has {len(mine)}; first difference "
-                f"{first}: resume with the {{layers}} and the model of the run that wrote it"
-            )
-        norms = state.get("norms")
-        if norms is None or self.participation is None:
-            return [mine[name] for name in theirs]
-        return [
-            FilterLayer(name, mine[name].conv, None if norm is None else self._modules[norm], norm)
-            for name, norm in norms.items()
-        ]
 
     def _why_frozen(self, layer: FilterLayer) -> str | None:
         """Why a layer cannot learn now; the same on every rank, for optimizers are."""
@@ -527,26 +495,28 @@ class RePrScheme:
         self._owner.keeps = self
         held.hold()
         held.watch_channels()
-        if self.participation is not None:
-            self.participation.trace_next()
+        self.participants.watch_next()
 
     # The restore.
 
-    def _new_filters(self, layers: Sequence[FilterLayer], values: Values) -> dict[str, NewFilters]:
-        """The new filters of every layer, found by rank 0; on other ranks without what is told of them."""
-        found = {}
+    def _new_filters(
+        self, layers: Sequence[FilterLayer], values: Values, masks: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Layer name -> new filters (M, ...) of rank 0, and their largest |cos| to kept and old ones."""
+        found: dict[str, Tensor] = {}
+        cosines: dict[str, float] = {}
         for number, layer in enumerate(self.layers):
             if layer not in layers:
                 continue
-            old, mask = self._old[layer.name]["weight"], self._held.masks[layer.name]
+            name, old = layer.name, self._old[layer.name]["weight"]
+            found[name], cosines[name] = torch.empty_like(old), 0.0
             if rank() == 0:
-                weight, groups = values[layer.name]["weight"], layer.conv.groups
-                generator = self._generator(1, number)
-                found[layer.name] = new_filters(weight, old, mask, groups, self.options.scale, generator)
-            else:
-                found[layer.name] = NewFilters(torch.empty_like(old), torch.zeros(0), torch.zeros(len(mask)), 0.0)
-        broadcast_([filters.weight for filters in found.values()], self._device)
-        return found
+                mask, generator = masks[name], self._generator(1, number)
+                found[name], cosines[name] = new_filters(
+                    values[name]["weight"], old, mask, layer.conv.groups, self.options.scale, generator
+                )
+        broadcast_(list(found.values()), self._device)
+        return found, cosines
 
     def _can_calibrate(self, layer: FilterLayer) -> bool:
         """Whether a new filter would get statistics of its own: a norm that has been frozen since the drop has lost
@@ -567,10 +537,10 @@ class RePrScheme:
         squared gradients on them."""
         mask = held.masks[layer.name]
         if self.options.returns != "function_preserving":
-            prepare_readers(layer, self._modules, mask, self.optimizers)
+            prepare_readers(layer, self.participants.modules, mask, self.optimizers)
             return
-        loud = silence(layer, self._modules, mask, held.rows[layer.name], self.optimizers)
-        if loud and can_be_silent(layer, self._modules):
+        loud = silence(layer, self.participants.modules, mask, held.rows[layer.name], self.optimizers)
+        if loud and can_be_silent(layer, self.participants.modules):
             logger.warning("RePr: %d filters of %s return as published: all channels of a group", loud, layer.name)
 
     def _match_moments(self, held: HeldFilters, renewed: Sequence[FilterLayer]) -> None:
@@ -589,26 +559,6 @@ class RePrScheme:
         match_moments(layers, held.rows, wanted, self.passes, self._calibration_batches, self.cycle)
         broadcast_([s for layer in layers for s in layer.running_statistics().values()], self._device)
 
-    def _overlaps_after(
-        self, held: HeldFilters, new: Mapping[str, NewFilters], values: Values
-    ) -> tuple[dict[str, Tensor], list[Tensor]]:
-        """O_f of all filters by layer, and of those that stayed among themselves."""
-        silenced = self.options.returns == "function_preserving"  # changes the filters that read a channel
-        now = self._values() if silenced else values
-        overlaps, kept = {}, []
-        for layer in self.layers:
-            name, groups = layer.name, layer.conv.groups
-            if name in new:
-                kept.append(new[name].overlap_kept)
-                overlaps[name] = new[name].overlap
-            else:
-                mask = held.masks[name]
-                kept.append(overlap_of_kept(values[name]["weight"], mask, groups))
-            if name not in new or silenced:
-                weight = now[name]["weight"] if silenced or not held.masks[name].any() else layer.weight
-                overlaps[name] = inter_filter_orthogonality(weight, groups)
-        return overlaps, kept
-
     # What both transitions need.
 
     @property
@@ -619,6 +569,15 @@ class RePrScheme:
     def _calibration_batches(self) -> int:
         return self.options.calibration_batches or _CALIBRATION_BATCHES
 
+    def _overlaps(self, values: Values) -> dict[str, Tensor]:
+        """Layer name -> (J,) O_f of all its filters."""
+        return {x.name: inter_filter_orthogonality(values[x.name]["weight"], x.conv.groups) for x in self.layers}
+
+    @staticmethod
+    def _overlap_of_kept(layer: FilterLayer, values: Values, masks: Mapping[str, Tensor]) -> Tensor:
+        """(K,) O_f of the filters that stay, among themselves."""
+        return overlap_of_kept(values[layer.name]["weight"], masks[layer.name], layer.conv.groups)
+
     def _generator(self, purpose: int, layer: int = 0) -> torch.Generator:
         """A stream of its own for every cycle, purpose and layer, so that nothing depends on what was drawn before."""
         mixed = (self.seed, self.cycle, purpose, layer)
@@ -626,7 +585,7 @@ class RePrScheme:
 
     def _restart_averaging_norms(self) -> None:
         """BN that averages its statistics over all batches so far (momentum None) has seen another network."""
-        norms = (layer.norm for layer in self.layers) if self.model is None else self.model.modules()
+        norms: Iterable[Any] = [x.norm for x in self.layers] if self.model is None else self.model.modules()
         for norm in norms:
             averages = isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.momentum is None
             if averages and norm.num_batches_tracked is not None:
@@ -638,7 +597,7 @@ class RePrScheme:
         for layer in held.layers:
             self.averages.copy_rows(layer, held.rows[layer.name])
             if self.options.returns == "function_preserving":
-                for reader in aligned_readers(layer, self._modules) or ():
+                for reader in aligned_readers(layer, self.participants.modules) or ():
                     for within, returned, _ in reader.of(held.masks[layer.name]):
                         self.averages.copy_kernels(reader.module, within, returned)
 

@@ -221,7 +221,7 @@ def _is_a_training_pass() -> bool:
     """Gradients are wanted, and it is not a part of one that checkpointing runs again in the backward pass."""
     # No public function tells whether a backward pass runs in this thread.
     again = torch._C._current_graph_task_id() != -1
-    return torch.is_grad_enabled() and not again and not torch.compiler.is_compiling()
+    return torch.is_grad_enabled() and not again
 
 
 class HookOfOne:
