@@ -499,7 +499,9 @@ class RePrScheme:
 
     # The restore.
 
-    def _new_filters(self, layers: Sequence[FilterLayer], values: Values) -> tuple[dict[str, Tensor], dict[str, float]]:
+    def _new_filters(
+        self, layers: Sequence[FilterLayer], values: Values, masks: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Layer name -> new filters (M, ...) of rank 0, and their largest |cos| to kept and old ones."""
         found: dict[str, Tensor] = {}
         cosines: dict[str, float] = {}
