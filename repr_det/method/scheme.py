@@ -56,7 +56,6 @@ from repr_det.method.selection import check_capacity, select_filters
 logger = logging.getLogger("repr_det.scheme")
 
 _LOOKS_EVERY = 100  # steps of the sub-network after which dropped filters are looked at; the first ones more often
-_CALIBRATION_BATCHES = 4
 _WITHOUT_EFFECT = ("readers", "slim_model", "slim", "apart")  # of version 0.2.0
 
 Values = dict[str, dict[str, Tensor]]
@@ -310,7 +309,7 @@ class RePrScheme:
         Raises:
             UserError: the state is of other options or layers, or dropped filters are not zero in the model.
         """
-        check_resumed(state.get("options", {}), self.options)
+        check_resumed(state.get("options", {}), self.options.resumed())
         layers = self._layers_of(state)
         self._release()
         self.layers = layers
@@ -599,7 +598,7 @@ class RePrScheme:
 
     @property
     def _calibration_batches(self) -> int:
-        return self.options.calibration_batches or _CALIBRATION_BATCHES
+        return self.options.calibration_batches or self.passes.calibration_batches
 
     def _overlaps(self, values: Values) -> dict[str, Tensor]:
         """Layer name -> (J,) O_f of all its filters."""
@@ -640,9 +639,8 @@ class RePrScheme:
         self._owner.keeps = None
 
 
-def check_resumed(saved: Mapping[str, Any], options: RePrOptions) -> None:
-    """Raises OptionError where a run is resumed with other options than those that were saved."""
-    mine = options.resumed()
+def check_resumed(saved: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+    """Raises OptionError where a run is resumed with other options, by config key, than those that were saved."""
     for name, key in CONFIG_KEYS.items():
         if key in saved and key in mine and saved[key] != mine[key]:
             raise OptionError(
