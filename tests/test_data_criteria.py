@@ -20,7 +20,8 @@ from repr_det import RePrHook, RePrScheme, Trainer, UserError, find_filter_layer
 from repr_det.detectron.hook import training_passes
 from repr_det.method.criteria import CRITERIA, Context, correlation_with_oracle, get_criterion
 from repr_det.method.oracle import ablation, greedy_removal
-from repr_det.method.passes import TrainingPasses, random_state
+from repr_det.method.passes import TrainingPasses
+from repr_det.network.state import random_state
 
 DATA_CRITERIA = ["mean_activation", "apoz", "gradient", "taylor", "hessian"]
 STEP = 1e-5

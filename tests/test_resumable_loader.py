@@ -13,7 +13,7 @@ from detectron2.data.samplers import RandomSubsetTrainingSampler, RepeatFactorTr
 from detectron2.utils import comm
 from torch.utils.data import DataLoader
 
-from repr_det.method.passes import random_state
+from repr_det.network.state import random_state
 from repr_det.runs.loader import ResumableLoader, resumable
 from repr_det.runs.resume import ExactResume
 

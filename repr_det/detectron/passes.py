@@ -13,7 +13,8 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
 from repr_det.method.errors import UserError
-from repr_det.method.passes import TrainingPasses, preserved_random_state
+from repr_det.method.passes import TrainingPasses
+from repr_det.network.state import preserved_random_state
 
 CALIBRATION_IMAGES = 8
 

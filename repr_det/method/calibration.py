@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from repr_det.method.distributed import mean_over_ranks
 from repr_det.method.layers import FilterLayer
-from repr_det.method.passes import TrainingPasses, undisturbed
+from repr_det.method.passes import TrainingPasses
+from repr_det.network.state import undisturbed
 
 # A channel whose standard deviation is below this share of its largest value is constant: it has no scale to match.
 _CONSTANT = 1e-6

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from repr_det.method.distributed import mean_over_ranks, to_cpu
 from repr_det.method.layers import FilterLayer
-from repr_det.method.passes import TrainingPasses, undisturbed
+from repr_det.method.passes import TrainingPasses
+from repr_det.network.state import undisturbed
 
 Scores = dict[str, Tensor]
 logger = logging.getLogger("repr_det.data_criteria")

@@ -16,6 +16,15 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
+def gathered(value: Any) -> list[Any]:
+    """The picklable values of all ranks, in their order."""
+    if world_size() == 1:
+        return [value]
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
 def to_cpu(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Copies of tensors on the CPU, by one transfer for all of a type and device."""
     found: list[Any] = [None] * len(tensors)

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from repr_det.method.layers import FilterLayer, zero_rows_
 from repr_det.method.optimizers import zero_optimizer_state_
-from repr_det.method.tracing import HookOfOne
+from repr_det.network.tracing import HookOfOne
 
 
 @dataclass

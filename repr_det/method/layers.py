@@ -1,7 +1,7 @@
 """The convs that may take part in RePr, and what one filter of such a conv is.
 
 A filter is one output channel: its row of the conv weight, its entry of the bias and its entries of the norm's affine
-parameters (buffers for FrozenBN). Which convs take part is for ``participation`` to show.
+parameters (buffers for FrozenBN). Which convs take part is for ``network.proof`` to show.
 """
 
 import fnmatch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from repr_det.method.errors import OptionError, UserError
-from repr_det.method.proof import Reader, is_norm
+from repr_det.network.proof import Reader, is_norm
 
 BATCH, FROZEN, GROUP, NONE = "batch", "frozen", "group", "none"
 
@@ -214,7 +214,7 @@ def _norm_of(model: nn.Module, name: str, conv: nn.Conv2d) -> nn.Module | None:
         return own
     siblings = list(model.get_submodule(name.rpartition(".")[0]).children())
     position = siblings.index(conv) + 1
-    follower = siblings[position] if position < len(siblings) else None
+    follower: Any = siblings[position] if position < len(siblings) else None
     if follower is None or not is_norm(follower) or follower.weight is None:
         return None
     return follower if len(follower.weight) == conv.out_channels else None

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from repr_det.method.errors import OptionError, UserError
 from repr_det.method.layers import FilterLayer, zero_rows_
-from repr_det.method.tracing import tensors_in
+from repr_det.network.tracing import tensors_in
 
 # By the names that optimizers give their state. A filter that begins to train again begins with momentum 0 ...
 _MOMENTA = {

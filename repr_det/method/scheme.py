@@ -28,6 +28,7 @@ from repr_det.method.averages import Averages
 from repr_det.method.calibration import match_moments, measure_moments
 from repr_det.method.criteria import Context, get_criterion
 from repr_det.method.distributed import broadcast_, rank, to_cpu
+from repr_det.method.effects import DroppedEffects, ReturnedEffects, check_finite, check_zero
 from repr_det.method.errors import OptionError, UserError
 from repr_det.method.holding import HeldFilters, Transition
 from repr_det.method.layers import BATCH, FROZEN, FilterLayer
@@ -39,8 +40,9 @@ from repr_det.method.optimizers import (
 )
 from repr_det.method.options import CONFIG_KEYS, RePrOptions
 from repr_det.method.orthogonality import inter_filter_orthogonality, overlap_of_kept
-from repr_det.method.participation import Gradients, Owner, Participation
-from repr_det.method.passes import TrainingPasses, undisturbed
+from repr_det.method.ownership import Gradients, Owner
+from repr_det.method.participants import Participants
+from repr_det.method.passes import TrainingPasses
 from repr_det.method.returning import (
     aligned_readers,
     can_be_silent,
@@ -52,10 +54,10 @@ from repr_det.method.returning import (
     silence,
 )
 from repr_det.method.selection import check_capacity, select_filters
+from repr_det.network.state import undisturbed
 
 logger = logging.getLogger("repr_det.scheme")
 
-_LOOKS_EVERY = 100  # steps of the sub-network after which dropped filters are looked at; the first ones more often
 _WITHOUT_EFFECT = ("readers", "slim_model", "slim", "apart")  # of version 0.2.0
 
 Values = dict[str, dict[str, Tensor]]
@@ -74,7 +76,7 @@ class RePrScheme:
             False) lose no filter then.
         optimizer: holds their parameters; a list where several do.
         model: the module that holds the layers, not wrapped. Its first training pass shows which of them take part
-            (``participation``), and with which norm. None: all do, with the norms that they are given with.
+            (``network.proof``), and with which norm. None: all do, with the norms that they are given with.
         passes: how to run training batches; needed by criteria that look at data, and where a norm is frozen.
         averages: of the weights, see ``averages.Averages``.
         seed: all randomness comes from it and the cycle; the same on every rank.
@@ -129,13 +131,11 @@ class RePrScheme:
         self._held: HeldFilters | None = None
         self._old: Values = {}
         self._frozen_at_drop: set[str] = set()
-        self._sub_steps = 0
-        self._given: dict[str, Tensor] = {}  # new filters that the step after a restore is to leave as they are
-        self._modules = {} if model is None else dict(model.named_modules())
+        self._after_drop: DroppedEffects | None = None
+        self._after_restore: ReturnedEffects | None = None
         self._owner = Owner(self, [] if model is None else self.layers)
         self._gradients = Gradients(self.layers)
-        self._told: set[str] = set()
-        self.participation = None if model is None else Participation(model, self.layers)
+        self.participants = Participants(self.layers, model)
         if model is None:
             self._check_participants()
 
@@ -155,7 +155,7 @@ class RePrScheme:
         """Names of the layers whose filters change the network's output when they return."""
         if self.options.returns != "function_preserving":
             return [layer.name for layer in self.layers]
-        return [layer.name for layer in self.layers if not can_be_silent(layer, self._modules)]
+        return [layer.name for layer in self.layers if not can_be_silent(layer, self.participants.modules)]
 
     @property
     def masks(self) -> dict[str, Tensor]:
@@ -174,12 +174,12 @@ class RePrScheme:
         Raises:
             UserError: nothing takes part; dropped channels or filters are not 0; filters that returned are gone again.
         """
-        if self.participation is not None and self.participation.news:
+        if self.participants.news:
             self._hear_news()
-        if self._held is not None:
-            self._look_at_dropped(self._held)
-        elif self._given:
-            self._look_at_returned()
+        effects, self._after_restore = self._after_restore, None
+        for one in (self._after_drop, effects):
+            if one is not None:
+                one.look()
 
     @torch.no_grad()
     def drop(self) -> Transition:
@@ -192,12 +192,13 @@ class RePrScheme:
         if self._held is not None:
             raise RuntimeError("filters are dropped already: restore() comes before the next drop()")
         start = time.perf_counter()
-        self._settle_participants()
+        self.layers = self.participants.agreed()
+        self._check_participants()
         check_optimizer_state(self.layers, self.optimizers)
         frozen = self._frozen_norms()
         self._check_calibration(frozen)
         values = self._values()
-        self._check_finite(values, "drop")
+        check_finite(values, f"at the drop of cycle {self.cycle + 1}")
         masks = self._select(self._scores(), values)
         overlaps = self._overlaps(values)
         kept = [self._overlap_of_kept(layer, values, masks) for layer in self.layers]
@@ -240,11 +241,11 @@ class RePrScheme:
         start = time.perf_counter()
         held = self._held
         values = self._values()
-        self._check_finite(values, "restore")
-        self._check_zero(held, "at the restore")
+        check_finite(values, f"at the restore of cycle {self.cycle + 1}")
+        check_zero(held, f"at the restore of cycle {self.cycle + 1}")
         renewed = [] if as_they_were else [x for x in held.layers if self._why_frozen(x) is None]
         renewed = [layer for layer in renewed if self._can_calibrate(layer)]
-        new, cosines = self._new_filters(renewed, values)
+        new, cosines = self._new_filters(renewed, values, held.masks)
         for layer in held.layers:
             rows = held.rows[layer.name]
             back = self._old[layer.name]
@@ -275,8 +276,7 @@ class RePrScheme:
             overlaps=_rounded(overlaps),
         )
         self.num_returned = sum(len(held.rows[layer.name]) for layer in renewed)
-        self._given = {name: weight.float() for name, weight in new.items()}
-        self._rows_given = {name: held.rows[name] for name in self._given}
+        self._after_restore = ReturnedEffects(held, new, self.cycle + 1) if new else None
         self._release()
         self.cycle += 1
         return transition
@@ -284,8 +284,7 @@ class RePrScheme:
     def close(self) -> None:
         """Lets go of the model: no hooks, and another RePrScheme may take it. Filters that are out stay zero."""
         self._release()
-        if self.participation is not None:
-            self.participation.close()
+        self.participants.close()
         self._gradients.close()
         self._owner.let_go()
 
@@ -297,8 +296,7 @@ class RePrScheme:
             "seed": self.seed,
             "masks": dict(self.masks),
             "old": self._old,
-            "filters": {layer.name: layer.num_filters for layer in self.layers},
-            "norms": {layer.name: layer.norm_name for layer in self.layers},
+            **self.participants.state_dict(self.layers),
             "frozen_at_drop": sorted(self._frozen_at_drop),
             "options": self.options.resumed(),
         }
@@ -310,7 +308,7 @@ class RePrScheme:
             UserError: the state is of other options or layers, or dropped filters are not zero in the model.
         """
         check_resumed(state.get("options", {}), self.options.resumed())
-        layers = self._layers_of(state)
+        layers = self.participants.of_state(state)
         self._release()
         self.layers = layers
         self.cycle = state["cycle"]
@@ -348,60 +346,28 @@ class RePrScheme:
         check_capacity(sizes, self.options.drop_ratio, self.options.max_drop_per_layer)
 
     def _check_participants(self) -> None:
+        if self.passes is not None:
+            self.passes.trains = self.participants.trains
         self._check_layers()
         check_optimizers(self.layers, self.optimizers)
         self._check_calibration(self._frozen_norms())
 
     def _hear_news(self) -> None:
-        """After a traced pass: what takes part is checked and said, until the first drop settles it."""
-        self.participation.hear()
+        """After a traced pass: who takes part is checked and said, until the first drop settles it."""
+        found = {layer.name: layer for layer in self.participants.hear()}
         if self._held is not None or self.cycle:
+            for layer in self.layers:  # of a run of 0.2.0, whose state has no readers
+                if not layer.readers and layer.name in found:
+                    layer.readers, layer.rectified = found[layer.name].readers, found[layer.name].rectified
             return
-        self.layers = self.participation.layers_here()
-        self._note_mode()
+        self.layers = list(found.values())
         self._check_participants()
-        for sentence in self.participation.left_out():
-            if sentence not in self._told:
-                logger.info("RePr: all filters stay of %s", sentence)
-            self._told.add(sentence)
         if self.options.returns == "function_preserving" and (loud := self.loud):
             logger.warning(
                 "RePr: filters of %s cannot return without changing the network's output (what reads them is no conv "
                 "alone, and there is no gamma to learn) and return as published",
                 ", ".join(loud),
             )
-
-    def _settle_participants(self) -> None:
-        if self.participation is not None:
-            self.layers = self.participation.layers()
-            self._note_mode()
-            self._check_participants()
-
-    def _note_mode(self) -> None:
-        if self.passes is not None:
-            self.passes.trains = self.participation.trains
-
-    def _layers_of(self, state: dict[str, Any]) -> list[FilterLayer]:
-        """The layers of a saved state, of those that are candidates here."""
-        mine = {layer.name: layer for layer in self.layers}
-        if self.participation is not None:
-            mine = {layer.name: layer for layer in self.participation.candidates}
-        theirs = state["filters"]
-        sizes = {name: layer.num_filters for name, layer in mine.items()}
-        strange = sorted(set(theirs.items()) - set(sizes.items()))
-        if strange or (self.participation is None and len(theirs) != len(mine)):
-            first = strange[0] if strange else sorted(set(sizes.items()) - set(theirs.items()))[0]
-            raise OptionError(
-                f"the checkpoint's RePr state covers {len(theirs)} layers, this run has {len(mine)}; first difference "
-                f"{first}: resume with the {{layers}} and the model of the run that wrote it"
-            )
-        norms = state.get("norms")
-        if norms is None or self.participation is None:
-            return [mine[name] for name in theirs]
-        return [
-            FilterLayer(name, mine[name].conv, None if norm is None else self._modules[norm], norm)
-            for name, norm in norms.items()
-        ]
 
     def _why_frozen(self, layer: FilterLayer) -> str | None:
         """Why a layer cannot learn now; the same on every rank, for optimizers are."""
@@ -433,39 +399,6 @@ class RePrScheme:
             found[layer][name] = value
         return found
 
-    def _look_at_dropped(self, held: HeldFilters) -> None:
-        if held.saw_channels() and (leaking := held.leaking()):
-            raise UserError(
-                f"dropped channels of {', '.join(leaking)} are not 0 in the sub-network's first pass: something is "
-                "added behind the conv or its norm; exclude these convs, and tell us of the network"
-            )
-        self._sub_steps += 1
-        often = self._sub_steps & (self._sub_steps - 1) == 0  # steps 1, 2, 4, 8, ...
-        if self._sub_steps % _LOOKS_EVERY == 0 or (often and self._sub_steps < _LOOKS_EVERY):
-            self._check_zero(held, f"{self._sub_steps} steps after the drop")
-
-    def _check_zero(self, held: HeldFilters, when: str) -> None:
-        if (found := held.not_zero()) is not None:
-            raise UserError(
-                f"dropped filters of {found[0]} are not zero any more {when} of cycle {self.cycle + 1} (their "
-                f"{found[1]}). Something besides the optimizers that RePr knows has written to them: another "
-                "optimizer, weights loaded into the model, or an average swapped in and not out again"
-            )
-
-    def _look_at_returned(self) -> None:
-        """The filters that a restore gave are still there after the next step."""
-        given, self._given = self._given, {}
-        layers = [layer for layer in self.layers if layer.name in given]
-        now = to_cpu([layer.weight.index_select(0, self._rows_given[layer.name]) for layer in layers])
-        for layer, weight in zip(layers, now, strict=True):
-            gone = int((weight.float().flatten(1).norm(dim=1) < 0.1 * given[layer.name].flatten(1).norm(dim=1)).sum())
-            if gone:
-                raise UserError(
-                    f"{gone} of {len(weight)} filters of {layer.name} are gone one step after they returned in cycle "
-                    f"{self.cycle}: something besides the optimizers that RePr knows writes the weights, such as a "
-                    "copy of them that an optimizer keeps"
-                )
-
     def _check_calibration(self, frozen: Sequence[FilterLayer]) -> None:
         if frozen and self.passes is None and self.options.frozen_norm == "recalibrate":
             kind = "FrozenBN" if frozen[0].kind == FROZEN else "BN in eval mode"
@@ -473,16 +406,6 @@ class RePrScheme:
                 f"{kind} re-calibration looks at training batches (the norm of {frozen[0].name} keeps its statistics): "
                 "give loader= and loss=, or passes=, or choose {frozen_norm} keep"
             )
-
-    def _check_finite(self, values: Values, transition: str) -> None:
-        for layer, tensors in values.items():
-            for name, tensor in tensors.items():
-                if not torch.isfinite(tensor).all():
-                    raise UserError(
-                        f"the {name} of {layer} is not finite at the {transition} of cycle {self.cycle + 1}: training "
-                        "has diverged; lower the learning rate or clip gradients, and resume from a checkpoint before "
-                        "that"
-                    )
 
     # The drop.
 
@@ -522,17 +445,16 @@ class RePrScheme:
         return dict(zip(found, to_cpu(list(found.values())), strict=True))
 
     def _hold(self, held: HeldFilters) -> None:
-        self._sub_steps = 0
-        self._given = {}
         self._owner.keeps = self
         held.hold()
-        held.watch_channels()
-        if self.participation is not None:
-            self.participation.trace_next()
+        self._after_drop, self._after_restore = DroppedEffects(held, self.cycle + 1), None
+        self.participants.watch_next()
 
     # The restore.
 
-    def _new_filters(self, layers: Sequence[FilterLayer], values: Values) -> tuple[dict[str, Tensor], dict[str, float]]:
+    def _new_filters(
+        self, layers: Sequence[FilterLayer], values: Values, masks: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Layer name -> new filters (M, ...) of rank 0, and their largest |cos| to kept and old ones."""
         found: dict[str, Tensor] = {}
         cosines: dict[str, float] = {}
@@ -542,7 +464,7 @@ class RePrScheme:
             name, old = layer.name, self._old[layer.name]["weight"]
             found[name], cosines[name] = torch.empty_like(old), 0.0
             if rank() == 0:
-                mask, generator = self._held.masks[name], self._generator(1, number)
+                mask, generator = masks[name], self._generator(1, number)
                 found[name], cosines[name] = new_filters(
                     values[name]["weight"], old, mask, layer.conv.groups, self.options.scale, generator
                 )
@@ -568,10 +490,10 @@ class RePrScheme:
         squared gradients on them."""
         mask = held.masks[layer.name]
         if self.options.returns != "function_preserving":
-            prepare_readers(layer, self._modules, mask, self.optimizers)
+            prepare_readers(layer, self.participants.modules, mask, self.optimizers)
             return
-        loud = silence(layer, self._modules, mask, held.rows[layer.name], self.optimizers)
-        if loud and can_be_silent(layer, self._modules):
+        loud = silence(layer, self.participants.modules, mask, held.rows[layer.name], self.optimizers)
+        if loud and can_be_silent(layer, self.participants.modules):
             logger.warning("RePr: %d filters of %s return as published: all channels of a group", loud, layer.name)
 
     def _match_moments(self, held: HeldFilters, renewed: Sequence[FilterLayer]) -> None:
@@ -616,7 +538,7 @@ class RePrScheme:
 
     def _restart_averaging_norms(self) -> None:
         """BN that averages its statistics over all batches so far (momentum None) has seen another network."""
-        norms = (layer.norm for layer in self.layers) if self.model is None else self.model.modules()
+        norms: Iterable[Any] = [x.norm for x in self.layers] if self.model is None else self.model.modules()
         for norm in norms:
             averages = isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.momentum is None
             if averages and norm.num_batches_tracked is not None:
@@ -628,7 +550,7 @@ class RePrScheme:
         for layer in held.layers:
             self.averages.copy_rows(layer, held.rows[layer.name])
             if self.options.returns == "function_preserving":
-                for reader in aligned_readers(layer, self._modules) or ():
+                for reader in aligned_readers(layer, self.participants.modules)[0]:
                     for within, returned, _ in reader.of(held.masks[layer.name]):
                         self.averages.copy_kernels(reader.module, within, returned)
 
@@ -636,7 +558,7 @@ class RePrScheme:
         if self._held is not None:
             self._held.release()
         self._held, self._old, self._frozen_at_drop = None, {}, set()
-        self._owner.keeps = None
+        self._owner.keeps = self._after_drop = None
 
 
 def check_resumed(saved: Mapping[str, Any], mine: Mapping[str, Any]) -> None:

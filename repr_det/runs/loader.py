@@ -16,7 +16,7 @@ from detectron2.data.samplers import RandomSubsetTrainingSampler, RepeatFactorTr
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from repr_det.method.passes import random_state, set_random_state
+from repr_det.network.state import random_state, set_random_state
 
 logger = logging.getLogger("repr_det.resume")
 _SAMPLERS = (TrainingSampler, RandomSubsetTrainingSampler, RepeatFactorTrainingSampler)

@@ -14,14 +14,14 @@ The pass tells more of each conv, in any network: its norm, and the convs that r
 import heapq
 import math
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from repr_det.method.tracing import Operation, Trace, Value
+from repr_det.network.tracing import Operation, Trace, Value
 
 _CONVOLUTIONS = {"convolution", "_convolution", "cudnn_convolution", "mkldnn_convolution", "miopen_convolution"}
 # Sums of products: a channel that is 0 adds nothing.
@@ -126,6 +126,16 @@ def prove(trace: Trace, left: set[int], convs: list[str], norms: Collection[str]
     """
     graph = _Graph(trace, left, norms)
     return {name: _Follow(graph, name).verdict() for name in convs}
+
+
+def first_that_refuses(everyone: Sequence[Mapping[str, Verdict]]) -> dict[str, Verdict]:
+    """The verdicts of several processes together: a conv can lose filters where all have shown it."""
+    agreed = dict(everyone[0])
+    for theirs in everyone[1:]:
+        for name, verdict in theirs.items():
+            if name not in agreed or (verdict.reason and not agreed[name].reason):
+                agreed[name] = verdict
+    return agreed
 
 
 class _Graph:
