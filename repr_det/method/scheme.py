@@ -28,6 +28,7 @@ from repr_det.method.averages import Averages
 from repr_det.method.calibration import match_moments, measure_moments
 from repr_det.method.criteria import Context, get_criterion
 from repr_det.method.distributed import broadcast_, rank, to_cpu
+from repr_det.method.effects import DroppedEffects, ReturnedEffects, check_finite, check_zero
 from repr_det.method.errors import OptionError, UserError
 from repr_det.method.holding import HeldFilters, Transition
 from repr_det.method.layers import BATCH, FROZEN, FilterLayer
@@ -57,8 +58,6 @@ from repr_det.network.state import undisturbed
 
 logger = logging.getLogger("repr_det.scheme")
 
-_LOOKS_EVERY = 100  # steps of the sub-network after which dropped filters are looked at; the first ones more often
-_CALIBRATION_BATCHES = 4
 _WITHOUT_EFFECT = ("readers", "slim_model", "slim", "apart")  # of version 0.2.0
 
 Values = dict[str, dict[str, Tensor]]
@@ -132,8 +131,8 @@ class RePrScheme:
         self._held: HeldFilters | None = None
         self._old: Values = {}
         self._frozen_at_drop: set[str] = set()
-        self._sub_steps = 0
-        self._given: dict[str, Tensor] = {}  # new filters that the step after a restore is to leave as they are
+        self._after_drop: DroppedEffects | None = None
+        self._after_restore: ReturnedEffects | None = None
         self._owner = Owner(self, [] if model is None else self.layers)
         self._gradients = Gradients(self.layers)
         self.participants = Participants(self.layers, model)
@@ -177,10 +176,10 @@ class RePrScheme:
         """
         if self.participants.news:
             self._hear_news()
-        if self._held is not None:
-            self._look_at_dropped(self._held)
-        elif self._given:
-            self._look_at_returned()
+        effects, self._after_restore = self._after_restore, None
+        for one in (self._after_drop, effects):
+            if one is not None:
+                one.look()
 
     @torch.no_grad()
     def drop(self) -> Transition:
@@ -199,7 +198,7 @@ class RePrScheme:
         frozen = self._frozen_norms()
         self._check_calibration(frozen)
         values = self._values()
-        self._check_finite(values, "drop")
+        check_finite(values, f"at the drop of cycle {self.cycle + 1}")
         masks = self._select(self._scores(), values)
         overlaps = self._overlaps(values)
         kept = [self._overlap_of_kept(layer, values, masks) for layer in self.layers]
@@ -242,8 +241,8 @@ class RePrScheme:
         start = time.perf_counter()
         held = self._held
         values = self._values()
-        self._check_finite(values, "restore")
-        self._check_zero(held, "at the restore")
+        check_finite(values, f"at the restore of cycle {self.cycle + 1}")
+        check_zero(held, f"at the restore of cycle {self.cycle + 1}")
         renewed = [] if as_they_were else [x for x in held.layers if self._why_frozen(x) is None]
         renewed = [layer for layer in renewed if self._can_calibrate(layer)]
         new, cosines = self._new_filters(renewed, values, held.masks)
@@ -277,8 +276,7 @@ class RePrScheme:
             overlaps=_rounded(overlaps),
         )
         self.num_returned = sum(len(held.rows[layer.name]) for layer in renewed)
-        self._given = {name: weight.float() for name, weight in new.items()}
-        self._rows_given = {name: held.rows[name] for name in self._given}
+        self._after_restore = ReturnedEffects(held, new, self.cycle + 1) if new else None
         self._release()
         self.cycle += 1
         return transition
@@ -309,7 +307,7 @@ class RePrScheme:
         Raises:
             UserError: the state is of other options or layers, or dropped filters are not zero in the model.
         """
-        check_resumed(state.get("options", {}), self.options)
+        check_resumed(state.get("options", {}), self.options.resumed())
         layers = self.participants.of_state(state)
         self._release()
         self.layers = layers
@@ -401,39 +399,6 @@ class RePrScheme:
             found[layer][name] = value
         return found
 
-    def _look_at_dropped(self, held: HeldFilters) -> None:
-        if held.saw_channels() and (leaking := held.leaking()):
-            raise UserError(
-                f"dropped channels of {', '.join(leaking)} are not 0 in the sub-network's first pass: something is "
-                "added behind the conv or its norm; exclude these convs, and tell us of the network"
-            )
-        self._sub_steps += 1
-        often = self._sub_steps & (self._sub_steps - 1) == 0  # steps 1, 2, 4, 8, ...
-        if self._sub_steps % _LOOKS_EVERY == 0 or (often and self._sub_steps < _LOOKS_EVERY):
-            self._check_zero(held, f"{self._sub_steps} steps after the drop")
-
-    def _check_zero(self, held: HeldFilters, when: str) -> None:
-        if (found := held.not_zero()) is not None:
-            raise UserError(
-                f"dropped filters of {found[0]} are not zero any more {when} of cycle {self.cycle + 1} (their "
-                f"{found[1]}). Something besides the optimizers that RePr knows has written to them: another "
-                "optimizer, weights loaded into the model, or an average swapped in and not out again"
-            )
-
-    def _look_at_returned(self) -> None:
-        """The filters that a restore gave are still there after the next step."""
-        given, self._given = self._given, {}
-        layers = [layer for layer in self.layers if layer.name in given]
-        now = to_cpu([layer.weight.index_select(0, self._rows_given[layer.name]) for layer in layers])
-        for layer, weight in zip(layers, now, strict=True):
-            gone = int((weight.float().flatten(1).norm(dim=1) < 0.1 * given[layer.name].flatten(1).norm(dim=1)).sum())
-            if gone:
-                raise UserError(
-                    f"{gone} of {len(weight)} filters of {layer.name} are gone one step after they returned in cycle "
-                    f"{self.cycle}: something besides the optimizers that RePr knows writes the weights, such as a "
-                    "copy of them that an optimizer keeps"
-                )
-
     def _check_calibration(self, frozen: Sequence[FilterLayer]) -> None:
         if frozen and self.passes is None and self.options.frozen_norm == "recalibrate":
             kind = "FrozenBN" if frozen[0].kind == FROZEN else "BN in eval mode"
@@ -441,16 +406,6 @@ class RePrScheme:
                 f"{kind} re-calibration looks at training batches (the norm of {frozen[0].name} keeps its statistics): "
                 "give loader= and loss=, or passes=, or choose {frozen_norm} keep"
             )
-
-    def _check_finite(self, values: Values, transition: str) -> None:
-        for layer, tensors in values.items():
-            for name, tensor in tensors.items():
-                if not torch.isfinite(tensor).all():
-                    raise UserError(
-                        f"the {name} of {layer} is not finite at the {transition} of cycle {self.cycle + 1}: training "
-                        "has diverged; lower the learning rate or clip gradients, and resume from a checkpoint before "
-                        "that"
-                    )
 
     # The drop.
 
@@ -490,11 +445,9 @@ class RePrScheme:
         return dict(zip(found, to_cpu(list(found.values())), strict=True))
 
     def _hold(self, held: HeldFilters) -> None:
-        self._sub_steps = 0
-        self._given = {}
         self._owner.keeps = self
         held.hold()
-        held.watch_channels()
+        self._after_drop, self._after_restore = DroppedEffects(held, self.cycle + 1), None
         self.participants.watch_next()
 
     # The restore.
@@ -567,7 +520,8 @@ class RePrScheme:
 
     @property
     def _calibration_batches(self) -> int:
-        return self.options.calibration_batches or _CALIBRATION_BATCHES
+        suited = 0 if self.passes is None else self.passes.calibration_batches
+        return self.options.calibration_batches or suited
 
     def _overlaps(self, values: Values) -> dict[str, Tensor]:
         """Layer name -> (J,) O_f of all its filters."""
@@ -597,7 +551,7 @@ class RePrScheme:
         for layer in held.layers:
             self.averages.copy_rows(layer, held.rows[layer.name])
             if self.options.returns == "function_preserving":
-                for reader in aligned_readers(layer, self.participants.modules) or ():
+                for reader in aligned_readers(layer, self.participants.modules)[0]:
                     for within, returned, _ in reader.of(held.masks[layer.name]):
                         self.averages.copy_kernels(reader.module, within, returned)
 
@@ -605,12 +559,11 @@ class RePrScheme:
         if self._held is not None:
             self._held.release()
         self._held, self._old, self._frozen_at_drop = None, {}, set()
-        self._owner.keeps = None
+        self._owner.keeps = self._after_drop = None
 
 
-def check_resumed(saved: Mapping[str, Any], options: RePrOptions) -> None:
-    """Raises OptionError where a run is resumed with other options than those that were saved."""
-    mine = options.resumed()
+def check_resumed(saved: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+    """Raises OptionError where a run is resumed with other options, by config key, than those that were saved."""
     for name, key in CONFIG_KEYS.items():
         if key in saved and key in mine and saved[key] != mine[key]:
             raise OptionError(
