@@ -208,7 +208,7 @@ def test_command_line(small_config, tmp_path):
         ([], "--config-file is missing"),
         (
             ["--config-file", "{small}", "repr.NOPE=1"],
-            "RePrHook has no option 'NOPE': take one of s1_iters, ",
+            "the node repr has no option 'NOPE': take one of s1_iters, ",
         ),
         (["--config-file", "{small}", "repr.drop_ratio=1.5"], "repr.drop_ratio must be in (0, 1), got 1.5"),
         (["--config-file", "{small}", "repr.drop_ratio=many"], "the node repr of the LazyConfig: Type mismatch"),

@@ -189,7 +189,10 @@ def _repr_node(cfg: DictConfig) -> dict[str, Any]:
     enabled = given.pop("ENABLED", True)
     keys = {name: about_option(name).key for name in option_names()}
     if unknown := sorted(set(given) - set(keys)):
-        raise UserError(f"RePrHook has no option {unknown[0]!r}: take one of {', '.join(keys)}")
+        raise UserError(
+            f"the node repr has no option {unknown[0]!r}: take one of {', '.join(keys)}; the rest comes from train and "
+            "dataloader"
+        )
     found: dict[str, Any] = {"ENABLED": enabled}
     for name, value in given.items():
         *nodes, last = keys[name].split(".")
