@@ -520,7 +520,8 @@ class RePrScheme:
 
     @property
     def _calibration_batches(self) -> int:
-        return self.options.calibration_batches or self.passes.calibration_batches
+        suited = 0 if self.passes is None else self.passes.calibration_batches
+        return self.options.calibration_batches or suited
 
     def _overlaps(self, values: Values) -> dict[str, Tensor]:
         """Layer name -> (J,) O_f of all its filters."""
