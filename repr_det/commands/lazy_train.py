@@ -114,7 +114,7 @@ def start(argv: list[str] | None = None) -> None:
     check_wandb(args.wandb)
     cfg = config_of(args)
     yacs = repr_cfg_from_lazy(cfg)
-    with naming_lazy_keys():
+    with naming_lazy_keys(cfg):
         world = check_processes(args, yacs, {"model": cfg.model})
         args.resume = may_continue(args, yacs.OUTPUT_DIR)
         check_run(yacs, args.resume, args.eval_only, world.local_size, world.size, lambda: instantiate(cfg.model))

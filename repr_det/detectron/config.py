@@ -9,7 +9,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 
 from repr_det.detectron.decay import decays_of_config
-from repr_det.method.criteria import get_criterion
+from repr_det.method.criteria import CRITERIA, get_criterion
 from repr_det.method.errors import OptionError, UserError
 from repr_det.method.loop import schedule_of
 from repr_det.method.options import CONFIG_KEYS, RePrOptions, about_option, option_names
@@ -35,6 +35,20 @@ def add_repr_config(cfg: CfgNode) -> None:
             node = node[part]
         node[last] = default
     cfg.register_deprecated_key("REPR.SLIM")
+
+
+def markdown_table() -> str:
+    """The keys of REPR with arguments, defaults, values and meanings, as in docs/configs.md."""
+    rows = ["| key | argument | default | values | |", "|---|---|---|---|---|"]
+    rows.append("| `REPR.ENABLED` | | `False` | True, False | RePr, or plain training. |")
+    cfg = CfgNode()
+    add_repr_config(cfg)
+    for name in option_names():
+        about = about_option(name)
+        values = f"one of {', '.join(sorted(CRITERIA))}" if name == "criterion" else about.range() or "a list"
+        default = _value_at(cfg.REPR, about.key)
+        rows.append(f"| `REPR.{about.key}` | `{name}` | `{default!r}` | {values} | {about.meaning} |")
+    return "\n".join(rows)
 
 
 def options_of_config(cfg: CfgNode) -> RePrOptions:
