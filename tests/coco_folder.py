@@ -71,6 +71,11 @@ def category(number, **values):
     return set_key("categories", number, **values)
 
 
+def every(values):
+    """``values(annotation)`` goes into each annotation."""
+    return lambda content: [entry.update(values(entry)) for entry in content["annotations"]]
+
+
 def whole(**values):
     def change(content):
         content.update(values)

@@ -5,7 +5,7 @@ import logging
 import numpy as np
 import pytest
 import torch
-from coco_folder import SIZES, Folder, annotation, image, whole
+from coco_folder import SIZES, Folder, annotation, every, image, whole
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data.datasets import load_coco_json, register_coco_instances
@@ -256,21 +256,123 @@ def test_annotation_id_zero_is_warned_of_since_pycocotools_never_matches_it(fold
     assert ap_of_the_truth(folder, "zero") < 90
 
 
-def test_boxes_given_by_their_corners_are_told(folder, caplog):
-    """[x1, y1, x2, y2] read as [x, y, width, height]: no box is wrong in itself, Detectron2 clips in silence."""
-    first = folder.content["annotations"][0]  # in an image of 40x30
-    corners = [[20, 10, 30, 20], [2, 3, 12, 14]]
-    folder.content["annotations"] = [first | {"id": i, "bbox": corners[i % 2]} for i in range(1, 21)]
-    with caplog.at_level(logging.WARNING):
-        folder.check(name="cells")
-    (told,) = [record.getMessage() for record in caplog.records]
-    assert told.startswith("data set cells: ") and str(folder.json) in told
-    assert "10 of 20 boxes reach beyond their image (the first is annotation 2: [20, 10, 30, 20])" in told
-    caplog.clear()
-    folder.content["annotations"] = [first | {"id": i, "bbox": [20, 10, 21, 20]} for i in range(1, 21)]  # by a pixel
-    with caplog.at_level(logging.WARNING):
-        folder.check()
+# ---- numbers that cannot be, and things that are there twice ----
+
+
+def many(content, count=60):
+    """Boxes everywhere in the images, larger and smaller ones."""
+    generator = np.random.default_rng(0)
+    content["annotations"] = []
+    for number in range(1, count + 1):
+        image_id = [*SIZES][number % 3]
+        extent = generator.uniform(0.1, 0.9, 2) * SIZES[image_id]
+        start = generator.uniform(0, 1, 2) * (SIZES[image_id] - extent)
+        box = [float(v) for v in (*start, *extent)]
+        entry = {"id": number, "image_id": image_id, "category_id": 3, "bbox": box, "area": box[2] * box[3]}
+        content["annotations"].append(entry | {"iscrowd": 0})
+
+
+def boxes(form):
+    return every(lambda a: {"bbox": form(*a["bbox"])})
+
+
+def areas(factor, share=1):
+    return every(lambda a: {"area": a["area"] * factor} if a["id"] <= 60 * share else {})
+
+
+def repeat(shift=0, count=60):
+    def change(content):
+        copies = [a | {"id": a["id"] + 60, "bbox": [v + shift for v in a["bbox"]]} for a in content["annotations"]]
+        content["annotations"] += copies[:count]
+
+    return change
+
+
+def percent(content):
+    for entry in content["images"]:
+        entry["width"], entry["height"] = 4 * entry["width"], 4 * entry["height"]
+
+
+FORM = "boxes reach beyond their image (the first is annotation "
+READ_AS = "60 of 60 boxes fit their images: a bbox must be [x, y, width, height]"
+DOUBTFUL = [
+    (boxes(lambda x, y, w, h: [x, y, x + w, y + h]), [FORM, f"; read as two corners [x1, y1, x2, y2], {READ_AS}"]),
+    (boxes(lambda x, y, w, h: [x + w / 2, y + h / 2, w, h]), [FORM, "; read as [centre x, centre y, width, heig"]),
+    (boxes(lambda *box: [v * 0.5 for v in box]), ["none of 60 boxes reaches beyond 50% of the width and 50% of the"]),
+    (boxes(lambda *box: [v / 4 for v in box]), ["they look like boxes for images of another size"]),
+    (areas(0), ["annotation 1 has an 'area' that cannot be that of its bbox, and APs, APm and APl go by it: 0.0 with"]),
+    (areas(1 / 1200), ["(60 such of 60); give the object's area in pixels, or width * height"]),
+    (areas(9, 1 / 2), ["(30 such of 60); give the object's area"]),
+    (repeat(), ["60 of 120 objects are there twice", "(the first: annotations 1 and 61, ["]),
+    (repeat(0.001), [" of 120 objects are there twice"]),
+    (repeat(count=7), ["7 of 67 objects are there twice"]),
+]
+
+
+@pytest.mark.parametrize("change, fragments", DOUBTFUL)
+def test_what_is_doubtful_is_one_warning_that_names_the_first_entry(folder, caplog, change, fragments):
+    many(folder.content)
+    folder.check()
     assert not caplog.records
+    change(folder.content)
+    if "area" not in str(fragments):
+        every(lambda a: {"area": a["bbox"][2] * a["bbox"][3]})(folder.content)
+    folder.check(name="cells")
+    (record,) = caplog.records
+    told = record.getMessage()
+    assert told.startswith(f"data set cells: {folder.json}: ") and all(fragment in told for fragment in fragments)
+
+
+SOUND = {
+    "by a pixel": boxes(lambda x, y, w, h: [x, y, w + 1, h + 1]),
+    "areas of masks": areas(0.3),
+    "areas counted in whole pixels": every(lambda a: {"area": (a["bbox"][2] + 1) * (a["bbox"][3] + 1)}),
+    "one object of two classes": lambda content: [
+        content["annotations"].append(a | {"id": a["id"] + 120, "category_id": 7}) for a in [*content["annotations"]]
+    ],
+    "one of them twice among a hundred": lambda content: content["annotations"].append(
+        content["annotations"][0] | {"id": 121}
+    ),
+}
+
+
+@pytest.mark.parametrize("change", SOUND.values(), ids=SOUND)
+def test_what_only_looks_odd_is_not_told(folder, caplog, change):
+    many(folder.content, 120)
+    change(folder.content)
+    folder.check()
+    assert not caplog.records
+
+
+def test_parts_of_a_hundred_are_told(folder, caplog):
+    for image_id, (width, height) in SIZES.items():
+        Image.new("RGB", (4 * width, 4 * height), (9, 80, 120 + image_id)).save(folder.images / f"{image_id}.jpg")
+    percent(folder.content)
+    many(folder.content)
+    width = {i: size for i, size in SIZES.items()}
+    for entry in folder.content["annotations"]:
+        w, h = width[entry["image_id"]]
+        x, y, bw, bh = entry["bbox"]
+        entry["bbox"] = [100 * x / w, 100 * y / h, 100 * bw / w, 100 * bh / h]
+        entry["area"] = entry["bbox"][2] * entry["bbox"][3]
+    folder.check()
+    assert "all 60 boxes end at 100 or before in images of any size" in caplog.text
+
+
+@pytest.mark.parametrize("same", ["name", "path", "link", "content"])
+def test_one_image_under_several_ids_is_told(folder, caplog, same):
+    """One entry an object, as some tools export; frames of several videos under one name."""
+    other = {"name": "1.jpg", "path": "./../images/1.jpg", "link": "link.jpg", "content": "copy.jpg"}[same]
+    if same == "link":
+        (folder.images / other).symlink_to(folder.images / "1.jpg")
+    elif same == "content":
+        (folder.images / other).write_bytes((folder.images / "1.jpg").read_bytes())
+    folder.content["images"].append({"id": 9, "file_name": other, "width": 40, "height": 30})
+    folder.check()
+    (record,) = caplog.records
+    assert f"1 of 4 entries of 'images' repeat the image of another one (the first: 1, '1.jpg', and 9, '{other}')" in (
+        record.getMessage()
+    )
 
 
 def test_an_image_that_can_be_read_is_not_called_broken(tmp_path):
