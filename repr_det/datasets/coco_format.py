@@ -13,7 +13,7 @@ from repr_det.datasets.causes import kind_of
 from repr_det.datasets.findings import Findings, listed, shown
 from repr_det.datasets.image_files import MAX_HEADERS, ImageFile, check_image_files
 from repr_det.datasets.masks import first_mask_gap, is_lost
-from repr_det.datasets.numbers import area_doubt, check_boxes, evaluation_gap, warn_of_twins
+from repr_det.datasets.numbers import Columns, area_doubt, check_boxes, columns, evaluation_gap, warn_of_twins
 from repr_det.datasets.schema import check_schema
 from repr_det.method.errors import UserError
 
@@ -85,11 +85,12 @@ def check_coco_format(
         classes, sizes = _classes(content["categories"], findings), _sizes(content["images"], findings)
         annotations = content["annotations"]
         _check_references(annotations, sizes, classes, findings)
-        check_boxes(annotations, sizes, findings)
+        objects = columns(annotations, sizes)
+        check_boxes(objects, findings)
         _check_polygons(annotations, findings)
-        warn_of_twins(annotations, findings)
+        warn_of_twins(objects, findings)
         files = check_image_files(content["images"], image_root, decode, max_headers, findings)
-        summary = _summary(annotations, sizes, classes, files, findings)
+        summary = _summary(objects, sizes, classes, files, findings)
     if for_evaluation:
         findings.say(summary.evaluation_gap, summary.area_doubt)
     return summary
@@ -215,7 +216,7 @@ def _keypoint_gap(annotations: list[dict]) -> str | None:
 
 
 def _summary(
-    annotations: list[dict],
+    objects: Columns,
     sizes: dict[int | str, tuple[int, int]],
     classes: dict[int, str],
     files: list[ImageFile],
@@ -225,6 +226,7 @@ def _summary(
     aliases = tuple((i, first[name]) for i, name in sorted(classes.items()) if first.setdefault(name, i) != i)
     for other, lowest in aliases:
         findings.warn(f"categories {lowest} and {other} are both '{classes[other]}': taken for one class")
+    annotations = objects.annotations
     crowds = [annotation for annotation in annotations if annotation.get("iscrowd")]
     single = [annotation for annotation in annotations if not annotation.get("iscrowd")]
     return CocoSummary(
@@ -232,8 +234,8 @@ def _summary(
         num_boxes=len(annotations),
         class_names=tuple(first),
         category_ids=tuple(first.values()),
-        evaluation_gap=evaluation_gap(annotations),
-        area_doubt=area_doubt(annotations),
+        evaluation_gap=evaluation_gap(objects),
+        area_doubt=area_doubt(objects),
         aliases=aliases,
         mask_gap=first_mask_gap(annotations, sizes),
         keypoint_gap=_keypoint_gap(annotations),

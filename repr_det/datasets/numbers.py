@@ -1,6 +1,6 @@
 """Numbers of annotations that cannot be: boxes beside their images or twice, areas that are not those of boxes."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,22 +12,38 @@ AREA_SHARE = (0.001, 1.1)  # least and largest plausible share of an object's ar
 RIGHT_AREA = "the object's area in pixels, or width * height"
 
 
-def check_boxes(
-    annotations: list[dict[str, Any]], image_sizes: dict[int | str, tuple[int, int]], findings: Findings
-) -> None:
-    """Looks at boxes as the model and the evaluator will: [x, y, width, height] in pixels of their images.
+class Columns(NamedTuple):
+    """Annotations as arrays.
 
-    Args:
-        image_sizes: image id -> (width, height).
+    Attributes:
+        boxes: (N, 4), as they are given.
+        sizes: width and height of each annotation's image (N, 2).
+        areas: (N,), NaN where there is none.
+    """
+
+    annotations: list[dict[str, Any]]
+    boxes: np.ndarray
+    sizes: np.ndarray
+    areas: np.ndarray
+
+
+def columns(annotations: list[dict[str, Any]], image_sizes: dict[int | str, tuple[int, int]]) -> Columns:
+    """Puts the numbers of annotations, which have the types of ``schema``, into arrays."""
+    boxes = np.array([annotation["bbox"] for annotation in annotations], float).reshape(-1, 4)
+    sizes = np.array([image_sizes[annotation["image_id"]] for annotation in annotations], float).reshape(-1, 2)
+    return Columns(annotations, boxes, sizes, np.array([as_float(a.get("area")) for a in annotations], float))
+
+
+def check_boxes(objects: Columns, findings: Findings) -> None:
+    """Looks at boxes as the model and the evaluator will: [x, y, width, height] in pixels of their images.
 
     Raises:
         UserError: boxes that cannot be used; what may be meant is a warning.
     """
-    boxes = np.array([annotation["bbox"] for annotation in annotations], float).reshape(-1, 4)
-    sizes = np.array([image_sizes[a["image_id"]] for a in annotations], float).reshape(-1, 2)
-    if not annotations:
-        return
+    annotations, boxes, sizes, _ = objects
     total = len(boxes)
+    if not total:
+        return
     negative, flat, outside, beyond = _misfits(boxes, sizes)
     useless, fractions = flat | outside, ~flat & (boxes <= 1.001).all(1) & (sizes > 2).all(1)
     hint = _other_form(boxes, sizes)
@@ -118,12 +134,15 @@ def _warn_of_another_scale(ends: np.ndarray, sizes: np.ndarray, findings: Findin
         )
 
 
-def warn_of_twins(annotations: list[dict[str, Any]], findings: Findings) -> None:
+def warn_of_twins(objects: Columns, findings: Findings) -> None:
     """Says how many objects have the class and, to a pixel, the box of another one of their image."""
-    images: dict[Any, int] = {}
-    rows = [[images.setdefault(a["image_id"], len(images)), a["category_id"], *a["bbox"]] for a in annotations]
+    annotations = objects.annotations
     offset = 0.3717  # so that coordinates as halves and quarters do not lie where rounding is a matter of noise
-    keys = np.floor(np.array(rows, float).reshape(-1, 6).clip(-1e15, 1e15) + offset).astype(np.int64)
+    numbers: dict[int | str, int] = {}
+    keys = np.empty((len(annotations), 6), np.int64)
+    keys[:, 0] = [numbers.setdefault(annotation["image_id"], len(numbers)) for annotation in annotations]
+    keys[:, 1] = [hash(annotation["category_id"]) for annotation in annotations]
+    keys[:, 2:] = np.floor(objects.boxes.clip(-1e15, 1e15) + offset)
     weights = np.random.default_rng(0).integers(1, 2**62, 6) | 1
     _, first, group = np.unique((keys * weights).sum(1), return_index=True, return_inverse=True)
     twins = np.arange(len(keys)) != first[group]
@@ -137,46 +156,40 @@ def warn_of_twins(annotations: list[dict[str, Any]], findings: Findings) -> None
         )
 
 
-def evaluation_gap(annotations: list[dict[str, Any]]) -> str | None:
+def evaluation_gap(objects: Columns) -> str | None:
     """Names what keeps COCO evaluation, but not training, from working: iscrowd or area absent, areas that cannot be.
 
     COCO evaluation ignores objects of negative or enormous area.
     """
     for key, right in (("area", RIGHT_AREA), ("iscrowd", "0 for a single object")):
-        absent = [annotation["id"] for annotation in annotations if annotation.get(key) is None]
+        absent = [entry["id"] for entry in objects.annotations if entry.get(key) is None]
         if absent:
             return (
                 f"{len(absent)} annotations have no '{key}', which COCO evaluation needs ({right}); the first is "
                 f"{absent[0]}"
             )
-    areas, _ = _areas(annotations)
+    areas = objects.areas
     for which, limit, what in (
         (np.isnan(areas), 0, "must have a finite number as 'area'"),
         ((areas < 0) | (areas > LARGEST_AREA), allowed(len(areas)), "has an 'area' that COCO evaluation ignores"),
     ):
         if which.sum() > limit:
-            return _first_area(annotations, which, what)
+            return _first_area(objects, which, what)
     return None
 
 
-def area_doubt(annotations: list[dict[str, Any]]) -> str | None:
+def area_doubt(objects: Columns) -> str | None:
     """Names areas that cannot be those of their boxes: COCO evaluation goes by them what is small, medium and large."""
-    areas, extents = _areas(annotations)
+    areas, extents = objects.areas, objects.boxes[:, 2:]
     least, largest = AREA_SHARE[0] * extents.prod(1), AREA_SHARE[1] * (extents + 1).prod(1)
     odd = (areas < least) | (areas > largest)
     if odd.sum() <= allowed(len(areas)):
         return None
-    return _first_area(annotations, odd, "has an 'area' that cannot be that of its bbox, and APs, APm and APl go by it")
+    return _first_area(objects, odd, "has an 'area' that cannot be that of its bbox, and APs, APm and APl go by it")
 
 
-def _areas(annotations: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
-    """Areas (N,), NaN where there is none, and width and height of boxes (N, 2)."""
-    areas = np.array([as_float(annotation.get("area")) for annotation in annotations])
-    return areas, np.array([annotation["bbox"][2:] for annotation in annotations], float).reshape(-1, 2)
-
-
-def _first_area(annotations: list[dict[str, Any]], which: np.ndarray, what: str) -> str:
-    first = annotations[int(which.argmax())]
+def _first_area(objects: Columns, which: np.ndarray, what: str) -> str:
+    first = objects.annotations[int(which.argmax())]
     return (
         f"annotation {first['id']} {what}: {shown(first['area'])} with the bbox {_short(first['bbox'])} ({which.sum()} "
         f"such of {len(which)}); give {RIGHT_AREA}"
