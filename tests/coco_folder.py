@@ -47,6 +47,7 @@ def catalogs(monkeypatch):
     for catalog in (DatasetCatalog, MetadataCatalog):
         monkeypatch.setattr(catalog, "data", {k: v for k, v in catalog.data.items() if not k.startswith("bccd_")})
     monkeypatch.setattr(registered, "_summaries", {})
+    monkeypatch.setattr(registered, "_logged", {})
 
 
 def set_key(key, number, **values):

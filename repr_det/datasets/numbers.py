@@ -141,7 +141,7 @@ def warn_of_twins(objects: Columns, findings: Findings) -> None:
     numbers: dict[int | str, int] = {}
     keys = np.empty((len(annotations), 6), np.int64)
     keys[:, 0] = [numbers.setdefault(annotation["image_id"], len(numbers)) for annotation in annotations]
-    keys[:, 1] = [hash(annotation["category_id"]) for annotation in annotations]
+    keys[:, 1] = [annotation["category_id"] % 2**62 for annotation in annotations]
     keys[:, 2:] = np.floor(objects.boxes.clip(-1e15, 1e15) + offset)
     weights = np.random.default_rng(0).integers(1, 2**62, 6) | 1
     _, first, group = np.unique((keys * weights).sum(1), return_index=True, return_inverse=True)
