@@ -6,11 +6,10 @@ import logging
 
 import pytest
 import torch
-from coco_folder import Folder
+from coco_folder import Folder, detections
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.evaluation import COCOEvaluator
-from detectron2.structures import Boxes, Instances
 from pycocotools.coco import COCO
 
 from repr_det import datasets
@@ -61,11 +60,9 @@ def evaluated(evaluator: COCOEvaluator, folder: Folder) -> dict[str, float]:
             found = [("drop" if c == "cell" else c, box) for c, box in found]
         if entry["id"] == 1:
             found.append(("drop", [3, 3, 9, 9]))
-        boxes = torch.tensor([box for _, box in found], dtype=torch.float).reshape(-1, 4)
-        instances = Instances((entry["height"], entry["width"]), scores=torch.linspace(0.9, 0.5, len(found)))
-        instances.pred_boxes = Boxes(torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1))
-        instances.pred_classes = torch.tensor([order.index(c) for c, _ in found], dtype=torch.long)
-        evaluator.process([{"image_id": entry["id"]}], [{"instances": instances}])
+        scores = torch.linspace(0.9, 0.5, len(found))
+        output = detections(entry, [box for _, box in found], [order.index(c) for c, _ in found], scores)
+        evaluator.process([{"image_id": entry["id"]}], output)
     return evaluator.evaluate()["bbox"]
 
 

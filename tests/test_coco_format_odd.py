@@ -4,13 +4,11 @@ import logging
 
 import numpy as np
 import pytest
-import torch
-from coco_folder import SIZES, Folder, annotation, every, image, whole
+from coco_folder import SIZES, Folder, annotation, detections, every, image, whole
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data.datasets import load_coco_json, register_coco_instances
 from detectron2.evaluation import COCOEvaluator
-from detectron2.structures import Boxes, Instances
 from PIL import Image
 from pycocotools import mask as mask_utils
 
@@ -31,46 +29,24 @@ def as_detectron2_reads_it(folder, name="repr_det_test_folder"):
         MetadataCatalog.remove(name)
 
 
-def rle_crowd(folder):
-    crowd = {"counts": [0, 600, 600], "size": [30, 40]}
-    annotation(0, iscrowd=1, segmentation=crowd)(folder.content)
-    return [1, 2, 0]
+def picture(mode="RGB", suffix="jpg", turned=False, **options):
+    """Saves image 1 anew, turned by a quarter where the EXIF orientation turns it back."""
+
+    def change(folder):
+        Image.new(mode, SIZES[1][:: -1 if turned else 1]).save(folder.images / f"1.{suffix}", **options)
+        image(0, file_name=f"1.{suffix}")(folder.content)
+
+    return change
 
 
-def greyscale(folder):
-    Image.new("L", SIZES[1]).save(folder.images / "1.jpg")
-
-
-def cmyk(folder):
-    Image.new("CMYK", SIZES[1]).save(folder.images / "1.jpg")
-
-
-def palette_png(folder):
-    Image.new("P", SIZES[1]).save(folder.images / "1.png")
-    image(0, file_name="1.png")(folder.content)
-
-
-def exif_rotated(folder):
+def orientation(number):
     exif = Image.Exif()
-    exif[274] = 6
-    Image.new("RGB", SIZES[1][::-1]).save(folder.images / "1.jpg", exif=exif)
+    exif[274] = number
+    return exif
 
 
-def exif_rotated_png(folder):
-    exif = Image.Exif()
-    exif[274] = 8
-    Image.new("RGB", SIZES[1][::-1]).save(folder.images / "1.png", exif=exif)
-    image(0, file_name="1.png")(folder.content)
-
-
-def exif_upside_down(folder):
-    exif = Image.Exif()
-    exif[274] = 3
-    Image.new("RGB", SIZES[1]).save(folder.images / "1.jpg", exif=exif)
-
-
-def damaged_exif(folder):
-    Image.new("RGB", SIZES[1]).save(folder.images / "1.jpg", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
+def content(*changes):
+    return lambda folder: [change(folder.content) for change in changes]
 
 
 def unicode_subfolder(folder):
@@ -79,57 +55,50 @@ def unicode_subfolder(folder):
     image(0, file_name="große Bilder 細胞/ein s.jpg")(folder.content)
 
 
-def sticks_out(folder):
-    annotation(0, bbox=[-2, -2.5, 50, 60])(folder.content)
-
-
-def unsorted_sparse_categories(folder):
-    folder.content["categories"] = [{"id": 7, "name": "plate"}, {"id": 90, "name": "none"}, {"id": 3, "name": "cell"}]
-
-
 def string_image_ids(folder):
     for entry in folder.content["images"]:
         entry["id"] = str(entry["id"])
-    for entry in folder.content["annotations"]:
-        entry["image_id"] = str(entry["image_id"])
+    every(lambda a: {"image_id": str(a["image_id"])})(folder.content)
 
 
-def polygons_and_extras(folder):
-    annotation(0, segmentation=[[2, 3, 12, 3, 12, 15]], score=0.3)(folder.content)
-    annotation(1, segmentation=[])(folder.content)
-    folder.content |= {"info": {}, "licenses": []}
-
-
-def flags_and_lengths_of_other_tools(folder):
-    for entry in folder.content["annotations"]:
-        entry["iscrowd"] = False
+def lengths_of_other_tools(folder):
     for entry in folder.content["images"]:
         entry["width"], entry["height"] = float(entry["width"]), float(entry["height"])
 
 
-ODD = [
-    flags_and_lengths_of_other_tools,
-    rle_crowd,
-    greyscale,
-    cmyk,
-    palette_png,
-    exif_rotated,
-    exif_rotated_png,
-    exif_upside_down,
-    damaged_exif,
-]
-ODD += [unicode_subfolder, sticks_out, unsorted_sparse_categories, string_image_ids, polygons_and_extras]
+CROWD = {"counts": [0, 600, 600], "size": [30, 40]}
+UNSORTED = [{"id": 7, "name": "plate"}, {"id": 90, "name": "none"}, {"id": 3, "name": "cell"}]
+ODD = {
+    "RLE crowd": content(annotation(0, iscrowd=1, segmentation=CROWD)),
+    "flags of other tools": content(every(lambda a: {"iscrowd": False})),
+    "lengths of other tools": lengths_of_other_tools,
+    "greyscale": picture("L"),
+    "CMYK": picture("CMYK"),
+    "palette": picture("P", "png"),
+    "EXIF, rotated": picture(turned=True, exif=orientation(6)),
+    "EXIF, rotated png": picture(suffix="png", turned=True, exif=orientation(8)),
+    "EXIF, upside down": picture(exif=orientation(3)),
+    "damaged EXIF": picture(exif=b"Exif\0\0MM\0*\xff\xff\xff\xff"),
+    "unicode subfolder": unicode_subfolder,
+    "a box sticks out": content(annotation(0, bbox=[-2, -2.5, 50, 60])),
+    "unsorted sparse categories": content(whole(categories=UNSORTED)),
+    "string image ids": string_image_ids,
+    "polygons and extras": content(
+        annotation(0, segmentation=[[2, 3, 12, 3, 12, 15]], score=0.3), annotation(1, segmentation=[]), whole(info={})
+    ),
+    "keypoints": content(annotation(0, keypoints=[1, 2, 2] * 17), annotation(1, keypoints=None)),
+}
 
 
-@pytest.mark.parametrize("change", ODD)
-def test_odd_but_sound_data_pass_here_and_in_detectron2(tmp_path, change):
+@pytest.mark.parametrize("name", ODD)
+def test_odd_but_sound_data_pass_here_and_in_detectron2(tmp_path, name):
     folder = Folder(tmp_path / "a folder with späces")
-    boxes = change(folder) or [2, 2, 0]
+    ODD[name](folder)
     summary = folder.check()
     assert summary.num_images == 3 and summary.num_boxes == 4 and set(summary.class_names) >= {"cell", "plate"}
     assert folder.check(decode=True) == summary
     records = as_detectron2_reads_it(folder)
-    assert [len(record["instances"]) for record in records] == boxes
+    assert [len(record["instances"]) for record in records] == ([1, 2, 0] if name == "RLE crowd" else [2, 2, 0])
     assert [tuple(record["image"].shape[:0:-1]) for record in records] == list(SIZES.values())
     ids = {name: summary.class_names.index(name) for name in ("cell", "plate")}
     assert records[1]["instances"].gt_classes.tolist() == [ids["cell"], ids["plate"]]
@@ -137,7 +106,7 @@ def test_odd_but_sound_data_pass_here_and_in_detectron2(tmp_path, change):
 
 @pytest.mark.parametrize("size", [SIZES[1], SIZES[1][::-1]])
 def test_exif_rotation_decides_which_size_is_right(folder, size):
-    exif_rotated(folder)
+    ODD["EXIF, rotated"](folder)
     image(0, width=size[0], height=size[1])(folder.content)
     if size == SIZES[1]:
         folder.check()
@@ -230,11 +199,8 @@ def ap_of_the_truth(folder, name):
     classes = MetadataCatalog.get(name).thing_dataset_id_to_contiguous_id
     for entry in folder.content["images"]:
         truth = [a for a in folder.content["annotations"] if a["image_id"] == entry["id"]]
-        found = Instances((entry["height"], entry["width"]), scores=torch.ones(len(truth)))
-        boxes = torch.tensor([a["bbox"] for a in truth]).reshape(-1, 4)
-        found.pred_boxes = Boxes(torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1))
-        found.pred_classes = torch.tensor([classes[a["category_id"]] for a in truth], dtype=torch.long)
-        evaluator.process([{"image_id": entry["id"]}], [{"instances": found}])
+        found = detections(entry, [a["bbox"] for a in truth], [classes[a["category_id"]] for a in truth])
+        evaluator.process([{"image_id": entry["id"]}], found)
     return evaluator.evaluate()["bbox"]["AP"]
 
 
