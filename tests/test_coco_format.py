@@ -56,6 +56,7 @@ WRONG = [
     (category(0, id="3"), "category number 0 must have an integer id, got '3'"),
     (category(1, id=3), "category id 3 occurs twice ('cell' and 'plate')"),
     (category(1, name=...), "category 7 must have a name, got None"),
+    (category(1, name=" "), "category 7 must have a name, got ' '"),
     (annotation(1, id=...), "annotation number 1 must have an integer id (pycocotools needs it), got None"),
     (annotation(1, id=1), "annotation id 1 occurs twice"),
     (annotation(0, image_id=...), "annotation 1 must have an image_id that is one of 'images'"),

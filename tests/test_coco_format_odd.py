@@ -325,6 +325,12 @@ def test_parts_of_a_hundred_are_told(folder, caplog):
     assert "all 60 boxes end at 100 or before in images of any size" in caplog.text
 
 
+def test_classes_in_two_spellings_are_told(folder, caplog):
+    whole(categories=[{"id": 3, "name": "Bläschen"}, {"id": 7, "name": "Bla\u0308schen"}])(folder.content)
+    folder.check()
+    assert r"'Bl\xe4schen' and 'Bla\u0308schen' are one name in two spellings, and taken for two classes" in caplog.text
+
+
 @pytest.mark.parametrize("same", ["name", "path", "link", "content"])
 def test_one_image_under_several_ids_is_told(folder, caplog, same):
     """One entry an object, as some tools export; frames of several videos under one name."""

@@ -4,6 +4,7 @@ import contextlib
 import gc
 import json
 import os
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -226,6 +227,11 @@ def _summary(
     aliases = tuple((i, first[name]) for i, name in sorted(classes.items()) if first.setdefault(name, i) != i)
     for other, lowest in aliases:
         findings.warn(f"categories {lowest} and {other} are both '{classes[other]}': taken for one class")
+    spellings: dict[str, str] = {}
+    for name in first:
+        other = spellings.setdefault(unicodedata.normalize("NFKC", name).casefold().strip(), name)
+        if other != name:
+            findings.warn(f"{other!a} and {name!a} are one name in two spellings, and taken for two classes")
     annotations = objects.annotations
     crowds = [annotation for annotation in annotations if annotation.get("iscrowd")]
     single = [annotation for annotation in annotations if not annotation.get("iscrowd")]

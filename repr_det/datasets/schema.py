@@ -12,7 +12,7 @@ from repr_det.datasets.findings import Findings, listed, shown
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Length = Annotated[Finite, Field(gt=0, multiple_of=1)]  # some tools write 640.0
-Name = Annotated[str, Field(min_length=1)]
+Name = Annotated[str, Field(pattern=r"\S")]
 Count = Annotated[int, Field(ge=0, lt=2**32)]
 
 
