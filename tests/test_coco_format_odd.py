@@ -268,6 +268,7 @@ DOUBTFUL = [
     (boxes(lambda *box: [v / 4 for v in box]), ["they look like boxes for images of another size"]),
     (areas(0), ["annotation 1 has an 'area' that cannot be that of its bbox, and APs, APm and APl go by it: 0.0 with"]),
     (areas(1 / 1200), ["(60 such of 60); give the object's area in pixels, or width * height"]),
+    (areas(1 / 80), ["(60 such of 60); give the object's area"]),
     (areas(9, 1 / 2), ["(30 such of 60); give the object's area"]),
     (repeat(), ["60 of 120 objects are there twice", "(the first: annotations 1 and 61, ["]),
     (repeat(0.001), [" of 120 objects are there twice"]),

@@ -8,7 +8,8 @@ from repr_det.datasets.findings import MANY, Findings, allowed, as_float, shown
 
 ENOUGH = 50  # boxes from which on one says something of all of them
 LARGEST_AREA = 1e10  # in px: pycocotools ignores larger objects, and those of negative area
-AREA_SHARE = (0.001, 1.1)  # least and largest plausible share of an object's area in its box
+LEAST_AREA, SMALL_AREA = 0.001, 0.02  # shares of its box that no object, and only few objects, have less of
+LARGEST_SHARE = 1.1  # of its box, that no object has more of
 RIGHT_AREA = "the object's area in pixels, or width * height"
 
 
@@ -181,11 +182,13 @@ def evaluation_gap(objects: Columns) -> str | None:
 def area_doubt(objects: Columns) -> str | None:
     """Names areas that cannot be those of their boxes: COCO evaluation goes by them what is small, medium and large."""
     areas, extents = objects.areas, objects.boxes[:, 2:]
-    least, largest = AREA_SHARE[0] * extents.prod(1), AREA_SHARE[1] * (extents + 1).prod(1)
-    odd = (areas < least) | (areas > largest)
-    if odd.sum() <= allowed(len(areas)):
-        return None
-    return _first_area(objects, odd, "has an 'area' that cannot be that of its bbox, and APs, APm and APl go by it")
+    share = areas / extents.prod(1).clip(1e-9)
+    impossible = (share < LEAST_AREA) | (areas > LARGEST_SHARE * (extents + 1).prod(1))
+    for odd, limit in ((impossible, allowed(len(areas))), (impossible | (share < SMALL_AREA), MANY * len(areas))):
+        if odd.sum() > limit:
+            what = "has an 'area' that cannot be that of its bbox, and APs, APm and APl go by it"
+            return _first_area(objects, odd, what)
+    return None
 
 
 def _first_area(objects: Columns, which: np.ndarray, what: str) -> str:
