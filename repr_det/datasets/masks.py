@@ -5,7 +5,6 @@ takes groups of five bits, lowest first (``rleFrString`` of pycocotools, which d
 """
 
 import math
-from itertools import chain
 
 import numpy as np
 
@@ -24,32 +23,21 @@ def first_mask_gap(annotations: list[dict], sizes: dict[int | str, tuple[int, in
     Args:
         sizes: image id -> (width, height).
     """
-    masks = [annotation.get("segmentation") or [] for annotation in annotations]
-    polygons_are_fine = _all_finite([mask for mask in masks if isinstance(mask, list)])
-    for annotation, mask in zip(annotations, masks, strict=True):
-        if isinstance(mask, list) and polygons_are_fine:
-            continue
-        gap = mask_gap(mask, sizes[annotation["image_id"]])
+    for annotation in annotations:
+        gap = mask_gap(annotation.get("segmentation") or [], sizes[annotation["image_id"]])
         if gap:
             return f"annotation {annotation['id']} has {gap}"
     return None
 
 
-def _all_finite(polygons: list[list[list]]) -> bool:
-    """Fast, since it is asked of every coordinate of a data set."""
-    if not set(map(type, chain.from_iterable(chain.from_iterable(polygons)))) <= {int, float}:
-        return False
-    try:
-        return all(map(math.isfinite, chain.from_iterable(chain.from_iterable(polygons))))
-    except OverflowError:  # an integer beyond the range of floats
-        return False
-
-
 def mask_gap(value: dict | list, size: tuple[int, int]) -> str | None:
     """Why polygons or RLE are no mask of an image of ``size`` (width, height)."""
     if isinstance(value, list):
-        wrong = (number for polygon in value for number in polygon if not math.isfinite(as_float(number)))
-        return next((f"a polygon with the coordinate {shown(number)}" for number in wrong), None)
+        for polygon in value:
+            if not _all_finite(polygon):
+                wrong = next(number for number in polygon if not math.isfinite(as_float(number)))
+                return f"a polygon with the coordinate {shown(wrong)}"
+        return None
     wanted = [size[1], size[0]]
     if value["size"] != wanted:
         return f"RLE that must have the size [height, width] of its image, {wanted}, got {value['size']!r}"
@@ -60,6 +48,14 @@ def mask_gap(value: dict | list, size: tuple[int, int]) -> str | None:
     if lengths.sum() != size[0] * size[1]:
         return f"RLE whose counts add up to {lengths.sum()}, not to the {size[0] * size[1]} pixels of its image"
     return None
+
+
+def _all_finite(polygon: list) -> bool:
+    """Fast, since it is asked of every polygon of a data set."""
+    try:
+        return all(map(math.isfinite, polygon))
+    except (TypeError, OverflowError):  # no number, or an integer beyond the range of floats
+        return False
 
 
 def _lengths(text: str) -> np.ndarray | None:
