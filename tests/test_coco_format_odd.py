@@ -214,6 +214,18 @@ def test_what_is_called_an_evaluation_gap_breaks_coco_evaluation(folder, catalog
         ap_of_the_truth(folder, "gap")
 
 
+@pytest.mark.parametrize("area", [-1, 1.1e10])
+def test_areas_that_are_refused_are_those_that_stock_evaluation_ignores(folder, catalogs, area):
+    for within in (0, 1e10):
+        every(lambda a, within=within: {"area": within})(folder.content)
+        folder.check()
+        assert ap_of_the_truth(folder, f"within_{within}") == pytest.approx(100)
+    every(lambda a: {"area": area})(folder.content)
+    with pytest.raises(UserError, match="'area' that COCO evaluation ignores"):
+        folder.check()
+    assert np.isnan(ap_of_the_truth(folder, "ignored"))
+
+
 def test_annotation_id_zero_is_warned_of_since_pycocotools_never_matches_it(folder, catalogs, caplog):
     annotation(0, id=0)(folder.content)
     with caplog.at_level(logging.WARNING):

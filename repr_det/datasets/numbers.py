@@ -153,7 +153,7 @@ def warn_of_twins(objects: Columns, findings: Findings) -> None:
         findings.warn(
             f"{twins.sum()} of {len(keys)} objects are there twice, with the class and the box of another one of their "
             f"image (the first: annotations {one['id']} and {other['id']}, {_short(one['bbox'])} in image "
-            f"{one['image_id']!r}): COCO evaluation asks for each of them, so list each object once"
+            f"{one['image_id']!r}): training and evaluation count each, so list an object once"
         )
 
 
