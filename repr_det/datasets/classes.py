@@ -69,7 +69,11 @@ def _number(name: str, reference: tuple[str, ...]) -> None:
 
 
 def any_mapped(data_sets: Iterable[Sequence[str]]) -> bool:
-    """Whether `register_coco_format` registered any of the names in these lists, so that it can be mapped."""
+    """Tell whether `register_coco_format` registered any of the names in these lists, so that it can be mapped.
+
+    Raises:
+        UserError: a name stands in place of a list of names.
+    """
     data_sets = [*data_sets]
     for names in data_sets:
         if isinstance(names, str):

@@ -21,7 +21,7 @@ from repr_det.method.errors import UserError
 
 @dataclass(frozen=True)
 class CocoSummary:
-    """What a COCO-format data set holds; classes are sorted by category id, which is their order in Detectron2.
+    """Contents of a COCO-format data set; classes are sorted by category id, which is their order in Detectron2.
 
     Attributes:
         category_ids: of each class the (lowest) category id.
@@ -205,7 +205,7 @@ def _check_polygons(annotations: list[dict], findings: Findings) -> None:
 
 
 def _keypoint_gap(annotations: list[dict]) -> str | None:
-    """What COCO evaluation of keypoints asks of every annotation, crowd regions too."""
+    """Name what COCO evaluation of keypoints lacks; it asks it of every annotation, crowd regions too."""
     for annotation in annotations:
         for key in ("keypoints", "num_keypoints"):
             if key not in annotation:

@@ -1,4 +1,4 @@
-"""How findings about a data set are said: as an error or a warning of one line that names the file."""
+"""Findings about a data set: errors and warnings of one line that name its file."""
 
 import logging
 import math

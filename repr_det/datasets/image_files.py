@@ -218,6 +218,6 @@ def _size_if_whole(file: str) -> str:
     """ "640x480" of an image that can be read, else ""."""
     try:
         height, width = read_image(file, "RGB").shape[:2]
-    except Exception:  # whatever is wrong with it, the first error told it
+    except Exception:  # the first error said what is wrong with it
         return ""
     return f"{width}x{height}"

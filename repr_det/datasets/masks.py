@@ -1,4 +1,4 @@
-"""What may be wrong with the mask of an annotation: polygons, and run-length encodings (RLE) of COCO.
+"""Faults of the mask of an annotation: polygons, and run-length encodings (RLE) of COCO.
 
 RLE holds the lengths of runs of 0 and 1 in turn, column by column: as a list, or as a string in which every length
 takes groups of five bits, lowest first (``rleFrString`` of pycocotools, which does not look where a string ends).
@@ -31,7 +31,7 @@ def first_mask_gap(annotations: list[dict], sizes: dict[int | str, tuple[int, in
 
 
 def mask_gap(value: dict | list, size: tuple[int, int]) -> str | None:
-    """Why polygons or RLE are no mask of an image of ``size`` (width, height)."""
+    """Name the reason why polygons or RLE are no mask of an image of ``size`` (width, height), if there is one."""
     if isinstance(value, list):
         for polygon in value:
             if not _all_finite(polygon):

@@ -19,7 +19,7 @@ class Columns(NamedTuple):
     Attributes:
         boxes: (N, 4), as they are given.
         sizes: width and height of each annotation's image (N, 2).
-        areas: (N,), NaN where there is none.
+        areas: (N,), NaN for an object without one.
     """
 
     annotations: list[dict[str, Any]]

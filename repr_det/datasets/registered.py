@@ -144,7 +144,7 @@ def check_registered(name: str, *, for_evaluation: bool = True, allow_no_boxes: 
 
 
 def _refuse_absent(name: str, json_file: str) -> None:
-    """For data under Detectron2's root folder, say how that folder is set."""
+    """Say how Detectron2's root folder is set if data below it are absent."""
     root = os.getenv("DETECTRON2_DATASETS", "datasets")
     inside = os.path.relpath(json_file, os.path.expanduser(root))
     if not os.path.exists(json_file) and not inside.startswith(os.pardir):

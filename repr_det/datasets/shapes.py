@@ -84,7 +84,7 @@ class _Canvas:
         self.pixels += (lights[0] + (lights[1] * x + lights[2] * y + lights[3] * (x + y) // 2) // 160)[..., None]
 
     def place(self, mask: np.ndarray, centre: tuple[int, int]) -> tuple[tuple[slice, slice], np.ndarray]:
-        """Where the stencil lies in the image, and the part of it that is inside."""
+        """Return the place of the stencil in the image, and the part of it that is inside."""
         left, up = centre[0] - mask.shape[1] // 2, centre[1] - mask.shape[0] // 2
         x0, y0 = max(left, 0), max(up, 0)
         x1, y1 = min(left + mask.shape[1], self.width), min(up + mask.shape[0], self.height)
@@ -204,7 +204,7 @@ def _stamp() -> str:
 
 
 def _is_finished(root: Path) -> bool:
-    """Whether the folder is that of this generator.
+    """Tell whether the folder is that of this generator.
 
     Raises:
         UserError: it is a file, or holds something else.
