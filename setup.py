@@ -52,6 +52,7 @@ setup(
         "scipy>=1.9",
         "fvcore",
         "pycocotools>=2.0.8",
+        "pydantic>=2.8",
         "opencv-python",
     ],
     extras_require={

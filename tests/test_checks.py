@@ -1,6 +1,7 @@
 """What is known to be wrong before a run writes anything: its keys, what it begins with, what its data lack."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,11 @@ import torch
 from coco_folder import Folder
 from conftest import SMALL
 from detectron2.modeling import build_model
+from PIL import Image
 from pycocotools import mask as mask_utils
 
 from repr_det import UserError
-from repr_det.commands import checks
+from repr_det.commands import checks, data_checks
 from repr_det.commands.arguments import build_config
 from repr_det.commands.checks import check_run
 from repr_det.commands.data import DATA_FILE
@@ -312,6 +314,43 @@ def config(register, *opts, **options):
     at = own.index("MODEL.ROI_HEADS.NUM_CLASSES")
     del own[at : at + 2]
     return build_config(str(ROOT / "configs" / "baseline_r50_fpn.yaml"), own, register, **options)
+
+
+@pytest.mark.parametrize("copied", [None, "same name", "other name"])
+def test_images_of_training_in_the_test_set_are_told(folder, catalogs, tmp_path, caplog, copied):
+    register = two_files(folder, {3: "cell", 7: "plate"})
+    if copied:
+        images = shutil.copytree(folder.images, tmp_path / "copied")
+        content = json.loads(Path(register[1][1]).read_text())
+        Image.new("RGB", (64, 64), (200, 1, 1)).save(images / "5.jpg")  # one image is of its own
+        if copied == "other name":
+            for entry in content["images"]:
+                (images / entry["file_name"]).rename(images / f"val_{entry['file_name']}")
+                entry["file_name"] = f"val_{entry['file_name']}"
+        Path(register[1][1]).write_text(json.dumps(content))
+        register[1][2] = str(images)
+    cfg = config(register, "OUTPUT_DIR", str(tmp_path / "run"))
+    data_checks.check_datasets(cfg)
+    (told,) = [record.getMessage() for record in caplog.records]
+    shared = "2 of 3" if copied else "3 of 3"
+    assert told.startswith(
+        f"{shared} images of v (DATASETS.TEST) that were compared are in t (DATASETS.TRAIN) too, the "
+    )
+    assert str(folder.images / "1.jpg") in told
+    caplog.clear()
+    data_checks.check_datasets(cfg, eval_only=True)
+    assert not caplog.records
+
+
+def test_one_name_in_place_of_a_tuple_of_names(tiny_cfg):
+    cfg = tiny_cfg().clone()
+    cfg.defrost()
+    cfg.DATASETS.TRAIN = "tiny_train"
+    assert "data sets must be a tuple of names, ('tiny_train',), got 'tiny_train'" in refused(cfg)
+    for key, value, wanted in (("DATASETS.TRAIN", "tiny_train", "'tiny_train'"), ("INPUT.MIN_SIZE_TRAIN", "64", "64")):
+        with pytest.raises(UserError) as error:
+            tiny_cfg(key, value)
+        assert str(error.value) == f"command line: {key} must be a tuple, ({wanted},), got {wanted}"
 
 
 def test_num_classes_are_those_of_the_run(folder, catalogs, tmp_path):

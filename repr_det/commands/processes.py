@@ -41,6 +41,7 @@ def run_tool(main: Callable[[], Any]) -> None:
     """Runs a tool; a UserError or a full disk ends it with one line on stderr and status 2, a signal that asks it to
     stop with status 75 (``stopping``)."""
     torchrun = Torchrun.found()
+    logging.basicConfig(format="%(levelname)s: %(message)s")  # until a run has logs of its own
     try:
         main()
         return
