@@ -58,10 +58,7 @@ def finished(named_data, tiny_cfg, tmp_path):
         (folder / "inference" / "coco_instances_results.json").write_text(json.dumps(detections))
         with contextlib.redirect_stdout(io.StringIO()):
             result = average_precision(match(coco_of(truth), detections), np.ones((1, 12)))
-        final = {f"bbox/{m}": float(v[0]) for m, v in result.metrics.items()}
-        final |= {
-            f"bbox/AP-{c['name']}": float(v) for c, v in zip(truth["categories"], result.categories[0], strict=True)
-        }
+        final = {f"bbox/{metric}": float(value[0]) for metric, value in result.items()}
         if ap is not None:
             final["bbox/AP"] = ap
         write_metrics(

@@ -18,10 +18,12 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+Detections = Sequence[dict[str, Any]]
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _AREAS = ("all", "small", "medium", "large")
 _MAX_DETECTIONS = 100
 _CHUNK = 2_000_000  # multiplicities held at once (B x D)
+_RECALLS = np.linspace(0.0, 1.00, round((1.00 - 0.0) / 0.01) + 1)  # as pycocotools makes them
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Matches:
     _cells: dict[str, list[_Cell]]
 
 
-def match(truth: COCO, detections: Sequence[dict[str, Any]], image_ids: Sequence[int] | None = None) -> Matches:
+def match(truth: COCO, detections: Detections, image_ids: Sequence[int] | None = None) -> Matches:
     """Matches detections to the ground truth as COCO does (boxes, at most 100 detections an image and category).
 
     Args:
@@ -75,49 +77,39 @@ def match(truth: COCO, detections: Sequence[dict[str, Any]], image_ids: Sequence
     return Matches(tuple(params.imgIds), names, cells)
 
 
-@dataclass(frozen=True)
-class Resampled:
-    """AP in percent of B lists of images; NaN where a list holds no such object.
-
-    Attributes:
-        metrics: name in METRICS -> (B,).
-        categories: (B, K) AP of every category.
-    """
-
-    metrics: dict[str, np.ndarray]
-    categories: np.ndarray
-
-
-def average_precision(matches: Matches, multiplicities: np.ndarray, areas: Sequence[str] = _AREAS) -> Resampled:
-    """COCO AP, AP50, AP75, APs, APm, APl and AP by category.
+def average_precision(matches: Matches, multiplicities: np.ndarray) -> dict[str, np.ndarray]:
+    """AP in percent of B lists of images; NaN if a list holds no such object.
 
     Args:
         multiplicities: (B, I) how often each image occurs in each list.
-        areas: the area ranges to compute; metrics of others are left out.
+
+    Returns:
+        name in METRICS, or "AP-" and a category -> (B,).
     """
-    multiplicities = np.asarray(multiplicities, dtype=np.float64)
-    by_area = {
-        area: np.stack([_cell_ap(cell, multiplicities) for cell in matches._cells[area]], axis=1) for area in areas
-    }  # (B, K, T)
-    metrics = {}
-    if "all" in by_area:
-        everything = by_area["all"]
-        metrics = {
-            "AP": _mean(everything),
-            "AP50": _mean(everything[:, :, 0]),
-            "AP75": _mean(everything[:, :, 5]),
-        }
-    for name, area in (("APs", "small"), ("APm", "medium"), ("APl", "large")):
-        if area in by_area:
-            metrics[name] = _mean(by_area[area])
-    categories = by_area["all"].mean(axis=2) * 100 if "all" in by_area else np.empty((len(multiplicities), 0))
-    return Resampled(metrics, categories)
+    lists = np.asarray(multiplicities, dtype=np.float64)
+    whole, small, medium, large = (
+        np.stack([_cell_ap(cell, lists) for cell in matches._cells[area]], axis=1) for area in _AREAS
+    )  # (B, K, T)
+    metrics = dict(AP=whole, AP50=whole[:, :, :1], AP75=whole[:, :, 5:6], APs=small, APm=medium, APl=large)
+    metrics |= {f"AP-{name}": whole[:, k : k + 1] for k, name in enumerate(matches.categories)}
+    return {name: _mean(values) for name, values in metrics.items()}
 
 
-def bootstrap_multiplicities(images: int, samples: int, seed: int = 0) -> np.ndarray:
-    """(samples, images): lists of as many images, drawn with replacement."""
-    rng = np.random.default_rng(seed)
-    return rng.multinomial(images, np.full(images, 1 / images), size=samples)
+def bootstrap_pairs(
+    truth: COCO, pairs: Sequence[tuple[Detections, Detections]], samples: int, seed: int = 0
+) -> list[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]:
+    """Evaluates both detections of every pair on the same lists of images, the same for all pairs.
+
+    Returns:
+        for every pair, for both: metric -> (1 + samples,), the first of the real list, the others of resampled ones.
+    """
+    images = len(truth.getImgIds())
+    resampled = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), size=samples)
+    lists = np.concatenate([np.ones((1, images)), resampled])
+    return [
+        (average_precision(match(truth, first), lists), average_precision(match(truth, second), lists))
+        for first, second in pairs
+    ]
 
 
 def _empty_results(truth: COCO) -> COCO:
@@ -148,7 +140,7 @@ def _cell(evaluated: list[dict[str, Any] | None], thresholds: int) -> _Cell:
 
 
 def _cell_ap(cell: _Cell, multiplicities: np.ndarray) -> np.ndarray:
-    """(B, T): AP at every IoU threshold, NaN where a list has no object that counts."""
+    """(B, T): AP at every IoU threshold, NaN if a list has no object that counts."""
     lists, thresholds = len(multiplicities), len(cell.true)
     result = np.empty((lists, thresholds))
     step = max(1, _CHUNK // max(1, len(cell.image)))
@@ -184,11 +176,8 @@ def _interpolated(weights: np.ndarray, true: np.ndarray, false: np.ndarray, obje
     return (envelope * np.diff(reached, axis=1, prepend=0)).sum(axis=1) / len(_RECALLS)
 
 
-_RECALLS = np.linspace(0.0, 1.00, round((1.00 - 0.0) / 0.01) + 1)  # as pycocotools makes them
-
-
 def _mean(values: np.ndarray) -> np.ndarray:
-    """(B, ...) -> (B,) mean in percent over what is there, NaN where nothing is."""
+    """(B, ...) -> (B,) mean in percent over what is there, NaN if nothing is."""
     flat = values.reshape(len(values), -1)
     there = np.isfinite(flat)
     count = there.sum(axis=1)
