@@ -58,7 +58,7 @@ def ap_figure(comparison: Comparison) -> str:
             right.plot(mean, "o-", color=colour, linewidth=1.8, markersize=2.6, label=title(run.arm))
         right.set_title("validation AP")
         right.set_xlabel("iterations")
-        right.margins(x=0.02)
+        right.set_xlim(0, 1.02 * comparison.study.runs[0].max_iter)
         right.grid(axis="y")
         figure.legend(loc="outside upper right", ncols=2)
         return _data_uri(figure)
