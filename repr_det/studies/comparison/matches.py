@@ -38,16 +38,10 @@ class _Cell:
 
 @dataclass(frozen=True)
 class Matches:
-    """The matches of one set of detections.
+    """The matches of one set of detections: area range -> its cells, in the order of the categories."""
 
-    Attributes:
-        image_ids: (I,) ids of the evaluated images, in COCO's order.
-        categories: (K,) names, in the order of their ids.
-    """
-
-    image_ids: tuple[int, ...]
     categories: tuple[str, ...]
-    _cells: dict[str, list[_Cell]]
+    cells: dict[str, list[_Cell]]
 
 
 def match(truth: COCO, detections: Detections, image_ids: Sequence[int] | None = None) -> Matches:
@@ -74,7 +68,7 @@ def match(truth: COCO, detections: Detections, image_ids: Sequence[int] | None =
             start = (k * areas + a) * images
             cells[area].append(_cell(evaluation.evalImgs[start : start + images], len(params.iouThrs)))
     names = tuple(str(truth.cats[i]["name"]) for i in params.catIds)
-    return Matches(tuple(params.imgIds), names, cells)
+    return Matches(names, cells)
 
 
 def average_precision(matches: Matches, multiplicities: np.ndarray) -> dict[str, np.ndarray]:
@@ -88,7 +82,7 @@ def average_precision(matches: Matches, multiplicities: np.ndarray) -> dict[str,
     """
     lists = np.asarray(multiplicities, dtype=np.float64)
     whole, small, medium, large = (
-        np.stack([_cell_ap(cell, lists) for cell in matches._cells[area]], axis=1) for area in _AREAS
+        np.stack([_cell_ap(cell, lists) for cell in matches.cells[area]], axis=1) for area in _AREAS
     )  # (B, K, T)
     metrics = dict(AP=whole, AP50=whole[:, :, :1], AP75=whole[:, :, 5:6], APs=small, APm=medium, APl=large)
     metrics |= {f"AP-{name}": whole[:, k : k + 1] for k, name in enumerate(matches.categories)}
@@ -120,23 +114,18 @@ def _empty_results(truth: COCO) -> COCO:
 
 
 def _cell(evaluated: list[dict[str, Any] | None], thresholds: int) -> _Cell:
+    found = [(index, one) for index, one in enumerate(evaluated) if one is not None]
     positives = np.zeros(len(evaluated))
-    image, scores = [np.empty(0, np.int64)], [np.empty(0)]
-    matched, ignored = [np.empty((thresholds, 0), bool)], [np.empty((thresholds, 0), bool)]
-    for index, one in enumerate(evaluated):
-        if one is None:
-            continue
+    for index, one in found:
         positives[index] = np.count_nonzero(np.asarray(one["gtIgnore"]) == 0)
-        found = np.asarray(one["dtScores"], dtype=float)
-        image.append(np.full(len(found), index))
-        scores.append(found)
-        matched.append(np.asarray(one["dtMatches"]).reshape(thresholds, -1) != 0)
-        ignored.append(np.asarray(one["dtIgnore"]).reshape(thresholds, -1) != 0)
-    order = np.argsort(-np.concatenate(scores), kind="mergesort")
-    is_matched, is_ignored = np.concatenate(matched, axis=1)[:, order], np.concatenate(ignored, axis=1)[:, order]
-    true, false = is_matched & ~is_ignored, ~is_matched & ~is_ignored
-    counts = (true | false).any(axis=0)
-    return _Cell(np.concatenate(image)[order][counts], true[:, counts], false[:, counts], positives)
+    image = np.repeat([index for index, _ in found], [len(one["dtScores"]) for _, one in found]).astype(int)
+    scores = np.concatenate([[], *(one["dtScores"] for _, one in found)])
+    none = np.empty((thresholds, 0))
+    matched = np.concatenate([none, *(np.reshape(one["dtMatches"], (thresholds, -1)) for _, one in found)], axis=1) != 0
+    ignored = np.concatenate([none, *(np.reshape(one["dtIgnore"], (thresholds, -1)) for _, one in found)], axis=1) != 0
+    order = np.argsort(-scores, kind="mergesort")
+    order = order[~ignored.all(axis=0)[order]]  # what counts at no threshold
+    return _Cell(image[order], (matched & ~ignored)[:, order], (~matched & ~ignored)[:, order], positives)
 
 
 def _cell_ap(cell: _Cell, multiplicities: np.ndarray) -> np.ndarray:

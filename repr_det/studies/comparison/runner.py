@@ -6,8 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,13 +31,17 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, treated like Ctrl-C."""
 
 
+def _terminate(*_: object) -> None:
+    raise Terminated
+
+
 def run_comparison_tool(main: Callable[[], Any]) -> None:
     """Runs a tool that trains: status 2 for what the user gave wrong, 1 for a run that failed, 130 for Ctrl-C, 143 for
     SIGTERM."""
     name = Path(sys.argv[0]).name
+    signal.signal(signal.SIGTERM, _terminate)
     try:
-        with _sigterm_raises():
-            run_tool(main)
+        run_tool(main)
     except RunFailed as error:
         sys.stderr.write(f"{name}: error: {error}\n")
         sys.exit(1)
@@ -125,8 +128,9 @@ def _environment(slot: int, jobs: int, num_gpus: int) -> dict[str, str]:
     return environment
 
 
-def _stop(jobs: Sequence[_Job]) -> None:
+def _stop(jobs: Iterable[_Job]) -> None:
     """SIGTERM to the process groups of all jobs, SIGKILL to what is left after a grace period or a second Ctrl-C."""
+    jobs = list(jobs)
     for job in jobs:
         _signal_group(job, signal.SIGTERM)
     deadline = time.monotonic() + _GRACE_SECONDS
@@ -145,18 +149,6 @@ def _signal_group(job: _Job, number: int) -> None:
         os.killpg(job.process.pid, number)
     except (ProcessLookupError, PermissionError):  # it has ended
         pass
-
-
-@contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    def handler(*_: object) -> None:
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _failure(job: _Job) -> str:
