@@ -6,11 +6,17 @@ import json
 
 import numpy as np
 import pytest
-from conftest import coco_of
+from conftest import ROOT, SMALL, coco_of
 
 from repr_det.datasets import register_coco_format
 from repr_det.studies.comparison.command import main
 from repr_det.studies.comparison.matches import average_precision, match
+
+REPR_CONFIG, BASELINE_CONFIG = (str(ROOT / "configs" / f"{arm}_r50_fpn.yaml") for arm in ("repr", "baseline"))
+# KEY VALUE pairs of a comparison that takes the made-up runs for its own: those of SMALL but for its seed.
+_SEED = SMALL.index("SEED")
+_OWN = "SOLVER.MAX_ITER 40 TEST.EVAL_PERIOD 20 DATASETS.TRAIN ('odd_train',) DATASETS.TEST ('odd_val',)"
+OPTS = [*SMALL[:_SEED], *SMALL[_SEED + 2 :], *_OWN.split()]
 
 
 def write_metrics(folder, *rows):

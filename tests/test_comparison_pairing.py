@@ -2,26 +2,16 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import yaml
-from conftest import SMALL
-from finished_runs import compare_folders, write_metrics
+from finished_runs import BASELINE_CONFIG, OPTS, REPR_CONFIG, compare_folders, write_metrics
 
 from repr_det.method.errors import UserError
 from repr_det.runs.record import describe_data_sets
 from repr_det.studies.comparison.command import main, parse
 from repr_det.studies.comparison.plan import arm_names, plan_study
 from repr_det.studies.comparison.runs import check_finished, check_same_data, differing_keys, run_from_folder
-
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-REPR_CONFIG, BASELINE_CONFIG = (str(CONFIGS / f"{arm}_r50_fpn.yaml") for arm in ("repr", "baseline"))
-DATA = ["DATASETS.TRAIN", "('odd_train',)", "DATASETS.TEST", "('odd_val',)"]
-# SMALL but for its seed, on the data of the made-up runs, and their 40 iterations.
-SEED = SMALL.index("SEED")
-OPTS = [*SMALL[:SEED], *SMALL[SEED + 2 :], *DATA, "SOLVER.MAX_ITER", "40", "SOLVER.STEPS", "(30,)"]
-
 
 # ---- finished folders ----
 
@@ -202,15 +192,18 @@ def test_pairs_behind_the_seeds(between):
 
 
 def test_plan(named_data, tmp_path):
-    study, _ = plan_study(REPR_CONFIG, [4, 2], tmp_path, opts=OPTS, evaluations=10)
+    study, _ = plan_study(REPR_CONFIG, [4, 2], tmp_path, opts=OPTS)
     runs = study.runs
     assert [run.folder.name for run in runs] == ["baseline_seed4", "repr_seed4", "baseline_seed2", "repr_seed2"]
-    assert all(run.opts[-6:] == ("TEST.EVAL_PERIOD", "4", "SEED", str(run.seed), *run.opts[-2:]) for run in runs)
+    assert all(run.opts[-4:] == ("SEED", str(run.seed), "OUTPUT_DIR", str(run.folder)) for run in runs)
     assert [("--baseline" in run.flags) for run in runs] == [True, False, True, False]
     resumed = runs[0].command(resume=True)
     assert resumed[: len(runs[0].flags) + 1] == [*runs[0].flags, "--resume"]  # before KEY VALUE
     scaled, _ = plan_study(REPR_CONFIG, [1], tmp_path, opts=[*OPTS, "SOLVER.REFERENCE_WORLD_SIZE", "2"])
     assert [run.max_iter for run in scaled.runs] == [80, 80]  # one process, while the config is made for two
+    never = OPTS.index("TEST.EVAL_PERIOD")
+    seldom, _ = plan_study(REPR_CONFIG, [1], tmp_path, opts=[*OPTS[:never], *OPTS[never + 2 :]], evaluations=10)
+    assert all(run.opts[-6:-4] == ("TEST.EVAL_PERIOD", "4") for run in seldom.runs)
     for config, seeds, words, message in (
         (REPR_CONFIG, [1], ["SEED", "3"], "SEED on the command line"),
         (REPR_CONFIG, [1], ["OUTPUT_DIR", "x"], "OUTPUT_DIR on the command line"),
@@ -262,7 +255,7 @@ def test_a_folder_of_another_comparison_is_not_continued(finished, named_data, t
     folder.parent.mkdir()
     finished("baseline", 1, "SOLVER.BASE_LR", 0.5, folder=folder)
     with pytest.raises(UserError, match=r"baseline_seed1 holds a run with SOLVER.BASE_LR 0.5, but .* has 0.005"):
-        plan_study(REPR_CONFIG, [1], folder.parent, opts=[*OPTS, "TEST.EVAL_PERIOD", "20"], evaluations=10)
+        plan_study(REPR_CONFIG, [1], folder.parent, opts=OPTS, evaluations=10)
 
 
 def test_runs_of_a_version_without_an_option_of_today_are_continued(finished, named_data, tmp_path):
@@ -271,10 +264,9 @@ def test_runs_of_a_version_without_an_option_of_today_are_continued(finished, na
         config = yaml.safe_load((folder / "config.yaml").read_text())
         del config["REPR"]["REINIT"]["RETURN"]
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    opts = [*OPTS[:-2], "TEST.EVAL_PERIOD", "20"]
-    study, _ = plan_study(REPR_CONFIG, [1], tmp_path, opts=opts, evaluations=10)
+    study, _ = plan_study(REPR_CONFIG, [1], tmp_path, opts=OPTS, evaluations=10)
     assert [run.folder for run in study.runs] == folders
-    changed = [*opts, "REPR.REINIT.RETURN", "function_preserving"]
+    changed = [*OPTS, "REPR.REINIT.RETURN", "function_preserving"]
     message = r"repr_seed1 holds a run with REPR.REINIT.RETURN as_published, but .* has function_preserving"
     with pytest.raises(UserError, match=message):
         plan_study(REPR_CONFIG, [1], tmp_path, opts=changed, evaluations=10)

@@ -75,11 +75,7 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The arguments; argparse takes KEY VALUE pairs behind the seeds for seeds.
-
-    Raises:
-        UserError: a seed is not an integer.
-    """
+    """The arguments; argparse takes KEY VALUE pairs behind the seeds for seeds."""
     args = argument_parser().parse_args(argv)
     words = args.seeds
     number = next((i for i, word in enumerate(words) if not re.fullmatch(r"-?\d+", word)), len(words))
@@ -91,11 +87,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs the command.
-
-    Raises:
-        UserError, RunFailed: see ``runner.run_comparison_tool``.
-    """
+    """Runs the command; ``runner.run_comparison_tool`` reports what it raises."""
     args = parse(argv)
     refuse_torchrun("compare.py")
     _check_arguments(args)

@@ -4,7 +4,6 @@ import base64
 import contextlib
 import io
 import json
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,15 +35,9 @@ IOU_THRESHOLD = 0.5
 _LONGEST_SIDE = 640  # px; larger images are scaled down, the report holds them
 _JPEG_QUALITY = 85
 
-logger = logging.getLogger(__name__)
-
 
 def load_truth(name: str) -> COCO:
-    """The annotations of a registered data set.
-
-    Raises:
-        UserError: it is not registered, or has no COCO json.
-    """
+    """The annotations of a data set; refuses one that is not registered, or has no COCO json."""
     check_registered(name)
     path = getattr(MetadataCatalog.get(name), "json_file", None)
     if path is None or not Path(path).is_file():
@@ -56,12 +49,8 @@ def load_truth(name: str) -> COCO:
 
 
 def load_validation_truth(folder: Path) -> COCO:
-    """The annotations of DATASETS.TEST of a run.
-
-    Raises:
-        UserError: they are not at hand, or their classes are not those that the run was trained with.
-    """
-    cfg = load_config(folder)
+    """The annotations of DATASETS.TEST of a run; refuses other classes than those that it was trained with."""
+    cfg = read_config(folder)
     classes_of_run(cfg.DATASETS.TRAIN, cfg.DATASETS.TEST, eval_only=True, folder=folder)
     check_datasets(cfg, eval_only=True)
     return load_truth(cfg.DATASETS.TEST[0])
@@ -79,16 +68,6 @@ def read_predictions(folder: Path) -> list[dict[str, Any]] | None:
     return [d for d in found if "bbox" in d]
 
 
-def load_config(folder: Path) -> CfgNode:
-    """The config that a run was trained with."""
-    cfg = read_config(folder).clone()
-    cfg.defrost()
-    if torch.device(cfg.MODEL.DEVICE).type == "cuda" and not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"
-    cfg.freeze()
-    return cfg
-
-
 def train_ap(folder: Path, images: int, cache: Path) -> float:
     """AP of a run's model_final.pth on ``images`` of its own training images, without augmentation, in percent.
 
@@ -99,9 +78,6 @@ def train_ap(folder: Path, images: int, cache: Path) -> float:
 
     Returns:
         NaN if the run has no model_final.pth, or the images no object.
-
-    Raises:
-        UserError: the data set is not registered.
     """
     checkpoint = folder / FINAL_CHECKPOINT
     if images < 1 or not checkpoint.is_file():
@@ -109,8 +85,7 @@ def train_ap(folder: Path, images: int, cache: Path) -> float:
     key = f"{folder}, {images} images, {checkpoint.stat().st_mtime_ns}"
     known = json.loads(cache.read_text(encoding="utf-8")) if cache.is_file() else {}
     if key not in known:
-        logger.info("AP on %d training images of %s", images, folder)
-        ap = _train_ap(load_config(folder), folder / FINAL_CHECKPOINT, images)
+        ap = _train_ap(read_config(folder).clone(), checkpoint, images)
         known[key] = ap if math.isfinite(ap) else None
         write_atomically(cache, json.dumps(known, indent=1))
     return math.nan if known[key] is None else known[key]
@@ -124,6 +99,9 @@ def evenly_spaced(items: list, number: int) -> list:
 
 
 def _train_ap(cfg: CfgNode, checkpoint: Path, images: int) -> float:
+    cfg.defrost()
+    if not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
     check_datasets(cfg)
     name = cfg.DATASETS.TRAIN[0]
     truth = load_truth(name)

@@ -87,12 +87,17 @@ def dropped_figure(comparison: Comparison) -> str:
             rows = [layers.index(layer) + 0.7 * ((place + 0.5) / len(groups) - 0.5) for layer in found.index]
             alpha = 0.4 + 0.6 * (cycle + 1) / (shares["cycle"].max() + 1)
             ax.hlines(rows, found["min"], found["max"], color=colour, linewidth=1.2, alpha=alpha)
-            style = dict(color=colour, alpha=alpha, markersize=3.8, markeredgewidth=0, linestyle="")
-            ax.plot(found["mean"], rows, marker="os^Dv"[cycle % 5], label=f"{title(arm)}, cycle {cycle + 1}", **style)
+            marker = "os^Dv"[cycle % 5]
+            ax.plot(found["mean"], rows, marker, color=colour, alpha=alpha, markersize=3.8, markeredgewidth=0)
+            if arm == shares["arm"].iloc[0]:
+                ax.plot([], [], marker, color="black", alpha=alpha, markersize=3.8, label=f"cycle {cycle + 1}")
+        for colour, arm in zip(COLOURS, comparison.study.arms, strict=True):
+            if arm in set(shares["arm"]):
+                ax.plot([], [], color=colour, linewidth=2.8, label=title(arm))
         ax.set_xlim(left=-1)
         ax.set_xlabel("dropped share of the layer (%)")
         _layer_axis(ax, layers)
-        figure.legend(loc="outside upper right", ncols=3)
+        figure.legend(loc="outside upper right", ncols=5 if shares["arm"].nunique() == 1 else 3)
         return _data_uri(figure)
 
 
