@@ -11,7 +11,6 @@ from typing import Any
 import jinja2
 import torch
 
-import repr_det
 from repr_det.runs.files import write_atomically
 from repr_det.studies.comparison.detections import SCORE_THRESHOLD, gallery
 from repr_det.studies.comparison.figures import COLOURS, ap_figure, dropped_figure, overlap_figure
@@ -28,7 +27,7 @@ DATASETS.TRAIN DATASETS.TEST INPUT.MIN_SIZE_TRAIN MODEL.META_ARCHITECTURE MODEL.
 MODEL.RESNETS.DEPTH MODEL.RESNETS.NORM MODEL.WEIGHTS SOLVER.BASE_LR SOLVER.IMS_PER_BATCH SOLVER.MAX_ITER
 SOLVER.OPTIMIZER SOLVER.STEPS SOLVER.WEIGHT_DECAY TEST.EVAL_PERIOD
 """.split()
-_PACKAGES = ("torch", "detectron2", "numpy", "scipy", "pandas", "matplotlib")
+_PACKAGES = ("repr_det", "torch", "detectron2", "numpy", "scipy", "pandas", "matplotlib")
 _TRAINING_ROWS = {
     "best": "Best validation AP over training",
     "lost": "Best minus final",
@@ -71,6 +70,7 @@ def render(comparison: Comparison, settings: dict[str, Any], images: int) -> str
     page = environment.get_template("report.html.j2").render(
         results=results,
         settings=settings,
+        any_config=comparison.study.any_config,
         arms=arms,
         titles=[title(arm) for arm in arms],
         versus=versus(arms).rstrip(":") if comparison.study.any_config else "RePr against its baseline",
@@ -95,14 +95,14 @@ def _gallery(comparison: Comparison, images: int) -> list[dict[str, Any]]:
 
 
 def _settings_rows(configs: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
-    """Key -> its value in both arms."""
+    """Key -> its value in both arms; once if it is the same."""
     uses_repr = any(config.get("REPR.ENABLED") for config in configs)
     rows = {}
     for key in sorted({**configs[0], **configs[1]}):
         values = [_value(config.get(key, "absent")) for config in configs]
         differs = values[0] != values[1] and not key.startswith(FREE_WITHIN_REPR)
         if differs or key in _SETTINGS or (uses_repr and key.startswith("REPR.")):
-            rows[key] = values
+            rows[key] = values if values[0] != values[1] else values[:1]
     return rows
 
 
@@ -112,13 +112,11 @@ def _value(value: Any) -> str:
     return str(value) if value != "" else "(none)"
 
 
-def _versions() -> dict[str, str]:
+def _versions() -> str:
+    versions = [f"{package} {importlib.import_module(package).__version__}" for package in _PACKAGES]
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    versions = {"repr_det": repr_det.__version__, "Python": platform.python_version()}
-    for package in _PACKAGES:
-        versions[package] = getattr(importlib.import_module(package), "__version__", "")
-    versions["machine"] = f"{platform.platform()}, {os.cpu_count()} cores, {', '.join(gpus) or 'no GPU'}"
-    return versions
+    machine = [f"Python {platform.python_version()}", platform.platform(), f"{os.cpu_count()} cores"]
+    return ", ".join([*versions, *machine, *(gpus or ["no GPU"])])
 
 
 def _minus(text: str) -> str:
