@@ -289,6 +289,6 @@ def test_time_by_phase(tmp_path):
     assert phases == [(15, 25), (35, 40)]
     assert sub_network_phases(events[:3], 60) == [(15, 25), (35, 60)]
     rows = {i: dict(time=t) for i, t in ((9, 1.0), (19, 2.0), (29, 3.0), (39, 4.0), (49, 5.0), (59, 6.0))}
-    found = phase_seconds(Reading(Run("repr", 1, tmp_path, 60), rows, {}, events, None), phases)
+    found = phase_seconds(Reading(Run("repr", 1, tmp_path, 60), rows, events, None), phases)
     full, sub = 10 * 1 + 5 * 2 + 5 * 3 + 5 * 4, 5 * 2 + 5 * 3 + 5 * 4
     assert found == dict(full=full, sub=sub, after=10 * 5 + 10 * 6, transitions=6, evaluation=0, rest=0)

@@ -68,7 +68,7 @@ def test_runs_are_trained_once_and_then_skipped(fake, monkeypatch):
     runs = [fake(1), fake(2), fake(3)]
     shown = _train(*runs, jobs=2)
     assert all(map(is_finished, runs)) and "RePr seed 3: done" in shown
-    assert final_row(runs[0].folder, 3)["bbox/AP"] == 33.0
+    assert final_row(read_metrics(runs[0].folder), 3)["bbox/AP"] == 33.0
     cores = len(os.sched_getaffinity(0))
     assert [_calls(run) for run in runs] == [[f"|{max(1, cores // 2)}"]] * 3
     assert "step 2" in (runs[0].folder / "stdout.txt").read_text()

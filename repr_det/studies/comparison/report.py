@@ -38,22 +38,12 @@ _TRAINING_ROWS = {
 
 
 def write_report(comparison: Comparison, settings: dict[str, Any], output: Path, images: int) -> Path:
-    """Renders report.html in ``output``.
+    """Writes report.html in ``output``, and returns its path.
 
     Args:
         settings: how the comparison was asked for, see ``command``.
         images: validation images in the gallery.
-
-    Returns:
-        The file.
     """
-    path = output / REPORT_FILE
-    write_atomically(path, render(comparison, settings, images))
-    return path
-
-
-def render(comparison: Comparison, settings: dict[str, Any], images: int) -> str:
-    """The page as text, see ``write_report``."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("repr_det.studies.comparison", "."),
         autoescape=True,
@@ -83,7 +73,9 @@ def render(comparison: Comparison, settings: dict[str, Any], images: int) -> str
         keys=_settings_rows([read_settings(reading.run.folder) for reading in comparison.pairs[0]]),
         versions=_versions(),
     )
-    return re.sub(r"\n\s*\n+", "\n", page) + "\n"
+    path = output / REPORT_FILE
+    write_atomically(path, re.sub(r"\n\s*\n+", "\n", page) + "\n")
+    return path
 
 
 def _gallery(comparison: Comparison, images: int) -> list[dict[str, Any]]:

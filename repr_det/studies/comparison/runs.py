@@ -96,15 +96,14 @@ class Setting:
     runs: dict[int, Run]
 
 
-def final_row(folder: Path, max_iter: int) -> dict[str, float] | None:
-    """The evaluation after the last iteration, or None if the run is not finished. Its AP may be NaN."""
+def final_row(rows: dict[int, dict[str, float]], max_iter: int) -> dict[str, float]:
+    """The evaluation after the last iteration, {} if the run is not finished. Its AP may be NaN."""
     # A run that is resumed after its last step logs its evaluation one iteration later.
-    rows = [row for i, row in read_metrics(folder).items() if i >= max_iter and "bbox/AP" in row]
-    return rows[-1] if rows else None
+    return next((row for i, row in reversed(rows.items()) if i >= max_iter and "bbox/AP" in row), {})
 
 
 def is_finished(run: Run) -> bool:
-    return final_row(run.folder, run.max_iter) is not None
+    return bool(final_row(read_metrics(run.folder), run.max_iter))
 
 
 def is_number(value: object) -> bool:

@@ -25,7 +25,6 @@ class Reading:
 
     Attributes:
         rows: metrics.json by iteration.
-        final: the row of the evaluation after the last iteration.
         events: drops and restores.
         detections: of the last evaluation; None if they were not saved.
         train_ap: AP on training images; NaN if it was not measured.
@@ -33,10 +32,14 @@ class Reading:
 
     run: Run
     rows: dict[int, dict[str, float]]
-    final: dict[str, float]
     events: list[dict[str, Any]]
     detections: list[dict[str, Any]] | None
     train_ap: float = math.nan
+
+    @property
+    def final(self) -> dict[str, float]:
+        """The row of the evaluation after the last iteration."""
+        return final_row(self.rows, self.run.max_iter)
 
     @property
     def collapsed(self) -> bool:
@@ -83,8 +86,7 @@ class Reading:
 
 def read_run(run: Run) -> Reading:
     """Reads a finished run."""
-    final = final_row(run.folder, run.max_iter)
-    return Reading(run, read_metrics(run.folder), final, read_events(run.folder), read_predictions(run.folder))
+    return Reading(run, read_metrics(run.folder), read_events(run.folder), read_predictions(run.folder))
 
 
 def sub_network_phases(events: Sequence[dict[str, Any]], max_iter: int) -> list[tuple[int, int]]:
