@@ -1,4 +1,4 @@
-"""Which runs may be compared, and how a comparison is planned, from made-up runs."""
+"""Runs that may be compared or not, and the plan of a comparison, from made-up runs."""
 
 import json
 import shutil

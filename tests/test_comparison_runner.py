@@ -153,7 +153,7 @@ def test_a_folder_in_which_another_process_trains_is_refused(fake):
 
 
 def _alive(run):
-    """Whether a process trains in the folder: the size of its output still changes."""
+    """True if a process trains in the folder: the size of its output still changes."""
     before = (run.folder / "stdout.txt").stat().st_size
     time.sleep(0.4)
     return (run.folder / "stdout.txt").stat().st_size != before

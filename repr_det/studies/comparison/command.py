@@ -53,7 +53,7 @@ stopped and skips finished runs. TEST.EVAL_PERIOD 0 becomes a tenth of MAX_ITER 
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """See _DESCRIPTION."""
+    """The arguments that _DESCRIPTION explains."""
     parser = argparse.ArgumentParser(description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-file", default="", help="config of the RePr arm, or any with --against")
     parser.add_argument("--against", default="", help="config of the reference (default: its baseline)")

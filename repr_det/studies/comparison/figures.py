@@ -133,7 +133,8 @@ def overlap_figure(comparison: Comparison) -> str:
 def _draw_difference(ax: Axes, results: dict[str, Any]) -> None:
     """A dot a seed, the mean with its interval, and a band of what these seeds could hardly have shown."""
     difference = results["metrics"]["AP"]["difference"]
-    if math.isfinite(size := results["power"]["detectable"]):
+    size = results["power"]["detectable"]
+    if math.isfinite(size):
         ax.axhspan(-size, size, color="#efe9dd", linewidth=0)
     ax.axhline(0, color="black", linewidth=0.8)
     ax.plot([0] * len(difference["values"]), difference["values"], "o", color="#6c7076", markersize=4)
@@ -157,7 +158,7 @@ def _layer_axis(ax: Axes, layers: list[str]) -> None:
 def _overlaps(comparison: Comparison) -> pd.DataFrame:
     """Moment, arm, layer and O_f, a line a filter."""
     folders = [(reading.run.arm, reading.run.folder) for pair in comparison.pairs for reading in pair]
-    layers = next((list(found) for _, folder in folders if (found := _first_overlap(folder))), [])
+    layers = list(dict.fromkeys(layer for _, folder in folders for layer in _first_overlap(folder)))
     lines = []
     for arm, folder in folders:
         snapshots = [(line.get("event"), line["overlap"]) for line in read_overlaps(folder)]
@@ -165,9 +166,8 @@ def _overlaps(comparison: Comparison) -> pd.DataFrame:
         restores = [overlap for event, overlap in snapshots if event == "restore"][-1:]
         for moment, found in zip(_MOMENTS, (drops, restores, [_final_overlap(folder, layers)]), strict=True):
             lines += [(moment, arm, layer, values) for overlap in found for layer, values in overlap.items()]
-    return (
-        pd.DataFrame(lines, columns=["moment", "arm", "layer", "overlap"]).explode("overlap").astype({"overlap": float})
-    )
+    table = pd.DataFrame(lines, columns=["moment", "arm", "layer", "overlap"])
+    return table.explode("overlap").astype({"overlap": float})
 
 
 def _first_overlap(folder: Path) -> dict[str, list[float]]:
@@ -178,8 +178,8 @@ def _first_overlap(folder: Path) -> dict[str, list[float]]:
 def _final_overlap(folder: Path, layers: list[str]) -> dict[str, list[float]]:
     """{} for a run without model_final.pth, or with one that is damaged."""
     try:
-        loaded = torch.load(folder / FINAL_CHECKPOINT, map_location="cpu", weights_only=True, mmap=True)
-        weights = {layer: loaded["model"][f"{layer}.weight"] for layer in layers}
+        model = torch.load(folder / FINAL_CHECKPOINT, map_location="cpu", weights_only=True, mmap=True)["model"]
+        weights = {layer: model[f"{layer}.weight"] for layer in layers if f"{layer}.weight" in model}
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError):
         return {}
     return {layer: inter_filter_orthogonality(weight.float()).tolist() for layer, weight in weights.items()}

@@ -93,7 +93,7 @@ class Progress:
 
 
 def _last_iteration(run: Run) -> tuple[int, float]:
-    """How far the run says that it is, and its loss there."""
+    """The iterations that the run says it has trained, and its loss there."""
     lines = [line for line in read_json_lines(run.folder / METRICS_FILE) if "total_loss" in line]
     # The line written last, not the highest iteration: a resumed run repeats some.
     return (min(lines[-1]["iteration"] + 1, run.max_iter), lines[-1]["total_loss"]) if lines else (0, math.nan)

@@ -1,4 +1,4 @@
-"""What a run leaves in its folder: metrics.json, repr_events.jsonl, repr_overlaps.jsonl, log.txt, config.yaml."""
+"""Files that a run leaves in its folder: metrics.json, repr_events.jsonl, repr_overlaps.jsonl, log.txt, config.yaml."""
 
 import functools
 import json

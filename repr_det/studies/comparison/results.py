@@ -78,7 +78,7 @@ def compare(
     pairs = list(zip(reference, other, strict=True))
     beside = [read_run(replace(run, arm=setting.name)) for setting in others for run in setting.runs.values()]
     both = [reading for pair in pairs for reading in pair]
-    notes = [note for reading in both if (note := _missing_ap(reading))]
+    notes = [note for note in map(_missing_ap, both) if note]
     dataset = read_config(reference[0].run.folder).DATASETS.TEST[0]
     truth = _truth(both, dataset, notes)
     for reading in (*both, *beside):

@@ -21,7 +21,7 @@ Row = dict[str, Any]
 
 @dataclass
 class Reading:
-    """What is known of a finished run.
+    """A finished run, as its folder shows it.
 
     Attributes:
         rows: metrics.json by iteration.
@@ -43,7 +43,7 @@ class Reading:
 
     @property
     def collapsed(self) -> bool:
-        """Whether its last evaluation found nothing at all: Detectron2 logs NaN for it, COCO's AP is 0."""
+        """True if its last evaluation found nothing at all: Detectron2 logs NaN for it, COCO's AP is 0."""
         return self.detections == []
 
     @property
