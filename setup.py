@@ -56,7 +56,8 @@ setup(
         "opencv-python",
     ],
     extras_require={
-        "studies": ["Jinja2>=3.0", "matplotlib>=3.6", "rich>=12", "tabulate"],  # compare, analyze, benchmark
+        # compare, analyze, benchmark
+        "studies": ["Jinja2>=3.0", "matplotlib>=3.6", "pandas>=1.5", "rich>=12", "tabulate"],
         "wandb": ["wandb"],
     },
 )
