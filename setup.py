@@ -50,6 +50,7 @@ setup(
     install_requires=[
         "numpy",
         "scipy>=1.9",
+        "filelock",
         "fvcore",
         "pycocotools>=2.0.8",
         "pydantic>=2.8",

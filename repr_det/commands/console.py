@@ -42,8 +42,6 @@ def _load(
 ) -> tuple[Callable[[Callable[[], object]], None], Callable[[], object]]:
     """What runs a command and reports its errors, and the command."""
     module, function, _ = _COMMANDS[command]
-    if command == "train" and any(word.endswith(".py") for word in arguments):
-        module = "repr_det.commands.lazy_train"
     try:
         importlib.import_module("repr_det.commands")  # first: it silences warnings of what is imported next
         found = getattr(importlib.import_module(module), function)
