@@ -141,6 +141,12 @@ def test_runs_on_other_data_of_one_name_are_refused(finished, named_data, tmp_pa
     recorded(base)
     recorded(other, file="/elsewhere/odd.json")  # another place, the same content
     check_same_data([base, other, third])  # the third is of a version that kept no record
+    recorded(other, sha256=None)  # described before its file was there, as the shapes are that are drawn on first use
+    check_same_data([base, other])
+    recorded(other, sha256=None, images=3)
+    with pytest.raises(UserError, match="odd_val was"):
+        check_same_data([base, other])
+    recorded(other)
     recorded(third, **changed)
     with pytest.raises(UserError, match=r"third cannot be compared: odd_val was"):
         compare_folders(tmp_path, [base], [other], "--other-runs", str(third))
