@@ -14,7 +14,7 @@ _COMMANDS = {
     "analyze": ("repr_det.studies.analysis_command", "main", "how much the filters of a checkpoint overlap"),
     "benchmark": ("repr_det.studies.benchmarking.command", "main", "what RePr costs and saves in time and memory"),
 }
-_STUDIES = ("jinja2", "matplotlib", "rich", "tabulate")
+_STUDIES = ("jinja2", "matplotlib", "pandas", "rich", "tabulate")
 _USAGE = "usage: repr-det COMMAND ...\n\n" + "\n".join(
     f"  {name:10} {what}" for name, (_, _, what) in _COMMANDS.items()
 )
