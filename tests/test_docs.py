@@ -17,7 +17,7 @@ from torch import nn
 from repr_det import add_repr_config
 from repr_det.commands.arguments import train_argument_parser
 from repr_det.commands.shipped import config_path
-from repr_det.studies.analysis_command import argument_parser as analysis_argument_parser
+from repr_det.studies.analysis import argument_parser as analysis_argument_parser
 from repr_det.studies.benchmarking.command import argument_parser as benchmark_argument_parser
 from repr_det.studies.comparison.command import argument_parser as comparison_argument_parser
 

@@ -11,7 +11,7 @@ import repr_det
 _COMMANDS = {
     "train": ("repr_det.commands.train", "start", "train a detector with RePr, or its baseline, and evaluate it"),
     "compare": ("repr_det.studies.comparison.command", "main", "both arms over several seeds, and a report"),
-    "analyze": ("repr_det.studies.analysis_command", "main", "how much the filters of a checkpoint overlap"),
+    "analyze": ("repr_det.studies.analysis", "main", "how much the filters of a checkpoint overlap"),
     "benchmark": ("repr_det.studies.benchmarking.command", "main", "what RePr costs and saves in time and memory"),
 }
 _STUDIES = ("jinja2", "matplotlib", "rich", "tabulate")
