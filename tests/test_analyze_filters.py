@@ -2,7 +2,6 @@
 
 import json
 import pickle
-import sys
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from repr_det import RePrScheme, UserError
-from repr_det.commands import console
 from repr_det.method.layers import FilterLayer
 from repr_det.studies import analysis
 from repr_det.studies.analysis import analyze, layers_of_model, main
@@ -55,13 +53,6 @@ def test_numbers_table_and_plots(run, tmp_path):
         assert (layer["name"], layer["filters"], layer["dimension"]) == (name, len(expected), d)
         np.testing.assert_allclose(layer["overlap"], expected, atol=1e-6)
         assert layer["overlap_mean"] == pytest.approx(expected.mean(), abs=1e-6)
-    # floor(0.3 * 16) = 4 filters, at most 3 of b: brute force over the ranked list.
-    ranked = sorted(((-x, n, i) for n in ("a", "b.conv") for i, x in enumerate(overlaps(weights[f"{n}.weight"]))))
-    taken = {"a": [], "b.conv": []}
-    for _, name, index in ranked:
-        if sum(map(len, taken.values())) < 4 and len(taken[name]) < {"a": 5, "b.conv": 3}[name]:
-            taken[name].append(index)
-    assert {x["name"]: x["dropped"] for x in found["layers"]} == {n: sorted(t) for n, t in taken.items()}
     first = found["pairs"][0]
     assert (first["layer"], first["i"], first["j"]) == ("b.conv", 1, 4) and first["cosine"] < -0.99
     assert len(found["pairs"]) == 3 and abs(first["cosine"]) >= abs(found["pairs"][1]["cosine"])
@@ -263,10 +254,3 @@ def test_wrong_arguments_get_one_line(tmp_path, args, fragment):
     with pytest.raises(UserError) as error:
         main([str(tmp_path / "w.pth"), *(a.replace("{tmp}", str(tmp_path)) for a in args)])
     assert fragment in str(error.value) and "\n" not in str(error.value)
-
-
-def test_exit_status_and_stderr(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["repr-det"])
-    with pytest.raises(SystemExit) as stopped:
-        console.main(["analyze", str(tmp_path / "none.pth")])
-    assert stopped.value.code == 2 and capsys.readouterr().err.startswith("repr-det analyze: error: ")
