@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from textbook import textbook_overlap
 
 from repr_det.method.orthogonality import (
     expected_overlap,
@@ -10,7 +11,6 @@ from repr_det.method.orthogonality import (
     overlap_of_kept,
     overlap_with_returned,
 )
-from repr_det.studies.benchmarking.transitions import textbook_overlap
 
 
 def generator(seed: int) -> torch.Generator:

@@ -9,6 +9,7 @@ import torchvision
 from detectron2.engine import HookBase, SimpleTrainer, hooks
 from detectron2.solver import build_lr_scheduler
 from test_slim import resnet
+from textbook import textbook_overlap
 from torch import nn
 
 from repr_det import RePrHook, Trainer
@@ -16,7 +17,6 @@ from repr_det.method.blocks import readers
 from repr_det.method.layers import find_filter_layers
 from repr_det.method.passes import TrainingPasses
 from repr_det.method.scheme import RePrScheme
-from repr_det.studies.benchmarking.transitions import textbook_overlap
 
 
 def trained_sub_network(depth, norm, returns, know_readers=True):
