@@ -298,7 +298,7 @@ def test_keypoints_of_another_number_are_refused(mine, odd, shown):
 
     cfg = mine(keypoints, "MODEL.KEYPOINT_ON", "True", "DATASETS.TEST", "()")
     MetadataCatalog.get("mine").set(keypoint_names=["nose"] * 17, keypoint_flip_map=[])
-    assert f"objects of mine have keypoints of {shown} numbers: give every object 3 for each of the 17" in refused(cfg)
+    assert f"objects of mine have keypoints of {shown} numbers: give each object 3 for each of the 17" in refused(cfg)
 
 
 def test_a_registered_data_set_beside_those_that_are_used(folder, catalogs, caplog):

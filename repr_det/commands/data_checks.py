@@ -134,6 +134,6 @@ def _check_targets(cfg: CfgNode, name: str, summary: CocoSummary) -> None:
         if summary.keypoint_numbers != {3 * len(metadata.keypoint_names)}:
             found, wanted = listed(sorted(summary.keypoint_numbers)), len(metadata.keypoint_names)
             raise UserError(
-                f"MODEL.KEYPOINT_ON is True, but objects of {name} have keypoints of {found} numbers: give every object "
+                f"MODEL.KEYPOINT_ON is True, but objects of {name} have keypoints of {found} numbers: give each object "
                 f"3 for each of the {wanted} keypoint_names, 0 if unlabelled"
             )
