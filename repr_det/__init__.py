@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 try:
     import torch  # noqa: F401
@@ -12,6 +12,7 @@ except ImportError as error:
 from repr_det.method.errors import UserError
 from repr_det.method.layers import FilterLayer, find_filter_layers
 from repr_det.method.loop import RePr, apply_repr
+from repr_det.method.orthogonality import inter_filter_orthogonality, least_overlap_filters
 from repr_det.method.schedule import RePrSchedule
 from repr_det.method.scheme import RePrScheme
 
@@ -37,6 +38,8 @@ __all__ = [
     "add_repr_config",
     "apply_repr",
     "find_filter_layers",
+    "inter_filter_orthogonality",
+    "least_overlap_filters",
     "validate_repr_config",
 ]
 

@@ -5,8 +5,8 @@ import torch
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from torch import nn
 
-from repr_det.method.hidden_state import HiddenState
-from repr_det.method.passes import undisturbed
+from repr_det.network.hidden_state import HiddenState
+from repr_det.network.state import undisturbed
 
 
 class Averaging(nn.Module):

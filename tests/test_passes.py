@@ -8,7 +8,7 @@ import torch
 from frozen_nets import LAYERS, InsideNet, make, train
 from torch import nn
 
-from repr_det.method.passes import preserved_random_state, random_state, set_random_state, undisturbed
+from repr_det.network.state import preserved_random_state, random_state, set_random_state, undisturbed
 
 
 def draw_from_everything() -> tuple:

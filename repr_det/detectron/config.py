@@ -1,85 +1,76 @@
-"""The config node REPR: its keys, their checks and the schedule that they stand for."""
+"""The config node REPR, made from ``RePrOptions``: its keys, their checks and the schedule that they stand for."""
 
 import contextlib
-import math
 import re
+from collections.abc import Iterator
 from typing import Any
 
-import yacs.config
 import yaml
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 
 from repr_det.detectron.decay import decays_of_config
-from repr_det.method.criteria import get_criterion
-from repr_det.method.errors import UserError
-from repr_det.method.returning import check_reinit
+from repr_det.method.criteria import CRITERIA, get_criterion
+from repr_det.method.errors import OptionError, UserError
+from repr_det.method.loop import schedule_of
+from repr_det.method.options import CONFIG_KEYS, RePrOptions, about_option, option_names
 from repr_det.method.schedule import RePrSchedule
-from repr_det.method.selection import check_shares
-from repr_det.method.slim_choice import check_slim
 
-CALIBRATION_IMAGES = 8
-
-
-def _let_slim_be_string_or_bool() -> None:
-    """yacs lets a value replace one of its own type only, for every key of every config; REPR.SLIM has two types."""
-    check = yacs.config._check_and_coerce_cfg_value_type
-
-    def checked(replacement: Any, original: Any, key: str, full_key: str) -> Any:
-        if full_key == "REPR.SLIM":  # validate_repr_config looks at what it is
-            return replacement
-        return check(replacement, original, key, full_key)
-
-    yacs.config._check_and_coerce_cfg_value_type = checked
-
-
-_let_slim_be_string_or_bool()
+NAMES = CONFIG_KEYS | {"total_steps": "SOLVER.MAX_ITER"}
+_SCALED = ("s1_iters", "s2_iters", "start_iter", "warmup_iters")  # with the number of workers
 
 
 def add_repr_config(cfg: CfgNode) -> None:
-    """Adds the node REPR with its defaults to a Detectron2 config."""
-    node = cfg.REPR = CfgNode()
-    node.ENABLED = False
-    # Iterations of the full network and of the sub-network in one cycle. Both 0: derived, NUM_CYCLES cycles with
-    # S1 : S2 = 2 : 1 in the first three quarters of the iterations before the learning rate decays (before its first
-    # step, or before half of it where it falls gradually; of MAX_ITER where it never does): 10000 / 5000 on the 1x
-    # schedule, 35000 / 17500 on 3x.
-    node.S1_ITERS = 0
-    node.S2_ITERS = 0
-    node.NUM_CYCLES = 3
-    # Plain training before the first cycle.
-    node.START_ITER = 0
-    # Share of all filters that a drop takes, and the most that it may take of any one layer (rounded up).
-    node.DROP_RATIO = 0.3
-    node.MAX_DROP_PER_LAYER = 0.5
-    # A name in repr_det.method.criteria.CRITERIA, and the training batches that criteria may look at.
-    node.CRITERION = "ortho"
-    node.CRITERION_BATCHES = 8
+    """Adds the node REPR with its defaults to a Detectron2 config: ENABLED, and a key for every option of
+    ``RePrOptions``. Keys of earlier versions that have no effect any more are accepted with a warning."""
+    cfg.REPR = CfgNode()
+    cfg.REPR.ENABLED = False
+    for name in option_names():
+        about = about_option(name)
+        default = getattr(RePrOptions(), name) if about.in_config is None else about.in_config
+        *nodes, last = about.key.split(".")
+        node = cfg.REPR
+        for part in nodes:
+            if part not in node:
+                node[part] = CfgNode()
+            node = node[part]
+        node[last] = default
+    cfg.register_deprecated_key("REPR.SLIM")
 
-    node.LAYERS = CfgNode()
-    # fnmatch patterns on the names of Conv2d modules: FPN backbones, C4 backbones, C4's box head. Frozen convs never
-    # take part. An error only where the whole list matches none.
-    node.LAYERS.INCLUDE = ["backbone.bottom_up.res*.conv*", "backbone.res*.conv*", "roi_heads.res5.*.conv*"]
-    node.LAYERS.EXCLUDE = []
 
-    node.REINIT = CfgNode()
-    # Norm of a new filter: that of the filters that stayed (mean), its own before the drop, or 1.
-    node.REINIT.SCALE = "kept"
-    # FrozenBN statistics of a restored channel: set so that its moments after the norm are those before the drop,
-    # measured on CALIBRATION_BATCHES training batches (0: as many as have 8 images), or kept as they are. A channel
-    # whose ReLU never opened gets the median moments of those of its layer that do.
-    node.REINIT.FROZEN_NORM = "recalibrate"
-    node.REINIT.CALIBRATION_BATCHES = 0
-    # How loud filters return: "as_published" with gamma 1; "median_gamma" of the kept filters of the layer; or
-    # "function_preserving", so that a restore changes no output and filters earn their way in. Not in the paper.
-    node.REINIT.RETURN = "as_published"
-    # Iterations of linear learning-rate warm-up after every restore that brought filters back; -1: as long as they were
-    # out, S2_ITERS. Not in the paper.
-    node.REINIT.WARMUP_ITERS = 0
-    # Leave dropped channels out of the computation (True) instead of computing zeros (False): the same numbers up to
-    # rounding, fewer FLOPs, more kernels. "auto": the first training step of the first sub-network finds out which
-    # costs less, on a GPU by timing both on its batch, on a CPU by a count of operations and bytes.
-    node.SLIM = "auto"
+def markdown_table() -> str:
+    """The keys of REPR with arguments, defaults, values and meanings, as in docs/configs.md."""
+    rows = ["| key | argument | default | values | |", "|---|---|---|---|---|"]
+    rows.append("| `REPR.ENABLED` | | `False` | True, False | RePr, or plain training. |")
+    cfg = CfgNode()
+    add_repr_config(cfg)
+    for name in option_names():
+        about = about_option(name)
+        values = f"one of {', '.join(sorted(CRITERIA))}" if name == "criterion" else about.range() or "a list"
+        default = _value_at(cfg.REPR, about.key)
+        rows.append(f"| `REPR.{about.key}` | `{name}` | `{default!r}` | {values} | {about.meaning} |")
+    return "\n".join(rows)
+
+
+def options_of_config(cfg: CfgNode) -> RePrOptions:
+    """The options that the node REPR sets. Raises OptionError where one is out of range."""
+    with naming_keys():
+        return RePrOptions(**{name: _value_at(cfg.REPR, about_option(name).key) for name in option_names()})
+
+
+def _value_at(node: CfgNode, key: str) -> Any:
+    for part in key.split("."):
+        node = node[part]
+    return node
+
+
+@contextlib.contextmanager
+def naming_keys() -> Iterator[None]:
+    """Errors about options name the keys of a config."""
+    try:
+        yield
+    except OptionError as error:
+        raise error.spelled(NAMES) from error
 
 
 def validate_repr_config(cfg: CfgNode) -> RePrSchedule | None:
@@ -91,49 +82,25 @@ def validate_repr_config(cfg: CfgNode) -> RePrSchedule | None:
     Raises:
         UserError: naming the key, its value and what would be right.
     """
-    node = cfg.REPR
-    if not node.ENABLED:
+    if not cfg.REPR.ENABLED:
         return None
-    check_shares(node.DROP_RATIO, node.MAX_DROP_PER_LAYER)
-    if node.MAX_DROP_PER_LAYER < node.DROP_RATIO:
-        raise UserError(
-            f"REPR.MAX_DROP_PER_LAYER must be at least REPR.DROP_RATIO {node.DROP_RATIO}, got {node.MAX_DROP_PER_LAYER}"
-        )
-    get_criterion(node.CRITERION)
-    check_slim(node.SLIM)
-    check_reinit(node.REINIT.SCALE, node.REINIT.FROZEN_NORM, node.REINIT.RETURN)
-    for key, value, least in (
-        ("CRITERION_BATCHES", node.CRITERION_BATCHES, 1),
-        ("REINIT.CALIBRATION_BATCHES", node.REINIT.CALIBRATION_BATCHES, 0),
-        ("REINIT.WARMUP_ITERS", node.REINIT.WARMUP_ITERS, -1),
-    ):
-        if value < least:
-            raise UserError(f"REPR.{key} must be at least {least}, got {value}")
-    schedule = schedule_from_config(cfg)
-    schedule.check_fits(cfg.SOLVER.MAX_ITER)
+    with naming_keys():
+        get_criterion(options_of_config(cfg).criterion)
+        schedule = schedule_from_config(cfg)
+        schedule.check_fits(cfg.SOLVER.MAX_ITER)
     return schedule
-
-
-def calibration_batches(cfg: CfgNode) -> int:
-    """Batches, each of SOLVER.IMS_PER_BATCH over all ranks, that a calibration of FrozenBN looks at.
-
-    Eight images give a channel's standard deviation to about 3 %, see docs/performance.md.
-    """
-    return cfg.REPR.REINIT.CALIBRATION_BATCHES or math.ceil(CALIBRATION_IMAGES / cfg.SOLVER.IMS_PER_BATCH)
 
 
 def schedule_from_config(cfg: CfgNode) -> RePrSchedule:
     """The RePr schedule of a config, derived where S1_ITERS and S2_ITERS are 0."""
-    node = cfg.REPR
-    if (node.S1_ITERS == 0) != (node.S2_ITERS == 0):
-        raise UserError(
-            f"REPR.S1_ITERS {node.S1_ITERS} and REPR.S2_ITERS {node.S2_ITERS}: set both, or leave both 0 to derive them"
-        )
-    if node.S1_ITERS == 0:
-        with as_user_error(f"SOLVER.LR_SCHEDULER_NAME {cfg.SOLVER.LR_SCHEDULER_NAME}"):
-            found = decays_of_config(cfg)
-        return RePrSchedule.derive(cfg.SOLVER.MAX_ITER, next(iter(found), None), node.NUM_CYCLES, node.START_ITER)
-    return RePrSchedule(node.S1_ITERS, node.S2_ITERS, node.NUM_CYCLES, node.START_ITER)
+    with naming_keys():
+        return schedule_of(options_of_config(cfg), cfg.SOLVER.MAX_ITER, first_decay(cfg))
+
+
+def first_decay(cfg: CfgNode) -> int | None:
+    """The iteration at which the learning rate of a config first decays; None if it does not."""
+    with as_user_error(f"SOLVER.LR_SCHEDULER_NAME {cfg.SOLVER.LR_SCHEDULER_NAME}"):
+        return next(iter(decays_of_config(cfg)), None)
 
 
 def scale_to_world(cfg: CfgNode, world_size: int) -> CfgNode:
@@ -146,14 +113,14 @@ def scale_to_world(cfg: CfgNode, world_size: int) -> CfgNode:
     if reference in (0, world_size):
         return cfg
     scaled = DefaultTrainer.auto_scale_workers(cfg, world_size)
+    if "REPR" not in scaled:
+        return scaled
     scaled.defrost()
-    node = scaled.get("REPR")
-    numbers = (
-        [(node, "START_ITER"), (node, "S1_ITERS"), (node, "S2_ITERS"), (node.REINIT, "WARMUP_ITERS")] if node else []
-    )
-    for holder, key in numbers:
-        if (value := getattr(holder, key)) > 0:
-            setattr(holder, key, max(1, round(value * reference / world_size)))
+    for name in _SCALED:
+        key = about_option(name).key
+        value = _value_at(cfg.REPR, key)
+        if value > 0:
+            scaled.merge_from_list([f"REPR.{key}", max(1, round(value * reference / world_size))])
     scaled.freeze()
     return scaled
 
@@ -174,7 +141,7 @@ _ONE_FOR_A_TUPLE = re.compile(  # how yacs words it
 
 
 @contextlib.contextmanager
-def as_user_error(source: str):
+def as_user_error(source: str) -> Iterator[None]:
     """Config libraries raise KeyError, ValueError, AssertionError and yaml errors for what a user typed."""
     try:
         yield

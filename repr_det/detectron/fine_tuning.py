@@ -1,8 +1,5 @@
 """What was measured where trained weights are fine-tuned, told to whoever does it before the first step."""
 
-from detectron2.config import CfgNode
-
-from repr_det.method.criteria import CRITERIA
 from repr_det.method.scheme import RePrScheme
 
 SHORT = 16_000  # iterations: twenty times the shorter of the two that were measured; COCO's 1x schedule has 90,000
@@ -25,11 +22,12 @@ MEASURED = (
 )
 
 
-def fine_tuning_warning(cfg: CfgNode, scheme: RePrScheme) -> str | None:
+def fine_tuning_warning(weights: str, max_iter: int, scheme: RePrScheme) -> str | None:
     """One sentence for a run that takes filters out of a trained backbone and has few iterations to learn them again.
 
     Args:
-        cfg: of the run; MODEL.WEIGHTS, SOLVER.MAX_ITER and REPR are looked at.
+        weights: that training starts from.
+        max_iter: iterations of the training.
         scheme: of the run.
 
     Returns:
@@ -37,11 +35,12 @@ def fine_tuning_warning(cfg: CfgNode, scheme: RePrScheme) -> str | None:
         the detector (FPN, RPN, heads) take part, or only redundant filters go and all return silently.
     """
     trained = [layer.name for layer in scheme.layers if not layer.name.startswith(_NEW_PARTS)]
-    if not cfg.MODEL.WEIGHTS or cfg.SOLVER.MAX_ITER >= SHORT or not trained:
+    if not weights or max_iter >= SHORT or not trained:
         return None
-    if CRITERIA[cfg.REPR.CRITERION].spares and not set(trained) & set(scheme.loud):
+    if scheme.criterion.spares and not set(trained) & set(scheme.loud):
         return None
     return (
-        f"RePr: {cfg.SOLVER.MAX_ITER} iterations from trained weights (MODEL.WEIGHTS {cfg.MODEL.WEIGHTS}), and every "
-        f"drop takes up to {100 * cfg.REPR.DROP_RATIO:g} % of the filters of {len(trained)} trained convs. {MEASURED}"
+        f"RePr: {max_iter} iterations from trained weights ({weights}), and every "
+        f"drop takes up to {100 * scheme.options.drop_ratio:g} % of the filters of {len(trained)} trained convs. "
+        f"{MEASURED}"
     )

@@ -1,35 +1,35 @@
 """RePrHook: when to drop and restore in a Detectron2 trainer, what to log, and the RePr part of a checkpoint."""
 
 import dataclasses
-import itertools
 import json
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from detectron2.config import CfgNode
-from detectron2.data import MapDataset, build_detection_train_loader
-from detectron2.data.samplers import TrainingSampler
+from detectron2.config import CfgNode, configurable
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
-from detectron2.utils.env import seed_all_rng
-from detectron2.utils.events import EventStorage
 from fvcore.common.checkpoint import Checkpointer
-from torch import Tensor, nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from repr_det.detectron.config import calibration_batches, scale_to_world, validate_repr_config
+from repr_det.detectron.config import (
+    NAMES,
+    first_decay,
+    options_of_config,
+    scale_to_world,
+    validate_repr_config,
+)
+from repr_det.detectron.decay import decays
 from repr_det.detectron.fine_tuning import fine_tuning_warning
-from repr_det.method.blocks import readers
-from repr_det.method.criteria import CRITERIA
-from repr_det.method.errors import UserError
+from repr_det.detectron.passes import training_passes
+from repr_det.method.criteria import get_criterion
+from repr_det.method.errors import OptionError, UserError
 from repr_det.method.holding import Transition
-from repr_det.method.layers import find_filter_layers
-from repr_det.method.optimizers import scale_rates
-from repr_det.method.passes import TrainingPasses, preserved_random_state
-from repr_det.method.scheme import RePrScheme
-from repr_det.method.selection import drop_total
+from repr_det.method.loop import RePr, describe_schedule, schedule_of, unwrapped
+from repr_det.method.options import DETECTRON2_LAYERS, RePrOptions
+from repr_det.method.schedule import RePrSchedule
+from repr_det.method.scheme import RePrScheme, check_resumed
+from repr_det.network.state import preserved_random_state
 from repr_det.runs.files import EVENTS_FILE, OVERLAPS_FILE, truncate_log
 from repr_det.runs.resume import ExactResume
 from repr_det.runs.safe_pickle import load_checkpoint
@@ -47,30 +47,86 @@ logger = logging.getLogger("repr_det.hook")
 
 
 class RePrHook(HookBase):
-    """Applies RePr to the convs that REPR.LAYERS names, on the schedule of REPR.
+    """Applies RePr to a Detectron2 trainer.
 
-    ``trainer.register_hooks([RePrHook(cfg)])`` is all that a DefaultTrainer, SimpleTrainer or AMPTrainer needs: in
-    ``before_train`` the hook finds model and optimizer and moves itself before PreciseBN, the checkpointer, evaluation
-    and the writers, so that these see the network after a transition. Drops and restores happen in ``after_step``. It
-    may be registered before or after ``resume_or_load``: what was loaded before it came is read from the checkpoint.
+    ``trainer.register_hooks([RePrHook(cfg)])``, or ``RePrHook(layers=[...], drop_ratio=0.3, ...)``, is all that a
+    DefaultTrainer, SimpleTrainer or AMPTrainer needs: in ``before_train`` the hook finds model and optimizer and moves
+    itself before PreciseBN, the checkpointer, evaluation and the writers, so that these see the network after a
+    transition. Drops and restores happen in ``after_step``. It may be registered before or after ``resume_or_load``:
+    what was loaded before it came is read from the checkpoint.
 
     Args:
-        cfg: a Detectron2 config with the node REPR; REPR.ENABLED must be True.
+        output_dir: where repr_events.jsonl goes; "" writes none.
+        seed: all randomness comes from it and the cycle; below 0 one that the ranks agree on.
+        total_steps: iterations of the training; None takes the trainer's.
+        first_lr_step: the iteration at which the learning rate first decays; None finds it in the trainer's schedule.
+        images_per_batch: over all ranks; None takes that of the trainer's loader.
+        aspect_ratio_grouping: of the extra passes, as in training.
+        weights: the trained weights that training starts from, for a warning; "" for none.
+        averages: averages of the weights that follow the model.
+        names: option -> how errors spell it; None spells keyword arguments.
+        options: of ``RePrOptions``; layers has the default of the configs.
 
     Raises:
-        UserError: REPR is wrong, here where the config alone shows it, in ``before_train`` where it takes the model.
+        UserError: an option is wrong, here where it shows by itself, in ``before_train`` where it takes the model.
     """
 
-    def __init__(self, cfg: CfgNode) -> None:
+    @configurable
+    def __init__(
+        self,
+        *,
+        output_dir: str = "",
+        seed: int = -1,
+        total_steps: int | None = None,
+        first_lr_step: int | None = None,
+        images_per_batch: int | None = None,
+        aspect_ratio_grouping: bool = True,
+        weights: str = "",
+        averages: Sequence[Any] = (),
+        names: dict[str, str] | None = None,
+        **options: Any,
+    ) -> None:
+        self.output_dir = output_dir
+        self.names = names
+        options = {"layers": DETECTRON2_LAYERS, **options}
+        self.options: RePrOptions = self._spelled(lambda: RePrOptions.of(options))
+        self._spelled(lambda: get_criterion(self.options.criterion))
+        self.seed = seed
+        self.first_lr_step = first_lr_step
+        self.images_per_batch = images_per_batch
+        self.aspect_ratio_grouping = aspect_ratio_grouping
+        self.weights = weights
+        self.averages = averages
+        self.schedule: RePrSchedule | None = None
+        if total_steps is not None:
+            self.schedule = self._spelled(lambda: schedule_of(self.options, total_steps, first_lr_step))
+        self.repr: RePr | None = None
+        self._loaded: dict[str, Any] | None = None
+        self._warned = False
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """Arguments from a Detectron2 config with the node REPR; REPR.ENABLED must be True."""
         cfg = scale_to_world(cfg, comm.get_world_size())
         if not cfg.REPR.ENABLED:
             raise UserError("RePrHook needs REPR.ENABLED True, got False")
-        self.cfg = cfg
-        self.schedule = validate_repr_config(cfg)
-        length = cfg.REPR.REINIT.WARMUP_ITERS
-        self.warm_up_iters = self.schedule.s2_iters if length == -1 else length
-        self.scheme: RePrScheme | None = None
-        self._loaded: dict[str, Any] | None = None
+        validate_repr_config(cfg)
+        return {
+            "output_dir": cfg.OUTPUT_DIR,
+            "seed": cfg.SEED,
+            "total_steps": cfg.SOLVER.MAX_ITER,
+            "first_lr_step": first_decay(cfg),
+            "images_per_batch": cfg.SOLVER.IMS_PER_BATCH,
+            "aspect_ratio_grouping": cfg.DATALOADER.ASPECT_RATIO_GROUPING,
+            "weights": cfg.MODEL.WEIGHTS,
+            "names": NAMES,
+            **vars(options_of_config(cfg)),
+        }
+
+    @property
+    def scheme(self) -> RePrScheme | None:
+        """Drops and restores; None before training."""
+        return None if self.repr is None else self.repr.scheme
 
     def before_train(self) -> None:
         """Finds model and optimizer, puts a resumed state back, checks schedule against phase, logs the plan."""
@@ -79,32 +135,181 @@ class RePrHook(HookBase):
             raise UserError(
                 "RePrHook is registered twice in this trainer: leave one out (repr_det's Trainer brings its own)"
             )
+        self._log_as_detectron2()
         self._move_into_place()
-        self.schedule.check_fits(trainer.max_iter)
-        if self.scheme is None:
+        if self.schedule is None:
+            self.schedule = self._spelled(lambda: schedule_of(self.options, trainer.max_iter, self._first_decay()))
+            if self._loaded is not None:
+                self._compare(self._loaded["run"])
+        self._spelled(lambda: self.schedule.check_fits(trainer.max_iter))
+        if self.repr is None:
             if self._loaded is None and trainer.start_iter > 0:
                 self._find_state()
-            self.scheme = self._build_scheme()
-            self._try_passes()
-            if self.warm_up_iters:
-                scale_rates(self.scheme.optimizer, self._share_of_rate)
+            self.repr = self._spelled(self._build)
         if self._loaded is not None:
-            self.scheme.load_state_dict(self._loaded["scheme"])
-            self._loaded = None
+            saved, self._loaded = self._loaded["scheme"], None
+            self._spelled(lambda: self.repr.scheme.load_state_dict(saved))
         # A hook in front of this one may have saved before the transition of the same iteration: it is made now.
-        last = trainer.start_iter - 1
-        owed = (last in self.schedule.drop_iters and not self.scheme.is_sub) or (
-            last in self.schedule.restore_iters and self.scheme.is_sub
+        scheme, last = self.repr.scheme, trainer.start_iter - 1
+        owed = (last in self.schedule.drop_iters and not scheme.is_sub) or (
+            last in self.schedule.restore_iters and scheme.is_sub
         )
-        self._check_state(trainer.start_iter - owed)
-        if comm.is_main_process():  # transitions that this run, resumed from an earlier checkpoint, will make again
-            for name in (EVENTS_FILE, OVERLAPS_FILE):
-                truncate_log(self._path(name), trainer.start_iter - owed)
-        self._log_plan()
-        if trainer.start_iter == 0 and (warning := fine_tuning_warning(self.cfg, self.scheme)):
-            logger.warning(warning)
+        self.repr.steps = trainer.start_iter - owed
+        self._check_state(self.repr.steps)
+        if comm.is_main_process() and self.output_dir:
+            for name in (EVENTS_FILE, OVERLAPS_FILE):  # transitions that this run, resumed, will make again
+                truncate_log(self._path(name), self.repr.steps)
+        logger.info(describe_schedule(self.schedule))
+        if (left := trainer.max_iter - self.schedule.end_iter) < self.schedule.s1_iters:
+            logger.warning(
+                "RePr: %d iterations are left after the last restore, fewer than S1 %d", left, self.schedule.s1_iters
+            )
+        self._prove()
         if owed:
-            self._record(last, self.scheme.restore() if self.scheme.is_sub else self.scheme.drop())
+            self._step(last)
+
+    def after_step(self) -> None:
+        """Logs phase and dropped filters; drops or restores where the schedule says so."""
+        # The phase of an iteration is the network that its forward pass saw, so it is logged before a transition.
+        storage, scheme = self.trainer.storage, self.repr.scheme
+        storage.put_scalar("repr/phase", float(scheme.is_sub), smoothing_hint=False)
+        storage.put_scalar("repr/dropped_filters", scheme.num_dropped, smoothing_hint=False)
+        self._step(self.trainer.iter)
+
+    def after_train(self) -> None:
+        """Warns where training ends with filters dropped."""
+        if self.repr is not None and self.repr.scheme.is_sub:
+            self.repr.expect_no_more()
+            logger.warning(
+                "Training stopped inside the sub-network phase: %d filters are dropped (zero) in this model until a "
+                "resumed run restores them after iteration %d",
+                self.repr.scheme.num_dropped,
+                next(i for i in self.schedule.restore_iters if i >= self.trainer.iter - 1),
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Schedule and scheme state; no collective calls, for Detectron2 calls it on rank 0 alone."""
+        if self.repr is None:
+            return self._loaded or {}
+        return {"run": self._fingerprint(), "scheme": self.repr.scheme.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Keeps the state until ``before_train`` has the model; refuses that of another schedule or options."""
+        self._loaded = state
+        if self.schedule is not None:
+            self._compare(state["run"])
+
+    def _compare(self, saved: dict[str, Any]) -> None:
+        self._spelled(lambda: check_resumed(saved, self._fingerprint()))
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """What must be the same when a run is resumed, by config key."""
+        schedule = self.schedule
+        return {
+            "REPR.START_ITER": schedule.start_iter,
+            "REPR.S1_ITERS": schedule.s1_iters,
+            "REPR.S2_ITERS": schedule.s2_iters,
+            "REPR.NUM_CYCLES": schedule.num_cycles,
+            **self.options.resumed(),
+        }
+
+    def _spelled(self, action: Callable[[], Any]) -> Any:
+        """What ``action`` returns; its errors spell options as whoever made this hook did."""
+        try:
+            return action()
+        except OptionError as error:
+            raise (error if self.names is None else error.spelled(self.names)) from None
+
+    def _build(self) -> RePr:
+        trainer = self.trainer
+        inner = getattr(trainer, "_trainer", trainer)
+        model = unwrapped(trainer.model)
+        built = RePr(
+            model,
+            inner.optimizer,
+            trainer.max_iter,
+            schedule=self.schedule,
+            passes=training_passes(model, trainer, self.seed, self.images_per_batch, self.aspect_ratio_grouping),
+            averages=self.averages,
+            seed=self.seed if self.seed >= 0 else _shared_seed(),
+            **vars(self.options),
+        )
+        built.logger = logger
+        return built
+
+    def _prove(self) -> None:
+        """Shows who takes part by a pass over a batch of its own; where none can be drawn the first step shows it."""
+        scheme = self.repr.scheme
+        if scheme.participants.known or self._ended():
+            return
+        batch, reason = None, ""
+        try:
+            batch = next(iter(scheme.passes.batches(1, 0)), None)
+        except UserError:
+            if scheme.needs_batches:
+                raise
+        except Exception as error:  # whatever a data set and its mapper raise
+            reason = f" ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        if batch is None:
+            if scheme.needs_batches:
+                what = "the criterion" if scheme.criterion.needs_data else "FrozenBN calibration"
+                raise UserError(
+                    f"RePr: {what} looks at training batches, and none can be drawn{reason}: give DATASETS.TRAIN, or a "
+                    "data loader that can be iterated again"
+                )
+            return
+        self._spelled(lambda: self.repr.prove(lambda: scheme.passes.loss(batch)))
+        self._warn_of_fine_tuning()
+
+    def _ended(self) -> bool:
+        return self.trainer.start_iter > self.schedule.restore_iters[-1]
+
+    def _warn_of_fine_tuning(self) -> None:
+        if self.trainer.start_iter == 0 and not self._warned:
+            self._warned = True
+            if warning := fine_tuning_warning(self.weights, self.trainer.max_iter, self.repr.scheme):
+                logger.warning(warning)
+
+    def _step(self, iteration: int) -> None:
+        done = self._spelled(self.repr.step)
+        if self.repr.scheme.participants.known:
+            self._warn_of_fine_tuning()
+        if done is not None and comm.is_main_process() and self.output_dir:
+            self._write(iteration, done)
+
+    def _write(self, iteration: int, transition: Transition) -> None:
+        line = {"iteration": iteration, **dataclasses.asdict(transition)}
+        overlap = {"overlap": line.pop("overlaps")}
+        self._append(OVERLAPS_FILE, {key: line[key] for key in ("iteration", "event", "cycle")} | overlap)
+        self._append(EVENTS_FILE, line)
+
+    def _append(self, name: str, line: dict[str, Any]) -> None:
+        with open(self._path(name), "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def _path(self, name: str) -> str:
+        os.makedirs(self.output_dir, exist_ok=True)
+        return os.path.join(self.output_dir, name)
+
+    def _log_as_detectron2(self) -> None:
+        """In a trainer whose log is Detectron2's, the lines of this package appear as well, wherever it writes."""
+        ours, theirs = logging.getLogger("repr_det"), logging.getLogger("detectron2")
+        if theirs.handlers and not ours.handlers:
+            for handler in theirs.handlers:
+                ours.addHandler(handler)
+            ours.setLevel(theirs.level)
+            ours.propagate = theirs.propagate
+
+    def _first_decay(self) -> int | None:
+        """The iteration at which the learning rate of the trainer first decays."""
+        if self.first_lr_step is not None:
+            return self.first_lr_step
+        for hook in self.trainer._hooks:
+            # Detectron2's LRMultiplier shows its multiplier nowhere else.
+            multiplier = getattr(getattr(hook, "scheduler", None), "_multiplier", None)
+            if isinstance(hook, hooks.LRScheduler) and multiplier is not None:
+                return next(iter(decays(multiplier, self.trainer.max_iter)), None)
+        return None
 
     def _find_state(self) -> None:
         """Reads from the checkpoint that the run continues what was loaded before this hook was registered."""
@@ -121,107 +326,22 @@ class RePrHook(HookBase):
                 return
         if self.schedule.drop_iters[0] < start:
             raise UserError(
-                f"REPR: iteration {start} comes after the first drop (iteration {self.schedule.drop_iters[0]}), and no "
-                "state of RePrHook was found: it was trained by another schedule or without RePr, or RePrHook was "
-                "registered after the checkpoint was loaded; register it before, or start anew in another OUTPUT_DIR"
+                f"iteration {start} comes after the first drop of RePr (iteration {self.schedule.drop_iters[0]}), and "
+                "no state of RePrHook was found: it was trained by another schedule or without RePr, or RePrHook was "
+                "registered after the checkpoint was loaded; register it before, or start again in another OUTPUT_DIR"
             )
 
     def _check_state(self, iteration: int) -> None:
         """The scheme is where the schedule says that it is before ``iteration``."""
-        expected = self.schedule.phase(iteration)
+        scheme, expected = self.repr.scheme, self.schedule.phase(iteration)
         cycles = sum(i < iteration for i in self.schedule.restore_iters)
-        if (expected == "sub") != self.scheme.is_sub or self.scheme.cycle != cycles:
-            held = "a sub-network" if self.scheme.is_sub else "the full network"
+        if (expected == "sub") != scheme.is_sub or scheme.cycle != cycles:
+            held = "a sub-network" if scheme.is_sub else "the full network"
             raise UserError(
-                f"REPR: iteration {iteration} belongs to the {expected} phase of this schedule after {cycles} cycles, "
-                f"but the checkpoint holds {held} after {self.scheme.cycle}: another schedule wrote it, or a run "
-                "without RePr; resume with that one, or start anew in another OUTPUT_DIR"
+                f"iteration {iteration} belongs to the {expected} phase of this schedule of RePr after {cycles} "
+                f"cycles, but the checkpoint holds {held} after {scheme.cycle}: another schedule wrote it, or a run "
+                "without RePr; resume with that one, or start again in another OUTPUT_DIR"
             )
-
-    def _try_passes(self) -> None:
-        """Draws a batch where a transition to come looks at data, so that what is wrong with it shows now."""
-        if not self.scheme.needs_batches or self.schedule.restore_iters[-1] < self.trainer.start_iter:
-            return
-        what = (
-            f"REPR.CRITERION {self.cfg.REPR.CRITERION}" if self.scheme.criterion.needs_data else "FrozenBN calibration"
-        )
-        try:
-            found = list(self.scheme.passes.batches(1, 0))
-        except UserError:
-            raise
-        except Exception as error:  # whatever a data set and its mapper raise
-            found, reason = [], f" ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
-        else:
-            reason = ""
-        if not found:
-            raise UserError(
-                f"REPR: {what} looks at training batches, and none can be drawn{reason}: give DATASETS.TRAIN, or a "
-                "data loader that can be iterated again"
-            )
-
-    def after_step(self) -> None:
-        """Logs phase and dropped filters; drops or restores where the schedule says so."""
-        iteration = self.trainer.iter
-        self.scheme.check()
-        # The phase of an iteration is the network that its forward pass saw, so it is logged before a transition.
-        storage = self.trainer.storage
-        storage.put_scalar("repr/phase", float(self.scheme.is_sub), smoothing_hint=False)
-        storage.put_scalar("repr/dropped_filters", self.scheme.num_dropped, smoothing_hint=False)
-        if iteration in self.schedule.drop_iters:
-            self._record(iteration, self.scheme.drop())
-        elif iteration in self.schedule.restore_iters:
-            self._record(iteration, self.scheme.restore())
-
-    def after_train(self) -> None:
-        """Warns where training ends with filters dropped."""
-        if self.scheme is not None and self.scheme.is_sub:
-            logger.warning(
-                "Training stopped inside the sub-network phase: %d filters are dropped (zero) in this model until a "
-                "resumed run restores them after iteration %d",
-                self.scheme.num_dropped,
-                next(i for i in self.schedule.restore_iters if i >= self.trainer.iter - 1),
-            )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Schedule and scheme state; no collective calls, for Detectron2 calls it on rank 0 alone."""
-        if self.scheme is None:
-            return self._loaded or {}
-        return {"run": self._fingerprint(), "scheme": self.scheme.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Keeps the state until ``before_train`` has the model; refuses that of another schedule or selection."""
-        mine = self._fingerprint()
-        for key, value in state["run"].items():
-            if mine.get(key) != value:
-                raise UserError(
-                    f"REPR: the checkpoint was trained with {key} {value}, this run has {mine.get(key)}: resume with "
-                    "the config of the run that wrote it, or start anew in another OUTPUT_DIR"
-                )
-        self._loaded = state
-
-    def _share_of_rate(self) -> float:
-        """Of the learning rate, while it warms up anew after a restore."""
-        if not self.scheme.num_returned:
-            return 1.0
-        last = max(i for i in self.schedule.restore_iters if i < self.trainer.iter)
-        return min(1.0, (self.trainer.iter - last) / (self.warm_up_iters + 1))
-
-    def _fingerprint(self) -> dict[str, Any]:
-        """What must be the same when a run is resumed, by config key."""
-        node = self.cfg.REPR
-        return {
-            "REPR.START_ITER": self.schedule.start_iter,
-            "REPR.S1_ITERS": self.schedule.s1_iters,
-            "REPR.S2_ITERS": self.schedule.s2_iters,
-            "REPR.NUM_CYCLES": self.schedule.num_cycles,
-            "REPR.DROP_RATIO": node.DROP_RATIO,
-            "REPR.MAX_DROP_PER_LAYER": node.MAX_DROP_PER_LAYER,
-            "REPR.CRITERION": node.CRITERION,
-            "REPR.REINIT.SCALE": node.REINIT.SCALE,
-            "REPR.REINIT.FROZEN_NORM": node.REINIT.FROZEN_NORM,
-            "REPR.REINIT.RETURN": node.REINIT.RETURN,
-            "REPR.REINIT.WARMUP_ITERS": node.REINIT.WARMUP_ITERS,
-        }
 
     def _move_into_place(self) -> None:
         registered = self.trainer._hooks
@@ -231,90 +351,6 @@ class RePrHook(HookBase):
         if index < mine:
             registered.insert(index, registered.pop(mine))
 
-    def _build_scheme(self) -> RePrScheme:
-        trainer, node = self.trainer, self.cfg.REPR
-        inner = getattr(trainer, "_trainer", trainer)
-        model = trainer.model
-        if isinstance(model, (DistributedDataParallel, DataParallel)):
-            model = model.module
-        seed = self.cfg.SEED if self.cfg.SEED >= 0 else comm.shared_random_seed()
-        return RePrScheme(
-            find_filter_layers(model, node.LAYERS.INCLUDE, node.LAYERS.EXCLUDE),
-            inner.optimizer,
-            criterion=node.CRITERION,
-            drop_ratio=node.DROP_RATIO,
-            max_drop_per_layer=node.MAX_DROP_PER_LAYER,
-            scale=node.REINIT.SCALE,
-            frozen_norm=node.REINIT.FROZEN_NORM,
-            returns=node.REINIT.RETURN,
-            readers=readers(model),
-            criterion_batches=node.CRITERION_BATCHES,
-            calibration_batches=calibration_batches(self.cfg),
-            seed=seed,
-            passes=training_passes(self.cfg, model, trainer),
-            slim_model=model,
-            slim=node.SLIM,
-            apart=lambda: EventStorage(0),
-        )
-
-    def _log_plan(self) -> None:
-        layers = self.scheme.layers
-        filters = sum(layer.num_filters for layer in layers)
-        kinds = sorted({layer.kind for layer in layers})
-        logger.info(
-            "RePr: %d convs, %d filters take part (norm: %s); every drop takes %s%d (%g %%), at most %g %% of a layer",
-            len(layers),
-            filters,
-            ", ".join(kinds),
-            "up to " if CRITERIA[self.cfg.REPR.CRITERION].spares else "",
-            drop_total(filters, self.cfg.REPR.DROP_RATIO),
-            100 * self.cfg.REPR.DROP_RATIO,
-            100 * self.cfg.REPR.MAX_DROP_PER_LAYER,
-        )
-        logger.info("RePr layers: %s", ", ".join(f"{x.name} ({x.num_filters})" for x in layers))
-        schedule = self.schedule
-        logger.info(
-            "RePr schedule: S1 %d, S2 %d, %d cycles from iteration %d; drops after iterations %s, restores after %s",
-            schedule.s1_iters,
-            schedule.s2_iters,
-            schedule.num_cycles,
-            schedule.start_iter,
-            schedule.drop_iters,
-            schedule.restore_iters,
-        )
-        left = self.trainer.max_iter - schedule.end_iter
-        if left < schedule.s1_iters:
-            logger.warning(
-                "RePr: %d iterations are left after the last restore, fewer than S1 %d", left, schedule.s1_iters
-            )
-
-    def _record(self, iteration: int, transition: Transition) -> None:
-        logger.info(
-            "RePr %s after iteration %d (cycle %d): %d filters, mean O_f %.4f -> %.4f, %.2f s",
-            transition.event,
-            iteration,
-            transition.cycle + 1,
-            sum(map(len, transition.dropped.values())),
-            transition.overlap_before,
-            transition.overlap_after,
-            transition.seconds,
-        )
-        if comm.is_main_process():
-            line = {"iteration": iteration, **dataclasses.asdict(transition)}
-            overlap = {"overlap": line.pop("overlaps")}
-            if line["slim"] is None:
-                del line["slim"]
-            self._append(OVERLAPS_FILE, {key: line[key] for key in ("iteration", "event", "cycle")} | overlap)
-            self._append(EVENTS_FILE, line)
-
-    def _append(self, name: str, line: dict[str, Any]) -> None:
-        with open(self._path(name), "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-
-    def _path(self, name: str) -> str:
-        os.makedirs(self.cfg.OUTPUT_DIR, exist_ok=True)
-        return os.path.join(self.cfg.OUTPUT_DIR, name)
-
 
 def first_later_hook(registered: Sequence[HookBase]) -> int:
     """The place of RePrHook: before the first hook that must see the network after a transition, as everything does
@@ -323,68 +359,11 @@ def first_later_hook(registered: Sequence[HookBase]) -> int:
     return next(later, len(registered))
 
 
+def _shared_seed() -> int:
+    """A random seed that all ranks have, drawn beside the training's."""
+    with preserved_random_state():
+        return comm.shared_random_seed()
+
+
 def _checkpointer_of(holder: Any) -> Checkpointer | None:
     return next((value for value in vars(holder).values() if isinstance(value, Checkpointer)), None)
-
-
-def training_passes(cfg: CfgNode, model: nn.Module, trainer: Any) -> TrainingPasses:
-    """Extra passes over the training data, from a loader of their own whose order depends on SEED and cycle only.
-
-    The data set and its mapper are those of the trainer's own loader where that is Detectron2's, so that a large
-    annotation file is not read again; otherwise ``trainer.build_train_loader`` makes it, and where there is no such
-    method the trainer's loader is iterated anew, from its beginning.
-    """
-    inner = getattr(trainer, "_trainer", trainer)
-    build = getattr(trainer, "build_train_loader", None)
-
-    def batches(number: int, cycle: int) -> Iterable[list[dict]]:
-        seed = max(cfg.SEED, 0) * 1_000_003 + cycle * 1009
-        dataset = _map_dataset(getattr(inner, "data_loader", None))
-        with preserved_random_state():
-            seed_all_rng(seed + comm.get_rank())
-            if dataset is not None:
-                loader = build_detection_train_loader(
-                    dataset=dataset,
-                    mapper=None,
-                    sampler=TrainingSampler(len(dataset), seed=seed),
-                    total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
-                    aspect_ratio_grouping=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
-                )
-            elif build is not None:
-                own = cfg.clone()
-                own.defrost()
-                own.DATALOADER.NUM_WORKERS = 0
-                loader = build(own)
-            elif iter(inner.data_loader) is inner.data_loader:
-                raise UserError(
-                    "REPR: transitions look at training batches, and this trainer's data loader is an iterator, which "
-                    "training would miss them from: give one that can be iterated again, such as a DataLoader or a list"
-                )
-            else:
-                loader = inner.data_loader
-            return list(itertools.islice(loader, number))
-
-    def loss(batch: list[dict]) -> Tensor:
-        # Detectron2's models log scalars and images as they run; those of extra passes are not the training's.
-        try:
-            with EventStorage(0):
-                return sum(model(batch).values())
-        except FloatingPointError as error:  # Detectron2's, of boxes that are not finite
-            raise UserError(
-                f"REPR: on the training batches that a transition looks at: {' '.join(str(error).split())} Lower the "
-                "learning rate or clip gradients, and go on from a checkpoint before that"
-            ) from error
-
-    return TrainingPasses(
-        model=model,
-        batches=batches,
-        loss=loss,
-        join=lambda many: list(itertools.chain.from_iterable(many)),
-    )
-
-
-def _map_dataset(loader: Any) -> MapDataset | None:
-    """The map-style data set inside a loader that ``build_detection_train_loader`` made, or None."""
-    while loader is not None and not isinstance(loader, MapDataset):
-        loader = getattr(loader, "dataset", None)
-    return loader

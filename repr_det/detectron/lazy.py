@@ -20,6 +20,7 @@ from repr_det.detectron.config import add_repr_config, as_user_error
 from repr_det.detectron.decay import DefinedAtItsEnd, decays
 from repr_det.detectron.engine import Trainer
 from repr_det.method.errors import UserError
+from repr_det.method.options import CONFIG_KEYS, about_option, option_names
 
 _COCO = f"{COCOEvaluator.__module__}.{COCOEvaluator.__name__}"
 
@@ -27,7 +28,7 @@ _COCO = f"{COCOEvaluator.__module__}.{COCOEvaluator.__name__}"
 def repr_cfg_from_lazy(cfg: DictConfig) -> CfgNode:
     """The config that RePrHook, ResumableLoader and ``checks.check_run`` take, from a LazyConfig.
 
-    REPR comes from the node ``repr`` (the same keys, defaults where it lacks them, RePr off where there is no such
+    REPR comes from the node ``repr`` (L(RePrHook)(...), or the same keys as in yaml; RePr off if there is no such
     node); device, weights, seed, output folder and periods from ``train``; batch size, workers and data sets from
     ``dataloader``; the learning-rate steps from where ``lr_multiplier``, whatever it is, decays. The rest keeps
     Detectron2's defaults and says nothing about the model.
@@ -37,11 +38,8 @@ def repr_cfg_from_lazy(cfg: DictConfig) -> CfgNode:
     """
     yacs = get_cfg()
     add_repr_config(yacs)
-    node = cfg.get("repr") or {}
-    if not isinstance(node, (dict, DictConfig)):
-        raise UserError(f"repr must be a dict with the keys of REPR, got {node!r}")
     with as_user_error("the node repr of the LazyConfig"):
-        yacs.merge_from_other_cfg(CfgNode({"REPR": OmegaConf.to_container(OmegaConf.create(node), resolve=True)}))
+        yacs.merge_from_other_cfg(CfgNode({"REPR": _repr_node(cfg)}))
 
     def get(key: str, default: Any) -> Any:
         return OmegaConf.select(cfg, key, default=default)
@@ -96,13 +94,15 @@ _KEYS = NUM_CLASSES | {
 
 
 @contextlib.contextmanager
-def naming_lazy_keys() -> Iterator[None]:
+def naming_lazy_keys(cfg: DictConfig) -> Iterator[None]:
     """A UserError names the keys of a LazyConfig, not those of a yaml config that ``repr_cfg_from_lazy`` stands for."""
+    by_arguments = "_target_" in (cfg.get("repr") or {})
+    options = {f"repr.{name if by_arguments else about_option(name).key}": name for name in option_names()}
     try:
         yield
     except UserError as error:
         text = str(error)
-        for key, own in _KEYS.items():
+        for key, own in (_KEYS | {key: CONFIG_KEYS[name] for key, name in options.items()}).items():
             text = re.sub(rf"(?<![\w.]){re.escape(own)}(?![\w.]*\w)", key, text)
         raise UserError(text) from error
 
@@ -175,6 +175,32 @@ def evaluate(cfg: DictConfig, model: nn.Module) -> dict | None:
 def data_set_names(value: Any) -> tuple[str, ...]:
     """``dataset.names`` of a LazyConfig, one name or several, as a tuple."""
     return tuple(value) if isinstance(value, (list, tuple, ListConfig)) else (value,)
+
+
+def _repr_node(cfg: DictConfig) -> dict[str, Any]:
+    """The keys of REPR that the node ``repr`` sets: by name, or as arguments of L(RePrHook)."""
+    node = cfg.get("repr") or {}
+    if not isinstance(node, (dict, DictConfig)):
+        raise UserError(f"repr must be L(RePrHook)(...) or a dict with the keys of REPR, got {node!r}")
+    given = OmegaConf.to_container(OmegaConf.create(node), resolve=True)
+    target = given.pop("_target_", None)
+    if target is None:
+        return given
+    enabled = given.pop("ENABLED", True)
+    keys = {name: about_option(name).key for name in option_names()}
+    if unknown := sorted(set(given) - set(keys)):
+        raise UserError(
+            f"the node repr has no option {unknown[0]!r}: take one of {', '.join(keys)}; the rest comes from train and "
+            "dataloader"
+        )
+    found: dict[str, Any] = {"ENABLED": enabled}
+    for name, value in given.items():
+        *nodes, last = keys[name].split(".")
+        place = found
+        for part in nodes:
+            place = place.setdefault(part, {})
+        place[last] = value
+    return found
 
 
 def _steps(cfg: DictConfig, max_iter: int) -> tuple[int, ...]:

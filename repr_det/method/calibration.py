@@ -4,9 +4,13 @@ Such a norm never adapts, so a new filter behind it would be normalised with the
 At the drop the moments of a channel after the norm are measured; at the restore its running mean and variance are set
 so that the new channel has the same moments after the norm, on the same batches, layer by layer as the data flows. A
 channel whose ReLU never opens would be as closed again: it gets the median moments of those of its layer that open.
+
+All is found from what goes into the norm, y = (x - m) / sqrt(v + eps) * w + b, in single precision, one image at a
+time.
 """
 
-from collections.abc import Callable, Container, Iterator
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 import torch
@@ -14,19 +18,15 @@ from torch import Tensor, nn
 
 from repr_det.method.distributed import mean_over_ranks
 from repr_det.method.layers import FilterLayer
-from repr_det.method.passes import TrainingPasses, undisturbed
+from repr_det.method.passes import TrainingPasses
+from repr_det.network.state import undisturbed
 
 # A channel whose standard deviation is below this share of its largest value is constant: it has no scale to match.
 _CONSTANT = 1e-6
 
 
 def measure_moments(
-    layers: list[FilterLayer],
-    rows: dict[str, Tensor],
-    passes: TrainingPasses,
-    num_batches: int,
-    cycle: int,
-    rectified: Container[FilterLayer] = (),
+    layers: Sequence[FilterLayer], rows: dict[str, Tensor], passes: TrainingPasses, num_batches: int, cycle: int
 ) -> dict[str, Tensor]:
     """The moments that channels are to have when they return: mean and standard deviation after the norm, over images
     and positions of all batches and ranks.
@@ -34,32 +34,35 @@ def measure_moments(
     Args:
         layers: those whose ``is_frozen``.
         rows: layer name -> (M,) channels that are to return.
-        rectified: layers behind whose norm there is a ReLU and nothing else. A channel of theirs that is nowhere above
-            0 is given the median, over the channels that are, of the means and of the deviations.
 
     Returns:
-        layer name -> (2, M) float64 on the CPU: mean, standard deviation. Layers that the forward pass did not reach
-        are missing.
+        layer name -> (2, M) float32 on its device: mean, standard deviation. Layers that the forward pass did not reach
+        are missing. A channel of a rectified layer that is nowhere above 0 has the median, over the channels that are,
+        of the means and of the deviations.
     """
     moments: dict[str, Tensor] = {}
 
-    def measure(layer: FilterLayer, output: Tensor) -> None:
+    def measure(layer: FilterLayer, values: Tensor) -> None:
         index = rows[layer.name]
-        found = _moments(output[:, index]).cpu()
-        if layer in rectified:
-            opens = mean_over_ranks((output > 0).any(0).flatten(1).any(1).double()) > 0
-            if opens.any() and not opens[index].all():
-                typical = _moments(output[:, opens]).cpu().median(1, keepdim=True).values
-                found = torch.where(opens[index].cpu(), found, typical)
+        gain, shift = _affine(layer)
+        mean, std = _moments(values)
+        after = torch.stack([mean * gain + shift, std * gain.abs()])
+        found = after[:, index]
+        if layer.rectified:
+            largest = torch.where(gain > 0, _largest(values), -_largest(-values)) * gain + shift
+            opens = mean_over_ranks((largest > 0).float()) > 0
+            typical = torch.where(opens, after, torch.nan).nanmedian(1, keepdim=True).values
+            closed = ~opens[index] & ~typical[0].isnan()
+            found = torch.where(closed, typical, found)
         moments[layer.name] = found
 
-    with undisturbed(passes.model, own_modes=True), _on_norm(layers, after=measure):
+    with undisturbed(passes.model, True, passes.trains), _into_norms(layers, measure):
         _run_joined(passes, num_batches, cycle)
     return moments
 
 
 def match_moments(
-    layers: list[FilterLayer],
+    layers: Sequence[FilterLayer],
     rows: dict[str, Tensor],
     wanted: dict[str, Tensor],
     passes: TrainingPasses,
@@ -68,36 +71,52 @@ def match_moments(
 ) -> None:
     """Sets running mean and variance of ``rows`` so that their moments after the norm are ``wanted``, in one pass.
 
-    With x the conv's output, w and b the frozen weight and bias: (x - m) / sqrt(v + eps) * w + b has standard deviation
-    s where sqrt(v + eps) = |w| std(x) / s and mean mu where m = mean(x) - (mu - b) sqrt(v + eps) / w. Where w, s or
-    std(x) is zero no scale can be matched: such a channel is normalised to zero mean and unit variance before w and b.
+    With w and b the frozen weight and bias the channel has standard deviation s where sqrt(v + eps) = |w| std(x) / s,
+    and mean mu where m = mean(x) - (mu - b) sqrt(v + eps) / w. Where w, s or std(x) is zero no scale can be matched:
+    such a channel is normalised to zero mean and unit variance before w and b.
     """
     chosen: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def match(layer: FilterLayer, conv_output: Tensor) -> None:
+    def match(layer: FilterLayer, values: Tensor) -> None:
         index = rows[layer.name]
-        norm = layer.norm
-        mean, std = _moments(conv_output[:, index])
+        norm, eps = layer.norm, epsilon(layer.norm)
+        mean, std = (part[index] for part in _moments(values))
         target_mean, target_std = wanted[layer.name].to(mean)
         weight = norm.weight[index].to(mean)
         bias = torch.zeros_like(mean) if norm.bias is None else norm.bias[index].to(mean)
         scale_free = (weight.abs() < 1e-12) | (target_std <= _CONSTANT * (1 + target_mean.abs())) | (std <= 0)
         sigma = torch.where(scale_free, std.clamp_min(1e-3), weight.abs() * std / target_std.clamp_min(1e-30))
         # The variance is stored, not sigma: eps bounds how small it can be.
-        variance = (sigma**2 - norm.eps).clamp_min(0)
-        sigma = (variance + norm.eps).sqrt()
+        variance = (sigma**2 - eps).clamp_min(0)
+        sigma = (variance + eps).sqrt()
         shift = torch.where(scale_free, 0, (target_mean - bias) * sigma / torch.where(scale_free, 1, weight))
-        norm.running_mean[index] = (mean - shift).to(norm.running_mean)
-        norm.running_var[index] = variance.to(norm.running_var)
+        norm.running_mean.index_copy_(0, index, (mean - shift).to(norm.running_mean))
+        norm.running_var.index_copy_(0, index, variance.to(norm.running_var))
         chosen[layer.name] = (norm.running_mean[index].clone(), norm.running_var[index].clone())
 
     matched = [layer for layer in layers if layer.name in wanted]
-    with undisturbed(passes.model, own_modes=True), _on_norm(matched, before=match):
+    with undisturbed(passes.model, True, passes.trains), _into_norms(matched, match):
         _run_joined(passes, num_batches, cycle)
     with torch.no_grad():
         for layer in matched:
             if layer.name in chosen:
-                layer.norm.running_mean[rows[layer.name]], layer.norm.running_var[rows[layer.name]] = chosen[layer.name]
+                mean, variance = chosen[layer.name]
+                layer.norm.running_mean.index_copy_(0, rows[layer.name], mean)
+                layer.norm.running_var.index_copy_(0, rows[layer.name], variance)
+
+
+def epsilon(norm: nn.Module) -> float:
+    """What a norm adds to the variance, whether it tells or not: found by what it makes of ones where that is 0."""
+    known = getattr(norm, "eps", None)
+    if isinstance(known, float):
+        return known
+    probe = copy.deepcopy(norm).cpu().double().eval()
+    with torch.no_grad():
+        for name, value in (("weight", 1), ("bias", 0), ("running_mean", 0), ("running_var", 0)):
+            if getattr(probe, name) is not None:
+                getattr(probe, name).fill_(value)
+        gain = probe(torch.ones(1, len(probe.weight), 1, 1, dtype=torch.float64)).flatten()[0].item()
+    return 1 / gain**2
 
 
 class _AllReached(Exception):
@@ -110,44 +129,42 @@ def _run_joined(passes: TrainingPasses, num_batches: int, cycle: int) -> None:
         passes.loss(passes.join(list(passes.batches(num_batches, cycle))))
 
 
-def _moments(channels: Tensor) -> Tensor:
-    """(N, M, H, W) -> (2, M) float64: mean and standard deviation over images, positions and ranks."""
-    values = channels.transpose(0, 1).flatten(1).double()
-    first = mean_over_ranks(values.mean(1))
-    second = mean_over_ranks(((values - first[:, None]) ** 2).mean(1))
-    return torch.stack([first, second.sqrt()])
+def _affine(layer: FilterLayer) -> tuple[Tensor, Tensor]:
+    """Gain and shift (J,) of a frozen norm."""
+    norm = layer.norm
+    gain = norm.weight.float() / (norm.running_var.float() + epsilon(norm)).sqrt()
+    shift = -norm.running_mean.float() * gain
+    return gain, shift if norm.bias is None else shift + norm.bias.float()
+
+
+def _moments(values: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, J, H, W) -> mean and standard deviation, each (J,) float32, over images, positions and ranks."""
+    mean = mean_over_ranks(torch.stack([image.float().mean((1, 2)) for image in values]).mean(0))
+    squares = [(image.float() - mean[:, None, None]).square_().mean((1, 2)) for image in values]
+    return mean, mean_over_ranks(torch.stack(squares).mean(0)).sqrt()
+
+
+def _largest(values: Tensor) -> Tensor:
+    return values.amax((0, 2, 3)).float()
 
 
 @contextmanager
-def _on_norm(
-    layers: list[FilterLayer],
-    before: Callable[[FilterLayer, Tensor], None] | None = None,
-    after: Callable[[FilterLayer, Tensor], None] | None = None,
-) -> Iterator[None]:
-    """Calls ``before`` or ``after`` at the first call of each layer's norm, and ends the pass at the last one."""
+def _into_norms(layers: Sequence[FilterLayer], look: Callable[[FilterLayer, Tensor], None]) -> Iterator[None]:
+    """Calls ``look`` with what goes into each layer's norm the first time, and ends the pass at the last one."""
     left = {layer.name for layer in layers}
 
-    def look(layer: FilterLayer, function: Callable[[FilterLayer, Tensor], None], values: Tensor) -> None:
-        if layer.name in left:
+    def hook_of(layer: FilterLayer) -> Callable[[nn.Module, tuple], None]:
+        def hook(module: nn.Module, inputs: tuple) -> None:
+            if layer.name not in left:
+                return
             left.remove(layer.name)
-            function(layer, values)
+            look(layer, inputs[0])
             if not left:
                 raise _AllReached
 
-    handles = []
-    for layer in layers:
-        if before is not None:
+        return hook
 
-            def pre(module: nn.Module, inputs: tuple, layer: FilterLayer = layer) -> None:
-                look(layer, before, inputs[0])
-
-            handles.append(layer.norm.register_forward_pre_hook(pre))
-        if after is not None:
-
-            def post(module: nn.Module, inputs: tuple, output: Tensor, layer: FilterLayer = layer) -> None:
-                look(layer, after, output)
-
-            handles.append(layer.norm.register_forward_hook(post))
+    handles = [layer.norm.register_forward_pre_hook(hook_of(layer)) for layer in layers]
     try:
         yield
     finally:

@@ -1,14 +1,25 @@
-"""Ranking criteria by name: one score a filter, the largest is dropped first (RePr, section 4 and the table of 5)."""
+"""Ranking criteria: one score a filter, the largest is dropped first (RePr, section 4 and the table of 5).
 
+A criterion is a name in ``CRITERIA``, or a function of one layer:
+
+    def smallest_first(layer: FilterLayer) -> Tensor:          # (J,)
+        return -layer.weight.flatten(1).norm(dim=1)
+
+    RePr(model, optimizer, total_steps, criterion=smallest_first)
+
+A function of (layer, context) gets a ``Context`` too. A filter of score minus infinity is never dropped.
+"""
+
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from repr_det.method import data_criteria, oracle
+from repr_det.method import data_criteria
 from repr_det.method.data_criteria import Scores
-from repr_det.method.errors import UserError
+from repr_det.method.errors import OptionError, UserError
 from repr_det.method.layers import FilterLayer
 from repr_det.method.orthogonality import by_group, expected_overlap, inter_filter_orthogonality
 from repr_det.method.passes import TrainingPasses
@@ -20,9 +31,9 @@ class Context:
     """What a criterion may look at besides the layers.
 
     Attributes:
-        generator: source of randomness.
-        passes: how to run training batches; None where there is none.
-        num_batches: how many of them (REPR.CRITERION_BATCHES).
+        generator: source of randomness, of the CPU.
+        passes: how to run training batches; None if there is none.
+        num_batches: how many of them.
         cycle: which batches.
     """
 
@@ -34,26 +45,49 @@ class Context:
 
 @dataclass(frozen=True)
 class Criterion:
-    """``score(layers, context)`` -> layer name -> (J,); ``needs_data`` where it runs training batches, ``max_filters``
-    where it is too slow for more, ``spares`` where it has filters (score ``redundancy.NEVER``) that no drop takes."""
+    """``score(layers, context)`` -> layer name -> (J,).
+
+    Attributes:
+        needs_data: whether it runs training batches.
+        spares: whether it has filters (score ``redundancy.NEVER``) that no drop takes.
+    """
 
     score: Callable[[Sequence[FilterLayer], Context], Scores]
     needs_data: bool = False
-    max_filters: int | None = None
     spares: bool = False
 
 
 CRITERIA: dict[str, Criterion] = {}
 
 
-def get_criterion(name: str, num_filters: int = 0) -> Criterion:
-    """Raises UserError for a name that is not in CRITERIA, or a criterion that is too slow for so many filters."""
-    if name not in CRITERIA:
-        raise UserError(f"REPR.CRITERION must be one of {', '.join(sorted(CRITERIA))}, got {name!r}")
-    most = CRITERIA[name].max_filters
-    if most is not None and num_filters > most:
-        raise UserError(f"REPR.CRITERION {name!r} takes at most {most} filters, REPR.LAYERS has {num_filters}")
-    return CRITERIA[name]
+def get_criterion(criterion: str | Callable[..., Tensor]) -> Criterion:
+    """Raises OptionError for a name that is not in CRITERIA, or what is neither a name nor a function."""
+    if callable(criterion):
+        return _of_function(criterion)
+    if criterion not in CRITERIA:
+        raise OptionError(f"{{criterion}} must be one of {', '.join(sorted(CRITERIA))}, got {criterion!r}")
+    return CRITERIA[criterion]
+
+
+def _of_function(function: Callable[..., Tensor]) -> Criterion:
+    takes_context = len(inspect.signature(function).parameters) > 1
+    name = getattr(function, "__name__", type(function).__name__)
+
+    def score(layers: Sequence[FilterLayer], context: Context) -> Scores:
+        found = {}
+        for layer in layers:
+            with torch.no_grad():
+                scores = function(layer, context) if takes_context else function(layer)
+            if not torch.is_tensor(scores) or scores.shape != (layer.num_filters,) or scores.isnan().any():
+                what = tuple(scores.shape) if torch.is_tensor(scores) else type(scores).__name__
+                raise UserError(
+                    f"criterion= {name} must return a tensor of {layer.num_filters} scores without NaN for "
+                    f"{layer.name}, got {what}"
+                )
+            found[layer.name] = scores.detach()
+        return found
+
+    return Criterion(score, spares=True)
 
 
 def _of_weight(name: str) -> Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor], Tensor]]:
@@ -77,15 +111,16 @@ def calibrated_overlap(weight: Tensor) -> Tensor:
     """O_f over its expectation for random directions, so that layers of different d compare: about 1 untrained."""
     num_filters = len(weight)
     if num_filters == 1:
-        return weight.new_zeros(1)
+        return torch.zeros(1)
     return inter_filter_orthogonality(weight) / expected_overlap(num_filters, weight[0].numel())
 
 
 @_of_weight("ortho_released")
 def released_overlap(weight: Tensor) -> Tensor:
-    """What the author's released code computes instead of the paper's O_f: the matrix is scaled by one norm, and the
-    signed projections are averaged before the absolute value: |mean_j (What What^T - I)[f, j]|, What = W / ||W||_F."""
-    rows = torch.nan_to_num(weight.detach().flatten(1).float())
+    """The score that the author's released code computes instead of the paper's O_f: the matrix is scaled by one norm,
+    and the signed projections are averaged before the absolute value: |mean_j (What What^T - I)[f, j]|,
+    What = W / ||W||_F."""
+    rows = torch.nan_to_num(weight.detach().cpu().double().flatten(1))
     rows = rows / rows.norm().clamp_min(torch.finfo(torch.float32).tiny)
     return ((rows @ rows.sum(0) - 1) / len(rows)).abs()
 
@@ -93,36 +128,27 @@ def released_overlap(weight: Tensor) -> Tensor:
 @_of_weight("weight_norm")
 def small_weight_norm(weight: Tensor) -> Tensor:
     """Minus the mean squared weight of the filter: the smallest filters are dropped first."""
-    return -torch.nan_to_num(weight.detach().flatten(1).float()).square().mean(1)
+    return -torch.nan_to_num(weight.detach().cpu().double().flatten(1)).square().mean(1)
 
 
 def _random(layers: Sequence[FilterLayer], context: Context) -> Scores:
-    device = context.generator.device
-    return {x.name: torch.rand(x.num_filters, generator=context.generator, device=device) for x in layers}
+    return {x.name: torch.rand(x.num_filters, generator=context.generator) for x in layers}
 
 
 CRITERIA["random"] = Criterion(_random)
 
 
 def _of_batches(
-    name: str,
-    function: Callable[[Sequence[FilterLayer], TrainingPasses, int, int], Scores],
-    max_filters: int | None = None,
-    spares: bool = False,
+    name: str, function: Callable[[Sequence[FilterLayer], TrainingPasses, int, int], Scores], spares: bool = False
 ) -> None:
     """Registers a function of layers, passes, number of batches and cycle as a criterion."""
 
     def score(layers: Sequence[FilterLayer], context: Context) -> Scores:
         if context.passes is None:
-            raise UserError(f"REPR.CRITERION {name!r} looks at training batches: give Context(passes=...)")
+            raise UserError(f"criterion {name!r} looks at training batches: give Context(passes=...)")
         return function(layers, context.passes, context.num_batches, context.cycle)
 
-    CRITERIA[name] = Criterion(score, needs_data=True, max_filters=max_filters, spares=spares)
-
-
-def _oracle(layers: Sequence[FilterLayer], passes: TrainingPasses, num_batches: int, cycle: int) -> Scores:
-    increase = oracle.ablation(layers, passes, list(passes.batches(num_batches, cycle)))
-    return {layer.name: -increase[layer.name].to(layer.weight.device) for layer in layers}
+    CRITERIA[name] = Criterion(score, needs_data=True, spares=spares)
 
 
 _of_batches("mean_activation", data_criteria.low_activation)
@@ -131,21 +157,3 @@ _of_batches("gradient", data_criteria.small_gradient)
 _of_batches("taylor", data_criteria.small_taylor)
 _of_batches("hessian", data_criteria.small_fisher)
 _of_batches("redundant", redundancy, spares=True)
-# The filter whose removal hurts least on these batches comes first.
-_of_batches("oracle", _oracle, oracle.MAX_FILTERS)
-
-
-def correlation_with_oracle(
-    layers: Sequence[FilterLayer], context: Context, criteria: Sequence[str]
-) -> dict[str, float]:
-    """Spearman's rank correlation of criteria with the oracle over the filters of all layers (the paper's figure 4).
-
-    Args:
-        context: its batches are what criteria and oracle look at; held-out images for the paper's oracle.
-        criteria: names in CRITERIA.
-
-    Returns:
-        criterion -> correlation in [-1, 1]; NaN where all scores of a criterion are equal.
-    """
-    reference = get_criterion("oracle").score(layers, context)
-    return {name: oracle.rank_correlation(get_criterion(name).score(layers, context), reference) for name in criteria}

@@ -22,9 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from repr_det.method.distributed import mean_over_ranks
+from repr_det.method.distributed import mean_over_ranks, to_cpu
 from repr_det.method.layers import FilterLayer
-from repr_det.method.passes import TrainingPasses, undisturbed
+from repr_det.method.passes import TrainingPasses
+from repr_det.network.state import undisturbed
 
 Scores = dict[str, Tensor]
 logger = logging.getLogger("repr_det.data_criteria")
@@ -42,35 +43,64 @@ def share_of_zeros(layers: Sequence[FilterLayer], passes: TrainingPasses, num_ba
     return _finished(layers, "apoz", means)
 
 
-def share_in_use(layers: Sequence[FilterLayer], passes: TrainingPasses, num_batches: int, cycle: int) -> Scores:
-    """The share of ranks on which a filter puts out something above 0 anywhere, or gets a gradient: 0 for one behind a
-    ReLU that never opens ("dead"). 1 where a layer does not run, or no loss depends on it."""
-    in_use: dict[str, Tensor] = {}
-    reached: set[str] = set()
+def use_of_filters(
+    layers: Sequence[FilterLayer], passes: TrainingPasses, num_batches: int, cycle: int
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Layer name -> (J,) bool and (J,), on the CPU: whether a filter is idle, and its threshold.
 
-    def note(name: str, rows: Tensor) -> None:
-        in_use[name] = in_use.get(name, False) | rows.cpu()
+    A filter is idle if it puts out nothing above 0 and gets no gradient, on any rank, while others of its layer do: one
+    behind a ReLU that never opens. Where a whole layer gets no gradient there may have been no example for it, and no
+    filter of it is idle. The threshold is mean over standard deviation of the channel before its activation.
+    """
+    counts: dict[str, float] = {}
+    sums: dict[str, Tensor] = {}
+    gradients: dict[str, Tensor] = {}
 
     def see(layer: FilterLayer, output: Tensor) -> None:
-        note(layer.name, (_positions(output.detach()) > 0).any(2).any(0))
+        values = _positions(output.detach())
+        number = values.shape[0] * values.shape[2]
+        if not number:
+            return
+        found = torch.stack([_sum(values), _sum(values, squared=True), values.amax((0, 2)).float()])
+        before = sums.get(layer.name)
+        if before is not None:
+            found = torch.cat([before[:2] + found[:2], torch.maximum(before[2:], found[2:])])
+        sums[layer.name] = found
+        counts[layer.name] = counts.get(layer.name, 0) + number
 
     def on_loss(loss: Tensor) -> None:
-        gradients = _gradients(loss, [layer.weight for layer in layers])
-        for layer, gradient in zip(layers, gradients, strict=True):
+        for layer, gradient in zip(layers, _gradients(loss, [layer.weight for layer in layers]), strict=True):
             if gradient is not None:
-                reached.add(layer.name)
-                note(layer.name, gradient.flatten(1).any(1))
+                largest = gradient.flatten(1).abs().amax(1).float()
+                before = gradients.get(layer.name)
+                gradients[layer.name] = largest if before is None else torch.maximum(before, largest)
 
     with _on_output(layers, see):
         _run(passes, num_batches, cycle, on_loss, gradients=True)
-    every = {layer.name: torch.ones(layer.num_filters) for layer in layers}
-    return _finished(layers, "redundant", every | {name: in_use[name] for name in reached if name in in_use})
+    reached = [layer.name for layer in layers if layer.name in sums and layer.name in gradients]
+    found = to_cpu([sums[name] for name in reached] + [gradients[name] for name in reached])
+    used, thresholds = {}, {}
+    for name, (total, squares, largest), gradient in zip(reached, found, found[len(reached) :], strict=False):
+        mean = total.double() / counts[name]
+        deviation = (squares.double() / counts[name] - mean.square()).clamp_min(0).sqrt()
+        thresholds[name] = mean / deviation.clamp_min(1e-12)
+        used[name] = ((largest > 0) | (gradient > 0)).double() if gradient.any() else torch.ones_like(mean)
+    in_use = _finished(layers, "redundant", {x.name: torch.ones(x.num_filters) for x in layers} | used)
+    zero = {layer.name: torch.zeros(layer.num_filters) for layer in layers}
+    threshold = _finished(layers, "redundant", zero | thresholds)
+    return {layer.name: (in_use[layer.name] == 0, threshold[layer.name]) for layer in layers}
+
+
+def _sum(values: Tensor, squared: bool = False) -> Tensor:
+    """(N, J, P) -> (J,) float32, one image at a time."""
+    each = [image.float().square() if squared else image.float() for image in values]
+    return torch.stack([image.sum(1) for image in each]).sum(0)
 
 
 def small_gradient(layers: Sequence[FilterLayer], passes: TrainingPasses, num_batches: int, cycle: int) -> Scores:
     """Minus the mean |d loss / d w| over the weights of the filter and over batches, with the loss of a whole batch."""
     means = _gradient_means(
-        layers, passes, num_batches, cycle, lambda x: [x.weight], lambda grad, _: grad.abs().flatten(1).mean(1)
+        layers, passes, num_batches, cycle, lambda x: [x.weight], lambda grad, _: grad.float().abs().flatten(1).mean(1)
     )
     return _finished(layers, "gradient", {name: -mean for name, mean in means.items()})
 
@@ -88,7 +118,7 @@ def small_fisher(layers: Sequence[FilterLayer], passes: TrainingPasses, num_batc
         num_batches,
         cycle,
         lambda x: [p for p in x.parameters() if p.requires_grad],
-        lambda grad, value: 0.5 * (grad.double() * value.detach()).square().reshape(len(grad), -1).sum(1),
+        lambda grad, value: 0.5 * (grad.float() * value.detach()).square().reshape(len(grad), -1).sum(1),
     )
     return _finished(layers, "hessian", {name: -mean for name, mean in means.items()})
 
@@ -96,8 +126,8 @@ def small_fisher(layers: Sequence[FilterLayer], passes: TrainingPasses, num_batc
 def small_taylor(layers: Sequence[FilterLayer], passes: TrainingPasses, num_batches: int, cycle: int) -> Scores:
     """Minus |output x d loss / d output|: averaged over the positions of an example, absolute, averaged over examples
     (Molchanov et al. 2017, arXiv 1611.06440, eq. 8, without their l2 normalisation of layers, eq. 11)."""
-    total = {layer.name: torch.zeros(layer.num_filters, dtype=torch.float64) for layer in layers}
-    count = dict.fromkeys(total, 0)
+    total: dict[str, Tensor] = {}
+    count: dict[str, int] = {}
     calls: dict[str, list[tuple[Tensor, int]]] = {}
 
     def see(layer: FilterLayer, output: Tensor) -> None:
@@ -107,7 +137,7 @@ def small_taylor(layers: Sequence[FilterLayer], passes: TrainingPasses, num_batc
 
         def product(gradient: Tensor) -> None:
             values = _positions(activation * gradient)
-            calls.setdefault(layer.name, []).append((values.double().sum(2), values.shape[2]))
+            calls.setdefault(layer.name, []).append((values.float().sum(2), values.shape[2]))
 
         # A hook on the tensor sees the gradient of its value now, also where a ReLU overwrites it later.
         output.register_hook(product)
@@ -120,13 +150,13 @@ def small_taylor(layers: Sequence[FilterLayer], passes: TrainingPasses, num_batc
                 parts = [(sum(sums for sums, _ in parts), sum(positions for _, positions in parts))]
             for sums, positions in parts:
                 if positions:
-                    total[name] += (sums / positions).abs().sum(0).cpu()
-                    count[name] += len(sums)
+                    total[name] = total.get(name, 0) + (sums / positions).abs().sum(0)
+                    count[name] = count.get(name, 0) + len(sums)
         calls.clear()
 
     with _on_output(layers, see):
         _run(passes, num_batches, cycle, on_loss, gradients=True)
-    return _finished(layers, "taylor", {name: -total[name] / n for name, n in count.items() if n})
+    return _finished(layers, "taylor", {name: -total[name] / n for name, n in count.items()})
 
 
 def _output_means(
@@ -136,14 +166,14 @@ def _output_means(
     cycle: int,
     of: Callable[[Tensor], Tensor],
 ) -> dict[str, Tensor]:
-    """Mean of ``of(output)`` over images and positions, (J,) float64; layers that did not run are missing."""
+    """Mean of ``of(output)`` over images and positions, (J,); layers that did not run are missing."""
     total: dict[str, Tensor] = {}
     count: dict[str, int] = {}
 
     def see(layer: FilterLayer, output: Tensor) -> None:
         values = _positions(of(output.detach()))
         if number := values.shape[0] * values.shape[2]:
-            total[layer.name] = total.get(layer.name, 0) + values.sum((0, 2), dtype=torch.float64)
+            total[layer.name] = total.get(layer.name, 0) + _sum(values)
             count[layer.name] = count.get(layer.name, 0) + number
 
     with _on_output(layers, see):
@@ -169,7 +199,7 @@ def _gradient_means(
         batches += 1
         for (name, value), gradient in zip(owned, _gradients(loss, [p for _, p in owned]), strict=True):
             if gradient is not None:
-                total[name] = total.get(name, 0) + of(gradient, value).double()
+                total[name] = total.get(name, 0) + of(gradient, value).float()
 
     _run(passes, num_batches, cycle, on_loss, gradients=True)
     return {name: value / batches for name, value in total.items()}
@@ -182,7 +212,7 @@ def _gradients(loss: Tensor, parameters: list[Tensor]) -> tuple[Tensor | None, .
 def _run(
     passes: TrainingPasses, num_batches: int, cycle: int, on_loss: Callable[[Tensor], None], gradients: bool
 ) -> None:
-    with undisturbed(passes.model, own_modes=True), torch.set_grad_enabled(gradients):
+    with undisturbed(passes.model, True, passes.trains), torch.set_grad_enabled(gradients):
         for batch in passes.batches(num_batches, cycle):
             on_loss(passes.loss(batch))
 
@@ -217,8 +247,8 @@ def _finished(layers: Sequence[FilterLayer], criterion: str, found: dict[str, Te
             criterion,
             ", ".join(missing),
         )
-    zero = {layer.name: torch.zeros(layer.num_filters, dtype=torch.float64) for layer in layers}
-    joined = mean_over_ranks(torch.cat([found.get(name, zero[name]).double().cpu() for name in zero]))
+    zero = {layer.name: torch.zeros(layer.num_filters) for layer in layers}
+    parts = to_cpu([found.get(name, zero[name]) for name in zero])
+    joined = mean_over_ranks(torch.cat([part.double() for part in parts]), layers[0].weight.device)
     joined = torch.where(torch.isfinite(joined), joined, 0).float()
-    parts = joined.split([layer.num_filters for layer in layers])
-    return {layer.name: part.to(layer.weight.device) for layer, part in zip(layers, parts, strict=True)}
+    return dict(zip(zero, joined.split([layer.num_filters for layer in layers]), strict=True))

@@ -1,6 +1,7 @@
-"""Agreement between the processes of a run: no-ops in a single process, torch.distributed otherwise."""
+"""What the processes of a run share, and the way from a device to the CPU: no-ops in a single process on the CPU."""
 
-import hashlib
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,55 +16,69 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
-def broadcast_(tensors: list[Tensor]) -> None:
-    """Overwrites ``tensors`` with those of rank 0; bool tensors too. Same shapes and order on every rank."""
+def gathered(value: Any) -> list[Any]:
+    """The picklable values of all ranks, in their order."""
+    if world_size() == 1:
+        return [value]
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def to_cpu(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies of tensors on the CPU, by one transfer for all of a type and device."""
+    found: list[Any] = [None] * len(tensors)
+    kinds: dict[Any, list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        kinds.setdefault((tensor.device, tensor.dtype), []).append(place)
+    for places in kinds.values():
+        whole = torch.cat([tensors[place].detach().flatten() for place in places]).cpu()
+        parts = whole.split([tensors[place].numel() for place in places])
+        for place, part in zip(places, parts, strict=True):
+            found[place] = part.view(tensors[place].shape)
+    return found
+
+
+def broadcast_(tensors: Sequence[Tensor], device: torch.device) -> None:
+    """Overwrites ``tensors`` with those of rank 0, by one collective call for all of a type.
+
+    Args:
+        tensors: of the same shapes and order on every rank, on any device, bool too.
+        device: the own one of this process, for backends that do not know the CPU.
+    """
     if world_size() == 1:
         return
+    kinds: dict[Any, list[Tensor]] = {}
     for tensor in tensors:
-        moved = _collective_device(tensor)
+        kinds.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    for (_, dtype), group in kinds.items():
+        whole = torch.cat([tensor.flatten() for tensor in group])
+        # Not every backend moves bool.
+        moved = _movable(whole.to(torch.uint8) if dtype == torch.bool else whole, device)
         dist.broadcast(moved, 0)
-        if moved is not tensor:
-            tensor.copy_(moved.to(tensor.dtype))
+        parts = moved.to(whole).split([tensor.numel() for tensor in group])
+        for tensor, part in zip(group, parts, strict=True):
+            tensor.copy_(part.view(tensor.shape))
 
 
-def mean_over_ranks(tensor: Tensor) -> Tensor:
-    """The mean of ``tensor`` over the ranks, weighted equally."""
+def mean_over_ranks(tensor: Tensor, device: torch.device | None = None) -> Tensor:
+    """The mean of ``tensor`` over the ranks, weighted equally.
+
+    Args:
+        device: see ``broadcast_``; None where the tensor is on it.
+    """
     if world_size() == 1:
         return tensor
-    total = _collective_device(tensor).clone()
+    total = _movable(tensor, device or tensor.device).clone()
     dist.all_reduce(total)
     return (total / world_size()).to(tensor)
 
 
-def check_agreement(tensors: dict[str, list[Tensor]], what: str) -> None:
-    """Compares a hash of every named group of tensors over the ranks.
-
-    Raises:
-        RuntimeError: on every rank, naming the first group that differs and the ranks that differ from rank 0.
-    """
-    if world_size() == 1:
-        return
-    digests = {name: _digest(group) for name, group in tensors.items()}
-    gathered: list = [None] * world_size()
-    dist.all_gather_object(gathered, digests)
-    for name in digests:
-        odd = [r for r, other in enumerate(gathered) if other.get(name) != gathered[0][name]]
-        if odd:
-            raise RuntimeError(f"{what}: layer {name} differs between rank 0 and rank(s) {odd}")
-
-
-def _digest(group: list[Tensor]) -> str:
-    digest = hashlib.sha1(usedforsecurity=False)
-    for tensor in group:
-        # Of 1x1 kernels in channels_last .contiguous() keeps strides that cannot be viewed as bytes.
-        whole = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        digest.update(whole.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _collective_device(tensor: Tensor) -> Tensor:
-    """NCCL moves CUDA tensors only, and not every backend moves bool."""
-    moved = tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor
-    if dist.get_backend() == "nccl" and not moved.is_cuda:
-        moved = moved.cuda()
-    return moved.contiguous()
+def _movable(tensor: Tensor, device: torch.device) -> Tensor:
+    """NCCL and XCCL move tensors of the own device only; float64 is not on every device."""
+    backends = str(dist.get_backend_config())
+    knows_cpu = "gloo" in backends or "mpi" in backends
+    if tensor.device.type == "cpu" and not knows_cpu:
+        moved = tensor.float() if tensor.dtype == torch.float64 else tensor
+        return moved.to(device).contiguous()
+    return tensor.contiguous()

@@ -4,16 +4,18 @@ Shape shorthand:
     J: filters of a layer        M: filters of it that are dropped
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from repr_det.method.layers import FilterLayer, zero_rows_
 from repr_det.method.optimizers import zero_optimizer_state_
+from repr_det.network.tracing import HookOfOne
 
 
 @dataclass
@@ -28,8 +30,6 @@ class Transition:
         max_cosine: layer name -> largest |cos| of a new filter to the kept and old ones (restores only).
         seconds: wall-clock time.
         overlaps: layer -> O_f of every filter, before a drop and after a restore.
-        slim: at the restore of the sub-network that found out which way costs less: the fields of
-            ``slim_choice.Choice``; else None.
     """
 
     event: str
@@ -40,7 +40,6 @@ class Transition:
     max_cosine: dict[str, float]
     seconds: float
     overlaps: dict[str, list[float]]
-    slim: dict[str, Any] | None = None
 
 
 class HeldFilters:
@@ -52,40 +51,34 @@ class HeldFilters:
 
     Args:
         layers: all layers that take part.
-        masks: layer name -> (J,) bool, True = dropped, on the layer's device.
+        masks: layer name -> (J,) bool, True = dropped, on the CPU.
         optimizers: hold the parameters of the layers.
-        norm_is_known: layer name -> whether its norm is sure to be the one behind its conv. Where it is not, gradients
-            of the conv are left alone: that they move what should be zero shows the mistake at the restore.
 
     Attributes:
         masks: as given.
-        rows: layer name -> (M,) indices of its dropped filters.
+        rows: layer name -> (M,) indices of its dropped filters, on the layer's device.
+        kept: layer name -> (K,) indices of the others, on the layer's device.
         layers: those of the layers that lose a filter.
     """
 
     def __init__(
-        self,
-        layers: Sequence[FilterLayer],
-        masks: Mapping[str, Tensor],
-        optimizers: Sequence[Optimizer],
-        norm_is_known: Callable[[str], bool],
+        self, layers: Sequence[FilterLayer], masks: Mapping[str, Tensor], optimizers: Sequence[Optimizer]
     ) -> None:
         self.masks = {layer.name: masks[layer.name] for layer in layers}
-        self.rows = {name: mask.nonzero().flatten() for name, mask in self.masks.items()}
-        self.layers = [layer for layer in layers if len(self.rows[layer.name])]
+        self.layers = [layer for layer in layers if self.masks[layer.name].any()]
+        self.rows = {x.name: _indices(self.masks[x.name]).to(x.weight.device) for x in self.layers}
+        self.kept = {x.name: _indices(~self.masks[x.name]).to(x.weight.device) for x in self.layers}
         self._optimizers = optimizers
-        self._norm_is_known = norm_is_known
         self._handles: list[RemovableHandle] = []
+        self._watching: list[RemovableHandle] = []
+        self._leaks: dict[str, Tensor] = {}
 
     def __len__(self) -> int:
-        return sum(len(rows) for rows in self.rows.values())
-
-    def __contains__(self, layer: FilterLayer) -> bool:
-        return layer in self.layers
+        return sum(int(mask.sum()) for mask in self.masks.values())
 
     def indices(self) -> dict[str, list[int]]:
         """Layer name -> indices of its dropped filters; layers that keep all of theirs are missing."""
-        return {layer.name: self.rows[layer.name].tolist() for layer in self.layers}
+        return {layer.name: _indices(self.masks[layer.name]).tolist() for layer in self.layers}
 
     def zero_(self) -> None:
         """Sets every tensor of the dropped filters to exactly 0, and their optimizer state."""
@@ -98,40 +91,78 @@ class HeldFilters:
         for layer in self.layers:
             rows = self.rows[layer.name]
             zero_rows_((p.grad for p in layer.parameters() if p.grad is not None), rows)
-            moving = layer.moving_parameters()
             for parameter in layer.parameters():
-                if any(parameter is one for one in moving):
-                    self._handles.append(parameter.register_hook(lambda grad, rows=rows: grad.index_fill(0, rows, 0)))
-                elif parameter.requires_grad:
-                    self._handles.append(self._look_once(layer.name, parameter, rows))
+                self._handles.append(_hook_gradient(parameter, rows))
 
-    def _look_once(self, name: str, parameter: nn.Parameter, rows: Tensor) -> RemovableHandle:
-        """For a parameter whose gradient is zero by itself (``moving_parameters``), as long as nothing but the norm
-        reads the conv and one call of it: the first gradient tells, and where it is not it is made so from then on."""
-        looked = False
+    def watch_channels(self) -> None:
+        """Looks at what conv and norm put out for the dropped channels, until ``leaking`` is asked."""
+        for layer in self.layers:
+            for module in {layer.conv, layer.output_module()}:
+                self._watching.append(module.register_forward_hook(HookOfOne(self._channel_hook(layer.name))))
 
-        def zero(grad: Tensor) -> Tensor | None:
-            nonlocal looked
-            if not looked:
-                looked = True
-                if not (self._norm_is_known(name) and grad.index_select(0, rows).count_nonzero()):
-                    handle.remove()
-                    return None
-            return grad.index_fill(0, rows, 0)
+    def _channel_hook(self, name: str) -> Any:
+        rows = self.rows[name]
 
-        handle = parameter.register_hook(zero)
-        return handle
+        def look(module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and torch.is_grad_enabled() and not output.is_meta:
+                found = output.detach().index_select(-3, rows.to(output.device)).any()
+                before = self._leaks.get(name)
+                self._leaks[name] = found if before is None else before | found.to(before.device)
+
+        return look
+
+    def saw_channels(self) -> bool:
+        """Whether a training pass has run since ``watch_channels``."""
+        return bool(self._leaks)
+
+    def leaking(self) -> list[str]:
+        """Names of the layers whose dropped channels were seen not to be 0. One wait for the device."""
+        leaks, self._leaks = self._leaks, {}
+        self._stop_watching()
+        flags = torch.stack([flag.to(self.layers[0].weight.device) for flag in leaks.values()]).tolist()
+        return [name for name, flag in zip(leaks, flags, strict=True) if flag]
+
+    def _stop_watching(self) -> None:
+        for handle in self._watching:
+            handle.remove()
+        self._watching = []
 
     def not_zero(self) -> tuple[str, str] | None:
-        """Names of a layer and of its tensor whose dropped filters are not exactly 0."""
+        """Names of a layer and of its tensor whose dropped filters are not exactly 0. One wait for the device."""
+        names, flags = [], []
         for layer in self.layers:
             for name, tensor in layer.tensors().items():
-                if tensor[self.rows[layer.name]].count_nonzero():
-                    return layer.name, name
-        return None
+                names.append((layer.name, name))
+                rows = self.rows[layer.name].to(tensor.device)
+                flags.append(tensor.detach().index_select(0, rows).any())
+        device = self.layers[0].weight.device if self.layers else None
+        found = torch.stack([flag.to(device) for flag in flags]).tolist() if flags else []
+        return next((name for name, flag in zip(names, found, strict=True) if flag), None)
 
     def release(self) -> None:
         """Lets gradients through again."""
+        self._stop_watching()
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+
+def _indices(mask: Tensor) -> Tensor:
+    return mask.nonzero().flatten()
+
+
+def _hook_gradient(parameter: nn.Parameter, rows: Tensor) -> RemovableHandle:
+    """Also where the parameter does not train now: it may be made to while its filters are out."""
+
+    def zero(gradient: Tensor) -> Tensor | None:
+        here = rows.to(gradient.device)
+        # On the CPU a look is cheaper than a copy; behind a norm whose gamma is 0 these gradients are 0 by themselves.
+        if gradient.device.type == "cpu" and not gradient.index_select(0, here).any():
+            return None
+        return gradient.index_fill(0, here, 0)
+
+    trains = parameter.requires_grad
+    parameter.requires_grad_(True)
+    handle = parameter.register_hook(zero)
+    parameter.requires_grad_(trains)
+    return handle

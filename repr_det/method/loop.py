@@ -10,55 +10,56 @@ The pieces (``find_filter_layers``, ``RePrSchedule``, ``RePrScheme``) stay for t
 """
 
 import dataclasses
-import itertools
-import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import logging
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from repr_det.method.blocks import readers
-from repr_det.method.errors import UserError
+from repr_det.method.errors import OptionError, UserError
 from repr_det.method.holding import Transition
-from repr_det.method.layers import find_filter_layers
-from repr_det.method.optimizers import around_step
-from repr_det.method.passes import TrainingPasses, preserved_random_state
+from repr_det.method.layers import FilterLayer, find_filter_layers
+from repr_det.method.optimizers import around_step, scale_rates, with_inner
+from repr_det.method.options import RePrOptions
+from repr_det.method.passes import TrainingPasses, passes_over
 from repr_det.method.schedule import RePrSchedule
 from repr_det.method.scheme import RePrScheme
+from repr_det.method.selection import drop_total
+from repr_det.network.state import undisturbed
+
+logger = logging.getLogger("repr_det.loop")
+
+_WITHOUT_EFFECT = ("norms", "slim")  # of version 0.2.0
 
 
 class RePr:
     """RePr for a training loop of one's own, with the defaults of the configs.
 
     Args:
-        model: with or without a DistributedDataParallel around it.
+        model: the module that is called in training, with or without DistributedDataParallel or DataParallel around it.
         optimizer: holds the parameters of the convs that take part; a list where several do.
         total_steps: optimizer steps of the whole training.
-        layers, exclude: fnmatch patterns on names of Conv2d modules, see ``layers.find_filter_layers``. Convs that
-            predict (class scores, boxes) have no filter to spare: those of known names are left out, leave out others.
-        schedule: None derives it, ``num_cycles`` cycles in the first three quarters of the steps before
-            ``first_lr_step`` (of all steps where that is None), S1 : S2 = 2 : 1.
-        num_cycles, first_lr_step: see ``schedule``.
+        schedule: None derives it from the options s1_iters, s2_iters, num_cycles and start_iter.
+        first_lr_step: the step at which the learning rate first decays; None if it does not.
         loader, loss: training batches and ``loss(batch)`` -> scalar, for criteria that look at data and for FrozenBN,
-            see ``passes_over``.
+            see ``passes.passes_over``.
         passes: the same, for batches of another kind (``passes.TrainingPasses``).
-        norms, sample: which norm follows which conv, where the order of the modules does not say it, see
-            ``layers.find_filter_layers``.
-        slim: True leaves dropped channels out of the computation, False computes them as zeros; "auto" finds out which
-            costs less, see ``RePrScheme``.
-        options: of ``RePrScheme``: criterion, drop_ratio, max_drop_per_layer, scale, frozen_norm, returns,
-            criterion_batches, calibration_batches, seed.
+        sample: what the model is called with once, now, to see who takes part: a batch of images, or a tuple of several
+            arguments. None waits for the first training pass.
+        averages: averages of the weights that follow the model (EMA, SWA): modules, or objects that hold one.
+        seed: all randomness comes from it and the cycle.
+        options: of ``options.RePrOptions``: layers, exclude, criterion, drop_ratio, ...
 
     Attributes:
-        schedule: the iterations of all drops and restores.
+        schedule: the steps of all drops and restores, counted from 0.
         scheme: what drops and restores; its ``masks`` say which filters are out.
         steps: optimizer steps so far.
 
     Raises:
-        UserError: an option is wrong, no conv takes part, or the schedule does not fit into ``total_steps``.
+        UserError: an option is wrong, no conv can take part, or the schedule does not fit into ``total_steps``.
     """
 
     def __init__(
@@ -67,40 +68,59 @@ class RePr:
         optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         total_steps: int,
         *,
-        layers: Sequence[str] = ("*",),
-        exclude: Sequence[str] = (),
         schedule: RePrSchedule | None = None,
-        num_cycles: int = 3,
         first_lr_step: int | None = None,
         loader: Iterable[Any] | None = None,
         loss: Callable[[Any], Tensor] | None = None,
         passes: TrainingPasses | None = None,
-        norms: Mapping[str, nn.Module | None] | None = None,
         sample: Any = None,
-        slim: bool | str = "auto",
+        averages: Sequence[Any] = (),
+        seed: int = 0,
         **options: Any,
     ) -> None:
+        for name in [name for name in _WITHOUT_EFFECT if name in options]:
+            warnings.warn(f"RePr: {name}= has no effect since version 0.3.0", DeprecationWarning, stacklevel=2)
+            del options[name]
+        self.options = RePrOptions.of(options)
         if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
-            raise UserError(f"total_steps must be an integer of at least 1, got {total_steps!r}")
+            raise OptionError(f"{{total_steps}} must be an integer of at least 1, got {total_steps!r}")
         if (loader is None) != (loss is None) or (loader is not None and passes is not None):
-            raise UserError("give loader and loss together, or passes, or none of them")
-        if unknown := sorted(set(options) - set(_OPTIONS)):
-            raise UserError(f"RePr has no option {unknown[0]!r}: take one of {', '.join(_OPTIONS)}")
-        model = _unwrapped(model)
-        self.schedule = schedule or RePrSchedule.derive(total_steps, first_lr_step, num_cycles)
+            raise UserError("give loader= and loss= together, or passes=, or none of them")
+        model = unwrapped(model)
+        self.model = model
+        self.total_steps = total_steps
+        self.schedule = schedule or schedule_of(self.options, total_steps, first_lr_step)
         self.schedule.check_fits(total_steps)
         if loader is not None and loss is not None:
-            passes = passes_over(model, loader, loss, options.get("seed", 0))
+            passes = passes_over(model, loader, loss, seed)
         self.scheme = RePrScheme(
-            find_filter_layers(model, layers, exclude, norms, sample),
+            find_filter_layers(model, self.options.layers, self.options.exclude),
             optimizer,
-            readers=readers(model),
+            model=model,
             passes=passes,
-            slim_model=model,
-            slim=slim,
-            **options,
+            averages=averages,
+            seed=seed,
+            chosen=self.options,
         )
         self.steps = 0
+        self.logger = logger
+        self._announced = self._finished = False
+        self._overdue = False
+        if loader is not None and passes is not None and self.scheme.needs_batches:
+            self._try_batches(passes)
+        if self.warmup_iters:
+            scale_rates(self.scheme.optimizers, self._share_of_rate)
+        # Filters that are out when training ends are out of the model for good, unless a checkpoint is resumed.
+        self._end = {"dropped": 0}
+        self._at_end = weakref.finalize(self, _warn_of_sub_network, self._end)
+        if sample is not None:
+            self._prove_by(model, sample)
+
+    @property
+    def warmup_iters(self) -> int:
+        """Steps of learning-rate warm-up after a restore."""
+        length = self.options.warmup_iters
+        return self.schedule.s2_iters if length == -1 else length
 
     @property
     def phase(self) -> str:
@@ -111,7 +131,7 @@ class RePr:
         """To be called after every step of the optimizer. Collective where there are several ranks.
 
         Returns:
-            What a drop or restore did, in the iterations that have one.
+            What a drop or restore did, in the steps that have one.
 
         Raises:
             UserError: of ``RePrScheme.check``, ``drop`` and ``restore``.
@@ -119,17 +139,75 @@ class RePr:
         iteration = self.steps
         self.steps += 1
         self.scheme.check()
+        self._announce()
+        if self._finished:
+            return None
+        if self.steps > self.total_steps and not self._overdue:
+            self._overdue = True
+            self.logger.warning(
+                "RePr: step %d is beyond the %d of total_steps=: the schedule was made for a training that is over, or "
+                "total_steps= counts epochs",
+                self.steps,
+                self.total_steps,
+            )
+        done = None
         if iteration in self.schedule.drop_iters:
-            return self.scheme.drop()
-        if iteration in self.schedule.restore_iters:
-            return self.scheme.restore()
-        return None
+            done = self.scheme.drop()
+        elif iteration in self.schedule.restore_iters:
+            done = self.scheme.restore()
+        self._tell(iteration, done)
+        return done
+
+    def finish(self, filters: str = "new") -> Transition | None:
+        """Ends RePr before its schedule does, with the full network; later steps are plain training.
+
+        Args:
+            filters: "new", dropped filters come back as in a restore, or "old", with their values of before the drop.
+
+        Returns:
+            What the restore did; None where no filters were out.
+
+        Raises:
+            UserError: ``filters`` is neither, or of ``RePrScheme.restore``.
+        """
+        if filters not in ("new", "old"):
+            raise UserError(f"filters= must be new or old, got {filters!r}")
+        self._finished = True
+        if not self.scheme.is_sub:
+            return None
+        done = self.scheme.restore(as_they_were=filters == "old")
+        self._tell(self.steps - 1, done)
+        return done
+
+    def prove(self, run: Callable[[], Any]) -> None:
+        """Shows now who takes part, by a pass that leaves no trace in the model.
+
+        Args:
+            run: calls the model, as training does.
+
+        Raises:
+            UserError: nothing takes part.
+        """
+        with undisturbed(self.model, own_modes=True), torch.enable_grad():
+            run()
+        self.scheme.check()
+        self._announce()
+
+    def expect_no_more(self) -> None:
+        """Filters that are out as training ends are no matter for a warning any more."""
+        self._at_end.detach()
+
+    def close(self) -> None:
+        """Lets go of the model, for another RePr to take it."""
+        self._finished = True
+        self.scheme.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """What ``load_state_dict`` needs; loads under ``torch.load(weights_only=True)``."""
+        """Everything that ``load_state_dict`` needs; loads under ``torch.load(weights_only=True)``."""
         return {
             "steps": self.steps,
             "schedule": dataclasses.asdict(self.schedule),
+            "finished": self._finished,
             "scheme": self.scheme.state_dict(),
         }
 
@@ -137,7 +215,8 @@ class RePr:
         """Continues from ``state``; load model and optimizer from the same checkpoint first.
 
         Raises:
-            UserError: the state is of another schedule or other layers, or the model is not of this checkpoint.
+            UserError: the state is of another schedule, other options or layers, or the model is not of this
+            checkpoint.
         """
         if (saved := RePrSchedule(**state["schedule"])) != self.schedule:
             raise UserError(
@@ -146,19 +225,55 @@ class RePr:
             )
         self.scheme.load_state_dict(state["scheme"])
         self.steps = state["steps"]
+        self._finished = state.get("finished", False)
+        self._end["dropped"] = self.scheme.num_dropped
 
+    def __repr__(self) -> str:
+        schedule, layers = self.schedule, self.scheme.layers
+        filters = sum(layer.num_filters for layer in layers)
+        return (
+            f"RePr(step {self.steps} of {self.total_steps}, {self.phase} network, {self.scheme.num_dropped} of "
+            f"{filters} filters in {len(layers)} convs dropped; drops after steps {_listed(schedule.drop_iters)}, "
+            f"restores after {_listed(schedule.restore_iters)})"
+        )
 
-_OPTIONS = (
-    "criterion",
-    "drop_ratio",
-    "max_drop_per_layer",
-    "scale",
-    "frozen_norm",
-    "returns",
-    "criterion_batches",
-    "calibration_batches",
-    "seed",
-)
+    def _announce(self) -> None:
+        """Once, when it is known who takes part."""
+        if self._announced or not self.scheme.participants.known:
+            return
+        self._announced = True
+        self.logger.info(describe_layers(self.scheme.layers, self.options, self.scheme.criterion.spares))
+        if self.logger is logger:  # the hook has said it before
+            self.logger.info(describe_schedule(self.schedule))
+
+    def _tell(self, iteration: int, done: Transition | None) -> None:
+        self._end["dropped"] = self.scheme.num_dropped
+        if done is not None:
+            self.logger.info(describe_transition(iteration, done))
+
+    def _share_of_rate(self) -> float:
+        """The share of the learning rate that the next step takes, while it warms up after a restore."""
+        restored = [i for i in self.schedule.restore_iters if i < self.steps]
+        if not self.scheme.num_returned or not restored:
+            return 1.0
+        return min(1.0, (self.steps - restored[-1]) / (self.warmup_iters + 1))
+
+    def _try_batches(self, passes: TrainingPasses) -> None:
+        """Draws and joins what the transitions will look at, so that what is wrong with it shows now."""
+        batches = list(passes.batches(self.options.calibration_batches or 4, 0))
+        if not batches:
+            raise UserError("loader= yields no batch, and transitions look at training batches")
+        passes.join(batches)
+
+    def _prove_by(self, model: nn.Module, sample: Any) -> None:
+        arguments = sample if isinstance(sample, tuple) else (sample,)
+        try:
+            self.prove(lambda: model(*arguments))
+        except UserError:
+            raise
+        except Exception as error:  # whatever a model raises
+            text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise UserError(f"sample= is not what the model can be called with: {text}") from error
 
 
 def apply_repr(model: nn.Module, optimizer: torch.optim.Optimizer, total_steps: int, **options: Any) -> RePr:
@@ -168,75 +283,74 @@ def apply_repr(model: nn.Module, optimizer: torch.optim.Optimizer, total_steps: 
         options: of ``RePr``.
 
     Returns:
-        The object, whose state belongs into checkpoints; do not call its ``step``.
+        The object, whose state belongs into checkpoints; its ``step`` is called already, and a call of one's own raises
+        UserError.
     """
     repr_training = RePr(model, optimizer, total_steps, **options)
+    count = repr_training.step
 
-    around_step(optimizer, after=repr_training.step)
+    def refuse() -> None:
+        raise UserError(
+            "apply_repr counts the optimizer's steps by itself: do not call step() too, or build RePr instead"
+        )
+
+    repr_training.step = refuse  # type: ignore[method-assign]
+    around_step(with_inner(optimizer if isinstance(optimizer, Sequence) else [optimizer]), after=count)
     return repr_training
 
 
-def passes_over(
-    model: nn.Module, loader: Iterable[Any], loss: Callable[[Any], Tensor], seed: int = 0
-) -> TrainingPasses:
-    """Extra passes over the first batches of ``loader``, in an order that depends on ``seed`` and cycle only.
+def schedule_of(options: RePrOptions, total_steps: int, first_lr_step: int | None) -> RePrSchedule:
+    """The schedule that options stand for, derived where s1_iters and s2_iters are 0."""
+    if options.s1_iters == 0:
+        return RePrSchedule.derive(total_steps, first_lr_step, options.num_cycles, options.start_iter)
+    return RePrSchedule(options.s1_iters, options.s2_iters, options.num_cycles, options.start_iter)
 
-    Args:
-        model: with or without a DistributedDataParallel around it.
-        loader: can be iterated more than once; its iterator is not the one that training uses (no persistent workers).
-            A batch is a tensor, a list of dicts (an example each), or a tuple or dict of fields: tensors, or lists with
-            an entry an example.
-        loss: batch -> scalar loss of a forward pass of ``model`` in training mode.
 
-    Raises:
-        UserError: ``loader`` is an iterator, or keeps its workers.
-    """
-    if isinstance(loader, Iterator) or getattr(loader, "persistent_workers", False):
-        raise UserError(
-            "loader must start anew whenever it is iterated, beside the training: give a DataLoader of its own "
-            "without persistent_workers, or a list of batches"
+def describe_layers(layers: Sequence[FilterLayer], options: RePrOptions, spares: bool) -> str:
+    """One line on who takes part."""
+    filters = sum(layer.num_filters for layer in layers)
+    kinds = ", ".join(sorted({layer.kind for layer in layers}))
+    names = ", ".join(f"{layer.name} ({layer.num_filters})" for layer in layers)
+    number = f"{'up to ' if spares else ''}{drop_total(filters, options.drop_ratio)}"
+    return (
+        f"RePr: {len(layers)} convs, {filters} filters take part (norm: {kinds}); every drop takes {number} "
+        f"({100 * options.drop_ratio:g} %), at most {100 * options.max_drop_per_layer:g} % of a layer: {names}"
+    )
+
+
+def describe_schedule(schedule: RePrSchedule) -> str:
+    """One line on when drops and restores happen."""
+    return (
+        f"RePr schedule: S1 {schedule.s1_iters}, S2 {schedule.s2_iters}, {schedule.num_cycles} cycles from iteration "
+        f"{schedule.start_iter}; drops after iterations {schedule.drop_iters}, restores after {schedule.restore_iters}"
+    )
+
+
+def describe_transition(iteration: int, done: Transition) -> str:
+    """One line on what a drop or restore did."""
+    return (
+        f"RePr {done.event} after iteration {iteration} (cycle {done.cycle + 1}): "
+        f"{sum(map(len, done.dropped.values()))} filters, mean O_f {done.overlap_before:.4f} -> "
+        f"{done.overlap_after:.4f}, {done.seconds:.2f} s"
+    )
+
+
+def _listed(iterations: Sequence[int]) -> str:
+    return ", ".join(map(str, iterations))
+
+
+def _warn_of_sub_network(end: dict[str, int]) -> None:
+    if end["dropped"]:
+        logger.warning(
+            "RePr: training ended inside the sub-network phase: %d filters are dropped (zero) in the model; call "
+            "finish() before training ends, or resume from a checkpoint",
+            end["dropped"],
         )
 
-    def batches(number: int, cycle: int) -> list[Any]:
-        with _seeded(loader, seed * 1_000_003 + cycle):
-            return list(itertools.islice(iter(loader), number))
 
-    return TrainingPasses(_unwrapped(model), batches, loss, _joined)
-
-
-def _joined(batches: Sequence[Any]) -> Any:
-    """One batch with all examples of several."""
-    first = batches[0]
-    if isinstance(first, Mapping):
-        return {key: _end_to_end([batch[key] for batch in batches]) for key in first}
-    if isinstance(first, (tuple, list)) and not any(isinstance(part, Mapping) for part in first):
-        return tuple(_end_to_end(field) for field in zip(*batches, strict=True))
-    return _end_to_end(batches)
-
-
-def _end_to_end(parts: Sequence[Any]) -> Any:
-    return torch.cat(list(parts)) if isinstance(parts[0], Tensor) else list(itertools.chain.from_iterable(parts))
-
-
-@contextmanager
-def _seeded(loader: Any, seed: int) -> Iterator[None]:
-    """All that a loader draws from, seeded; afterwards as it was."""
-    parts = (loader, getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None))
-    own = {id(g): g for part in parts if isinstance(g := getattr(part, "generator", None), torch.Generator)}.values()
-    states = [(generator, generator.get_state()) for generator in own]
-    with preserved_random_state():
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
-        for generator, _ in states:
-            generator.manual_seed(seed)
-        try:
-            yield
-        finally:
-            for generator, state in states:
-                generator.set_state(state)
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-    return model.module if isinstance(model, wrappers) else model
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside DistributedDataParallel, DataParallel or torch.compile."""
+    inner: Any = model
+    while isinstance(inner, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or hasattr(inner, "_orig_mod"):
+        inner = inner._orig_mod if hasattr(inner, "_orig_mod") else inner.module
+    return inner

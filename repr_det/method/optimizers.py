@@ -1,11 +1,14 @@
 """What RePr needs of optimizers: their state of single filters, those inside others, and a call for every step.
 
+Of the state only what is understood is touched: momentum, squared gradients, second sets of weights, counters. A piece
+of another name that has an entry for every weight is refused before the first drop.
+
 Shape shorthand:
     J: filters of a layer        M: filters of it that are dropped or return
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
@@ -13,184 +16,245 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from repr_det.method.errors import UserError
+from repr_det.method.errors import OptionError, UserError
 from repr_det.method.layers import FilterLayer, zero_rows_
+from repr_det.network.tracing import tensors_in
 
-# Optimizers by class name (or that of a base) whose state is not one entry for every entry of a parameter.
-_OTHER_STATE = ("Adafactor", "LBFGS", "SM3", "Shampoo", "DistributedShampoo")
-# How far an entry moves, by the names that optimizers give it in their state: averages of squared gradients, and the
-# size of a step of Rprop.
-_SCALES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "exp_inf", "sum", "step_size")
-# A second set of weights: of schedule-free optimizers, ASGD, Prodigy, several Lookaheads.
-_WEIGHTS = ("z", "ax", "p0", "slow_param", "slow_params", "slow_buffer", "lookahead_slow_buff")
+# By the names that optimizers give their state. A filter that begins to train again begins with momentum 0 ...
+_MOMENTA = {
+    *("momentum_buffer", "exp_avg", "grad_avg", "acc_delta", "exp_avg_diff", "neg_pre_grad", "previous_grad"),
+    *("pre_grad", "last_grad", "prev_grad", "prev", "velocity", "exp_avg_slow", "exp_avg_fast", "s", "momentum"),
+}
+# ... with squared gradients and steps as those of the others ...
+_SCALES = {
+    *("exp_avg_sq", "max_exp_avg_sq", "square_avg", "exp_inf", "sum", "step_size", "exp_avg_var", "max_exp_avg_var"),
+    *("grad_sum_sq", "sum_square", "exp_hessian_diag", "exp_avg_nest_sq", "max_square_avg", "exp_hessian_diag_sq"),
+}
+# ... and a second set of weights as the first.
+_WEIGHTS = {
+    *("z", "ax", "x0", "p0", "slow_param", "slow_params", "slow_buffer", "lookahead_slow_buff", "old_p"),
+    *("master", "master_param", "master_weight", "master_weights", "fp32_param", "param_copy", "backup"),
+}
+_EPS = ("eps", "eps1", "eps2")
+_STATE_WANTED = "take SGD, Adam, AdamW or another that keeps momentum or moments only"
 
 
-def with_inner(optimizers: Sequence[Optimizer]) -> list[Optimizer]:
-    """``optimizers``, and those that they hold and step themselves (SAM, Lookahead, ZeroRedundancyOptimizer)."""
-    found: list[Optimizer] = []
+def with_inner(optimizers: Sequence[Any]) -> list[Optimizer]:
+    """``optimizers``, and those that they hold and step themselves (SAM, Lookahead, accelerate's wrapper)."""
+    found: list[Any] = []
     waiting = list(optimizers)
     while waiting:
         optimizer = waiting.pop(0)
-        if not any(optimizer is one for one in found):
-            found.append(optimizer)
-            waiting += [value for value in vars(optimizer).values() if isinstance(value, Optimizer)]
-    return found
+        if any(optimizer is one for one in found):
+            continue
+        found.append(optimizer)
+        waiting += [value for value in vars(optimizer).values() if isinstance(value, Optimizer)]
+    real = [one for one in found if isinstance(one, Optimizer) and "state" in vars(one)]
+    if not real:
+        raise UserError(f"optimizer= must be a torch.optim.Optimizer, or hold one, got {type(optimizers[0]).__name__}")
+    return real
 
 
 def around_step(
-    optimizer: Optimizer, before: Callable[[], Any] = lambda: None, after: Callable[[], Any] = lambda: None
-) -> None:
-    """Calls ``before`` and ``after`` around every step of ``optimizer``, once.
+    optimizers: Sequence[Optimizer], before: Callable[[], Any] = lambda: None, after: Callable[[], Any] = lambda: None
+) -> list[Any]:
+    """Calls ``before`` and ``after`` around every step, once for optimizers that step each other.
 
     torch runs the hooks of an instance in ``step`` of every class that has been used, so twice where that of a subclass
-    calls that of its base.
+    calls that of its base. SAM in two calls steps its inner optimizer alone.
+
+    Returns:
+        Handles with ``remove``.
     """
 
     def unless_inside(call: Callable[[], Any]) -> Callable[..., None]:
         def hook(*_: Any) -> None:
-            if not _is_inside(optimizer, sys._getframe(1)):
+            if not _is_inside(optimizers, sys._getframe(1)):
                 call()
 
-        return hook
+        return torch.compiler.disable(hook)
 
-    optimizer.register_step_pre_hook(unless_inside(before))
-    optimizer.register_step_post_hook(unless_inside(after))
+    handles = []
+    for optimizer in optimizers:
+        handles.append(optimizer.register_step_pre_hook(unless_inside(before)))
+        handles.append(optimizer.register_step_post_hook(unless_inside(after)))
+    return handles
 
 
-def scale_rates(optimizer: Optimizer, share: Callable[[], float]) -> None:
-    """Every step of ``optimizer`` takes its learning rates times ``share()``, which is asked before each.
+def _is_inside(optimizers: Sequence[Optimizer], frame: FrameType | None) -> bool:
+    """Whether the step that ``frame`` runs in has been called from another step of one of the optimizers."""
+
+    def is_step(frame: FrameType) -> bool:
+        return any(frame.f_locals.get("self") is optimizer for optimizer in optimizers)
+
+    while frame is not None and not is_step(frame):
+        frame = frame.f_back
+    step, outer = frame, None if frame is None else frame.f_back
+    while outer is not None and not (outer.f_code is step.f_code and is_step(outer)):
+        outer = outer.f_back
+    return outer is not None
+
+
+def scale_rates(optimizers: Sequence[Optimizer], share: Callable[[], float]) -> list[Any]:
+    """Every step takes its learning rates times ``share()``, which is asked before each.
 
     The rates are changed around the step alone: learning-rate schedules, logs and checkpoints do not see it.
+
+    Returns:
+        Handles with ``remove``.
     """
     rates: list[Any] = []
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    own = list({id(group): group for group in groups}.values())  # SAM's are those of its inner optimizer
 
     def scale() -> None:
         factor = share()
-        # A rate that is a tensor stays the same one: what has been compiled or captured reads it.
-        rates[:] = [rate.clone() if torch.is_tensor(rate := group["lr"]) else rate for group in optimizer.param_groups]
-        for group in optimizer.param_groups:
-            group["lr"] *= factor
+        rates[:] = [rate.clone() if torch.is_tensor(rate := group["lr"]) else rate for group in own]
+        scaled: set[int] = set()
+        for group in own:
+            if torch.is_tensor(group["lr"]):
+                # It stays the same tensor, which a compiled step reads; several groups may have one together.
+                if id(group["lr"]) not in scaled:
+                    group["lr"].mul_(factor)
+                scaled.add(id(group["lr"]))
+            else:
+                group["lr"] *= factor
 
     def put_back() -> None:
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        for group, rate in zip(own, rates, strict=True):
             if torch.is_tensor(rate):
                 group["lr"].copy_(rate)
             else:
                 group["lr"] = rate
 
-    around_step(optimizer, scale, put_back)
+    return around_step(optimizers, scale, put_back)
 
 
-def _is_inside(optimizer: Optimizer, step: FrameType) -> bool:
-    """Whether torch's wrapper of a step has been called from that of another step of the same optimizer."""
-    frame = step.f_back
-    while frame is not None:
-        if frame.f_code is step.f_code and frame.f_locals.get("self") is optimizer:
-            return True
-        frame = frame.f_back
-    return False
+def learning_rate(optimizers: Sequence[Optimizer], parameter: Tensor) -> float:
+    """The largest learning rate of a parameter; 0 where no optimizer holds it."""
+    rates = [
+        float(group.get("lr", 1))
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        if any(one is parameter for one in group["params"])
+    ]
+    return max(rates, default=0.0)
 
 
 def check_optimizers(layers: Sequence[FilterLayer], optimizers: Sequence[Optimizer]) -> None:
-    """Raises UserError where a trainable member of a filter is in none of the optimizers, or one of these keeps
-    another state than momentum and moments entry by entry."""
+    """Raises UserError where a trainable member of a filter is in none of the optimizers, or a step of one of them
+    would not leave a filter of zeros without gradients where it is."""
     held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     for layer in layers:
         for name, tensor in layer.tensors().items():
             if isinstance(tensor, nn.Parameter) and tensor.requires_grad and id(tensor) not in held:
-                raise UserError(
-                    f"REPR: the optimizer does not hold the {name} of {layer.name}, so that a dropped filter cannot be "
-                    "held at zero: give RePrScheme all optimizers (a list), switch off its requires_grad where it does "
-                    f"not train, or add {layer.name!r} to REPR.LAYERS.EXCLUDE"
+                raise OptionError(
+                    f"the optimizer does not hold the {name} of {layer.name}, so that a dropped filter cannot be held "
+                    "at zero: give all optimizers (a list), switch off its requires_grad where it does not train, or "
+                    f"add {layer.name!r} to {{exclude}}"
                 )
     for optimizer in optimizers:
-        for name in (kind.__name__ for kind in type(optimizer).__mro__):
-            if name in _OTHER_STATE:
-                raise UserError(f"REPR cannot hold filters at zero under the optimizer {name}: {_STATE_WANTED}")
-
-
-_STATE_WANTED = (
-    "its state is not one number for every weight, from which a dropped filter can be taken out; "
-    "choose SGD, Adam, AdamW or another that keeps momentum or moments only"
-)
+        for group in optimizer.param_groups:
+            if any(group.get(key) == 0 for key in _EPS):
+                raise UserError(
+                    f"the optimizer {type(optimizer).__name__} has eps 0: its step of a dropped filter is 0 / 0; give "
+                    "it a larger one (1e-8)"
+                )
 
 
 def check_optimizer_state(layers: Sequence[FilterLayer], optimizers: Sequence[Optimizer]) -> None:
-    """Raises UserError where an optimizer keeps something for a layer whose rows are not those of its filters."""
+    """Raises UserError where an optimizer keeps something for a layer whose meaning is not known."""
     for optimizer in optimizers:
-        for layer in layers:
-            for parameter in layer.parameters():
+        for parameter, state in optimizer.state.items():
+            for key, value in state.items() if torch.is_tensor(parameter) else ():
+                if any(tensor.numel() > parameter.numel() > 1 for tensor in tensors_in(value, depth=1)):
+                    raise UserError(
+                        f"the optimizer {type(optimizer).__name__} keeps {key!r} for all weights together, which RePr "
+                        f"cannot take a filter out of; {_STATE_WANTED}"
+                    )
+    for layer, parameter, optimizer, key, value in _state_of(layers, optimizers):
+        if value.dim() == 0 or value.numel() <= 1 < parameter.numel():
+            continue  # a counter
+        understood = key in _MOMENTA | _SCALES | _WEIGHTS and value.shape == parameter.shape
+        if not (understood and value.is_floating_point()):
+            raise UserError(
+                f"filters of {layer.name} cannot be held at zero under the optimizer {type(optimizer).__name__}: it "
+                f"keeps {key!r} for every weight, which RePr does not know how to take a filter out of; {_STATE_WANTED}"
+            )
+
+
+def _state_of(
+    layers: Sequence[FilterLayer], optimizers: Sequence[Optimizer]
+) -> Iterator[tuple[FilterLayer, Tensor, Optimizer, str, Any]]:
+    """Every tensor that the optimizers keep for parameters of the layers."""
+    for layer in layers:
+        for parameter in layer.parameters():
+            for optimizer in optimizers:
                 for key, value in optimizer.state.get(parameter, {}).items():
-                    if not _by_entries(value, parameter):
-                        raise UserError(
-                            f"REPR cannot hold filters of {layer.name} at zero under the optimizer "
-                            f"{type(optimizer).__name__} (its {key!r}): {_STATE_WANTED}"
-                        )
+                    for tensor in tensors_in(value, depth=1):
+                        yield layer, parameter, optimizer, key, tensor
 
 
-def _by_entries(value: object, parameter: Tensor) -> bool:
-    """Whether a piece of optimizer state is a number (a step count) or has an entry for each of the parameter's."""
-    if isinstance(value, list | tuple):
-        return all(_by_entries(part, parameter) for part in value)
-    if not torch.is_tensor(value) or value.dim() == 0 or value.shape == (1,) != parameter.shape:
-        return True
-    return value.shape == parameter.shape and (value.is_floating_point() or value.dtype == torch.bool)
-
-
-def optimizer_state(optimizers: Sequence[Optimizer], parameter: Tensor) -> dict[str, list[Tensor]]:
-    """Momentum and moments by name: what optimizers keep for every entry of ``parameter``, each of its shape."""
-    found: dict[str, list[Tensor]] = {}
+def optimizer_state(optimizers: Sequence[Optimizer], parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor of all that optimizers keep for every entry of ``parameter``, each of its shape."""
     for optimizer in optimizers:
         for key, value in optimizer.state.get(parameter, {}).items():
             if torch.is_tensor(value) and value.shape == parameter.shape:
-                found.setdefault(key, []).append(value)
-    return found
+                yield key, value
 
 
+@torch.no_grad()
 def zero_optimizer_state_(optimizers: Sequence[Optimizer], layer: FilterLayer, rows: Tensor) -> None:
-    """Sets momentum and moments of filters (M,) of a layer to 0."""
+    """Sets the state of filters (M,) of a layer to 0."""
     for parameter in layer.parameters():
-        for tensors in optimizer_state(optimizers, parameter).values():
-            zero_rows_(tensors, rows)
+        zero_rows_((tensor for _, tensor in optimizer_state(optimizers, parameter)), rows)
 
 
+@torch.no_grad()
 def restart_optimizer_state_(
-    optimizers: Sequence[Optimizer], parameter: Tensor, mask: Tensor, rows: slice = slice(None), dim: int = 0
+    optimizers: Sequence[Optimizer],
+    parameter: Tensor,
+    rows: Tensor,
+    others: Tensor,
+    dim: int = 0,
+    within: slice = slice(None),
 ) -> None:
-    """Optimizer state for entries of a parameter that begin to train anew: momentum 0, squared gradients as those of
+    """Optimizer state for entries of a parameter that begin to train again: momentum 0, squared gradients as those of
     the others, a second set of weights as the first.
 
     An optimizer counts its steps for a whole parameter. Squared gradients of 0 after many steps would stand for a
     filter whose gradients have all been tiny, and Adam's first steps would be several times the learning rate.
 
     Args:
-        mask: bool, of the length of ``parameter[rows]`` along ``dim``, True where entries begin anew.
-        rows: the filters that this is about.
-        dim: 0 where the mask is of filters, 1 where it is of input channels.
+        rows, others: indices along ``dim`` of the entries that begin again, and of those that do not.
+        dim: 0 for filters, 1 for input channels.
+        within: the filters that this is about.
     """
-    anew, others = mask.nonzero().flatten(), (~mask).nonzero().flatten()
-    for key, tensors in optimizer_state(optimizers, parameter).items():
-        for tensor in (whole[rows] for whole in tensors):
-            if key in _WEIGHTS:
-                tensor.index_copy_(dim, anew, parameter[rows].index_select(dim, anew).to(tensor.dtype))
-                continue
-            value = _mean_scale(key, tensor, others, dim)
-            tensor.index_fill_(dim, anew, 0 if value is None else value)
+    for key, whole in optimizer_state(optimizers, parameter):
+        tensor = whole[within]
+        if key in _WEIGHTS:
+            tensor.index_copy_(dim, rows, parameter[within].index_select(dim, rows).to(tensor.dtype))
+        elif key in _SCALES and len(others):
+            shape = list(tensor.shape)
+            shape[dim] = len(rows)
+            tensor.index_copy_(dim, rows, _mean(tensor, others, dim).expand(shape))
+        else:
+            tensor.index_fill_(dim, rows, 0)
 
 
-def raise_squares_of_inputs_(optimizers: Sequence[Optimizer], weight: Tensor, mask: Tensor) -> None:
+@torch.no_grad()
+def raise_squares_of_inputs_(
+    optimizers: Sequence[Optimizer], weight: Tensor, rows: Tensor, others: Tensor, within: slice
+) -> None:
     """The same for a conv's kernels on input channels that were zero and return: while their gradients were 0 their
     squares have decayed. Momentum and squares that are larger stay."""
-    anew, others = mask.nonzero().flatten(), (~mask).nonzero().flatten()
-    for key, tensors in optimizer_state(optimizers, weight).items():
-        for tensor in tensors:
-            value = _mean_scale(key, tensor, others, 1)
-            if value is not None:
-                tensor[:, anew] = tensor[:, anew].clamp_min(value)
+    for key, whole in optimizer_state(optimizers, weight):
+        tensor = whole[within]
+        if key in _SCALES and len(others):
+            raised = torch.maximum(tensor.index_select(1, rows), _mean(tensor, others, 1))
+            tensor.index_copy_(1, rows, raised)
 
 
-def _mean_scale(key: str, tensor: Tensor, others: Tensor, dim: int) -> float | None:
-    """One number for all entries: kernels on a channel that was zero have no squares to compare with."""
-    if key not in _SCALES or not len(others):
-        return None
-    return tensor.index_select(dim, others).float().mean().item()
+def _mean(tensor: Tensor, others: Tensor, dim: int) -> Tensor:
+    """One number, on the device."""
+    return tensor.index_select(dim, others).float().mean().to(tensor.dtype)

@@ -1,8 +1,8 @@
-"""Extra forward passes over training batches (data-driven criteria, calibration) that leave training undisturbed."""
+"""Extra forward passes over training batches, for data-driven criteria and calibration."""
 
-import contextlib
+import itertools
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from repr_det.method.hidden_state import HiddenState
+from repr_det.method.errors import UserError
+from repr_det.network.state import generators_in, preserved_random_state
 
 
 @dataclass
@@ -23,82 +24,70 @@ class TrainingPasses:
             a loader of their own.
         loss: batch -> scalar loss of a forward pass in training mode.
         join: several batches -> one batch that holds all their images.
+        trains: whether ``model`` is in training mode while it trains.
+        calibration_batches: how many batches a calibration of frozen norms looks at where no option says it.
     """
 
     model: nn.Module
     batches: Callable[[int, int], Iterable[Any]]
     loss: Callable[[Any], Tensor]
     join: Callable[[list[Any]], Any]
+    trains: bool = True
+    calibration_batches: int = 4
 
 
-def random_state() -> dict[str, Any]:
-    """The state of every generator that training draws from: Python, NumPy, torch CPU and the current CUDA device.
-
-    Holds only what ``torch.load(weights_only=True)`` takes.
-    """
-    kind, keys, position, has_gauss, cached = np.random.get_state()
-    version, internal, gauss = random.getstate()
-    state = {
-        "python": [version, list(internal), gauss],
-        "numpy": [
-            str(kind),
-            torch.from_numpy(np.asarray(keys).astype(np.int64)),
-            int(position),
-            int(has_gauss),
-            float(cached),
-        ],
-        "torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def set_random_state(state: dict[str, Any]) -> None:
-    """Puts back what ``random_state`` returned."""
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    kind, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((kind, keys.cpu().numpy().astype(np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(state["torch"].cpu())
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"].cpu())
-
-
-@contextlib.contextmanager
-def preserved_random_state() -> Iterator[None]:
-    state = random_state()
-    try:
-        yield
-    finally:
-        set_random_state(state)
-
-
-@contextlib.contextmanager
-def undisturbed(model: nn.Module, own_modes: bool = False) -> Iterator[None]:
-    """Training mode inside; afterwards every random state, buffer (BN statistics), gradient and mode is as before, and
-    so is what modules keep in plain attributes (``hidden_state``), such as RetinaNet's loss normalizer.
+def passes_over(
+    model: nn.Module, loader: Iterable[Any], loss: Callable[[Any], Tensor], seed: int = 0
+) -> TrainingPasses:
+    """Extra passes over the first batches of ``loader``, in an order that depends on ``seed`` and cycle only.
 
     Args:
-        own_modes: modules that are in eval mode in a model that trains (frozen BN) stay in it.
+        model: not wrapped in DistributedDataParallel.
+        loader: can be iterated more than once; its iterator is not the one that training uses (no persistent workers).
+            A batch is a tensor, a list of dicts (an example each), or a tuple or dict of fields: tensors, or lists with
+            an entry an example.
+        loss: batch -> scalar loss of a forward pass of ``model`` in training mode.
+
+    Raises:
+        UserError: ``loader`` is an iterator, or keeps its workers.
     """
-    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
-    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
-    hidden = HiddenState(model)
-    for parameter, _ in gradients:
-        parameter.grad = None
-    with preserved_random_state():
-        try:
-            if not (own_modes and model.training):
-                model.train()
-            yield
-        finally:
-            with torch.no_grad():
-                for name, buffer in model.named_buffers():
-                    buffer.copy_(buffers[name])
-            hidden.put_back()
-            for parameter, gradient in gradients:
-                parameter.grad = gradient
-            for module, mode in modes:
-                module.training = mode
+    if isinstance(loader, Iterator) or getattr(loader, "persistent_workers", False):
+        raise UserError(
+            "loader= must start again whenever it is iterated, beside the training: give a DataLoader of its own "
+            "without persistent_workers, or a list of batches"
+        )
+
+    def batches(number: int, cycle: int) -> list[Any]:
+        own = [generator for generator in generators_in(loader) if isinstance(generator, torch.Generator)]
+        with preserved_random_state(loader):
+            mixed = seed * 1_000_003 + cycle
+            random.seed(mixed)
+            np.random.seed(mixed % 2**32)
+            for generator in own:
+                generator.manual_seed(mixed)
+            torch.manual_seed(mixed)
+            return list(itertools.islice(iter(loader), number))
+
+    return TrainingPasses(model, batches, loss, _joined)
+
+
+def _joined(batches: Sequence[Any]) -> Any:
+    """One batch with all examples of several."""
+    first = batches[0]
+    if isinstance(first, Mapping):
+        return {key: _end_to_end([batch[key] for batch in batches]) for key in first}
+    if isinstance(first, (tuple, list)) and not any(isinstance(part, Mapping) for part in first):
+        return tuple(_end_to_end(field) for field in zip(*batches, strict=True))
+    return _end_to_end(batches)
+
+
+def _end_to_end(parts: Sequence[Any]) -> Any:
+    if not isinstance(parts[0], Tensor):
+        return list(itertools.chain.from_iterable(parts))
+    if len({part.shape[1:] for part in parts}) > 1:
+        sizes = ", ".join(str(tuple(part.shape)) for part in parts[:3])
+        raise UserError(
+            f"loader= yields batches of different sizes ({sizes}, ...), which cannot be joined for the re-calibration "
+            "of frozen norms: give batches of one size, or lists of images"
+        )
+    return torch.cat(list(parts))

@@ -4,114 +4,73 @@ Shape shorthand:
     J: filters of a layer        M: filters of it that return        K = J - M: filters that stayed
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from repr_det.method.errors import UserError
-from repr_det.method.layers import BATCH, GROUP, FilterLayer
-from repr_det.method.optimizers import restart_optimizer_state_
-from repr_det.method.orthogonality import (
-    least_overlap_rows,
-    overlap_of_unit_rows,
-    overlap_with_returned,
-    unit_filters,
-)
+from repr_det.method.layers import FROZEN, NONE, FilterLayer
+from repr_det.method.optimizers import raise_squares_of_inputs_, restart_optimizer_state_
+from repr_det.method.orthogonality import least_overlap_filters, unit_filters
 
-SCALES = ("kept", "old", "unit")
-FROZEN_NORM_MODES = ("recalibrate", "keep")
-RETURNS = ("as_published", "median_gamma", "function_preserving")
+# What a filter is without a norm of its own, and what a new one begins with.
+_FRESH = {"bias": 0.0, "norm.weight": 1.0, "norm.bias": 0.0, "norm.running_mean": 0.0, "norm.running_var": 1.0}
 
 
-def check_reinit(scale: str, frozen_norm: str, returns: str) -> None:
-    """Raises UserError for a mode that does not exist."""
-    for key, value, choices in (
-        ("SCALE", scale, SCALES),
-        ("FROZEN_NORM", frozen_norm, FROZEN_NORM_MODES),
-        ("RETURN", returns, RETURNS),
-    ):
-        if value not in choices:
-            raise UserError(f"REPR.REINIT.{key} must be one of {', '.join(choices)}, got {value!r}")
-
-
-def remember(layer: FilterLayer, rows: Tensor, frozen_norm: bool, moments: Tensor | None = None) -> dict[str, Tensor]:
-    """What ``bring_back`` needs of filters (M,) that are about to be dropped, on the CPU.
+def remembered(values: Mapping[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
+    """What ``put_back`` needs of filters that are about to be dropped, on the CPU.
 
     Args:
-        frozen_norm: whether the norm keeps its statistics, so that its affine is to come back as it was.
-        moments: (2, M) of their channels after a frozen norm, see ``calibration.measure_moments``.
+        values: the layer's tensors and running statistics by name, each (J, ...) on the CPU.
+        mask: (J,) bool, True = dropped.
     """
-    old = {"weight": layer.weight[rows].cpu()}
-    if frozen_norm:
-        old["norm.weight"] = layer.norm.weight[rows].cpu()
-        if layer.norm.bias is not None:
-            old["norm.bias"] = layer.norm.bias[rows].cpu()
-    if moments is not None:
-        old["moments"] = moments
-    return old
+    return {name: value[mask].clone() for name, value in values.items()}
 
 
-def bring_back(
-    layer: FilterLayer,
-    mask: Tensor,
-    old: Mapping[str, Tensor],
-    scale: str,
-    returns: str,
-    generator: torch.Generator,
-) -> tuple[Tensor, Tensor, float]:
-    """Gives the dropped filters of a layer new directions of least overlap, and a norm as at the start.
+def new_filters(
+    weight: Tensor, old: Tensor, mask: Tensor, groups: int, scale: str, generator: torch.Generator
+) -> tuple[Tensor, float]:
+    """Directions of least overlap for the dropped filters of a layer, at the norm that ``scale`` says.
 
     Args:
+        weight: (J, ...) the layer's filters now, on the CPU.
+        old: (M, ...) the dropped ones before the drop.
         mask: (J,) bool, True = returns.
-        old: what ``remember`` kept of them.
-        scale, returns: see ``RePrScheme``.
+        groups: of a grouped conv; filters of other groups look at other channels.
+        scale: see ``options.RePrOptions``.
         generator: decides where the directions are not determined.
 
     Returns:
-        O_f of the filters that stayed, among themselves (K,), and of all as they are now (J,); the largest |cos| of a
-        new filter to a kept or an old one.
+        (M, ...) new filters of the dtype in which the layer keeps them; the largest |cos| of one of them to a kept or
+        an old filter.
     """
-    rows = mask.nonzero().flatten()
-    before = old["weight"].to(layer.weight)
-    norms = _new_norms(scale, layer.weight[~mask], before)
-    found = []
-    for group in range(layer.conv.groups):  # filters of other groups look at other channels
-        members = layer.of_group(group)
-        mine = (rows >= members.start) & (rows < members.stop)
-        found.append(_directions(layer.weight[members], mask[members], before[mine], norms[mine], generator))
-    new, overlap_kept, overlap, cosines = zip(*found, strict=True)
-    layer.weight[rows] = torch.cat(new).view_as(before)
-    if layer.conv.bias is not None:
-        layer.conv.bias[rows] = 0
-    _reset_norm(layer, rows, mask, old, returns)
-    return torch.cat(overlap_kept), torch.cat(overlap), max(cosines)
+    before = torch.zeros_like(weight)
+    before[mask] = old.to(weight)
+    parts = list(zip(weight.chunk(groups), before.chunk(groups), mask.chunk(groups), strict=True))
+    units = [least_overlap_filters(now[~out].double(), then[out].double(), generator) for now, then, out in parts]
+    norms = _new_norms(scale, weight[~mask], old)
+    stored = _of_norm(torch.cat(units).flatten(1), norms, weight.dtype).view_as(old)
+    sizes = [int(out.sum()) for _, _, out in parts]
+    cosines = [
+        _largest_cosine(new, now[~out], then[out])
+        for new, (now, then, out) in zip(stored.split(sizes), parts, strict=True)
+    ]
+    return stored, max(cosines)
 
 
-def _directions(
-    weight: Tensor, mask: Tensor, before: Tensor, norms: Tensor, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor, float]:
-    """New filters (M, d) of the given norms (M,) as they are stored; and what ``bring_back`` returns."""
-    kept = weight[~mask]
-    unit = unit_filters(torch.cat([kept, before]))
-    if not len(before):
-        overlap_kept = overlap_of_unit_rows(unit)
-        return before.flatten(1), overlap_kept, overlap_kept, 0.0
-    new, found, overlap_kept = least_overlap_rows(unit, len(before), generator, len(kept))
-    stored = _of_norm(new, norms, weight.dtype)
-    if stored.dtype != new.dtype:
-        new = unit_filters(stored)
-        found = unit @ new.T
-    overlap = overlap_with_returned(overlap_kept, new, found[: len(kept)], mask)
-    return stored, overlap_kept, overlap, found.abs().max().item()
+def _largest_cosine(new: Tensor, kept: Tensor, old: Tensor) -> float:
+    if not len(new):
+        return 0.0
+    return (unit_filters(new) @ unit_filters(torch.cat([kept, old])).T).abs().max().item()
 
 
 def _new_norms(scale: str, kept: Tensor, before: Tensor) -> Tensor:
     """L2 norms (M,) of the new filters, never 0: where kept and old filters are all zero they are 1."""
 
     def norms(filters: Tensor) -> Tensor:
-        return (filters if filters.dtype == torch.float64 else filters.float()).flatten(1).norm(dim=1)
+        return filters.double().flatten(1).norm(dim=1)
 
     def mean(filters: Tensor) -> Tensor:
         sizes = norms(filters)
@@ -130,62 +89,145 @@ def _of_norm(unit: Tensor, norms: Tensor, dtype: torch.dtype) -> Tensor:
     """Unit rows (M, d) scaled to norms (M,), which they have after rounding to ``dtype`` too."""
     scaled = (unit * norms[:, None]).to(dtype)
     if dtype in (torch.float16, torch.bfloat16):
-        rounded = scaled.float().norm(dim=1)
+        rounded = scaled.double().norm(dim=1)
         scaled = (unit * (norms * torch.where(rounded > 0, norms / rounded, 1))[:, None]).to(dtype)
-    lost = ~(scaled.to(unit.dtype).norm(dim=1) > 0)  # a norm so small that every entry rounds to 0
+    lost = ~(scaled.double().norm(dim=1) > 0)  # a norm so small that every entry rounds to 0
     return torch.where(lost[:, None], unit.to(dtype), scaled)
 
 
-def _reset_norm(layer: FilterLayer, rows: Tensor, mask: Tensor, old: Mapping[str, Tensor], returns: str) -> None:
-    norm = layer.norm
-    if "norm.weight" in old:
-        norm.weight[rows] = old["norm.weight"].to(norm.weight)
-        if "norm.bias" in old:
-            norm.bias[rows] = old["norm.bias"].to(norm.bias)
-        return
-    if layer.kind in (BATCH, GROUP):
-        norm.weight[rows] = norm.weight[~mask].median() if returns == "median_gamma" else 1
-        if norm.bias is not None:
-            norm.bias[rows] = 0
-    if layer.kind == BATCH and layer.running_statistics() is not None:
-        norm.running_mean[rows] = 0
-        norm.running_var[rows] = 1
-
-
-def can_be_silent(layer: FilterLayer, reader: nn.Module | None) -> bool:
-    """Whether something can be learnt that keeps a returned channel of the layer from changing what follows: kernels of
-    the only conv that reads it, or gamma where it is added to a shortcut (``reader`` None)."""
-    if reader is None:
-        return layer.kind in (BATCH, GROUP) and layer.norm.weight.requires_grad
-    return reader.weight.requires_grad and reader.in_channels > reader.groups
-
-
-def silence(layer: FilterLayer, mask: Tensor, reader: nn.Module | None, optimizers: Sequence[Optimizer]) -> int:
-    """Keeps returned channels from changing what comes after them, until they are learnt ("function_preserving").
+@torch.no_grad()
+def put_back(layer: FilterLayer, rows: Tensor, values: Mapping[str, Tensor]) -> None:
+    """Gives the filters of a layer these values, by name as in ``remembered``; what is missing becomes as at the start.
 
     Args:
-        mask: (J,) bool, True = returned.
-        reader: the only conv that reads them, whose kernels for them become 0; None where they are added to a shortcut,
-            and gamma becomes 0.
+        rows: (M,) on the layer's device.
+        values: each (M, ...), on the CPU.
+    """
+    for name, tensor in {**layer.tensors(), **layer.running_statistics()}.items():
+        if name in values:
+            new = values[name].to(tensor, non_blocking=True)
+        else:
+            new = torch.full_like(tensor[: len(rows)], _FRESH[name])
+        tensor.index_copy_(0, rows, new)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The weights of a module by the channels that they read.
+
+    Attributes:
+        module: a conv or a linear layer.
+        span: how many of its inputs are one channel.
+    """
+
+    module: nn.Conv2d | nn.Linear
+    span: int = 1
+
+    @property
+    def groups(self) -> int:
+        return getattr(self.module, "groups", 1)
+
+    @property
+    def inputs(self) -> int:
+        return self.module.weight.shape[1] * self.groups
+
+    def of(self, mask: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """For every group that sees a channel of ``mask`` (J,): its filters, and among the inputs of one of them those
+        that are of the mask and the others."""
+        filters, device = len(self.module.weight) // self.groups, self.module.weight.device
+        for group, chosen in enumerate(mask.repeat_interleave(self.span).chunk(self.groups)):
+            if chosen.any():
+                within = slice(group * filters, (group + 1) * filters)
+                yield within, _indices(chosen).to(device), _indices(~chosen).to(device)
+
+
+def restart_training(layer: FilterLayer, rows: Tensor, kept: Tensor, optimizers: Sequence[Optimizer]) -> None:
+    """Optimizer state of returned filters, and of the kernels that read their channels."""
+    for parameter in layer.parameters():
+        restart_optimizer_state_(optimizers, parameter, rows, kept)
+
+
+def prepare_readers(
+    layer: FilterLayer, modules: Mapping[str, nn.Module], mask: Tensor, optimizers: Sequence[Optimizer]
+) -> None:
+    """The kernels that read returning channels do not step further than others."""
+    for reader in aligned_readers(layer, modules)[0]:
+        for within, returned, others in reader.of(mask):
+            raise_squares_of_inputs_(optimizers, reader.module.weight, returned, others, within)
+
+
+def can_be_silent(layer: FilterLayer, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether something can be learned that keeps a returned channel of the layer from changing what follows: the
+    kernels of all convs that read it, or gamma."""
+    return _kernels_can_be_silent(layer, modules) or _has_gamma(layer)
+
+
+@torch.no_grad()
+def silence(
+    layer: FilterLayer,
+    modules: Mapping[str, nn.Module],
+    mask: Tensor,
+    rows: Tensor,
+    optimizers: Sequence[Optimizer],
+) -> int:
+    """Keeps returned channels from changing what comes after them, until they have learned ("function_preserving").
+
+    Where all that reads them are convs and linear layers, their weights for these channels become 0; else gamma does.
+
+    Args:
+        modules: of the model, by name.
+        mask: (J,) bool on the CPU, True = returned.
+        rows: (M,) the same as indices on the layer's device.
 
     Returns:
-        The number of channels for which that is not possible: no filter of the reader may lose all of its kernels, so
-        not where ``can_be_silent`` says no, nor all channels of a group of a grouped reader.
+        The number of channels for which that is not possible: where ``can_be_silent`` says no, and all channels of a
+        group of a grouped reader, whose filters would lose all of their kernels.
     """
-    if not can_be_silent(layer, reader):
-        return int(mask.sum())
-    if reader is None:
-        layer.norm.weight[mask] = 0
+    if not _kernels_can_be_silent(layer, modules):
+        if not _has_gamma(layer):
+            return len(rows)
+        layer.norm.weight.index_fill_(0, rows, 0)
         return 0
     loud = 0
-    weight, filters = reader.weight, reader.out_channels // reader.groups
-    for group, returned in enumerate(mask.chunk(reader.groups)):
-        if returned.all():
-            loud += len(returned)
-        elif returned.any():
-            rows = slice(group * filters, (group + 1) * filters)
+    for reader in aligned_readers(layer, modules)[0]:
+        weight = reader.module.weight
+        for within, returned, others in reader.of(mask):
+            if not len(others):
+                loud += len(returned) // reader.span
+                continue
             for tensor in (weight, weight.grad):
                 if tensor is not None:
-                    tensor[rows].index_fill_(1, returned.nonzero().flatten(), 0)
-            restart_optimizer_state_(optimizers, weight, returned, rows, dim=1)
+                    tensor[within].index_fill_(1, returned, 0)
+            restart_optimizer_state_(optimizers, weight, returned, others, 1, within)
     return loud
+
+
+def aligned_readers(layer: FilterLayer, modules: Mapping[str, nn.Module]) -> tuple[list[Kernels], bool]:
+    """The convs and linear layers that read the channels of a layer alone, and whether these are all that read it."""
+    found = []
+    for reader in sorted(layer.readers, key=lambda reader: reader.name):
+        module = modules.get(reader.name)
+        # A weight that is computed from others cannot be set.
+        own = isinstance(module, (nn.Conv2d, nn.Linear)) and "weight" in dict(module.named_parameters(recurse=False))
+        if own and reader.aligned and reader.alone:
+            kernels = Kernels(module, reader.span)
+            if kernels.inputs == layer.num_filters * reader.span:
+                found.append(kernels)
+    return found, len(found) == len(layer.readers)
+
+
+def _kernels_can_be_silent(layer: FilterLayer, modules: Mapping[str, nn.Module]) -> bool:
+    readers, are_all = aligned_readers(layer, modules)
+    can_spare = [x.module.weight.requires_grad and x.inputs > x.groups for x in readers]
+    return bool(readers) and are_all and all(can_spare)
+
+
+def _has_gamma(layer: FilterLayer) -> bool:
+    """Whether there is a gamma that can be learned."""
+    if layer.kind in (NONE, FROZEN):
+        return False
+    return isinstance(layer.norm.weight, nn.Parameter) and layer.norm.weight.requires_grad
+
+
+def _indices(mask: Tensor) -> Tensor:
+    return mask.nonzero().flatten()

@@ -6,7 +6,7 @@ S1, a restore at the end of the last iteration of S2. Iterations count from 0.
 
 from dataclasses import dataclass
 
-from repr_det.method.errors import UserError
+from repr_det.method.errors import OptionError
 
 
 @dataclass(frozen=True)
@@ -19,28 +19,21 @@ class RePrSchedule:
     start_iter: int = 0
 
     def __post_init__(self) -> None:
-        for key, value, least in (
-            ("S1_ITERS", self.s1_iters, 1),
-            ("S2_ITERS", self.s2_iters, 1),
-            ("NUM_CYCLES", self.num_cycles, 1),
-            ("START_ITER", self.start_iter, 0),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise UserError(f"REPR.{key} must be an integer of at least {least}, got {value!r}")
+        for name, least in (("s1_iters", 1), ("s2_iters", 1), ("num_cycles", 1), ("start_iter", 0)):
+            _check_integer(name, getattr(self, name), least)
 
     @classmethod
     def derive(cls, max_iter: int, first_lr_step: int | None, num_cycles: int, start_iter: int = 0) -> "RePrSchedule":
         """N cycles with S1 : S2 = 2 : 1 in the first three quarters of the iterations before the first learning-rate
-        step (of ``max_iter`` where there is none): 10000 / 5000 for N = 3 and a first step at 60000."""
+        step (of ``max_iter`` if there is none): 10000 / 5000 for N = 3 and a first step at 60000."""
         horizon = max_iter if first_lr_step is None else min(first_lr_step, max_iter)
-        if isinstance(num_cycles, bool) or not isinstance(num_cycles, int) or num_cycles < 1:
-            raise UserError(f"REPR.NUM_CYCLES must be an integer of at least 1, got {num_cycles!r}")
+        _check_integer("num_cycles", num_cycles, 1)
         cycle = (horizon * 3 // 4 - start_iter) // num_cycles
         if cycle < 3:
-            raise UserError(
-                f"REPR.NUM_CYCLES {num_cycles} cycles of S1 and S2 do not fit between REPR.START_ITER {start_iter} and "
+            raise OptionError(
+                f"{{num_cycles}} {num_cycles} cycles of S1 and S2 do not fit between {{start_iter}} {start_iter} and "
                 f"{horizon * 3 // 4}, three quarters of the {horizon} iterations before the first learning-rate step: "
-                "train longer, take fewer cycles, or set REPR.S1_ITERS and REPR.S2_ITERS"
+                "train longer, take fewer cycles, or set {s1_iters} and {s2_iters}"
             )
         return cls(2 * (cycle // 3), cycle // 3, num_cycles, start_iter)
 
@@ -72,10 +65,15 @@ class RePrSchedule:
         return max(0, min(cycle, self.num_cycles))
 
     def check_fits(self, max_iter: int) -> None:
-        """Raises UserError unless the last restore leaves at least one iteration for the full network."""
+        """Raises OptionError unless the last restore leaves at least one iteration for the full network."""
         if self.end_iter >= max_iter:
-            raise UserError(
-                f"REPR schedule needs START_ITER {self.start_iter} + NUM_CYCLES {self.num_cycles} x (S1_ITERS "
-                f"{self.s1_iters} + S2_ITERS {self.s2_iters}) = {self.end_iter} iterations and then some of the "
-                f"full network, but SOLVER.MAX_ITER is {max_iter}: raise it or shorten the schedule"
+            raise OptionError(
+                f"the schedule of RePr needs {{start_iter}} {self.start_iter} + {{num_cycles}} {self.num_cycles} x "
+                f"({{s1_iters}} {self.s1_iters} + {{s2_iters}} {self.s2_iters}) = {self.end_iter} iterations and then "
+                f"some of the full network, but {{total_steps}} is {max_iter}: train longer or shorten the schedule"
             )
+
+
+def _check_integer(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise OptionError(f"{{{name}}} must be an integer of at least {least}, got {value!r}")

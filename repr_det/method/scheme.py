@@ -2,48 +2,65 @@
 
 In a plain loop:
 
-    scheme = RePrScheme(find_filter_layers(model, ["*conv*"]), optimizer)
+    scheme = RePrScheme(find_filter_layers(model, ["*conv*"]), optimizer, model=model)
     for i, batch in enumerate(batches):
         train_step(batch)                       # forward, backward, optimizer.step()
+        scheme.check()
         if i in schedule.drop_iters:
             scheme.drop()
         elif i in schedule.restore_iters:
             scheme.restore()
+
+Scores, masks and new directions are found on the CPU, by rank 0 for all.
 """
 
-import dataclasses
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import warnings
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from repr_det.method.averages import Averages
 from repr_det.method.calibration import match_moments, measure_moments
 from repr_det.method.criteria import Context, get_criterion
-from repr_det.method.distributed import broadcast_, check_agreement, rank
-from repr_det.method.errors import UserError
+from repr_det.method.distributed import broadcast_, rank, to_cpu
+from repr_det.method.effects import DroppedEffects, ReturnedEffects, check_finite, check_zero
+from repr_det.method.errors import OptionError, UserError
 from repr_det.method.holding import HeldFilters, Transition
-from repr_det.method.layers import FROZEN, FilterLayer, watched
-from repr_det.method.learning import LearningLayers
+from repr_det.method.layers import BATCH, FROZEN, FilterLayer
 from repr_det.method.optimizers import (
     check_optimizer_state,
     check_optimizers,
-    raise_squares_of_inputs_,
-    restart_optimizer_state_,
+    learning_rate,
     with_inner,
 )
+from repr_det.method.options import CONFIG_KEYS, RePrOptions
 from repr_det.method.orthogonality import inter_filter_orthogonality, overlap_of_kept
-from repr_det.method.passes import TrainingPasses, undisturbed
-from repr_det.method.returning import bring_back, can_be_silent, check_reinit, remember, silence
+from repr_det.method.ownership import Gradients, Owner
+from repr_det.method.participants import Participants
+from repr_det.method.passes import TrainingPasses
+from repr_det.method.returning import (
+    aligned_readers,
+    can_be_silent,
+    new_filters,
+    prepare_readers,
+    put_back,
+    remembered,
+    restart_training,
+    silence,
+)
 from repr_det.method.selection import check_capacity, select_filters
-from repr_det.method.slim import SlimNetwork
-from repr_det.method.slim_choice import Choice, SlimChooser, check_slim
+from repr_det.network.state import undisturbed
 
 logger = logging.getLogger("repr_det.scheme")
+
+_WITHOUT_EFFECT = ("readers", "slim_model", "slim", "apart")  # of version 0.2.0
+
+Values = dict[str, dict[str, Tensor]]
 
 
 class RePrScheme:
@@ -51,46 +68,30 @@ class RePrScheme:
 
     Invariants while filters are dropped: every entry of ``FilterLayer.tensors()`` of a dropped filter is exactly 0, its
     gradient is 0 as soon as it is computed (before DDP, clipping and the optimizer see it), and its optimizer state is
-    0: no optimizer whose step is zero for a zero parameter, gradient and state moves it. The restore makes sure that
-    nothing else did.
+    0: no optimizer whose step is zero for a zero parameter, gradient and state moves it. ``check`` and the restore make
+    sure that nothing else did.
 
     Args:
-        layers: the layers that take part, in ranking order. Those that do not learn at a drop (learning rate 0, no
-            gradient so far) lose no filter then.
+        layers: the candidates, in ranking order. Those that do not learn at a drop (learning rate 0, requires_grad
+            False) lose no filter then.
         optimizer: holds their parameters; a list where several do.
-        criterion: a name in ``criteria.CRITERIA``.
-        drop_ratio, max_drop_per_layer: see ``selection.select_filters``.
-        scale: norm of a new filter: "kept" the mean norm of the filters that stayed, "old" its own before the drop,
-            "unit" 1.
-        frozen_norm: what statistics of FrozenBN, and of BN in eval mode, do at a restore: "recalibrate" to the
-            channel's old moments (where ``readers`` knows that a ReLU follows and it never opened, to those of channels
-            that open), or "keep".
-        returns: how loud a filter returns behind BN and GN. "as_published": gamma 1. "median_gamma": the median of the
-            kept filters of its layer. "function_preserving": where ``readers`` knows the conv, the restore changes
-            no output of the network (of eval mode too; but GN's groups change with their members): the reader's kernels
-            for the returning channels become 0, or gamma where the channels are added to a shortcut; elsewhere, where
-            there is no gamma to learn (FrozenBN, no norm) on a shortcut, and where all channels that a filter of a
-            grouped reader sees return at once, as published: the log names them.
-        readers: conv -> the only conv that reads its channels, through a ReLU; None for a shortcut's sum
-            (``blocks.readers``). Helps "function_preserving", "recalibrate", and Adam on the kernels for returning
-            channels.
-        criterion_batches, calibration_batches: training batches that they may look at.
+        model: the module that holds the layers, not wrapped. Its first training pass shows which of them take part
+            (``network.proof``), and with which norm. None: all do, with the norms that they are given with.
+        passes: how to run training batches; needed by criteria that look at data, and where a norm is frozen.
+        averages: of the weights, see ``averages.Averages``.
         seed: all randomness comes from it and the cycle; the same on every rank.
-        passes: how to run training batches; needed by data-driven criteria and by "recalibrate".
-        slim_model: the model that holds the layers, to leave dropped channels out of its computation
-            (``slim.SlimNetwork``); None computes them as zeros.
-        slim: with ``slim_model``: True; False, as if it were None; or "auto", which finds out in the first training
-            pass of a sub-network which of the two costs less, and keeps to that (``slim_choice``).
-        apart: a context for the extra passes of "auto", see ``slim_choice.SlimChooser``.
+        chosen: all options in one object.
+        options: of ``RePrOptions``, instead: criterion, drop_ratio, max_drop_per_layer, scale, frozen_norm, returns,
+            criterion_batches, calibration_batches.
 
     Attributes:
+        layers: the layers that take part; the candidates until that is known.
         cycle: how many restores there have been.
         num_returned: how many filters came back at the last of them; 0 before the first.
-        slim_choice: what "auto" found out in this sub-network phase, and on which grounds; else None.
 
     Raises:
-        UserError: an option is out of range, a trainable member of a filter is in no optimizer, or an optimizer keeps
-            another state than momentum and moments.
+        UserError: an option is out of range, a trainable member of a filter is in no optimizer, or the model has a
+            RePrScheme already.
     """
 
     def __init__(
@@ -98,62 +99,45 @@ class RePrScheme:
         layers: Sequence[FilterLayer],
         optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         *,
-        criterion: str = "ortho",
-        drop_ratio: float = 0.3,
-        max_drop_per_layer: float = 0.5,
-        scale: str = "kept",
-        frozen_norm: str = "recalibrate",
-        returns: str = "as_published",
-        readers: Mapping[nn.Module, nn.Module | None] | None = None,
-        criterion_batches: int = 8,
-        calibration_batches: int = 4,
-        seed: int = 0,
+        model: nn.Module | None = None,
         passes: TrainingPasses | None = None,
-        slim_model: nn.Module | None = None,
-        slim: bool | str = "auto",
-        apart: Callable[[], AbstractContextManager] = nullcontext,
+        averages: Sequence[Any] = (),
+        seed: int = 0,
+        chosen: RePrOptions | None = None,
+        **options: Any,
     ) -> None:
-        check_reinit(scale, frozen_norm, returns)
-        check_slim(slim)
+        for name in [name for name in _WITHOUT_EFFECT if name in options]:
+            warnings.warn(f"RePrScheme: {name}= has no effect since version 0.3.0", DeprecationWarning, stacklevel=2)
+            del options[name]
+        self.options = RePrOptions.of(options) if chosen is None else chosen
         self.layers = list(layers)
-        check_capacity({layer.name: layer.num_filters for layer in self.layers}, drop_ratio, max_drop_per_layer)
         self.optimizers = with_inner(optimizer if isinstance(optimizer, Sequence) else [optimizer])
-        check_optimizers(self.layers, self.optimizers)
         self.optimizer = self.optimizers[0]
-        self.criterion_name = criterion
-        self.criterion = get_criterion(criterion, sum(layer.num_filters for layer in self.layers))
-        self.drop_ratio = drop_ratio
-        self.max_drop_per_layer = max_drop_per_layer
-        self.scale = scale
-        self.returns = returns
-        self._all_readers = dict(readers or {})
-        self.readers = self._all_readers if returns == "function_preserving" else {}
-        self.frozen_norm = frozen_norm
-        self.criterion_batches = criterion_batches
-        self.calibration_batches = calibration_batches
-        self.seed = seed
+        self.model = model
         self.passes = passes
-        self.slim_model = slim_model
-        self.slim = slim
-        self.apart = apart
-        self.slim_choice: Choice | None = None
+        self.seed = seed
+        self.criterion = get_criterion(self.options.criterion)
+        self._check_layers()
+        check_optimizers([FilterLayer(x.name, x.conv) for x in self.layers], self.optimizers)
         if passes is None and self.criterion.needs_data:
-            raise UserError(
-                f"REPR: criterion {criterion!r} looks at training batches: give RePrScheme(passes=...) or choose "
-                "another"
+            raise OptionError(
+                f"{{criterion}} {self.options.criterion!r} looks at training batches: give loader= and loss=, or "
+                "passes="
             )
-        self._check_calibration()
-        self._log_what_returns_loud()
-        self._learning = LearningLayers(self.layers, self.optimizers)
-        self._wiring = watched(self.layers, slim_model)
+        self.averages = Averages(averages, model) if model is not None else None
+        if averages and model is None:
+            raise UserError("averages= needs model= too")
         self.cycle = self.num_returned = 0
         self._held: HeldFilters | None = None
-        self._unchecked = False  # no step has been seen since the drop
-        self._old: dict[str, dict[str, Tensor]] = {}
-        self._slim: SlimNetwork | None = None
-        self._chooser: SlimChooser | None = None
-        # What "auto" has chosen, also in a run that this one continues.
-        self._chosen: bool | None = None if slim == "auto" else bool(slim)
+        self._old: Values = {}
+        self._frozen_at_drop: set[str] = set()
+        self._after_drop: DroppedEffects | None = None
+        self._after_restore: ReturnedEffects | None = None
+        self._owner = Owner(self, [] if model is None else self.layers)
+        self._gradients = Gradients(self.layers)
+        self.participants = Participants(self.layers, model)
+        if model is None:
+            self._check_participants()
 
     @property
     def is_sub(self) -> bool:
@@ -163,16 +147,15 @@ class RePrScheme:
     @property
     def needs_batches(self) -> bool:
         """Whether transitions look at training batches."""
-        return self.criterion.needs_data or (self.frozen_norm != "keep" and bool(self._frozen_norms()))
+        frozen = self.options.frozen_norm != "keep" and bool(self._frozen_norms())
+        return self.criterion.needs_data or frozen
 
     @property
     def loud(self) -> list[str]:
         """Names of the layers whose filters change the network's output when they return."""
-        return [
-            layer.name
-            for layer in self.layers
-            if layer.conv not in self.readers or not can_be_silent(layer, self.readers[layer.conv])
-        ]
+        if self.options.returns != "function_preserving":
+            return [layer.name for layer in self.layers]
+        return [layer.name for layer in self.layers if not can_be_silent(layer, self.participants.modules)]
 
     @property
     def masks(self) -> dict[str, Tensor]:
@@ -185,61 +168,70 @@ class RePrScheme:
         return 0 if self._held is None else len(self._held)
 
     def check(self) -> None:
-        """To be called after steps of the optimizer, so that a mistake shows now and not at the next transition.
+        """Looks at what the last step did, so that a mistake shows now and not at the next transition. To be called
+        after steps of the optimizer.
 
         Raises:
-            UserError: a layer's norm has been seen to be another one, or the first step since a drop has moved dropped
-                filters.
+            UserError: nothing takes part; dropped channels or filters are not 0; filters that returned are gone again.
         """
-        self._wiring.check()
-        if self._unchecked and self._held is not None:
-            self._check_zero(self._held, "one step after the drop")
-        self._unchecked = False
+        if self.participants.news:
+            self._hear_news()
+        effects, self._after_restore = self._after_restore, None
+        for one in (self._after_drop, effects):
+            if one is not None:
+                one.look()
 
     @torch.no_grad()
     def drop(self) -> Transition:
         """Scores all filters, drops the worst and remembers their values. Collective where there are several ranks.
 
         Raises:
-            UserError: weights are not finite, an optimizer keeps a state that RePr cannot take a filter out of, or a
-                layer's norm has been seen to be another one; nothing is changed then.
+            UserError: nothing takes part, weights are not finite, or an optimizer keeps a state that RePr cannot take a
+                filter out of; nothing is changed then.
         """
         if self._held is not None:
             raise RuntimeError("filters are dropped already: restore() comes before the next drop()")
         start = time.perf_counter()
-        self._check_before_drop()
-        scores = self._scores()
-        masks = self._select(scores, self._learning.frozen())
-        overlaps = scores if self.criterion_name == "ortho" else self._overlaps()
-        overlaps_of_kept = [
-            overlap_of_kept(x.weight, overlaps[x.name], masks[x.name], x.conv.groups) for x in self.layers
-        ]
-
-        held = HeldFilters(self.layers, masks, self.optimizers, self._wiring.has_seen)
+        self.layers = self.participants.agreed()
+        self._check_participants()
+        check_optimizer_state(self.layers, self.optimizers)
         frozen = self._frozen_norms()
+        self._check_calibration(frozen)
+        values = self._values()
+        check_finite(values, f"at the drop of cycle {self.cycle + 1}")
+        masks = self._select(self._scores(), values)
+        overlaps = self._overlaps(values)
+        kept = [self._overlap_of_kept(layer, values, masks) for layer in self.layers]
+
+        held = HeldFilters(self.layers, masks, self.optimizers)
         moments = self._measure_moments(held, frozen)
-        self._old = {x.name: remember(x, held.rows[x.name], x in frozen, moments.get(x.name)) for x in self.layers}
+        self._old = {x.name: remembered(values[x.name], masks[x.name]) for x in held.layers}
+        for name, found in moments.items():
+            self._old[name]["moments"] = found
+        self._frozen_at_drop = {layer.name for layer in frozen}
         self._held = held
         held.zero_()
-        held.hold()
-        self._begin_averages_anew()
-        self._unchecked = True
-        self._check_agreement(held, "after the drop")
-        self._go_slim()
+        self._hold(held)
+        self._restart_averaging_norms()
+        self._copy_to_averages(held)
         return Transition(
             event="drop",
             cycle=self.cycle,
             dropped=held.indices(),
             overlap_before=_mean(overlaps.values()),
-            overlap_after=_mean(overlaps_of_kept),
+            overlap_after=_mean(kept),
             max_cosine={},
             seconds=time.perf_counter() - start,
             overlaps=_rounded(overlaps),
         )
 
     @torch.no_grad()
-    def restore(self) -> Transition:
+    def restore(self, as_they_were: bool = False) -> Transition:
         """Brings the dropped filters back with the least overlap. Collective where there are several ranks.
+
+        Args:
+            as_they_were: with the values of before the drop instead. Layers that have been frozen meanwhile always get
+                those, for they could not learn new ones.
 
         Raises:
             UserError: dropped filters are not zero any more, or weights are not finite; nothing is changed then.
@@ -248,49 +240,54 @@ class RePrScheme:
             raise RuntimeError("no filters are dropped: drop() comes before restore()")
         start = time.perf_counter()
         held = self._held
-        self._check_before_restore(held)
-        # Silencing a channel changes the filters that read it, so what they were and are is not found on the way.
-        overlaps_of_kept = self._overlaps(held.masks) if self.readers else {}
-        overlaps, cosines = {}, {}
-
-        self._leave_slim()
-        for number, layer in enumerate(self.layers):
-            name = layer.name
-            if layer in held:
-                generator = self._generator(1, number)
-                kept, overlaps[name], cosines[name] = bring_back(
-                    layer, held.masks[name], self._old[name], self.scale, self.returns, generator
-                )
-                self._prepare_reader(layer, held.masks[name])
-                for parameter in layer.parameters():
-                    restart_optimizer_state_(self.optimizers, parameter, held.masks[name])
-            else:
-                kept = overlaps[name] = self._overlap(layer)
-            overlaps_of_kept.setdefault(name, kept)
-        broadcast_([tensor for layer in held.layers for tensor in _state(layer)])
-        self._begin_averages_anew()
-        self._match_moments(held)
-        self._check_agreement(held, "after the restore")
-        if self.readers:
-            overlaps = self._overlaps()
+        values = self._values()
+        check_finite(values, f"at the restore of cycle {self.cycle + 1}")
+        check_zero(held, f"at the restore of cycle {self.cycle + 1}")
+        renewed = [] if as_they_were else [x for x in held.layers if self._why_frozen(x) is None]
+        frozen = {layer.name for layer in self._frozen_norms()}
+        renewed = [layer for layer in renewed if layer.name not in frozen or self._can_calibrate(layer)]
+        new, cosines = self._new_filters(renewed, values, held.masks)
+        for layer in held.layers:
+            rows = held.rows[layer.name]
+            back = self._old[layer.name]
+            if layer in renewed:
+                # FrozenBN's affine is what the network was trained with; its statistics follow the new filter.
+                keeps_norm = layer.name in self._frozen_at_drop
+                own = {name: value for name, value in back.items() if keeps_norm and name.startswith("norm.")}
+                back = own | {"weight": new[layer.name]}
+            put_back(layer, rows, back)
+            restart_training(layer, rows, held.kept[layer.name], self.optimizers)
+        for layer in renewed:
+            self._prepare_readers(layer, held)
+        self._match_moments(held, renewed, frozen)
+        self._restart_averaging_norms()
+        self._copy_to_averages(held)
+        after = self._values()
+        kept = [self._overlap_of_kept(layer, values, held.masks) for layer in self.layers]
+        overlaps = self._overlaps(after)
 
         transition = Transition(
             event="restore",
             cycle=self.cycle,
             dropped=held.indices(),
-            overlap_before=_mean(overlaps_of_kept.values()),
+            overlap_before=_mean(kept),
             overlap_after=_mean(overlaps.values()),
             max_cosine=cosines,
             seconds=time.perf_counter() - start,
             overlaps=_rounded(overlaps),
-            slim=None if self.slim_choice is None else dataclasses.asdict(self.slim_choice),
         )
-        self.slim_choice = None
-        self.num_returned = len(held)
-        self._wiring.stop()  # what has not run in a whole cycle does not train
+        self.num_returned = sum(len(held.rows[layer.name]) for layer in renewed)
+        self._after_restore = ReturnedEffects(held, new, self.cycle + 1) if new else None
         self._release()
         self.cycle += 1
         return transition
+
+    def close(self) -> None:
+        """Lets go of the model: no hooks, and another RePrScheme may take it. Filters that are out stay zero."""
+        self._release()
+        self.participants.close()
+        self._gradients.close()
+        self._owner.let_go()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that ``load_state_dict`` needs; loads under ``torch.load(weights_only=True)``."""
@@ -298,210 +295,289 @@ class RePrScheme:
             "cycle": self.cycle,
             "returned": self.num_returned,
             "seed": self.seed,
-            "masks": {name: mask.cpu() for name, mask in self.masks.items()},
+            "masks": dict(self.masks),
             "old": self._old,
-            "filters": {layer.name: layer.num_filters for layer in self.layers},
-            "learning": self._learning.state_dict(),
-            "slim": self._chosen,
-            "slim_choice": None if self.slim_choice is None else dataclasses.asdict(self.slim_choice),
+            **self.participants.state_dict(self.layers),
+            "frozen_at_drop": sorted(self._frozen_at_drop),
+            "options": self.options.resumed(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from ``state``; model and optimizer must have been loaded from the same checkpoint.
 
         Raises:
-            UserError: the state is of other layers, or dropped filters are not zero in the model.
+            UserError: the state is of other options or layers, or dropped filters are not zero in the model.
         """
-        mine = {layer.name: layer.num_filters for layer in self.layers}
-        if state["filters"] != mine:
-            differing = sorted(set(state["filters"].items()) ^ set(mine.items()))
-            raise UserError(
-                f"the checkpoint's RePr state covers {len(state['filters'])} layers and this run {len(mine)}; first "
-                f"difference {differing[0]}: resume with the REPR.LAYERS and MODEL of the run that wrote it"
-            )
+        check_resumed(state.get("options", {}), self.options.resumed())
+        layers = self.participants.of_state(state)
         self._release()
+        self.layers = layers
         self.cycle = state["cycle"]
         self.num_returned = state.get("returned", self.cycle)  # 0.1.0 had no criterion that spares filters
         self.seed = state["seed"]
-        if self.slim == "auto":
-            self._chosen = state.get("slim", True)  # slim was the default before there was a choice
-            choice = state.get("slim_choice")
-            self.slim_choice = None if choice is None else Choice(**choice)
-        self._learning.load_state_dict(state.get("learning", {"seen": mine, "zeros": {}}))  # 0.1.0 did not look
         if not state["masks"]:
             return
-        masks = {layer.name: state["masks"][layer.name].to(layer.weight.device) for layer in self.layers}
-        self._held = HeldFilters(self.layers, masks, self.optimizers, self._wiring.has_seen)
-        self._held.hold()
+        masks = {layer.name: state["masks"][layer.name].cpu() for layer in layers}
+        self._held = HeldFilters(layers, masks, self.optimizers)
         self._old = {name: {k: v.cpu() for k, v in old.items()} for name, old in state["old"].items()}
+        # 0.2.0 kept the norm of those alone whose statistics do not move.
+        norms = [name for name, old in self._old.items() if "norm.weight" in old]
+        self._frozen_at_drop = set(state.get("frozen_at_drop", norms))
+        for layer in self._held.layers:
+            if layer.name in self._frozen_at_drop:  # nor did it keep statistics, which stayed where they were
+                for key, tensor in layer.running_statistics().items():
+                    self._old[layer.name].setdefault(key, tensor[self._held.rows[layer.name]].cpu())
+        self._hold(self._held)
         if (found := self._held.not_zero()) is not None:
             raise UserError(
                 f"the RePr state says that filters of {found[0]} are dropped, but they are not zero in the "
                 "model: weights and RePr state come from different checkpoints"
             )
-        self._go_slim()
 
-    def _check_before_drop(self) -> None:
-        self._wiring.check()
-        self._check_calibration()
-        self._check_finite("drop")
-        check_optimizer_state(self.layers, self.optimizers)
+    def __deepcopy__(self, memo: dict) -> Any:
+        raise UserError(
+            "RePr cannot be copied: build one for the copies of model and optimizer, and give it the state_dict of "
+            "this one"
+        )
 
-    def _check_before_restore(self, held: HeldFilters) -> None:
-        self._wiring.check()
-        self._check_finite("restore")
-        self._check_zero(held, "at the restore")
+    # Who takes part.
 
-    def _check_zero(self, held: HeldFilters, when: str) -> None:
-        if (found := held.not_zero()) is not None:
-            raise UserError(
-                f"REPR: dropped filters of {found[0]} are not zero any more {when} of cycle {self.cycle + 1} "
-                f"(their {found[1]}). "
-                "Something besides the optimizers that RePrScheme knows has written to them: weights loaded into the "
-                "model, an average swapped in and not out again, or a norm that is not the one behind that conv"
-            )
+    def _check_layers(self) -> None:
+        sizes = {layer.name: layer.num_filters for layer in self.layers}
+        check_capacity(sizes, self.options.drop_ratio, self.options.max_drop_per_layer)
 
-    def _check_calibration(self) -> None:
-        frozen = self._frozen_norms()
-        if frozen and self.passes is None and self.frozen_norm == "recalibrate":
-            raise UserError(
-                f"REPR: {'FrozenBN' if frozen[0].kind == FROZEN else 'BN in eval mode:'} re-calibration looks at "
-                f"training batches (the norm of {frozen[0].name} keeps its statistics): give RePrScheme(passes=...) or "
-                "choose frozen_norm='keep'"
-            )
+    def _check_participants(self) -> None:
+        if self.passes is not None:
+            self.passes.trains = self.participants.trains
+        self._check_layers()
+        check_optimizers(self.layers, self.optimizers)
+        self._check_calibration(self._frozen_norms())
 
-    def _check_finite(self, transition: str) -> None:
-        for layer in self.layers:
-            for name, tensor in layer.tensors().items():
-                # The sum is finite only if all entries are, and looks at them once; it may overflow by itself.
-                if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
-                    raise UserError(
-                        f"REPR: the {name} of {layer.name} is not finite at the {transition} of cycle "
-                        f"{self.cycle + 1}: training has diverged; lower the learning rate or clip gradients, and go "
-                        "on from a checkpoint before that"
-                    )
-
-    def _prepare_reader(self, layer: FilterLayer, returned: Tensor) -> None:
-        """Of the conv that reads the layer: silent for the returned channels where that is asked for, and no longer
-        without squared gradients on them."""
-        if layer.conv in self.readers:
-            loud = silence(layer, returned, self.readers[layer.conv], self.optimizers)
-            if loud and can_be_silent(layer, self.readers[layer.conv]):
-                logger.warning("RePr: %d filters of %s return as published: all channels of a group", loud, layer.name)
-        elif isinstance(reader := self._all_readers.get(layer.conv), nn.Conv2d) and reader.groups == 1:
-            raise_squares_of_inputs_(self.optimizers, reader.weight, returned)
-
-    def _log_what_returns_loud(self) -> None:
-        if self.returns == "function_preserving" and (loud := self.loud):
+    def _hear_news(self) -> None:
+        """After a traced pass: who takes part is checked and said, until the first drop settles it."""
+        found = {layer.name: layer for layer in self.participants.hear()}
+        if self._held is not None or self.cycle:
+            for layer in self.layers:  # of a run of 0.2.0, whose state has no readers
+                if not layer.readers and layer.name in found:
+                    layer.readers, layer.rectified = found[layer.name].readers, found[layer.name].rectified
+            return
+        self.layers = list(found.values())
+        self._check_participants()
+        if self.options.returns == "function_preserving" and (loud := self.loud):
             logger.warning(
-                "RePr: filters of %s cannot return without changing the network's output (no gamma to learn on a "
-                "shortcut, a depthwise reader, or a reader that is not known) and return as published",
+                "RePr: filters of %s cannot return without changing the network's output (what reads them is no conv "
+                "alone, and there is no gamma to learn) and return as published",
                 ", ".join(loud),
             )
 
-    def _begin_averages_anew(self) -> None:
-        """Of BN that averages its statistics over all batches so far (momentum None): those saw another network."""
-        norms = (x.norm for x in self.layers) if self.slim_model is None else self.slim_model.modules()
-        averaging = (x for x in norms if isinstance(x, nn.modules.batchnorm._BatchNorm) and x.momentum is None)
-        for norm in averaging:
-            if norm.num_batches_tracked is not None:
-                norm.num_batches_tracked.zero_()
-
-    def _scores(self) -> dict[str, Tensor]:
-        context = Context(self._generator(0), self.passes, self.criterion_batches, self.cycle)
-        return self.criterion.score(self.layers, context)
-
-    def _select(self, scores: dict[str, Tensor], frozen: Mapping[str, str]) -> dict[str, Tensor]:
-        """Layer name -> (J,) bool, True = drop, the same on every rank. Filters that are zero, which no criterion can
-        tell from good ones, go first; layers that do not learn lose none."""
-        if len(frozen) == len(self.layers):
-            raise UserError(f"REPR: no layer learns (of {next(iter(frozen))}: {next(iter(frozen.values()))})")
-        if frozen:
-            logger.warning("RePr: no filter is dropped of %s", ", ".join(f"{n} ({why})" for n, why in frozen.items()))
-        dead = {x.name: x.weight.flatten(1).abs().amax(1) == 0 for x in self.layers}
-        ranked = {n: score.masked_fill(dead[n], float("inf")) for n, score in scores.items() if n not in frozen}
-        masks = select_filters(ranked, self.drop_ratio, self.max_drop_per_layer)
-        masks = {
-            x.name: masks[x.name].to(x.weight.device) if x.name in masks else torch.zeros_like(dead[x.name])
-            for x in self.layers
-        }
-        broadcast_(list(masks.values()))
-        return masks
-
-    def _overlaps(self, masks: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Layer name -> O_f of its filters, (J,), or with masks of those that stayed, (K,)."""
-        return {x.name: self._overlap(x, None if masks is None else ~masks[x.name]) for x in self.layers}
-
-    @staticmethod
-    def _overlap(layer: FilterLayer, stayed: Tensor | None = None) -> Tensor:
-        if stayed is None:
-            return inter_filter_orthogonality(layer.weight, layer.conv.groups)
-        parts = [layer.of_group(group) for group in range(layer.conv.groups)]
-        return torch.cat([inter_filter_orthogonality(layer.weight[part][stayed[part]]) for part in parts])
-
-    def _generator(self, purpose: int, layer: int = 0) -> torch.Generator:
-        """A stream of its own for every cycle, purpose and layer, so that nothing depends on what was drawn before."""
-        generator = torch.Generator(self.layers[0].weight.device)
-        mixed = (self.seed, self.cycle, purpose, layer)
-        return generator.manual_seed(int.from_bytes(_digest(mixed), "little"))
+    def _why_frozen(self, layer: FilterLayer) -> str | None:
+        """Why a layer cannot learn now; the same on every rank, for optimizers are."""
+        if not layer.weight.requires_grad:
+            return "it does not require a gradient"
+        rates = {x.name: learning_rate(self.optimizers, x.weight) for x in self.layers}
+        if not rates[layer.name] and any(rates.values()):
+            return "its learning rate is 0"
+        return None
 
     def _frozen_norms(self) -> list[FilterLayer]:
         """The layers whose norm keeps its statistics in training, also where the caller is evaluating now."""
-        if self.passes is None or self.passes.model.training:
+        model, trains = self.model, self.participants.trains
+        if self.passes is not None:
+            model, trains = self.passes.model, self.passes.trains
+        if model is None or model.training == trains:
             return [layer for layer in self.layers if layer.is_frozen]
-        with undisturbed(self.passes.model):
+        with undisturbed(model, trains=trains):
             return [layer for layer in self.layers if layer.is_frozen]
 
-    def _measure_moments(self, held: HeldFilters, frozen: list[FilterLayer]) -> dict[str, Tensor]:
+    # What is looked at.
+
+    def _values(self) -> Values:
+        """Layer name -> name -> all that belongs to its filters, on the CPU, by one transfer."""
+        named = [
+            (layer.name, name, tensor)
+            for layer in self.layers
+            for name, tensor in {**layer.tensors(), **layer.running_statistics()}.items()
+        ]
+        found: Values = {layer.name: {} for layer in self.layers}
+        for (layer, name, _), value in zip(named, to_cpu([tensor for *_, tensor in named]), strict=True):
+            found[layer][name] = value
+        return found
+
+    def _check_calibration(self, frozen: Sequence[FilterLayer]) -> None:
+        if frozen and self.passes is None and self.options.frozen_norm == "recalibrate":
+            kind = "FrozenBN" if frozen[0].kind == FROZEN else "BN in eval mode"
+            raise OptionError(
+                f"{kind} re-calibration looks at training batches (the norm of {frozen[0].name} keeps its statistics): "
+                "give loader= and loss=, or passes=, or choose {frozen_norm} keep"
+            )
+
+    # The drop.
+
+    def _scores(self) -> dict[str, Tensor]:
+        context = Context(self._generator(0), self.passes, self.options.criterion_batches, self.cycle)
+        return self.criterion.score(self.layers, context)
+
+    def _select(self, scores: Mapping[str, Tensor], values: Values) -> dict[str, Tensor]:
+        """Layer name -> (J,) bool on the CPU, True = drop, that of rank 0. Filters that are zero, which no criterion
+        can tell from good ones, go first; layers that do not learn lose none."""
+        frozen = {}
+        for layer in self.layers:
+            why = self._why_frozen(layer) or self._gradients.why_none(layer)
+            if why is not None:
+                frozen[layer.name] = why
+        if len(frozen) == len(self.layers):
+            raise UserError(f"no layer learns (of {next(iter(frozen))}: {next(iter(frozen.values()))})")
+        if frozen:
+            listed = ", ".join(f"{name} ({why})" for name, why in frozen.items())
+            logger.warning("RePr: no filter is dropped of %s", listed)
+        ranked = {}
+        masks = {}
+        for layer in self.layers:
+            zero = values[layer.name]["weight"].flatten(1).abs().amax(1) == 0
+            masks[layer.name] = torch.zeros_like(zero)
+            if layer.name not in frozen:
+                ranked[layer.name] = scores[layer.name].cpu().double().masked_fill(zero, float("inf"))
+        masks |= select_filters(ranked, self.options.drop_ratio, self.options.max_drop_per_layer)
+        broadcast_(list(masks.values()), self._device)
+        return masks
+
+    def _measure_moments(self, held: HeldFilters, frozen: Sequence[FilterLayer]) -> dict[str, Tensor]:
         layers = [layer for layer in held.layers if layer in frozen]
-        if not layers or self.passes is None or self.frozen_norm == "keep":
+        if not layers or self.passes is None or self.options.frozen_norm == "keep":
             return {}
-        rectified = [layer for layer in layers if self._all_readers.get(layer.conv) is not None]
-        return measure_moments(layers, held.rows, self.passes, self.calibration_batches, self.cycle, rectified)
+        found = measure_moments(layers, held.rows, self.passes, self._calibration_batches, self.cycle)
+        return dict(zip(found, to_cpu(list(found.values())), strict=True))
 
-    def _match_moments(self, held: HeldFilters) -> None:
-        wanted = {name: old["moments"] for name, old in self._old.items() if "moments" in old}
+    def _hold(self, held: HeldFilters) -> None:
+        self._owner.keeps = self
+        held.hold()
+        self._after_drop, self._after_restore = DroppedEffects(held, self.cycle + 1), None
+        self.participants.watch_next()
+
+    # The restore.
+
+    def _new_filters(
+        self, layers: Sequence[FilterLayer], values: Values, masks: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Layer name -> new filters (M, ...) of rank 0, and their largest |cos| to kept and old ones."""
+        found: dict[str, Tensor] = {}
+        cosines: dict[str, float] = {}
+        for number, layer in enumerate(self.layers):
+            if layer not in layers:
+                continue
+            name, old = layer.name, self._old[layer.name]["weight"]
+            found[name], cosines[name] = torch.empty_like(old), 0.0
+            if rank() == 0:
+                mask, generator = masks[name], self._generator(1, number)
+                found[name], cosines[name] = new_filters(
+                    values[name]["weight"], old, mask, layer.conv.groups, self.options.scale, generator
+                )
+        broadcast_(list(found.values()), self._device)
+        return found, cosines
+
+    def _can_calibrate(self, layer: FilterLayer) -> bool:
+        """Whether a new filter would get statistics of its own behind a frozen norm: one that has been frozen since the
+        drop has lost those of the channel, and without training batches it is not known what others would be right."""
+        if layer.name in self._frozen_at_drop:
+            return True
+        if self.passes is not None and self.options.frozen_norm == "recalibrate":
+            return True
+        logger.warning(
+            "RePr: filters of %s return as they were: its norm has been frozen since the drop, and there are no "
+            "training batches to find the statistics of new ones",
+            layer.name,
+        )
+        return False
+
+    def _prepare_readers(self, layer: FilterLayer, held: HeldFilters) -> None:
+        """Of what reads the layer: silent for the returned channels where that is asked for, and no longer without
+        squared gradients on them."""
+        mask = held.masks[layer.name]
+        if self.options.returns != "function_preserving":
+            prepare_readers(layer, self.participants.modules, mask, self.optimizers)
+            return
+        loud = silence(layer, self.participants.modules, mask, held.rows[layer.name], self.optimizers)
+        if loud and can_be_silent(layer, self.participants.modules):
+            logger.warning("RePr: %d filters of %s return as published: all channels of a group", loud, layer.name)
+
+    def _match_moments(self, held: HeldFilters, renewed: Sequence[FilterLayer], frozen: Collection[str]) -> None:
+        """Statistics of norms that do not find them themselves."""
+        wanted = {}
+        for layer in renewed:
+            if "moments" in self._old[layer.name]:
+                wanted[layer.name] = self._old[layer.name]["moments"]
+            elif layer.kind == BATCH and layer.name in frozen and self.options.frozen_norm == "recalibrate":
+                # Frozen since the drop: what BN would do in training, mean 0 and deviation 1.
+                rows = held.rows[layer.name]
+                wanted[layer.name] = torch.stack([torch.zeros(len(rows)), torch.ones(len(rows))])
         if not wanted or self.passes is None:
             return
-        layers = [layer for layer in held.layers if layer.name in wanted]
-        match_moments(layers, held.rows, wanted, self.passes, self.calibration_batches, self.cycle)
-        broadcast_([statistic for layer in layers for statistic in layer.running_statistics() or ()])
+        layers = [layer for layer in renewed if layer.name in wanted]
+        match_moments(layers, held.rows, wanted, self.passes, self._calibration_batches, self.cycle)
+        broadcast_([s for layer in layers for s in layer.running_statistics().values()], self._device)
 
-    def _go_slim(self) -> None:
-        if self.slim_model is None or self._chosen is False or not self.num_dropped:
+    # What both transitions need.
+
+    @property
+    def _device(self) -> torch.device:
+        return self.layers[0].weight.device
+
+    @property
+    def _calibration_batches(self) -> int:
+        suited = 0 if self.passes is None else self.passes.calibration_batches
+        return self.options.calibration_batches or suited
+
+    def _overlaps(self, values: Values) -> dict[str, Tensor]:
+        """Layer name -> (J,) O_f of all its filters."""
+        return {x.name: inter_filter_orthogonality(values[x.name]["weight"], x.conv.groups) for x in self.layers}
+
+    @staticmethod
+    def _overlap_of_kept(layer: FilterLayer, values: Values, masks: Mapping[str, Tensor]) -> Tensor:
+        """(K,) O_f of the filters that stay, among themselves."""
+        return overlap_of_kept(values[layer.name]["weight"], masks[layer.name], layer.conv.groups)
+
+    def _generator(self, purpose: int, layer: int = 0) -> torch.Generator:
+        """A stream of its own for every cycle, purpose and layer, so that nothing depends on what was drawn before."""
+        mixed = (self.seed, self.cycle, purpose, layer)
+        return torch.Generator().manual_seed(int.from_bytes(_digest(mixed), "little"))
+
+    def _restart_averaging_norms(self) -> None:
+        """BN that averages its statistics over all batches so far (momentum None) has seen another network."""
+        norms: Iterable[Any] = [x.norm for x in self.layers] if self.model is None else self.model.modules()
+        for norm in norms:
+            averages = isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.momentum is None
+            if averages and norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.zero_()
+
+    def _copy_to_averages(self, held: HeldFilters) -> None:
+        if self.averages is None:
             return
-        self._slim = SlimNetwork(self.slim_model, self.layers, self.masks)
-        self._slim.install()
-        if self._chosen is None:
-            self._chooser = SlimChooser(self._slim, self._choose, self.apart)
-
-    def _choose(self, choice: Choice) -> None:
-        self._chosen, self.slim_choice = choice.slim, choice
-
-    def _leave_slim(self) -> None:
-        if self._chooser is not None:
-            self._chooser.remove()
-        if self._slim is not None:
-            self._slim.remove()
-        self._slim = self._chooser = None
+        for layer in held.layers:
+            self.averages.copy_rows(layer, held.rows[layer.name])
+            if self.options.returns == "function_preserving":
+                for reader in aligned_readers(layer, self.participants.modules)[0]:
+                    for within, returned, _ in reader.of(held.masks[layer.name]):
+                        self.averages.copy_kernels(reader.module, within, returned)
 
     def _release(self) -> None:
-        self._leave_slim()
         if self._held is not None:
             self._held.release()
-        self._held, self._old = None, {}
-
-    def _check_agreement(self, held: HeldFilters, when: str) -> None:
-        check_agreement({x.name: [held.masks[x.name], *_state(x)] for x in self.layers}, f"RePr {when}, rank {rank()}")
+        self._held, self._old, self._frozen_at_drop = None, {}, set()
+        self._owner.keeps = self._after_drop = None
 
 
-def _state(layer: FilterLayer) -> list[Tensor]:
-    # Running statistics of BN differ from rank to rank by design (only SyncBN shares them); frozen ones must not.
-    return [*layer.tensors().values(), *((layer.kind == FROZEN and layer.running_statistics()) or ())]
+def check_resumed(saved: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+    """Raises OptionError where a run is resumed with other options, by config key, than those that were saved."""
+    for name, key in CONFIG_KEYS.items():
+        if key in saved and key in mine and saved[key] != mine[key]:
+            raise OptionError(
+                f"the checkpoint was trained with {{{name}}} {saved[key]}, this run has {mine[key]}: resume with that "
+                "of the run that wrote it, or start again elsewhere"
+            )
 
 
 def _mean(overlaps: Iterable[Tensor]) -> float:
-    return torch.cat([x.float().cpu() for x in overlaps]).mean().item()
+    return torch.cat([x.double() for x in overlaps]).mean().item()
 
 
 def _rounded(overlaps: Mapping[str, Tensor]) -> dict[str, list[float]]:

@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from repr_det.method.errors import UserError
+from repr_det.method.errors import OptionError
+from repr_det.method.options import about_option
 
 # 0.3 * 10 must be 3 and 0.1 * 30 must not be 4: shares are decimal numbers, their products binary ones.
 _ROUNDING = 1e-9
@@ -21,23 +22,18 @@ def drop_cap(num_filters: int, max_drop_per_layer: float) -> int:
     return max(0, min(num_filters - 1, math.ceil(max_drop_per_layer * num_filters - _ROUNDING)))
 
 
-def check_shares(drop_ratio: float, max_drop_per_layer: float) -> None:
-    """Raises UserError for a share that is out of range."""
-    if not 0 < drop_ratio < 1:
-        raise UserError(f"REPR.DROP_RATIO must be in (0, 1), got {drop_ratio}")
-    if not 0 < max_drop_per_layer <= 1:
-        raise UserError(f"REPR.MAX_DROP_PER_LAYER must be in (0, 1], got {max_drop_per_layer}")
-
-
 def check_capacity(sizes: dict[str, int], drop_ratio: float, max_drop_per_layer: float) -> None:
-    """Raises UserError where the caps of all layers together leave less than ``drop_ratio`` of the filters to drop."""
-    check_shares(drop_ratio, max_drop_per_layer)
+    """Raises OptionError where the caps of all layers together leave less than ``drop_ratio`` of the filters to "
+    "drop."""
+    for name, share in (("drop_ratio", drop_ratio), ("max_drop_per_layer", max_drop_per_layer)):
+        if not about_option(name).holds(share):
+            raise OptionError(f"{{{name}}} must be {about_option(name).range()}, got {share}")
     total = drop_total(sum(sizes.values()), drop_ratio)
     room = sum(drop_cap(size, max_drop_per_layer) for size in sizes.values())
     if room < total:
-        raise UserError(
-            f"REPR.MAX_DROP_PER_LAYER {max_drop_per_layer} lets {room} of {sum(sizes.values())} filters be dropped, "
-            f"REPR.DROP_RATIO {drop_ratio} needs {total} (one filter of a layer always stays): "
+        raise OptionError(
+            f"{{max_drop_per_layer}} {max_drop_per_layer} lets {room} of {sum(sizes.values())} filters be dropped, "
+            f"{{drop_ratio}} {drop_ratio} needs {total} (one filter of a layer always stays): "
             f"raise the cap to {drop_ratio} or more, or lower the ratio"
         )
 
@@ -56,7 +52,7 @@ def select_filters(scores: dict[str, Tensor], drop_ratio: float, max_drop_per_la
         layer name -> (J,) bool on the device of the scores, True = drop.
 
     Raises:
-        UserError: a share is out of range, or the caps leave too few filters.
+        OptionError: a share is out of range, or the caps leave too few filters.
         ValueError: a score is NaN.
     """
     sizes = {name: len(score) for name, score in scores.items()}

@@ -13,7 +13,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-from repr_det.method.passes import preserved_random_state
+from repr_det.network.state import preserved_random_state
 
 logger = logging.getLogger("repr_det.resume")
 CONFIG_FILE = "config.yaml"

@@ -1,12 +1,13 @@
-"""The greedy oracle for small networks: what removing a filter does to the loss, by trying it (RePr, section 4).
+"""Criteria of one's own for ``RePr(..., criterion=function)``: the greedy oracle, by trying every filter (section 4).
 
-The loss is ``passes.loss`` averaged over the given batches and the ranks, in training mode and with the same random
-numbers every time. The paper's oracle looks at held-out images: give batches of such images. A removed filter is zero
-in all its tensors (``FilterLayer.tensors``); afterwards every value is as before.
+The oracle is for small networks: it removes each filter and looks at the loss, ``passes.loss`` averaged over the given
+batches and the ranks, in training mode and with the same random numbers every time. The paper's oracle looks at
+held-out images: give batches of such images. A removed filter is zero in all its tensors; afterwards every value is as
+before.
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,21 +16,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from repr_det import FilterLayer, UserError
+from repr_det.method.criteria import Context, get_criterion
 from repr_det.method.distributed import mean_over_ranks
-from repr_det.method.errors import UserError
-from repr_det.method.layers import FilterLayer, zero_rows_
-from repr_det.method.passes import TrainingPasses, preserved_random_state, undisturbed
+from repr_det.method.layers import zero_rows_
+from repr_det.method.passes import TrainingPasses
+from repr_det.network.state import preserved_random_state, undisturbed
 
 MAX_FILTERS = 512
 
 
-@dataclass(frozen=True)
-class Removal:
-    """One step of ``greedy_removal``: the filter that left, and the loss without it and all before it."""
-
-    layer: str
-    index: int
-    loss: float
+def oracle(layer: FilterLayer, context: Context) -> Tensor:
+    """A criterion, (J,): the filter whose removal hurts least comes first."""
+    batches = list(context.passes.batches(context.num_batches, context.cycle))
+    return -ablation([layer], context.passes, batches)[layer.name]
 
 
 @torch.no_grad()
@@ -54,6 +54,15 @@ def ablation(layers: Sequence[FilterLayer], passes: TrainingPasses, batches: Seq
                     losses.append(_loss(passes, batches))
             increase[layer.name] = torch.nan_to_num(torch.tensor(losses, dtype=torch.float64) - whole)
     return increase
+
+
+@dataclass(frozen=True)
+class Removal:
+    """One step of ``greedy_removal``: the filter that left, and the loss without it and all before it."""
+
+    layer: str
+    index: int
+    loss: float
 
 
 @torch.no_grad()
@@ -89,8 +98,26 @@ def greedy_removal(
     return order
 
 
-def rank_correlation(scores: dict[str, Tensor], reference: dict[str, Tensor]) -> float:
-    """Spearman's rank correlation of two scores over the filters of all layers; NaN where one of them is constant."""
+def correlation_with_oracle(
+    layers: Sequence[FilterLayer], context: Context, criteria: Sequence[str]
+) -> dict[str, float]:
+    """Spearman's rank correlation of criteria with the oracle over the filters of all layers (the paper's figure 4).
+
+    Args:
+        context: its batches are what criteria and oracle look at; held-out images for the paper's oracle.
+        criteria: names in ``repr_det.method.criteria.CRITERIA``.
+
+    Returns:
+        criterion -> correlation in [-1, 1]; NaN if all scores of a criterion are equal.
+    """
+    batches = list(context.passes.batches(context.num_batches, context.cycle))
+    reference = {name: -increase for name, increase in ablation(layers, context.passes, batches).items()}
+    scores = {name: get_criterion(name).score(layers, context) for name in criteria}
+    return {name: rank_correlation(found, reference) for name, found in scores.items()}
+
+
+def rank_correlation(scores: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> float:
+    """Spearman's rank correlation of two scores over the filters of all layers; NaN if one of them is constant."""
     from scipy.stats import ConstantInputWarning, spearmanr
 
     a, b = (np.concatenate([x[name].double().cpu().numpy() for name in reference]) for x in (scores, reference))
@@ -104,7 +131,7 @@ def _check(layers: Sequence[FilterLayer], batches: Sequence[Any]) -> None:
     if number > MAX_FILTERS:
         raise UserError(
             f"the oracle tries every filter by itself and takes at most {MAX_FILTERS}, these layers have {number}: "
-            "choose fewer with REPR.LAYERS or another REPR.CRITERION"
+            "choose fewer, or another criterion"
         )
     if not batches:
         raise UserError("the oracle needs at least one batch, got none")

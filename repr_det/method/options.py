@@ -1,0 +1,190 @@
+"""All options of RePr, described once: name, default, range, meaning, and the key of a config that sets it.
+
+The keyword arguments of ``RePr`` and ``RePrHook``, the config node REPR, what a resumed run must have the same, the
+table of keys in the pages and the texts of errors come from the fields of ``RePrOptions``.
+"""
+
+import dataclasses
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from repr_det.method.errors import OptionError
+
+# Convs of FPN backbones, of C4 backbones, and of C4's box head.
+DETECTRON2_LAYERS = ("backbone.bottom_up.res*.conv*", "backbone.res*.conv*", "roi_heads.res5.*.conv*")
+
+
+@dataclass(frozen=True)
+class About:
+    """What there is to know of an option.
+
+    Attributes:
+        key: of a config, below the node REPR.
+        meaning: one line.
+        choices: all values that it may have; None for a number or names.
+        least, most: bounds of a number; ``above`` and ``below`` are bounds that it must not reach.
+        in_config: default of the config key, where that of the keyword argument makes no sense there.
+        resumed: whether a resumed run must have the same value (of the schedule it must have the same drops).
+    """
+
+    key: str
+    meaning: str
+    choices: Collection[Any] | None = None
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+    in_config: Any = None
+    resumed: bool = True
+
+    def range(self) -> str:
+        """The values that are right, in words."""
+        if self.choices is not None:
+            return f"one of {', '.join(map(str, self.choices))}"
+        if self.above is not None:
+            end = f"{self.most}]" if self.below is None else f"{self.below})"
+            return f"in ({self.above}, {end}"
+        return f"an integer of at least {self.least}" if self.least is not None else ""
+
+    def holds(self, value: Any) -> bool:
+        """Whether the value is right."""
+        if self.choices is not None:
+            return value in self.choices
+        if self.above is not None:
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            return (
+                is_number and self.above < value and (value < self.below if self.most is None else value <= self.most)
+            )
+        if self.least is not None:
+            return isinstance(value, int) and not isinstance(value, bool) and value >= self.least
+        return True
+
+
+def _option(default: Any, key: str, meaning: str, **about: Any) -> Any:
+    return field(default=default, metadata={"about": About(key, meaning, **about)})
+
+
+@dataclass(frozen=True)
+class RePrOptions:
+    """The options of RePr.
+
+    Raises:
+        OptionError: one of them is out of range.
+    """
+
+    s1_iters: int = _option(
+        0,
+        "S1_ITERS",
+        "Steps of the full network in one cycle. 0, with S2 0 too: derived, all cycles with S1 : S2 = 2 : 1 in the "
+        "first three quarters of the steps before the learning rate decays.",
+        least=0,
+        resumed=False,
+    )
+    s2_iters: int = _option(0, "S2_ITERS", "Steps of the sub-network in one cycle.", least=0, resumed=False)
+    num_cycles: int = _option(3, "NUM_CYCLES", "Cycles of full network and sub-network.", least=1, resumed=False)
+    start_iter: int = _option(
+        0, "START_ITER", "Steps of plain training before the first cycle.", least=0, resumed=False
+    )
+    drop_ratio: float = _option(0.3, "DROP_RATIO", "Share of all filters that a drop takes.", above=0, below=1)
+    max_drop_per_layer: float = _option(
+        0.5, "MAX_DROP_PER_LAYER", "Largest share of one layer that a drop takes, rounded up.", above=0, most=1
+    )
+    criterion: str | Callable[..., Any] = _option(  # noqa: RUF009
+        "ortho", "CRITERION", "Score by which filters are ranked: a name, or in Python a function of a layer."
+    )
+    criterion_batches: int = _option(8, "CRITERION_BATCHES", "Training batches that a criterion may look at.", least=1)
+    layers: Sequence[str] = _option(
+        ("*",),
+        "LAYERS.INCLUDE",
+        "Patterns (fnmatch) on names of Conv2d modules. Frozen convs, and convs in which dropping a filter does not "
+        "silence it, stay out.",
+        in_config=list(DETECTRON2_LAYERS),
+    )
+    exclude: Sequence[str] = _option((), "LAYERS.EXCLUDE", "Patterns of convs that stay out.", in_config=[])
+    scale: str = _option(
+        "kept",
+        "REINIT.SCALE",
+        "Norm of a new filter: the mean of the filters that stayed, its own before the drop, or 1.",
+        choices=("kept", "old", "unit"),
+    )
+    frozen_norm: str = _option(
+        "recalibrate",
+        "REINIT.FROZEN_NORM",
+        "Statistics of FrozenBN behind a new filter: set so that its channel has the mean and deviation of before the "
+        "drop, or kept.",
+        choices=("recalibrate", "keep"),
+    )
+    calibration_batches: int = _option(
+        0, "REINIT.CALIBRATION_BATCHES", "Training batches for that. 0: as many as have 8 images, in a loop 4.", least=0
+    )
+    returns: str = _option(
+        "as_published",
+        "REINIT.RETURN",
+        "A returning filter is heard at once (gamma 1), or changes no output of the network until it has learned. The "
+        "second is not in the paper.",
+        choices=("as_published", "function_preserving"),
+    )
+    warmup_iters: int = _option(
+        0,
+        "REINIT.WARMUP_ITERS",
+        "Steps of linear learning-rate warm-up after every restore that brought filters back. -1: as long as they were "
+        "out. Not in the paper.",
+        least=-1,
+    )
+
+    def __post_init__(self) -> None:
+        for option in dataclasses.fields(self):
+            value = getattr(self, option.name)
+            about = about_option(option.name)
+            if option.name == "returns" and value == "median_gamma":
+                raise OptionError("{returns} median_gamma went in version 0.3.0: take function_preserving")
+            if not about.holds(value):
+                raise OptionError(f"{{{option.name}}} must be {about.range()}, got {value!r}")
+        if (self.s1_iters == 0) != (self.s2_iters == 0):
+            raise OptionError(
+                f"{{s1_iters}} is {self.s1_iters} and {{s2_iters}} {self.s2_iters}: set both, or leave both 0 to "
+                "derive them"
+            )
+        if self.max_drop_per_layer < self.drop_ratio:
+            raise OptionError(
+                f"{{max_drop_per_layer}} must be at least {{drop_ratio}} {self.drop_ratio}, got "
+                f"{self.max_drop_per_layer}"
+            )
+
+    @classmethod
+    def of(cls, given: dict[str, Any]) -> "RePrOptions":
+        """Those of keyword arguments. Raises OptionError for a name that is no option."""
+        names = [option.name for option in dataclasses.fields(cls)]
+        for name in given:
+            if name not in names:
+                raise OptionError(f"RePr has no option {name!r}: take one of {', '.join(names)}")
+        return cls(**given)
+
+    def resumed(self) -> dict[str, Any]:
+        """What a resumed run must have the same: config key -> value, for a checkpoint."""
+        found = {}
+        for option in dataclasses.fields(self):
+            about, value = about_option(option.name), getattr(self, option.name)
+            if about.resumed:
+                found[f"REPR.{about.key}"] = _storable(value)
+        return found
+
+
+def about_option(name: str) -> About:
+    """What there is to know of the option of this name."""
+    return RePrOptions.__dataclass_fields__[name].metadata["about"]
+
+
+def option_names() -> tuple[str, ...]:
+    return tuple(RePrOptions.__dataclass_fields__)
+
+
+def _storable(value: Any) -> Any:
+    """The value as ``torch.load(weights_only=True)`` takes it: a function by its name."""
+    if callable(value):
+        return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+    return list(value) if isinstance(value, (list, tuple)) else value
+
+
+CONFIG_KEYS = {name: f"REPR.{about_option(name).key}" for name in option_names()}

@@ -1,0 +1,82 @@
+"""Who holds a conv, and which layers learn."""
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from repr_det.method.errors import UserError
+from repr_det.method.layers import FilterLayer
+
+_OWNER = "repr_owner"
+
+
+class Owner:
+    """Marks convs as those of one RePrScheme; copies of the convs are free.
+
+    Args:
+        scheme: remembered weakly, so that one that is forgotten in the full phase is out of the way.
+        layers: whose convs it is.
+
+    Attributes:
+        keeps: the scheme while filters are out, which must not be forgotten.
+
+    Raises:
+        UserError: one of the convs belongs to another scheme.
+    """
+
+    def __init__(self, scheme: Any, layers: Sequence[FilterLayer]) -> None:
+        self._scheme = weakref.ref(scheme)
+        self.keeps: Any = None
+        self._convs = [layer.conv for layer in layers]
+        for layer in layers:
+            other = vars(layer.conv).get(_OWNER)
+            if isinstance(other, Owner) and other._scheme() is not None:
+                out = other.keeps is not None
+                raise UserError(
+                    f"{layer.name} belongs to another RePr already: close() that one first"
+                    + (", after finish() brings its filters back" if out else "")
+                )
+        for conv in self._convs:
+            vars(conv)[_OWNER] = self
+
+    def let_go(self) -> None:
+        for conv in self._convs:
+            if vars(conv).get(_OWNER) is self:
+                del vars(conv)[_OWNER]
+
+    def __deepcopy__(self, memo: dict) -> None:
+        return None
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()
+
+
+class Gradients:
+    """Remembers which layers have had a gradient: one that gets none could never learn its filters again."""
+
+    def __init__(self, layers: Sequence[FilterLayer]) -> None:
+        self._seen: set[str] = set()
+        self._handles: dict[str, Any] = {}
+        for layer in layers:
+            if layer.weight.requires_grad:
+                self._handles[layer.name] = layer.weight.register_hook(self._hook_of(layer.name))
+
+    def why_none(self, layer: FilterLayer) -> str | None:
+        """A reason where others have had a gradient and this layer has not."""
+        missing = bool(self._seen) and layer.name not in self._seen
+        return "it has had no gradient" if missing else None
+
+    def close(self) -> None:
+        for handle in self._handles.values():
+            handle.remove()
+        self._handles = {}
+
+    def _hook_of(self, name: str) -> Any:
+        def see(gradient: Tensor) -> None:
+            self._seen.add(name)
+            if name in self._handles:
+                self._handles.pop(name).remove()
+
+        return see

@@ -1,0 +1,289 @@
+"""A record of one forward pass: which operation made which value from which.
+
+The trace sees torch's own operations, below modules and autograd, so it does not matter how a network is written.
+Values are numbered and not kept: a pass that is traced needs no more memory than one that is not.
+"""
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# The documented way to see every operation (docs.pytorch.org, "Extending PyTorch", modes). No public module has it.
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+# What a norm, and in part a conv, holds for each channel.
+PARTS = ("weight", "bias", "running_mean", "running_var")
+# What these put out does not depend on the values that go in.
+_FRESH = {
+    *("empty", "zeros", "ones", "full", "rand", "randn", "arange", "scalar_tensor", "randint", "randperm"),
+    *("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like"),
+    *("new_empty", "new_zeros", "new_ones", "new_full", "empty_strided", "new_empty_strided"),
+    *("bernoulli", "uniform", "normal", "random", "exponential", "fill", "zero", "lift_fresh"),
+}
+_NESTED = 6  # how deep a result is searched for tensors
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor in the arguments of an operation: its number, and what a stand-in for it needs."""
+
+    number: int
+    dtype: torch.dtype
+    shape: torch.Size
+
+
+@dataclass
+class Operation:
+    """One operation of a pass.
+
+    Attributes:
+        function: torch's operator.
+        name: without the underscore of one that works in place.
+        arguments, keywords: as it was called, with ``Value`` for tensors.
+        inputs, outputs: numbers of values.
+        modules: names of the watched modules that were running, the innermost last.
+        call: which call of the innermost one it was.
+    """
+
+    function: Callable[..., Any]
+    name: str
+    arguments: tuple
+    keywords: dict[str, Any]
+    inputs: list[int]
+    outputs: list[int]
+    modules: tuple[str, ...]
+    call: int
+
+
+class Trace(TorchDispatchMode):
+    """Records the operations that run in this thread while it is entered.
+
+    Args:
+        model: what it holds is constant, whatever is made of it.
+
+    Attributes:
+        operations: in the order in which they ran.
+        constants: numbers of values that no data went into: what ``model`` holds, fresh tensors, and what is made of
+            these alone.
+        parameters: "module.attribute" of watched modules that have run -> number.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.operations: list[Operation] = []
+        self._numbers = WeakTensorKeyDictionary()
+        self._count = self._calls = 0
+        self._running: list[tuple[str, int]] = []
+        # Tensors that share memory change together when one of them is written to in place.
+        self._sharing: dict[int, WeakTensorKeyDictionary] = {}
+        self.parameters: dict[str, int] = {}
+        held = [*model.parameters(), *model.buffers(), *_attributes(model)]
+        self.constants = {self.number(tensor) for tensor in held}
+
+    def enter_module(self, name: str, module: nn.Module) -> None:
+        self._calls += 1
+        self._running.append((name, self._calls))
+        for key in PARTS:  # of a replica, in DataParallel
+            tensor = getattr(module, key, None)
+            if isinstance(tensor, Tensor):
+                self.parameters.setdefault(f"{name}.{key}", self.number(tensor))
+
+    def leave_module(self) -> None:
+        self._running.pop()
+
+    def number(self, tensor: Tensor) -> int:
+        """The number of the value that ``tensor`` holds now."""
+        if tensor not in self._numbers:
+            self._renumber(tensor)
+        return self._numbers[tensor]
+
+    def _renumber(self, tensor: Tensor) -> int:
+        self._count += 1
+        self._numbers[tensor] = self._count
+        if tensor.layout == torch.strided and (place := tensor.untyped_storage().data_ptr()):
+            self._sharing.setdefault(place, WeakTensorKeyDictionary())[tensor] = True
+        return self._count
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, arguments: tuple = (), keywords: dict[str, Any] | None = None
+    ) -> Any:
+        keywords = keywords or {}
+        noted = _mapped(arguments, self._noted)
+        noted_keywords = _mapped(keywords, self._noted)
+        inputs = [value.number for value in values_in((noted, noted_keywords))]
+        result = function(*arguments, **keywords)
+        name = function.overloadpacket.__name__
+        in_place = name.endswith("_") and not name.endswith("__")
+        name = name[:-1] if in_place else name
+        outputs = [self._renumber(tensor) for tensor in tensors_in(arguments[0] if in_place else result)]
+        if name in _FRESH or (inputs and self.constants.issuperset(inputs)):
+            self.constants.update(outputs)
+        self._record(function, name, noted, noted_keywords, inputs, outputs)
+        if in_place:
+            self._renumber_sharing(arguments[0])
+        return result
+
+    def _renumber_sharing(self, target: Any) -> None:
+        """Tensors that share memory with one that has been written to hold a mixture of before and after."""
+        for tensor in tensors_in(target):
+            sharing = self._sharing.get(tensor.untyped_storage().data_ptr(), {})
+            for other in [other for other in sharing if other is not tensor]:
+                mixed = [self._numbers[other], self._numbers[tensor]]
+                self._record(torch.ops.aten.cat.default, "cat", (), {}, mixed, [self._renumber(other)])
+
+    def _record(self, function: Any, name: str, arguments: Any, keywords: Any, inputs: list, outputs: list) -> None:
+        modules = tuple(running for running, _ in self._running)
+        call = self._running[-1][1] if self._running else 0
+        self.operations.append(Operation(function, name, arguments, keywords, inputs, outputs, modules, call))
+
+    def _noted(self, argument: Any) -> Any:
+        if not isinstance(argument, Tensor):
+            return argument
+        return Value(self.number(argument), argument.dtype, argument.shape)
+
+
+class TracedPass:
+    """Traces the next passes of a network, each from the entry of its outermost module to the exit.
+
+    Args:
+        watched: modules whose calls the operations are to name.
+        outer: modules by which a pass may be entered, with all that runs inside them.
+        done: called with the trace and the numbers of the values that left the outermost module.
+    """
+
+    def __init__(
+        self,
+        watched: Mapping[str, nn.Module],
+        outer: Iterable[nn.Module],
+        done: Callable[[Trace, set[int]], None],
+    ) -> None:
+        self._done = done
+        self._watched = dict(watched)
+        self._trace: Trace | None = None
+        self._thread = 0
+        self._depth = 0
+        self._lock = threading.Lock()
+        self._handles: list[Any] = []
+        for module in outer:
+            self._hook(module, self._enter, self._leave)
+        for name, module in self._watched.items():
+            self._hook(module, lambda module, _, name=name: self._enter_watched(name, module), self._leave_watched)
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _hook(self, module: nn.Module, before: Callable[..., None], after: Callable[..., None]) -> None:
+        # A compiled network runs this pass as it is: what a dispatch mode sees is not compiled.
+        self._handles.append(module.register_forward_pre_hook(HookOfOne(before)))
+        self._handles.append(module.register_forward_hook(HookOfOne(after), always_call=True))
+
+    def _enter(self, module: nn.Module, inputs: Any) -> None:
+        thread = threading.get_ident()  # DataParallel runs replicas in threads of their own; one of them is traced
+        with self._lock:
+            if self._trace is None and _is_a_training_pass():
+                self._trace, self._thread, self._depth = Trace(module), thread, 0
+                self._trace.__enter__()
+            if self._trace is not None and thread == self._thread:
+                self._depth += 1
+
+    def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if not self._is_mine():
+            return
+        self._depth -= 1
+        if self._depth:
+            return
+        trace, self._trace = self._trace, None
+        trace.__exit__(None, None, None)
+        if output is not None:  # the pass has not been ended by an error
+            left = [*tensors_in(output), *_attributes(module)]
+            self._done(trace, {trace.number(tensor) for tensor in left})
+
+    def _enter_watched(self, name: str, module: nn.Module) -> None:
+        if self._is_mine():
+            self._trace.enter_module(name, module)
+
+    def _leave_watched(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if self._is_mine():
+            self._trace.leave_module()
+
+    def _is_mine(self) -> bool:
+        return self._trace is not None and threading.get_ident() == self._thread
+
+
+def _is_a_training_pass() -> bool:
+    """Gradients are wanted, and it is not a part of one that checkpointing runs again in the backward pass."""
+    # No public function tells whether a backward pass runs in this thread.
+    again = torch._C._current_graph_task_id() != -1
+    return torch.is_grad_enabled() and not again
+
+
+class HookOfOne:
+    """A hook of a module that copies and pickles of the module are without."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = torch.compiler.disable(function)
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.function(*arguments)
+
+    def __deepcopy__(self, memo: dict) -> Callable[..., None]:
+        return _nothing
+
+    def __reduce__(self) -> tuple:
+        return _nothing_again, ()
+
+
+def _nothing(*arguments: Any) -> None:
+    pass
+
+
+def _nothing_again() -> Callable[..., None]:
+    return _nothing
+
+
+def tensors_in(result: Any, depth: int = _NESTED) -> Iterator[Tensor]:
+    """The tensors in nested lists, tuples, dicts and objects, but not those of modules."""
+    if isinstance(result, Tensor):
+        yield result
+    elif depth and not isinstance(result, nn.Module):
+        parts = result if isinstance(result, (list, tuple, set)) else _parts(result)
+        for part in parts:
+            yield from tensors_in(part, depth - 1)
+
+
+def _parts(result: Any) -> Iterable[Any]:
+    if isinstance(result, Mapping):
+        return list(result.values())
+    return list(getattr(result, "__dict__", {}).values())
+
+
+def _attributes(model: nn.Module) -> Iterator[Tensor]:
+    """Tensors in plain attributes of its modules, or in a list or dict there."""
+    for module in model.modules():
+        for key, held in vars(module).items():
+            if key not in ("_parameters", "_buffers", "_modules") and "hooks" not in key:
+                yield from tensors_in(held, depth=1)
+
+
+def _mapped(argument: Any, function: Callable[[Any], Any]) -> Any:
+    if isinstance(argument, (list, tuple)):
+        return tuple(_mapped(part, function) for part in argument)
+    if isinstance(argument, dict):
+        return {key: _mapped(part, function) for key, part in argument.items()}
+    return function(argument)
+
+
+def values_in(arguments: Any) -> Iterator[Value]:
+    """The ``Value`` s in noted arguments."""
+    if isinstance(arguments, Value):
+        yield arguments
+    elif isinstance(arguments, (tuple, dict)):
+        for part in arguments.values() if isinstance(arguments, dict) else arguments:
+            yield from values_in(part)
