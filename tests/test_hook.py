@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import At, assert_same_weights, interrupt
+from conftest import R18, At, assert_same_weights, interrupt
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, hooks
@@ -61,7 +61,7 @@ def test_changes_nothing_bit_for_bit(tiny_cfg, tmp_path, opts, norm):
 
 
 def test_drops_restores_events_and_scalars(tiny_cfg, tmp_path):
-    cfg = tiny_cfg(*SCHEDULE, "TEST.EVAL_PERIOD", 4, "SOLVER.CHECKPOINT_PERIOD", 3)
+    cfg = tiny_cfg(*R18, *SCHEDULE, "TEST.EVAL_PERIOD", 4, "SOLVER.CHECKPOINT_PERIOD", 3)
     seen = {}
 
     class Watch(HookBase):
@@ -104,7 +104,7 @@ def test_drops_restores_events_and_scalars(tiny_cfg, tmp_path):
 
 
 def test_sub_network_checkpoint_is_a_stock_checkpoint(tiny_cfg, tmp_path):
-    cfg = tiny_cfg(*SCHEDULE, "SOLVER.CHECKPOINT_PERIOD", 2)  # after iteration 1, the drop
+    cfg = tiny_cfg(*R18, *SCHEDULE, "SOLVER.CHECKPOINT_PERIOD", 2)  # after iteration 1, the drop
     trained(Trainer, cfg)
     path = tmp_path / "run" / "model_0000001.pth"
     saved = torch.load(path, weights_only=True)
