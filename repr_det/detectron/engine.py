@@ -52,6 +52,8 @@ class Trainer(DefaultTrainer):
         NonFiniteError: while training.
     """
 
+    _has_trained = False
+
     def __init__(self, cfg: CfgNode) -> None:
         # Not DefaultTrainer.__init__: it wraps the model by create_ddp_model, which CPU modules cannot take.
         TrainerBase.__init__(self)
@@ -124,7 +126,17 @@ class Trainer(DefaultTrainer):
             raise NonFiniteError(describe(self, what)) from error
 
     def before_train(self) -> None:
-        """Detectron2's, writes the final checkpoint that a killed run did not, and keeps those of an earlier run."""
+        """Detectron2's, writes the final checkpoint that a killed run did not, and keeps those of an earlier run.
+
+        Raises:
+            UserError: this trainer has trained before: hooks, loader and schedule are somewhere in the middle.
+        """
+        if self._has_trained:
+            raise UserError(
+                "this trainer has trained before: make another one, on which resume_or_load(resume=True) goes on from "
+                "the last checkpoint"
+            )
+        self._has_trained = True
         if self.start_iter == 0:
             comm.synchronize()  # all have loaded MODEL.WEIGHTS, which may be one of them
             if comm.is_main_process() and (kept := keep_checkpoints(self.cfg.OUTPUT_DIR)):
