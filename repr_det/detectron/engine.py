@@ -116,17 +116,8 @@ class Trainer(DefaultTrainer):
                 f"{self.start_iter} iterations: give at least that many, or another OUTPUT_DIR"
             )
 
-    def run_step(self) -> None:
-        """One step; a loss that is not finite is reported with its phase and the first layer that shows it."""
-        try:
-            super().run_step()
-        except FloatingPointError as error:
-            found = first_non_finite(self.model)
-            what = "the loss is not finite" + (f", nor is {found}" if found else "")
-            raise NonFiniteError(describe(self, what)) from error
-
-    def before_train(self) -> None:
-        """Detectron2's, writes the final checkpoint that a killed run did not, and keeps those of an earlier run.
+    def train(self) -> Any:
+        """Trains, once.
 
         Raises:
             UserError: this trainer has trained before: hooks, loader and schedule are somewhere in the middle.
@@ -137,6 +128,19 @@ class Trainer(DefaultTrainer):
                 "the last checkpoint"
             )
         self._has_trained = True
+        return super().train()
+
+    def run_step(self) -> None:
+        """One step; a loss that is not finite is reported with its phase and the first layer that shows it."""
+        try:
+            super().run_step()
+        except FloatingPointError as error:
+            found = first_non_finite(self.model)
+            what = "the loss is not finite" + (f", nor is {found}" if found else "")
+            raise NonFiniteError(describe(self, what)) from error
+
+    def before_train(self) -> None:
+        """Detectron2's, writes the final checkpoint that a killed run did not, and keeps those of an earlier run."""
         if self.start_iter == 0:
             comm.synchronize()  # all have loaded MODEL.WEIGHTS, which may be one of them
             if comm.is_main_process() and (kept := keep_checkpoints(self.cfg.OUTPUT_DIR)):
