@@ -17,6 +17,8 @@ from torch import nn
 from repr_det import add_repr_config
 from repr_det.commands.arguments import train_argument_parser
 from repr_det.commands.shipped import config_path
+from repr_det.detectron.config import markdown_table
+from repr_det.method.options import CONFIG_KEYS
 from repr_det.studies.analysis_command import argument_parser as analysis_argument_parser
 from repr_det.studies.benchmarking.command import argument_parser as benchmark_argument_parser
 from repr_det.studies.comparison.command import argument_parser as comparison_argument_parser
@@ -120,6 +122,14 @@ def test_a_shown_command_is_one_that_its_program_takes(page, command, monkeypatc
         assert words[0] in ("install", "wheel")
     else:
         raise AssertionError(f"{page}: nobody looks at {command!r}")
+
+
+def test_the_table_of_keys_is_that_of_the_options():
+    page = (ROOT / "docs" / "configs.md").read_text()
+    table = page.partition("<!-- keys of REPR -->\n\n")[2].partition("\n\n<!-- end of the keys -->")[0]
+    assert table == markdown_table(), "put what repr_det.detectron.config.markdown_table() returns into docs/configs.md"
+    rows = [line.split("|")[1].strip() for line in table.splitlines()[3:]]
+    assert rows == [f"`{key}`" for key in CONFIG_KEYS.values()]
 
 
 def test_plain_pytorch_snippet_runs():

@@ -1,58 +1,61 @@
-"""What only a GPU can show; all skipped without one (``pytest -m gpu`` runs these and the GPU cases of test_amp.py)."""
+"""What a GPU has to show (``pytest -m gpu`` runs these and those of test_amp.py); two cases are the CPU's too."""
 
-import copy
+import os
+import socket
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import GPU, assert_same_weights
-from repr_det.method.slim import SlimNetwork
-from test_processes import TRANSITIONS, events, run
-from test_slim import drop, resnet, step
+from conftest import GPU, ROOT, assert_same_weights
+from small_loop import OPTIONS, TwoConvs, batch
 
-from repr_det import Trainer
-from repr_det.method.layers import find_filter_layers
+from repr_det import RePr, Trainer
 from repr_det.method.orthogonality import inter_filter_orthogonality, least_overlap_filters
 
-pytestmark = GPU
+TRANSITIONS = (
+    "SOLVER.MAX_ITER 6 REPR.ENABLED True REPR.S1_ITERS 1 REPR.S2_ITERS 2 REPR.NUM_CYCLES 1 SOLVER.CHECKPOINT_PERIOD 1 "
+    "DATASETS.TEST ()"
+).split()
 
 
-def test_new_filters_are_orthogonal_and_those_of_the_cpu():
-    """512 x 512 x 3 x 3: the largest 3x3 layer of R50; seeds come from a CPU generator, as in RePrScheme."""
+TWO_GPUS = [*GPU, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
+
+
+def on_gpu(test):
+    for mark in GPU:
+        test = mark(test)
+    return test
+
+
+@on_gpu
+def test_metric_and_new_filters_are_those_of_the_cpu():
+    """512 x 512 x 3 x 3: the largest 3x3 layer of R50."""
     weight = torch.randn(512, 512, 3, 3, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(inter_filter_orthogonality(weight.cuda()), inter_filter_orthogonality(weight))
     kept, dropped = weight[:358], weight[358:]
     new = least_overlap_filters(kept.cuda(), dropped.cuda(), torch.Generator().manual_seed(1))
     assert new.is_cuda
-    rows = torch.nn.functional.normalize(torch.cat([weight.flatten(1).cuda(), new.flatten(1)]).double())
-    cosines = rows[512:] @ rows.T
-    cosines[:, 512:] -= torch.eye(len(new), device="cuda", dtype=torch.float64)
-    assert cosines.abs().max() <= 1e-5
-    on_cpu = least_overlap_filters(kept, dropped, torch.Generator().manual_seed(1))
-    assert (new.cpu() - on_cpu).abs().max() < 1e-4
+    assert torch.equal(new.cpu(), least_overlap_filters(kept, dropped, torch.Generator().manual_seed(1)))
 
 
-def test_metric_is_that_of_the_cpu():
-    weight = torch.randn(256, 64, 3, 3, generator=torch.Generator().manual_seed(0))
-    assert torch.allclose(
-        inter_filter_orthogonality(weight.cuda()).cpu(), inter_filter_orthogonality(weight), atol=1e-5
-    )
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+def test_same_masks_and_filters_for_one_seed(device):
+    """Of equal weights, whatever device they are on; on the CPU it is compared with itself."""
+    found = []
+    for place in ("cpu", device):
+        torch.manual_seed(0)
+        model = TwoConvs().to(place)
+        optimizer = torch.optim.SGD(model.parameters(), 0.0)
+        repr_training = RePr(model, optimizer, 8, **OPTIONS, sample=batch(0).to(place))
+        dropped = repr_training.scheme.drop().dropped
+        repr_training.scheme.restore()
+        found.append((dropped, {name: value.cpu() for name, value in model.named_parameters()}))
+    assert found[0][0] == found[1][0] and sum(map(len, found[0][0].values())) == 7
+    assert_same_weights(found[0][1], found[1][1])
 
 
-@pytest.mark.parametrize("norm", ["BN", "FrozenBN", "GN"])
-def test_slim_sub_network_is_the_masked_one(norm):
-    masked = resnet(50, norm)
-    layers, masks = drop(masked, ["*conv*"])
-    slim = copy.deepcopy(masked).cuda()
-    masked.cuda()
-    masks = {name: mask.cuda() for name, mask in masks.items()}
-    mine = find_filter_layers(slim, list(masks))
-    x = torch.randn(2, 3, 48, 32, generator=torch.Generator().manual_seed(2), dtype=torch.float64).cuda()
-    wanted = step(masked, x, layers, masks)
-    with SlimNetwork(slim, mine, masks):
-        found = step(slim, x, mine, masks)
-    for a, b in zip([*found, *slim.parameters()], [*wanted, *masked.parameters()], strict=True):
-        assert torch.allclose(a, b, rtol=1e-9, atol=1e-9)
-
-
+@on_gpu
 @pytest.mark.parametrize("criterion", ["ortho", "taylor"])
 @pytest.mark.parametrize("norm", ["BN", "FrozenBN", "GN"])
 def test_a_cycle_on_the_gpu_and_its_resumption(tiny_cfg, norm, criterion):
@@ -69,11 +72,48 @@ def test_a_cycle_on_the_gpu_and_its_resumption(tiny_cfg, norm, criterion):
     again.train()
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-@pytest.mark.parametrize("norm", ["SyncBN", "FrozenBN"])
-def test_nccl_ranks_agree(tiny_data, tmp_path, norm):
-    opts = [*TRANSITIONS, "MODEL.DEVICE", "cuda", "MODEL.RESNETS.NORM", norm, "SOLVER.BASE_LR", "0.0001"]
-    assert run(tmp_path, tiny_data, 2, opts) == 0
-    ranks = [torch.load(tmp_path / f"rank{rank}.pth", weights_only=True, map_location="cpu") for rank in (0, 1)]
-    assert_same_weights(*ranks)
-    assert [e["event"] for e in events(tmp_path)] == ["drop", "restore"]
+RANK = """
+import sys, torch, torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from repr_det import RePr
+from small_loop import OPTIONS, TwoConvs, batch
+rank, port, norm, backend, out = int(sys.argv[1]), *sys.argv[2:]
+device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
+dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+torch.manual_seed(0)
+model = TwoConvs(norm).to(device)
+wrapped = DistributedDataParallel(model, device_ids=[rank] if backend == "nccl" else None, broadcast_buffers=False)
+optimizer = torch.optim.SGD(model.parameters(), 0.05, 0.9)
+repr_training = RePr(wrapped, optimizer, 8, **OPTIONS, frozen_norm="keep")
+events = []
+for step in range(8):
+    optimizer.zero_grad()
+    wrapped(batch(2 * step + rank).to(device))["loss"].backward()
+    optimizer.step()
+    done = repr_training.step()
+    events += [] if done is None else [done.event]
+torch.save(({name: value.cpu() for name, value in model.named_parameters()}, events), out)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize(
+    ("backend", "norm"),
+    [
+        ("gloo", "BN"),
+        pytest.param("nccl", "SyncBN", marks=TWO_GPUS),
+        pytest.param("nccl", "FrozenBN", marks=TWO_GPUS),
+    ],
+)
+def test_ranks_agree(tmp_path, backend, norm):
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = str(found.getsockname()[1])
+    files = [str(tmp_path / f"{rank}.pt") for rank in range(2)]
+    words = [[sys.executable, "-c", RANK, str(rank), port, norm, backend, file] for rank, file in enumerate(files)]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    processes = [subprocess.Popen(command, env=os.environ | {"PYTHONPATH": paths}) for command in words]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    (first, events), (second, _) = (torch.load(file, weights_only=True) for file in files)
+    assert events == ["drop", "restore"]
+    assert_same_weights(first, second)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from detectron2.engine import HookBase, SimpleTrainer, hooks
 from detectron2.solver import build_lr_scheduler
+from small_loop import config, small_trainer, train
 from torch import nn
 
 from repr_det import RePrHook, Trainer
@@ -117,7 +118,10 @@ def test_no_warm_up_where_nothing_came_back_and_the_same_one_in_a_resumed_run(ti
         (["REPR.REINIT.WARMUP_ITERS", "-1", "SOLVER.REFERENCE_WORLD_SIZE", "2"], 6),
     ],
 )
-def test_length_of_the_warm_up(tiny_cfg, opts, length):
-    hook = RePrHook(tiny_cfg("REPR.ENABLED", "True", "REPR.S1_ITERS", "6", "REPR.S2_ITERS", "3", *opts))
-    assert hook.warm_up_iters == (hook.schedule.s2_iters if length is None else length)
+def test_length_of_the_warm_up(opts, length):
+    cfg = config(120, s1_iters=6, s2_iters=3, layers=["backbone.conv*"])
+    cfg.merge_from_list(opts)
+    hook = RePrHook(cfg)
+    train(small_trainer(hook, steps=240), stop=1)
+    assert hook.repr.warmup_iters == (hook.schedule.s2_iters if length is None else length)
     assert length is not None or 0 < hook.schedule.s2_iters != 3
