@@ -371,6 +371,30 @@ def test_averages_get_dropped_and_returning_filters():
         assert not torch.equal(mine.weight[~mask], theirs.weight[~mask])
 
 
+def first_ones(layer):
+    return -torch.arange(layer.num_filters)
+
+
+def test_a_function_as_criterion_and_a_state_of_plain_types(tmp_path):
+    hook = RePrHook(**OPTIONS, criterion=first_ones)
+    trainer = small_trainer(hook)
+    train(trainer, stop=5)
+    assert {name: mask.nonzero().flatten().tolist() for name, mask in hook.scheme.masks.items()} == {
+        "backbone.conv1": [0, 1, 2, 3],
+        "backbone.conv2": [0, 1, 2],
+    }
+    torch.save(trainer.state_dict(), tmp_path / "state.pth")
+    state = torch.load(tmp_path / "state.pth", weights_only=True)
+    again, other = small_trainer(RePrHook(**OPTIONS, criterion=first_ones)), small_trainer(RePrHook(**OPTIONS))
+    again.model.load_state_dict(trainer.model.state_dict())
+    again.load_state_dict(state)
+    train(again, 5)
+    assert again._hooks[0].scheme.cycle == 1
+    other.load_state_dict(state)
+    with pytest.raises(UserError, match=r"criterion= test_hook\.first_ones, this run has ortho"):
+        train(other, 5)
+
+
 def test_keys_of_earlier_versions(tmp_path, caplog):
     cfg = get_cfg()
     add_repr_config(cfg)
