@@ -14,7 +14,7 @@ _COMMANDS = {
     "analyze": ("repr_det.studies.analysis_command", "main", "how much the filters of a checkpoint overlap"),
     "benchmark": ("repr_det.studies.benchmarking.command", "main", "what RePr costs and saves in time and memory"),
 }
-_STUDIES = ("jinja2", "matplotlib", "rich", "tabulate")
+_STUDIES = ("jinja2", "matplotlib", "pandas", "rich", "tabulate")
 _USAGE = "usage: repr-det COMMAND ...\n\n" + "\n".join(
     f"  {name:10} {what}" for name, (_, _, what) in _COMMANDS.items()
 )
@@ -42,8 +42,6 @@ def _load(
 ) -> tuple[Callable[[Callable[[], object]], None], Callable[[], object]]:
     """What runs a command and reports its errors, and the command."""
     module, function, _ = _COMMANDS[command]
-    if command == "train" and any(word.endswith(".py") for word in arguments):
-        module = "repr_det.commands.lazy_train"
     try:
         importlib.import_module("repr_det.commands")  # first: it silences warnings of what is imported next
         found = getattr(importlib.import_module(module), function)

@@ -1,6 +1,7 @@
 """The config node REPR, made from ``RePrOptions``: its keys, their checks and the schedule that they stand for."""
 
 import contextlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -133,6 +134,12 @@ def without_repr(cfg: CfgNode) -> CfgNode:
     return stock
 
 
+_ONE_FOR_A_TUPLE = re.compile(  # how yacs words it
+    r"Type mismatch \(<class 'tuple'> vs\. <class '(?P<kind>str|int|float)'>\) .* vs\. (?P<value>.+)\) for config key: "
+    r"(?P<key>\S+)"
+)
+
+
 @contextlib.contextmanager
 def as_user_error(source: str) -> Iterator[None]:
     """Config libraries raise KeyError, ValueError, AssertionError and yaml errors for what a user typed."""
@@ -144,4 +151,8 @@ def as_user_error(source: str) -> Iterator[None]:
         # str() of a KeyError is the repr of its message.
         text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
         text = " ".join((f"not valid YAML: {text}" if isinstance(error, yaml.YAMLError) else text).split())
+        one = _ONE_FOR_A_TUPLE.search(text)
+        if one:
+            value = repr(one["value"]) if one["kind"] == "str" else one["value"]
+            text = f"{one['key']} must be a tuple, ({value},), got {value}"
         raise UserError(f"{source}: {text or type(error).__name__}") from error

@@ -18,7 +18,7 @@ import hashlib
 import logging
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -244,7 +244,8 @@ class RePrScheme:
         check_finite(values, f"at the restore of cycle {self.cycle + 1}")
         check_zero(held, f"at the restore of cycle {self.cycle + 1}")
         renewed = [] if as_they_were else [x for x in held.layers if self._why_frozen(x) is None]
-        renewed = [layer for layer in renewed if self._can_calibrate(layer)]
+        frozen = {layer.name for layer in self._frozen_norms()}
+        renewed = [layer for layer in renewed if layer.name not in frozen or self._can_calibrate(layer)]
         new, cosines = self._new_filters(renewed, values, held.masks)
         for layer in held.layers:
             rows = held.rows[layer.name]
@@ -258,7 +259,7 @@ class RePrScheme:
             restart_training(layer, rows, held.kept[layer.name], self.optimizers)
         for layer in renewed:
             self._prepare_readers(layer, held)
-        self._match_moments(held, renewed)
+        self._match_moments(held, renewed, frozen)
         self._restart_averaging_norms()
         self._copy_to_averages(held)
         after = self._values()
@@ -380,9 +381,12 @@ class RePrScheme:
 
     def _frozen_norms(self) -> list[FilterLayer]:
         """The layers whose norm keeps its statistics in training, also where the caller is evaluating now."""
-        if self.passes is None or self.passes.model.training == self.passes.trains:
+        model, trains = self.model, self.participants.trains
+        if self.passes is not None:
+            model, trains = self.passes.model, self.passes.trains
+        if model is None or model.training == trains:
             return [layer for layer in self.layers if layer.is_frozen]
-        with undisturbed(self.passes.model, trains=self.passes.trains):
+        with undisturbed(model, trains=trains):
             return [layer for layer in self.layers if layer.is_frozen]
 
     # What is looked at.
@@ -472,9 +476,9 @@ class RePrScheme:
         return found, cosines
 
     def _can_calibrate(self, layer: FilterLayer) -> bool:
-        """Whether a new filter would get statistics of its own: a norm that has been frozen since the drop has lost
-        those of the channel, and without training batches it is not known what others would be right."""
-        if not layer.is_frozen or layer.name in self._frozen_at_drop:
+        """Whether a new filter would get statistics of its own behind a frozen norm: one that has been frozen since the
+        drop has lost those of the channel, and without training batches it is not known what others would be right."""
+        if layer.name in self._frozen_at_drop:
             return True
         if self.passes is not None and self.options.frozen_norm == "recalibrate":
             return True
@@ -496,13 +500,13 @@ class RePrScheme:
         if loud and can_be_silent(layer, self.participants.modules):
             logger.warning("RePr: %d filters of %s return as published: all channels of a group", loud, layer.name)
 
-    def _match_moments(self, held: HeldFilters, renewed: Sequence[FilterLayer]) -> None:
+    def _match_moments(self, held: HeldFilters, renewed: Sequence[FilterLayer], frozen: Collection[str]) -> None:
         """Statistics of norms that do not find them themselves."""
         wanted = {}
         for layer in renewed:
             if "moments" in self._old[layer.name]:
                 wanted[layer.name] = self._old[layer.name]["moments"]
-            elif layer.kind == BATCH and layer.is_frozen and self.options.frozen_norm == "recalibrate":
+            elif layer.kind == BATCH and layer.name in frozen and self.options.frozen_norm == "recalibrate":
                 # Frozen since the drop: what BN would do in training, mean 0 and deviation 1.
                 rows = held.rows[layer.name]
                 wanted[layer.name] = torch.stack([torch.zeros(len(rows)), torch.ones(len(rows))])
