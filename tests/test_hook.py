@@ -21,8 +21,9 @@ from small_loop import OPTIONS, hook_of, small_trainer, spelled, train
 from repr_det import RePr, RePrHook, Trainer, UserError, add_repr_config
 from repr_det.commands.processes import STOCK_CONFIG_FILE, write_configs
 from repr_det.detectron.config import options_of_config, without_repr
-from repr_det.detectron.passes import calibration_batches
+from repr_det.detectron.passes import calibration_batches, training_passes
 from repr_det.method.options import CONFIG_KEYS, option_names
+from repr_det.network.state import random_state
 
 SCHEDULE = "SOLVER.MAX_ITER 8 REPR.ENABLED True REPR.S1_ITERS 2 REPR.S2_ITERS 1 REPR.NUM_CYCLES 2".split()
 WAYS = ("config", "plain")
@@ -416,6 +417,21 @@ def test_extra_passes_leave_no_trace_in_the_log(tiny_cfg):
     cfg = tiny_cfg(*SCHEDULE, "REPR.CRITERION", "taylor", "REPR.CRITERION_BATCHES", "2", "DATASETS.TEST", "()")
     logged = trained(Trainer, cfg).storage.histories()
     assert {len(logged[name].values()) for name in ("rpn/num_pos_anchors", "total_loss")} == {8}
+
+
+def test_batches_of_extra_passes_depend_on_seed_and_cycle_alone(tiny_cfg):
+    cfg = tiny_cfg()
+    trainer = DefaultTrainer(cfg)
+    state = str(random_state())
+
+    def files(seed, cycle, images=2):
+        passes = training_passes(trainer.model, trainer, seed, images, True)
+        return [[image["file_name"] for image in batch] for batch in passes.batches(2, cycle)]
+
+    assert files(3, 0) == files(3, 0) != files(3, 1)
+    assert files(3, 0) != files(4, 0)
+    assert [len(batch) for batch in files(3, 0, 4)] == [4, 4]
+    assert str(random_state()) == state
 
 
 def test_a_network_that_diverges_is_named_as_such_at_a_transition(tiny_cfg):
