@@ -251,7 +251,7 @@ class RePrHook(HookBase):
     def _prove(self) -> None:
         """Shows who takes part by a pass over a batch of its own; where none can be drawn the first step shows it."""
         scheme = self.repr.scheme
-        if scheme.watch.traced or self._ended():
+        if scheme.participants.known or self._ended():
             return
         batch, reason = None, ""
         try:
@@ -283,7 +283,7 @@ class RePrHook(HookBase):
 
     def _step(self, iteration: int) -> None:
         done = self._spelled(self.repr.step)
-        if self.repr.scheme.watch.traced:
+        if self.repr.scheme.participants.known:
             self._warn_of_fine_tuning()
         if done is not None and comm.is_main_process() and self.output_dir:
             self._write(iteration, done)

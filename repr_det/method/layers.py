@@ -214,7 +214,7 @@ def _norm_of(model: nn.Module, name: str, conv: nn.Conv2d) -> nn.Module | None:
         return own
     siblings = list(model.get_submodule(name.rpartition(".")[0]).children())
     position = siblings.index(conv) + 1
-    follower = siblings[position] if position < len(siblings) else None
+    follower: Any = siblings[position] if position < len(siblings) else None
     if follower is None or not is_norm(follower) or follower.weight is None:
         return None
     return follower if len(follower.weight) == conv.out_channels else None

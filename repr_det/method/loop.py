@@ -87,6 +87,7 @@ class RePr:
         if (loader is None) != (loss is None) or (loader is not None and passes is not None):
             raise UserError("give loader= and loss= together, or passes=, or none of them")
         model = unwrapped(model)
+        self.model = model
         self.total_steps = total_steps
         self.schedule = schedule or schedule_of(self.options, total_steps, first_lr_step)
         self.schedule.check_fits(total_steps)
@@ -105,8 +106,8 @@ class RePr:
         self.logger = logger
         self._announced = self._finished = False
         self._overdue = False
-        if loader is not None and self.scheme.needs_batches:
-            self._try_batches()
+        if loader is not None and passes is not None and self.scheme.needs_batches:
+            self._try_batches(passes)
         if self.warmup_iters:
             scale_rates(self.scheme.optimizers, self._share_of_rate)
         # Filters that are out when training ends are out of the model for good, unless a checkpoint is resumed.
@@ -187,7 +188,7 @@ class RePr:
         Raises:
             UserError: nothing takes part.
         """
-        with undisturbed(self.scheme.model, own_modes=True), torch.enable_grad():
+        with undisturbed(self.model, own_modes=True), torch.enable_grad():
             run()
         self.scheme.check()
         self._announce()
@@ -238,7 +239,7 @@ class RePr:
 
     def _announce(self) -> None:
         """Once, when it is known who takes part."""
-        if self._announced or not self.scheme.watch.traced:
+        if self._announced or not self.scheme.participants.known:
             return
         self._announced = True
         self.logger.info(describe_layers(self.scheme.layers, self.options, self.scheme.criterion.spares))
@@ -257,9 +258,8 @@ class RePr:
             return 1.0
         return min(1.0, (self.steps - restored[-1]) / (self.warmup_iters + 1))
 
-    def _try_batches(self) -> None:
+    def _try_batches(self, passes: TrainingPasses) -> None:
         """Draws and joins what the transitions will look at, so that what is wrong with it shows now."""
-        passes = self.scheme.passes
         batches = list(passes.batches(self.options.calibration_batches or 4, 0))
         if not batches:
             raise UserError("loader= yields no batch, and transitions look at training batches")
@@ -350,7 +350,7 @@ def _warn_of_sub_network(end: dict[str, int]) -> None:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside DistributedDataParallel, DataParallel or torch.compile."""
-    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-    while isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
-        model = model.module if isinstance(model, wrappers) else model._orig_mod
-    return model
+    inner: Any = model
+    while isinstance(inner, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or hasattr(inner, "_orig_mod"):
+        inner = inner._orig_mod if hasattr(inner, "_orig_mod") else inner.module
+    return inner

@@ -5,7 +5,7 @@ table of keys in the pages and the texts of errors come from the fields of ``ReP
 """
 
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,14 +94,14 @@ class RePrOptions:
         "ortho", "CRITERION", "Score by which filters are ranked: a name, or in Python a function of a layer."
     )
     criterion_batches: int = _option(8, "CRITERION_BATCHES", "Training batches that a criterion may look at.", least=1)
-    layers: Collection[str] = _option(
+    layers: Sequence[str] = _option(
         ("*",),
         "LAYERS.INCLUDE",
         "Patterns (fnmatch) on names of Conv2d modules. Frozen convs, and convs in which dropping a filter does not "
         "silence it, stay out.",
         in_config=list(DETECTRON2_LAYERS),
     )
-    exclude: Collection[str] = _option((), "LAYERS.EXCLUDE", "Patterns of convs that stay out.", in_config=[])
+    exclude: Sequence[str] = _option((), "LAYERS.EXCLUDE", "Patterns of convs that stay out.", in_config=[])
     scale: str = _option(
         "kept",
         "REINIT.SCALE",

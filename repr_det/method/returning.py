@@ -151,7 +151,7 @@ def prepare_readers(
     layer: FilterLayer, modules: Mapping[str, nn.Module], mask: Tensor, optimizers: Sequence[Optimizer]
 ) -> None:
     """The kernels that read returning channels do not step further than others."""
-    for reader in aligned_readers(layer, modules) or ():
+    for reader in aligned_readers(layer, modules)[0]:
         for within, returned, others in reader.of(mask):
             raise_squares_of_inputs_(optimizers, reader.module.weight, returned, others, within)
 
@@ -189,7 +189,7 @@ def silence(
         layer.norm.weight.index_fill_(0, rows, 0)
         return 0
     loud = 0
-    for reader in aligned_readers(layer, modules) or ():
+    for reader in aligned_readers(layer, modules)[0]:
         weight = reader.module.weight
         for within, returned, others in reader.of(mask):
             if not len(others):
@@ -202,25 +202,24 @@ def silence(
     return loud
 
 
-def aligned_readers(layer: FilterLayer, modules: Mapping[str, nn.Module]) -> list[Kernels] | None:
-    """The convs and linear layers that read the layer, where these are all that do, and read its channels alone."""
+def aligned_readers(layer: FilterLayer, modules: Mapping[str, nn.Module]) -> tuple[list[Kernels], bool]:
+    """The convs and linear layers that read the channels of a layer alone, and whether these are all that read it."""
     found = []
     for reader in sorted(layer.readers, key=lambda reader: reader.name):
         module = modules.get(reader.name)
         # A weight that is computed from others cannot be set.
         own = isinstance(module, (nn.Conv2d, nn.Linear)) and "weight" in dict(module.named_parameters(recurse=False))
-        if not (own and reader.aligned and reader.alone):
-            return None
-        kernels = Kernels(module, reader.span)
-        if kernels.inputs != layer.num_filters * reader.span:
-            return None
-        found.append(kernels)
-    return found
+        if own and reader.aligned and reader.alone:
+            kernels = Kernels(module, reader.span)
+            if kernels.inputs == layer.num_filters * reader.span:
+                found.append(kernels)
+    return found, len(found) == len(layer.readers)
 
 
 def _kernels_can_be_silent(layer: FilterLayer, modules: Mapping[str, nn.Module]) -> bool:
-    readers = aligned_readers(layer, modules)
-    return bool(readers) and all(x.module.weight.requires_grad and x.inputs > x.groups for x in readers or ())
+    readers, are_all = aligned_readers(layer, modules)
+    can_spare = [x.module.weight.requires_grad and x.inputs > x.groups for x in readers]
+    return bool(readers) and are_all and all(can_spare)
 
 
 def _has_gamma(layer: FilterLayer) -> bool:

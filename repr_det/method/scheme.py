@@ -27,10 +27,11 @@ from torch import Tensor, nn
 from repr_det.method.averages import Averages
 from repr_det.method.calibration import match_moments, measure_moments
 from repr_det.method.criteria import Context, get_criterion
-from repr_det.method.distributed import broadcast_, gathered, rank, to_cpu
+from repr_det.method.distributed import broadcast_, rank, to_cpu
+from repr_det.method.effects import DroppedEffects, ReturnedEffects, check_finite, check_zero
 from repr_det.method.errors import OptionError, UserError
 from repr_det.method.holding import HeldFilters, Transition
-from repr_det.method.layers import BATCH, FROZEN, FilterLayer, closest, what_attention_means
+from repr_det.method.layers import BATCH, FROZEN, FilterLayer
 from repr_det.method.optimizers import (
     check_optimizer_state,
     check_optimizers,
@@ -40,6 +41,7 @@ from repr_det.method.optimizers import (
 from repr_det.method.options import CONFIG_KEYS, RePrOptions
 from repr_det.method.orthogonality import inter_filter_orthogonality, overlap_of_kept
 from repr_det.method.ownership import Gradients, Owner
+from repr_det.method.participants import Participants
 from repr_det.method.passes import TrainingPasses
 from repr_det.method.returning import (
     aligned_readers,
@@ -52,13 +54,10 @@ from repr_det.method.returning import (
     silence,
 )
 from repr_det.method.selection import check_capacity, select_filters
-from repr_det.network.proof import Verdict, first_that_refuses
 from repr_det.network.state import undisturbed
-from repr_det.network.watch import NOT_RUN, Watch
 
 logger = logging.getLogger("repr_det.scheme")
 
-_LOOKS_EVERY = 100  # steps of the sub-network after which dropped filters are looked at; the first ones more often
 _CALIBRATION_BATCHES = 4
 _WITHOUT_EFFECT = ("readers", "slim_model", "slim", "apart")  # of version 0.2.0
 
@@ -133,14 +132,11 @@ class RePrScheme:
         self._held: HeldFilters | None = None
         self._old: Values = {}
         self._frozen_at_drop: set[str] = set()
-        self._sub_steps = 0
-        self._given: dict[str, Tensor] = {}  # new filters that the step after a restore is to leave as they are
-        self._modules = {} if model is None else dict(model.named_modules())
+        self._after_drop: DroppedEffects | None = None
+        self._after_restore: ReturnedEffects | None = None
         self._owner = Owner(self, [] if model is None else self.layers)
         self._gradients = Gradients(self.layers)
-        self._told: set[str] = set()
-        self.candidates = list(self.layers)
-        self.watch = None if model is None else Watch(model, [layer.name for layer in self.candidates])
+        self.participants = Participants(self.layers, model)
         if model is None:
             self._check_participants()
 
@@ -160,7 +156,7 @@ class RePrScheme:
         """Names of the layers whose filters change the network's output when they return."""
         if self.options.returns != "function_preserving":
             return [layer.name for layer in self.layers]
-        return [layer.name for layer in self.layers if not can_be_silent(layer, self._modules)]
+        return [layer.name for layer in self.layers if not can_be_silent(layer, self.participants.modules)]
 
     @property
     def masks(self) -> dict[str, Tensor]:
@@ -179,12 +175,12 @@ class RePrScheme:
         Raises:
             UserError: nothing takes part; dropped channels or filters are not 0; filters that returned are gone again.
         """
-        if self.watch is not None and self.watch.news:
+        if self.participants.news:
             self._hear_news()
-        if self._held is not None:
-            self._look_at_dropped(self._held)
-        elif self._given:
-            self._look_at_returned()
+        effects, self._after_restore = self._after_restore, None
+        for one in (self._after_drop, effects):
+            if one is not None:
+                one.look()
 
     @torch.no_grad()
     def drop(self) -> Transition:
@@ -197,12 +193,13 @@ class RePrScheme:
         if self._held is not None:
             raise RuntimeError("filters are dropped already: restore() comes before the next drop()")
         start = time.perf_counter()
-        self._settle_participants()
+        self.layers = self.participants.agreed()
+        self._check_participants()
         check_optimizer_state(self.layers, self.optimizers)
         frozen = self._frozen_norms()
         self._check_calibration(frozen)
         values = self._values()
-        self._check_finite(values, "drop")
+        check_finite(values, f"at the drop of cycle {self.cycle + 1}")
         masks = self._select(self._scores(), values)
         overlaps = self._overlaps(values)
         kept = [self._overlap_of_kept(layer, values, masks) for layer in self.layers]
@@ -245,11 +242,11 @@ class RePrScheme:
         start = time.perf_counter()
         held = self._held
         values = self._values()
-        self._check_finite(values, "restore")
-        self._check_zero(held, "at the restore")
+        check_finite(values, f"at the restore of cycle {self.cycle + 1}")
+        check_zero(held, f"at the restore of cycle {self.cycle + 1}")
         renewed = [] if as_they_were else [x for x in held.layers if self._why_frozen(x) is None]
         renewed = [layer for layer in renewed if self._can_calibrate(layer)]
-        new, cosines = self._new_filters(renewed, values)
+        new, cosines = self._new_filters(renewed, values, held.masks)
         for layer in held.layers:
             rows = held.rows[layer.name]
             back = self._old[layer.name]
@@ -280,8 +277,7 @@ class RePrScheme:
             overlaps=_rounded(overlaps),
         )
         self.num_returned = sum(len(held.rows[layer.name]) for layer in renewed)
-        self._given = {name: weight.float() for name, weight in new.items()}
-        self._rows_given = {name: held.rows[name] for name in self._given}
+        self._after_restore = ReturnedEffects(held, new, self.cycle + 1) if new else None
         self._release()
         self.cycle += 1
         return transition
@@ -289,8 +285,7 @@ class RePrScheme:
     def close(self) -> None:
         """Lets go of the model: no hooks, and another RePrScheme may take it. Filters that are out stay zero."""
         self._release()
-        if self.watch is not None:
-            self.watch.close()
+        self.participants.close()
         self._gradients.close()
         self._owner.let_go()
 
@@ -302,8 +297,7 @@ class RePrScheme:
             "seed": self.seed,
             "masks": dict(self.masks),
             "old": self._old,
-            "filters": {layer.name: layer.num_filters for layer in self.layers},
-            "norms": {layer.name: layer.norm_name for layer in self.layers},
+            **self.participants.state_dict(self.layers),
             "frozen_at_drop": sorted(self._frozen_at_drop),
             "options": self.options.resumed(),
         }
@@ -315,7 +309,7 @@ class RePrScheme:
             UserError: the state is of other options or layers, or dropped filters are not zero in the model.
         """
         check_resumed(state.get("options", {}), self.options)
-        layers = self._layers_of(state)
+        layers = self.participants.of_state(state)
         self._release()
         self.layers = layers
         self.cycle = state["cycle"]
@@ -353,78 +347,28 @@ class RePrScheme:
         check_capacity(sizes, self.options.drop_ratio, self.options.max_drop_per_layer)
 
     def _check_participants(self) -> None:
+        if self.passes is not None:
+            self.passes.trains = self.participants.trains
         self._check_layers()
         check_optimizers(self.layers, self.optimizers)
         self._check_calibration(self._frozen_norms())
 
     def _hear_news(self) -> None:
         """After a traced pass: who takes part is checked and said, until the first drop settles it."""
-        self.watch.hear()
+        found = {layer.name: layer for layer in self.participants.hear()}
         if self._held is not None or self.cycle:
+            for layer in self.layers:  # of a run of 0.2.0, whose state has no readers
+                if not layer.readers and layer.name in found:
+                    layer.readers, layer.rectified = found[layer.name].readers, found[layer.name].rectified
             return
-        self.layers = self._proved(self.watch.verdicts)
+        self.layers = list(found.values())
         self._check_participants()
-        for sentence in self.watch.left_out():
-            if sentence not in self._told:
-                logger.info("RePr: all filters stay of %s", sentence)
-            self._told.add(sentence)
         if self.options.returns == "function_preserving" and (loud := self.loud):
             logger.warning(
                 "RePr: filters of %s cannot return without changing the network's output (what reads them is no conv "
                 "alone, and there is no gamma to learn) and return as published",
                 ", ".join(loud),
             )
-
-    def _settle_participants(self) -> None:
-        """Who takes part, the same on every rank."""
-        if self.watch is None:
-            return
-        if not self.watch.traced:
-            raise UserError(
-                "RePr drops filters where a training pass has shown that this silences them, and no pass of this model "
-                "has been seen: give RePr the module that you call, with gradients enabled"
-            )
-        self.layers = self._proved(first_that_refuses(gathered(self.watch.verdicts)))
-        self._check_participants()
-
-    def _proved(self, verdicts: Mapping[str, Verdict]) -> list[FilterLayer]:
-        if self.passes is not None:
-            self.passes.trains = self.watch.trains
-        found = []
-        for layer in self.candidates:
-            verdict = verdicts.get(layer.name, NOT_RUN)
-            if not verdict.reason:
-                norm = None if verdict.norm is None else self._modules[verdict.norm]
-                readers = frozenset(verdict.readers)
-                found.append(FilterLayer(layer.name, layer.conv, norm, verdict.norm, readers, verdict.rectified))
-        if not found:
-            nearest = closest([layer.name for layer in self.candidates], self.watch.others())[:6]
-            raise OptionError(
-                f"no filter can be dropped of the convs that {{layers}} names: {'; '.join(self.watch.left_out())}"
-                + (f"; these could: {', '.join(nearest)}" if nearest else "")
-                + what_attention_means(self.model)
-            )
-        return found
-
-    def _layers_of(self, state: dict[str, Any]) -> list[FilterLayer]:
-        """The layers of a saved state, of those that are candidates here."""
-        mine = {layer.name: layer for layer in self.candidates}
-        theirs = state["filters"]
-        sizes = {name: layer.num_filters for name, layer in mine.items()}
-        strange = sorted(set(theirs.items()) - set(sizes.items()))
-        if strange or (self.watch is None and len(theirs) != len(mine)):
-            first = strange[0] if strange else sorted(set(sizes.items()) - set(theirs.items()))[0]
-            raise OptionError(
-                f"the checkpoint's RePr state covers {len(theirs)} layers, this run has {len(mine)}; first difference "
-                f"{first}: resume with the {{layers}} and the model of the run that wrote it"
-            )
-        norms = state.get("norms")
-        if norms is None or self.watch is None:
-            return [mine[name] for name in theirs]
-        return [
-            FilterLayer(name, mine[name].conv, None if norm is None else self._modules[norm], norm)
-            for name, norm in norms.items()
-        ]
 
     def _why_frozen(self, layer: FilterLayer) -> str | None:
         """Why a layer cannot learn now; the same on every rank, for optimizers are."""
@@ -456,39 +400,6 @@ class RePrScheme:
             found[layer][name] = value
         return found
 
-    def _look_at_dropped(self, held: HeldFilters) -> None:
-        if held.saw_channels() and (leaking := held.leaking()):
-            raise UserError(
-                f"dropped channels of {', '.join(leaking)} are not 0 in the sub-network's first pass: something is "
-                "added behind the conv or its norm; exclude these convs, and tell us of the network"
-            )
-        self._sub_steps += 1
-        often = self._sub_steps & (self._sub_steps - 1) == 0  # steps 1, 2, 4, 8, ...
-        if self._sub_steps % _LOOKS_EVERY == 0 or (often and self._sub_steps < _LOOKS_EVERY):
-            self._check_zero(held, f"{self._sub_steps} steps after the drop")
-
-    def _check_zero(self, held: HeldFilters, when: str) -> None:
-        if (found := held.not_zero()) is not None:
-            raise UserError(
-                f"dropped filters of {found[0]} are not zero any more {when} of cycle {self.cycle + 1} (their "
-                f"{found[1]}). Something besides the optimizers that RePr knows has written to them: another "
-                "optimizer, weights loaded into the model, or an average swapped in and not out again"
-            )
-
-    def _look_at_returned(self) -> None:
-        """The filters that a restore gave are still there after the next step."""
-        given, self._given = self._given, {}
-        layers = [layer for layer in self.layers if layer.name in given]
-        now = to_cpu([layer.weight.index_select(0, self._rows_given[layer.name]) for layer in layers])
-        for layer, weight in zip(layers, now, strict=True):
-            gone = int((weight.float().flatten(1).norm(dim=1) < 0.1 * given[layer.name].flatten(1).norm(dim=1)).sum())
-            if gone:
-                raise UserError(
-                    f"{gone} of {len(weight)} filters of {layer.name} are gone one step after they returned in cycle "
-                    f"{self.cycle}: something besides the optimizers that RePr knows writes the weights, such as a "
-                    "copy of them that an optimizer keeps"
-                )
-
     def _check_calibration(self, frozen: Sequence[FilterLayer]) -> None:
         if frozen and self.passes is None and self.options.frozen_norm == "recalibrate":
             kind = "FrozenBN" if frozen[0].kind == FROZEN else "BN in eval mode"
@@ -496,16 +407,6 @@ class RePrScheme:
                 f"{kind} re-calibration looks at training batches (the norm of {frozen[0].name} keeps its statistics): "
                 "give loader= and loss=, or passes=, or choose {frozen_norm} keep"
             )
-
-    def _check_finite(self, values: Values, transition: str) -> None:
-        for layer, tensors in values.items():
-            for name, tensor in tensors.items():
-                if not torch.isfinite(tensor).all():
-                    raise UserError(
-                        f"the {name} of {layer} is not finite at the {transition} of cycle {self.cycle + 1}: training "
-                        "has diverged; lower the learning rate or clip gradients, and resume from a checkpoint before "
-                        "that"
-                    )
 
     # The drop.
 
@@ -545,17 +446,16 @@ class RePrScheme:
         return dict(zip(found, to_cpu(list(found.values())), strict=True))
 
     def _hold(self, held: HeldFilters) -> None:
-        self._sub_steps = 0
-        self._given = {}
         self._owner.keeps = self
         held.hold()
-        held.watch_channels()
-        if self.watch is not None:
-            self.watch.trace_next()
+        self._after_drop, self._after_restore = DroppedEffects(held, self.cycle + 1), None
+        self.participants.watch_next()
 
     # The restore.
 
-    def _new_filters(self, layers: Sequence[FilterLayer], values: Values) -> tuple[dict[str, Tensor], dict[str, float]]:
+    def _new_filters(
+        self, layers: Sequence[FilterLayer], values: Values, masks: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Layer name -> new filters (M, ...) of rank 0, and their largest |cos| to kept and old ones."""
         found: dict[str, Tensor] = {}
         cosines: dict[str, float] = {}
@@ -565,7 +465,7 @@ class RePrScheme:
             name, old = layer.name, self._old[layer.name]["weight"]
             found[name], cosines[name] = torch.empty_like(old), 0.0
             if rank() == 0:
-                mask, generator = self._held.masks[name], self._generator(1, number)
+                mask, generator = masks[name], self._generator(1, number)
                 found[name], cosines[name] = new_filters(
                     values[name]["weight"], old, mask, layer.conv.groups, self.options.scale, generator
                 )
@@ -591,10 +491,10 @@ class RePrScheme:
         squared gradients on them."""
         mask = held.masks[layer.name]
         if self.options.returns != "function_preserving":
-            prepare_readers(layer, self._modules, mask, self.optimizers)
+            prepare_readers(layer, self.participants.modules, mask, self.optimizers)
             return
-        loud = silence(layer, self._modules, mask, held.rows[layer.name], self.optimizers)
-        if loud and can_be_silent(layer, self._modules):
+        loud = silence(layer, self.participants.modules, mask, held.rows[layer.name], self.optimizers)
+        if loud and can_be_silent(layer, self.participants.modules):
             logger.warning("RePr: %d filters of %s return as published: all channels of a group", loud, layer.name)
 
     def _match_moments(self, held: HeldFilters, renewed: Sequence[FilterLayer]) -> None:
@@ -639,7 +539,7 @@ class RePrScheme:
 
     def _restart_averaging_norms(self) -> None:
         """BN that averages its statistics over all batches so far (momentum None) has seen another network."""
-        norms = (layer.norm for layer in self.layers) if self.model is None else self.model.modules()
+        norms: Iterable[Any] = [x.norm for x in self.layers] if self.model is None else self.model.modules()
         for norm in norms:
             averages = isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.momentum is None
             if averages and norm.num_batches_tracked is not None:
@@ -651,7 +551,7 @@ class RePrScheme:
         for layer in held.layers:
             self.averages.copy_rows(layer, held.rows[layer.name])
             if self.options.returns == "function_preserving":
-                for reader in aligned_readers(layer, self._modules) or ():
+                for reader in aligned_readers(layer, self.participants.modules)[0]:
                     for within, returned, _ in reader.of(held.masks[layer.name]):
                         self.averages.copy_kernels(reader.module, within, returned)
 
@@ -659,7 +559,7 @@ class RePrScheme:
         if self._held is not None:
             self._held.release()
         self._held, self._old, self._frozen_at_drop = None, {}, set()
-        self._owner.keeps = None
+        self._owner.keeps = self._after_drop = None
 
 
 def check_resumed(saved: Mapping[str, Any], options: RePrOptions) -> None:
