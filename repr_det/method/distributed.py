@@ -27,12 +27,17 @@ def gathered(value: Any) -> list[Any]:
 
 def to_cpu(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Copies of tensors on the CPU, by one transfer for all of a type and device."""
+    return to_devices(tensors, [torch.device("cpu")] * len(tensors))
+
+
+def to_devices(tensors: Sequence[Tensor], devices: Sequence[torch.device]) -> list[Tensor]:
+    """Copies of tensors, each on a device of its own, by one transfer for all of a type and way."""
     found: list[Any] = [None] * len(tensors)
     kinds: dict[Any, list[int]] = {}
-    for place, tensor in enumerate(tensors):
-        kinds.setdefault((tensor.device, tensor.dtype), []).append(place)
-    for places in kinds.values():
-        whole = torch.cat([tensors[place].detach().flatten() for place in places]).cpu()
+    for place, (tensor, device) in enumerate(zip(tensors, devices, strict=True)):
+        kinds.setdefault((tensor.device, device, tensor.dtype), []).append(place)
+    for (_, device, _), places in kinds.items():
+        whole = torch.cat([tensors[place].detach().flatten() for place in places]).to(device)
         parts = whole.split([tensors[place].numel() for place in places])
         for place, part in zip(places, parts, strict=True):
             found[place] = part.view(tensors[place].shape)

@@ -1,7 +1,8 @@
-"""CUDA tensors without a GPU, for a whole process: ``pytest -p simulated_cuda -m gpu``, or imported before torch.
+"""CUDA tensors without a GPU, for a whole process: ``pytest -p simulated_cuda.plugin -m gpu``.
 
 runtime.c is a CUDA runtime whose device memory is host memory, ``device`` computes on the CPU what is asked of it, and
-``nccl`` is gloo by NCCL's rules. SIMULATED_CUDA_DEVICES=2 gives two devices.
+``nccl`` is gloo by NCCL's rules. ``plugin`` starts them when it is imported, before torch. SIMULATED_CUDA_DEVICES=2
+gives two devices.
 
 Seen are devices that are mixed up, what the host waits for, and what CUDA has no deterministic kernel for. Not seen are
 speed, memory, races of streams, and the rounding of kernels, but for that of TF32.
@@ -26,7 +27,7 @@ def missing() -> str:
     return "" if _HEADERS and _MORE_HEADERS.exists() else "needs a CUDA build of torch"
 
 
-def _load_runtime() -> None:
+def load_runtime() -> None:
     """Puts the runtime before NVIDIA's: what is loaded first, for all, is what torch finds."""
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "libcuda.so.1"  # so named, the driver's place is taken too
@@ -34,11 +35,3 @@ def _load_runtime() -> None:
         command = ["gcc", "-w", "-shared", "-fPIC", f"-Wl,-soname,{library.name}", f"-I{_HEADERS[0]}"]
         subprocess.run([*command, f"-I{_MORE_HEADERS}", "-o", str(library), str(source)], check=True)
         ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-
-
-_load_runtime()
-
-from simulated_cuda import device  # noqa: E402  (torch comes after its runtime)
-
-device.install()
-waits = device.waits
