@@ -7,13 +7,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from repr_det.method.slim_choice import seconds_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from repr_det import UserError
 from repr_det.method.layers import find_filter_layers
 from repr_det.method.orthogonality import inter_filter_orthogonality
 from repr_det.method.schedule import RePrSchedule
-from repr_det.method.slim_choice import seconds_of
 from repr_det.studies.benchmarking import case as case_module
 from repr_det.studies.benchmarking import scale as scale_module
 from repr_det.studies.benchmarking import steps as steps_module

@@ -19,10 +19,10 @@ from frozen_nets import (
     passes_of,
     train,
 )
+from repr_det.method.blocks import readers
 from torch import nn
 
 from repr_det import RePrScheme, UserError, find_filter_layers
-from repr_det.method.blocks import readers
 from repr_det.method.criteria import CRITERIA, Criterion
 
 

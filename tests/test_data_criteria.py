@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from detectron2.layers import Conv2d, FrozenBatchNorm2d, get_norm
 from detectron2.utils.events import EventStorage
+from repr_det.method.oracle import ablation, greedy_removal
 from scipy.stats import rankdata
 from torch import nn
 
 from repr_det import RePrHook, RePrScheme, Trainer, UserError, find_filter_layers
 from repr_det.detectron.hook import training_passes
 from repr_det.method.criteria import CRITERIA, Context, correlation_with_oracle, get_criterion
-from repr_det.method.oracle import ablation, greedy_removal
 from repr_det.method.passes import TrainingPasses
 from repr_det.network.state import random_state
 

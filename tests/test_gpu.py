@@ -5,13 +5,13 @@ import copy
 import pytest
 import torch
 from conftest import GPU, assert_same_weights
+from repr_det.method.slim import SlimNetwork
 from test_processes import TRANSITIONS, events, run
 from test_slim import drop, resnet, step
 
 from repr_det import Trainer
 from repr_det.method.layers import find_filter_layers
 from repr_det.method.orthogonality import inter_filter_orthogonality, least_overlap_filters
-from repr_det.method.slim import SlimNetwork
 
 pytestmark = GPU
 

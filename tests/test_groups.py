@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from repr_det.method.blocks import readers
 from torch import nn
 
 from repr_det import RePrScheme, find_filter_layers
-from repr_det.method.blocks import readers
 from repr_det.method.criteria import CRITERIA, Context
 from repr_det.method.orthogonality import expected_overlap, inter_filter_orthogonality, overlap_of_kept
 
@@ -188,9 +188,8 @@ def test_a_group_that_returns_whole_is_named(caplog):
 
 
 def test_readers_of_detectron2_blocks_are_known_with_groups():
-    from detectron2.modeling.backbone.resnet import BottleneckBlock
-
     import repr_det.detectron.blocks  # noqa: F401
+    from detectron2.modeling.backbone.resnet import BottleneckBlock
 
     block = BottleneckBlock(16, 16, bottleneck_channels=16, num_groups=4, norm="BN")
     assert readers(block)[block.conv1] is block.conv2 and block.conv2.groups == 4

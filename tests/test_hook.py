@@ -1,110 +1,137 @@
 """RePrHook in real Detectron2 trainers: stock behaviour when off (invariant 6), place, log, resume, schedule (8)."""
 
+import argparse
+import copy
 import itertools
 import json
+import logging
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import At, assert_same_weights, interrupt
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
-from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, hooks
+from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, default_setup, hooks
 from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
+from small_loop import OPTIONS, hook_of, small_trainer, spelled, train
 
-from repr_det import RePrHook, Trainer, UserError
+from repr_det import RePr, RePrHook, Trainer, UserError, add_repr_config
 from repr_det.commands.processes import STOCK_CONFIG_FILE, write_configs
-from repr_det.detectron.config import without_repr
+from repr_det.detectron.config import options_of_config, without_repr
+from repr_det.detectron.passes import calibration_batches
+from repr_det.method.options import CONFIG_KEYS, option_names
 
 SCHEDULE = "SOLVER.MAX_ITER 8 REPR.ENABLED True REPR.S1_ITERS 2 REPR.S2_ITERS 1 REPR.NUM_CYCLES 2".split()
-BACKBONE_FILTERS = 2 * (4 * 64 + 4 * 128 + 4 * 256 + 4 * 512) // 2  # ResNet-18: four 3x3 convs a stage
+WAYS = ("config", "plain")
 
 
-def trained(trainer_class, cfg, resume=False):
+def trained(trainer_class, cfg, *registered, resume=False):
     seed_all_rng(cfg.SEED)
     trainer = trainer_class(cfg)
+    trainer.register_hooks(registered)
     trainer.resume_or_load(resume=resume)
     trainer.train()
     return trainer
 
 
-@pytest.mark.parametrize(
-    "opts",
-    [
-        ["REPR.ENABLED", "False"],
-        ["REPR.ENABLED", "True", "REPR.START_ITER", "4", "REPR.S1_ITERS", "1", "REPR.S2_ITERS", "1"],
-    ],
-    ids=["off", "before the first drop"],
-)
+def plain_hook(cfg) -> RePrHook:
+    """The hook of a config, by plain arguments."""
+    options = {"output_dir": cfg.OUTPUT_DIR, "seed": cfg.SEED, "images_per_batch": cfg.SOLVER.IMS_PER_BATCH}
+    return RePrHook(**options, **vars(options_of_config(cfg)))
+
+
+def events_in(folder) -> list[dict]:
+    return [json.loads(line) | {"seconds": 0} for line in (folder / "repr_events.jsonl").read_text().splitlines()]
+
+
+def zero_filters(layer) -> torch.Tensor:
+    """(J,), True where a filter and its norm are zero."""
+    return (layer.weight.flatten(1) == 0).all(1) & (layer.norm.weight == 0) & (layer.norm.bias == 0)
+
+
+def a_layer(model):
+    return model.get_submodule("backbone.bottom_up.res3.0.conv1")
+
+
+class Seen(HookBase):
+    """``look(trainer)`` after every step."""
+
+    def __init__(self, look):
+        self.look, self.found = look, {}
+
+    def after_step(self):
+        self.found[self.trainer.iter] = self.look(self.trainer)
+
+
+def state_of(trainer):
+    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+
+# ---- off, and before the first drop ----
+
+
+@pytest.mark.parametrize("how", ["off", "before the first drop", "plain arguments on a stock trainer"])
 @pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
-def test_changes_nothing_bit_for_bit(tiny_cfg, tmp_path, opts, norm):
-    common = ["MODEL.RESNETS.NORM", norm, "SOLVER.BASE_LR", "0.0005", "REPR.NUM_CYCLES", "1", "DATASETS.TEST", "()"]
-    cfg = tiny_cfg("SOLVER.MAX_ITER", 7, *common, *opts)
-    stock_cfg = without_repr(tiny_cfg("SOLVER.MAX_ITER", 7, *common, "OUTPUT_DIR", tmp_path / "stock"))
+def test_changes_nothing_bit_for_bit(tiny_cfg, tmp_path, how, norm):
+    common = ["MODEL.RESNETS.NORM", norm, "SOLVER.BASE_LR", "0.0005", "SOLVER.MAX_ITER", 7, "DATASETS.TEST", "()"]
+    late = ["REPR.START_ITER", 4, "REPR.S1_ITERS", 1, "REPR.S2_ITERS", 1, "REPR.NUM_CYCLES", 1]
+    cfg = tiny_cfg(*common, *late, "REPR.ENABLED", how != "off")
+    stock_cfg = without_repr(tiny_cfg(*common, "OUTPUT_DIR", tmp_path / "stock"))
+    seen = [Seen(state_of), Seen(state_of)]
+    if how.startswith("plain"):
+        trained(DefaultTrainer, without_repr(cfg), seen[0], plain_hook(cfg))
+    else:
+        trained(Trainer, cfg, seen[0])
+    trained(DefaultTrainer, stock_cfg, seen[1])
+    assert_same_weights(seen[0].found[3], seen[1].found[3])
 
-    class Probe(HookBase):
-        def after_step(self):
-            if self.trainer.iter == 3:
-                self.weights = {k: v.clone() for k, v in self.trainer.model.state_dict().items()}
 
-    def weights_after_4(cls, cfg):
-        seed_all_rng(cfg.SEED)
-        trainer = cls(cfg)
-        probe = Probe()
-        trainer.register_hooks([probe])
-        trainer.train()
-        return probe.weights
+def test_a_hook_without_a_seed_draws_none_from_the_training():
+    before = np.random.get_state()[1].copy()
+    train(small_trainer(RePrHook(**OPTIONS)), stop=2)
+    assert (np.random.get_state()[1] == before).all()
 
-    ours, stock = weights_after_4(Trainer, cfg), weights_after_4(DefaultTrainer, stock_cfg)
-    assert_same_weights(ours, stock)
+
+# ---- what it does ----
 
 
 def test_drops_restores_events_and_scalars(tiny_cfg, tmp_path):
     cfg = tiny_cfg(*SCHEDULE, "TEST.EVAL_PERIOD", 4, "SOLVER.CHECKPOINT_PERIOD", 3)
-    seen = {}
-
-    class Watch(HookBase):
-        def after_step(self):
-            layer = dict(self.trainer.model.named_modules())["backbone.bottom_up.res3.0.conv1"]
-            zero = (layer.weight.flatten(1) == 0).all(1)
-            assert torch.equal(zero, (layer.norm.weight == 0) & (layer.norm.bias == 0))
-            seen[self.trainer.iter] = int(zero.sum())
-
-    seed_all_rng(1)
-    trainer = Trainer(cfg)
-    trainer.register_hooks([Watch()])
-    trainer.train()
+    seen = Seen(lambda trainer: int(zero_filters(a_layer(trainer.model)).sum()))
+    trainer = trained(Trainer, cfg, seen)
     order = [type(h) for h in trainer._hooks]
     assert order.index(hooks.LRScheduler) < order.index(RePrHook) < order.index(hooks.PeriodicCheckpointer)
-    assert [seen[i] > 0 for i in range(8)] == [False, True, False, False, True, False, False, False]
+    assert [seen.found[i] > 0 for i in range(8)] == [False, True, False, False, True, False, False, False]
 
-    events = [json.loads(line) for line in (tmp_path / "run" / "repr_events.jsonl").read_text().splitlines()]
+    events = events_in(tmp_path / "run")
     assert [(e["iteration"], e["event"], e["cycle"]) for e in events] == [
         (1, "drop", 0),
         (2, "restore", 0),
         (4, "drop", 1),
         (5, "restore", 1),
     ]
-    slim = events[1].pop("slim")  # what the first sub-network found out
-    assert set(slim) == {"slim", "by", "slim_cost", "masked_cost"} and slim["by"] == "count"
+    body = trainer.model.backbone.bottom_up
+    filters = sum(m.out_channels for n, m in body.named_modules() if n[:3] == "res" and n[-5:-1] == "conv")
     for event in events:
-        assert sum(len(v) for v in event["dropped"].values()) == math.floor(0.3 * BACKBONE_FILTERS)
+        assert sum(len(v) for v in event["dropped"].values()) == math.floor(0.3 * filters)
         assert set(event) == {
             "iteration", "event", "cycle", "dropped", "overlap_before", "overlap_after", "max_cosine", "seconds"
         }  # fmt: skip
-    # 3x3 convs with at least 64 inputs have room for orthogonal filters where the cap leaves it: d = 576 >= J + M.
+    # 3x3 convs have room for orthogonal filters: d >= J + M.
     assert events[1]["max_cosine"]["backbone.bottom_up.res2.0.conv1"] <= 1e-5
     assert events[1]["overlap_after"] < events[0]["overlap_before"]
 
     storage = trainer.storage.histories()
     assert [v for v, _ in storage["repr/phase"].values()] == [0, 0, 1, 0, 0, 1, 0, 0]
-    dropped = math.floor(0.3 * BACKBONE_FILTERS)
+    dropped = math.floor(0.3 * filters)
     assert [v for v, _ in storage["repr/dropped_filters"].values()] == [0, 0, dropped, 0, 0, dropped, 0, 0]
 
 
 def test_sub_network_checkpoint_is_a_stock_checkpoint(tiny_cfg, tmp_path):
-    cfg = tiny_cfg(*SCHEDULE, "SOLVER.CHECKPOINT_PERIOD", 2)  # after iteration 1, the drop
+    cfg = tiny_cfg(*SCHEDULE, "SOLVER.CHECKPOINT_PERIOD", 2, "DATASETS.TEST", "()")  # after iteration 1, the drop
     trained(Trainer, cfg)
     path = tmp_path / "run" / "model_0000001.pth"
     saved = torch.load(path, weights_only=True)
@@ -113,20 +140,42 @@ def test_sub_network_checkpoint_is_a_stock_checkpoint(tiny_cfg, tmp_path):
     assert saved["model"].keys() == stock.state_dict().keys()
     leftover = DetectionCheckpointer(stock).load(str(path))
     assert set(leftover) <= {"trainer", "iteration"}
-    weights = stock.backbone.bottom_up.res5[1].conv1.weight
     masks = saved["trainer"]["hooks"]["RePrHook"]["scheme"]["masks"]
-    assert torch.count_nonzero(weights[masks["backbone.bottom_up.res5.1.conv1"]]) == 0
+    assert sum(int(mask.sum()) for mask in masks.values()) > 0
+    assert not any(stock.get_submodule(name).weight[mask].any() for name, mask in masks.items())
     stock.eval()
     with torch.no_grad():
         assert len(stock([{"image": torch.zeros(3, 64, 64)}])) == 1
 
 
 def test_stock_config_beside_the_run_is_read_by_stock_detectron2(tiny_cfg, tmp_path):
-    cfg = tiny_cfg(*SCHEDULE)
-    write_configs(cfg, tmp_path)
+    write_configs(tiny_cfg(*SCHEDULE), tmp_path)
     stock = get_cfg()
     stock.merge_from_file(str(tmp_path / STOCK_CONFIG_FILE))
     assert "REPR" not in stock and stock.SOLVER.MAX_ITER == 8
+
+
+def test_in_a_stock_trainer_it_moves_and_logs(tiny_cfg, tmp_path):
+    """As stock tools do: default_setup, DefaultTrainer, the hook registered last. Checkpoint and evaluation of the
+    iteration of the drop see the sub-network, and log.txt tells of it."""
+    cfg = tiny_cfg(*SCHEDULE, "SOLVER.CHECKPOINT_PERIOD", 2, "TEST.EVAL_PERIOD", 2)
+    layers = []
+
+    class Evaluated(DefaultTrainer):
+        @classmethod
+        def test(cls, cfg, model, evaluators=None):
+            layers.append(int(zero_filters(a_layer(model)).sum()))
+            return {}
+
+    default_setup(cfg, argparse.Namespace())
+    trained(Evaluated, cfg, RePrHook(seed=1, **vars(options_of_config(cfg))))
+    saved = torch.load(tmp_path / "run" / "model_0000001.pth", weights_only=True)
+    masks = saved["trainer"]["hooks"]["RePrHook"]["scheme"]["masks"]
+    assert masks and not any(saved["model"][f"{name}.weight"][mask].any() for name, mask in masks.items())
+    assert [zero > 0 for zero in layers] == [True, False, False, False]  # after iterations 1, 3, 5 and 7
+    log = (tmp_path / "run" / "log.txt").read_text()
+    lines = {"convs, ": 1, "RePr schedule: S1 2, S2 1": 1, "RePr drop after iteration ": 2, "RePr restore after": 2}
+    assert {line: log.count(line) for line in lines} == lines
 
 
 class Reseed(HookBase):
@@ -136,21 +185,20 @@ class Reseed(HookBase):
         torch.manual_seed(self.trainer.iter)
 
 
-def simple_run(cfg, batches, stop=None, resume=False):
+def simple_run(cfg, batches, make=RePrHook, stop=None, resume=False):
     seed_all_rng(3)
     model = build_model(cfg)
     optimizer = DefaultTrainer.build_optimizer(cfg, model)
     trainer = SimpleTrainer(model.train(), None, optimizer)
     trainer.max_iter = cfg.SOLVER.MAX_ITER
     checkpointer = DetectionCheckpointer(model, cfg.OUTPUT_DIR, trainer=trainer)
-    trainer.register_hooks([Reseed(), hooks.PeriodicCheckpointer(checkpointer, 1), RePrHook(cfg)])
+    trainer.register_hooks([Reseed(), hooks.PeriodicCheckpointer(checkpointer, 1), make(cfg)])
     start = 0
     if resume:
         start = checkpointer.resume_or_load("", resume=True)["iteration"] + 1
         seed_all_rng(12345)
     trainer.data_loader = batches  # calibration reads it from its beginning
     trainer._data_loader_iter_obj = iter(batches[start:])
-
     trainer.register_hooks([At(stop, interrupt)])
     try:
         trainer.train(start, cfg.SOLVER.MAX_ITER)
@@ -161,50 +209,177 @@ def simple_run(cfg, batches, stop=None, resume=False):
 
 @pytest.mark.parametrize("stop", [2, 4], ids=lambda s: f"after {s}")
 @pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
-def test_registered_alone_in_a_simple_trainer_and_resumed_bit_for_bit(tiny_cfg, tmp_path, norm, stop):
+def test_alone_in_a_simple_trainer_by_plain_arguments_and_resumed_bit_for_bit(tiny_cfg, tmp_path, norm, stop):
     opts = [*SCHEDULE, "MODEL.RESNETS.NORM", norm, "SOLVER.BASE_LR", "0.001", "SOLVER.IMS_PER_BATCH", "1"]
-    batches = list(zip(range(8), DefaultTrainer.build_train_loader(tiny_cfg(*opts)), strict=False))
-    batches = [batch for _, batch in batches]
+    batches = list(itertools.islice(DefaultTrainer.build_train_loader(tiny_cfg(*opts)), 8))
     straight = simple_run(tiny_cfg(*opts, "OUTPUT_DIR", tmp_path / "a"), batches)
     cfg = tiny_cfg(*opts, "OUTPUT_DIR", tmp_path / "b")
-    simple_run(cfg, batches, stop=stop)
-    resumed = simple_run(cfg, batches, resume=True)
+    simple_run(cfg, batches, plain_hook, stop=stop)
+    resumed = simple_run(cfg, batches, plain_hook, resume=True)
     assert_same_weights(straight.state_dict(), resumed.state_dict())
-    a, b = (
-        [{**json.loads(line), "seconds": 0} for line in (tmp_path / x / "repr_events.jsonl").read_text().splitlines()]
-        for x in "ab"
-    )
-    assert a == b
+    assert events_in(tmp_path / "a") == events_in(tmp_path / "b")
 
 
+# Of every option another value than its default; a new option has to be added here.
+OTHERS = {
+    "s1_iters": 3,
+    "s2_iters": 3,
+    "num_cycles": 2,
+    "start_iter": 1,
+    "drop_ratio": 0.4,
+    "max_drop_per_layer": 0.6,
+    "criterion": "weight_norm",
+    "criterion_batches": 3,
+    "layers": ["backbone.*"],
+    "exclude": ["*.conv9"],
+    "scale": "old",
+    "frozen_norm": "keep",
+    "calibration_batches": 3,
+    "returns": "function_preserving",
+    "warmup_iters": 2,
+}
+
+
+def test_plain_arguments_are_those_of_a_config_bit_for_bit(tiny_cfg, tmp_path):
+    """On a stock DefaultTrainer, with every option away from its default."""
+    chosen = OTHERS | {"s1_iters": 2, "s2_iters": 2, "layers": ["backbone.*.conv?"], "criterion": "taylor"}
+    chosen |= {"frozen_norm": "recalibrate"}
+    keys = [part for name, value in chosen.items() for part in (CONFIG_KEYS[name], value)]
+    opts = ["REPR.ENABLED", True, "SOLVER.MAX_ITER", 11, "DATASETS.TEST", "()", "MODEL.RESNETS.NORM", "FrozenBN"]
+    ends = []
+    for way, make in (("config", RePrHook), ("plain", plain_hook)):
+        cfg = tiny_cfg(*opts, *keys, "OUTPUT_DIR", tmp_path / way, "SOLVER.BASE_LR", "0.0005")
+        hook = make(cfg)
+        ends.append(state_of(trained(DefaultTrainer, cfg, hook)))
+        assert vars(hook.options) == chosen
+    assert_same_weights(*ends)
+    events = events_in(tmp_path / "config")
+    assert len(events) == 4 and events == events_in(tmp_path / "plain")
+
+
+# ---- what is refused ----
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
-    ("opts", "fragment"),
+    ("options", "steps", "message"),
     [
-        (["SOLVER.MAX_ITER", "6"], "= 6 iterations and then some of the full network, but SOLVER.MAX_ITER is 6"),
-        (["REPR.S2_ITERS", "0"], "set both, or leave both 0"),
-        (["REPR.DROP_RATIO", "1.3"], "REPR.DROP_RATIO must be in (0, 1), got 1.3"),
-        (["REPR.MAX_DROP_PER_LAYER", "0.1"], "REPR.MAX_DROP_PER_LAYER must be at least REPR.DROP_RATIO 0.3, got 0.1"),
-        (["REPR.CRITERION", "orto"], "REPR.CRITERION must be one of"),
-        (["REPR.LAYERS.INCLUDE", "['nothing*']"], "matches no trainable Conv2d"),
-        (["REPR.NUM_CYCLES", "0"], "REPR.NUM_CYCLES must be an integer of at least 1, got 0"),
+        ({}, 6, "{s2_iters} 2) = 6 iterations and then some of the full network, but {total_steps} is 6"),
+        ({"s2_iters": 0}, 8, "{s1_iters} is 4 and {s2_iters} 0: set both, or leave both 0"),
+        ({"drop_ratio": 1.3}, 8, "{drop_ratio} must be in (0, 1), got 1.3"),
+        ({"max_drop_per_layer": 0.1}, 8, "{max_drop_per_layer} must be at least {drop_ratio} 0.3, got 0.1"),
+        ({"criterion": "orto"}, 8, "{criterion} must be one of apoz, "),
+        ({"num_cycles": 0}, 8, "{num_cycles} must be an integer of at least 1, got 0"),
+        ({"returns": "median_gamma"}, 8, "{returns} median_gamma went in version 0.3.0: take function_preserving"),
+        ({"layers": ["nothing*"]}, 8, "{layers} ['nothing*'] matches no trainable Conv2d; the closest"),
+        ({"layers": ["head"]}, 8, "no filter can be dropped of the convs that {layers} names: head (its channels le"),
+        ({"max_drop_per_layer": 0.3, "layers": ["backbone.conv1"], "drop_ratio": 0.29}, 8, None),
     ],
 )
-def test_wrong_config_is_refused_before_the_first_step(tiny_cfg, opts, fragment):
-    cfg = tiny_cfg(*SCHEDULE, *opts)
+def test_wrong_options_are_refused_before_the_first_step_by_the_names_that_were_written(way, options, steps, message):
+    def begin():
+        train(small_trainer(hook_of(way, steps, **(OPTIONS | options)), steps=steps), stop=1)
+
+    if message is None:
+        begin()
+        return
     with pytest.raises(UserError) as error:
-        trainer = Trainer(cfg)
-        trainer.train()
-    assert fragment in str(error.value) and "\n" not in str(error.value)
+        begin()
+    assert spelled(message, way) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_resume_with_another_schedule_or_arm_is_refused(tiny_cfg):
+def test_an_option_that_does_not_exist_is_refused():
+    with pytest.raises(UserError, match="RePr has no option 'drop_rate': take one of s1_iters, "):
+        RePrHook(drop_rate=0.3)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", option_names())
+def test_a_resumed_run_must_have_the_same_options(way, name):
+    hook = hook_of(way, 20, **OPTIONS)
+    trainer = small_trainer(hook, steps=20)
+    train(trainer, stop=5)  # in the sub-network phase
+    state = trainer.state_dict()
+    other = small_trainer(hook_of(way, 20, **(OPTIONS | {name: OTHERS[name]})), steps=20)
+    with pytest.raises(UserError) as error:
+        other.load_state_dict(state)
+    was = getattr(hook.options, name)
+    was = list(was) if isinstance(was, tuple) else was
+    assert spelled(f"trained with {{{name}}} {was}, this run has {OTHERS[name]}", way) in str(error.value)
+
+
+def test_a_schedule_that_the_trainer_tells_is_compared_too():
+    """Without total_steps= it is known in before_train."""
+    trainer = small_trainer(RePrHook(**OPTIONS))
+    train(trainer, stop=3)
+    other = small_trainer(RePrHook(**OPTIONS | {"s1_iters": 3}))
+    other.load_state_dict(trainer.state_dict())
+    with pytest.raises(UserError, match="trained with s1_iters= 4, this run has 3"):
+        train(other, 3)
+
+
+def test_a_resumed_run_may_have_other_batches():
+    """How many of them are looked at follows from their size, unless an option says it."""
+    trainer, larger = (small_trainer(RePrHook(**OPTIONS, images_per_batch=n), norm="FrozenBN") for n in (4, 8))
+    train(trainer, stop=5)
+    larger.model.load_state_dict(trainer.model.state_dict())
+    larger.load_state_dict(trainer.state_dict())
+    train(larger, 5)
+    assert larger._hooks[0].scheme.cycle == 1
+
+
+def test_resume_with_the_other_arm_is_refused(tiny_cfg):
     trained(Trainer, tiny_cfg(*SCHEDULE, "SOLVER.CHECKPOINT_PERIOD", 2, "DATASETS.TEST", "()"))
-    other = Trainer(tiny_cfg(*SCHEDULE, "REPR.S1_ITERS", "3", "SOLVER.MAX_ITER", "12"))
-    with pytest.raises(UserError, match=r"trained with REPR.S1_ITERS 2, this run has 3"):
-        other.resume_or_load(resume=True)
     baseline = Trainer(tiny_cfg("SOLVER.MAX_ITER", "8"))
     with pytest.raises(UserError, match="trained with RePr on, this run has it off"):
         baseline.resume_or_load(resume=True)
+
+
+def test_a_second_repr_on_a_model_is_refused():
+    hook = RePrHook(**OPTIONS)
+    trainer = small_trainer(hook, RePrHook(**OPTIONS))
+    with pytest.raises(UserError, match="registered twice in this trainer"):
+        train(trainer)
+    trainer = small_trainer(hook)
+    train(trainer)
+    with pytest.raises(UserError, match=r"backbone\.conv1 belongs to another RePr already: close\(\) that one first"):
+        RePr(trainer.model, trainer.optimizer, 8, **OPTIONS)
+    hook.repr.close()
+    RePr(trainer.model, trainer.optimizer, 8, **OPTIONS)
+
+
+# ---- the rest ----
+
+
+def test_averages_get_dropped_and_returning_filters():
+    trainer = small_trainer()
+    average = copy.deepcopy(trainer.model)
+    hook = RePrHook(**OPTIONS, averages=[average])
+
+    def look(trainer):
+        masks = {name: mask.clone() for name, mask in hook.scheme.masks.items()}
+        return masks, {
+            name: average.get_submodule(name).weight.clone() for name in ("backbone.conv1", "backbone.conv2")
+        }
+
+    seen = Seen(look)
+    trainer.register_hooks([hook, seen])
+    train(trainer, stop=6)
+    masks, dropped = seen.found[3]
+    assert sum(map(len, dropped)) == 7 and not any(rows.any() for rows in dropped)
+    for name, mask in masks.items():
+        mine, theirs = average.get_submodule(name), trainer.model.get_submodule(name)
+        assert mask.any() and torch.equal(mine.weight[mask], theirs.weight[mask])
+        assert not torch.equal(mine.weight[~mask], theirs.weight[~mask])
+
+
+def test_keys_of_earlier_versions(tmp_path, caplog):
+    cfg = get_cfg()
+    add_repr_config(cfg)
+    (tmp_path / "old.yaml").write_text("REPR:\n  ENABLED: True\n  SLIM: auto\n  DROP_RATIO: 0.2\n")
+    with caplog.at_level(logging.WARNING):
+        cfg.merge_from_file(str(tmp_path / "old.yaml"))
+    assert "REPR.SLIM" in caplog.text and cfg.REPR.DROP_RATIO == 0.2 and "SLIM" not in cfg.REPR
 
 
 def test_reference_world_size_scales_the_schedule(tiny_cfg):
@@ -236,12 +411,11 @@ def test_a_network_that_diverges_is_named_as_such_at_a_transition(tiny_cfg):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("size", "batches", "images"), [(2, 0, 8), (3, 0, 9), (10, 0, 10), (2, 3, 6)])
-def test_calibration_of_frozen_bn_looks_at_eight_images_or_at_the_batches_it_is_told(tiny_cfg, size, batches, images):
-    keys = {"MODEL.RESNETS.NORM": "FrozenBN", "SOLVER.IMS_PER_BATCH": size, "REPR.REINIT.CALIBRATION_BATCHES": batches}
-    cfg = tiny_cfg(*SCHEDULE, *itertools.chain(*keys.items()), "DATASETS.TEST", "()")
+def test_calibration_of_frozen_bn_looks_at_eight_images_or_at_the_batches_it_is_told(tiny_cfg):
+    assert [calibration_batches(size) for size in (1, 2, 3, 8, 10)] == [8, 4, 3, 1, 1]
+    cfg = tiny_cfg(*SCHEDULE, "MODEL.RESNETS.NORM", "FrozenBN", "SOLVER.IMS_PER_BATCH", 3, "DATASETS.TEST", "()")
     seen = []
     trainer = Trainer(cfg)
     trainer.model.backbone.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
     trainer.train()
-    assert sum(seen) == 8 * size + 2 * 2 * images  # the steps; a drop and a restore in each of two cycles
+    assert sum(seen) == 3 + 8 * 3 + 2 * 2 * 9  # the proof, the steps; a drop and a restore in each of two cycles

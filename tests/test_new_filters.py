@@ -96,7 +96,7 @@ def test_dependent_filters_leave_a_null_space(kept, dropped, dimension, rank, ki
     assert_null(new, rows)
 
 
-NEAR = [1e-2, 1e-3, 1e-4, 3e-5, 1e-5, 1e-6, 1e-7]
+NEAR = [1e-2, 1e-4, 1e-5, 1e-6, 1e-7]
 
 
 @pytest.mark.parametrize("difference", NEAR)
@@ -313,6 +313,15 @@ def test_directions_are_uniform_in_the_null_space(case):
         assert np.abs(covariance - np.eye(size) / size).max() < 4.5 * 1.5 / size / draws**0.5
 
 
+def test_a_direction_that_is_determined_has_either_sign():
+    """A filter and its negative overlap as little; which of the two comes is left to chance too."""
+    kept, dropped = randn(20, 3, seed=1), randn(1, 3, seed=2)
+    draws = torch.stack([least_overlap_filters(kept, dropped, generator(seed))[0] for seed in range(200)])
+    same_sign = draws @ draws[0] > 0
+    torch.testing.assert_close(draws.abs(), draws[:1].abs().expand_as(draws))
+    assert 70 < same_sign.sum() < 130  # four standard deviations
+
+
 def test_bases_are_uniformly_rotated():
     draws = 400
     kept, dropped = randn(5, 4, seed=1), randn(4, 4, seed=2)
@@ -370,4 +379,4 @@ def test_autocast_does_not_lower_the_precision(kept, dropped, dimension):
         assert_orthonormal(block)
     if dimension == 576:
         assert_null(new, kept, dropped)
-    np.testing.assert_allclose(score.float().numpy(), overlap_by_hand(kept), atol=1e-5)
+    np.testing.assert_allclose(score.numpy(), overlap_by_hand(kept), atol=1e-12)

@@ -8,11 +8,11 @@ import torch
 import torchvision
 from detectron2.engine import HookBase, SimpleTrainer, hooks
 from detectron2.solver import build_lr_scheduler
+from repr_det.method.blocks import readers
 from test_slim import resnet
 from torch import nn
 
 from repr_det import RePrHook, Trainer
-from repr_det.method.blocks import readers
 from repr_det.method.layers import find_filter_layers
 from repr_det.method.passes import TrainingPasses
 from repr_det.method.scheme import RePrScheme

@@ -83,12 +83,12 @@ def test_derived_schedules_end_in_the_first_three_quarters():
 @pytest.mark.parametrize(
     ("arguments", "fragment"),
     [
-        ((11, None, 3, 0), "REPR.NUM_CYCLES 3 cycles of S1 and S2 do not fit between REPR.START_ITER 0 and 8"),
-        ((90000, 60000, 3, 44999), "REPR.START_ITER 44999 and 45000, three quarters of the 60000 iterations"),
-        ((90000, 60000, 3, 80000), "do not fit between REPR.START_ITER 80000 and 45000"),
-        ((90000, 60000, 0, 0), "REPR.NUM_CYCLES must be an integer of at least 1, got 0"),
-        ((90000, 60000, True, 0), "REPR.NUM_CYCLES must be an integer of at least 1, got True"),
-        ((90000, 60000, 3, -1), "REPR.START_ITER must be an integer of at least 0, got -1"),
+        ((11, None, 3, 0), "num_cycles= 3 cycles of S1 and S2 do not fit between start_iter= 0 and 8"),
+        ((90000, 60000, 3, 44999), "start_iter= 44999 and 45000, three quarters of the 60000 iterations"),
+        ((90000, 60000, 3, 80000), "do not fit between start_iter= 80000 and 45000"),
+        ((90000, 60000, 0, 0), "num_cycles= must be an integer of at least 1, got 0"),
+        ((90000, 60000, True, 0), "num_cycles= must be an integer of at least 1, got True"),
+        ((90000, 60000, 3, -1), "start_iter= must be an integer of at least 0, got -1"),
     ],
 )
 def test_schedules_that_cannot_be_derived(arguments, fragment):
@@ -100,14 +100,14 @@ def test_schedules_that_cannot_be_derived(arguments, fragment):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((0, 10, 3, 0), "REPR.S1_ITERS must be an integer of at least 1, got 0"),
-        ((20, 0, 3, 0), "REPR.S2_ITERS must be an integer of at least 1, got 0"),
-        ((20, -5, 3, 0), "REPR.S2_ITERS must be an integer of at least 1, got -5"),
-        ((20, 10, 0, 0), "REPR.NUM_CYCLES must be an integer of at least 1, got 0"),
-        ((20, 10, 3, -1), "REPR.START_ITER must be an integer of at least 0, got -1"),
-        ((20.0, 10, 3, 0), "REPR.S1_ITERS must be an integer of at least 1, got 20.0"),
-        (("20", 10, 3, 0), "REPR.S1_ITERS must be an integer of at least 1, got '20'"),
-        ((20, 10, True, 0), "REPR.NUM_CYCLES must be an integer of at least 1, got True"),
+        ((0, 10, 3, 0), "s1_iters= must be an integer of at least 1, got 0"),
+        ((20, 0, 3, 0), "s2_iters= must be an integer of at least 1, got 0"),
+        ((20, -5, 3, 0), "s2_iters= must be an integer of at least 1, got -5"),
+        ((20, 10, 0, 0), "num_cycles= must be an integer of at least 1, got 0"),
+        ((20, 10, 3, -1), "start_iter= must be an integer of at least 0, got -1"),
+        ((20.0, 10, 3, 0), "s1_iters= must be an integer of at least 1, got 20.0"),
+        (("20", 10, 3, 0), "s1_iters= must be an integer of at least 1, got '20'"),
+        ((20, 10, True, 0), "num_cycles= must be an integer of at least 1, got True"),
     ],
 )
 def test_arguments_out_of_range(arguments, message):
@@ -125,9 +125,9 @@ def test_a_schedule_needs_one_more_iteration_than_its_cycles(start):
         with pytest.raises(UserError) as error:
             schedule.check_fits(max_iter)
         assert str(error.value) == (
-            f"REPR schedule needs START_ITER {start} + NUM_CYCLES 3 x (S1_ITERS 20 + S2_ITERS 10) = {90 + start} "
-            "iterations and then some of the full network, but SOLVER.MAX_ITER is "
-            f"{max_iter}: raise it or shorten the schedule"
+            f"the schedule of RePr needs start_iter= {start} + num_cycles= 3 x (s1_iters= 20 + s2_iters= 10) = "
+            f"{90 + start} iterations and then some of the full network, but total_steps= is {max_iter}: train longer "
+            "or shorten the schedule"
         )
 
 

@@ -1,7 +1,6 @@
 """The config node REPR, made from ``RePrOptions``: its keys, their checks and the schedule that they stand for."""
 
 import contextlib
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +15,6 @@ from repr_det.method.loop import schedule_of
 from repr_det.method.options import CONFIG_KEYS, RePrOptions, about_option, option_names
 from repr_det.method.schedule import RePrSchedule
 
-CALIBRATION_IMAGES = 8
 NAMES = CONFIG_KEYS | {"total_steps": "SOLVER.MAX_ITER"}
 _SCALED = ("s1_iters", "s2_iters", "start_iter", "warmup_iters")  # with the number of workers
 
@@ -76,14 +74,6 @@ def validate_repr_config(cfg: CfgNode) -> RePrSchedule | None:
         schedule = schedule_from_config(cfg)
         schedule.check_fits(cfg.SOLVER.MAX_ITER)
     return schedule
-
-
-def calibration_batches(given: int, images_per_batch: int) -> int:
-    """Batches, each of ``images_per_batch`` over all ranks, that a calibration of FrozenBN looks at.
-
-    Eight images give a channel's standard deviation to about 3 %, see docs/performance.md.
-    """
-    return given or math.ceil(CALIBRATION_IMAGES / images_per_batch)
 
 
 def schedule_from_config(cfg: CfgNode) -> RePrSchedule:

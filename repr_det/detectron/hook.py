@@ -10,13 +10,10 @@ from typing import Any
 from detectron2.config import CfgNode, configurable
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
 from fvcore.common.checkpoint import Checkpointer
-from torch import nn
 
 from repr_det.detectron.config import (
     NAMES,
-    calibration_batches,
     first_decay,
     options_of_config,
     scale_to_world,
@@ -24,15 +21,15 @@ from repr_det.detectron.config import (
 )
 from repr_det.detectron.decay import decays
 from repr_det.detectron.fine_tuning import fine_tuning_warning
-from repr_det.detectron.passes import batch_size_of, training_passes
+from repr_det.detectron.passes import training_passes
 from repr_det.method.criteria import get_criterion
 from repr_det.method.errors import OptionError, UserError
 from repr_det.method.holding import Transition
 from repr_det.method.loop import RePr, describe_schedule, schedule_of, unwrapped
 from repr_det.method.options import RePrOptions
-from repr_det.method.passes import TrainingPasses
 from repr_det.method.schedule import RePrSchedule
-from repr_det.method.scheme import RePrScheme
+from repr_det.method.scheme import RePrScheme, check_resumed
+from repr_det.network.state import preserved_random_state
 from repr_det.runs.files import EVENTS_FILE, OVERLAPS_FILE, truncate_log
 from repr_det.runs.resume import ExactResume
 from repr_det.runs.safe_pickle import load_checkpoint
@@ -141,6 +138,8 @@ class RePrHook(HookBase):
         self._move_into_place()
         if self.schedule is None:
             self.schedule = self._spelled(lambda: schedule_of(self.options, trainer.max_iter, self._first_decay()))
+            if self._loaded is not None:
+                self._compare(self._loaded["run"])
         self._spelled(lambda: self.schedule.check_fits(trainer.max_iter))
         if self.repr is None:
             if self._loaded is None and trainer.start_iter > 0:
@@ -200,13 +199,7 @@ class RePrHook(HookBase):
             self._compare(state["run"])
 
     def _compare(self, saved: dict[str, Any]) -> None:
-        mine = self._fingerprint()
-        for key, value in saved.items():
-            if mine.get(key, value) != value:
-                raise UserError(
-                    f"the checkpoint was trained with {key} {value}, this run has {mine[key]}: resume with the config "
-                    "of the run that wrote it, or start again in another OUTPUT_DIR"
-                )
+        self._spelled(lambda: check_resumed(saved, self._fingerprint()))
 
     def _fingerprint(self) -> dict[str, Any]:
         """What must be the same when a run is resumed, by config key."""
@@ -230,23 +223,18 @@ class RePrHook(HookBase):
         trainer = self.trainer
         inner = getattr(trainer, "_trainer", trainer)
         model = unwrapped(trainer.model)
-        images = self.images_per_batch or batch_size_of(getattr(inner, "data_loader", None))
-        batches = calibration_batches(self.options.calibration_batches, images)
         built = RePr(
             model,
             inner.optimizer,
             trainer.max_iter,
             schedule=self.schedule,
-            passes=self._passes(model, images),
+            passes=training_passes(model, trainer, self.seed, self.images_per_batch, self.aspect_ratio_grouping),
             averages=self.averages,
-            seed=self.seed if self.seed >= 0 else comm.shared_random_seed(),
-            **vars(dataclasses.replace(self.options, calibration_batches=batches)),
+            seed=self.seed if self.seed >= 0 else _shared_seed(),
+            **vars(self.options),
         )
         built.logger = logger
         return built
-
-    def _passes(self, model: nn.Module, images: int) -> TrainingPasses:
-        return training_passes(model, self.trainer, self.seed, images, self.aspect_ratio_grouping)
 
     def _prove(self) -> None:
         """Shows who takes part by a pass over a batch of its own; where none can be drawn the first step shows it."""
@@ -303,10 +291,13 @@ class RePrHook(HookBase):
         return os.path.join(self.output_dir, name)
 
     def _log_as_detectron2(self) -> None:
-        """In a trainer whose log is Detectron2's, the lines of this package appear as well."""
+        """In a trainer whose log is Detectron2's, the lines of this package appear as well, wherever it writes."""
         ours, theirs = logging.getLogger("repr_det"), logging.getLogger("detectron2")
         if theirs.handlers and not ours.handlers:
-            setup_logger(self.output_dir or None, distributed_rank=comm.get_rank(), name="repr_det")
+            for handler in theirs.handlers:
+                ours.addHandler(handler)
+            ours.setLevel(theirs.level)
+            ours.propagate = theirs.propagate
 
     def _first_decay(self) -> int | None:
         """The iteration at which the learning rate of the trainer first decays."""
@@ -365,6 +356,12 @@ def first_later_hook(registered: Sequence[HookBase]) -> int:
     that saves, evaluates, writes or keeps a checkpointer; the number of hooks where there is none."""
     later = (i for i, x in enumerate(registered) if isinstance(x, _LATER_HOOKS) or _checkpointer_of(x) is not None)
     return next(later, len(registered))
+
+
+def _shared_seed() -> int:
+    """A random seed that all ranks have, drawn beside the training's."""
+    with preserved_random_state():
+        return comm.shared_random_seed()
 
 
 def _checkpointer_of(holder: Any) -> Checkpointer | None:

@@ -1,6 +1,7 @@
 """Extra passes over the training data of a Detectron2 trainer, for criteria, calibration and the proof."""
 
 import itertools
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from repr_det.method.errors import UserError
 from repr_det.method.passes import TrainingPasses
 from repr_det.network.state import preserved_random_state
+
+CALIBRATION_IMAGES = 8
 
 
 def training_passes(
@@ -42,7 +45,7 @@ def training_passes(
                     dataset=dataset,
                     mapper=None,
                     sampler=TrainingSampler(len(dataset), seed=mixed),
-                    total_batch_size=images_per_batch or batch_size_of(own),
+                    total_batch_size=images_per_batch or batch_size_of(own) or 16,
                     aspect_ratio_grouping=grouped,
                 )
             else:
@@ -60,7 +63,10 @@ def training_passes(
                 "learning rate or clip gradients, and resume from a checkpoint before that"
             ) from error
 
-    return TrainingPasses(model, batches, loss, lambda many: list(itertools.chain.from_iterable(many)))
+    passes = TrainingPasses(model, batches, loss, lambda many: list(itertools.chain.from_iterable(many)))
+    if images := images_per_batch or batch_size_of(getattr(inner, "data_loader", None)):
+        passes.calibration_batches = calibration_batches(images)
+    return passes
 
 
 def map_dataset(loader: Any) -> MapDataset | None:
@@ -70,13 +76,21 @@ def map_dataset(loader: Any) -> MapDataset | None:
     return loader
 
 
-def batch_size_of(loader: Any) -> int:
-    """Images of a batch over all ranks; 16 where the loader does not say."""
+def calibration_batches(images_per_batch: int) -> int:
+    """Batches, each of ``images_per_batch`` over all ranks, that a calibration of FrozenBN looks at.
+
+    Eight images give a channel's standard deviation to about 3 %, see docs/performance.md.
+    """
+    return math.ceil(CALIBRATION_IMAGES / images_per_batch)
+
+
+def batch_size_of(loader: Any) -> int | None:
+    """Images of a batch over all ranks; None where the loader does not say."""
     while loader is not None:
         if isinstance(size := getattr(loader, "batch_size", None), int):
             return size * comm.get_world_size()
         loader = getattr(loader, "dataset", None)
-    return 16
+    return None
 
 
 def _own_loader(trainer: Any, inner: Any) -> Iterable:

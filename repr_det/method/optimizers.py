@@ -81,14 +81,18 @@ def around_step(
     return handles
 
 
-def _is_inside(optimizers: Sequence[Optimizer], step: FrameType) -> bool:
-    """Whether torch's wrapper of a step has been called from that of another step of one of the optimizers."""
-    frame = step.f_back
-    while frame is not None:
-        if frame.f_code is step.f_code and any(frame.f_locals.get("self") is optimizer for optimizer in optimizers):
-            return True
+def _is_inside(optimizers: Sequence[Optimizer], frame: FrameType | None) -> bool:
+    """Whether the step that ``frame`` runs in has been called from another step of one of the optimizers."""
+
+    def is_step(frame: FrameType) -> bool:
+        return any(frame.f_locals.get("self") is optimizer for optimizer in optimizers)
+
+    while frame is not None and not is_step(frame):
         frame = frame.f_back
-    return False
+    step, outer = frame, None if frame is None else frame.f_back
+    while outer is not None and not (outer.f_code is step.f_code and is_step(outer)):
+        outer = outer.f_back
+    return outer is not None
 
 
 def scale_rates(optimizers: Sequence[Optimizer], share: Callable[[], float]) -> list[Any]:

@@ -25,6 +25,7 @@ class TrainingPasses:
         loss: batch -> scalar loss of a forward pass in training mode.
         join: several batches -> one batch that holds all their images.
         trains: whether ``model`` is in training mode while it trains.
+        calibration_batches: how many batches a calibration of frozen norms looks at where no option says it.
     """
 
     model: nn.Module
@@ -32,6 +33,7 @@ class TrainingPasses:
     loss: Callable[[Any], Tensor]
     join: Callable[[list[Any]], Any]
     trains: bool = True
+    calibration_batches: int = 4
 
 
 def passes_over(

@@ -58,7 +58,6 @@ from repr_det.network.state import undisturbed
 
 logger = logging.getLogger("repr_det.scheme")
 
-_CALIBRATION_BATCHES = 4
 _WITHOUT_EFFECT = ("readers", "slim_model", "slim", "apart")  # of version 0.2.0
 
 Values = dict[str, dict[str, Tensor]]
@@ -309,7 +308,7 @@ class RePrScheme:
         Raises:
             UserError: the state is of other options or layers, or dropped filters are not zero in the model.
         """
-        check_resumed(state.get("options", {}), self.options)
+        check_resumed(state.get("options", {}), self.options.resumed())
         layers = self.participants.of_state(state)
         self._release()
         self.layers = layers
@@ -532,7 +531,8 @@ class RePrScheme:
 
     @property
     def _calibration_batches(self) -> int:
-        return self.options.calibration_batches or _CALIBRATION_BATCHES
+        suited = 0 if self.passes is None else self.passes.calibration_batches
+        return self.options.calibration_batches or suited
 
     def _overlaps(self, values: Values) -> dict[str, Tensor]:
         """Layer name -> (J,) O_f of all its filters."""
@@ -573,9 +573,8 @@ class RePrScheme:
         self._owner.keeps = self._after_drop = None
 
 
-def check_resumed(saved: Mapping[str, Any], options: RePrOptions) -> None:
-    """Raises OptionError where a run is resumed with other options than those that were saved."""
-    mine = options.resumed()
+def check_resumed(saved: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+    """Raises OptionError where a run is resumed with other options, by config key, than those that were saved."""
     for name, key in CONFIG_KEYS.items():
         if key in saved and key in mine and saved[key] != mine[key]:
             raise OptionError(

@@ -36,7 +36,7 @@ _NORMS = {
     *("_batch_norm_with_update", "_batch_norm_no_update", "miopen_batch_norm", "batch_norm_elemt", "native_group_norm"),
 }
 # Values stay what they are.
-_COPIES = {"_to_copy", "clone", "detach", "alias", "contiguous", "lift_fresh", "_conj", "_neg_view", "to_mkldnn"}
+_COPIES = {"_to_copy", "clone", "detach", "alias", "contiguous", "_conj", "_neg_view", "to_mkldnn"}
 # Every output is a sum, a copy or the largest of inputs of one channel, at their place or another.
 _OF_A_CHANNEL = _COPIES | {
     *("max_pool2d", "max_pool2d_with_indices", "avg_pool2d", "adaptive_avg_pool2d", "_adaptive_avg_pool2d"),
@@ -64,9 +64,11 @@ _OF_CHANNELS = {
 }
 # Element by element, though torch does not tag them so.
 _ELEMENTWISE = {"hardswish", "_prelu_kernel", "rrelu_with_noise", "rrelu_with_noise_functional"}
+_SUMS = {"mean", "sum", "amax", "linalg_vector_norm"}
 _PAD = "constant_pad_nd"
 _MOVES = _OF_A_CHANNEL | _OF_CHANNELS | {_PAD}
-_STAND_INS = (0.7, -1.3)  # for values that nothing is known of
+_STAND_INS = ((0.7, True), (-1.3, False))  # for values, and flags, that nothing is known of
+_ZEROS = ((0.0, True), (0.0, False))
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -356,7 +358,7 @@ class _Follow:
             return state
         if (span := _flattened(operation)) is not None:
             return replace(state, span=state.span * span)
-        return replace(state, aligned=False)
+        return replace(state, aligned=False, alone=state.alone and operation.name not in _SUMS)
 
     def _elementwise(self, operation: Operation, inputs: dict[int, _State]) -> _State:
         state = _merged({number: each for number, each in inputs.items() if not each.reason} or inputs, self.graph)
@@ -364,18 +366,20 @@ class _Follow:
             return state
         strange = [n for n in operation.inputs if n not in self.states and n in self.graph.constants]
         tainted = [each.reason for each in inputs.values() if each.reason]
-        if not strange and not tainted and self._is_zero(operation, others=(0.0,)):
+        if not strange and not tainted and self._is_zero(operation, others=_ZEROS):
             return replace(state, alone=False)  # other channels are added
         return replace(state, reason=tainted[0] if tainted else self._no_longer_zero(operation, inputs).reason)
 
-    def _is_zero(self, operation: Operation, others: tuple[float, ...]) -> bool:
+    def _is_zero(self, operation: Operation, others: tuple[tuple[float, bool], ...]) -> bool:
         """Whether the operation makes 0 of the channel where all else that it gets is one of ``others``."""
 
-        def value_of(number: int, other: float) -> float:
-            known = self.states.get(number)
-            return 0.0 if known is not None and not known.reason else other
+        def value_of(value: Value, other: tuple[float, bool]) -> float | bool:
+            known = self.states.get(value.number)
+            if known is not None and not known.reason:
+                return 0.0
+            return other[value.dtype == torch.bool]
 
-        return all(_makes_zero(operation, lambda number, other=other: value_of(number, other)) for other in others)
+        return all(_makes_zero(operation, lambda value, other=other: value_of(value, other)) for other in others)
 
     def _no_longer_zero(self, operation: Operation, inputs: dict[int, _State]) -> _State:
         reason = f"behind it comes {operation.name}, which does not make 0 of a channel that is 0"
@@ -383,7 +387,7 @@ class _Follow:
         return replace(state, reason=state.reason or reason)
 
 
-def _makes_zero(operation: Operation, value_of: Callable[[int], float]) -> bool:
+def _makes_zero(operation: Operation, value_of: Callable[[Value], float | bool]) -> bool:
     """Whether an elementwise operation gives 0, by running it on single numbers."""
     if torch.Tag.pointwise not in operation.function.tags and operation.name not in _ELEMENTWISE:
         return False
@@ -394,7 +398,7 @@ def _makes_zero(operation: Operation, value_of: Callable[[int], float]) -> bool:
         if not isinstance(argument, Value):
             return argument
         dtype = torch.float32 if argument.dtype.is_floating_point else argument.dtype
-        return torch.tensor([value_of(argument.number)], device="cpu").to(dtype)
+        return torch.tensor([value_of(argument)], device="cpu").to(dtype)
 
     keywords = {key: stand_in(argument) for key, argument in operation.keywords.items()}
     try:
@@ -418,7 +422,7 @@ def _merged(inputs: Mapping[int, _State], graph: _Graph) -> _State:
 
 def _over_positions(operation: Operation) -> bool:
     """Whether a mean or sum of (N, C, H, W) goes over height and width alone."""
-    if operation.name not in ("mean", "sum", "amax") or len(operation.arguments) < 2:
+    if operation.name not in _SUMS or len(operation.arguments) < 2:
         return False
     dimensions = operation.arguments[1]
     return isinstance(dimensions, tuple) and bool(dimensions) and set(dimensions) <= {2, 3, -1, -2}

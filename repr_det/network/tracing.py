@@ -23,7 +23,7 @@ _FRESH = {
     *("empty", "zeros", "ones", "full", "rand", "randn", "arange", "scalar_tensor", "randint", "randperm"),
     *("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like"),
     *("new_empty", "new_zeros", "new_ones", "new_full", "empty_strided", "new_empty_strided"),
-    *("bernoulli", "uniform", "normal", "random", "exponential", "fill", "zero"),
+    *("bernoulli", "uniform", "normal", "random", "exponential", "fill", "zero", "lift_fresh"),
 }
 _NESTED = 6  # how deep a result is searched for tensors
 
@@ -152,17 +152,14 @@ class TracedPass:
 
     Args:
         watched: modules whose calls the operations are to name.
-        outer: modules by which a pass may be entered, by name, with all that runs inside them.
-        entered: names of those by which one has been entered, which this adds to. A pass that begins inside one of
-            them is a part that runs again in the backward pass (gradient checkpointing), and is none.
+        outer: modules by which a pass may be entered, with all that runs inside them.
         done: called with the trace and the numbers of the values that left the outermost module.
     """
 
     def __init__(
         self,
         watched: Mapping[str, nn.Module],
-        outer: Mapping[str, nn.Module],
-        entered: set[str],
+        outer: Iterable[nn.Module],
         done: Callable[[Trace, set[int]], None],
     ) -> None:
         self._done = done
@@ -172,9 +169,8 @@ class TracedPass:
         self._depth = 0
         self._lock = threading.Lock()
         self._handles: list[Any] = []
-        self._entered = entered
-        for name, module in outer.items():
-            self._hook(module, lambda module, _, name=name: self._enter(name, module), self._leave)
+        for module in outer:
+            self._hook(module, self._enter, self._leave)
         for name, module in self._watched.items():
             self._hook(module, lambda module, _, name=name: self._enter_watched(name, module), self._leave_watched)
 
@@ -188,11 +184,10 @@ class TracedPass:
         self._handles.append(module.register_forward_pre_hook(HookOfOne(before)))
         self._handles.append(module.register_forward_hook(HookOfOne(after), always_call=True))
 
-    def _enter(self, name: str, module: nn.Module) -> None:
+    def _enter(self, module: nn.Module, inputs: Any) -> None:
         thread = threading.get_ident()  # DataParallel runs replicas in threads of their own; one of them is traced
         with self._lock:
-            if self._trace is None and torch.is_grad_enabled() and not self._is_part(name):
-                self._entered.add(name)
+            if self._trace is None and _is_a_training_pass():
                 self._trace, self._thread, self._depth = Trace(module), thread, 0
                 self._trace.__enter__()
             if self._trace is not None and thread == self._thread:
@@ -218,11 +213,15 @@ class TracedPass:
         if self._is_mine():
             self._trace.leave_module()
 
-    def _is_part(self, name: str) -> bool:
-        return any(name != whole and f"{name}.".startswith(f"{whole}." if whole else "") for whole in self._entered)
-
     def _is_mine(self) -> bool:
         return self._trace is not None and threading.get_ident() == self._thread
+
+
+def _is_a_training_pass() -> bool:
+    """Gradients are wanted, and it is not a part of one that checkpointing runs again in the backward pass."""
+    # No public function tells whether a backward pass runs in this thread.
+    again = torch._C._current_graph_task_id() != -1
+    return torch.is_grad_enabled() and not again
 
 
 class HookOfOne:

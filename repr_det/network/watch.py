@@ -39,7 +39,6 @@ class Watch:
         self.traced = 0
         self.trains = True
         self.news = False
-        self._entered: set[str] = set()
         self._waiting: list[Any] = []
         self._last: tuple[Trace, set[int]] | None = None
         self._pass: TracedPass | None = None
@@ -52,8 +51,8 @@ class Watch:
         self._forget_waiting()
         watched = {name: module for name, module in self.modules.items() if _is_watched(module)}
         ancestors = {part for name in self.convs for part in _ancestors(name)}
-        outer = {name: module for name, module in self.modules.items() if name in ancestors}
-        self._pass = TracedPass(watched, outer, self._entered, self._look)
+        outer = [module for name, module in self.modules.items() if name in ancestors]
+        self._pass = TracedPass(watched, outer, self._look)
 
     def hear(self) -> None:
         """Traces no more, once a step has been seen, but for convs that have not run yet."""
@@ -89,7 +88,9 @@ class Watch:
 
     def _look(self, trace: Trace, left: set[int]) -> None:
         """After a traced pass."""
-        for name, verdict in prove(trace, left, self.convs, self._norms()).items():
+        found = prove(trace, left, self.convs, self._norms())
+        found |= {name: COMPUTED for name in self.convs if "weight" not in self.modules[name]._parameters}
+        for name, verdict in found.items():
             before = self.verdicts.get(name)
             self.verdicts[name] = verdict if before is None else _both(before, verdict)
         self._last = trace, left
@@ -111,6 +112,7 @@ class Watch:
 
 
 NOT_RUN = Verdict(reason="it has not run in a training pass", ran=False)
+COMPUTED = Verdict(reason="its weight is computed from other parameters")
 
 
 def _both(before: Verdict, now: Verdict) -> Verdict:

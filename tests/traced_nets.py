@@ -1,0 +1,102 @@
+"""A traced pass of small networks, and the same question asked by hand: is a filter silent whose rows are zero?"""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from repr_det.method.layers import find_filter_layers
+from repr_det.network.proof import Verdict
+from repr_det.network.tracing import tensors_in
+from repr_det.network.watch import Watch
+
+ROWS = [2, 3]  # one group of a GroupNorm of two channels a group
+IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Readers(TorchFunctionMode):
+    """Keeps what convolutions and matrix products get, as Python calls them: input and weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (torch.conv2d, F.linear, torch.matmul, torch.Tensor.matmul):
+            self.calls.append((args[0].detach().clone(), args[1]))
+        return function(*args, **(kwargs or {}))
+
+
+def build(*modules: nn.Module) -> nn.Sequential:
+    """The modules, a conv of as many channels as it gets, and a classifier; all norms with an affine of their own."""
+    torch.manual_seed(0)
+    body = nn.Sequential(*modules)
+    channels = body(IMAGES).shape[1]
+    net = nn.Sequential(*modules, nn.Conv2d(channels, 16, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.LazyLinear(5))
+    net(IMAGES)
+    return vary_norms(net)
+
+
+@torch.no_grad()
+def vary_norms(net: nn.Module) -> nn.Module:
+    """A norm of weight 1 and bias 0 hides what it adds."""
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in net.named_parameters():
+        if parameter.dim() == 1 and not isinstance(net.get_submodule(name.rpartition(".")[0]), nn.Conv2d):
+            parameter.uniform_(0.3, 1.5, generator=generator)
+    return net
+
+
+def verdicts(net: nn.Module, run=None, include=("*",)) -> dict[str, Verdict]:
+    """What the first pass shows of every conv."""
+    watch = Watch(net, [layer.name for layer in find_filter_layers(net, list(include))])
+    (run or (lambda: net(IMAGES)))()
+    watch.hear()
+    watch.close()
+    return watch.verdicts
+
+
+def reasons(net: nn.Module, run=None) -> dict[str, str]:
+    return {name: verdict.reason for name, verdict in verdicts(net, run).items()}
+
+
+def is_silent(net: nn.Module, conv: str, norm: str | None, run=lambda net: net(IMAGES)) -> bool:
+    """Whether filters ROWS of a conv are silent where their rows of conv and norm are zero.
+
+    Then what reads them by a convolution or a matrix product gets 0 where it got something else before, they are read
+    at all, they are not in the output, and the conv computes with its own weight. All other numbers change entirely or
+    not at all.
+    """
+    before, output, _ = _seen(net, run)
+    zeroed = copy.deepcopy(net)
+    with torch.no_grad():
+        for name in (conv, norm):
+            for key in ("weight", "bias") if name is not None else ():
+                tensor = getattr(zeroed.get_submodule(name), key)
+                if tensor is not None:
+                    tensor[ROWS] = 0
+    after, left, weights = _seen(zeroed, run)
+    if not any(weight is zeroed.get_submodule(conv).weight for weight in weights):
+        return False
+    pairs = zip([*before, *tensors_in(output)], [*after, *tensors_in(left)], strict=True)
+    found = [_changed(a, b) for a, b in pairs]
+    readers, outputs = found[: len(before)], found[len(before) :]
+    direct = [is_zero for share, is_zero in readers if 0 < share < 0.5]
+    return bool(direct) and all(direct) and not any(0 < share < 0.5 for share, _ in outputs)
+
+
+def _changed(before: torch.Tensor, after: torch.Tensor) -> tuple[float, bool]:
+    """The share of channels that changed, and whether these are 0 everywhere now."""
+    if before.dim() < 2:
+        return float((before != after).any()), False
+    changed = (before != after).transpose(0, 1).flatten(1).any(1)
+    return changed.float().mean().item(), not after[:, changed].any()
+
+
+def _seen(net, run):
+    torch.manual_seed(3)  # of dropout
+    with torch.no_grad(), Readers() as readers:
+        output = run(net)
+    return [values for values, _ in readers.calls], output, [weight for _, weight in readers.calls]
