@@ -1,6 +1,7 @@
 """What the processes of a run share, and the way from a device to the CPU: no-ops in a single process on the CPU."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,12 +17,19 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
-def gathered(value: Any) -> list[Any]:
-    """The picklable values of all ranks, in their order."""
+def gathered(value: Any, device: torch.device) -> list[Any]:
+    """The picklable values of all ranks, in their order.
+
+    Args:
+        device: see ``broadcast_``.
+    """
     if world_size() == 1:
         return [value]
     found: list[Any] = [None] * world_size()
-    dist.all_gather_object(found, value)
+    # Where a backend does not know the CPU, objects go by way of the current device.
+    accelerated = device.type != "cpu"
+    with torch.get_device_module(device).device(device) if accelerated else nullcontext():
+        dist.all_gather_object(found, value)
     return found
 
 
@@ -80,10 +88,14 @@ def mean_over_ranks(tensor: Tensor, device: torch.device | None = None) -> Tenso
 
 
 def _movable(tensor: Tensor, device: torch.device) -> Tensor:
-    """NCCL and XCCL move tensors of the own device only; float64 is not on every device."""
-    backends = str(dist.get_backend_config())
-    knows_cpu = "gloo" in backends or "mpi" in backends
-    if tensor.device.type == "cpu" and not knows_cpu:
-        moved = tensor.float() if tensor.dtype == torch.float64 else tensor
-        return moved.to(device).contiguous()
-    return tensor.contiguous()
+    """``tensor``, contiguous and where the backends of the process group move it: NCCL and XCCL do so on the own device
+    alone."""
+    backends = dist.get_backend_config().split(",")  # such as cpu:gloo, cuda:nccl
+    known = {backend.partition(":")[0] for backend in backends}
+    if tensor.device.type == "cpu" and "cpu" in known:
+        return tensor.contiguous()
+    if device.type not in known:
+        return tensor.cpu().contiguous()
+    if tensor.device.type == "cpu" and tensor.dtype == torch.float64:
+        tensor = tensor.float()  # which is on every device
+    return tensor.to(device).contiguous()
