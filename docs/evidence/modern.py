@@ -180,8 +180,8 @@ class Study:
 
     name: str
 
-    def __init__(self) -> None:
-        self.file = Path(__file__).with_name(f"{self.name}.jsonl")
+    def __init__(self, folder: Path = Path(__file__).parent) -> None:
+        self.file = folder / f"{self.name}.jsonl"
         lines = self.file.read_text().splitlines() if self.file.exists() else []
         self.records = {Settings(**r["settings"]).key: r for r in map(json.loads, lines)}
 
