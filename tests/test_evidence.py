@@ -191,14 +191,14 @@ def test_a_repr_network_is_held_against_the_standard_one_where_it_fitted_as_well
     assert fit.line(standard, repr_run)[3:] == ["40.0, 61.0", "100.0, 56.0", "+5.0", "epoch 4: 61.0", "+0.0"]
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+@pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
 def test_the_tables_of_the_pages_are_those_of_the_runs(page):
     text = page.read_text()
     assert tables.renewed(text) == text, "docs/evidence/tables.py writes them anew"
 
 
 def test_every_table_is_on_a_page_and_a_changed_cell_is_seen():
-    pages = "".join(page.read_text() for page in (ROOT / "docs").glob("*.md"))
+    pages = "".join(page.read_text() for page in tables.PAGES)
     assert sorted(name for _, name in tables.TABLE.findall(pages)) == sorted(tables.TABLES)
     page = (ROOT / "docs" / "results_fine_tuning.md").read_text()
     assert tables.renewed(page.replace("**f4_base** | ", "**f4_base** | 1")) == page
