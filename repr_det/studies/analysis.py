@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,14 +23,16 @@ from repr_det.commands.arguments import add_data_argument, build_config
 from repr_det.commands.data_checks import check_datasets
 from repr_det.detectron.config import add_repr_config
 from repr_det.detectron.engine import Trainer
-from repr_det.detectron.hook import training_passes
+from repr_det.detectron.passes import training_passes
 from repr_det.method.criteria import CRITERIA, Context, get_criterion
 from repr_det.method.errors import UserError
 from repr_det.method.layers import FilterLayer, find_filter_layers
 from repr_det.method.orthogonality import expected_overlap, inter_filter_orthogonality, unit_filters
+from repr_det.method.participants import Participants
 from repr_det.method.passes import TrainingPasses
 from repr_det.method.redundancy import NEAR_DUPLICATE
 from repr_det.method.selection import select_filters
+from repr_det.network.state import undisturbed
 from repr_det.runs.checkpoints import AtomicCheckpointer
 from repr_det.runs.files import write_atomically
 from repr_det.runs.record import CONFIG_FILE
@@ -55,7 +58,7 @@ def layers_of_model(path: Path, cfg: CfgNode) -> tuple[nn.Module, list[FilterLay
         UserError: the checkpoint lacks a layer or has it in another shape.
     """
     model = build_model(cfg)
-    layers = find_filter_layers(model, cfg.REPR.LAYERS.INCLUDE, cfg.REPR.LAYERS.EXCLUDE)
+    layers = _that_take_part(model, find_filter_layers(model, cfg.REPR.LAYERS.INCLUDE, cfg.REPR.LAYERS.EXCLUDE))
     for layer in layers:
         nn.init.constant_(layer.weight, math.nan)
     iteration = load_checkpoint(path).get("iteration")
@@ -68,6 +71,16 @@ def layers_of_model(path: Path, cfg: CfgNode) -> tuple[nn.Module, list[FilterLay
                 "the run that wrote it"
             )
     return model, layers, iteration
+
+
+def _that_take_part(model: nn.Module, candidates: Sequence[FilterLayer]) -> list[FilterLayer]:
+    """Returns the layers from which training would drop filters, as a prediction for a grey image shows."""
+    participants = Participants(candidates, model)
+    with undisturbed(model, trains=False), torch.enable_grad():
+        model([{"image": torch.full((3, 128, 128), 128.0)}])
+    found = participants.hear()
+    participants.close()
+    return found
 
 
 def layers_of_file(
@@ -309,7 +322,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                 raise UserError(f"{flag} {values} needs --config-file")
         cfg = default_config()
         layers, iteration = layers_of_file(args.checkpoint, args.include or (), args.exclude or NOT_FILTERS)
-    passes = training_passes(cfg, model, Trainer) if args.batches else None
+    passes = None
+    if args.batches:
+        source = SimpleNamespace(cfg=cfg, build_train_loader=Trainer.build_train_loader)
+        passes = training_passes(
+            model, source, cfg.SEED, cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.ASPECT_RATIO_GROUPING
+        )
     criterion = args.criterion or (cfg.REPR.CRITERION if args.config_file or args.batches else "ortho")
     ratio = cfg.REPR.DROP_RATIO if args.drop_ratio is None else args.drop_ratio
     cap = cfg.REPR.MAX_DROP_PER_LAYER if args.max_drop_per_layer is None else args.max_drop_per_layer
