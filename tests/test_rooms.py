@@ -112,6 +112,9 @@ def test_a_loop_of_version_0_2_0_is_resumed(norm):
                 assert_new_directions(model.get_submodule(name).weight, mask, old["weight"])
                 out = model[: int(name) + 2](torch.cat([x for x, _ in batches[:4]]))[:, mask]
                 if norm is not nn.BatchNorm2d:
+                    affine = model[int(name) + 1]
+                    assert torch.equal(affine.weight[mask], old["norm.weight"])
+                    assert torch.equal(affine.bias[mask], old["norm.bias"])
                     moments = torch.stack([out.mean((0, 2, 3)), out.std((0, 2, 3), correction=0)])
                     torch.testing.assert_close(moments, old["moments"].to(moments), rtol=1e-3, atol=1e-4)
     assert (one.steps, one.phase, one.scheme.cycle) == (12, "full", 1)
