@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
+import benchmark
 import cifar10
 import plain_pytorch
 import pytest
@@ -19,8 +20,7 @@ from repr_det.commands.arguments import train_argument_parser
 from repr_det.commands.shipped import config_path
 from repr_det.detectron.config import markdown_table
 from repr_det.method.options import CONFIG_KEYS
-from repr_det.studies.analysis_command import argument_parser as analysis_argument_parser
-from repr_det.studies.benchmarking.command import argument_parser as benchmark_argument_parser
+from repr_det.studies.analysis import argument_parser as analysis_argument_parser
 from repr_det.studies.comparison.command import argument_parser as comparison_argument_parser
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -30,7 +30,7 @@ PARSERS = {
     "tools/lazyconfig_train_net.py": lambda words: train_argument_parser().parse_args(words),
     "tools/compare.py": lambda words: comparison_argument_parser().parse_args(words),
     "tools/analyze_filters.py": lambda words: analysis_argument_parser().parse_intermixed_args(words),
-    "tools/benchmark.py": lambda words: benchmark_argument_parser().parse_args(words),
+    "tools/benchmark.py": lambda words: benchmark.argument_parser().parse_intermixed_args(words),
     "examples/cifar10.py": cifar10.parse,
     "examples/plain_pytorch.py": plain_pytorch.parse,
 }
@@ -137,14 +137,15 @@ def test_plain_pytorch_snippet_runs():
     block = re.search(r"## Plain PyTorch\n\n((?:    .*\n|\n)+)", page)[1]
     model = nn.ModuleDict({"backbone": nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))})
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    names = {"model": model, "optimizer": optimizer, "total_steps": 24, "batches": range(24)}
-    exec(textwrap.dedent(block), names)
+    names = {"model": model, "optimizer": optimizer, "total_steps": 24, "batches": torch.randn(24, 2, 3, 8, 8)}
+    exec(textwrap.dedent(block).replace("... ", "model['backbone'](batch).square().mean().backward()"), names)
     assert names["repr_training"].phase == "full" and names["repr_training"].scheme.cycle == 3
 
 
 def test_detectron2_snippet_runs(tiny_cfg):
     page = (ROOT / "docs" / "own_loop.md").read_text()
-    block = re.search(r"## A Detectron2 trainer\n\n((?:    .*\n|\n)+)", page)[1]
+    section = page.partition("## A Detectron2 trainer\n")[2].partition("\n## ")[0]
+    block = "\n".join(line for line in section.splitlines() if line.startswith("    "))
     hooks = []
 
     class Registers:
@@ -153,4 +154,5 @@ def test_detectron2_snippet_runs(tiny_cfg):
 
     block = block.replace("add_repr_config(cfg)  ", "pass  ")  # tiny_cfg has the node and values in it
     exec(textwrap.dedent(block), {"cfg": tiny_cfg("REPR.ENABLED", "True"), "trainer": Registers()})
-    assert [type(hook).__name__ for hook in hooks] == ["RePrHook"]
+    plain, configured = hooks
+    assert plain.options.resumed() == configured.options.resumed()

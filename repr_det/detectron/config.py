@@ -98,7 +98,10 @@ def schedule_from_config(cfg: CfgNode) -> RePrSchedule:
 
 
 def first_decay(cfg: CfgNode) -> int | None:
-    """The iteration at which the learning rate of a config first decays; None if it does not."""
+    """The iteration at which the learning rate of a config first decays; None if it does not, or if no schedule is
+    derived from it."""
+    if cfg.REPR.S1_ITERS:
+        return None
     with as_user_error(f"SOLVER.LR_SCHEDULER_NAME {cfg.SOLVER.LR_SCHEDULER_NAME}"):
         return next(iter(decays_of_config(cfg)), None)
 
