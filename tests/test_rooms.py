@@ -128,7 +128,8 @@ def test_a_run_of_version_0_1_0_is_resumed(tiny_cfg, tmp_path):
     with tarfile.open(HERE / "data" / "run_of_version_0_1_0.tar.xz") as archive:
         archive.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))  # not in 3.11.2
     tiny = (
-        "MODEL.RESNETS.DEPTH 50 MODEL.RESNETS.RES2_OUT_CHANNELS 4 MODEL.RESNETS.WIDTH_PER_GROUP 2 "
+        "MODEL.BACKBONE.NAME build_resnet_fpn_backbone MODEL.RESNETS.DEPTH 50 MODEL.RESNETS.RES2_OUT_CHANNELS 4 "
+        "MODEL.RESNETS.WIDTH_PER_GROUP 2 "
         "MODEL.RESNETS.STEM_OUT_CHANNELS 4 MODEL.FPN.OUT_CHANNELS 8 MODEL.ROI_BOX_HEAD.FC_DIM 8 SOLVER.MAX_ITER 8 "
         "REPR.ENABLED True REPR.S1_ITERS 2 REPR.S2_ITERS 3 REPR.NUM_CYCLES 1 SOLVER.CHECKPOINT_PERIOD 4"
     )
