@@ -362,6 +362,8 @@ class _Follow:
             return replace(state, reason=f"it is padded with {operation.arguments[2]}")
         if operation.name not in _OF_CHANNELS or _over_positions(operation):
             return state
+        if operation.name == "amax":
+            return self._no_longer_zero(operation, inputs)  # where all others are below 0 it is the largest
         if (span := _flattened(operation)) is not None:
             return replace(state, span=state.span * span)
         return replace(state, aligned=False, alone=state.alone and operation.name not in _SUMS)
