@@ -290,6 +290,17 @@ def test_wrong_options_are_refused_before_the_first_step_by_the_names_that_were_
     assert spelled(message, way) in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_detector_in_which_nothing_can_be_dropped_is_refused_before_the_first_step(tiny_cfg):
+    trainer = Trainer(tiny_cfg(*SCHEDULE, "MODEL.RESNETS.NORM", "LN", "DATASETS.TEST", "()"))
+    made = []
+    trainer.register_hooks([At(0, lambda: made.append("a step"))])
+    with pytest.raises(
+        UserError, match=r"no filter can be dropped of the convs that REPR\.LAYERS\.INCLUDE "
+    ) as error:
+        trainer.train()
+    assert "\n" not in str(error.value) and not made
+
+
 def test_an_option_that_does_not_exist_is_refused():
     with pytest.raises(UserError, match="RePr has no option 'drop_rate': take one of s1_iters, "):
         RePrHook(drop_rate=0.3)
