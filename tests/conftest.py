@@ -21,7 +21,7 @@ from repr_det.datasets import register_coco_format
 
 pytest_plugins = ["coco_folder", "finished_runs"]
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "docs" / "evidence")]
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "docs" / "evidence"), str(ROOT / "tools")]
 SMALL = """
 MODEL.BACKBONE.NAME build_tiny_fpn_backbone MODEL.WEIGHTS '' MODEL.DEVICE cpu MODEL.PIXEL_STD [57.375,57.12,58.395]
 MODEL.BACKBONE.FREEZE_AT 0

@@ -7,6 +7,7 @@ import importlib
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -119,8 +120,8 @@ def _child(
 
 def _main(words: list[str]) -> None:
     sys.argv = words
-    with contextlib.suppress(KeyError):
-        del os.environ["TORCHELASTIC_ERROR_FILE"]
+    for number in (signal.SIGTERM, signal.SIGINT):  # the agent's handlers, in its workers
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     module, _, function = words[0].partition(":")
     if words[0] == "repr-det":
         importlib.import_module("repr_det.commands.console").main()

@@ -4,9 +4,11 @@ import errno
 import json
 import logging
 import os
+from contextlib import nullcontext
 
 import pytest
 import torch
+from conftest import At, interrupt
 from detectron2.engine import DefaultTrainer
 from torch import nn
 
@@ -180,3 +182,14 @@ def test_another_optimizer_is_refused(old, new, told):
     with pytest.raises(UserError, match=f"is of another optimizer: {told}"):
         check_same_optimizer(new(net), old(net).state_dict(), "folder")
     check_same_optimizer(new(net), new(net).state_dict(), "folder")
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_one_trainer_trains_once(tiny_cfg, interrupted):
+    """As when a cell of a notebook is run again."""
+    trainer = Trainer(tiny_cfg("SOLVER.MAX_ITER", 2, "DATASETS.TEST", "()"))
+    trainer.register_hooks([At(1, interrupt)] if interrupted else [])
+    with pytest.raises(KeyboardInterrupt) if interrupted else nullcontext():
+        trainer.train()
+    with pytest.raises(UserError, match="this trainer has trained before: make another one, on which resume_or_load"):
+        trainer.train()

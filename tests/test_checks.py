@@ -9,6 +9,7 @@ import pytest
 import torch
 from coco_folder import Folder
 from conftest import R18, SMALL
+from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 from PIL import Image
 from pycocotools import mask as mask_utils
@@ -289,7 +290,24 @@ def test_keypoints_need_metadata(mine):
         for entry in content["annotations"]:
             entry["keypoints"] = [1, 2, 2] * 17
 
-    assert "have no keypoint_names" in refused(mine(keypoints, "MODEL.KEYPOINT_ON", "True"))
+    cfg = mine(keypoints, "MODEL.KEYPOINT_ON", "True", "DATASETS.TEST", "()")
+    assert "have no keypoint_names" in refused(cfg)
+    MetadataCatalog.get("mine").set(keypoint_names=["nose"] * 17, keypoint_flip_map=[])
+    data_checks.check_datasets(cfg)
+
+
+@pytest.mark.parametrize("odd, shown", [([1, 2, 2] * 16, "48, 51"), ([1, 2] * 17, "34, 51"), (None, "0, 51")])
+def test_keypoints_of_another_number_are_refused(mine, odd, shown):
+    """Detectron2 stacks them, and would end in a ValueError at the first image that has both."""
+
+    def keypoints(content):
+        for entry in content["annotations"]:
+            entry["keypoints"] = [1, 2, 2] * 17
+        content["annotations"][1]["keypoints"] = odd
+
+    cfg = mine(keypoints, "MODEL.KEYPOINT_ON", "True", "DATASETS.TEST", "()")
+    MetadataCatalog.get("mine").set(keypoint_names=["nose"] * 17, keypoint_flip_map=[])
+    assert f"objects of mine have keypoints of {shown} numbers: give each object 3 for each of the 17" in refused(cfg)
 
 
 def test_a_registered_data_set_beside_those_that_are_used(folder, catalogs, caplog):

@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
+import benchmark
 import cifar10
 import plain_pytorch
 import pytest
@@ -19,8 +20,7 @@ from repr_det.commands.arguments import train_argument_parser
 from repr_det.commands.shipped import config_path
 from repr_det.detectron.config import markdown_table
 from repr_det.method.options import CONFIG_KEYS
-from repr_det.studies.analysis_command import argument_parser as analysis_argument_parser
-from repr_det.studies.benchmarking.command import argument_parser as benchmark_argument_parser
+from repr_det.studies.analysis import argument_parser as analysis_argument_parser
 from repr_det.studies.comparison.command import argument_parser as comparison_argument_parser
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -30,7 +30,7 @@ PARSERS = {
     "tools/lazyconfig_train_net.py": lambda words: train_argument_parser().parse_args(words),
     "tools/compare.py": lambda words: comparison_argument_parser().parse_args(words),
     "tools/analyze_filters.py": lambda words: analysis_argument_parser().parse_intermixed_args(words),
-    "tools/benchmark.py": lambda words: benchmark_argument_parser().parse_args(words),
+    "tools/benchmark.py": lambda words: benchmark.argument_parser().parse_intermixed_args(words),
     "examples/cifar10.py": cifar10.parse,
     "examples/plain_pytorch.py": plain_pytorch.parse,
 }

@@ -10,7 +10,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import At, assert_same_weights, interrupt
+from conftest import R18, At, assert_same_weights, interrupt
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, default_setup, hooks
@@ -101,7 +101,7 @@ def test_a_hook_without_a_seed_draws_none_from_the_training():
 
 
 def test_drops_restores_events_and_scalars(tiny_cfg, tmp_path):
-    cfg = tiny_cfg(*SCHEDULE, "TEST.EVAL_PERIOD", 4, "SOLVER.CHECKPOINT_PERIOD", 3)
+    cfg = tiny_cfg(*R18, *SCHEDULE, "TEST.EVAL_PERIOD", 4, "SOLVER.CHECKPOINT_PERIOD", 3)
     seen = Seen(lambda trainer: int(zero_filters(a_layer(trainer.model)).sum()))
     trainer = trained(Trainer, cfg, seen)
     order = [type(h) for h in trainer._hooks]
@@ -133,7 +133,7 @@ def test_drops_restores_events_and_scalars(tiny_cfg, tmp_path):
 
 
 def test_sub_network_checkpoint_is_a_stock_checkpoint(tiny_cfg, tmp_path):
-    cfg = tiny_cfg(*SCHEDULE, "SOLVER.CHECKPOINT_PERIOD", 2, "DATASETS.TEST", "()")  # after iteration 1, the drop
+    cfg = tiny_cfg(*R18, *SCHEDULE, "SOLVER.CHECKPOINT_PERIOD", 2, "DATASETS.TEST", "()")  # after iteration 1, the drop
     trained(Trainer, cfg)
     path = tmp_path / "run" / "model_0000001.pth"
     saved = torch.load(path, weights_only=True)

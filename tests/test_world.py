@@ -130,6 +130,7 @@ def test_the_address_of_sruns_first_node(monkeypatch, nodes, first):
     for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: iter([(torch.distributed.HashStore(), 3, 4)]))
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: joined.update(os.environ))
     monkeypatch.setattr(
         "repr_det.commands.world.comm",

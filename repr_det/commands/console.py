@@ -11,8 +11,7 @@ import repr_det
 _COMMANDS = {
     "train": ("repr_det.commands.train", "start", "train a detector with RePr, or its baseline, and evaluate it"),
     "compare": ("repr_det.studies.comparison.command", "main", "both arms over several seeds, and a report"),
-    "analyze": ("repr_det.studies.analysis_command", "main", "how much the filters of a checkpoint overlap"),
-    "benchmark": ("repr_det.studies.benchmarking.command", "main", "what RePr costs and saves in time and memory"),
+    "analyze": ("repr_det.studies.analysis", "main", "how much the filters of a checkpoint overlap"),
 }
 _STUDIES = ("jinja2", "matplotlib", "pandas", "rich", "tabulate")
 _USAGE = "usage: repr-det COMMAND ...\n\n" + "\n".join(
@@ -30,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if command == "--version":
         print(f"repr_det {repr_det.__version__}")
         return
+    if command == "benchmark":
+        _stop("repr-det benchmark is a program of the source tree now: python tools/benchmark.py --help")
     if command not in _COMMANDS:
         _stop(f"{command!r} is no command" if command else "a command is missing", _USAGE)
     sys.argv = [f"repr-det {command}", *arguments[1:]]

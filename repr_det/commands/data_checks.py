@@ -13,6 +13,7 @@ from repr_det.datasets import (
     any_mapped,
     check_registered,
     class_names,
+    listed,
     shared_images,
 )
 from repr_det.method.errors import UserError
@@ -129,4 +130,10 @@ def _check_targets(cfg: CfgNode, name: str, summary: CocoSummary) -> None:
             raise UserError(
                 f"MODEL.KEYPOINT_ON is True, but the metadata of {name} have no keypoint_names and keypoint_flip_map, "
                 "which Detectron2 needs: set them by MetadataCatalog, or MODEL.KEYPOINT_ON to False"
+            )
+        if summary.keypoint_numbers != {3 * len(metadata.keypoint_names)}:
+            found, wanted = listed(sorted(summary.keypoint_numbers)), len(metadata.keypoint_names)
+            raise UserError(
+                f"MODEL.KEYPOINT_ON is True, but objects of {name} have keypoints of {found} numbers: give each object "
+                f"3 for each of the {wanted} keypoint_names, 0 if unlabelled"
             )

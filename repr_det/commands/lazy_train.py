@@ -3,6 +3,7 @@
 import argparse
 import copy
 import functools
+import logging
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from repr_det.commands.checks import check_run
 from repr_det.commands.data import classes_of_run, register_data
 from repr_det.commands.overrides import refuse_unknown_keys
 from repr_det.commands.processes import launch_processes, may_continue, setup_process
+from repr_det.commands.reads import Reads
 from repr_det.commands.shipped import config_path
 from repr_det.commands.train import run_trainer
 from repr_det.commands.world import check_processes
@@ -30,6 +32,8 @@ from repr_det.detectron.trackers import check_wandb, tracked
 from repr_det.method.errors import UserError
 from repr_det.runs.checkpoints import AtomicCheckpointer
 from repr_det.runs.record import CONFIG_FILE
+
+logger = logging.getLogger(__name__)
 
 
 def load_lazy_config(
@@ -91,6 +95,8 @@ def config_of(args: argparse.Namespace) -> DictConfig:
 def main(args: argparse.Namespace) -> None:
     """One process of a run: trains, or only evaluates."""
     cfg = config_of(args)
+    write_config = functools.partial(_write_config, copy.deepcopy(cfg))
+    reads = Reads(cfg)
     yacs = repr_cfg_from_lazy(cfg)
     benchmark = bool(OmegaConf.select(cfg, "train.cudnn_benchmark", default=False))
     config = Path(args.config_file).read_text(encoding="utf-8")
@@ -102,8 +108,10 @@ def main(args: argparse.Namespace) -> None:
         AtomicCheckpointer(model, cfg.train.output_dir).resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
         evaluate(cfg, model)
         return
-    write_config = functools.partial(_write_config, copy.deepcopy(cfg))  # LazyTrainer puts its model into the other
-    run_trainer(tracked(LazyTrainer, args.wandb)(cfg), args, write_config)
+    trainer = tracked(LazyTrainer, args.wandb)(cfg)
+    if unread := reads.unread():
+        logger.warning("Nothing reads %s of this config: without effect here", ", ".join(unread))
+    run_trainer(trainer, args, write_config)
 
 
 def _write_config(cfg: DictConfig, folder: Path) -> None:

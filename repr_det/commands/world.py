@@ -4,6 +4,8 @@ import argparse
 import os
 import re
 import socket
+import time
+import uuid
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -17,6 +19,9 @@ from detectron2.utils import comm
 
 from repr_det.detectron.config import scale_to_world
 from repr_det.method.errors import UserError
+
+_KEY = "repr_det/meeting"
+_A_MOMENT = timedelta(seconds=5)
 
 
 @dataclass(frozen=True)
@@ -82,13 +87,44 @@ class Launched:
             os.environ.setdefault("MASTER_ADDR", "".join(first.groups()) if first else "localhost")
             os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20000))
             os.environ |= {"RANK": str(self.rank), "WORLD_SIZE": str(self.size), "LOCAL_RANK": str(self.local_rank)}
+        timeout = timedelta(seconds=seconds)
         try:
-            dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=seconds))
+            board, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+            store = _store_of_this_start(board, rank, timeout) if self.by == "torchrun" else board
+            dist.init_process_group(
+                "nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=size, timeout=timeout
+            )
         except (RuntimeError, ValueError, OSError) as error:  # torch's own are RuntimeErrors
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise nobody_came(where, str(error)) from error
         comm.create_local_process_group(self.local_size)
         comm.synchronize()
+
+
+def _store_of_this_start(board: dist.Store, rank: int, timeout: timedelta) -> dist.Store:
+    """A store that rank 0 opens anew; ``board`` only tells where.
+
+    torchrun's agents share one store over all restarts, with the addresses that dead processes have written there, and
+    count restarts each by itself: nothing in their environment names this start for all.
+    """
+    host, deadline = os.environ["MASTER_ADDR"], time.monotonic() + timeout.total_seconds()
+    if rank == 0:
+        name = uuid.uuid4().hex
+        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        store.set(_KEY, name)
+        board.set(_KEY, f"{store.port} {name}")
+        return store
+    while True:
+        port, name = board.get(_KEY).decode().split()
+        try:
+            store = dist.TCPStore(host, int(port), is_master=False, timeout=_A_MOMENT)
+            if store.get(_KEY).decode() == name:
+                store.set_timeout(timeout)
+                return store
+        except RuntimeError:  # it was that of a rank 0 that is gone
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.2)
 
 
 def nobody_came(address: str, reason: str) -> UserError:

@@ -32,6 +32,7 @@ class CocoSummary:
         keypoint_gap: why keypoints cannot be evaluated.
         crowds, crowd_masks: crowd regions among the boxes, and how many of these have a segmentation.
         masks, rle_masks, keypoints: objects, crowd regions aside, that have a segmentation, one in RLE, keypoints.
+        keypoint_numbers: the lengths of these objects' lists of keypoints, 0 for those without.
         files: the image files.
     """
 
@@ -49,6 +50,7 @@ class CocoSummary:
     masks: int = 0
     rle_masks: int = 0
     keypoints: int = 0
+    keypoint_numbers: frozenset[int] = field(default=frozenset(), compare=False)
     files: list[ImageFile] = field(default_factory=list, compare=False, repr=False)
 
 
@@ -250,5 +252,6 @@ def _summary(
         masks=sum(bool(annotation.get("segmentation")) for annotation in single),
         rle_masks=sum(isinstance(annotation.get("segmentation"), dict) for annotation in single),
         keypoints=sum(bool(annotation.get("keypoints")) for annotation in single),
+        keypoint_numbers=frozenset(len(annotation.get("keypoints") or ()) for annotation in single),
         files=files,
     )

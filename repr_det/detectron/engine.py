@@ -52,6 +52,8 @@ class Trainer(DefaultTrainer):
         NonFiniteError: while training.
     """
 
+    _has_trained = False
+
     def __init__(self, cfg: CfgNode) -> None:
         # Not DefaultTrainer.__init__: it wraps the model by create_ddp_model, which CPU modules cannot take.
         TrainerBase.__init__(self)
@@ -117,6 +119,20 @@ class Trainer(DefaultTrainer):
                 f"SOLVER.MAX_ITER is {self.max_iter}, but the checkpoint in {self.cfg.OUTPUT_DIR} was trained for "
                 f"{self.start_iter} iterations: give at least that many, or another OUTPUT_DIR"
             )
+
+    def train(self) -> Any:
+        """Trains, once.
+
+        Raises:
+            UserError: this trainer has trained before: hooks, loader and schedule are somewhere in the middle.
+        """
+        if self._has_trained:
+            raise UserError(
+                "this trainer has trained before: make another one, on which resume_or_load(resume=True) goes on from "
+                "the last checkpoint"
+            )
+        self._has_trained = True
+        return super().train()
 
     def run_step(self) -> None:
         """One step; a loss that is not finite is reported with its phase and the first layer that shows it."""

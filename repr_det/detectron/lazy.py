@@ -127,8 +127,8 @@ class LazyTrainer(Trainer):
 
     def __init__(self, lazy: DictConfig) -> None:
         self.lazy = lazy
-        for key in ("find_unused_parameters", "fp16_compression"):
-            if comm.get_world_size() > 1 and OmegaConf.select(lazy, f"train.ddp.{key}", default=False):
+        for key in ("find_unused_parameters", "fp16_compression", "broadcast_buffers"):
+            if OmegaConf.select(lazy, f"train.ddp.{key}", default=False) and comm.get_world_size() > 1:
                 raise UserError(f"train.ddp.{key} must be False here, got True")
         super().__init__(repr_cfg_from_lazy(lazy))
 

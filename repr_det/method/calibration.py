@@ -51,8 +51,10 @@ def measure_moments(
         if layer.rectified:
             largest = torch.where(gain > 0, _largest(values), -_largest(-values)) * gain + shift
             opens = mean_over_ranks((largest > 0).float()) > 0
-            typical = torch.where(opens, after, torch.nan).nanmedian(1, keepdim=True).values
-            closed = ~opens[index] & ~typical[0].isnan()
+            # CUDA has no deterministic median.
+            middle = ((opens.sum() - 1) // 2).clamp_min(0)
+            typical = torch.where(opens, after, torch.inf).sort(1).values.index_select(1, middle[None])
+            closed = ~opens[index] & typical[0].isfinite()
             found = torch.where(closed, typical, found)
         moments[layer.name] = found
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from repr_det.method import data_criteria
 from repr_det.method.data_criteria import Scores
+from repr_det.method.distributed import to_cpu
 from repr_det.method.errors import OptionError, UserError
 from repr_det.method.layers import FilterLayer
 from repr_det.method.orthogonality import by_group, expected_overlap, inter_filter_orthogonality
@@ -95,9 +96,13 @@ def _of_weight(name: str) -> Callable[[Callable[[Tensor], Tensor]], Callable[[Te
     filters of one group at a time."""
 
     def register(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        CRITERIA[name] = Criterion(
-            lambda layers, _: {x.name: by_group(function, x.conv.groups, x.weight.detach()) for x in layers}
-        )
+        def score(layers: Sequence[FilterLayer], context: Context) -> Scores:
+            weights = to_cpu([layer.weight for layer in layers])
+            return {
+                x.name: by_group(function, x.conv.groups, weight) for x, weight in zip(layers, weights, strict=True)
+            }
+
+        CRITERIA[name] = Criterion(score)
         return function
 
     return register

@@ -1,6 +1,7 @@
 """What the processes of a run share, and the way from a device to the CPU: no-ops in a single process on the CPU."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,23 +17,35 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
-def gathered(value: Any) -> list[Any]:
-    """The picklable values of all ranks, in their order."""
+def gathered(value: Any, device: torch.device) -> list[Any]:
+    """The picklable values of all ranks, in their order.
+
+    Args:
+        device: see ``broadcast_``.
+    """
     if world_size() == 1:
         return [value]
     found: list[Any] = [None] * world_size()
-    dist.all_gather_object(found, value)
+    # Where a backend does not know the CPU, objects go by way of the current device.
+    accelerated = device.type != "cpu"
+    with torch.get_device_module(device).device(device) if accelerated else nullcontext():
+        dist.all_gather_object(found, value)
     return found
 
 
 def to_cpu(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Copies of tensors on the CPU, by one transfer for all of a type and device."""
+    return to_devices(tensors, [torch.device("cpu")] * len(tensors))
+
+
+def to_devices(tensors: Sequence[Tensor], devices: Sequence[torch.device]) -> list[Tensor]:
+    """Copies of tensors, each on a device of its own, by one transfer for all of a type and way."""
     found: list[Any] = [None] * len(tensors)
     kinds: dict[Any, list[int]] = {}
-    for place, tensor in enumerate(tensors):
-        kinds.setdefault((tensor.device, tensor.dtype), []).append(place)
-    for places in kinds.values():
-        whole = torch.cat([tensors[place].detach().flatten() for place in places]).cpu()
+    for place, (tensor, device) in enumerate(zip(tensors, devices, strict=True)):
+        kinds.setdefault((tensor.device, device, tensor.dtype), []).append(place)
+    for (_, device, _), places in kinds.items():
+        whole = torch.cat([tensors[place].detach().flatten() for place in places]).to(device)
         parts = whole.split([tensors[place].numel() for place in places])
         for place, part in zip(places, parts, strict=True):
             found[place] = part.view(tensors[place].shape)
@@ -75,10 +88,14 @@ def mean_over_ranks(tensor: Tensor, device: torch.device | None = None) -> Tenso
 
 
 def _movable(tensor: Tensor, device: torch.device) -> Tensor:
-    """NCCL and XCCL move tensors of the own device only; float64 is not on every device."""
-    backends = str(dist.get_backend_config())
-    knows_cpu = "gloo" in backends or "mpi" in backends
-    if tensor.device.type == "cpu" and not knows_cpu:
-        moved = tensor.float() if tensor.dtype == torch.float64 else tensor
-        return moved.to(device).contiguous()
-    return tensor.contiguous()
+    """``tensor``, contiguous and where the backends of the process group move it: NCCL and XCCL do so on the own device
+    alone."""
+    backends = dist.get_backend_config().split(",")  # such as cpu:gloo, cuda:nccl
+    known = {backend.partition(":")[0] for backend in backends}
+    if tensor.device.type == "cpu" and "cpu" in known:
+        return tensor.contiguous()
+    if device.type not in known:
+        return tensor.cpu().contiguous()
+    if tensor.device.type == "cpu" and tensor.dtype == torch.float64:
+        tensor = tensor.float()  # which is on every device
+    return tensor.to(device).contiguous()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from repr_det.method.distributed import to_devices
 from repr_det.method.layers import FilterLayer, zero_rows_
 from repr_det.method.optimizers import zero_optimizer_state_
 from repr_det.network.tracing import HookOfOne
@@ -66,8 +67,12 @@ class HeldFilters:
     ) -> None:
         self.masks = {layer.name: masks[layer.name] for layer in layers}
         self.layers = [layer for layer in layers if self.masks[layer.name].any()]
-        self.rows = {x.name: _indices(self.masks[x.name]).to(x.weight.device) for x in self.layers}
-        self.kept = {x.name: _indices(~self.masks[x.name]).to(x.weight.device) for x in self.layers}
+        dropped = [_indices(self.masks[layer.name]) for layer in self.layers]
+        kept = [_indices(~self.masks[layer.name]) for layer in self.layers]
+        moved = to_devices([*dropped, *kept], [layer.weight.device for layer in self.layers] * 2)
+        names = [layer.name for layer in self.layers]
+        self.rows = dict(zip(names, moved, strict=False))
+        self.kept = dict(zip(names, moved[len(names) :], strict=True))
         self._optimizers = optimizers
         self._handles: list[RemovableHandle] = []
         self._watching: list[RemovableHandle] = []

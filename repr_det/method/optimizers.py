@@ -130,15 +130,15 @@ def scale_rates(optimizers: Sequence[Optimizer], share: Callable[[], float]) -> 
     return around_step(optimizers, scale, put_back)
 
 
-def learning_rate(optimizers: Sequence[Optimizer], parameter: Tensor) -> float:
-    """The largest learning rate of a parameter; 0 where no optimizer holds it."""
-    rates = [
-        float(group.get("lr", 1))
-        for optimizer in optimizers
-        for group in optimizer.param_groups
-        if any(one is parameter for one in group["params"])
-    ]
-    return max(rates, default=0.0)
+def learning_rates(optimizers: Sequence[Optimizer]) -> dict[Tensor, float]:
+    """The largest learning rate of every parameter that an optimizer holds."""
+    found: dict[Tensor, float] = {}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            rate = float(group.get("lr", 1))
+            for parameter in group["params"]:
+                found[parameter] = max(rate, found.get(parameter, 0.0))
+    return found
 
 
 def check_optimizers(layers: Sequence[FilterLayer], optimizers: Sequence[Optimizer]) -> None:

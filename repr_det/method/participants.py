@@ -83,7 +83,8 @@ class Participants:
                 "RePr drops filters where a training pass has shown that this silences them, and no pass of this model "
                 "has been seen: give RePr the module that you call, with gradients enabled"
             )
-        return self._proved(first_that_refuses(gathered(self._watch.verdicts)))
+        device = self.candidates[0].weight.device
+        return self._proved(first_that_refuses(gathered(self._watch.verdicts, device)))
 
     def _proved(self, verdicts: Mapping[str, Verdict]) -> list[FilterLayer]:
         found = []

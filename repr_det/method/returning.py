@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from repr_det.method.distributed import to_devices
 from repr_det.method.layers import FROZEN, NONE, FilterLayer
 from repr_det.method.optimizers import raise_squares_of_inputs_, restart_optimizer_state_
 from repr_det.method.orthogonality import least_overlap_filters, unit_filters
@@ -101,11 +102,11 @@ def put_back(layer: FilterLayer, rows: Tensor, values: Mapping[str, Tensor]) -> 
 
     Args:
         rows: (M,) on the layer's device.
-        values: each (M, ...), on the CPU.
+        values: each (M, ...), on the layer's device.
     """
     for name, tensor in {**layer.tensors(), **layer.running_statistics()}.items():
         if name in values:
-            new = values[name].to(tensor, non_blocking=True)
+            new = values[name].to(tensor)
         else:
             new = torch.full_like(tensor[: len(rows)], _FRESH[name])
         tensor.index_copy_(0, rows, new)
@@ -135,10 +136,12 @@ class Kernels:
         """For every group that sees a channel of ``mask`` (J,): its filters, and among the inputs of one of them those
         that are of the mask and the others."""
         filters, device = len(self.module.weight) // self.groups, self.module.weight.device
-        for group, chosen in enumerate(mask.repeat_interleave(self.span).chunk(self.groups)):
-            if chosen.any():
-                within = slice(group * filters, (group + 1) * filters)
-                yield within, _indices(chosen).to(device), _indices(~chosen).to(device)
+        inputs = mask.repeat_interleave(self.span).chunk(self.groups)
+        groups = [group for group, chosen in enumerate(inputs) if chosen.any()]
+        parts = [_indices(part) for group in groups for part in (inputs[group], ~inputs[group])]
+        moved = to_devices(parts, [device] * len(parts))
+        for group, returned, others in zip(groups, moved[::2], moved[1::2], strict=True):
+            yield slice(group * filters, (group + 1) * filters), returned, others
 
 
 def restart_training(layer: FilterLayer, rows: Tensor, kept: Tensor, optimizers: Sequence[Optimizer]) -> None:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from repr_det.method.averages import Averages
 from repr_det.method.calibration import match_moments, measure_moments
 from repr_det.method.criteria import Context, get_criterion
-from repr_det.method.distributed import broadcast_, rank, to_cpu
+from repr_det.method.distributed import broadcast_, rank, to_cpu, to_devices
 from repr_det.method.effects import DroppedEffects, ReturnedEffects, check_finite, check_zero
 from repr_det.method.errors import OptionError, UserError
 from repr_det.method.holding import HeldFilters, Transition
@@ -35,7 +35,7 @@ from repr_det.method.layers import BATCH, FROZEN, FilterLayer
 from repr_det.method.optimizers import (
     check_optimizer_state,
     check_optimizers,
-    learning_rate,
+    learning_rates,
     with_inner,
 )
 from repr_det.method.options import CONFIG_KEYS, RePrOptions
@@ -243,20 +243,21 @@ class RePrScheme:
         values = self._values()
         check_finite(values, f"at the restore of cycle {self.cycle + 1}")
         check_zero(held, f"at the restore of cycle {self.cycle + 1}")
-        renewed = [] if as_they_were else [x for x in held.layers if self._why_frozen(x) is None]
+        fixed = self._frozen()
         frozen = {layer.name for layer in self._frozen_norms()}
-        renewed = [layer for layer in renewed if layer.name not in frozen or self._can_calibrate(layer)]
+        learning = [] if as_they_were else [layer for layer in held.layers if layer.name not in fixed]
+        renewed = [layer for layer in learning if layer.name not in frozen or self._can_calibrate(layer)]
         new, cosines = self._new_filters(renewed, values, held.masks)
+        back = dict(self._old)
+        for layer in renewed:
+            # FrozenBN's affine is what the network was trained with; its statistics follow the new filter.
+            keeps_norm = layer.name in self._frozen_at_drop
+            own = {name: x for name, x in back[layer.name].items() if keeps_norm and name.startswith("norm.")}
+            back[layer.name] = own | {"weight": new[layer.name]}
+        back = self._on_devices(back, held.layers)
         for layer in held.layers:
-            rows = held.rows[layer.name]
-            back = self._old[layer.name]
-            if layer in renewed:
-                # FrozenBN's affine is what the network was trained with; its statistics follow the new filter.
-                keeps_norm = layer.name in self._frozen_at_drop
-                own = {name: value for name, value in back.items() if keeps_norm and name.startswith("norm.")}
-                back = own | {"weight": new[layer.name]}
-            put_back(layer, rows, back)
-            restart_training(layer, rows, held.kept[layer.name], self.optimizers)
+            put_back(layer, held.rows[layer.name], back[layer.name])
+            restart_training(layer, held.rows[layer.name], held.kept[layer.name], self.optimizers)
         for layer in renewed:
             self._prepare_readers(layer, held)
         self._match_moments(held, renewed, frozen)
@@ -370,14 +371,13 @@ class RePrScheme:
                 ", ".join(loud),
             )
 
-    def _why_frozen(self, layer: FilterLayer) -> str | None:
-        """Why a layer cannot learn now; the same on every rank, for optimizers are."""
-        if not layer.weight.requires_grad:
-            return "it does not require a gradient"
-        rates = {x.name: learning_rate(self.optimizers, x.weight) for x in self.layers}
-        if not rates[layer.name] and any(rates.values()):
-            return "its learning rate is 0"
-        return None
+    def _frozen(self) -> dict[str, str]:
+        """Name of a layer that cannot learn now -> the reason; the same on every rank, for optimizers are."""
+        held = learning_rates(self.optimizers)
+        rates = {layer.name: held.get(layer.weight, 0.0) for layer in self.layers}
+        still = [name for name, rate in rates.items() if not rate and any(rates.values())]
+        fixed = [layer.name for layer in self.layers if not layer.weight.requires_grad]
+        return dict.fromkeys(still, "its learning rate is 0") | dict.fromkeys(fixed, "it does not require a gradient")
 
     def _frozen_norms(self) -> list[FilterLayer]:
         """The layers whose norm keeps its statistics in training, also where the caller is evaluating now."""
@@ -403,6 +403,17 @@ class RePrScheme:
             found[layer][name] = value
         return found
 
+    @staticmethod
+    def _on_devices(values: Values, layers: Sequence[FilterLayer]) -> Values:
+        """Values of layers, each on the device of its layer, by one transfer."""
+        named = [(layer, name) for layer in layers for name in values[layer.name]]
+        tensors = [values[layer.name][name] for layer, name in named]
+        found: Values = {layer.name: {} for layer in layers}
+        moved = to_devices(tensors, [layer.weight.device for layer, _ in named])
+        for (layer, name), value in zip(named, moved, strict=True):
+            found[layer.name][name] = value
+        return found
+
     def _check_calibration(self, frozen: Sequence[FilterLayer]) -> None:
         if frozen and self.passes is None and self.options.frozen_norm == "recalibrate":
             kind = "FrozenBN" if frozen[0].kind == FROZEN else "BN in eval mode"
@@ -420,11 +431,11 @@ class RePrScheme:
     def _select(self, scores: Mapping[str, Tensor], values: Values) -> dict[str, Tensor]:
         """Layer name -> (J,) bool on the CPU, True = drop, that of rank 0. Filters that are zero, which no criterion
         can tell from good ones, go first; layers that do not learn lose none."""
-        frozen = {}
+        frozen = self._frozen()
         for layer in self.layers:
-            why = self._why_frozen(layer) or self._gradients.why_none(layer)
+            why = self._gradients.why_none(layer)
             if why is not None:
-                frozen[layer.name] = why
+                frozen.setdefault(layer.name, why)
         if len(frozen) == len(self.layers):
             raise UserError(f"no layer learns (of {next(iter(frozen))}: {next(iter(frozen.values()))})")
         if frozen:
