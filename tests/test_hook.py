@@ -294,9 +294,7 @@ def test_a_detector_in_which_nothing_can_be_dropped_is_refused_before_the_first_
     trainer = Trainer(tiny_cfg(*SCHEDULE, "MODEL.RESNETS.NORM", "LN", "DATASETS.TEST", "()"))
     made = []
     trainer.register_hooks([At(0, lambda: made.append("a step"))])
-    with pytest.raises(
-        UserError, match=r"no filter can be dropped of the convs that REPR\.LAYERS\.INCLUDE "
-    ) as error:
+    with pytest.raises(UserError, match=r"no filter can be dropped of the convs that REPR\.LAYERS\.INCLUDE ") as error:
         trainer.train()
     assert "\n" not in str(error.value) and not made
 
