@@ -4,8 +4,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from simulated_cuda.device import on_cpu
 from torch import Tensor
+
+from simulated_cuda.device import on_cpu
 
 _backend = ""
 
