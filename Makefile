@@ -19,10 +19,10 @@ install:
 	@tools/install.sh
 
 test: install
-	.venv/bin/python -m pytest -q -n $(PROCESSES) --dist loadfile tests
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n $(PROCESSES) --dist loadfile tests
 
 portable: install
-	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 \
+	OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 \
 	    .venv/bin/python -m pytest -q -n $(PROCESSES) --dist loadfile $(NUMERIC)
 
 demo: install
