@@ -108,7 +108,7 @@ def match_moments(
 
 
 def epsilon(norm: nn.Module) -> float:
-    """What a norm adds to the variance, whether it tells or not: found by what it makes of ones where that is 0."""
+    """Finds the number that a norm adds to the variance: by its output for ones at a variance of 0, unless it tells."""
     known = getattr(norm, "eps", None)
     if isinstance(known, float):
         return known

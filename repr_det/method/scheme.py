@@ -141,12 +141,12 @@ class RePrScheme:
 
     @property
     def is_sub(self) -> bool:
-        """Whether filters are dropped now."""
+        """True while filters are dropped."""
         return self._held is not None
 
     @property
     def needs_batches(self) -> bool:
-        """Whether transitions look at training batches."""
+        """True if transitions look at training batches."""
         frozen = self.options.frozen_norm != "keep" and bool(self._frozen_norms())
         return self.criterion.needs_data or frozen
 
@@ -164,7 +164,7 @@ class RePrScheme:
 
     @property
     def num_dropped(self) -> int:
-        """How many filters are out now, over all layers."""
+        """The number of filters that are out now, over all layers."""
         return 0 if self._held is None else len(self._held)
 
     def check(self) -> None:
@@ -487,7 +487,7 @@ class RePrScheme:
         return found, cosines
 
     def _can_calibrate(self, layer: FilterLayer) -> bool:
-        """Whether a new filter would get statistics of its own behind a frozen norm: one that has been frozen since the
+        """Tells whether a new filter would get statistics of its own behind a frozen norm: one that has been frozen since the
         drop has lost those of the channel, and without training batches it is not known what others would be right."""
         if layer.name in self._frozen_at_drop:
             return True
@@ -501,8 +501,8 @@ class RePrScheme:
         return False
 
     def _prepare_readers(self, layer: FilterLayer, held: HeldFilters) -> None:
-        """Of what reads the layer: silent for the returned channels where that is asked for, and no longer without
-        squared gradients on them."""
+        """Makes the readers of the layer silent for returned channels, if that is asked for; else raises their squared
+        gradients on them."""
         mask = held.masks[layer.name]
         if self.options.returns != "function_preserving":
             prepare_readers(layer, self.participants.modules, mask, self.optimizers)
