@@ -487,8 +487,8 @@ class RePrScheme:
         return found, cosines
 
     def _can_calibrate(self, layer: FilterLayer) -> bool:
-        """Tells whether a new filter would get statistics of its own behind a frozen norm. One that has been frozen since
-        the drop has lost those of the channel; without training batches it is not known what others would be right."""
+        """Tells whether a new filter would get statistics of its own behind a frozen norm. One that was frozen since the
+        drop has lost those of the channel; without training batches it is not known what others would be right."""
         if layer.name in self._frozen_at_drop:
             return True
         if self.passes is not None and self.options.frozen_norm == "recalibrate":
