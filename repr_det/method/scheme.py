@@ -487,7 +487,7 @@ class RePrScheme:
         return found, cosines
 
     def _can_calibrate(self, layer: FilterLayer) -> bool:
-        """Tells whether a new filter would get statistics of its own behind a frozen norm. One that was frozen since the
+        """Tells whether a new filter would get statistics of its own behind a frozen norm. One frozen since the
         drop has lost those of the channel; without training batches it is not known what others would be right."""
         if layer.name in self._frozen_at_drop:
             return True
