@@ -60,5 +60,5 @@ def test_too_many_open_files(tiny_data, tmp_path):
     status, text = forked.run(words, tmp_path / "log", before="resource:setrlimit", arguments=limit)
     assert status == 2, text  # workers print tracebacks of their own
     line = text.rstrip().rpartition("\n")[2]
-    assert line.startswith("repr-det train: error: ") and "Too many open files" in line
+    assert line.startswith("repr-det train: error: ") and ("Too many open files" in line or "a loader worker" in line)
     assert line.endswith("(ulimit -n) or lower DATALOADER.NUM_WORKERS; a run goes on with --resume")

@@ -28,7 +28,7 @@ from repr_det.method.averages import Averages
 from repr_det.method.calibration import match_moments, measure_moments
 from repr_det.method.criteria import Context, get_criterion
 from repr_det.method.distributed import broadcast_, rank, to_cpu, to_devices
-from repr_det.method.effects import DroppedEffects, ReturnedEffects, check_finite, check_zero
+from repr_det.method.effects import DroppedEffects, ReturnedEffects, check_agreement, check_finite, check_zero
 from repr_det.method.errors import OptionError, UserError
 from repr_det.method.holding import HeldFilters, Transition
 from repr_det.method.layers import BATCH, FROZEN, FilterLayer
@@ -199,6 +199,7 @@ class RePrScheme:
         self._check_calibration(frozen)
         values = self._values()
         check_finite(values, f"at the drop of cycle {self.cycle + 1}")
+        check_agreement(values, f"at the drop of cycle {self.cycle + 1}")
         masks = self._select(self._scores(), values)
         overlaps = self._overlaps(values)
         kept = [self._overlap_of_kept(layer, values, masks) for layer in self.layers]
@@ -243,6 +244,7 @@ class RePrScheme:
         values = self._values()
         check_finite(values, f"at the restore of cycle {self.cycle + 1}")
         check_zero(held, f"at the restore of cycle {self.cycle + 1}")
+        check_agreement(values, f"at the restore of cycle {self.cycle + 1}")
         fixed = self._frozen()
         frozen = {layer.name for layer in self._frozen_norms()}
         learning = [] if as_they_were else [layer for layer in held.layers if layer.name not in fixed]
