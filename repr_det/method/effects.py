@@ -40,13 +40,13 @@ def check_zero(held: HeldFilters, when: str) -> None:
         )
 
 
-def check_agreement(values: Mapping[str, Mapping[str, Tensor]], when: str) -> None:
+def check_agreement(values: Mapping[str, Mapping[str, Tensor]], device: torch.device, when: str) -> None:
     """Raises RuntimeError where a layer's filters differ between ranks by more than rounding. Collective.
 
     Ranks on cards of two kinds differ in the last digits; ranks that train apart differ in all of them.
     """
     sizes = {name: tensors["weight"].double().norm().item() for name, tensors in values.items()}
-    everyone = gathered(sizes)
+    everyone = gathered(sizes, device)
     for name, size in everyone[0].items():
         odd = [number for number, theirs in enumerate(everyone) if abs(theirs[name] - size) > _APART * size]
         if odd:

@@ -199,7 +199,7 @@ class RePrScheme:
         self._check_calibration(frozen)
         values = self._values()
         check_finite(values, f"at the drop of cycle {self.cycle + 1}")
-        check_agreement(values, f"at the drop of cycle {self.cycle + 1}")
+        check_agreement(values, self._device, f"at the drop of cycle {self.cycle + 1}")
         masks = self._select(self._scores(), values)
         overlaps = self._overlaps(values)
         kept = [self._overlap_of_kept(layer, values, masks) for layer in self.layers]
@@ -244,7 +244,7 @@ class RePrScheme:
         values = self._values()
         check_finite(values, f"at the restore of cycle {self.cycle + 1}")
         check_zero(held, f"at the restore of cycle {self.cycle + 1}")
-        check_agreement(values, f"at the restore of cycle {self.cycle + 1}")
+        check_agreement(values, self._device, f"at the restore of cycle {self.cycle + 1}")
         fixed = self._frozen()
         frozen = {layer.name for layer in self._frozen_norms()}
         learning = [] if as_they_were else [layer for layer in held.layers if layer.name not in fixed]
