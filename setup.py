@@ -50,12 +50,15 @@ setup(
     install_requires=[
         "numpy",
         "scipy>=1.9",
+        "filelock",
         "fvcore",
         "pycocotools>=2.0.8",
+        "pydantic>=2.8",
         "opencv-python",
     ],
     extras_require={
-        "studies": ["Jinja2>=3.0", "matplotlib>=3.6", "rich>=12", "tabulate"],  # compare, analyze, benchmark
+        # compare, analyze, benchmark
+        "studies": ["Jinja2>=3.0", "matplotlib>=3.6", "pandas>=1.5", "rich>=12", "tabulate"],
         "wandb": ["wandb"],
     },
 )

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from cifar import data, figure, network, records, report, training
-from cifar.records import REPR_FIELDS, STANDARD, Settings
+from cifar.records import ORACLE, REPR_FIELDS, STANDARD, Settings
 from tqdm import tqdm
 
 from repr_det import UserError
@@ -59,7 +59,7 @@ RANGES = {
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    rows = [STANDARD, *CRITERIA]
+    rows = [STANDARD, *CRITERIA, ORACLE]
     rates = ", ".join(f"{name} {rate}" for name, (_, _, rate) in training.OPTIMIZERS.items())
 
     study = parser.add_argument_group("the study").add_argument

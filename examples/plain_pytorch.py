@@ -19,10 +19,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from criteria import correlation_with_oracle
 from torch import Tensor, nn
 
 from repr_det import RePr, RePrSchedule, UserError, find_filter_layers
-from repr_det.method.criteria import CRITERIA, Context, correlation_with_oracle
+from repr_det.method.criteria import CRITERIA, Context, get_criterion
+from repr_det.method.options import RePrOptions
 from repr_det.method.passes import TrainingPasses
 
 BATCH_SIZE = 50
@@ -65,7 +67,7 @@ def batches_of(data: Data, order: Tensor) -> list[Data]:
 
 
 def scheme_options(given: list[str]) -> dict[str, Any]:
-    """KEY=VALUE as arguments of RePr; wrong values it refuses itself, before the first step."""
+    """KEY=VALUE as arguments of RePr. Raises UserError for those that it would refuse."""
     options = {}
     for text in given:
         key, _, value = text.partition("=")
@@ -75,6 +77,7 @@ def scheme_options(given: list[str]) -> dict[str, Any]:
             options[key] = OPTIONS[key](value)
         except ValueError:
             raise UserError(f"--scheme {key} must be a number, got {value!r}") from None
+    get_criterion(RePrOptions.of(options).criterion)
     return options
 
 
@@ -109,7 +112,6 @@ def train(data: Data, seed: int, epochs: int, use_repr: bool, args: argparse.Nam
             schedule=schedule,
             seed=seed,
             passes=passes_over(model, data),
-            slim=False,  # dropped channels computed as zeros, as when docs/results.md was measured
             **args.scheme,
         )
 
@@ -161,7 +163,7 @@ def main() -> None:
 
     training, held_out, test = digits(args.train_images)
     scores: dict[str, dict[str, list[float]]] = {arm: {"train": [], "test": []} for arm in ("baseline", "RePr")}
-    correlations: dict[str, list[float]] = {name: [] for name in sorted(CRITERIA) if name != "oracle"}
+    correlations: dict[str, list[float]] = {name: [] for name in sorted(CRITERIA)}
     print(f"{len(training[0])} training, {len(held_out[0])} held-out and {len(test[0])} test images of 10 classes")
     for seed in args.seeds:
         start = time.perf_counter()

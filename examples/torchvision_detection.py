@@ -4,10 +4,10 @@
 examples/torchvision_detection.py [--model fasterrcnn_resnet50_fpn] [--steps 40] [--checkpoint FILE] [--resume]
 
 What takes part: in Faster R-CNN and RetinaNet the convs of the ResNet's blocks (layer1 to layer4; with weights of
-ImageNet those that are not frozen), in SSDlite all convs of the MobileNet but those of the squeeze-and-excitation
-blocks, whose outputs are factors and not features. FPN, the heads and the shortcuts' convs train as ever. Random
-weights here, and so BN; with weights of ImageNet torchvision takes its FrozenBatchNorm2d, for which RePr needs `loader`
-and `loss` as they are given below.
+ImageNet those that are not frozen), in SSDlite all convs of the MobileNet but those that put out the factors of
+squeeze-and-excitation, which are not 0 where the conv puts out 0. FPN, the heads and the shortcuts' convs train on.
+Random weights here, and so BN; with weights of ImageNet torchvision takes its FrozenBatchNorm2d, for which RePr needs
+`loader` and `loss` as they are given below.
 """
 
 import argparse

@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import Boxes, Instances
 from PIL import Image
 
 from repr_det import datasets
@@ -47,6 +49,7 @@ def catalogs(monkeypatch):
     for catalog in (DatasetCatalog, MetadataCatalog):
         monkeypatch.setattr(catalog, "data", {k: v for k, v in catalog.data.items() if not k.startswith("bccd_")})
     monkeypatch.setattr(registered, "_summaries", {})
+    monkeypatch.setattr(registered, "_logged", {})
 
 
 def set_key(key, number, **values):
@@ -71,6 +74,11 @@ def category(number, **values):
     return set_key("categories", number, **values)
 
 
+def every(values):
+    """``values(annotation)`` goes into each annotation."""
+    return lambda content: [entry.update(values(entry)) for entry in content["annotations"]]
+
+
 def whole(**values):
     def change(content):
         content.update(values)
@@ -78,3 +86,13 @@ def whole(**values):
             del content[key]
 
     return change
+
+
+def detections(record, boxes, classes, scores=None):
+    """What a model would put out for an image: boxes [x, y, width, height], certain unless ``scores`` are given."""
+    boxes = torch.tensor(boxes, dtype=torch.float).reshape(-1, 4)
+    scores = torch.ones(len(boxes)) if scores is None else scores
+    found = Instances((record["height"], record["width"]), scores=scores)
+    found.pred_boxes = Boxes(torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1))
+    found.pred_classes = torch.tensor(classes, dtype=torch.long)
+    return [{"instances": found}]

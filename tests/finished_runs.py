@@ -6,11 +6,17 @@ import json
 
 import numpy as np
 import pytest
-from conftest import coco_of
+from conftest import ROOT, SMALL, coco_of
 
 from repr_det.datasets import register_coco_format
 from repr_det.studies.comparison.command import main
 from repr_det.studies.comparison.matches import average_precision, match
+
+REPR_CONFIG, BASELINE_CONFIG = (str(ROOT / "configs" / f"{arm}_r50_fpn.yaml") for arm in ("repr", "baseline"))
+# KEY VALUE pairs of a comparison that takes the made-up runs for its own: those of SMALL but for its seed.
+_SEED = SMALL.index("SEED")
+_OWN = "SOLVER.MAX_ITER 40 TEST.EVAL_PERIOD 20 DATASETS.TRAIN ('odd_train',) DATASETS.TEST ('odd_val',)"
+OPTS = [*SMALL[:_SEED], *SMALL[_SEED + 2 :], *_OWN.split()]
 
 
 def write_metrics(folder, *rows):
@@ -58,10 +64,7 @@ def finished(named_data, tiny_cfg, tmp_path):
         (folder / "inference" / "coco_instances_results.json").write_text(json.dumps(detections))
         with contextlib.redirect_stdout(io.StringIO()):
             result = average_precision(match(coco_of(truth), detections), np.ones((1, 12)))
-        final = {f"bbox/{m}": float(v[0]) for m, v in result.metrics.items()}
-        final |= {
-            f"bbox/AP-{c['name']}": float(v) for c, v in zip(truth["categories"], result.categories[0], strict=True)
-        }
+        final = {f"bbox/{metric}": float(value[0]) for metric, value in result.items()}
         if ap is not None:
             final["bbox/AP"] = ap
         write_metrics(

@@ -20,6 +20,11 @@ def plain_net(bias: bool = False) -> nn.Sequential:
     )
 
 
+def readable_net(bias: bool = False) -> nn.Sequential:
+    """The same, and a conv that reads what it puts out: by a traced pass "0" and "3" take part."""
+    return nn.Sequential(*plain_net(bias), nn.ReLU(), nn.Conv2d(16, 16, 1))
+
+
 def plain_scheme(net: nn.Module | None = None, optimizer=None, **options):
     net = plain_net() if net is None else net
     optimizer = optimizer or torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)

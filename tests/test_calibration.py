@@ -1,5 +1,7 @@
 """FrozenBN moments after a restore."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -19,7 +21,6 @@ from frozen_nets import (
     passes_of,
     train,
 )
-from repr_det.method.blocks import readers
 from torch import nn
 
 from repr_det import RePrScheme, UserError, find_filter_layers
@@ -195,10 +196,12 @@ def test_channels_without_a_scale_stay_finite(case, monkeypatch):
 
 
 class BlockNet(BottleneckBlock):
-    forward = BottleneckBlock.forward
-
     def __init__(self) -> None:
         super().__init__(3, 2 * WIDTH, bottleneck_channels=WIDTH, norm="FrozenBN")
+        self.last = nn.Conv2d(2 * WIDTH, 4, 1)
+
+    def forward(self, x):
+        return self.last(super().forward(x))
 
     def norm_of(self, name: str) -> nn.Module:
         return getattr(self, name).norm
@@ -227,9 +230,11 @@ def test_a_channel_whose_relu_never_opens_returns_as_one_that_opens(all_closed, 
         optimizer,
         criterion="chosen",
         drop_ratio=8.5 / (4 * WIDTH),
-        readers=readers(net),
+        model=net,
         passes=passes_of(net),
     )
+    scheme.passes.loss(images)
+    scheme.check()
     before = output_statistics(net, images)
     scheme.drop(), scheme.restore()
     after = output_statistics(net, images)
@@ -337,7 +342,7 @@ def test_bn_in_eval_mode_without_batches_is_refused_or_kept():
     layers, optimizer = find_filter_layers(net, ["conv*"]), torch.optim.SGD(net.parameters(), 0.1)
     with pytest.raises(
         UserError,
-        match=r"BN in eval mode: re-calibration looks at training batches \(the norm of conv1 keeps its statistics",
+        match=r"BN in eval mode re-calibration looks at training batches \(the norm of conv1 keeps its statistics",
     ):
         RePrScheme(layers, optimizer)
     scheme = RePrScheme(layers, optimizer, frozen_norm="keep")
@@ -353,6 +358,80 @@ def test_bn_that_is_put_into_eval_mode_later_is_refused_at_the_drop():
     net.bn2.eval()
     with pytest.raises(UserError, match="the norm of conv2 keeps its statistics"):
         scheme.drop()
-    net.eval()  # the whole model, as for an evaluation: its norms go on to train afterwards
-    scheme.drop(), scheme.restore()
-    assert (net.bn1.running_var == 1).all()
+
+
+def with_model(with_batches: bool):
+    """A net of trained BN in the sub-network phase."""
+    torch.manual_seed(0)
+    net = SiblingNet(nn.BatchNorm2d)
+    optimizer = torch.optim.SGD(net.parameters(), 0.02, momentum=0.9)
+    passes = passes_of(net) if with_batches else None
+    layers = find_filter_layers(net, ["conv*"])
+    scheme = RePrScheme(layers, optimizer, model=net, passes=passes, criterion="random", drop_ratio=0.4)
+    train(net, optimizer, 3)
+    scheme.check()
+    return net, optimizer, scheme
+
+
+@pytest.mark.parametrize("with_batches", [False, True])
+def test_who_evaluates_at_a_transition_has_not_frozen_anything(with_batches, caplog):
+    """The whole model is in eval mode then, and trains in training mode."""
+    net, optimizer, scheme = with_model(with_batches)
+    net.eval()
+    scheme.drop()
+    masks = {name: mask.clone() for name, mask in scheme.masks.items()}
+    net.train()
+    train(net, optimizer, 2)
+    net.eval()
+    scheme.restore()
+    for name in LAYERS:
+        norm = net.norm_of(name)
+        assert (norm.running_mean[masks[name]] == 0).all() and (norm.running_var[masks[name]] == 1).all()
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("with_batches", [False, True])
+def test_bn_that_is_frozen_while_filters_are_out(with_batches, caplog):
+    """With batches new filters come out of it with mean 0 and deviation 1, as BN would make them; without, old ones
+    return with the statistics that they had."""
+    net, optimizer, scheme = with_model(with_batches)
+    old = copy.deepcopy(net.state_dict())
+    scheme.drop()
+    masks = {name: mask.clone() for name, mask in scheme.masks.items()}
+    train(net, optimizer, 2)
+    for name in LAYERS:
+        net.norm_of(name).eval()
+    scheme.restore()
+    after = output_statistics(net, torch.cat(batches(4, 0)))
+    for name in LAYERS:
+        rows = masks[name]
+        if with_batches:
+            np.testing.assert_allclose(after[name][0][rows], 0, atol=1e-4)
+            np.testing.assert_allclose(after[name][1][rows], 1, atol=1e-3)
+        else:
+            assert torch.equal(getattr(net, name).weight[rows], old[f"{name}.weight"][rows])
+            for key in ("weight", "bias", "running_mean", "running_var"):
+                key = f"{name.replace('conv', 'bn')}.{key}"
+                assert torch.equal(net.state_dict()[key][rows], old[key][rows]), key
+            assert f"filters of {name} return as they were: its norm has been frozen since the drop" in caplog.text
+
+
+def test_a_model_that_trains_in_eval_mode_keeps_its_statistics():
+    """Usual in fine-tuning: BN is frozen there, and needs batches."""
+    net = SiblingNet(nn.BatchNorm2d)
+    optimizer = torch.optim.SGD(net.parameters(), 0.02)
+    net.eval()
+    scheme = RePrScheme(find_filter_layers(net, ["conv*"]), optimizer, model=net)
+    train(net, optimizer, 1)
+    with pytest.raises(UserError, match="BN in eval mode re-calibration looks at training batches"):
+        scheme.check()
+    scheme.close()
+    scheme = RePrScheme(find_filter_layers(net, ["conv*"]), optimizer, model=net, passes=passes_of(net))
+    train(net, optimizer, 1)
+    scheme.check()
+    before = output_statistics(net, torch.cat(batches(4, 0)))
+    scheme.drop()
+    masks = {name: mask.numpy() for name, mask in scheme.masks.items()}
+    scheme.restore()
+    assert_same_moments(output_statistics(net, torch.cat(batches(4, 0))), before, masks)
+    assert not net.training

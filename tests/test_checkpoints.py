@@ -1,16 +1,21 @@
 """Which checkpoint a resumed run continues from; nothing of a run is destroyed by one that does not continue it."""
 
+import errno
 import json
 import logging
+import os
+from contextlib import nullcontext
 
 import pytest
 import torch
+from conftest import At, interrupt
 from detectron2.engine import DefaultTrainer
 from torch import nn
 
 from repr_det import Trainer, UserError
 from repr_det.runs.checkpoints import AtomicCheckpointer, check_last_checkpoint, find_checkpoint
 from repr_det.runs.files import keep_checkpoints, truncate_log
+from repr_det.runs.settings import check_same_optimizer
 
 
 class State:
@@ -58,7 +63,7 @@ def test_resumes_from_the_newest_whole_checkpoint_and_says_so(folder, caplog):
 def test_files_that_no_run_can_continue_from_are_named(folder):
     for name in ("model_0000009.pth", "model_0000099.pth"):
         (folder / name).unlink()
-    with pytest.raises(UserError, match=r"no whole checkpoint of a run .*model_0000100.pth, weights.pth") as error:
+    with pytest.raises(UserError, match=r"none of its checkpoints is whole \(model_0000100.pth\)") as error:
         check_last_checkpoint(str(folder))
     assert "\n" not in str(error.value)
 
@@ -127,3 +132,64 @@ def test_freeze_at_changed_on_resume_is_refused(tiny_cfg, tmp_path):
     with pytest.raises(UserError, match=r"this run \d+ in \d+: resume with the same MODEL, MODEL.BACKBONE.FREEZE_AT"):
         other.resume_or_load(resume=True)
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").glob("*")} == before
+
+
+@pytest.mark.parametrize(("name", "advice"), [("EBUSY", "see to the file system"), ("ENOSPC", "free space")])
+@pytest.mark.parametrize("file", ["model_0000001.pth", "last_checkpoint"])
+def test_a_rename_that_fails(tmp_path, monkeypatch, name, advice, file):
+    """As on a network file system; what is there stays, and the next save goes well."""
+    checkpointer = AtomicCheckpointer(nn.Linear(1, 1), str(tmp_path))
+    checkpointer.save("model_0000000", iteration=0)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    replace = os.replace
+
+    def refuse(source, target):
+        if os.path.basename(target) == file:
+            raise OSError(getattr(errno, name), "no", target)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(UserError, match=f"model_0000001 could not be written .* untouched: {advice}, then --resume"):
+        checkpointer.save("model_0000001", iteration=1)
+    monkeypatch.undo()
+    left = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert left | before == left and left["last_checkpoint"] == b"model_0000000.pth"
+    assert not [name for name in left if name.startswith(".")]
+    checkpointer.save("model_0000001", iteration=1)
+    assert find_checkpoint(tmp_path).name == "model_0000001.pth"
+
+
+SGD, ADAM, RMSPROP = (
+    lambda net, kind=kind, more=more: kind(net.parameters(), 0.1, **more)
+    for kind, more in (
+        (torch.optim.SGD, {"momentum": 0.9}),
+        (torch.optim.AdamW, {}),
+        (torch.optim.RMSprop, {}),
+    )
+)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        (SGD, ADAM, "AdamW has no .*momentum"),
+        (ADAM, SGD, "SGD has no .*betas"),
+        (ADAM, RMSPROP, "RMSprop has no .*betas"),
+    ],
+)
+def test_another_optimizer_is_refused(old, new, told):
+    net = nn.Linear(1, 1)
+    with pytest.raises(UserError, match=f"is of another optimizer: {told}"):
+        check_same_optimizer(new(net), old(net).state_dict(), "folder")
+    check_same_optimizer(new(net), new(net).state_dict(), "folder")
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_one_trainer_trains_once(tiny_cfg, interrupted):
+    """As when a cell of a notebook is run again."""
+    trainer = Trainer(tiny_cfg("SOLVER.MAX_ITER", 2, "DATASETS.TEST", "()"))
+    trainer.register_hooks([At(1, interrupt)] if interrupted else [])
+    with pytest.raises(KeyboardInterrupt) if interrupted else nullcontext():
+        trainer.train()
+    with pytest.raises(UserError, match="this trainer has trained before: make another one, on which resume_or_load"):
+        trainer.train()

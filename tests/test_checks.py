@@ -1,18 +1,21 @@
 """What is known to be wrong before a run writes anything: its keys, what it begins with, what its data lack."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from coco_folder import Folder
-from conftest import SMALL
+from conftest import R18, SMALL
+from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
+from PIL import Image
 from pycocotools import mask as mask_utils
 
 from repr_det import UserError
-from repr_det.commands import checks
+from repr_det.commands import checks, data_checks
 from repr_det.commands.arguments import build_config
 from repr_det.commands.checks import check_run
 from repr_det.commands.data import DATA_FILE
@@ -66,16 +69,16 @@ def test_the_batch_is_that_of_the_scaled_config(tiny_cfg):
         (["SOLVER.STEPS", "(12,40)", "SOLVER.MAX_ITER", "40"], "SOLVER: no learning-rate schedule of STEPS (12, 40)"),
         (["SOLVER.STEPS", "(12,6)"], "SOLVER: no learning-rate schedule of STEPS (12, 6)"),
         (["SOLVER.LR_SCHEDULER_NAME", "Foo"], "Unknown LR scheduler: Foo"),
-        (["SOLVER.BASE_LR", "-0.1"], "SOLVER.BASE_LR must be a finite number of at least 0, got -0.1"),
+        (["SOLVER.BASE_LR", "-0.1"], "SOLVER: Invalid learning rate: -0.1"),
         (["SOLVER.CLIP_GRADIENTS.ENABLED", "True", "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "foo"], "SOLVER: 'foo' is not"),
-        (["INPUT.CROP.ENABLED", "True", "INPUT.CROP.TYPE", "absolut"], "INPUT.CROP.TYPE must be one of relative, "),
-        (["INPUT.RANDOM_FLIP", "sideways"], "INPUT.RANDOM_FLIP must be one of none, horizontal, vertical"),
-        (["INPUT.MIN_SIZE_TRAIN_SAMPLING", "foo"], "INPUT.MIN_SIZE_TRAIN_SAMPLING must be one of choice, range"),
+        (["INPUT.CROP.ENABLED", "True", "INPUT.CROP.TYPE", "absolut"], "INPUT.CROP: no crops of TYPE absolut,"),
+        (["INPUT.RANDOM_FLIP", "sideways"], "INPUT: no augmentations of RANDOM_FLIP sideways, MIN_SIZE_TRAIN"),
+        (["INPUT.MIN_SIZE_TRAIN_SAMPLING", "foo"], "MIN_SIZE_TRAIN_SAMPLING foo: foo"),
         (
             ["INPUT.MIN_SIZE_TRAIN_SAMPLING", "range", "INPUT.MIN_SIZE_TRAIN", "(64,)"],
-            "INPUT.MIN_SIZE_TRAIN must be (least, largest) where MIN_SIZE_TRAIN_SAMPLING is 'range', got (64,)",
+            "short_edge_length must be two values using 'range' sample style. Got (64,)",
         ),
-        (["INPUT.FORMAT", "XYZ"], "INPUT.FORMAT 'XYZ' is none that Detectron2 reads images in: "),
+        (["INPUT.FORMAT", "XYZ"], "INPUT.FORMAT 'XYZ' is none that Detectron2 reads images in ("),
         (["DATALOADER.SAMPLER_TRAIN", "Foo"], "DATALOADER.SAMPLER_TRAIN must be one of TrainingSampler, "),
         (["OUTPUT_DIR", ""], "OUTPUT_DIR is empty"),
         (
@@ -91,7 +94,7 @@ def test_the_batch_is_that_of_the_scaled_config(tiny_cfg):
             ["MODEL.META_ARCHITECTURE", "PanopticFPN"],
             "PanopticFPN learns from semantic segmentation, which tiny_train (COCO format) does not have",
         ),
-        (["MODEL.RESNETS.DEPTH", "19"], "MODEL: 19"),
+        ([*R18, "MODEL.RESNETS.DEPTH", "19"], "MODEL: 19"),
         (["MODEL.FPN.OUT_CHANNELS", "-1"], "MODEL: "),
     ],
 )
@@ -99,6 +102,14 @@ def test_the_batch_is_that_of_the_scaled_config(tiny_cfg):
 def test_both_arms_get_the_same_checks(tiny_cfg, tmp_path, arm, opts, message):
     assert message in refused(tiny_cfg(*arm, *opts))
     assert not (tmp_path / "run").exists()
+
+
+def test_what_has_no_effect_is_said(tiny_cfg, caplog):
+    check_run(tiny_cfg("SOLVER.WARMUP_ITERS", 9, "SOLVER.MAX_ITER", 10, "TEST.DETECTIONS_PER_IMAGE", 100))
+    assert "WARMUP_ITERS" not in caplog.text and "TEST.DETECTIONS" not in caplog.text
+    check_run(tiny_cfg("SOLVER.WARMUP_ITERS", 10, "SOLVER.MAX_ITER", 10, "TEST.DETECTIONS_PER_IMAGE", 400))
+    assert "SOLVER.WARMUP_ITERS 10 is no shorter than SOLVER.MAX_ITER 10: the learning rate never comes" in caplog.text
+    assert "TEST.DETECTIONS_PER_IMAGE is 400, and COCO's AP counts the best 100 of an image" in caplog.text
 
 
 # ---- the folder ----
@@ -162,7 +173,7 @@ def test_weights_that_a_resumed_run_does_not_read(tiny_cfg, tmp_path, weights):
     assert "does not hold all weights" in refused(wider, resume=True)
 
 
-def test_a_sub_network_is_no_start(tiny_cfg, tmp_path, weights):
+def test_a_sub_network_is_no_start(tiny_cfg, tmp_path, weights, caplog):
     weights = {name: value.clone() for name, value in weights.items()}
     conv = "backbone.bottom_up.res3.0.conv1"
     for key in ("weight", "norm.weight", "norm.bias"):
@@ -173,6 +184,7 @@ def test_a_sub_network_is_no_start(tiny_cfg, tmp_path, weights):
         message = refused(tiny_cfg(*arm, *opts))
         assert f"holds 2 filters that are zero with their norm, 2 of them in {conv}" in message and "sub.pth" in message
     check_run(tiny_cfg(*opts), eval_only=True)
+    assert f"holds 2 filters that are zero with their norm, 2 of them in {conv}: a sub-network, whose AP" in caplog.text
     weights[f"{conv}.norm.bias"][:] = 1  # a channel that says something
     torch.save({"model": weights}, tmp_path / "sub.pth")
     check_run(tiny_cfg(*opts))
@@ -278,7 +290,24 @@ def test_keypoints_need_metadata(mine):
         for entry in content["annotations"]:
             entry["keypoints"] = [1, 2, 2] * 17
 
-    assert "have no keypoint_names" in refused(mine(keypoints, "MODEL.KEYPOINT_ON", "True"))
+    cfg = mine(keypoints, "MODEL.KEYPOINT_ON", "True", "DATASETS.TEST", "()")
+    assert "have no keypoint_names" in refused(cfg)
+    MetadataCatalog.get("mine").set(keypoint_names=["nose"] * 17, keypoint_flip_map=[])
+    data_checks.check_datasets(cfg)
+
+
+@pytest.mark.parametrize("odd, shown", [([1, 2, 2] * 16, "48, 51"), ([1, 2] * 17, "34, 51"), (None, "0, 51")])
+def test_keypoints_of_another_number_are_refused(mine, odd, shown):
+    """Detectron2 stacks them, and would end in a ValueError at the first image that has both."""
+
+    def keypoints(content):
+        for entry in content["annotations"]:
+            entry["keypoints"] = [1, 2, 2] * 17
+        content["annotations"][1]["keypoints"] = odd
+
+    cfg = mine(keypoints, "MODEL.KEYPOINT_ON", "True", "DATASETS.TEST", "()")
+    MetadataCatalog.get("mine").set(keypoint_names=["nose"] * 17, keypoint_flip_map=[])
+    assert f"objects of mine have keypoints of {shown} numbers: give each object 3 for each of the 17" in refused(cfg)
 
 
 def test_a_registered_data_set_beside_those_that_are_used(folder, catalogs, caplog):
@@ -312,6 +341,43 @@ def config(register, *opts, **options):
     at = own.index("MODEL.ROI_HEADS.NUM_CLASSES")
     del own[at : at + 2]
     return build_config(str(ROOT / "configs" / "baseline_r50_fpn.yaml"), own, register, **options)
+
+
+@pytest.mark.parametrize("copied", [None, "same name", "other name"])
+def test_images_of_training_in_the_test_set_are_told(folder, catalogs, tmp_path, caplog, copied):
+    register = two_files(folder, {3: "cell", 7: "plate"})
+    if copied:
+        images = shutil.copytree(folder.images, tmp_path / "copied")
+        content = json.loads(Path(register[1][1]).read_text())
+        Image.new("RGB", (64, 64), (200, 1, 1)).save(images / "5.jpg")  # one image is of its own
+        if copied == "other name":
+            for entry in content["images"]:
+                (images / entry["file_name"]).rename(images / f"val_{entry['file_name']}")
+                entry["file_name"] = f"val_{entry['file_name']}"
+        Path(register[1][1]).write_text(json.dumps(content))
+        register[1][2] = str(images)
+    cfg = config(register, "OUTPUT_DIR", str(tmp_path / "run"))
+    data_checks.check_datasets(cfg)
+    (told,) = [record.getMessage() for record in caplog.records]
+    shared = "2 of 3" if copied else "3 of 3"
+    assert told.startswith(
+        f"{shared} images of v (DATASETS.TEST) that were compared are in t (DATASETS.TRAIN) too, the "
+    )
+    assert str(folder.images / "1.jpg") in told
+    caplog.clear()
+    data_checks.check_datasets(cfg, eval_only=True)
+    assert not caplog.records
+
+
+def test_one_name_in_place_of_a_tuple_of_names(tiny_cfg):
+    cfg = tiny_cfg().clone()
+    cfg.defrost()
+    cfg.DATASETS.TRAIN = "tiny_train"
+    assert "data sets must be a tuple of names, ('tiny_train',), got 'tiny_train'" in refused(cfg)
+    for key, value, wanted in (("DATASETS.TRAIN", "tiny_train", "'tiny_train'"), ("INPUT.MIN_SIZE_TRAIN", "64", "64")):
+        with pytest.raises(UserError) as error:
+            tiny_cfg(key, value)
+        assert str(error.value) == f"command line: {key} must be a tuple, ({wanted},), got {wanted}"
 
 
 def test_num_classes_are_those_of_the_run(folder, catalogs, tmp_path):

@@ -2,16 +2,18 @@
 
 import copy
 import json
+import logging
 
 import pytest
 import torch
-from coco_folder import Folder
+from coco_folder import Folder, detections
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.evaluation import COCOEvaluator
-from detectron2.structures import Boxes, Instances
+from pycocotools.coco import COCO
 
 from repr_det import datasets
+from repr_det.detectron.evaluators import build_evaluator
 from repr_det.method.errors import UserError
 
 CLASSES = {1: "cell", 2: "plate", 3: "drop"}
@@ -58,11 +60,9 @@ def evaluated(evaluator: COCOEvaluator, folder: Folder) -> dict[str, float]:
             found = [("drop" if c == "cell" else c, box) for c, box in found]
         if entry["id"] == 1:
             found.append(("drop", [3, 3, 9, 9]))
-        boxes = torch.tensor([box for _, box in found], dtype=torch.float).reshape(-1, 4)
-        instances = Instances((entry["height"], entry["width"]), scores=torch.linspace(0.9, 0.5, len(found)))
-        instances.pred_boxes = Boxes(torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1))
-        instances.pred_classes = torch.tensor([order.index(c) for c, _ in found], dtype=torch.long)
-        evaluator.process([{"image_id": entry["id"]}], [{"instances": instances}])
+        scores = torch.linspace(0.9, 0.5, len(found))
+        output = detections(entry, [box for _, box in found], [order.index(c) for c, _ in found], scores)
+        evaluator.process([{"image_id": entry["id"]}], output)
     return evaluator.evaluate()["bbox"]
 
 
@@ -124,6 +124,47 @@ def test_what_cannot_be_mapped_names_both_lists(folder, catalogs):
         UserError, match=r"data set w has .* to those of the checkpoint, cell, plate: 'cells' is missing"
     ):
         datasets.agree_on_classes((), ("w",), ("cell", "plate"))
+    with pytest.raises(UserError, match=r"data sets must be a tuple of names, \('t',\), got 't'"):
+        datasets.any_mapped(("t", ("v",)))
+
+
+@pytest.mark.parametrize(
+    "other, hint",
+    [
+        ("Kra\u0308nk", r"'Kr\xe4nk' is there, the same name in another Unicode form (NFC or NFD): spell both alike"),
+        ("kränk", "the same name in upper or lower case"),
+        ("Kränk\u00a0", "the same name with other blanks"),
+    ],
+)
+def test_names_that_look_equal_are_told_apart(folder, catalogs, other, hint):
+    register(folder, t={1: "cell", 2: "Kränk"}, v={1: "cell", 2: other})
+    with pytest.raises(UserError) as error:
+        datasets.agree_on_classes(("t",), ("v",))
+    assert hint in str(error.value)
+
+
+def test_the_mapping_is_logged_once(folder, catalogs, caplog):
+    register(folder, t=CLASSES, v={9: "plate", 4: "cell"})
+    with caplog.at_level(logging.INFO, logger="repr_det"):
+        for _ in range(2):
+            datasets.agree_on_classes(("t",), ("v",))
+            DatasetCatalog.get("v")
+    (told,) = [record for record in caplog.records if "mapped" in record.getMessage()]
+    assert told.levelno == logging.INFO
+    assert told.getMessage() == (
+        "data set v: its classes are mapped by name: cell (id 4) -> 0, plate (id 9) -> 1, of 3 classes"
+    )
+
+
+def test_a_json_without_info_is_evaluated_by_every_pycocotools(folder, catalogs, monkeypatch):
+    """2.0.9 and 2.0.10 read dataset["info"] in loadRes."""
+    register(folder, t=CLASSES)
+    register_coco_instances("stock", {}, str(folder.json.with_name("t.json")), str(folder.images))
+    DatasetCatalog.get("stock")
+    load = COCO.loadRes
+    monkeypatch.setattr(COCO, "loadRes", lambda self, found: self.dataset["info"] is None or load(self, found))
+    for name in ("t", "stock"):
+        assert evaluated(build_evaluator(name, str(folder.json.parent / "out")), folder)["AP"] > 0
 
 
 def test_data_registered_by_others_must_agree(folder, catalogs):

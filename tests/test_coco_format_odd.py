@@ -4,13 +4,11 @@ import logging
 
 import numpy as np
 import pytest
-import torch
-from coco_folder import SIZES, Folder, annotation, image, whole
+from coco_folder import SIZES, Folder, annotation, detections, every, image, whole
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data.datasets import load_coco_json, register_coco_instances
 from detectron2.evaluation import COCOEvaluator
-from detectron2.structures import Boxes, Instances
 from PIL import Image
 from pycocotools import mask as mask_utils
 
@@ -31,46 +29,24 @@ def as_detectron2_reads_it(folder, name="repr_det_test_folder"):
         MetadataCatalog.remove(name)
 
 
-def rle_crowd(folder):
-    crowd = {"counts": [0, 600, 600], "size": [30, 40]}
-    annotation(0, iscrowd=1, segmentation=crowd)(folder.content)
-    return [1, 2, 0]
+def picture(mode="RGB", suffix="jpg", turned=False, **options):
+    """Saves image 1 anew, turned by a quarter where the EXIF orientation turns it back."""
+
+    def change(folder):
+        Image.new(mode, SIZES[1][:: -1 if turned else 1]).save(folder.images / f"1.{suffix}", **options)
+        image(0, file_name=f"1.{suffix}")(folder.content)
+
+    return change
 
 
-def greyscale(folder):
-    Image.new("L", SIZES[1]).save(folder.images / "1.jpg")
-
-
-def cmyk(folder):
-    Image.new("CMYK", SIZES[1]).save(folder.images / "1.jpg")
-
-
-def palette_png(folder):
-    Image.new("P", SIZES[1]).save(folder.images / "1.png")
-    image(0, file_name="1.png")(folder.content)
-
-
-def exif_rotated(folder):
+def orientation(number):
     exif = Image.Exif()
-    exif[274] = 6
-    Image.new("RGB", SIZES[1][::-1]).save(folder.images / "1.jpg", exif=exif)
+    exif[274] = number
+    return exif
 
 
-def exif_rotated_png(folder):
-    exif = Image.Exif()
-    exif[274] = 8
-    Image.new("RGB", SIZES[1][::-1]).save(folder.images / "1.png", exif=exif)
-    image(0, file_name="1.png")(folder.content)
-
-
-def exif_upside_down(folder):
-    exif = Image.Exif()
-    exif[274] = 3
-    Image.new("RGB", SIZES[1]).save(folder.images / "1.jpg", exif=exif)
-
-
-def damaged_exif(folder):
-    Image.new("RGB", SIZES[1]).save(folder.images / "1.jpg", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
+def content(*changes):
+    return lambda folder: [change(folder.content) for change in changes]
 
 
 def unicode_subfolder(folder):
@@ -79,57 +55,50 @@ def unicode_subfolder(folder):
     image(0, file_name="große Bilder 細胞/ein s.jpg")(folder.content)
 
 
-def sticks_out(folder):
-    annotation(0, bbox=[-2, -2.5, 50, 60])(folder.content)
-
-
-def unsorted_sparse_categories(folder):
-    folder.content["categories"] = [{"id": 7, "name": "plate"}, {"id": 90, "name": "none"}, {"id": 3, "name": "cell"}]
-
-
 def string_image_ids(folder):
     for entry in folder.content["images"]:
         entry["id"] = str(entry["id"])
-    for entry in folder.content["annotations"]:
-        entry["image_id"] = str(entry["image_id"])
+    every(lambda a: {"image_id": str(a["image_id"])})(folder.content)
 
 
-def polygons_and_extras(folder):
-    annotation(0, segmentation=[[2, 3, 12, 3, 12, 15]], score=0.3)(folder.content)
-    annotation(1, segmentation=[])(folder.content)
-    folder.content |= {"info": {}, "licenses": []}
-
-
-def flags_and_lengths_of_other_tools(folder):
-    for entry in folder.content["annotations"]:
-        entry["iscrowd"] = False
+def lengths_of_other_tools(folder):
     for entry in folder.content["images"]:
         entry["width"], entry["height"] = float(entry["width"]), float(entry["height"])
 
 
-ODD = [
-    flags_and_lengths_of_other_tools,
-    rle_crowd,
-    greyscale,
-    cmyk,
-    palette_png,
-    exif_rotated,
-    exif_rotated_png,
-    exif_upside_down,
-    damaged_exif,
-]
-ODD += [unicode_subfolder, sticks_out, unsorted_sparse_categories, string_image_ids, polygons_and_extras]
+CROWD = {"counts": [0, 600, 600], "size": [30, 40]}
+UNSORTED = [{"id": 7, "name": "plate"}, {"id": 90, "name": "none"}, {"id": 3, "name": "cell"}]
+ODD = {
+    "RLE crowd": content(annotation(0, iscrowd=1, segmentation=CROWD)),
+    "flags of other tools": content(every(lambda a: {"iscrowd": False})),
+    "lengths of other tools": lengths_of_other_tools,
+    "greyscale": picture("L"),
+    "CMYK": picture("CMYK"),
+    "palette": picture("P", "png"),
+    "EXIF, rotated": picture(turned=True, exif=orientation(6)),
+    "EXIF, rotated png": picture(suffix="png", turned=True, exif=orientation(8)),
+    "EXIF, upside down": picture(exif=orientation(3)),
+    "damaged EXIF": picture(exif=b"Exif\0\0MM\0*\xff\xff\xff\xff"),
+    "unicode subfolder": unicode_subfolder,
+    "a box sticks out": content(annotation(0, bbox=[-2, -2.5, 50, 60])),
+    "unsorted sparse categories": content(whole(categories=UNSORTED)),
+    "string image ids": string_image_ids,
+    "polygons and extras": content(
+        annotation(0, segmentation=[[2, 3, 12, 3, 12, 15]], score=0.3), annotation(1, segmentation=[]), whole(info={})
+    ),
+    "keypoints": content(annotation(0, keypoints=[1, 2, 2] * 17), annotation(1, keypoints=None)),
+}
 
 
-@pytest.mark.parametrize("change", ODD)
-def test_odd_but_sound_data_pass_here_and_in_detectron2(tmp_path, change):
+@pytest.mark.parametrize("name", ODD)
+def test_odd_but_sound_data_pass_here_and_in_detectron2(tmp_path, name):
     folder = Folder(tmp_path / "a folder with späces")
-    boxes = change(folder) or [2, 2, 0]
+    ODD[name](folder)
     summary = folder.check()
     assert summary.num_images == 3 and summary.num_boxes == 4 and set(summary.class_names) >= {"cell", "plate"}
     assert folder.check(decode=True) == summary
     records = as_detectron2_reads_it(folder)
-    assert [len(record["instances"]) for record in records] == boxes
+    assert [len(record["instances"]) for record in records] == ([1, 2, 0] if name == "RLE crowd" else [2, 2, 0])
     assert [tuple(record["image"].shape[:0:-1]) for record in records] == list(SIZES.values())
     ids = {name: summary.class_names.index(name) for name in ("cell", "plate")}
     assert records[1]["instances"].gt_classes.tolist() == [ids["cell"], ids["plate"]]
@@ -137,7 +106,7 @@ def test_odd_but_sound_data_pass_here_and_in_detectron2(tmp_path, change):
 
 @pytest.mark.parametrize("size", [SIZES[1], SIZES[1][::-1]])
 def test_exif_rotation_decides_which_size_is_right(folder, size):
-    exif_rotated(folder)
+    ODD["EXIF, rotated"](folder)
     image(0, width=size[0], height=size[1])(folder.content)
     if size == SIZES[1]:
         folder.check()
@@ -230,11 +199,8 @@ def ap_of_the_truth(folder, name):
     classes = MetadataCatalog.get(name).thing_dataset_id_to_contiguous_id
     for entry in folder.content["images"]:
         truth = [a for a in folder.content["annotations"] if a["image_id"] == entry["id"]]
-        found = Instances((entry["height"], entry["width"]), scores=torch.ones(len(truth)))
-        boxes = torch.tensor([a["bbox"] for a in truth]).reshape(-1, 4)
-        found.pred_boxes = Boxes(torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1))
-        found.pred_classes = torch.tensor([classes[a["category_id"]] for a in truth], dtype=torch.long)
-        evaluator.process([{"image_id": entry["id"]}], [{"instances": found}])
+        found = detections(entry, [a["bbox"] for a in truth], [classes[a["category_id"]] for a in truth])
+        evaluator.process([{"image_id": entry["id"]}], found)
     return evaluator.evaluate()["bbox"]["AP"]
 
 
@@ -248,6 +214,18 @@ def test_what_is_called_an_evaluation_gap_breaks_coco_evaluation(folder, catalog
         ap_of_the_truth(folder, "gap")
 
 
+@pytest.mark.parametrize("area", [-1, 1.1e10])
+def test_areas_that_are_refused_are_those_that_stock_evaluation_ignores(folder, catalogs, area):
+    for within in (0, 1e10):
+        every(lambda a, within=within: {"area": within})(folder.content)
+        folder.check()
+        assert ap_of_the_truth(folder, f"within_{within}") == pytest.approx(100)
+    every(lambda a: {"area": area})(folder.content)
+    with pytest.raises(UserError, match="'area' that COCO evaluation ignores"):
+        folder.check()
+    assert np.isnan(ap_of_the_truth(folder, "ignored"))
+
+
 def test_annotation_id_zero_is_warned_of_since_pycocotools_never_matches_it(folder, catalogs, caplog):
     annotation(0, id=0)(folder.content)
     with caplog.at_level(logging.WARNING):
@@ -256,21 +234,130 @@ def test_annotation_id_zero_is_warned_of_since_pycocotools_never_matches_it(fold
     assert ap_of_the_truth(folder, "zero") < 90
 
 
-def test_boxes_given_by_their_corners_are_told(folder, caplog):
-    """[x1, y1, x2, y2] read as [x, y, width, height]: no box is wrong in itself, Detectron2 clips in silence."""
-    first = folder.content["annotations"][0]  # in an image of 40x30
-    corners = [[20, 10, 30, 20], [2, 3, 12, 14]]
-    folder.content["annotations"] = [first | {"id": i, "bbox": corners[i % 2]} for i in range(1, 21)]
-    with caplog.at_level(logging.WARNING):
-        folder.check(name="cells")
-    (told,) = [record.getMessage() for record in caplog.records]
-    assert told.startswith("data set cells: ") and str(folder.json) in told
-    assert "10 of 20 boxes reach beyond their image (the first is annotation 2: [20, 10, 30, 20])" in told
-    caplog.clear()
-    folder.content["annotations"] = [first | {"id": i, "bbox": [20, 10, 21, 20]} for i in range(1, 21)]  # by a pixel
-    with caplog.at_level(logging.WARNING):
-        folder.check()
+# ---- numbers that cannot be, and things that are there twice ----
+
+
+def many(content, count=60):
+    """Boxes everywhere in the images, larger and smaller ones."""
+    generator = np.random.default_rng(0)
+    content["annotations"] = []
+    for number in range(1, count + 1):
+        image_id = [*SIZES][number % 3]
+        extent = generator.uniform(0.1, 0.9, 2) * SIZES[image_id]
+        start = generator.uniform(0, 1, 2) * (SIZES[image_id] - extent)
+        box = [float(v) for v in (*start, *extent)]
+        entry = {"id": number, "image_id": image_id, "category_id": 3, "bbox": box, "area": box[2] * box[3]}
+        content["annotations"].append(entry | {"iscrowd": 0})
+
+
+def boxes(form):
+    return every(lambda a: {"bbox": form(*a["bbox"])})
+
+
+def areas(factor, share=1):
+    return every(lambda a: {"area": a["area"] * factor} if a["id"] <= 60 * share else {})
+
+
+def repeat(shift=0, count=60):
+    def change(content):
+        copies = [a | {"id": a["id"] + 60, "bbox": [v + shift for v in a["bbox"]]} for a in content["annotations"]]
+        content["annotations"] += copies[:count]
+
+    return change
+
+
+def percent(content):
+    for entry in content["images"]:
+        entry["width"], entry["height"] = 4 * entry["width"], 4 * entry["height"]
+
+
+FORM = "boxes reach beyond their image (the first is annotation "
+READ_AS = "60 of 60 boxes fit their images: a bbox must be [x, y, width, height]"
+DOUBTFUL = [
+    (boxes(lambda x, y, w, h: [x, y, x + w, y + h]), [FORM, f"; read as two corners [x1, y1, x2, y2], {READ_AS}"]),
+    (boxes(lambda x, y, w, h: [x + w / 2, y + h / 2, w, h]), [FORM, "; read as [centre x, centre y, width, heig"]),
+    (boxes(lambda *box: [v * 0.5 for v in box]), ["none of 60 boxes reaches beyond 50% of the width and 50% of the"]),
+    (boxes(lambda *box: [v / 4 for v in box]), ["they look like boxes for images of another size"]),
+    (areas(0), ["annotation 1 has an 'area' that cannot be that of its bbox, and APs, APm and APl go by it: 0.0 with"]),
+    (areas(1 / 1200), ["(60 such of 60); give the object's area in pixels, or width * height"]),
+    (areas(1 / 80), ["(60 such of 60); give the object's area"]),
+    (areas(9, 1 / 2), ["(30 such of 60); give the object's area"]),
+    (repeat(), ["60 of 120 objects are there twice", "(the first: annotations 1 and 61, ["]),
+    (repeat(0.001), [" of 120 objects are there twice"]),
+    (repeat(count=7), ["7 of 67 objects are there twice"]),
+]
+
+
+@pytest.mark.parametrize("change, fragments", DOUBTFUL)
+def test_what_is_doubtful_is_one_warning_that_names_the_first_entry(folder, caplog, change, fragments):
+    many(folder.content)
+    folder.check()
     assert not caplog.records
+    change(folder.content)
+    if "area" not in str(fragments):
+        every(lambda a: {"area": a["bbox"][2] * a["bbox"][3]})(folder.content)
+    folder.check(name="cells")
+    (record,) = caplog.records
+    told = record.getMessage()
+    assert told.startswith(f"data set cells: {folder.json}: ") and all(fragment in told for fragment in fragments)
+
+
+SOUND = {
+    "by a pixel": boxes(lambda x, y, w, h: [x, y, w + 1, h + 1]),
+    "areas of masks": areas(0.3),
+    "areas counted in whole pixels": every(lambda a: {"area": (a["bbox"][2] + 1) * (a["bbox"][3] + 1)}),
+    "one object of two classes": lambda content: [
+        content["annotations"].append(a | {"id": a["id"] + 120, "category_id": 7}) for a in [*content["annotations"]]
+    ],
+    "one of them twice among a hundred": lambda content: content["annotations"].append(
+        content["annotations"][0] | {"id": 121}
+    ),
+}
+
+
+@pytest.mark.parametrize("change", SOUND.values(), ids=SOUND)
+def test_what_only_looks_odd_is_not_told(folder, caplog, change):
+    many(folder.content, 120)
+    change(folder.content)
+    folder.check()
+    assert not caplog.records
+
+
+def test_parts_of_a_hundred_are_told(folder, caplog):
+    for image_id, (width, height) in SIZES.items():
+        Image.new("RGB", (4 * width, 4 * height), (9, 80, 120 + image_id)).save(folder.images / f"{image_id}.jpg")
+    percent(folder.content)
+    many(folder.content)
+    width = {i: size for i, size in SIZES.items()}
+    for entry in folder.content["annotations"]:
+        w, h = width[entry["image_id"]]
+        x, y, bw, bh = entry["bbox"]
+        entry["bbox"] = [100 * x / w, 100 * y / h, 100 * bw / w, 100 * bh / h]
+        entry["area"] = entry["bbox"][2] * entry["bbox"][3]
+    folder.check()
+    assert "all 60 boxes end at 100 or before in images of any size" in caplog.text
+
+
+def test_classes_in_two_spellings_are_told(folder, caplog):
+    whole(categories=[{"id": 3, "name": "Bläschen"}, {"id": 7, "name": "Bla\u0308schen"}])(folder.content)
+    folder.check()
+    assert r"'Bl\xe4schen' and 'Bla\u0308schen' are one name in two spellings, and taken for two classes" in caplog.text
+
+
+@pytest.mark.parametrize("same", ["name", "path", "link", "content"])
+def test_one_image_under_several_ids_is_told(folder, caplog, same):
+    """One entry an object, as some tools export; frames of several videos under one name."""
+    other = {"name": "1.jpg", "path": "./../images/1.jpg", "link": "link.jpg", "content": "copy.jpg"}[same]
+    if same == "link":
+        (folder.images / other).symlink_to(folder.images / "1.jpg")
+    elif same == "content":
+        (folder.images / other).write_bytes((folder.images / "1.jpg").read_bytes())
+    folder.content["images"].append({"id": 9, "file_name": other, "width": 40, "height": 30})
+    folder.check()
+    (record,) = caplog.records
+    assert f"1 of 4 entries of 'images' repeat the image of another one (the first: 1, '1.jpg', and 9, '{other}')" in (
+        record.getMessage()
+    )
 
 
 def test_an_image_that_can_be_read_is_not_called_broken(tmp_path):

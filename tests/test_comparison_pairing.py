@@ -1,55 +1,48 @@
-"""Which runs may be compared, and how a comparison is planned, from made-up runs."""
+"""Runs that may be compared or not, and the plan of a comparison, from made-up runs."""
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import yaml
-from conftest import SMALL
-from finished_runs import compare_folders, write_metrics
+from finished_runs import BASELINE_CONFIG, OPTS, REPR_CONFIG, compare_folders, write_metrics
 
 from repr_det.method.errors import UserError
 from repr_det.runs.record import describe_data_sets
 from repr_det.studies.comparison.command import main, parse
-from repr_det.studies.comparison.data import check_same_data
-from repr_det.studies.comparison.pairing import check_finished, first_difference, run_from_folder
-from repr_det.studies.comparison.plan import plan_runs
+from repr_det.studies.comparison.plan import arm_names, plan_study
+from repr_det.studies.comparison.runs import check_finished, check_same_data, differing_keys, run_from_folder
 
-ROOT = Path(__file__).resolve().parents[1]
+# ---- finished folders ----
 
 
 @pytest.mark.parametrize(
-    "key, here, there",
+    ("key", "value", "here", "there"),
     [
-        ("SOLVER.MAX_ITER", "40", "60"),
-        ("DATASETS.TRAIN", "['odd_train']", "['odd_val']"),
-        ("SOLVER.IMS_PER_BATCH", "2", "4"),
-        ("INPUT.MIN_SIZE_TRAIN", "[64]", "[64, 80]"),
-        ("MODEL.RESNETS.DEPTH", "18", "34"),
-        ("SOLVER.BASE_LR", "0.005", "0.01"),
-        ("TEST.EVAL_PERIOD", "20", "10"),
+        ("SOLVER.MAX_ITER", "60", "40", "60"),
+        ("DATASETS.TRAIN", "('odd_val',)", "['odd_train']", "['odd_val']"),
+        ("SOLVER.IMS_PER_BATCH", "4", "2", "4"),
+        ("INPUT.MIN_SIZE_TRAIN", "(64, 80)", "[64]", "[64, 80]"),
+        ("MODEL.RESNETS.DEPTH", "34", "18", "34"),
+        ("SOLVER.BASE_LR", "0.01", "0.005", "0.01"),
+        ("TEST.EVAL_PERIOD", "10", "20", "10"),
     ],
 )
-def test_runs_of_different_settings_are_refused_with_both_values(finished, tmp_path, key, here, there):
-    value = "('odd_val',)" if key == "DATASETS.TRAIN" else "(64, 80)" if key == "INPUT.MIN_SIZE_TRAIN" else there
+def test_runs_of_different_settings_are_refused_with_both_values(finished, tmp_path, key, value, here, there):
     base, other = finished("baseline", 1), finished("repr", 1, key, value)
     if key == "SOLVER.MAX_ITER":
         write_metrics(other, {"iteration": 60, "bbox/AP": 1.0})
     with pytest.raises(UserError) as error:
         compare_folders(tmp_path, [base], [other])
-    assert f"{base} and {other} cannot be compared: {key} is {here} in the first and {there} in the second" in str(
-        error.value
-    )
-    assert "\n" not in str(error.value)
+    found = f"{base} and {other} cannot be compared: {key} is {here} in the first and {there} in the second"
+    assert str(error.value) == found
     assert not (tmp_path / "out").exists()
 
 
 def test_the_key_that_matters_most_is_named_first():
     a = {"MODEL.X": 1, "SOLVER.BASE_LR": 1, "SOLVER.MAX_ITER": 1, "DATASETS.TRAIN": "a", "SEED": 1, "REPR.X": 1}
-    assert first_difference(a, {key: 2 for key in a}) == "SOLVER.MAX_ITER"
-    assert first_difference(a, dict(a, **{"MODEL.X": 2, "SOLVER.BASE_LR": 2})) == "MODEL.X"
-    assert first_difference(a, dict(a, SEED=2, **{"REPR.X": 2})) is None
+    assert differing_keys(a, dict.fromkeys(a, 2)) == ["SOLVER.MAX_ITER", "DATASETS.TRAIN", "MODEL.X", "SOLVER.BASE_LR"]
+    assert differing_keys(a, {**a, "SEED": 2, "REPR.X": 2, "NEW": 1}) == ["NEW"]
 
 
 def test_repr_runs_of_different_schemes_are_refused(finished, tmp_path):
@@ -60,129 +53,40 @@ def test_repr_runs_of_different_schemes_are_refused(finished, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "damage, message",
+    ("damage", "message"),
     [
         (
             lambda b, r: (b / "metrics.json").unlink(),
             r"baseline_1 is not finished \(0 of SOLVER.MAX_ITER 40 iterations",
         ),
-        (
-            lambda b, r: write_metrics(r, dict(iteration=19, total_loss=1.0)),
-            r"repr_1 is not finished \(20 of SOLVER.MAX_ITER",
-        ),
+        (lambda b, r: write_metrics(r, dict(iteration=19, total_loss=1.0)), r"repr_1 is not finished \(20 of SOLVER"),
         (lambda b, r: (r / "config.yaml").unlink(), r"repr_1/config.yaml is missing"),
-        (lambda b, r: (r / "config.yaml").write_text("a: ["), r"repr_1/config.yaml is not valid YAML"),
-        (lambda b, r: (r / "config.yaml").write_text("just words"), r"repr_1/config.yaml holds str"),
+        (lambda b, r: (r / "config.yaml").write_text("a: ["), r"repr_1/config.yaml: "),
+        (lambda b, r: (r / "config.yaml").write_text("just words"), r"repr_1/config.yaml: must hold config keys"),
+        (lambda b, r: (r / "config.yaml").write_text("SEDE: 1"), r"repr_1/config.yaml: .*SEDE"),
         (lambda b, r: shutil.rmtree(r), r"repr_1 is not a folder"),
     ],
 )
 def test_what_is_no_finished_run_is_refused(finished, tmp_path, damage, message):
     base, other = finished("baseline", 1), finished("repr", 1)
     damage(base, other)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as error:
         compare_folders(tmp_path, [base], [other])
+    assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
 
 
 def test_seeds_and_arms_must_fit(finished, tmp_path):
     base, other, third = finished("baseline", 1), finished("repr", 1), finished("repr", 3)
-    with pytest.raises(UserError, match=r"repr_3 has SEED 3, but the baseline runs have 1"):
-        compare_folders(tmp_path, [base], [other, third])
-    with pytest.raises(UserError, match=r"are both RePr seed 1"):
-        compare_folders(tmp_path, [base], [other, other])
-    with pytest.raises(UserError, match=r"repr_1 was trained with REPR.ENABLED True: it does not belong to --baseline"):
-        compare_folders(tmp_path, [other], [other])
     random = finished("baseline", -1)
-    with pytest.raises(UserError, match=r"trained with SEED -1"):
-        compare_folders(tmp_path, [random], [other])
-
-
-@pytest.mark.parametrize(
-    "words, message",
-    [
-        ([], "give --config-file and --seeds"),
-        (["--config-file", "x.yaml"], "give --config-file and --seeds"),
-        (["--config-file", "x.yaml", "--seeds", "1"], "'x.yaml' is not a file"),
-        (
-            ["--config-file", "x.yaml", "--seeds", "1", "two"],
-            "--seeds must be integers, and KEY VALUE pairs may follow; g",
-        ),
-        (["--config-file", "x.yaml", "--seeds", "SEED", "2"], "--seeds must be integers"),
-        (["--baseline-runs", "a", "--output", "o"], "go together"),
-        (["--baseline-runs", "a", "--repr-runs", "b"], "--output is missing"),
-        (["--report-only"], "--report-only needs --output"),
-        (["--report-only", "--output", "nowhere"], "holds no comparison"),
-        (["--jobs", "0", "--config-file", "x", "--seeds", "1"], "--jobs must be at least 1, got 0"),
-    ],
-)
-def test_arguments_that_make_no_comparison(words, message):
-    with pytest.raises(UserError, match=message):
-        main(words)
-
-
-@pytest.mark.parametrize("between", [[], ["--"], ["--jobs", "2"]])
-def test_pairs_behind_the_seeds(between):
-    args = parse(["--config-file", "x.yaml", "--seeds", "1", "-2", "3", *between, "SOLVER.BASE_LR", "0.005"])
-    assert (args.seeds, args.opts) == ([1, -2, 3], ["SOLVER.BASE_LR", "0.005"])
-
-
-def test_plan(named_data, tmp_path):
-    opts = [*SMALL, "DATASETS.TRAIN", "('odd_train',)", "DATASETS.TEST", "('odd_val',)", "SOLVER.MAX_ITER", "60"]
-    opts[opts.index("SEED") : opts.index("SEED") + 2] = []
-    config = str(ROOT / "configs" / "repr_r50_fpn.yaml")
-    opts += ["SOLVER.STEPS", "()"]
-    runs, _ = plan_runs(config, [4, 2], tmp_path, opts=opts, evaluations=10)
-    assert [run.folder.name for run in runs] == ["baseline_seed4", "repr_seed4", "baseline_seed2", "repr_seed2"]
-    assert all(run.opts[-6:] == ("TEST.EVAL_PERIOD", "6", "SEED", str(run.seed), *run.opts[-2:]) for run in runs)
-    assert [("--baseline" in run.flags) for run in runs] == [True, False, True, False]
-    resumed = runs[0].command(resume=True)
-    assert resumed[: len(runs[0].flags) + 1] == [*runs[0].flags, "--resume"]  # before KEY VALUE
-    scaled, _ = plan_runs(config, [1], tmp_path, opts=[*opts, "SOLVER.REFERENCE_WORLD_SIZE", "2"])
-    assert [run.max_iter for run in scaled] == [120, 120]  # one process, where the config is made for two
-    for words, message in (
-        (["SEED", "3"], "SEED on the command line"),
-        (["OUTPUT_DIR", "x"], "OUTPUT_DIR on the command line"),
+    for bases, others, message in (
+        ([base], [other, third], r"repr_3 has SEED 3, but the baseline runs have 1: runs are paired"),
+        ([base], [other, other], r"are both RePr seed 1"),
+        ([other], [other], r"repr_1 was trained with REPR.ENABLED True: it does not belong to --baseline-runs"),
+        ([random], [other], r"trained with SEED -1"),
     ):
         with pytest.raises(UserError, match=message):
-            plan_runs(config, [1], tmp_path, opts=[*opts, *words])
-    with pytest.raises(UserError, match="must differ"):
-        plan_runs(config, [1, 1], tmp_path, opts=opts)
-    with pytest.raises(UserError, match=r"REPR\.ENABLED False"):
-        plan_runs(config.replace("repr_r50", "baseline_r50"), [1], tmp_path, opts=opts)
-
-
-def test_a_folder_of_another_comparison_is_not_continued(finished, named_data, tmp_path):
-    folder = tmp_path / "mine" / "baseline_seed1"
-    folder.parent.mkdir()
-    finished("baseline", 1, "SOLVER.BASE_LR", 0.5, folder=folder)
-    opts = [*SMALL, "DATASETS.TRAIN", "('odd_train',)", "DATASETS.TEST", "('odd_val',)", "SOLVER.MAX_ITER", "40"]
-    opts[opts.index("SEED") : opts.index("SEED") + 2] = []
-    with pytest.raises(UserError, match=r"baseline_seed1 holds a run with SOLVER.BASE_LR 0.5, but .* has 0.005"):
-        plan_runs(
-            str(ROOT / "configs" / "repr_r50_fpn.yaml"),
-            [1],
-            folder.parent,
-            opts=[*opts, "SOLVER.STEPS", "(30,)", "TEST.EVAL_PERIOD", "20"],
-            evaluations=10,
-        )
-
-
-def test_runs_of_a_version_without_an_option_of_today_are_continued(finished, named_data, tmp_path):
-    folders = [finished(arm, 1, folder=tmp_path / f"{arm}_seed1") for arm in ("baseline", "repr")]
-    for folder in folders:
-        config = yaml.safe_load((folder / "config.yaml").read_text())
-        del config["REPR"]["REINIT"]["RETURN"]
-        (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    opts = [*SMALL, "DATASETS.TRAIN", "('odd_train',)", "DATASETS.TEST", "('odd_val',)", "SOLVER.MAX_ITER", "40"]
-    opts[opts.index("SEED") : opts.index("SEED") + 2] = []
-    config = str(ROOT / "configs" / "repr_r50_fpn.yaml")
-    opts += ["TEST.EVAL_PERIOD", "20"]
-    runs, _ = plan_runs(config, [1], tmp_path, opts=opts, evaluations=10)
-    assert [run.folder for run in runs] == folders
-    with pytest.raises(
-        UserError, match=r"repr_seed1 holds a run with REPR.REINIT.RETURN as_published, but .* has median"
-    ):
-        plan_runs(config, [1], tmp_path, opts=[*opts, "REPR.REINIT.RETURN", "median_gamma"], evaluations=10)
+            compare_folders(tmp_path, bases, others)
 
 
 def test_other_runs_that_do_not_belong_there(finished, tmp_path):
@@ -195,7 +99,7 @@ def test_other_runs_that_do_not_belong_there(finished, tmp_path):
     unfinished = finished("baseline", 1, "SOLVER.MAX_ITER", 90, folder=tmp_path / "unfinished")
     for folders, message in (
         ([again], "again has the settings of the baseline runs"),
-        ([strange], "strange has SEED 5, the comparison 1, 2: runs are paired by seed"),
+        ([strange], "strange has SEED 5, but the comparison has 1, 2: runs are paired by seed"),
         (twins, "have the same settings and SEED 1: give one run for each"),
         ([train], "was evaluated on DATASETS.TEST ['odd_train'], the arms on ['odd_val']"),
         ([unfinished], "unfinished is not finished"),
@@ -206,7 +110,7 @@ def test_other_runs_that_do_not_belong_there(finished, tmp_path):
         assert message in str(error.value)
 
 
-def test_max_iter_is_that_of_the_scaled_config(finished, tmp_path, tiny_cfg, capsys):
+def test_max_iter_is_that_of_the_scaled_config(finished):
     """SOLVER.REFERENCE_WORLD_SIZE 2 and one process: twice as many iterations."""
     folder = finished("baseline", 1, "SOLVER.REFERENCE_WORLD_SIZE", 2)  # evaluated after 40 of 80 iterations
     with pytest.raises(UserError, match=r"no log\.txt in it says by how many processes"):
@@ -216,59 +120,159 @@ def test_max_iter_is_that_of_the_scaled_config(finished, tmp_path, tiny_cfg, cap
         (folder / "log.txt").write_text(f"{stamp}8\nmore\n{stamp}{processes}\n")
         run = run_from_folder(folder)
         assert run.max_iter == iterations
-        if iterations > 40:
-            with pytest.raises(UserError, match=r"is not finished .* of SOLVER.MAX_ITER 80"):
-                check_finished([run])
-        else:
+        if iterations <= 40:
+            check_finished([run])
+            continue
+        with pytest.raises(UserError, match=r"is not finished .* of SOLVER.MAX_ITER 80"):
             check_finished([run])
 
 
 def recorded(folder, name="data_sets.json", **changed):
-    """A record of the data that a made-up run was trained on; ``changed`` is of its odd_val."""
+    """Writes a record of the data that a made-up run was trained on; ``changed`` is of its odd_val."""
     record = describe_data_sets(("odd_train", "odd_val"))
     record["odd_val"] |= changed
     (folder / name).write_text(json.dumps(record))
 
 
-def test_runs_on_other_files_of_one_name_are_refused(finished, named_data, tmp_path):
-    base, other = finished("baseline", 1), finished("repr", 1)
-    recorded(base)
-    recorded(other, file="/elsewhere/odd.json")  # another place, the same content
-    check_same_data([base, other])
-    recorded(other, file="/elsewhere/odd.json", sha256="0" * 64)
-    with pytest.raises(UserError) as error:
-        compare_folders(tmp_path, [base], [other])
-    assert str(error.value) == (
-        f"{base} and {other} cannot be compared: odd_val was {named_data[0]} in the first and /elsewhere/odd.json, "
-        "with other content, in the second"
-    )
-    assert not (tmp_path / "out").exists()
-    (other / "data_sets.json").unlink()  # of a version that kept no record
-    check_same_data([base, other])
-
-
-def test_a_run_that_changed_its_data_on_the_way_is_refused(finished, named_data, tmp_path):
-    base, other = finished("baseline", 1), finished("repr", 1)
-    for folder in (base, other):
-        recorded(folder)
-    recorded(other, "data_sets_until_0000019.json", file="old.json", sha256="0" * 64)
-    with pytest.raises(UserError, match=r"odd_val was .*odd\.json in the first and old\.json, with other content"):
-        compare_folders(tmp_path, [base], [other])
-
-
-def test_runs_on_other_data_than_is_registered_are_refused(finished, named_data, tmp_path):
-    base, other = finished("baseline", 1), finished("repr", 1)
-    for folder in (base, other):
-        recorded(folder, file="old.json", sha256="0" * 64)
-    with pytest.raises(UserError, match=rf"odd_val is {named_data[0]} here and was old\.json, with other content, for"):
-        compare_folders(tmp_path, [base], [other])
-
-
-def test_other_runs_on_other_data_are_refused(finished, named_data, tmp_path):
+def test_runs_on_other_data_of_one_name_are_refused(finished, named_data, tmp_path):
     base, other = finished("baseline", 1), finished("repr", 1)
     third = finished("baseline", 1, "SOLVER.WEIGHT_DECAY", 0.01, folder=tmp_path / "third")
-    for folder in (base, other):
-        recorded(folder)
-    recorded(third, file="old.json", sha256="0" * 64)
+    changed = dict(file="old.json", sha256="0" * 64)
+    recorded(base)
+    recorded(other, file="/elsewhere/odd.json")  # another place, the same content
+    check_same_data([base, other, third])  # the third is of a version that kept no record
+    recorded(other, sha256=None)  # described before its file was there, as the shapes are that are drawn on first use
+    check_same_data([base, other])
+    recorded(other, sha256=None, images=3)
+    with pytest.raises(UserError, match="odd_val was"):
+        check_same_data([base, other])
+    recorded(other)
+    recorded(third, **changed)
     with pytest.raises(UserError, match=r"third cannot be compared: odd_val was"):
         compare_folders(tmp_path, [base], [other], "--other-runs", str(third))
+    recorded(other, "data_sets_until_0000019.json", **changed)  # before it was resumed
+    with pytest.raises(UserError, match=r"odd_val was .*odd\.json in the first and old\.json, with other content"):
+        compare_folders(tmp_path, [base], [other])
+    recorded(other, **changed)
+    with pytest.raises(UserError) as error:
+        compare_folders(tmp_path, [base], [other])
+    words = f"odd_val was {named_data[0]} in the first and old.json, with other content, in the second"
+    assert str(error.value) == f"{base} and {other} cannot be compared: {words}"
+    recorded(base, **changed)
+    (other / "data_sets_until_0000019.json").unlink()
+    with pytest.raises(UserError, match=rf"odd_val is {named_data[0]} here and was old\.json, with other content, for"):
+        compare_folders(tmp_path, [base], [other])
+    assert not (tmp_path / "out").exists()
+
+
+# ---- arguments and plans ----
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("", "give --config-file and --seeds"),
+        ("--config-file x.yaml", "give --config-file and --seeds"),
+        ("--against x.yaml --seeds 1", "give --config-file and --seeds"),
+        ("--config-file x.yaml --seeds 1", "'x.yaml' is not a file"),
+        ("--config-file x.yaml --seeds 1 two", "--seeds must be integers, and KEY VALUE pairs may follow; got 1 two"),
+        ("--config-file x.yaml --seeds SEED 2", "--seeds must be integers"),
+        ("--baseline-runs a --output o", "go together"),
+        ("--baseline-runs a --repr-runs b", "--output is missing"),
+        ("--baseline-runs a --repr-runs b --output o --against x", "give either"),
+        ("--report-only", "--report-only needs --output"),
+        ("--report-only --output nowhere", "holds no comparison"),
+        ("--report-only --output nowhere --against x", "leave --config-file"),
+        ("--jobs 0 --config-file x --seeds 1", "--jobs must be at least 1, got 0"),
+    ],
+)
+def test_arguments_that_make_no_comparison(words, message):
+    with pytest.raises(UserError, match=message):
+        main(words.split())
+
+
+@pytest.mark.parametrize("between", [[], ["--"], ["--jobs", "2"]])
+def test_pairs_behind_the_seeds(between):
+    args = parse(["--config-file", "x.yaml", "--seeds", "1", "-2", "3", *between, "SOLVER.BASE_LR", "0.005"])
+    assert (args.seeds, args.opts) == ([1, -2, 3], ["SOLVER.BASE_LR", "0.005"])
+
+
+def test_plan(named_data, tmp_path):
+    study, _ = plan_study(REPR_CONFIG, [4, 2], tmp_path, opts=OPTS)
+    runs = study.runs
+    assert [run.folder.name for run in runs] == ["baseline_seed4", "repr_seed4", "baseline_seed2", "repr_seed2"]
+    assert all(run.opts[-4:] == ("SEED", str(run.seed), "OUTPUT_DIR", str(run.folder)) for run in runs)
+    assert [("--baseline" in run.flags) for run in runs] == [True, False, True, False]
+    resumed = runs[0].command(resume=True)
+    assert resumed[: len(runs[0].flags) + 1] == [*runs[0].flags, "--resume"]  # before KEY VALUE
+    scaled, _ = plan_study(REPR_CONFIG, [1], tmp_path, opts=[*OPTS, "SOLVER.REFERENCE_WORLD_SIZE", "2"])
+    assert [run.max_iter for run in scaled.runs] == [80, 80]  # one process, while the config is made for two
+    never = OPTS.index("TEST.EVAL_PERIOD")
+    seldom, _ = plan_study(REPR_CONFIG, [1], tmp_path, opts=[*OPTS[:never], *OPTS[never + 2 :]], evaluations=10)
+    assert all(run.opts[-6:-4] == ("TEST.EVAL_PERIOD", "4") for run in seldom.runs)
+    for config, seeds, words, message in (
+        (REPR_CONFIG, [1], ["SEED", "3"], "SEED on the command line"),
+        (REPR_CONFIG, [1], ["OUTPUT_DIR", "x"], "OUTPUT_DIR on the command line"),
+        (REPR_CONFIG, [1, 1], [], "must differ"),
+        (REPR_CONFIG, [-1], [], "0 or more"),
+        (BASELINE_CONFIG, [1], [], r"REPR\.ENABLED False: give a config with RePr, or another one --against it"),
+    ):
+        with pytest.raises(UserError, match=message):
+            plan_study(config, seeds, tmp_path, opts=[*OPTS, *words])
+
+
+def test_plan_of_two_configs(named_data, tmp_path):
+    warm = tmp_path / "warm up.yaml"
+    warm.write_text(f"_BASE_: {BASELINE_CONFIG}\nSOLVER: {{WARMUP_METHOD: constant}}\n")
+    study, output = plan_study(str(warm), [3, 1], opts=OPTS, against=REPR_CONFIG, evaluations=10)
+    assert study.arms == ("repr_r50_fpn", "warm up") and study.seeds == [1, 3] and study.any_config
+    assert [run.folder.name for run in study.runs[:2]] == ["repr_r50_fpn_seed3", "warm up_seed3"]
+    assert [run.flags[4] for run in study.runs[:2]] == [REPR_CONFIG, str(warm)]
+    assert not any("--baseline" in run.flags for run in study.runs)
+    assert output.name == "baseline_r50_fpn_comparison"
+    for change, message in (
+        ("SOLVER: {MAX_ITER: 50}", "SOLVER.MAX_ITER is 90000 in the first and 50 in the second"),
+        ("DATASETS: {TEST: [coco_2017_train]}", r"TEST is \['coco_2017_val'\] in the first and \['coco_2017_train"),
+        ("DATALOADER: {SAMPLER_TRAIN: RandomSubsetTrainingSampler}", "DATALOADER.SAMPLER_TRAIN is Training"),
+        ("TEST: {EVAL_PERIOD: 7}", "TEST.EVAL_PERIOD is 0 in the first and 7 in the second"),
+    ):
+        warm.write_text(f"_BASE_: {BASELINE_CONFIG}\n{change}\n")
+        with pytest.raises(UserError, match=message) as error:
+            plan_study(str(warm), [1], tmp_path / "out", against=REPR_CONFIG)
+        assert str(error.value).startswith(f"{REPR_CONFIG} and {warm} cannot be compared: ")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("files", "names"),
+    [
+        (("a/x.yaml", "b/y.yaml"), ("x", "y")),
+        (("a/config.yaml", "b/config.yaml"), ("a_config", "b_config")),
+        (("a/x.yaml", "a/x.yml"), ("a_x", "a_x_2")),
+        (("a/images.yaml", "b/seed.yaml"), ("images_1", "seed_2")),
+    ],
+)
+def test_arms_are_named_after_their_configs(files, names):
+    assert arm_names(*files) == names
+
+
+def test_a_folder_of_another_comparison_is_not_continued(finished, named_data, tmp_path):
+    folder = tmp_path / "mine" / "baseline_seed1"
+    folder.parent.mkdir()
+    finished("baseline", 1, "SOLVER.BASE_LR", 0.5, folder=folder)
+    with pytest.raises(UserError, match=r"baseline_seed1 holds a run with SOLVER.BASE_LR 0.5, but .* has 0.005"):
+        plan_study(REPR_CONFIG, [1], folder.parent, opts=OPTS, evaluations=10)
+
+
+def test_runs_of_a_version_without_an_option_of_today_are_continued(finished, named_data, tmp_path):
+    folders = [finished(arm, 1, folder=tmp_path / f"{arm}_seed1") for arm in ("baseline", "repr")]
+    for folder in folders:
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        del config["REPR"]["REINIT"]["RETURN"]
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    study, _ = plan_study(REPR_CONFIG, [1], tmp_path, opts=OPTS, evaluations=10)
+    assert [run.folder for run in study.runs] == folders
+    changed = [*OPTS, "REPR.REINIT.RETURN", "function_preserving"]
+    message = r"repr_seed1 holds a run with REPR.REINIT.RETURN as_published, but .* has function_preserving"
+    with pytest.raises(UserError, match=message):
+        plan_study(REPR_CONFIG, [1], tmp_path, opts=changed, evaluations=10)

@@ -171,6 +171,6 @@ def test_unknown_names_are_refused_with_the_known_ones(name):
     with pytest.raises(UserError) as error:
         get_criterion(name)
     message = str(error.value)
-    assert message.startswith("REPR.CRITERION must be one of ") and message.endswith(f"got {name!r}")
+    assert message.startswith("criterion= must be one of ") and message.endswith(f"got {name!r}")
     assert all(known in message for known in ("ortho,", "ortho_calibrated", "ortho_released", "random", "weight_norm"))
     assert set(CRITERIA) >= {"ortho", "ortho_calibrated", "ortho_released", "random", "weight_norm"}

@@ -85,6 +85,7 @@ class Watch(HookBase):
 
     def __init__(self, names):
         self.names = names
+        self.outputs: dict[str, torch.Tensor] = {}
         self.losses, self.zero_rows, self.zero_outputs = [], [], []
 
     def before_train(self):
@@ -112,58 +113,50 @@ class Watch(HookBase):
         self.losses.append(self.trainer.storage.latest()["total_loss"][0])
 
 
-@pytest.mark.parametrize(("detector", "slim"), [*((name, True) for name in DETECTORS), ("C4", False)])
-def test_drops_and_restores(tiny_cfg, tmp_path, tiny_masks, detector, slim):
+def trainer_of(kind, cfg):
+    if kind is not SimpleTrainer:
+        return kind(cfg)
+    model = build_model(cfg).train()
+    loader, optimizer = DefaultTrainer.build_train_loader(cfg), DefaultTrainer.build_optimizer(cfg, model)
+    trainer = SimpleTrainer(model, loader, optimizer)
+    trainer.register_hooks([RePrHook(cfg)])
+    trainer.max_iter = cfg.SOLVER.MAX_ITER
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("detector", "kind"), [*((name, Trainer) for name in DETECTORS), ("RetinaNet with its head", SimpleTrainer)]
+)
+def test_drops_and_restores(tiny_cfg, tmp_path, tiny_masks, detector, kind):
     config, opts, expected, number = DETECTORS[detector]
+    zoo = model_zoo.get_config(config)
     cfg = tiny_cfg(
-        *["MODEL.RESNETS.DEPTH", 50, *SMALL_R50, *SCHEDULE, *opts, "REPR.CRITERION_BATCHES", 2, "REPR.SLIM", slim],
+        *["MODEL.BACKBONE.NAME", zoo.MODEL.BACKBONE.NAME, "MODEL.RESNETS.DEPTH", 50, *SMALL_R50, *SCHEDULE, *opts],
+        *["REPR.CRITERION_BATCHES", 2],
         config=model_zoo.get_config_file(config),
     )
     seed_all_rng(3)
-    trainer = Trainer(cfg)
-    layers = find_filter_layers(trainer.model, cfg.REPR.LAYERS.INCLUDE)
-    assert len(layers) == number
-    assert {name: {x.name: x.kind for x in layers}[name] for name in expected} == expected
-    watch = Watch([x.name for x in layers])
+    trainer = trainer_of(kind, cfg)
+    candidates = find_filter_layers(trainer.model, cfg.REPR.LAYERS.INCLUDE)
+    watch = Watch([x.name for x in candidates])
     trainer._hooks.insert(0, watch)  # before RePrHook, whose own passes would be seen too
     watch.trainer = trainer
-    trainer.train()
-    check(watch, read_events(tmp_path / "run"), layers, slim)
+    trainer.train(0, cfg.SOLVER.MAX_ITER) if kind is SimpleTrainer else trainer.train()
+    layers = next(hook for hook in trainer._hooks if isinstance(hook, RePrHook)).scheme.layers
+    kinds = {layer.name: layer.kind for layer in layers}
+    assert len(layers) == number and list(kinds) == watch.names
+    assert {name: kinds[name] for name in expected} == expected
 
-
-def check(watch, events, layers, slim):
+    events = read_events(tmp_path / "run")
     assert [(e["event"], e["iteration"]) for e in events] == [("drop", 0), ("restore", 2)]
     dropped = events[0]["dropped"]
     assert events[1]["dropped"] == dropped
     assert sum(map(len, dropped.values())) == math.floor(0.3 * sum(x.num_filters for x in layers))
     assert len(watch.losses) == 5 and all(map(math.isfinite, watch.losses))
-    for iteration, (rows, outputs) in enumerate(zip(watch.zero_rows, watch.zero_outputs, strict=True)):
+    for iteration, (rows, zero) in enumerate(zip(watch.zero_rows, watch.zero_outputs, strict=True)):
         for layer in layers:
             gone = dropped.get(layer.name, []) if iteration in (1, 2) else []
             assert rows[layer.name].nonzero().flatten().tolist() == gone, (iteration, layer.name)
-            zero = outputs[layer.name]
-            # A slim forward pass leaves dropped channels out, up to those that fill a multiple of 8 and must be zeros,
-            # or puts zeros in their place.
-            kept = layer.num_filters - len(gone)
-            filled = min(-(-kept // 8) * 8, layer.num_filters)
-            left_out = slim and len(zero) == filled and int(zero.sum()) >= filled - kept
-            assert left_out or (len(zero) == layer.num_filters and zero[gone].all()), (iteration, layer.name)
+            assert zero[layer.name][gone].all(), (iteration, layer.name)
     for layer in layers:
         assert torch.isfinite(layer.weight).all() and layer.weight.flatten(1).any(1).all()
-
-
-def test_retinanet_in_a_simple_trainer(tiny_cfg, tmp_path):
-    config, opts, _, _ = DETECTORS["RetinaNet with its head"]
-    cfg = tiny_cfg(
-        *["MODEL.RESNETS.DEPTH", 50, *SMALL_R50, *SCHEDULE, *opts, "REPR.SLIM", False],
-        config=model_zoo.get_config_file(config),
-    )
-    seed_all_rng(3)
-    model = build_model(cfg).train()
-    loader = DefaultTrainer.build_train_loader(cfg)
-    trainer = SimpleTrainer(model, loader, DefaultTrainer.build_optimizer(cfg, model))
-    layers = find_filter_layers(model, cfg.REPR.LAYERS.INCLUDE)
-    watch = Watch([x.name for x in layers])
-    trainer.register_hooks([watch, RePrHook(cfg)])
-    trainer.train(0, cfg.SOLVER.MAX_ITER)
-    check(watch, read_events(tmp_path / "run"), layers, slim=False)

@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
+import benchmark
 import cifar10
 import plain_pytorch
 import pytest
@@ -17,8 +18,9 @@ from torch import nn
 from repr_det import add_repr_config
 from repr_det.commands.arguments import train_argument_parser
 from repr_det.commands.shipped import config_path
-from repr_det.studies.analysis_command import argument_parser as analysis_argument_parser
-from repr_det.studies.benchmarking.command import argument_parser as benchmark_argument_parser
+from repr_det.detectron.config import markdown_table
+from repr_det.method.options import CONFIG_KEYS
+from repr_det.studies.analysis import argument_parser as analysis_argument_parser
 from repr_det.studies.comparison.command import argument_parser as comparison_argument_parser
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -28,7 +30,7 @@ PARSERS = {
     "tools/lazyconfig_train_net.py": lambda words: train_argument_parser().parse_args(words),
     "tools/compare.py": lambda words: comparison_argument_parser().parse_args(words),
     "tools/analyze_filters.py": lambda words: analysis_argument_parser().parse_intermixed_args(words),
-    "tools/benchmark.py": lambda words: benchmark_argument_parser().parse_args(words),
+    "tools/benchmark.py": lambda words: benchmark.argument_parser().parse_intermixed_args(words),
     "examples/cifar10.py": cifar10.parse,
     "examples/plain_pytorch.py": plain_pytorch.parse,
 }
@@ -122,19 +124,28 @@ def test_a_shown_command_is_one_that_its_program_takes(page, command, monkeypatc
         raise AssertionError(f"{page}: nobody looks at {command!r}")
 
 
+def test_the_table_of_keys_is_that_of_the_options():
+    page = (ROOT / "docs" / "configs.md").read_text()
+    table = page.partition("<!-- keys of REPR -->\n\n")[2].partition("\n\n<!-- end of the keys -->")[0]
+    assert table == markdown_table(), "put what repr_det.detectron.config.markdown_table() returns into docs/configs.md"
+    rows = [line.split("|")[1].strip() for line in table.splitlines()[3:]]
+    assert rows == [f"`{key}`" for key in CONFIG_KEYS.values()]
+
+
 def test_plain_pytorch_snippet_runs():
     page = (ROOT / "docs" / "own_loop.md").read_text()
     block = re.search(r"## Plain PyTorch\n\n((?:    .*\n|\n)+)", page)[1]
     model = nn.ModuleDict({"backbone": nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))})
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    names = {"model": model, "optimizer": optimizer, "total_steps": 24, "batches": range(24)}
-    exec(textwrap.dedent(block), names)
+    names = {"model": model, "optimizer": optimizer, "total_steps": 24, "batches": torch.randn(24, 2, 3, 8, 8)}
+    exec(textwrap.dedent(block).replace("... ", "model['backbone'](batch).square().mean().backward()"), names)
     assert names["repr_training"].phase == "full" and names["repr_training"].scheme.cycle == 3
 
 
 def test_detectron2_snippet_runs(tiny_cfg):
     page = (ROOT / "docs" / "own_loop.md").read_text()
-    block = re.search(r"## A Detectron2 trainer\n\n((?:    .*\n|\n)+)", page)[1]
+    section = page.partition("## A Detectron2 trainer\n")[2].partition("\n## ")[0]
+    block = "\n".join(line for line in section.splitlines() if line.startswith("    "))
     hooks = []
 
     class Registers:
@@ -143,4 +154,5 @@ def test_detectron2_snippet_runs(tiny_cfg):
 
     block = block.replace("add_repr_config(cfg)  ", "pass  ")  # tiny_cfg has the node and values in it
     exec(textwrap.dedent(block), {"cfg": tiny_cfg("REPR.ENABLED", "True"), "trainer": Registers()})
-    assert [type(hook).__name__ for hook in hooks] == ["RePrHook"]
+    plain, configured = hooks
+    assert plain.options.resumed() == configured.options.resumed()

@@ -1,5 +1,6 @@
 """docs/evidence: the removals of the fine-tuning search against what they promise, its tables against a hand count."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -9,9 +10,13 @@ import cifar10_tables
 import fine_tuning_hooks as hooks
 import fine_tuning_plant
 import fine_tuning_report as report
+import modern
 import pytest
+import remedies
 import tables
 import torch
+from cifar import data as cifar_data
+from cifar import network
 from conftest import ROOT
 from detectron2.modeling.backbone.resnet import BottleneckBlock
 from torch import nn
@@ -186,14 +191,14 @@ def test_a_repr_network_is_held_against_the_standard_one_where_it_fitted_as_well
     assert fit.line(standard, repr_run)[3:] == ["40.0, 61.0", "100.0, 56.0", "+5.0", "epoch 4: 61.0", "+0.0"]
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+@pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
 def test_the_tables_of_the_pages_are_those_of_the_runs(page):
     text = page.read_text()
     assert tables.renewed(text) == text, "docs/evidence/tables.py writes them anew"
 
 
 def test_every_table_is_on_a_page_and_a_changed_cell_is_seen():
-    pages = "".join(page.read_text() for page in (ROOT / "docs").glob("*.md"))
+    pages = "".join(page.read_text() for page in tables.PAGES)
     assert sorted(name for _, name in tables.TABLE.findall(pages)) == sorted(tables.TABLES)
     page = (ROOT / "docs" / "results_fine_tuning.md").read_text()
     assert tables.renewed(page.replace("**f4_base** | ", "**f4_base** | 1")) == page
@@ -285,3 +290,82 @@ def test_frozen_convs_get_no_copies():
     before = block.conv1.weight.clone()
     assert fine_tuning_plant.plant_copies(block, 0.5) == 2
     assert torch.equal(block.conv1.weight, before)
+
+
+@pytest.mark.parametrize("remedy", [remedies.with_noise(0.1), remedies.new(), remedies.new(silent=False)])
+def test_a_remedy_leaves_the_old_filters_and_parts_the_copies(remedy):
+    study = remedies.Study("digest")
+    row = remedies.Row(f"{remedies.COPIES} --rows standard", remedy)
+    settings = study.settings(row, 0)
+    begin, copies = (study.start(one, settings) for one in (row, dataclasses.replace(row, remedy=None)))
+    first = begin[0].weight.flatten(1)
+    assert torch.equal(first[:8], copies[0].weight.flatten(1)[:8])
+    assert torch.linalg.matrix_rank(copies[0].weight.flatten(1)) == 8
+    assert torch.linalg.matrix_rank(first) == 27  # of 27 inputs
+
+
+@pytest.mark.parametrize("remedy", [None, remedies.new()])
+def test_a_widened_network_is_the_narrow_one(remedy):
+    study = remedies.Study("digest")
+    study._narrow[0] = network.build(network.NARROW)
+    row = remedies.Row(f"{remedies.GROWN} --rows standard", remedy, grown=True)
+    images = torch.randn(3, 3, 32, 32)
+    assert torch.allclose(study.start(row, study.settings(row, 0))(images), study._narrow[0](images), atol=1e-5)
+
+
+def test_new_filters_in_place_of_dead_ones_change_nothing_where_their_readers_begin_at_0():
+    study = remedies.Study("digest")
+    rows = [remedies.Row(f"{remedies.DEAD} --rows standard", remedy) for remedy in (None, remedies.new(copies=False))]
+    images = torch.randn(3, 3, 32, 32)
+    dead, alive = (study.start(row, study.settings(row, 0)) for row in rows)
+    assert torch.allclose(alive(images), dead(images), atol=1e-5)
+    assert (alive[0](images) > 0).flatten(2).any(2).all(0).all() and not (dead[0](images)[:, 8:] > 0).any()
+
+
+def test_augmented_images_are_windows_of_the_padded_one():
+    pixels = torch.randint(1, 256, (40, 32, 32, 3), dtype=torch.uint8)
+    found = modern.augmented(pixels, torch.Generator().manual_seed(0))
+    for image, other in zip(pixels, found, strict=True):
+        padded = torch.zeros(40, 40, 3, dtype=torch.uint8)
+        padded[4:36, 4:36] = image
+        windows = [padded[top : top + 32, left : left + 32] for top in range(9) for left in range(9)]
+        assert any(torch.equal(other, window) or torch.equal(other, window.flip(1)) for window in windows)
+    assert not torch.equal(found, pixels)
+
+
+def test_a_share_of_the_labels_is_drawn_anew():
+    images = cifar_data.Images(torch.zeros(10_000, 1), torch.arange(10_000) % 10)
+    noisy = modern.with_noise(images, 0.4, seed=3)
+    assert (noisy.classes != images.classes).float().mean().item() == pytest.approx(0.36, abs=0.015)
+    assert torch.equal(modern.with_noise(images, 0.4, seed=3).classes, noisy.classes)
+    assert torch.equal(images.classes, torch.arange(10_000) % 10)
+
+
+def test_label_noise_is_studied_at_the_setting_that_served_the_standard_network_best():
+    study = modern.LabelNoise()
+    study.records = {}
+    grid = list(study.runs([]))
+    study.records = {settings.key: {"final": index == 3} for index, settings in enumerate(grid)}
+    chosen = list(study.runs([0]))[len(grid) :]
+    assert [settings.arm for settings in chosen] == modern.ARMS
+    assert {dataclasses.replace(settings, arm="standard", seed=100) for settings in chosen} == {grid[3]}
+
+
+@pytest.mark.parametrize("study", [modern.LabelNoise, modern.ResNet20])
+def test_a_study_trains_what_is_missing_and_tells_it_by_seed(study, monkeypatch, tmp_path):
+    ends = {"standard": 50.0, "ortho": 52.0, "random": 49.0}
+    trained = []
+
+    def train(settings, images):
+        trained.append(settings)
+        end = ends[settings.arm] + settings.seed
+        record = {"settings": dataclasses.asdict(settings), "final": end, "best": end + 1, "train_curve": [80]}
+        return None, {**record, "seconds": 1}
+
+    monkeypatch.setattr(modern, "train", train)
+    study(tmp_path).train_missing([0], None)
+    study(tmp_path).train_missing([0, 1], None)
+    assert len(trained) == len(set(trained)) == len(list(study(tmp_path).runs([0, 1])))
+    lines = study(tmp_path).table().splitlines()[2:]
+    assert lines[0] == "| standard | 2 | 50.5 ± 0.7 | | 51.5 ± 0.7 | | 80 |"
+    assert lines[1] == "| ortho | 2 | 52.5 ± 0.7 | +2.0 (2 pairs) | 53.5 ± 0.7 | +2.0 (2 pairs) | 80 |"

@@ -11,9 +11,10 @@ import torch
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "plain_pytorch.py"
 WITHOUT_DETECTRON2 = """
-import runpy, sys
+import os, runpy, sys
 sys.modules["detectron2"] = sys.modules["fvcore"] = None
 sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
@@ -44,8 +45,8 @@ def test_plain_pytorch_trains_both_arms_and_asks_the_oracle():
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ("--scheme criterion=nope", "REPR.CRITERION must be one of"),
-        ("--scheme scale=long", "REPR.REINIT.SCALE must be one of"),
+        ("--scheme criterion=nope", "criterion= must be one of apoz, "),
+        ("--scheme scale=long", "scale= must be one of kept, "),
         (
             "--scheme ratio=0.3",
             "--scheme takes KEY=VALUE with a KEY of criterion, drop_ratio, max_drop_per_layer, scale, ",
@@ -53,7 +54,7 @@ def test_plain_pytorch_trains_both_arms_and_asks_the_oracle():
         ("--scheme drop_ratio=some", "--scheme drop_ratio must be a number, got 'some'"),
         ("--train-images 5000", "--train-images must be 50 to 1297, got 5000"),
         ("--epochs 0", "--epochs must be at least 1, got 0"),
-        ("--epochs 1 --train-images 50", "REPR.S1_ITERS must be an integer of at least 1, got 0"),
+        ("--epochs 1 --train-images 50", "s1_iters= must be an integer of at least 1, got 0"),
     ],
 )
 def test_plain_pytorch_says_in_one_line_what_is_wrong(monkeypatch, capsys, options, line):

@@ -1,17 +1,22 @@
 """The warning before the first step of a run that fine-tunes a trained backbone for few iterations."""
 
 import logging
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT
 from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
 from test_hook import SCHEDULE, trained
 
-from repr_det import RePrHook, Trainer
+from repr_det import RePr, Trainer
 from repr_det.commands.arguments import build_config
+from repr_det.detectron.config import options_of_config
 from repr_det.detectron.fine_tuning import MEASURED, SHORT, fine_tuning_warning
+from repr_det.method.passes import TrainingPasses
 
 BACKBONE, FPN = "backbone.bottom_up.res3.0.conv1", "backbone.fpn_output2"
 C4 = "roi_heads.res5.0.conv1"  # from the same weights as the backbone
@@ -19,28 +24,29 @@ NEW = [FPN, "proposal_generator.rpn_head.conv", "roi_heads.box_head.conv1"]
 
 
 @pytest.mark.parametrize(
-    ("weights", "iterations", "criterion", "names", "loud", "warns"),
+    ("weights", "iterations", "spares", "names", "loud", "warns"),
     [
-        ("x.pkl", 800, "ortho", [BACKBONE], [BACKBONE], True),
-        ("x.pkl", 800, "ortho", [BACKBONE], [], True),
-        ("x.pkl", 800, "ortho", [C4], [C4], True),
-        ("x.pkl", 800, "ortho", [FPN, BACKBONE], [FPN, BACKBONE], True),
-        ("x.pkl", SHORT - 1, "ortho", [BACKBONE], [BACKBONE], True),
-        ("x.pkl", SHORT, "ortho", [BACKBONE], [BACKBONE], False),
-        ("", 800, "ortho", [BACKBONE], [BACKBONE], False),
-        ("x.pkl", 800, "ortho", NEW, NEW, False),
-        ("x.pkl", 800, "redundant", [BACKBONE], [], False),
-        ("x.pkl", 800, "redundant", [FPN, BACKBONE], [FPN], False),
-        ("x.pkl", 800, "redundant", [BACKBONE], [BACKBONE], True),
+        ("x.pkl", 800, False, [BACKBONE], [BACKBONE], True),
+        ("x.pkl", 800, False, [BACKBONE], [], True),
+        ("x.pkl", 800, False, [C4], [C4], True),
+        ("x.pkl", 800, False, [FPN, BACKBONE], [FPN, BACKBONE], True),
+        ("x.pkl", SHORT - 1, False, [BACKBONE], [BACKBONE], True),
+        ("x.pkl", SHORT, False, [BACKBONE], [BACKBONE], False),
+        ("", 800, False, [BACKBONE], [BACKBONE], False),
+        ("x.pkl", 800, False, NEW, NEW, False),
+        ("x.pkl", 800, True, [BACKBONE], [], False),
+        ("x.pkl", 800, True, [FPN, BACKBONE], [FPN], False),
+        ("x.pkl", 800, True, [BACKBONE], [BACKBONE], True),
     ],
 )
-def test_who_is_warned(tiny_cfg, weights, iterations, criterion, names, loud, warns):
-    cfg = tiny_cfg("SOLVER.MAX_ITER", iterations, "MODEL.WEIGHTS", weights, "REPR.CRITERION", criterion)
-    scheme = SimpleNamespace(layers=[SimpleNamespace(name=name) for name in names], loud=loud)
-    warning = fine_tuning_warning(cfg, scheme)
+def test_who_is_warned(weights, iterations, spares, names, loud, warns):
+    layers = [SimpleNamespace(name=name) for name in names]
+    criterion, options = SimpleNamespace(spares=spares), SimpleNamespace(drop_ratio=0.3)
+    scheme = SimpleNamespace(layers=layers, loud=loud, criterion=criterion, options=options)
+    warning = fine_tuning_warning(weights, iterations, scheme)
     assert (warning is not None) == warns
     if warns:
-        assert f"{iterations} iterations from trained weights (MODEL.WEIGHTS x.pkl)" in warning and MEASURED in warning
+        assert f"{iterations} iterations from trained weights (x.pkl)" in warning and MEASURED in warning
         assert f"30 % of the filters of {sum(name != FPN for name in names)} trained convs" in warning
 
 
@@ -59,25 +65,27 @@ def test_one_warning_before_the_first_step_and_none_on_resume(tiny_cfg, tmp_path
     assert not any(MEASURED in record.getMessage() for record in caplog.records)
 
 
-@pytest.mark.parametrize(("depth", "blocks"), [(50, [4, 6, 3]), (101, [4, 23, 3])])
-def test_in_the_form_for_fine_tuning_no_conv_returns_loud(depth, blocks):
-    """Of stock models, FrozenBN and all: conv1 and conv2 of res3 to res5 take part, and nobody is warned."""
-    config = str(ROOT / f"configs/repr_r{depth}_fpn_redundant.yaml")
-    quick = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""]
-    model = build_model(build_config(config, quick))
+@pytest.mark.parametrize("depth", [50, 101])
+def test_in_the_form_for_fine_tuning_no_conv_returns_loud(depth):
+    """Of stock models, FrozenBN and all, at a quarter of their width: conv1 and conv2 of res3 to res5 take part, and
+    nobody is warned."""
+    quick = "MODEL.DEVICE cpu MODEL.WEIGHTS '' MODEL.RESNETS.STEM_OUT_CHANNELS 16 MODEL.RESNETS.RES2_OUT_CHANNELS 32"
+    quick += " MODEL.RESNETS.WIDTH_PER_GROUP 8 MODEL.FPN.OUT_CHANNELS 8 SOLVER.STEPS () SOLVER.MAX_ITER 800"
+    cfg = build_config(str(ROOT / f"configs/repr_r{depth}_fpn_redundant.yaml"), quick.replace("''", "").split(" "))
+    options = vars(options_of_config(cfg))
+    model = build_model(cfg)
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
-    found = {}
-    for form, opts in (("as it is", []), ("with conv3", ["REPR.LAYERS.EXCLUDE", "[]"])):
-        cfg = build_config(config, [*quick, *opts, "SOLVER.STEPS", "()", "SOLVER.MAX_ITER", "800"])
-        hook = RePrHook(cfg)
-        hook.trainer = SimpleNamespace(model=model, optimizer=optimizer, data_loader=[])
-        cfg.defrost()
-        cfg.MODEL.WEIGHTS = "x.pkl"
-        scheme = hook._build_scheme()
-        found[form] = {layer.name for layer in scheme.layers}, set(scheme.loud), fine_tuning_warning(cfg, scheme)
-    stages = zip((3, 4, 5), blocks, strict=True)
-    convs = [f"backbone.bottom_up.res{stage}.{block}.conv" for stage, count in stages for block in range(count)]
-    assert found["as it is"] == ({conv + number for conv in convs for number in "12"}, set(), None)
-    names, loud, warning = found["with conv3"]
-    assert names == {conv + number for conv in convs for number in "123"} and loud == {conv + "3" for conv in convs}
-    assert MEASURED in warning
+    boxes, classes = Boxes(torch.tensor([[4.0, 4, 20, 20]])), torch.tensor([0])
+    instances = Instances((32, 32), gt_boxes=boxes, gt_classes=classes)
+    image = {"image": torch.rand(3, 32, 32), "height": 32, "width": 32, "instances": instances}
+    passes = TrainingPasses(model, lambda number, cycle: [[image]], lambda batch: sum(model(batch).values()), list)
+    names = [name for name, _ in model.named_modules() if re.fullmatch(r".*res[345]\.\d+\.conv\d", name)]
+    assert len(names) == 3 * (13 if depth == 50 else 30)
+    for exclude, convs, loud in ((options["exclude"], "12", ""), ([], "123", "3")):
+        found = RePr(model, optimizer, 800, **options | {"exclude": exclude}, passes=passes)
+        with EventStorage(0):
+            found.prove(lambda: passes.loss([image]))
+        assert {x.name for x in found.scheme.layers} == {name for name in names if name[-1] in convs}
+        assert set(found.scheme.loud) == {name for name in names if name[-1] in loud}
+        assert (fine_tuning_warning("x.pkl", 800, found.scheme) is not None) == bool(loud)
+        found.close()

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from repr_det.method.blocks import readers
 from torch import nn
 
 from repr_det import RePrScheme, find_filter_layers
@@ -39,7 +38,7 @@ def test_overlap_is_that_inside_each_group():
     conv = grouped_conv()
     np.testing.assert_allclose(inter_filter_orthogonality(conv.weight, GROUPS), in_groups(conv.weight), atol=1e-6)
     dropped = torch.rand(GROUPS * WIDTH) < 0.4
-    found = overlap_of_kept(conv.weight, inter_filter_orthogonality(conv.weight, GROUPS), dropped, GROUPS)
+    found = overlap_of_kept(conv.weight, dropped, GROUPS)
     np.testing.assert_allclose(found, in_groups(conv.weight, ~dropped.numpy()), atol=1e-6)
 
 
@@ -112,34 +111,32 @@ def test_a_whole_group_may_be_dropped_and_returns():
 
 
 class Block(nn.Module):
-    """relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1 x)))))))) + x, conv2 grouped; ``readers`` is written by hand."""
+    """relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1 x)))))))) + x, conv2 grouped."""
 
-    def __init__(self, groups: int) -> None:
+    def __init__(self, groups: int, norm=nn.BatchNorm2d) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.conv1, self.bn1 = nn.Conv2d(16, 32, 1, bias=False), nn.BatchNorm2d(32)
-        self.conv2, self.bn2 = nn.Conv2d(32, 32, 3, padding=1, groups=groups, bias=False), nn.BatchNorm2d(32)
-        self.conv3, self.bn3 = nn.Conv2d(32, 16, 1, bias=False), nn.BatchNorm2d(16)
+        self.conv1, self.bn1 = nn.Conv2d(16, 32, 1, bias=False), norm(32)
+        self.conv2, self.bn2 = nn.Conv2d(32, 32, 3, padding=1, groups=groups, bias=False), norm(32)
+        self.conv3, self.bn3 = nn.Conv2d(32, 16, 1, bias=False), norm(16)
 
     def forward(self, x):
         out = self.bn1(self.conv1(x)).relu()
         out = self.bn2(self.conv2(out)).relu()
         return (x + self.bn3(self.conv3(out))).relu()
 
-    def readers(self):
-        return {self.conv1: self.conv2, self.conv2: self.conv3, self.conv3: None}
 
-
-def function_preserving(groups, criterion="random", optimizer=torch.optim.Adam):
-    net = Block(groups)
-    opt = optimizer(net.parameters(), 1e-2)
-    options = {"returns": "function_preserving", "readers": net.readers(), "criterion": criterion}
-    scheme = RePrScheme(find_filter_layers(net, ["conv*"]), opt, **options)
+def function_preserving(groups, criterion="random", norm=nn.BatchNorm2d):
+    net = Block(groups, norm)
+    opt = torch.optim.Adam(net.parameters(), 1e-2)
+    layers = find_filter_layers(net, ["conv[12]"])
+    scheme = RePrScheme(layers, opt, model=net, returns="function_preserving", criterion=criterion)
     images = torch.randn(4, 16, 6, 6)
     for number in range(6):
         opt.zero_grad()
         net(images).square().mean().backward()
         opt.step()
+        scheme.check()
         if number == 2:
             scheme.drop()
     return net, opt, scheme, images
@@ -163,33 +160,32 @@ def test_a_restore_in_front_of_grouped_readers_changes_no_output(groups, caplog)
     assert (net.conv2.weight.flatten(1).norm(dim=1) > 0).all()
 
 
-def test_channels_that_cannot_be_silent_are_named(caplog):
-    """A depthwise reader has one kernel a channel: without it its own filter would be zero."""
-    net, _, scheme, _ = function_preserving(32)
-    assert "filters of conv1 cannot return without changing the network's output" in caplog.text
+def test_a_depthwise_reader_leaves_it_to_gamma_or_is_named(caplog):
+    """It has one kernel a channel: without it its own filter would be zero."""
+    net, _, scheme, images = function_preserving(32)
+    mask = scheme.masks["conv1"].clone()
+    before = net(images)
     scheme.restore()
-    assert (net.conv2.weight.flatten(1).norm(dim=1) > 0).all()
+    torch.testing.assert_close(net(images), before, rtol=1e-5, atol=1e-6)
+    assert not net.bn1.weight[mask].any() and (net.conv2.weight.flatten(1).norm(dim=1) > 0).all()
+    assert not caplog.text
+    net, _, scheme, _ = function_preserving(32, norm=lambda channels: nn.Identity())
+    assert scheme.loud == ["conv1"]
+    assert "filters of conv1 cannot return without changing the network's output" in caplog.text
 
 
 def test_a_group_that_returns_whole_is_named(caplog):
-    net, _, scheme, _ = function_preserving(16, criterion="ortho")
-    scheme.masks["conv1"][:] = False
-    whole = scheme._held
-    whole.masks["conv1"][2:5] = True  # channels 2 and 3 are a group, 4 is half of one
-    whole.rows["conv1"] = torch.tensor([2, 3, 4])
-    old = scheme._old["conv1"]
-    scheme._old["conv1"] = {"weight": torch.randn(3, *old["weight"].shape[1:])}
-    for tensor in scheme.layers[0].tensors().values():
-        tensor.data[2:5] = 0
+    """Channels 2 and 3 are all that a filter of the reader sees; 4 is half of what another one sees."""
+
+    def chosen(layer):
+        score = torch.full((layer.num_filters,), float("-inf"))
+        if layer.name == "conv1":
+            score[2:5] = 1
+        return score
+
+    net, _, scheme, _ = function_preserving(16, criterion=chosen)
+    assert scheme.masks["conv1"].nonzero().flatten().tolist() == [2, 3, 4]
     scheme.restore()
     assert "RePr: 2 filters of conv1 return as published: all channels of a group" in caplog.text
     assert net.conv2.weight[2:4].flatten(1).norm(dim=1).min() > 0
-    assert not net.conv2.weight[4:6][~scheme.masks.get("conv2", torch.zeros(32, dtype=torch.bool))[4:6]][:, 0].any()
-
-
-def test_readers_of_detectron2_blocks_are_known_with_groups():
-    import repr_det.detectron.blocks  # noqa: F401
-    from detectron2.modeling.backbone.resnet import BottleneckBlock
-
-    block = BottleneckBlock(16, 16, bottleneck_channels=16, num_groups=4, norm="BN")
-    assert readers(block)[block.conv1] is block.conv2 and block.conv2.groups == 4
+    assert not net.conv2.weight[4:6, 0].any() and net.conv2.weight[4:6, 1].all()

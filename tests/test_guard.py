@@ -5,7 +5,7 @@ import torch
 from detectron2.engine import HookBase
 
 from repr_det import Trainer
-from repr_det.runs.guard import NonFiniteError, all_finite
+from repr_det.runs.guard import FiniteGuard, NonFiniteError, all_finite
 
 OPTS = "SOLVER.MAX_ITER 6 REPR.ENABLED True REPR.S1_ITERS 2 REPR.S2_ITERS 2 REPR.NUM_CYCLES 1 DATASETS.TEST ()".split()
 LAYER = "backbone.bottom_up.res4.0.conv2"
@@ -55,3 +55,15 @@ def test_all_finite():
     assert all_finite([torch.zeros(3), torch.full((2, 2), -1e30)])
     assert not all_finite([torch.zeros(3), torch.tensor([1.0, float("-inf")])])
     assert not all_finite([torch.tensor([float("nan")])])
+
+
+def test_gradients_are_looked_at_on_the_cpu_or_when_asked_for(tiny_cfg, monkeypatch):
+    """On a GPU a look makes the host wait, in every step."""
+    trainer = Trainer(tiny_cfg(*OPTS))
+    guard = next(hook for hook in trainer._hooks if isinstance(hook, FiniteGuard))
+    assert guard.check_gradients
+    looks = []
+    monkeypatch.setattr("repr_det.runs.guard.all_finite", lambda tensors: looks.append(trainer.iter) or True)
+    guard.check_gradients = False
+    trainer.train()
+    assert looks == [1, 3, 5]  # before the drop, the restore and the last checkpoint

@@ -1,10 +1,12 @@
 """Dropped filters stay at zero whatever the training loop does, and where something moves them the restore says so."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
-from plain_nets import largest_dropped, loss_of, plain_net, plain_scheme, train
+from plain_nets import IMAGES, largest_dropped, loss_of, plain_net, plain_scheme, readable_net, train
 from torch import nn
 
 from repr_det import RePrScheme, UserError, find_filter_layers
@@ -63,13 +65,12 @@ class TwoReaders(nn.Module):
         return self.conv2(x.relu()) if self.twice else x + raw
 
 
-@pytest.mark.parametrize("slim", [True, False])
 @pytest.mark.parametrize("twice", [True, False], ids=["conv called twice", "conv read past its norm"])
 @pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
-def test_convs_that_do_not_only_feed_their_norm(twice, slim, optimizer):
+def test_convs_that_do_not_only_feed_their_norm(twice, optimizer):
     net = TwoReaders(twice)
     opt = getattr(torch.optim, optimizer)(net.parameters(), 0.01)
-    scheme = RePrScheme(find_filter_layers(net, ["*"]), opt, slim=slim, slim_model=net)
+    scheme = RePrScheme(find_filter_layers(net, ["*"]), opt)
     train(net, opt)
     scheme.drop()
     for _ in range(3):
@@ -165,22 +166,50 @@ class Quantised(torch.optim.SGD):
         return super().step(closure)
 
 
-@pytest.mark.parametrize("kind", ["Adafactor", "LBFGS"])
-def test_optimizers_with_another_state_are_refused_at_once(kind):
-    net = plain_net()
-    optimizer = getattr(torch.optim, kind)(net.parameters(), 0.1)
-    with pytest.raises(UserError, match=f"under the optimizer {kind}: its state is not one number for every weight"):
-        plain_scheme(net, optimizer)
+class SecondCopy(torch.optim.SGD):
+    """State of the weight's shape, of a name that nobody knows."""
+
+    def step(self, closure=None):
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["slow"] = parameter.detach().clone()
+        return super().step(closure)
 
 
-@pytest.mark.parametrize(("kind", "key"), [(Factored, "row_var"), (Quantised, "state1")])
-def test_optimizers_with_a_state_that_shows_later_are_refused_before_the_drop(kind, key):
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        (Factored, "filters of 0 cannot be held at zero under the optimizer Factored: it keeps 'row_var'"),
+        (Quantised, "under the optimizer Quantised: it keeps 'state1' for every weight"),
+        (SecondCopy, "under the optimizer SecondCopy: it keeps 'slow' for every weight"),
+        (torch.optim.Adafactor, "under the optimizer Adafactor: it keeps 'row_var' for every weight"),
+        (torch.optim.LBFGS, "the optimizer LBFGS keeps '.*' for all weights together"),
+    ],
+)
+def test_optimizers_whose_state_is_not_understood_are_refused_before_the_drop(kind, told):
     net = plain_net()
-    _, opt, scheme = plain_scheme(net, kind(net.parameters(), 0.1))
-    train(net, opt)
-    with pytest.raises(UserError, match=rf"filters of 0 at zero under the optimizer {kind.__name__} \(its '{key}'\)"):
+    opt = kind(net.parameters(), lr=0.1)
+    _, _, scheme = plain_scheme(net, opt)
+
+    def closure():
+        opt.zero_grad()
+        loss = loss_of(net)
+        loss.backward()
+        return loss
+
+    for _ in range(2):
+        closure()
+        opt.step(closure if kind is torch.optim.LBFGS else None)
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(UserError, match=told):
         scheme.drop()
-    assert not scheme.is_sub
+    assert not scheme.is_sub and all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["Adam", "RMSprop", "Adagrad"])
+def test_eps_0_is_refused_at_once(kind):
+    net = plain_net()
+    with pytest.raises(UserError, match=f"the optimizer {kind} has eps 0: its step of a dropped filter is 0 / 0"):
+        plain_scheme(net, getattr(torch.optim, kind)(net.parameters(), 0.1, eps=0.0))
 
 
 # --- layers that do not learn ---------------------------------------------------------------------------------------
@@ -224,25 +253,23 @@ def test_layers_without_a_gradient_lose_no_filter_also_when_resumed(caplog):
     torch.manual_seed(0)
     net = TwoBranches()
     _, opt, scheme = plain_scheme(net)
-    first = dropped_layers(scheme, net, opt, steps=4)  # four gradients of zeros may be an accident
-    assert "weightless" in first and not first & {"idle", "unused"}
-    scheme.restore()
-    for steps in (6, 1):
-        assert dropped_layers(scheme, net, opt, steps) == {"main.0", "main.3"}
-        assert "idle (it has had no gradient), unused (it has had no gradient), weightless" in caplog.text
+    for steps in (4, 1):
+        assert not dropped_layers(scheme, net, opt, steps) & {"idle", "unused"}
+        assert "no filter is dropped of idle (it has had no gradient), unused (it has had no gradient)" in caplog.text
         scheme.restore()
         saved = scheme.state_dict()
-        assert saved["learning"]["seen"] == ["main.0", "main.3"]
         scheme = plain_scheme(net, opt)[2]
         scheme.load_state_dict(saved)
 
 
-def test_states_of_version_0_1_0_take_every_layer():
-    net = TwoBranches()
-    _, opt, scheme = plain_scheme(net)
-    saved = {key: value for key, value in scheme.state_dict().items() if key != "learning"}
-    scheme.load_state_dict(saved)
-    assert {"idle", "unused", "weightless"} & dropped_layers(scheme, net, opt)
+def test_where_no_layer_learns_nothing_is_dropped():
+    net, opt, scheme = plain_scheme()
+    train(net, opt)
+    for layer in scheme.layers:
+        layer.weight.requires_grad_(False)
+    with pytest.raises(UserError, match=r"no layer learns \(of 0: it does not require a gradient\)"):
+        scheme.drop()
+    assert not scheme.is_sub
 
 
 def test_layers_that_were_frozen_after_the_start_lose_no_filter():
@@ -303,7 +330,7 @@ def test_the_norm_of_half_precision_filters_is_right_after_rounding(dtype, size)
     norms = rows.norm(dim=1)
     if (norms[~mask] > 0).all() and size == 1:
         # An entry of bfloat16 has 8 bits; the mean of a filter's rounding errors is much smaller.
-        torch.testing.assert_close(norms[mask], norms[~mask].mean().expand(16), rtol=5e-4, atol=0)
+        torch.testing.assert_close(norms[mask], norms[~mask].mean().expand(16), rtol=1e-3, atol=0)
     assert (norms[mask] > 0).all()
     unit = rows / norms.clamp_min(1e-300)[:, None]
     assert (unit[mask] @ unit[~mask].T).abs().max() <= transition.max_cosine["0"] + 1e-6
@@ -340,10 +367,11 @@ def train_on_noise(net, opt, steps):
 
 def test_squares_of_kernels_on_returning_channels():
     """While a channel is zero, the squared gradients of the kernels that read it decay."""
-    net = plain_net()
+    net = readable_net()
     opt = torch.optim.Adam(net.parameters(), 1e-3, betas=(0.9, 0.9))
-    _, _, scheme = plain_scheme(net, opt, readers={net[0]: net[3], net[3]: None})
+    scheme = RePrScheme(find_filter_layers(net, ["*"]), opt, model=net)
     train(net, opt, steps=10)
+    scheme.check()
     scheme.drop()
     train(net, opt, steps=40)
     returned, own = scheme.masks["0"].clone(), scheme.masks["3"].clone()
@@ -354,3 +382,141 @@ def test_squares_of_kernels_on_returning_channels():
     least = before[:, ~returned].mean()
     torch.testing.assert_close(squares[~own][:, returned], before[~own][:, returned].clamp_min(least))
     assert torch.equal(squares[~own][:, ~returned], before[~own][:, ~returned])
+
+
+# --- what changes while filters are out -----------------------------------------------------------------------------
+
+
+def test_norms_that_begin_to_train_while_filters_are_out():
+    """Gradual unfreezing: gamma and beta of dropped filters stay zero."""
+    net = plain_net()
+    opt = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+    for norm in (net[1], net[4]):
+        norm.requires_grad_(False)
+    scheme = RePrScheme(find_filter_layers(net, ["*"]), opt)
+    train(net, opt)
+    scheme.drop()
+    for norm in (net[1], net[4]):
+        norm.requires_grad_(True)
+    train(net, opt)
+    assert largest_dropped(scheme) == 0
+    assert net[1].weight.grad[~scheme.masks["0"]].abs().min() > 0
+    scheme.restore()
+
+
+def test_a_layer_that_is_frozen_while_filters_are_out_gets_its_old_ones():
+    net, opt, scheme = plain_scheme()
+    train(net, opt)
+    old = copy.deepcopy(net.state_dict())
+    scheme.drop()
+    masks = {name: mask.clone() for name, mask in scheme.masks.items()}
+    net[0].weight.requires_grad_(False)
+    scheme.restore()
+    for key in ("0.weight", "1.weight", "1.bias", "1.running_mean", "1.running_var"):
+        assert torch.equal(net.state_dict()[key][masks["0"]], old[key][masks["0"]]), key
+    assert not torch.isclose(net[3].weight[masks["3"]], old["3.weight"][masks["3"]]).any()
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_filters_that_return_as_they_were(old):
+    """What ``finish("old")`` does: the network of before the drop, where nothing has been trained in between."""
+    net, opt, scheme = plain_scheme()
+    train(net, opt)
+    before = copy.deepcopy(net.state_dict())
+    scheme.drop()
+    transition = scheme.restore(as_they_were=old)
+    same = [torch.equal(value, before[name]) for name, value in net.state_dict().items()]
+    assert all(same) if old else not all(same)
+    assert bool(transition.max_cosine) != old and scheme.cycle == 1
+
+
+@pytest.mark.parametrize("steps", [1, 3, 7])
+def test_gradients_made_by_hand_are_seen_however_late_they_come(steps):
+    """A GradScaler that skips the first steps, and gradients that nobody computed: looked at in steps 1, 2, 4, 8."""
+    net, opt, scheme = plain_scheme()
+    train(net, opt)
+    scheme.drop()
+    seen = None
+    for step in range(1, 9):
+        opt.zero_grad()
+        loss_of(net).backward()
+        if step > steps:
+            for parameter in net.parameters():
+                parameter.grad += 1e-3
+        opt.step()
+        try:
+            scheme.check()
+        except UserError as error:
+            seen = step
+            assert "dropped filters of 0 are not zero any more" in str(error)
+            break
+    assert seen == 2 ** steps.bit_length()
+
+
+def test_channels_that_are_not_0_in_the_first_pass_of_the_sub_network_are_named():
+    """Something that adds to a channel, which the traced pass of before the drop did not show."""
+    net = readable_net()
+    opt = torch.optim.SGD(net.parameters(), 0.1)
+    scheme = RePrScheme(find_filter_layers(net, ["*"]), opt, model=net)
+    train(net, opt)
+    scheme.check()
+    scheme.drop()
+    net[4].forward = lambda x: nn.BatchNorm2d.forward(net[4], x) + 0.1
+    train(net, opt, steps=1)
+    with pytest.raises(UserError, match="dropped channels of 3 are not 0 in the sub-network's first pass"):
+        scheme.check()
+
+
+def test_an_optimizer_that_keeps_the_weights_elsewhere_is_seen_after_the_restore():
+    """Master weights that no state shows put the returned filters back to zero."""
+    net, opt, scheme = plain_scheme()
+    train(net, opt)
+    scheme.drop()
+    train(net, opt)
+    scheme.check()
+    masters = {name: value.clone() for name, value in net.state_dict().items()}
+    scheme.restore()
+    net.load_state_dict(masters)
+    with pytest.raises(UserError, match=r"filters of 0 are gone one step after they returned in cycle 1"):
+        scheme.check()
+    scheme.check()  # once
+
+
+# --- who holds a model ----------------------------------------------------------------------------------------------
+
+
+def test_one_scheme_a_model():
+    net = readable_net()
+    opt = torch.optim.SGD(net.parameters(), 0.1)
+
+    def build(net=net):
+        return RePrScheme(find_filter_layers(net, ["*"]), opt, model=net)
+
+    first = build()
+    with pytest.raises(UserError, match=r"0 belongs to another RePr already: close\(\) that one first$"):
+        build()
+    twin = copy.deepcopy(net)  # copies are free, and without hooks
+    twin(IMAGES)
+    assert not first.participants.news
+    first.close()
+    second = build()
+    del first
+    train(net, opt)
+    second.check()
+    second.drop()
+    with pytest.raises(UserError, match="RePr cannot be copied"):
+        copy.deepcopy(second)
+    kept = weakref.ref(second)
+    del second
+    with pytest.raises(UserError, match=r"after finish\(\) brings its filters back"):
+        build()
+    kept().restore()
+    gc.collect()
+    assert kept() is None  # one that is forgotten in the full phase is out of the way
+    build()
+
+
+@pytest.mark.parametrize("name", ["readers", "slim_model", "slim", "apart"])
+def test_arguments_of_0_2_0_have_no_effect(name):
+    with pytest.warns(DeprecationWarning, match=f"RePrScheme: {name}= has no effect since version 0.3.0"):
+        plain_scheme(**{name: None})

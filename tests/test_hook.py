@@ -10,7 +10,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import At, assert_same_weights, interrupt
+from conftest import R18, At, assert_same_weights, interrupt
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, default_setup, hooks
@@ -21,8 +21,9 @@ from small_loop import OPTIONS, hook_of, small_trainer, spelled, train
 from repr_det import RePr, RePrHook, Trainer, UserError, add_repr_config
 from repr_det.commands.processes import STOCK_CONFIG_FILE, write_configs
 from repr_det.detectron.config import options_of_config, without_repr
-from repr_det.detectron.passes import calibration_batches
+from repr_det.detectron.passes import calibration_batches, training_passes
 from repr_det.method.options import CONFIG_KEYS, option_names
+from repr_det.network.state import random_state
 
 SCHEDULE = "SOLVER.MAX_ITER 8 REPR.ENABLED True REPR.S1_ITERS 2 REPR.S2_ITERS 1 REPR.NUM_CYCLES 2".split()
 WAYS = ("config", "plain")
@@ -90,16 +91,17 @@ def test_changes_nothing_bit_for_bit(tiny_cfg, tmp_path, how, norm):
 
 
 def test_a_hook_without_a_seed_draws_none_from_the_training():
-    before = np.random.get_state()[1].copy()
-    train(small_trainer(RePrHook(**OPTIONS)), stop=2)
-    assert (np.random.get_state()[1] == before).all()
+    np.random.seed(3)
+    trainer = small_trainer(RePrHook(**OPTIONS))
+    train(trainer, stop=2)
+    assert np.random.rand() == np.random.RandomState(3).rand()
 
 
 # ---- what it does ----
 
 
 def test_drops_restores_events_and_scalars(tiny_cfg, tmp_path):
-    cfg = tiny_cfg(*SCHEDULE, "TEST.EVAL_PERIOD", 4, "SOLVER.CHECKPOINT_PERIOD", 3)
+    cfg = tiny_cfg(*R18, *SCHEDULE, "TEST.EVAL_PERIOD", 4, "SOLVER.CHECKPOINT_PERIOD", 3)
     seen = Seen(lambda trainer: int(zero_filters(a_layer(trainer.model)).sum()))
     trainer = trained(Trainer, cfg, seen)
     order = [type(h) for h in trainer._hooks]
@@ -131,7 +133,7 @@ def test_drops_restores_events_and_scalars(tiny_cfg, tmp_path):
 
 
 def test_sub_network_checkpoint_is_a_stock_checkpoint(tiny_cfg, tmp_path):
-    cfg = tiny_cfg(*SCHEDULE, "SOLVER.CHECKPOINT_PERIOD", 2, "DATASETS.TEST", "()")  # after iteration 1, the drop
+    cfg = tiny_cfg(*R18, *SCHEDULE, "SOLVER.CHECKPOINT_PERIOD", 2, "DATASETS.TEST", "()")  # after iteration 1, the drop
     trained(Trainer, cfg)
     path = tmp_path / "run" / "model_0000001.pth"
     saved = torch.load(path, weights_only=True)
@@ -358,9 +360,7 @@ def test_averages_get_dropped_and_returning_filters():
 
     def look(trainer):
         masks = {name: mask.clone() for name, mask in hook.scheme.masks.items()}
-        return masks, {
-            name: average.get_submodule(name).weight.clone() for name in ("backbone.conv1", "backbone.conv2")
-        }
+        return masks, [average.get_submodule(name).weight[mask].clone() for name, mask in masks.items()]
 
     seen = Seen(look)
     trainer.register_hooks([hook, seen])
@@ -371,6 +371,30 @@ def test_averages_get_dropped_and_returning_filters():
         mine, theirs = average.get_submodule(name), trainer.model.get_submodule(name)
         assert mask.any() and torch.equal(mine.weight[mask], theirs.weight[mask])
         assert not torch.equal(mine.weight[~mask], theirs.weight[~mask])
+
+
+def first_ones(layer):
+    return -torch.arange(layer.num_filters)
+
+
+def test_a_function_as_criterion_and_a_state_of_plain_types(tmp_path):
+    hook = RePrHook(**OPTIONS, criterion=first_ones)
+    trainer = small_trainer(hook)
+    train(trainer, stop=5)
+    assert {name: mask.nonzero().flatten().tolist() for name, mask in hook.scheme.masks.items()} == {
+        "backbone.conv1": [0, 1, 2, 3],
+        "backbone.conv2": [0, 1, 2],
+    }
+    torch.save(trainer.state_dict(), tmp_path / "state.pth")
+    state = torch.load(tmp_path / "state.pth", weights_only=True)
+    again, other = small_trainer(RePrHook(**OPTIONS, criterion=first_ones)), small_trainer(RePrHook(**OPTIONS))
+    again.model.load_state_dict(trainer.model.state_dict())
+    again.load_state_dict(state)
+    train(again, 5)
+    assert again._hooks[0].scheme.cycle == 1
+    other.load_state_dict(state)
+    with pytest.raises(UserError, match=r"criterion= test_hook\.first_ones, this run has ortho"):
+        train(other, 5)
 
 
 def test_keys_of_earlier_versions(tmp_path, caplog):
@@ -393,6 +417,21 @@ def test_extra_passes_leave_no_trace_in_the_log(tiny_cfg):
     cfg = tiny_cfg(*SCHEDULE, "REPR.CRITERION", "taylor", "REPR.CRITERION_BATCHES", "2", "DATASETS.TEST", "()")
     logged = trained(Trainer, cfg).storage.histories()
     assert {len(logged[name].values()) for name in ("rpn/num_pos_anchors", "total_loss")} == {8}
+
+
+def test_batches_of_extra_passes_depend_on_seed_and_cycle_alone(tiny_cfg):
+    cfg = tiny_cfg()
+    trainer = DefaultTrainer(cfg)
+    state = str(random_state())
+
+    def files(seed, cycle, images=2):
+        passes = training_passes(trainer.model, trainer, seed, images, True)
+        return [[image["file_name"] for image in batch] for batch in passes.batches(2, cycle)]
+
+    assert files(3, 0) == files(3, 0) != files(3, 1)
+    assert files(3, 0) != files(4, 0)
+    assert [len(batch) for batch in files(3, 0, 4)] == [4, 4]
+    assert str(random_state()) == state
 
 
 def test_a_network_that_diverges_is_named_as_such_at_a_transition(tiny_cfg):

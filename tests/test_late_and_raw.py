@@ -19,6 +19,7 @@ from detectron2.solver import build_lr_scheduler
 from torch import nn
 
 from repr_det import RePrHook, UserError, add_repr_config
+from repr_det.detectron import evaluators
 from repr_det.detectron.evaluators import build_evaluator, check_evaluators
 from repr_det.detectron.hook import first_later_hook
 from repr_det.runs.checkpoints import AtomicCheckpointer
@@ -27,7 +28,7 @@ from repr_det.runs.settings import apply_settings, settings_of
 
 
 class Net(nn.Module):
-    """Two convs with norms; takes a list of dicts with "image", as Detectron2's models do."""
+    """Two convs with norms and a head; takes a list of dicts with "image", as Detectron2's models do."""
 
     def __init__(self, norm=nn.BatchNorm2d):
         super().__init__()
@@ -36,12 +37,13 @@ class Net(nn.Module):
             conv = nn.Conv2d(width, 8, 3, padding=1, bias=False)
             conv.norm = norm(8)
             self.backbone.add_module(name, conv)
+        self.head = nn.Conv2d(8, 1, 1)
 
     def forward(self, batch):
         x = torch.stack([sample["image"] for sample in batch])
         for conv in self.backbone:
             x = conv.norm(conv(x)).relu()
-        return {"loss": x.square().mean()}
+        return {"loss": self.head(x).square().mean()}
 
 
 def config(folder, *opts):
@@ -143,12 +145,6 @@ def test_no_state_to_be_found(tmp_path):
     assert events(tmp_path / "run") == before
 
 
-def test_two_hooks_are_refused(tmp_path):
-    cfg = config(tmp_path)
-    with pytest.raises(UserError, match="registered twice"):
-        trained(tmp_path, cfg, front=[RePrHook(cfg)])
-
-
 @pytest.mark.parametrize("at", [1, 3, 5, 7])
 def test_saved_in_front_of_the_transition_of_the_same_iteration(tmp_path, straight, at):
     """The next drop or restore is owed, and made when the run is resumed."""
@@ -186,7 +182,7 @@ def test_data_that_a_transition_needs_is_missed_before_the_first_step(tmp_path):
 
     with pytest.raises(UserError, match="this trainer's data loader is an iterator"):
         trained(tmp_path, config(tmp_path), norm=FrozenBatchNorm2d, loader=Once)
-    with pytest.raises(UserError, match=r"REPR.CRITERION taylor looks at training batches, and none can be drawn"):
+    with pytest.raises(UserError, match="the criterion looks at training batches, and none can be drawn"):
         trained(tmp_path, config(tmp_path, "REPR.CRITERION", "taylor"), loader=lambda start: [])
 
 
@@ -285,14 +281,15 @@ def test_record_of_a_run(tmp_path, data_set, caplog):
 
 @pytest.mark.parametrize(
     ("kind", "expected"),
-    [(None, "COCOEvaluator"), ("coco", "COCOEvaluator"), ("sem_seg", "SemSegEvaluator"), ("pascal_voc", "PascalVOC")],
+    [(None, "CocoEvaluator"), ("coco", "CocoEvaluator"), ("sem_seg", "SemSegEvaluator"), ("pascal_voc", "PascalVOC")],
 )
 def test_evaluator_of_a_data_set(tmp_path, data_set, monkeypatch, kind, expected):
     from detectron2 import evaluation
 
     made = []
-    for name in ("COCOEvaluator", "SemSegEvaluator", "PascalVOCDetectionEvaluator"):
-        monkeypatch.setattr(evaluation, name, lambda *_, name=name, **__: made.append(name))
+    for name in ("CocoEvaluator", "SemSegEvaluator", "PascalVOCDetectionEvaluator"):
+        module = evaluators if name == "CocoEvaluator" else evaluation
+        monkeypatch.setattr(module, name, lambda *_, name=name, **__: made.append(name))
     if kind is not None:
         MetadataCatalog.get(data_set).evaluator_type = kind
     check_evaluators([data_set])

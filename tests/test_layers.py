@@ -1,19 +1,26 @@
-"""Which convs take part in Detectron2's models, and what one filter of each is; others: test_layers_elsewhere.py."""
+"""Candidates in Detectron2's models, those that a training pass lets take part, and what one filter of each is."""
 
 import pytest
 import torch
 import torchvision
+from detectron2 import model_zoo
 from detectron2.config import get_cfg
 from detectron2.layers import Conv2d, FrozenBatchNorm2d, get_norm
 from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
 from found_layers import names, refused
 from torch import nn
+from traced_nets import build as build_net
+from traced_nets import reasons
 
 from repr_det.method.layers import find_filter_layers, zero_rows_
+from repr_det.method.participants import Participants
 
 DEFAULT_INCLUDE = ["backbone.bottom_up.res*.conv*", "backbone.res*.conv*", "roi_heads.res5.*.conv*"]
 BLOCKS = {18: (2, 2, 2, 2), 50: (3, 4, 6, 3)}
 CONVS = {18: 2, 50: 3}
+KINDS = ("lateral", "output")  # of FPN's convs
 
 
 def build(kind: str, depth: int, freeze_at: int, norm: str = "FrozenBN", **keys) -> nn.Module:
@@ -37,6 +44,10 @@ def build(kind: str, depth: int, freeze_at: int, norm: str = "FrozenBN", **keys)
         cfg.MODEL.ROI_BOX_HEAD.NAME = "FastRCNNConvFCHead"
         cfg.MODEL.ROI_BOX_HEAD.NUM_FC, cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 1, 8
         cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION = 3
+    if kind == "retinanet":
+        cfg.merge_from_file(model_zoo.get_config_file("COCO-Detection/retinanet_R_50_FPN_1x.yaml"))
+        cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.FPN.OUT_CHANNELS, cfg.MODEL.RETINANET.NUM_CLASSES = depth, 16, 2
+        cfg.MODEL.RESNETS.NORM, cfg.MODEL.BACKBONE.FREEZE_AT = norm, freeze_at
     for key, value in keys.items():
         cfg.merge_from_list([key.replace("__", "."), value])
     return build_model(cfg)
@@ -105,52 +116,62 @@ def test_fpn_convs_with_a_norm():
     assert len(layers) == 8 and {layer.kind for layer in layers} == {"group"}
 
 
-def test_layer_norm_is_refused_by_name():
-    message = refused(build("fpn", 18, 0, "LN"), DEFAULT_INCLUDE)
-    assert message.startswith(
-        "REPR cannot drop filters of backbone.bottom_up.res2.0.conv1: its norm LayerNorm is none of"
-    )
-    assert "add 'backbone.bottom_up.res2.0.conv1' to REPR.LAYERS.EXCLUDE" in message
+def batch(height=96, width=128):
+    """Two images with two boxes each, as Detectron2's models take them."""
+    boxes = Boxes(torch.tensor([[10.0, 10, 60, 70], [40, 30, 110, 90]]))
+    for _ in range(2):
+        found = Instances((height, width), gt_boxes=boxes, gt_classes=torch.tensor([0, 1]))
+        yield dict(image=torch.randint(0, 255, (3, height, width)).float(), instances=found)
 
 
-@pytest.mark.parametrize("modulated", [False, True])
-def test_deformable_convs_of_detectron2_stay_out(modulated):
-    try:
-        model = build(
-            "fpn",
-            50,
-            2,
-            MODEL__RESNETS__DEFORM_ON_PER_STAGE=[False, True, False, True],
-            MODEL__RESNETS__DEFORM_MODULATED=modulated,
-        )
-    except ImportError as error:
-        pytest.skip(f"Detectron2 without compiled operators: {str(error)[:60]}")
-    expected = [
-        name
-        for name in stage_convs("backbone.bottom_up", 50, (3, 4, 5))
-        if not (name.endswith("conv2") and (".res3." in name or ".res5." in name))
-    ]
-    assert names(find_filter_layers(model, DEFAULT_INCLUDE)) == expected
+def taking_part(model: nn.Module) -> dict[str, str | None]:
+    """Conv -> norm of all trainable convs that a training pass lets take part."""
+    participants = Participants(find_filter_layers(model, ["*"]), model)
+    with EventStorage(0):
+        model.train()(list(batch()))
+    return {layer.name: layer.norm_name for layer in participants.agreed()}
 
 
-def test_offset_convs_stay_out():
-    class DeformBlock(nn.Module):
-        """The names and types of Detectron2's DeformBottleneckBlock, which its compiled operators need not run here."""
+HEADS = {
+    "fpn": ["proposal_generator.rpn_head.conv", *(f"backbone.fpn_{k}{n}" for n in (2, 3, 4, 5) for k in KINDS)],
+    "c4": ["proposal_generator.rpn_head.conv"],
+    "retinanet": [
+        *(f"backbone.fpn_{k}{n}" for n in (3, 4, 5) for k in KINDS),
+        *("backbone.top_block.p6", "backbone.top_block.p7"),
+        *(f"head.{part}_subnet.{number}" for part in ("cls", "bbox") for number in (0, 2, 4, 6)),
+    ],
+}
 
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv1 = Conv2d(8, 4, 1, bias=False, norm=get_norm("BN", 4))
-            self.conv2_offset = Conv2d(4, 18, 3)
-            self.conv2 = torchvision.ops.DeformConv2d(4, 4, 3)
-            self.conv3 = Conv2d(4, 8, 1, bias=False, norm=get_norm("BN", 8))
 
-    model = nn.ModuleDict({"res3": nn.Sequential(DeformBlock())})
-    assert names(find_filter_layers(model, ["res*.conv*"])) == ["res3.0.conv1", "res3.0.conv3"]
+@pytest.mark.parametrize(
+    ("kind", "norm"),
+    [*(("fpn", norm) for norm in ("FrozenBN", "BN", "GN", "")), ("c4", "FrozenBN"), ("retinanet", "FrozenBN")],
+)
+def test_a_training_pass_of_a_detector(kind, norm):
+    """All convs of the backbone and what prepares predictions; what predicts stays out."""
+    torch.manual_seed(0)
+    depth = 50 if kind == "c4" else 18
+    model = build(kind, depth, 2, norm)
+    found = taking_part(model)
+    prefix = "backbone" if kind == "c4" else "backbone.bottom_up"
+    stages = (3, 4) if kind == "c4" else (3, 4, 5)
+    convs = stage_convs(prefix, depth, stages) + (stage_convs("roi_heads", 50, (5,)) if kind == "c4" else [])
+    shortcuts = [n for n in found if n.endswith("shortcut")]
+    assert sorted(found) == sorted([*convs, *shortcuts, *HEADS[kind]])
+    assert len(shortcuts) == 3
+    for name in convs:
+        assert found[name] == (f"{name}.norm" if norm else None)
+
+
+def test_layer_norm_stays_out():
+    """Detectron2's, written by hand: of constant channels it makes -mean / deviation."""
+    net = build_net(Conv2d(3, 16, 3, norm=get_norm("LN", 16)), nn.ReLU())
+    assert reasons(net)["0"]
 
 
 def test_frozen_matches_are_named_as_the_reason():
     message = refused(build("fpn", 18, 5), DEFAULT_INCLUDE)
-    assert "(16 that match are frozen, see MODEL.BACKBONE.FREEZE_AT)" in message
+    assert "(16 that match are frozen)" in message
     assert "backbone.fpn_lateral2" in message
 
 
@@ -168,7 +189,7 @@ def test_a_filter_whose_tensors_are_zero_gives_exactly_zero(norm, bias, train):
     model = nn.Sequential(conv).train(train)
     (layer,) = find_filter_layers(model, ["0"])
     with torch.no_grad():
-        for tensor in [*layer.tensors().values(), *(layer.running_statistics() or ())]:
+        for tensor in [*layer.tensors().values(), *layer.running_statistics().values()]:
             tensor.uniform_(0.5, 2)
     expected = {"weight", *(["bias"] if bias else []), *(["norm.weight", "norm.bias"] if norm else [])}
     assert set(layer.tensors()) == expected
@@ -193,32 +214,13 @@ def test_zero_rows_clears_what_is_not_a_number():
     zero_rows_(tensors, torch.tensor([], dtype=torch.int64))
 
 
-@pytest.mark.parametrize("norm", ["BN", "FrozenBN", "GN", ""])
-def test_only_moving_parameters_have_a_gradient_where_the_filter_is_zero(norm):
-    """Everything else has a gradient of exactly 0 by itself, with nothing to mask it."""
-    torch.manual_seed(0)
-    model = nn.Sequential(Conv2d(3, FILTERS, 3, bias=True, norm=get_norm(norm, FILTERS)))
-    (layer,) = find_filter_layers(model, ["0"])
-    rows = torch.tensor([2, 9])
-    zero_rows_(layer.tensors().values(), rows)
-    output = model(torch.randn(4, 3, 6, 6))
-    (output * torch.randn_like(output)).sum().backward()
-    moving = {id(p) for p in layer.moving_parameters()}
-    assert all(p.requires_grad for p in layer.moving_parameters())
-    for parameter in layer.parameters():
-        if id(parameter) not in moving:
-            assert parameter.grad is None or torch.count_nonzero(parameter.grad[rows]) == 0
-    assert {id(p) for p in layer.parameters()} == {id(p) for p in model.parameters()}
-    expected = {"BN": 2, "FrozenBN": 0, "GN": 4, "": 2}[norm]
-    assert len(moving) == expected
-
-
 def test_running_statistics():
     def statistics(norm):
         return find_filter_layers(nn.Sequential(nn.Conv2d(3, 4, 1), norm), ["*"])[0].running_statistics()
 
     for norm in (nn.BatchNorm2d(4), FrozenBatchNorm2d(4), torchvision.ops.FrozenBatchNorm2d(4)):
-        mean, variance = statistics(norm)
-        assert mean is norm.running_mean and variance is norm.running_var
-    assert statistics(nn.BatchNorm2d(4, track_running_stats=False)) is None
-    assert statistics(nn.GroupNorm(2, 4)) is None and statistics(nn.ReLU()) is None
+        found = statistics(norm)
+        assert list(found) == ["norm.running_mean", "norm.running_var"]
+        assert found["norm.running_mean"] is norm.running_mean and found["norm.running_var"] is norm.running_var
+    assert statistics(nn.BatchNorm2d(4, track_running_stats=False)) == {}
+    assert statistics(nn.GroupNorm(2, 4)) == statistics(nn.ReLU()) == {}

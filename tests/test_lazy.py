@@ -1,5 +1,6 @@
 """The LazyConfig route: the same schedule, layers and model as the yaml twin, and a short run with resume."""
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -16,21 +17,33 @@ from repr_det.commands.arguments import build_config
 from repr_det.commands.checks import check_run
 from repr_det.commands.lazy_train import load_lazy_config, start
 from repr_det.detectron.config import schedule_from_config
-from repr_det.detectron.lazy import LazyTrainer, instantiate, repr_cfg_from_lazy
+from repr_det.detectron.lazy import LazyTrainer, instantiate, naming_lazy_keys, repr_cfg_from_lazy
 from repr_det.studies.comparison.records import read_events
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = str(ROOT / "configs" / "lazy" / "repr_faster_rcnn_r50_fpn.py")
 SMALL = f"""
+from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig
-from detectron2.model_zoo import get_config
+from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, ResNet
 
 globals().update(LazyConfig.load({CONFIG!r}))
-_bottom_up = model.backbone.bottom_up
-_bottom_up.freeze_at = 0
-_bottom_up.stem.norm = _bottom_up.stages.norm = "BN"
-_bottom_up.stages.depth = 18
-del _bottom_up.stages["stride_in_1x1"]
+_widths = (8, 8, 12, 16, 24)
+model.backbone.bottom_up = L(ResNet)(
+    stem=L(BasicStem)(in_channels=3, out_channels=8, norm="BN"),
+    stages=[
+        L(ResNet.make_stage)(
+            block_class=BasicBlock,
+            num_blocks=1,
+            stride=1 if number == 0 else 2,
+            in_channels=_widths[number],
+            out_channels=_widths[number + 1],
+            norm="BN",
+        )
+        for number in range(4)
+    ],
+    out_features=["res2", "res3", "res4", "res5"],
+)
 model.backbone.out_channels = 16
 model.proposal_generator.head.in_channels = 16
 model.proposal_generator.anchor_generator.sizes = [[8], [16], [32], [48], [64]]
@@ -49,8 +62,9 @@ for _loader in (dataloader.train, dataloader.test):
 optimizer.lr = 0.001
 train.update(device="cpu", init_checkpoint="", max_iter=4, eval_period=0, seed=5)
 train.checkpointer.period = 2
-repr.update(S1_ITERS=1, S2_ITERS=2, NUM_CYCLES=1)
+repr.update(s1_iters=1, s2_iters=2, num_cycles=1)
 """
+OLD_NODE = dict(ENABLED=True, S1_ITERS=1, S2_ITERS=2, NUM_CYCLES=1)  # of version 0.2.0
 
 
 @pytest.fixture
@@ -70,16 +84,31 @@ def test_same_schedule_layers_and_model_as_the_yaml_twin():
     assert RePrHook(yacs).schedule.drop_iters == (9999, 24999, 39999)
     assert (yacs.DATASETS.TRAIN, yacs.DATASETS.TEST) == (twin.DATASETS.TRAIN, twin.DATASETS.TEST)
     assert yacs.DATALOADER.ASPECT_RATIO_GROUPING and yacs.MODEL.ROI_HEADS.NUM_CLASSES == 80
-    ours, theirs = instantiate(lazy.model), build_model(twin)
+    twin.defrost()
+    twin.MODEL.DEVICE = "meta"
+    with torch.device("meta"):
+        ours, theirs = instantiate(lazy.model), build_model(twin)
     assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
     names = [[x.name for x in find_filter_layers(m, yacs.REPR.LAYERS.INCLUDE)] for m in (ours, theirs)]
     assert names[0] == names[1] and len(names[0]) == 39
 
 
+def test_a_node_of_version_0_2_0_says_the_same(caplog):
+    options = {"DROP_RATIO": 0.2, "SLIM": "auto", "LAYERS": {"EXCLUDE": ["*.conv3"]}, "REINIT": {"SCALE": "old"}}
+    lazy = load_lazy_config(CONFIG, [])
+    lazy.repr.update(s1_iters=1, s2_iters=2, num_cycles=1, drop_ratio=0.2, exclude=["*.conv3"], scale="old")
+    new = repr_cfg_from_lazy(lazy)
+    assert instantiate(lazy.repr).options.resumed() == RePrHook(new).options.resumed()
+    lazy.repr = OLD_NODE | options
+    with caplog.at_level(logging.WARNING):
+        old = repr_cfg_from_lazy(lazy)
+    assert old.REPR == new.REPR
+    assert "REPR.SLIM" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("overrides", "steps", "name"),
     [
-        ([], (60000, 80000), "WarmupMultiStepLR"),
         (["train.max_iter=900"], (600, 800), "WarmupMultiStepLR"),  # milestones count in units of the last one
         (
             ["lr_multiplier.scheduler.num_updates=180000", "lr_multiplier.scheduler.milestones=[60000,80000]"],
@@ -100,7 +129,7 @@ def test_learning_rate_steps(overrides, steps, name):
 
 
 def test_other_schedulers():
-    lazy = load_lazy_config(CONFIG, ["repr.NUM_CYCLES=1"])
+    lazy = load_lazy_config(CONFIG, ["repr.num_cycles=1"])
     bare = OmegaConf.to_container(lazy.lr_multiplier.scheduler)
     lazy.lr_multiplier = bare  # without the warm-up around it
     assert repr_cfg_from_lazy(lazy).SOLVER.STEPS == (60000, 80000)
@@ -112,20 +141,16 @@ def test_other_schedulers():
 @pytest.mark.parametrize(
     "overrides, refusal",
     [
-        (["repr.LAYERS.INCLUDE=['backbone.bottom_up.res4.*.conv2']"], None),
-        (
-            ["repr.LAYERS.INCLUDE=['backbone.res4.*.conv2']"],
-            "matches no trainable Conv2d; trainable here: backbone.fpn",
-        ),
-        # 64 filters: few enough for the oracle here, in Detectron2's default model there would be thousands.
-        (["repr.LAYERS.INCLUDE=['backbone.bottom_up.res2.0.conv1']", "repr.CRITERION=oracle"], None),
+        (["repr.layers=['backbone.bottom_up.res4.*.conv2']"], None),
+        (["repr.layers=['backbone.res4.*.conv2']"], r"repr\.layers .* matches no trainable Conv2d; the closest .*res4"),
     ],
 )
 def test_layers_are_those_of_the_configs_own_model(small_config, overrides, refusal):
     lazy = load_lazy_config(small_config, overrides)
 
     def check():
-        check_run(repr_cfg_from_lazy(lazy), build=lambda: instantiate(lazy.model))
+        with naming_lazy_keys(lazy):
+            check_run(repr_cfg_from_lazy(lazy), build=lambda: instantiate(lazy.model))
 
     if refusal is None:
         check()
@@ -167,7 +192,8 @@ def test_command_line(small_config, tmp_path):
     args = ["--config-file", small_config, f"train.output_dir={tmp_path / 'run'}", "train.max_iter=4"]
     start(args)
     assert (tmp_path / "run" / "model_final.pth").exists() and (tmp_path / "run" / "repr_events.jsonl").exists()
-    assert LazyConfig.load(str(tmp_path / "run" / "config.yaml")).repr.ENABLED is True
+    node = LazyConfig.load(str(tmp_path / "run" / "config.yaml")).repr
+    assert instantiate(node).options.s2_iters == 2
     with pytest.raises(UserError, match="holds another run"):
         start(args)
     with pytest.raises(UserError, match="--eval-only needs a checkpoint"):
@@ -182,12 +208,21 @@ def test_command_line(small_config, tmp_path):
         ([], "--config-file is missing"),
         (
             ["--config-file", "{small}", "repr.NOPE=1"],
-            "the node repr of the LazyConfig: Non-existent config key: REPR.NOPE",
+            "the node repr has no option 'NOPE': take one of s1_iters, ",
         ),
-        (["--config-file", "{small}", "repr.DROP_RATIO=1.5"], "REPR.DROP_RATIO must be in (0, 1), got 1.5"),
-        (["--config-file", "{small}", "repr.DROP_RATIO=many"], "the node repr of the LazyConfig: Type mismatch"),
-        (["--config-file", "{small}", "repr=3"], "repr must be a dict with the keys of REPR, got 3"),
-        (["--config-file", "{small}", "repr.S1_ITERS=50"], "needs START_ITER 0 + NUM_CYCLES 1"),
+        (["--config-file", "{small}", "repr.drop_ratio=1.5"], "repr.drop_ratio must be in (0, 1), got 1.5"),
+        (["--config-file", "{small}", "repr.drop_ratio=many"], "the node repr of the LazyConfig: Type mismatch"),
+        (
+            ["--config-file", "{small}", "repr=3"],
+            "repr must be L(RePrHook)(...) or a dict with the keys of REPR, got",
+        ),
+        (["--config-file", "{small}", "repr.s1_iters=50"], "needs repr.start_iter 0 + repr.num_cycles 1 x (repr.s1_"),
+        (["--config-file", "{small}", "repr.returns=median_gamma"], "repr.returns median_gamma went in version 0.3.0"),
+        (
+            ["--config-file", "{old}", "repr.NOPE=1"],
+            "the node repr of the LazyConfig: Non-existent config key: REPR.NO",
+        ),
+        (["--config-file", "{old}", "repr.DROP_RATIO=1.5"], "repr.DROP_RATIO must be in (0, 1), got 1.5"),
         (["--config-file", "{small}", "DROP_RATIO", "0.2"], "overrides must be path.key=value"),
         (["--config-file", "{small}", "train.max_iter=soon"], "train.max_iter must be an integer, got 'soon'"),
         (["--config-file", "{small}", "train.init_checkpoint=gone.pth"], "'gone.pth' cannot be read"),
@@ -215,7 +250,8 @@ def test_command_line(small_config, tmp_path):
 def test_wrong_input_gets_one_line_before_the_first_step(small_config, tmp_path, args, fragment):
     (tmp_path / "broken.py").write_text("model = models.resnet")
     (tmp_path / "empty.py").write_text("train = dict(max_iter=3)")
-    files = {"{small}": small_config, "{broken}": str(tmp_path / "broken.py"), "{empty}": str(tmp_path / "empty.py")}
+    (tmp_path / "old.py").write_text(f"{SMALL}\nrepr = {OLD_NODE}\n")
+    files = {f"{{{name}}}": str(tmp_path / f"{name}.py") for name in ("small", "broken", "empty", "old")}
     with pytest.raises(UserError) as error:
         start([*(files.get(a, a) for a in args), *([f"train.output_dir={tmp_path / 'x'}"] if args else [])])
     assert fragment in str(error.value) and "\n" not in str(error.value)

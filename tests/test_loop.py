@@ -1,5 +1,7 @@
 """RePr in one object: against the pieces it is made of, resumed anywhere, and what it refuses."""
 
+import copy
+import gc
 import itertools
 import random
 
@@ -57,9 +59,10 @@ def weights(model) -> torch.Tensor:
 def test_the_same_as_schedule_and_scheme_put_together():
     model, optimizer = built(momentum=0.9)
     schedule = RePrSchedule.derive(STEPS, None, 3)
-    scheme = RePrScheme(find_filter_layers(model, ["*"]), optimizer, seed=4, slim_model=model)
+    scheme = RePrScheme(find_filter_layers(model, ["*"]), optimizer, seed=4, model=model)
     for number, batch in enumerate(data(STEPS)):
         train(model, optimizer, [batch])
+        scheme.check()
         if number in schedule.drop_iters:
             scheme.drop()
         elif number in schedule.restore_iters:
@@ -133,21 +136,22 @@ def test_loader_and_loss_feed_frozen_norms_and_criteria(norm):
         return torch.stack([out.mean((0, 2, 3)), out.std((0, 2, 3), unbiased=False)])
 
     before = moments()
-    for _ in range(3):
-        one.step()
+    train(model, torch.optim.SGD(model.parameters(), 0.0), data(1), one.step)  # weights stay as they are
+    one.step(), one.step()
     gone = one.scheme.masks["0"].nonzero().flatten()
     assert len(gone) and model[1](model[0](images))[:, gone].count_nonzero() == 0
-    for _ in range(2):
-        one.step()
+    one.step(), one.step()
     if norm is torchvision.ops.FrozenBatchNorm2d:
         torch.testing.assert_close(moments(), before, rtol=1e-4, atol=1e-4)
 
 
-def test_frozen_norm_without_data_is_refused_before_the_first_step():
+def test_frozen_norm_without_data_is_refused_at_the_first_step_or_the_sample():
+    for keys in ({}, {"sample": data(1)[0][0]}):
+        model, optimizer = built(torchvision.ops.FrozenBatchNorm2d)
+        with pytest.raises(UserError, match="FrozenBN re-calibration looks at training batches"):
+            train(model, optimizer, data(1), RePr(model, optimizer, 12, **keys).step)
     model, optimizer = built(torchvision.ops.FrozenBatchNorm2d)
-    with pytest.raises(UserError, match="re-calibration looks at training batches"):
-        RePr(model, optimizer, 12)
-    RePr(model, optimizer, 12, frozen_norm="keep")
+    train(model, optimizer, data(1), RePr(model, optimizer, 12, frozen_norm="keep").step)
 
 
 @pytest.mark.parametrize(
@@ -211,20 +215,26 @@ def test_ddp_is_looked_through(tmp_path):
 @pytest.mark.parametrize(
     ("keys", "line"),
     [
-        (dict(total_steps=0), "total_steps must be an integer of at least 1, got 0"),
-        (dict(total_steps=10.0), "total_steps must be an integer of at least 1, got 10.0"),
-        (dict(total_steps=5), "REPR.NUM_CYCLES 3 cycles of S1 and S2 do not fit"),
-        (dict(schedule=RePrSchedule(20, 10, 3)), "SOLVER.MAX_ITER is 40"),
-        (dict(layers=["backbone.*"]), "REPR.LAYERS.INCLUDE ['backbone.*'] less EXCLUDE [] matches no trainable Conv2d"),
-        (dict(loader=[1]), "give loader and loss together, or passes, or none of them"),
-        (dict(loss=sum), "give loader and loss together"),
-        (dict(loader=iter([1]), loss=sum), "loader must start anew whenever it is iterated"),
-        (dict(criterion="taylor"), "criterion 'taylor' looks at training batches"),
-        (dict(criterion="nope"), "REPR.CRITERION must be one of"),
-        (dict(layers="backbone.*"), "REPR.LAYERS.INCLUDE must be a list of patterns, got 'backbone.*'"),
-        (dict(exclude="head"), "REPR.LAYERS.EXCLUDE must be a list of patterns, got 'head'"),
-        (dict(ratio=0.3), "RePr has no option 'ratio': take one of criterion, drop_ratio"),
-        (dict(drop_ratio=1.5), "REPR.DROP_RATIO must be in (0, 1), got 1.5"),
+        (dict(total_steps=0), "total_steps= must be an integer of at least 1, got 0"),
+        (dict(total_steps=10.0), "total_steps= must be an integer of at least 1, got 10.0"),
+        (dict(total_steps=5), "num_cycles= 3 cycles of S1 and S2 do not fit"),
+        (dict(schedule=RePrSchedule(20, 10, 3)), "but total_steps= is 40"),
+        (dict(layers=["backbone.*"]), "layers= ['backbone.*'] matches no trainable Conv2d"),
+        (dict(loader=[1]), "give loader= and loss= together, or passes=, or none of them"),
+        (dict(loader=[], loss=sum, criterion="taylor"), "loader= yields no batch"),
+        (
+            dict(loader=[torch.zeros(2, 1, 8, 8), torch.zeros(2, 1, 9, 8)], loss=sum, criterion="taylor"),
+            "cannot be joined",
+        ),
+        (dict(sample=torch.zeros(1, 5, 8, 8)), "sample= is not what the model can be called with: RuntimeError: "),
+        (dict(loss=sum), "give loader= and loss= together"),
+        (dict(loader=iter([1]), loss=sum), "loader= must start again whenever it is iterated"),
+        (dict(criterion="taylor"), "criterion= 'taylor' looks at training batches"),
+        (dict(criterion="nope"), "criterion= must be one of"),
+        (dict(layers="backbone.*"), "layers= must be a list of patterns, got 'backbone.*'"),
+        (dict(exclude="head"), "exclude= must be a list of patterns, got 'head'"),
+        (dict(ratio=0.3), "RePr has no option 'ratio': take one of s1_iters, "),
+        (dict(drop_ratio=1.5), "drop_ratio= must be in (0, 1), got 1.5"),
     ],
 )
 def test_what_is_wrong_is_said_before_the_first_step(keys, line):
@@ -247,3 +257,107 @@ def test_a_loader_that_keeps_its_workers_is_refused():
     loader = DataLoader(TensorDataset(torch.arange(4)), num_workers=1, persistent_workers=True)
     with pytest.raises(UserError, match="without persistent_workers"):
         passes_over(nn.ReLU(), loader, sum)
+
+
+def test_who_takes_part_is_said_once_it_is_known(caplog):
+    model, optimizer = built()
+    with caplog.at_level("INFO", "repr_det"):
+        one = RePr(model, optimizer, 12, schedule=SCHEDULE)
+        assert not caplog.text and repr(one).startswith("RePr(step 0 of 12, full network, 0 of 20 filters in 2 convs")
+        train(model, optimizer, data(3), one.step)
+    assert caplog.text.count("RePr: 2 convs, 20 filters take part (norm: batch, none); every drop takes 6 (30 %)") == 1
+    assert "RePr schedule: S1 3, S2 2, 2 cycles from iteration 0" in caplog.text
+    assert "RePr drop after iteration 2 (cycle 1): 6 filters, mean O_f" in caplog.text
+
+
+def test_a_sample_shows_who_takes_part_at_once_and_leaves_no_trace():
+    model, optimizer = built()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    one = RePr(model, optimizer, 12, sample=data(1)[0][0])
+    assert [layer.norm for layer in one.scheme.layers] == [model[1], None]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state) and all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("filters", ["new", "old"])
+def test_finish_ends_with_the_full_network(filters, caplog):
+    model, optimizer = built()
+    one = RePr(model, optimizer, 12, schedule=SCHEDULE)
+    train(model, optimizer, data(3), one.step)
+    old = one.scheme.state_dict()["old"]["0"]["weight"]
+    rows = one.scheme.masks["0"].clone()
+    with pytest.raises(UserError, match="filters= must be new or old, got 'other'"):
+        one.finish("other")
+    assert one.finish(filters).event == "restore" and one.finish(filters) is None
+    assert torch.equal(model[0].weight[rows], old) == (filters == "old")
+    train(model, optimizer, data(9), one.step)
+    assert one.phase == "full" and one.scheme.cycle == 1 and one.steps == 12
+
+
+def test_training_that_ends_in_the_sub_network_is_warned_of(caplog):
+    for steps, told in ((3, True), (5, False)):
+        model, optimizer = built()
+        one = RePr(model, optimizer, 12, schedule=SCHEDULE)
+        train(model, optimizer, data(steps), one.step)
+        dropped = one.scheme.num_dropped
+        caplog.clear()
+        one.close()
+        del one
+        gc.collect()
+        assert (f"{dropped} filters are dropped (zero) in the model" in caplog.text) == told
+
+
+def test_steps_beyond_the_total_are_warned_of_once(caplog):
+    model, optimizer = built()
+    one = RePr(model, optimizer, 12, schedule=SCHEDULE)
+    train(model, optimizer, data(15), one.step)
+    assert caplog.text.count("step 13 is beyond the 12 of total_steps=") == 1
+
+
+def test_apply_repr_counts_by_itself():
+    model, optimizer = built()
+    applied = apply_repr(model, optimizer, 12)
+    with pytest.raises(UserError, match="apply_repr counts the optimizer's steps by itself"):
+        applied.step()
+
+
+@pytest.mark.parametrize("name", ["norms", "slim"])
+def test_arguments_of_0_2_0_have_no_effect(name):
+    model, optimizer = built()
+    with pytest.warns(DeprecationWarning, match=f"RePr: {name}= has no effect since version 0.3.0"):
+        RePr(model, optimizer, 12, **{name: True})
+
+
+class Exponential:
+    """An average of the weights, as timm and Ultralytics keep it."""
+
+    def __init__(self, model) -> None:
+        self.module = copy.deepcopy(model)
+
+    def update(self, model) -> None:
+        for mine, theirs in zip(self.module.state_dict().values(), model.state_dict().values(), strict=True):
+            mine.lerp_(theirs, 0.1) if mine.is_floating_point() else mine.copy_(theirs)
+
+
+def test_averages_have_the_rows_that_a_transition_writes():
+    model, optimizer = built()
+    average = Exponential(model)
+    swa = torch.optim.swa_utils.AveragedModel(model)
+    one = RePr(model, optimizer, 12, schedule=SCHEDULE, averages=[average, swa])
+
+    def after():
+        average.update(model)
+        done = one.step()
+        for name, rows in (done.dropped if done else {}).items():
+            for module in (name, *(["1"] if name == "0" else [])):
+                for key, value in model.get_submodule(module).state_dict().items():
+                    for other in (average.module, swa.module):
+                        mine = other.get_submodule(module).state_dict()[key]
+                        assert not value.dim() or torch.equal(mine[rows], value[rows])
+
+    train(model, optimizer, data(6), after)
+    assert (average.module[0].weight - model[0].weight).abs().max() > 0
+    with pytest.raises(UserError, match="averages= must be models with the parameters of the model"):
+        one.close()
+        RePr(model, optimizer, 12, averages=[nn.Linear(1, 1)])

@@ -1,11 +1,9 @@
 """A full disk and an image that goes bad while training: one line, nothing saved is lost, and the run goes on."""
 
 import resource
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT, SMALL, At, assert_same_weights, end_of
+from conftest import At, assert_same_weights, end_of
 
 from repr_det import UserError
 
@@ -22,7 +20,7 @@ def test_full_disk(tiny_cfg, tmp_path):
     cfg = tiny_cfg(*OPTS)
     try:
         with pytest.raises(UserError) as error:
-            end_of(cfg, At(5, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))))
+            end_of(cfg, At(5, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "\n" not in str(error.value)
@@ -52,20 +50,3 @@ def test_image_that_goes_bad(tiny_cfg, tiny_data, tmp_path, workers):
     last_line = str(error.value).rstrip().rpartition("\n")[2]  # workers put a traceback before it
     assert f"{path} cannot be read: " in last_line and "repair the file, then --resume" in last_line
     assert_same_weights(end_of(cfg, resume=True), straight)
-
-
-def test_error_in_one_of_two_processes_is_one_line(tiny_data, tmp_path):
-    register = [
-        x
-        for name in ("tiny_train", "tiny_val")
-        for x in ("--register", name, tiny_data / "tiny.json", tiny_data / "images")
-    ]
-    command = [
-        *(sys.executable, ROOT / "tools" / "train_net.py", "--config-file", ROOT / "configs" / "baseline_r50_fpn.yaml"),
-        *(*register, "--num-gpus", 2, *SMALL, *OPTS, "SOLVER.BASE_LR", "1e20", "OUTPUT_DIR", tmp_path / "run"),
-    ]
-    done = subprocess.run([str(x) for x in command], capture_output=True, text=True)
-    assert done.returncode == 2
-    last = done.stderr.rstrip().rpartition("\n")[2]
-    assert last.startswith("train_net.py: error: iteration ") and "not finite" in last
-    assert "Traceback" not in done.stderr + done.stdout

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from plain_nets import IMAGES, largest_dropped, loss_of, plain_net, plain_scheme, train
+from plain_nets import IMAGES, largest_dropped, loss_of, plain_net, plain_scheme, readable_net, train
 from torch import nn
 
-from repr_det import RePr, RePrSchedule, UserError, apply_repr
+from repr_det import RePr, RePrSchedule, RePrScheme, UserError, apply_repr, find_filter_layers
 
 SCHEDULE = RePrSchedule(8, 4, 2)
 
@@ -43,7 +43,7 @@ def phases_of(net, optimizer, one, steps=12, before=lambda step: None):
 
 def test_a_step_that_calls_its_base_class_counts_once():
     a_plain_sgd_was_used()
-    net = plain_net()
+    net = readable_net()
     optimizer = Clipping(net.parameters(), lr=0.1, momentum=0.9)
     one = apply_repr(net, optimizer, 100, schedule=SCHEDULE)
     assert phases_of(net, optimizer, one) == [SCHEDULE.phase(i + 1) for i in range(12)]
@@ -52,7 +52,7 @@ def test_a_step_that_calls_its_base_class_counts_once():
 
 def test_a_step_that_was_interrupted_does_not_stop_the_count():
     a_plain_sgd_was_used()
-    net = plain_net()
+    net = readable_net()
     optimizer = Failing(net.parameters(), lr=0.1)
     one = apply_repr(net, optimizer, 100, schedule=SCHEDULE)
     phases_of(net, optimizer, one, before=lambda step: setattr(optimizer, "fails", step in (2, 5)))
@@ -82,7 +82,7 @@ class SharpnessAware(torch.optim.Optimizer):
 
 
 def test_an_optimizer_inside_another_forgets_dropped_filters_too():
-    net = plain_net()
+    net = readable_net()
     optimizer = SharpnessAware(net.parameters(), lr=0.1, momentum=0.9)
     one = RePr(net, optimizer, 20, schedule=RePrSchedule(4, 3, 1))
 
@@ -93,10 +93,44 @@ def test_an_optimizer_inside_another_forgets_dropped_filters_too():
     for _ in range(9):
         closure()
         optimizer.step(closure)
-        one.step()
+        done = one.step()
         if one.phase == "sub":
             assert largest_dropped(one.scheme) == 0
+        if done is not None and done.event == "restore":
+            returned = done.dropped
     assert one.scheme.cycle == 1
+    for name, rows in returned.items():
+        assert (net.get_submodule(name).weight[rows].flatten(1).norm(dim=1) > 0.1).all()
+
+
+def test_sharpness_aware_in_two_calls_is_counted_by_its_inner_optimizer():
+    """first_step and second_step, never step; the weight is set to the tensor that the state holds."""
+
+    class TwoCalls(SharpnessAware):
+        @torch.no_grad()
+        def second_step(self):
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.data = self.state[p]["old_p"]
+            self.base_optimizer.step()
+
+        @torch.no_grad()
+        def first_step(self):
+            for group in self.param_groups:
+                for p in group["params"]:
+                    self.state[p]["old_p"] = p.data.clone()
+                    p.add_(p.grad, alpha=0.01)
+
+    net = readable_net()
+    optimizer = TwoCalls(net.parameters(), lr=0.1, momentum=0.9)
+    one = apply_repr(net, optimizer, 20, schedule=RePrSchedule(4, 3, 1))
+    for _ in range(9):
+        for call in (optimizer.first_step, optimizer.second_step):
+            optimizer.zero_grad()
+            loss_of(net).backward()
+            call()
+    assert one.steps == 9 and one.scheme.cycle == 1
+    assert (net[0].weight.flatten(1).norm(dim=1) > 0.1).all()
 
 
 class ScheduleFree(torch.optim.Optimizer):
@@ -118,11 +152,11 @@ class ScheduleFree(torch.optim.Optimizer):
 
 @pytest.mark.parametrize("returns", ["as_published", "function_preserving"])
 def test_weights_that_are_kept_as_state_return_with_the_filter(returns):
-    net = plain_net(bias=True)
+    net = readable_net(bias=True)
     optimizer = ScheduleFree(net.parameters(), lr=1e-3)
-    readers = {net[0]: net[3], net[3]: None}
-    _, _, scheme = plain_scheme(net, optimizer, returns=returns, readers=readers)
+    scheme = RePrScheme(find_filter_layers(net, ["*"]), optimizer, model=net, returns=returns)
     train(net, optimizer, steps=10)
+    scheme.check()
     scheme.drop()
     train(net, optimizer, steps=5)
     assert largest_dropped(scheme) == 0
@@ -165,7 +199,7 @@ class Forgetful(torch.optim.SGD):
 
 
 def test_what_moves_dropped_filters_is_named_one_step_after_the_drop():
-    net = plain_net()
+    net = readable_net()
     optimizer = Forgetful(net.parameters(), lr=0.1)
     one = RePr(net, optimizer, 100, schedule=RePrSchedule(4, 30, 1))
     with pytest.raises(UserError, match=r"dropped filters of 0 are not zero any more .*\(their weight\)"):
@@ -196,3 +230,42 @@ def test_cumulative_statistics_begin_anew_where_the_network_changes():
     train(usual, optimizer, steps=3)
     scheme.drop()
     assert usual[1].num_batches_tracked == 3
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("by_itself", [True, False])
+def test_a_compiled_step_is_counted(by_itself):
+    torch._dynamo.reset()
+    net = readable_net()
+    optimizer = torch.optim.SGD(net.parameters(), torch.tensor(0.05), momentum=0.9)
+    one = (apply_repr if by_itself else RePr)(net, optimizer, 100, schedule=RePrSchedule(2, 2, 1))
+    step = torch.compile(optimizer.step, backend="eager")
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss_of(net).backward()
+        step()
+        if not by_itself:
+            one.step()
+    assert one.steps == 5 and one.scheme.cycle == 1
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("rate", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
+def test_rates_are_those_of_the_schedule_but_around_the_step(rate):
+    """Warm-up after a restore; a tensor stays the tensor that a compiled step reads."""
+    a_plain_sgd_was_used()
+    net, used = readable_net(), []
+
+    class Seen(Clipping):
+        def _init_group(self, group, *lists):
+            used.append(float(group["lr"]))
+            return super()._init_group(group, *lists)
+
+    rate = rate.clone() if torch.is_tensor(rate) else rate
+    optimizer = Seen(net.parameters(), lr=rate, momentum=0.9)
+    one = RePr(net, optimizer, 12, schedule=RePrSchedule(3, 3, 1), warmup_iters=3)
+    for _ in range(12):
+        train(net, optimizer, steps=1)
+        one.step()
+    assert used == pytest.approx([0.1 * share for share in (1, 1, 1, 1, 1, 1, 0.25, 0.5, 0.75, 1, 1, 1)])
+    assert optimizer.param_groups[0]["lr"] is rate and float(rate) == pytest.approx(0.1)

@@ -1,4 +1,6 @@
-"""Overrides of a LazyConfig: typos are refused, what the config or the callables take is not."""
+"""Keys of a LazyConfig: typos in overrides are refused, what config and callables take is not, the unread are named."""
+
+import copy
 
 import pytest
 import torch
@@ -6,7 +8,10 @@ from detectron2.config import LazyCall
 from omegaconf import OmegaConf
 
 from repr_det import UserError
+from repr_det.commands.lazy_train import load_lazy_config
 from repr_det.commands.overrides import refuse_unknown_keys
+from repr_det.commands.reads import Reads
+from repr_det.detectron.lazy import repr_cfg_from_lazy
 
 
 def net(width: int, depth: int = 3, **more):
@@ -66,3 +71,20 @@ def test_typos(override, hint):
 )
 def test_what_may_be_set(override):
     refuse_unknown_keys(CFG, [override])
+
+
+def test_what_nothing_reads_is_found_by_the_reads():
+    """detrex's keys in the node train, and a node of one's own; Detectron2's own are all read by one process."""
+    cfg = load_lazy_config("lazy/repr_faster_rcnn_r50_fpn.py", ["train.device=cpu", "train.init_checkpoint="])
+    extra = {"clip_grad": {"enabled": True, "params": {"max_norm": 0.1}}, "model_ema": {"enabled": True}}
+    for mine in ({}, extra):
+        one = copy.deepcopy(cfg)
+        one.train.update(mine)
+        one.ema = {"decay": 0.9} if mine else {}
+        one.image_size = 3  # used while the file was read
+        reads = Reads(one)
+        assert OmegaConf.select(one, "train.amp.enabled") is False and one.train.max_iter == 90000
+        settings = repr_cfg_from_lazy(one)
+        assert settings.SOLVER.MAX_ITER == 90000 and settings.MODEL.DEVICE == "cpu"
+        unread = {"train.ddp", "train.log_period"}  # LazyTrainer reads them
+        assert set(reads.unread()) == unread | ({"ema.decay", "train.clip_grad", "train.model_ema"} if mine else set())

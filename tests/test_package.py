@@ -46,7 +46,7 @@ def test_shipped_configs_are_found_by_name(tmp_path, monkeypatch):
             "repr-det compare: error: --config-file 'nope.yaml' is not a file",
         ),
         ("analyze nope.pth", "repr-det analyze: error: "),
-        ("benchmark --depths 7", "repr-det benchmark: error: "),
+        ("benchmark --pairs 7", "repr-det benchmark is a program of the source tree now: python tools/benchmark.py"),
     ],
 )
 def test_commands_say_what_is_wrong(monkeypatch, capsys, arguments, line):
@@ -59,7 +59,7 @@ def test_commands_say_what_is_wrong(monkeypatch, capsys, arguments, line):
 def test_help_and_version(capsys):
     main(["--help"])
     shown = capsys.readouterr().out
-    assert all(re.search(rf"^  {name} ", shown, re.M) for name in ("train", "compare", "analyze", "benchmark"))
+    assert all(re.search(rf"^  {name} ", shown, re.M) for name in ("train", "compare", "analyze"))
     main(["--version"])
     assert capsys.readouterr().out == f"repr_det {repr_det.__version__}\n"
     changes = (ROOT / "CHANGELOG.md").read_text()
@@ -126,6 +126,7 @@ def test_the_wheel_from_another_folder(tmp_path):
     shipped = {f"repr_det/configs/{path.relative_to(ROOT / 'configs')}" for path in (ROOT / "configs").rglob("*.*")}
     assert {name for name in shipped if "__pycache__" not in name} <= set(names)
     assert not [name for name in names if name.startswith(("tests", "tools", "docs", "configs", "examples"))]
+    assert not [name for name in names if "benchmark" in name]
 
     # An environment that sees torch and Detectron2 of this one, but not its repr_det.
     venv.create(tmp_path / "venv", with_pip=False)

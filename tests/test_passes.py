@@ -8,6 +8,7 @@ import torch
 from frozen_nets import LAYERS, InsideNet, make, train
 from torch import nn
 
+from repr_det.method.passes import passes_over
 from repr_det.network.state import preserved_random_state, random_state, set_random_state, undisturbed
 
 
@@ -80,6 +81,77 @@ def test_undisturbed_puts_everything_back(fails, backward):
         assert fails
     assert draw_from_everything() == expected
     assert_unchanged(net, before)
+
+
+class Growing(nn.Module):
+    """Registers, replaces or resizes a buffer in its forward pass."""
+
+    def __init__(self, how) -> None:
+        super().__init__()
+        self.how = how
+        if how != "registered":
+            self.register_buffer("seen", None if how == "none" else torch.zeros(1))
+
+    def forward(self, x):
+        if self.how == "registered":
+            self.register_buffer("seen", x.mean((0, 2, 3)))
+        elif self.how == "resized in place":
+            self.seen.resize_(x.shape[1]).fill_(1)
+        else:
+            self.seen = x.mean((0, 2, 3))
+        return x
+
+
+@pytest.mark.parametrize("how", ["registered", "none", "replaced", "resized in place"])
+def test_buffers_that_come_into_being_are_put_back(how):
+    net = Growing(how)
+    before = dict(net._buffers)
+    values = {name: None if buffer is None else buffer.clone() for name, buffer in before.items()}
+    with undisturbed(net):
+        net(torch.ones(2, 3, 4, 4))
+        assert net.seen.shape == (3,)
+    assert net._buffers.keys() == before.keys()
+    for name, buffer in net._buffers.items():
+        assert (buffer is None) == (values[name] is None)
+        assert buffer is None or torch.equal(buffer, values[name])
+        assert buffer is before[name] or how == "resized in place"
+
+
+class Noisy(torch.utils.data.Dataset):
+    """A data set with generators of its own, in an object of its own."""
+
+    def __init__(self) -> None:
+        self.rng, self.own = np.random.default_rng(0), random.Random(1)
+        self.augment = [torch.Generator().manual_seed(2), {"legacy": np.random.RandomState(3)}]
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index):
+        drawn = self.rng.normal() + self.own.random() + self.augment[1]["legacy"].rand()
+        return index + drawn + torch.rand(1, generator=self.augment[0])
+
+
+@pytest.mark.parametrize("mapped", [False, True], ids=["data set", "closure"])
+def test_a_data_set_with_generators_of_its_own_is_left_alone(mapped):
+    def images_of(with_passes: bool) -> list:
+        data = Noisy()
+        map_one = (lambda index: data[index]) if mapped else None
+        own = torch.utils.data.DataLoader(range(16) if mapped else data, 4, collate_fn=_mapping(map_one))
+        passes = passes_over(nn.ReLU(), own, sum)
+        training = iter(torch.utils.data.DataLoader(data, 4))
+        found = []
+        for number, batch in enumerate(training):
+            found.append(batch.flatten().tolist())
+            if with_passes and number in (0, 2):
+                passes.batches(2, number)
+        return found
+
+    assert images_of(True) == images_of(False)
+
+
+def _mapping(map_one):
+    return None if map_one is None else lambda batch: torch.stack([map_one(index) for index in batch])
 
 
 def test_random_state_survives_a_file_that_holds_weights_only(tmp_path):

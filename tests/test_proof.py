@@ -388,6 +388,30 @@ def test_a_gate_stays_out_and_what_it_gates_takes_part():
     assert "sigmoid" in found["gate"].reason and not is_silent(net, "gate", None)
 
 
+class Steered(nn.Module):
+    """A conv that says where another operation looks: 0 is one place, as good as others."""
+
+    def __init__(self, how) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.offsets, self.how = conv(), conv(16, {"deform": 18, "grid": 2}[how]), how
+        self.deformed = torchvision.ops.DeformConv2d(16, 16, 3, padding=1)
+        self.last = nn.Conv2d(16, 4, 1)
+
+    def forward(self, x):
+        x = self.body(x).relu()
+        where = self.offsets(x)
+        if self.how == "deform":
+            return self.last(self.deformed(x, where)).mean((2, 3))
+        return self.last(F.grid_sample(x, where.permute(0, 2, 3, 1), align_corners=False)).mean((2, 3))
+
+
+@pytest.mark.parametrize("how", ["deform", "grid"])
+def test_a_conv_that_steers_another_operation_stays_out(how):
+    found = reasons(Steered(how))
+    assert not found["body"] and found["offsets"]
+
+
 class Residual(nn.Module):
     """conv2's channels are added to a shortcut, and read by conv3 alone."""
 

@@ -10,10 +10,9 @@ from test_hook import SCHEDULE, trained
 from torch import nn
 
 from repr_det import RePrScheme, Trainer, find_filter_layers
-from repr_det.method.data_criteria import share_in_use
+from repr_det.method.data_criteria import use_of_filters
 from repr_det.method.passes import TrainingPasses
-from repr_det.method.redundancy import copies
-from repr_det.method.selection import select_filters
+from repr_det.method.redundancy import copies, redundancy
 from repr_det.studies.comparison.records import read_events
 
 IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -53,10 +52,17 @@ def test_a_filter_is_in_use_where_it_puts_out_something_or_learns():
         net.summed.weight[1] *= 0.01  # always below 0, and what it is added to is mostly above
         net.last.weight[4] = 0.0
         net.last.bias[4] = 0.0
-    found = share_in_use(find_filter_layers(net, ["*"]), passes_of(net), 2, 0)
-    assert {name: (score == 0).nonzero().flatten().tolist() for name, score in found.items()} == {
+    found = use_of_filters(find_filter_layers(net, ["*"]), passes_of(net), 2, 0)
+    assert {name: idle.nonzero().flatten().tolist() for name, (idle, _) in found.items()} == {
         "first": [2], "summed": [], "last": [4], "unread": [], "never": []
     }  # fmt: skip
+
+
+def test_the_threshold_is_mean_over_deviation_before_the_activation():
+    net = Net()
+    found = use_of_filters(find_filter_layers(net, ["first"]), passes_of(net), 2, 0)["first"][1]
+    out = net.first(IMAGES).detach().double().transpose(0, 1).flatten(1).numpy()
+    np.testing.assert_allclose(found, out.mean(1) / out.std(1), rtol=1e-5)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-3])
@@ -67,29 +73,55 @@ def test_copies_are_what_a_loop_over_pairs_finds(scale):
         origin = draw.integers(0, 5, 12)
         rows = distinct[origin] * draw.choice([-2, 1, 3], 12)[:, None] + 0.3 * draw.standard_normal((12, 8))
         idle = draw.random(12) < 0.2
+        threshold = draw.choice([0.0, 0.1, 1.0], 12)
+
+        def likeness(a, b, rows=rows, threshold=threshold):
+            cosine = rows[a] @ rows[b] / np.linalg.norm(rows[a]) / np.linalg.norm(rows[b])
+            return cosine / np.hypot(1, threshold[a] - threshold[b])
+
         kept, wanted = [], np.full(12, -np.inf)
         for row in sorted(range(12), key=lambda row: -np.linalg.norm(rows[row])):
-            cosines = [rows[row] @ rows[k] / np.linalg.norm(rows[row]) / np.linalg.norm(rows[k]) for k in kept]
+            alike = [likeness(row, k) for k in kept]
             if idle[row]:
                 continue
-            if cosines and max(cosines) > 0.9:
-                wanted[row] = max(cosines)
+            if alike and max(alike) > 0.9:
+                wanted[row] = max(alike)
             else:
                 kept.append(row)
-        found = copies(torch.tensor(scale * rows).view(12, 2, 2, 2), torch.tensor(idle)).numpy()
+        weight = torch.tensor(scale * rows).view(12, 2, 2, 2)
+        found = copies(weight, torch.tensor(idle), torch.tensor(threshold)).numpy()
         np.testing.assert_array_equal(np.isfinite(found), np.isfinite(wanted), err_msg=str(trial))
         for row in np.isfinite(wanted).nonzero()[0]:  # those that stay after it may be closer, but not from before
             assert found[row] >= wanted[row] - 1e-12
 
 
-def test_minus_infinity_is_never_dropped():
-    never = float("-inf")
-    scores = {"a": torch.tensor([1.0, never, never, 2.0]), "b": torch.full((4,), never), "c": torch.ones(4)}
-    for cap, of_c in ((1.0, [0, 1, 2]), (0.5, [0, 1])):
-        masks = select_filters(scores, 0.5, cap)
-        found = {name: mask.nonzero().flatten().tolist() for name, mask in masks.items()}
-        assert found == {"a": [0, 3], "b": [], "c": of_c}
-    assert not any(mask.any() for mask in select_filters({"b": scores["b"]}, 0.5, 0.5).values())
+def pair(kind: str) -> nn.Sequential:
+    """Filters 0 and 1: the same rows, and what else the network sees of them."""
+    torch.manual_seed(0)
+    norms = [] if kind == "bias" else [nn.BatchNorm2d(8)]
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=kind == "bias"), *norms, nn.ReLU(), nn.Conv2d(8, 2, 1))
+    with torch.no_grad():
+        net[0].weight[1] = net[0].weight[0]
+        if kind == "bias":  # relu(z + 0.5) and relu(z - 0.5)
+            net[0].bias[0], net[0].bias[1] = 0.5, -0.5
+        elif kind == "beta":
+            net[1].bias[0], net[1].bias[1] = 1.0, -1.0
+        elif kind == "sign":  # relu(z) and relu(-z)
+            net[1].weight[1] = -1
+        else:  # both opposite: the same output
+            net[0].weight[1] *= -1
+            net[1].weight[1] = -1
+    return net
+
+
+@pytest.mark.parametrize("kind", ["bias", "beta", "sign", "same"])
+def test_copies_are_those_whose_output_is_alike(kind):
+    net = pair(kind)
+    with torch.no_grad():
+        out = net[:-1](IMAGES).transpose(0, 1).flatten(1)
+    alike = torch.corrcoef(out[:2])[0, 1] > 0.9
+    scores = redundancy(find_filter_layers(net, ["0"]), passes_of(net), 1, 0)["0"]
+    assert bool((scores[:2] > 0).any()) == bool(alike) == (kind == "same")
 
 
 def train(net: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3) -> None:
@@ -99,14 +131,13 @@ def train(net: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3) -> N
         optimizer.step()
 
 
-@pytest.mark.parametrize("slim", [False, True, "auto"])
-def test_where_nothing_is_redundant_training_is_training_without_repr(slim):
+def test_where_nothing_is_redundant_training_is_training_without_repr():
     ends = []
     for with_repr in (False, True):
         net = Net()
         optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9, weight_decay=1e-3)
         layers = find_filter_layers(net, ["*"], ["never", "unread"])
-        scheme = RePrScheme(layers, optimizer, criterion="redundant", passes=passes_of(net), slim_model=net, slim=slim)
+        scheme = RePrScheme(layers, optimizer, criterion="redundant", passes=passes_of(net))
         for transition in (scheme.drop, scheme.restore) * 2:
             train(net, optimizer)
             if with_repr:
@@ -124,9 +155,7 @@ def test_a_sub_network_without_dropped_filters_is_saved_and_loaded():
     net = Net()
     optimizer = torch.optim.SGD(net.parameters(), 0.01)
     layers = find_filter_layers(net, ["first", "summed", "last"])
-    one, other = (
-        RePrScheme(layers, optimizer, criterion="redundant", passes=passes_of(net), slim_model=net) for _ in range(2)
-    )
+    one, other = (RePrScheme(layers, optimizer, criterion="redundant", passes=passes_of(net)) for _ in range(2))
     one.drop()
     other.load_state_dict(one.state_dict())
     assert other.is_sub and other.num_dropped == 0

@@ -1,8 +1,9 @@
-"""Where a training loader goes on: exactly where nothing changed, else at the epoch that the run was in; never a hang,
+"""Where a training loader goes on: exactly if nothing changed, else behind as many images as were drawn; never a hang,
 never a raw error, and a loader of the user's own is left alone."""
 
 import itertools
 import logging
+import random
 from types import SimpleNamespace
 
 import numpy as np
@@ -106,32 +107,31 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("old_format", [False, True])
 @pytest.mark.parametrize("change", CHANGES)
-def test_starts_over_at_its_epoch_where_something_changed(change, old_format, caplog):
+def test_goes_on_behind_what_was_drawn_if_something_changed(change, caplog):
     np.random.seed(1)
-    saved = states(ResumableLoader(stock(batch=6)), 3)  # 18 images and 5 that wait: the third epoch
+    saved = states(ResumableLoader(stock(batch=6)), 3)  # 18 images and 5 that wait
     assert [len(bucket) for bucket in saved[0]["loaders"][0]["buckets"]] == [0, 5]
-    if old_format:
-        for key in ("made_of", "epoch", "skipped"):
-            del saved[0]["loaders"][0][key]
     new, told = CHANGES[change]
     made = {"number": 10, "batch": 6, **new}
     resumed = ResumableLoader(stock(**made))
-    warnings = before_train(resumed, saved, 3, caplog)
-    if old_format and not warnings:  # what an old checkpoint does not tell and what does no harm goes on
-        assert change in ("larger batch", "more images", "mapper", "sampler", "fewer images")
-    else:
-        assert len(warnings) == 1 and "the data order of this run starts over at its epoch" in warnings[0]
-        assert old_format or warnings[0].startswith(told)
+    (warning,) = before_train(resumed, saved, 3, caplog)
+    assert warning.startswith(told) and "the data order of this run is another one from here on" in warning
     number, batch = made["number"], made["batch"]
     drawn = ids(itertools.islice(resumed, 3 * number // batch))  # neither hangs nor fails
     assert all(len(x) == batch for x in drawn)
-    if warnings and change not in ("sampler", "workers"):
-        # Images of the third epoch come first: the order of the old sampler's seed.
-        third = list(itertools.islice(TrainingSampler(number, seed=4), 2 * number, 3 * number))
+    if change not in ("sampler", "workers"):
+        order = list(itertools.islice(TrainingSampler(number, seed=4), 23, 23 + 4 * batch))  # of the old sampler's seed
         flat = list(itertools.chain.from_iterable(drawn))
-        assert set(flat[:batch]) <= set(third) and (made.get("grouping", True) or flat[:batch] == third[:batch])
+        assert set(flat[:batch]) <= set(order) and (made.get("grouping", True) or flat[:batch] == order[:batch])
+
+
+def test_a_checkpoint_that_does_not_say_what_its_order_was_of(caplog):
+    saved = states(ResumableLoader(stock(batch=6, grouping=False)), 3)
+    del saved[0]["loaders"][0]["made_of"]
+    resumed = ResumableLoader(stock(batch=6, grouping=False))
+    assert "of an older version does not say" in before_train(resumed, saved, 3, caplog)[0]
+    assert ids(itertools.islice(resumed, 1))[0] == list(itertools.islice(TrainingSampler(10, seed=4), 18, 24))
 
 
 def test_grouping_switched_on(caplog):
@@ -149,7 +149,7 @@ def test_another_number_of_processes(old, new, caplog, monkeypatch):
         monkeypatch.setattr("detectron2.data.build.get_world_size", lambda: world)
         return ResumableLoader(stock(batch=batch, grouping=False))
 
-    saved = [states(of_rank(rank, old), 6)[0] for rank in range(old)]  # 24 images of 10: the third epoch
+    saved = [states(of_rank(rank, old), 6)[0] for rank in range(old)]  # 24 images of 10
     first = []
     for rank in range(new):
         caplog.clear()
@@ -157,9 +157,9 @@ def test_another_number_of_processes(old, new, caplog, monkeypatch):
         (warning,) = before_train(resumed, saved, 6, caplog)
         assert f"number of processes was {old} and is {new}" in warning
         first.append(ids(itertools.islice(resumed, 2)))
-    third = list(itertools.islice(TrainingSampler.__iter__(_single(10)), 20, 28))
+    behind = list(itertools.islice(TrainingSampler.__iter__(_single(10)), 24, 32))
     mixed = list(itertools.chain(*zip(*(itertools.chain(*batches) for batches in first), strict=True)))
-    assert mixed == third
+    assert mixed == behind
 
 
 def _single(number):
@@ -185,20 +185,47 @@ def test_no_random_states_in_the_checkpoint(caplog):
     resumed = ResumableLoader(stock(batch=2, grouping=False))
     (warning,) = before_train(resumed, None, 12, caplog)  # 24 images of 10
     assert "no random states" in warning
-    assert ids(itertools.islice(resumed, 1))[0] == list(itertools.islice(TrainingSampler(10, seed=4), 20, 22))
+    assert ids(itertools.islice(resumed, 1))[0] == list(itertools.islice(TrainingSampler(10, seed=4), 24, 26))
 
 
-def test_repeat_factors_start_over_at_the_beginning_of_an_epoch(caplog):
-    sampler = sampler_of("repeat")
-    g = torch.Generator().manual_seed(4)
-    epochs = []
-    for _ in range(3):
-        indices = sampler._get_epoch_indices(g)
-        epochs.append(indices[torch.randperm(len(indices), generator=g)].tolist())
-    saved = states(ResumableLoader(stock(batch=6, sampler=sampler, grouping=False)), 7)  # 42 images of about 17.5
+def test_repeat_factors_go_on_behind_what_was_drawn(caplog):
+    order = list(itertools.islice(sampler_of("repeat"), 60))
+    saved = states(ResumableLoader(stock(batch=6, sampler=sampler_of("repeat"), grouping=False)), 7)
     resumed = ResumableLoader(stock(batch=2, sampler=sampler_of("repeat"), grouping=False))
     before_train(resumed, saved, 7, caplog)
-    assert ids(itertools.islice(resumed, 4)) == [epochs[2][i : i + 2] for i in (0, 2, 4, 6)]
+    assert ids(itertools.islice(resumed, 4)) == [order[i : i + 2] for i in (42, 44, 46, 48)]
+
+
+class Brightness:
+    def __init__(self, generator):
+        self.generator = generator
+
+
+class Mapper:
+    """An augmentation of its own, and images that it cannot use."""
+
+    def __init__(self, generator=None, unusable=()):
+        self.augmentations, self.unusable = [Brightness(generator)], unusable
+
+    def __call__(self, record):
+        return None if record["image_id"] in self.unusable else record
+
+
+@pytest.mark.parametrize(
+    "generator",
+    [np.random.default_rng(3), np.random.RandomState(3), random.Random(3), torch.Generator().manual_seed(3), None],
+)
+def test_a_generator_that_no_checkpoint_holds_is_named(generator, caplog):
+    resumable(stock(mapper=Mapper(generator)))
+    assert ("Brightness draws from a random generator of its own, which no" in caplog.text) == (generator is not None)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("unusable", [(), (3, 4)])
+def test_a_mapper_that_gives_none_is_named_once(unusable, workers, caplog):
+    loader = resumable(stock(mapper=Mapper(unusable=unusable), workers=workers))
+    assert len(list(itertools.islice(loader, 8))) == 8
+    assert caplog.text.count("The mapper returns None for some images") == bool(unusable)
 
 
 class Wrapper:

@@ -1,153 +1,13 @@
-"""How restored filters return: gamma, function-preserving, and the learning-rate warm-up after a restore."""
+"""The learning-rate warm-up after a restore in Detectron2 trainers; how filters return: test_returning.py."""
 
-import copy
-
-import numpy as np
 import pytest
 import torch
-import torchvision
 from detectron2.engine import HookBase, SimpleTrainer, hooks
 from detectron2.solver import build_lr_scheduler
-from repr_det.method.blocks import readers
-from test_slim import resnet
+from small_loop import config, small_trainer, train
 from torch import nn
 
 from repr_det import RePrHook, Trainer
-from repr_det.method.layers import find_filter_layers
-from repr_det.method.passes import TrainingPasses
-from repr_det.method.scheme import RePrScheme
-from repr_det.studies.benchmarking.transitions import textbook_overlap
-
-
-def trained_sub_network(depth, norm, returns, know_readers=True):
-    """A scheme in the sub-network phase after some steps, so that momentum is there to be dealt with."""
-    model = resnet(depth, norm)
-    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
-    options = {"returns": returns, "readers": readers(model) if know_readers else None, "frozen_norm": "keep"}
-    scheme = RePrScheme(find_filter_layers(model, ["*conv*"], ["stem*"]), optimizer, **options)
-    batches = torch.randn(6, 2, 3, 48, 32, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    for number, batch in enumerate(batches):
-        step(model, optimizer, batch)
-        if number == 2:
-            scheme.drop()
-    return model, optimizer, scheme, batches[0]
-
-
-def step(model, optimizer, batch):
-    optimizer.zero_grad()
-    sum((output**2).mean() for output in model(batch).values()).backward()
-    optimizer.step()
-
-
-def outputs(model, batch):
-    """Of training and of evaluation mode; of copies, for training moves running statistics."""
-    with torch.no_grad():
-        return [output for mode in (True, False) for output in copy.deepcopy(model).train(mode)(batch).values()]
-
-
-@pytest.mark.parametrize("depth", [18, 50])
-def test_function_preserving_restore_changes_no_output_and_everything_learns(depth):
-    model, optimizer, scheme, batch = trained_sub_network(depth, "BN", "function_preserving")
-    dropped = {layer: mask for layer in scheme.layers if (mask := scheme.masks[layer.name]).any()}
-    before = outputs(model, batch)
-    scheme.restore()
-    for a, b in zip(outputs(model, batch), before, strict=True):
-        assert (a - b).abs().max() <= 1e-12 * b.abs().max()
-    restored = {layer: layer.weight[mask].clone() for layer, mask in dropped.items()}
-    for layer, rows in restored.items():
-        assert (rows.flatten(1).norm(dim=1) > 0).all(), layer.name
-    for _ in range(3):
-        step(model, optimizer, batch)
-    changed = outputs(model, batch)
-    assert any((a - b).abs().max() > 1e-6 * b.abs().max() for a, b in zip(changed, before, strict=True))
-    for layer, rows in restored.items():
-        moved = (layer.weight[dropped[layer]] - rows).flatten(1).abs().amax(1)
-        assert (moved > 0).all(), layer.name  # every filter gets a gradient: none is dead
-
-
-@pytest.mark.parametrize("build", [torchvision.models.resnet18, torchvision.models.resnet50])
-def test_torchvision_blocks_are_known_too(build):
-    """A restore changes no output, and what is closed behind a norm that never adapts does not come back closed."""
-    torch.manual_seed(0)
-    net = build(num_classes=3).double()
-    optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9)
-    images = torch.randn(2, 3, 48, 32, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    passes = TrainingPasses(net, lambda n, _: [images] * n, lambda batch: net(batch).square().mean(), torch.cat)
-    closed = net.layer3[0].bn1
-    with torch.no_grad():
-        net(images)  # statistics to evaluate with
-        closed.bias[[1, 6]] = -100.0
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.eval()
-    layers = find_filter_layers(net, ["layer*.conv*"])
-    assert {layer.conv for layer in layers} == set(readers(net))
-    options = {"returns": "function_preserving", "criterion": "redundant", "passes": passes, "readers": readers(net)}
-    options |= {"criterion_batches": 1, "calibration_batches": 1}
-    scheme = RePrScheme(layers, optimizer, **options)
-    assert {1, 6} <= set(scheme.drop().dropped["layer3.0.conv1"])
-    passes.loss(images).backward()
-    optimizer.step()
-    with torch.no_grad():
-        before = net(images)
-        scheme.restore()
-        assert (net(images) - before).abs().max() <= 1e-12 * before.abs().max()
-    seen = []
-    closed.register_forward_hook(lambda module, inputs, output: seen.append(output.detach()))
-    net(images)
-    assert (seen[0][:, [1, 6]] > 0).any((0, 2, 3)).all()
-
-    net.layer3[0].relu = nn.GELU()
-    assert not {net.layer3[0].conv1, net.layer3[0].conv2} & set(readers(net))
-
-
-def test_function_preserving_needs_the_momentum_of_the_readers_to_be_zero():
-    _, optimizer, scheme, _ = trained_sub_network(50, "BN", "function_preserving")
-    columns = [
-        (reader, scheme.masks[layer.name].clone())
-        for layer in scheme.layers
-        if (reader := scheme.readers[layer.conv]) is not None and scheme.masks[layer.name].any()
-    ]
-    assert any(optimizer.state[reader.weight]["momentum_buffer"][:, mask].any() for reader, mask in columns)
-    scheme.restore()
-    for reader, mask in columns:
-        assert not optimizer.state[reader.weight]["momentum_buffer"][:, mask].any()
-
-
-@pytest.mark.parametrize("norm", ["FrozenBN", "GN", ""])
-def test_function_preserving_with_other_norms_silences_readers(norm):
-    model, _, scheme, batch = trained_sub_network(50, norm, "function_preserving")
-    pairs = [
-        (scheme.readers[layer.conv], mask)
-        for layer in scheme.layers
-        if (mask := scheme.masks[layer.name].clone()).any()
-    ]
-    own = {layer.conv: scheme.masks[layer.name].clone() for layer in scheme.layers}
-    scheme.restore()
-    assert sum(reader is not None for reader, _ in pairs) > 0
-    for reader, mask in pairs:
-        if reader is not None:
-            assert not reader.weight[~own[reader]][:, mask].any()
-    assert all(torch.isfinite(output).all() for output in outputs(model, batch))
-
-
-def test_unknown_readers_return_as_published():
-    ends = []
-    for returns, know in (("function_preserving", False), ("as_published", True)):
-        model, _, scheme, _ = trained_sub_network(18, "BN", returns, know)
-        scheme.restore()
-        ends.append(list(model.state_dict().values()))
-    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
-
-
-def test_median_gamma():
-    _, _, scheme, _ = trained_sub_network(18, "BN", "median_gamma")
-    masks = {layer: scheme.masks[layer.name].clone() for layer in scheme.layers}
-    wanted = {layer: sorted(layer.norm.weight[~mask].tolist()) for layer, mask in masks.items()}
-    scheme.restore()
-    for layer, mask in masks.items():
-        expected = wanted[layer][(len(wanted[layer]) - 1) // 2]  # the lower one of two
-        assert (layer.norm.weight[mask] == expected).all()
 
 
 class Rates(HookBase):
@@ -219,29 +79,6 @@ def test_warm_up_of_other_optimizers(tiny_cfg, tmp_path, rate, scheduled):
     assert not torch.is_tensor(rate) or optimizer.param_groups[0]["lr"] is rate
 
 
-def reparametrised(block, how):
-    if how == "weight norm":
-        nn.utils.parametrizations.weight_norm(block.conv2)
-    elif how == "spectral norm":
-        nn.utils.parametrizations.spectral_norm(block.conv2)
-    else:
-        block.conv2 = nn.Sequential(block.conv2, nn.Dropout2d(0.1))
-
-
-@pytest.mark.parametrize("how", ["weight norm", "spectral norm", "another module"])
-def test_a_reader_whose_kernels_cannot_be_silenced_is_named(how, caplog):
-    torch.manual_seed(0)
-    model = torchvision.models.resnet18(num_classes=4)
-    reparametrised(model.layer1[0], how)
-    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
-    layers = find_filter_layers(model, ["layer1.?.conv1"])
-    scheme = RePrScheme(layers, optimizer, returns="function_preserving", readers=readers(model))
-    assert scheme.loud == ["layer1.0.conv1"]
-    assert "filters of layer1.0.conv1 cannot return without changing" in caplog.text
-    scheme.drop()
-    scheme.restore()
-
-
 def test_no_warm_up_where_nothing_came_back_and_the_same_one_in_a_resumed_run(tiny_cfg, tmp_path):
     opts = "SOLVER.MAX_ITER 12 SOLVER.WARMUP_ITERS 0 SOLVER.STEPS () SOLVER.BASE_LR 0.001 REPR.ENABLED True".split()
     opts += "REPR.S1_ITERS 3 REPR.S2_ITERS 3 REPR.NUM_CYCLES 1 REPR.REINIT.WARMUP_ITERS -1 DATASETS.TEST ()".split()
@@ -281,24 +118,10 @@ def test_no_warm_up_where_nothing_came_back_and_the_same_one_in_a_resumed_run(ti
         (["REPR.REINIT.WARMUP_ITERS", "-1", "SOLVER.REFERENCE_WORLD_SIZE", "2"], 6),
     ],
 )
-def test_length_of_the_warm_up(tiny_cfg, opts, length):
-    hook = RePrHook(tiny_cfg("REPR.ENABLED", "True", "REPR.S1_ITERS", "6", "REPR.S2_ITERS", "3", *opts))
-    assert hook.warm_up_iters == (hook.schedule.s2_iters if length is None else length)
+def test_length_of_the_warm_up(opts, length):
+    cfg = config(120, s1_iters=6, s2_iters=3, layers=["backbone.conv*"])
+    cfg.merge_from_list(opts)
+    hook = RePrHook(cfg)
+    train(small_trainer(hook, steps=240), stop=1)
+    assert hook.repr.warmup_iters == (hook.schedule.s2_iters if length is None else length)
     assert length is not None or 0 < hook.schedule.s2_iters != 3
-
-
-def overlaps_by_hand(rows):
-    return textbook_overlap(rows.detach().flatten(1).numpy())
-
-
-@pytest.mark.parametrize("depth", [18, 50])
-@pytest.mark.parametrize("returns", ["as_published", "function_preserving"])
-def test_overlaps_told_after_a_restore_are_those_of_the_weights(depth, returns):
-    _, _, scheme, _ = trained_sub_network(depth, "BN", returns)
-    kept = np.concatenate([overlaps_by_hand(x.weight[~scheme.masks[x.name]]) for x in scheme.layers])
-    transition = scheme.restore()
-    expected = np.concatenate([overlaps_by_hand(layer.weight) for layer in scheme.layers])
-    told = np.concatenate([transition.overlaps[layer.name] for layer in scheme.layers])
-    np.testing.assert_allclose(told, expected, atol=2e-6)  # told with 6 decimals
-    assert transition.overlap_after == pytest.approx(expected.mean(), abs=1e-6)
-    assert transition.overlap_before == pytest.approx(kept.mean(), abs=1e-6)

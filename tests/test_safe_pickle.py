@@ -2,9 +2,11 @@
 
 import collections
 import pickle
-import subprocess
-import sys
+import random
+import resource
+from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -42,6 +44,10 @@ def test_genuine_files_of_every_protocol(tmp_path, protocol):
         assert got.flags.f_contiguous == value.flags.f_contiguous and got.flags.writeable == value.flags.writeable
 
 
+PLAIN = (np.ndarray, np.generic, torch.Tensor, torch.dtype, torch.Size, int, float, complex, str, bytes, bytearray)
+PLAIN = (*PLAIN, type(None))
+
+
 class Turned:
     """Pickles as a call of ``name`` with ``arguments``, then BUILD with ``state``."""
 
@@ -74,16 +80,12 @@ def attacks():
     }
 
 
-LOAD = """
-import sys
-from repr_det import UserError
-from repr_det.runs.safe_pickle import load_restricted
-for path in sys.argv[1:]:
-    try:
-        print('VALUE', load_restricted(path)['model']['w'])
-    except UserError as error:
-        print(error)
-"""
+def load_each(*paths):
+    for path in paths:
+        try:
+            print("VALUE", load_restricted(path)["model"]["w"])
+        except UserError as error:
+            print(error)
 
 
 def test_turned_files(tmp_path):
@@ -91,53 +93,63 @@ def test_turned_files(tmp_path):
     paths = [tmp_path / f"{number}.pkl" for number in range(len(attacks()))]
     for path, attack in zip(paths, attacks().values(), strict=True):
         path.write_bytes(pickle.dumps({"model": {"w": attack}}, protocol=2))
-    done = subprocess.run([sys.executable, "-c", LOAD, *map(str, paths)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    for path, name, line in zip(paths, attacks(), done.stdout.splitlines(), strict=True):
+    status, text = forked.run(["test_safe_pickle:load_each", *paths], tmp_path / "log")
+    assert status == 0, text
+    for path, name, line in zip(paths, attacks(), text.splitlines(), strict=True):
         if "pointer" in name or name == "an array of them":  # the claim is not looked at: eight bytes are a number
             assert line.startswith("VALUE") and "2261634.5" in line, (name, line)
         else:
             assert line.startswith(f"{path}: "), (name, line)
 
 
-FUZZ = """
-import random, sys
-from pathlib import Path
-import numpy as np, torch
-from repr_det import UserError
-from repr_det.runs.safe_pickle import load_checkpoint
-def plain(value):
-    if isinstance(value, dict): return all(map(plain, [*value, *value.values()]))
-    if isinstance(value, (list, tuple, set, frozenset)): return all(map(plain, value))
-    return isinstance(value, (np.ndarray, np.generic, torch.Tensor, torch.dtype, torch.Size, int, float, complex, str,
-                              bytes, bytearray, type(None)))
-for path in map(Path, sys.argv[1:]):
-    genuine = path.read_bytes()
-    target = path.with_name("mutated" + path.suffix)
-    rng, loaded = random.Random(path.name), 0
-    for _ in range(300):
-        content = bytearray(genuine)
-        for _ in range(rng.choice((1, 1, 2, 5))):
-            at, end = sorted((rng.randrange(len(content)), rng.randrange(len(content))))
-            end = min(end, at + 40)
-            kind = rng.randrange(6)
-            if kind == 0: content[at] ^= 1 << rng.randrange(8)
-            elif kind == 1: content[at] = rng.randrange(256)
-            elif kind == 2: del content[at:end]
-            elif kind == 3: content[at:at] = content[at:end]
-            elif kind == 4: content[at:at] = bytes([rng.choice(b"Rb)}](.0122aesuq\\x81\\x93\\x85\\x8a\\x94tlodc")])
-            else: content = content[:max(at, 1)]
-            content = content or bytearray(b".")
-        target.write_bytes(content)
-        try:
-            value = load_checkpoint(target)
-        except UserError as error:
-            assert "\\n" not in str(error), error
+def is_plain(value):
+    if isinstance(value, dict):
+        return all(map(is_plain, [*value, *value.values()]))
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return all(map(is_plain, value))
+    return isinstance(value, PLAIN)
+
+
+def mutated(genuine, rng):
+    content = bytearray(genuine)
+    for _ in range(rng.choice((1, 1, 2, 5))):
+        at, end = sorted((rng.randrange(len(content)), rng.randrange(len(content))))
+        end = min(end, at + 40)
+        kind = rng.randrange(6)
+        if kind == 0:
+            content[at] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            content[at] = rng.randrange(256)
+        elif kind == 2:
+            del content[at:end]
+        elif kind == 3:
+            content[at:at] = content[at:end]
+        elif kind == 4:
+            content[at:at] = bytes([rng.choice(b"Rb)}](.0122aesuq\x81\x93\x85\x8a\x94tlodc")])
         else:
-            loaded += 1
-            assert plain(value), value
-    print(path.name, loaded)
-"""
+            content = content[: max(at, 1)]
+        content = content or bytearray(b".")
+    return content
+
+
+def load_mutated(*paths):
+    gigabyte = 2**30
+    resource.setrlimit(resource.RLIMIT_AS, (16 * gigabyte, 16 * gigabyte))
+    for path in map(Path, paths):
+        genuine, target = path.read_bytes(), path.with_name("mutated" + path.suffix)
+        rng, loaded = random.Random(path.name), 0
+        for _ in range(300):
+            target.write_bytes(mutated(genuine, rng))
+            try:
+                value = load_checkpoint(target)
+            except UserError as error:
+                assert "\n" not in str(error), error
+            else:
+                loaded += 1
+                assert is_plain(value), value
+        print(path.name, loaded)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    assert peak < 3 * gigabyte, f"{peak} bytes for files of a few kB"
 
 
 def test_mutated_files_are_an_error_or_plain(tmp_path):
@@ -147,11 +159,40 @@ def test_mutated_files_are_an_error_or_plain(tmp_path):
     torch.save(tensors, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     for protocol in (0, 2, 4, 5):
         (tmp_path / f"protocol{protocol}.pkl").write_bytes(pickle.dumps(GENUINE, protocol=protocol))
-    files = sorted(map(str, tmp_path.iterdir()))
-    done = subprocess.run([sys.executable, "-c", FUZZ, *files], capture_output=True, text=True)
-    assert done.returncode == 0, (done.stdout, done.stderr[-2000:])
-    assert len(done.stdout.splitlines()) == 6
-    assert all(0 < int(line.split()[1]) < 300 for line in done.stdout.splitlines()), done.stdout
+    status, text = forked.run(["test_safe_pickle:load_mutated", *sorted(tmp_path.iterdir())], tmp_path / "log")
+    assert status == 0, text[-2000:]
+    lines = [line.split() for line in text.splitlines() if ".p" in line[:16]]
+    assert len(lines) == 6 and all(0 < int(loaded) < 300 for _, loaded in lines), text
+
+
+@pytest.mark.parametrize("size", [2**33, 2**40])
+@pytest.mark.parametrize("opcode", [pickle.BYTEARRAY8, pickle.BINBYTES8, pickle.BINUNICODE8])
+def test_a_length_that_the_file_does_not_have(tmp_path, opcode, size):
+    """Eight bytes of damage say that 8 GB follow: no memory is taken for them."""
+    path = tmp_path / "long.pkl"
+    path.write_bytes(pickle.PROTO + b"\x05" + opcode + size.to_bytes(8, "little") + b"abc.")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match="not a readable pickle of weights, perhaps cut short"):
+        load_restricted(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20
+
+
+def test_containers_that_hold_themselves_or_one_another(tmp_path):
+    many = []
+    for _ in range(60):
+        many = [many, many]  # 2 ** 60 lists, if each were looked at
+    own = {"w": np.ones(2)}
+    own["itself"] = own
+    (tmp_path / "w.pkl").write_bytes(pickle.dumps({"own": own, "many": many}))
+    found = load_restricted(tmp_path / "w.pkl")
+    assert found["own"]["itself"] is found["own"] and len(found["many"]) == 2
+
+
+def test_a_git_lfs_pointer_is_named(tmp_path):
+    for name in ("w.pkl", "w.pth"):
+        (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+        with pytest.raises(UserError, match=f"{name} is a Git LFS pointer, not the file itself: git lfs pull"):
+            load_checkpoint(tmp_path / name)
 
 
 def test_pycls_files_go_through_the_same_door(tmp_path):

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import sys
+import types
 
 import pytest
 from conftest import SMALL
@@ -13,6 +14,7 @@ from detectron2.utils.events import EventStorage
 from repr_det import UserError, add_repr_config
 from repr_det.commands.train import start
 from repr_det.detectron.trackers import WandbWriter
+from repr_det.runs.files import truncate_log
 
 EVENTS = [
     dict(iteration=3, event="drop", cycle=0, dropped={"a": [1], "b": []}, overlap_before=0.5, overlap_after=0.25),
@@ -54,13 +56,13 @@ def test_config_scalars_transitions_and_plot(cfg, tmp_path, monkeypatch):
             if iteration % 2:
                 writer.write()
     writer.close()
-    assert [step for step, _ in logged] == [1, 3, 5, 7]
-    assert [values["total_loss"] for _, values in logged] == [9.0, 7.0, 5.0, 3.0]
+    assert [step for step, _ in logged] == [1, 3, 3, 5, 5, 7]
+    assert [values["total_loss"] for _, values in logged if "total_loss" in values] == [9.0, 7.0, 5.0, 3.0]
     assert [name for _, values in logged for name in values if name.endswith("overlap")] == [
         "repr/drop_overlap",
         "repr/restore_overlap",
     ]
-    assert logged[1][1]["repr/drop_filters"] == 1 and logged[2][1]["repr/restore_overlap_after"] == 0.125
+    assert logged[1][1]["repr/drop_filters"] == 1 and logged[3][1]["repr/restore_overlap_after"] == 0.125
     pictures = list((tmp_path / "run").rglob("media/images/repr/*.png"))
     assert sorted(x.name.split("_")[0] for x in pictures) == ["drop", "restore"]
     assert list((tmp_path / "run").rglob("*.wandb"))
@@ -68,6 +70,30 @@ def test_config_scalars_transitions_and_plot(cfg, tmp_path, monkeypatch):
     again = WandbWriter(cfg, mode="offline", project="test")
     assert again._run.id == run.id
     again.close()
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_a_drop_before_the_kill_arrives_once(cfg, tmp_path, monkeypatch, written):
+    """The run is killed after a drop, before or after the writer has sent it, and resumed from a checkpoint before it:
+    the log is cut back, and the drop made again."""
+    wandb = pytest.importorskip("wandb", reason="wandb is not installed")
+    arrived = []
+    run = types.SimpleNamespace(log=lambda values, step: arrived.extend((step, x) for x in values), finish=lambda: None)
+    monkeypatch.setattr(wandb, "init", lambda **_: run)
+    folder = tmp_path / "run"
+    for begin, end in ((0, 6), (2, 8)):
+        writer = WandbWriter(cfg)
+        for name in ("repr_events.jsonl", "repr_overlaps.jsonl"):
+            truncate_log(folder / name, begin)
+        with EventStorage(begin) as storage:
+            for iteration in range(begin, end):
+                storage.iter = iteration
+                for event in EVENTS:
+                    if event["iteration"] == iteration:
+                        append(folder, event)
+                if (begin > 0 or written) and iteration % 2:
+                    writer.write()
+    assert [x for x in arrived if x[1].endswith("_filters")] == [(3, "repr/drop_filters"), (5, "repr/restore_filters")]
 
 
 def test_wandb_that_is_missing_is_named(cfg, monkeypatch):

@@ -3,28 +3,28 @@ resumed in the middle of the sub-network phase to the weights of the run that wa
 
 import importlib.util
 import itertools
+import re
 import shutil
-from collections import OrderedDict
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_same_weights
+from conftest import ROOT, assert_same_weights
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyCall, instantiate
 from detectron2.engine import HookBase, SimpleTrainer, hooks
-from detectron2.layers import Conv2d, get_norm
 from detectron2.solver.build import get_default_optimizer_params
 from omegaconf import OmegaConf
+from small_loop import TwoConvs, batch
 from torch import nn
 from torchvision.models.detection import faster_rcnn, retinanet
 from torchvision.models.resnet import Bottleneck, ResNet
 
-from repr_det import RePrHook, RePrSchedule, UserError, find_filter_layers
+from repr_det import RePr, RePrHook, RePrSchedule, UserError
 from repr_det.detectron.lazy import repr_cfg_from_lazy
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+EXAMPLES = ROOT / "examples"
 
 
 def example(name: str):
@@ -53,23 +53,32 @@ def torchvision_example():
 TAKE_PART = [
     ("fasterrcnn_resnet50_fpn", 48, 22656),  # of an R50, without stem and shortcuts
     ("retinanet_resnet50_fpn", 48, 22656),
-    ("ssdlite320_mobilenet_v3_large", 46, None),
+    ("ssdlite320_mobilenet_v3_large", 54, 10344),
 ]
 
 
 @pytest.mark.parametrize(("model", "convs", "filters"), TAKE_PART)
 def test_what_takes_part_in_torchvisions_detectors(torchvision_example, model, convs, filters):
-    with torch.device("meta"):
-        built = torchvision_example.build_model(model, 64)
-    layers = find_filter_layers(built, *torchvision_example.MODELS[model])
-    assert len(layers) == convs and {layer.kind for layer in layers} == {"batch"}
-    assert filters is None or sum(layer.num_filters for layer in layers) == filters
-    own = {id(layer.norm) for layer in layers}
-    assert len(own) == convs and all(layer.norm.num_features == layer.num_filters for layer in layers)
-    # Squeeze-and-excitation's convs have no norm; every other conv in the MobileNet has one.
-    if filters is None:
-        without = [name for name, m in built.backbone.features.named_modules() if isinstance(m, nn.Conv2d)]
-        assert len(without) - sum(name.endswith(("fc1", "fc2")) for name in without) == convs
+    built = torchvision_example.build_model(model, 64).train()
+    include, exclude = torchvision_example.MODELS[model]
+    batch = torchvision_example.batches_of(torchvision_example.shapes(2), 0)[0]
+    optimizer = torch.optim.SGD(built.parameters(), 0.01)
+    layers = RePr(built, optimizer, 50, layers=include, exclude=exclude, sample=batch).scheme.layers
+    assert len(layers) == convs and sum(layer.num_filters for layer in layers) == filters
+    with_norm = [layer for layer in layers if layer.norm is not None]
+    assert len({id(layer.norm) for layer in with_norm}) == len(with_norm)
+    assert all(layer.norm.num_features == layer.num_filters for layer in with_norm)
+    if model.startswith("ssd"):  # squeeze-and-excitation: fc1 reduces, fc2 puts out factors
+        body = built.backbone.features
+        named = {f"backbone.features.{n}" for n, m in body.named_modules() if isinstance(m, nn.Conv2d)}
+        assert {x.name for x in layers} == {name for name in named if not name.endswith("fc2")}
+        assert {x.name for x in layers if x.norm is None} == {name for name in named if name.endswith("fc1")}
+    assert convs in [int(number) for number in re.findall(r"\d+", row_of_zoo(model))]
+
+
+def row_of_zoo(name: str) -> str:
+    (line,) = [line for line in (ROOT / "docs" / "zoo.md").read_text().splitlines() if f"`{name}`" in line]
+    return line.split("|")[2]
 
 
 @pytest.mark.parametrize(
@@ -165,20 +174,6 @@ class EmaHook(HookBase):
                 self.ema.average[name].lerp_(value, 0.1)
 
 
-class TinyDetector(nn.Module):
-    """A backbone with Detectron2's convs and a loss; batches are images (N, 1, 8, 8)."""
-
-    def __init__(self, channels):
-        super().__init__()
-        conv = partial(Conv2d, kernel_size=3, padding=1, bias=False)
-        first = conv(1, channels, norm=get_norm("BN", channels))
-        second = conv(channels, channels, norm=get_norm("BN", channels))
-        self.backbone = nn.Sequential(OrderedDict(conv1=first, conv2=second))
-
-    def forward(self, images):
-        return {"loss": self.backbone(images).square().mean()}
-
-
 class Images:
     """Goes on where ``start`` says, which detrex's own loader does not: that is the loader's business, not RePr's."""
 
@@ -187,13 +182,13 @@ class Images:
 
     def __iter__(self):
         for number in itertools.count(self.start):
-            yield torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(number))
+            yield batch(number)
 
 
 def lazy_config(folder):
     return OmegaConf.create(
         dict(
-            model=LazyCall(TinyDetector)(channels=12),
+            model=LazyCall(TwoConvs)(channels=12),
             optimizer=LazyCall(torch.optim.AdamW)(params=LazyCall(get_default_optimizer_params)(), lr=0.01),
             train=dict(
                 device="cpu",
@@ -202,7 +197,7 @@ def lazy_config(folder):
                 seed=3,
                 clip_grad=dict(params=dict(max_norm=0.1, norm_type=2)),
             ),
-            repr=dict(ENABLED=True, S1_ITERS=2, S2_ITERS=3, NUM_CYCLES=1, LAYERS=dict(INCLUDE=["backbone.conv*"])),
+            repr=LazyCall(RePrHook)(s1_iters=2, s2_iters=3, num_cycles=1, layers=["backbone.conv*"]),
         ),
         flags={"allow_objects": True},
     )
@@ -211,6 +206,7 @@ def lazy_config(folder):
 def do_train(cfg, resume=False, until=None):
     torch.manual_seed(0)
     model = instantiate(cfg.model)
+    Path(cfg.train.output_dir).mkdir(exist_ok=True)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
     images = Images(0)
@@ -222,7 +218,7 @@ def do_train(cfg, resume=False, until=None):
             hooks.IterationTimer(),
             EmaHook(ema),
             hooks.PeriodicCheckpointer(checkpointer, period=4),
-            RePrHook(repr_cfg_from_lazy(cfg)),
+            instantiate(cfg.repr) if "_target_" in cfg.repr else RePrHook(repr_cfg_from_lazy(cfg)),
         ]
     )
     checkpointer.resume_or_load("", resume=resume)
@@ -231,7 +227,11 @@ def do_train(cfg, resume=False, until=None):
     return model.state_dict(), ema.average
 
 
+OLD_NODE = dict(ENABLED=True, S1_ITERS=2, S2_ITERS=3, NUM_CYCLES=1, LAYERS=dict(INCLUDE=["backbone.conv*"]))
+
+
 def test_a_detectron2_loop_that_is_not_default_trainer(tmp_path):
+    """Resumed with the node of version 0.2.0."""
     wanted, wanted_ema = do_train(lazy_config(tmp_path / "whole"))
     shutil.copytree(tmp_path / "whole", tmp_path / "rest", ignore=shutil.ignore_patterns("model_final.pth"))
     (tmp_path / "rest" / "last_checkpoint").write_text("model_0000003.pth")
@@ -239,6 +239,8 @@ def test_a_detectron2_loop_that_is_not_default_trainer(tmp_path):
     masks = saved["trainer"]["hooks"]["RePrHook"]["scheme"]["masks"]
     assert sum(int(mask.sum()) for mask in masks.values()) == 7  # floor(0.3 * 24), after iteration 3: 2 to 4 are S2
     assert saved["model"]["backbone.conv1.weight"][masks["backbone.conv1"]].count_nonzero() == 0
-    found, found_ema = do_train(lazy_config(tmp_path / "rest"), resume=True)
+    rest = lazy_config(tmp_path / "rest")
+    rest.repr = OLD_NODE
+    found, found_ema = do_train(rest, resume=True)
     assert_same_weights(found, wanted)
     assert_same_weights(found_ema, wanted_ema)

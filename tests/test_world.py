@@ -2,16 +2,16 @@
 
 import argparse
 import errno
-import fcntl
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import forked
 import pytest
 import torch
 from detectron2.engine import HookBase
@@ -22,8 +22,8 @@ from repr_det import UserError
 from repr_det.commands import processes
 from repr_det.commands.arguments import train_argument_parser
 from repr_det.commands.processes import _run, _take, may_continue, run_tool
-from repr_det.commands.world import Torchrun, check_processes, join_by_options, join_torchrun, refuse_torchrun, url_of
-from repr_det.runs.lock import LOCK_FILE, RunLock, job_of
+from repr_det.commands.world import Launched, check_processes, dist_url, refuse_torchrun
+from repr_det.runs.lock import OWNER_FILE, RunLock, job_of
 from repr_det.runs.stopping import STATUS, StopAtSignal, Stopped, answer_signals
 
 TORCHRUN = dict(RANK="1", LOCAL_RANK="1", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
@@ -53,7 +53,7 @@ def refused(cfg, *words):
     [
         (
             ["--num-gpus", "2"],
-            "--num-gpus 2 beside torchrun, which starts the processes: leave it out and give torchrun",
+            "--num-gpus 2 beside torchrun, which starts the processes: leave it out and give torchrun --nproc",
         ),
         (["--num-machines", "2", "--machine-rank", "1"], "--num-machines 2 --machine-rank 1 beside torchrun"),
     ],
@@ -102,11 +102,43 @@ def test_sync_bn_on_the_cpu(tiny_cfg, torchrun):
     assert refused(cfg) == message
 
 
-def test_srun_without_torchrun(tiny_cfg, monkeypatch):
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
-    monkeypatch.setenv("SLURM_STEP_NUM_NODES", "2")
-    message = refused(tiny_cfg())
-    assert "srun started this command 8 times" in message and "torchrun --nnodes 2 --nproc_per_node N" in message
+SRUN = dict(SLURM_STEP_NUM_TASKS="4", SLURM_STEP_TASKS_PER_NODE="2(x2)", SLURM_PROCID="3", SLURM_LOCALID="1")
+SRUN |= dict(SLURM_JOB_ID="12", SLURM_STEP_ID="0", SLURM_STEP_NODELIST="node[07-08]")
+
+
+def test_srun(tiny_cfg, monkeypatch):
+    for key, value in SRUN.items():
+        monkeypatch.setenv(key, value)
+    assert Launched.found() == Launched("srun", 3, 1, 4, 2, "slurm 12.0")
+    cfg = tiny_cfg("SOLVER.IMS_PER_BATCH", 4)
+    world = check_processes(train_argument_parser().parse_args([]), cfg, cfg.MODEL)
+    assert (world.size, world.local_size) == (4, 2)
+    assert "--num-gpus 2 beside srun, which starts the processes" in refused(cfg, "--num-gpus", "2")
+    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "3,1")
+    assert "every machine must start as many processes, and this run has 4 (srun" in refused(cfg)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    assert Launched.found() is None
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"), [("node[07-08]", "node07"), ("a,b", "a"), ("gpu-3", "gpu-3"), ("n[1,5-7],m2", "n1")]
+)
+def test_the_address_of_sruns_first_node(monkeypatch, nodes, first):
+    joined = {}
+    for key, value in (SRUN | {"SLURM_STEP_NODELIST": nodes}).items():
+        monkeypatch.setenv(key, value)
+    for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: iter([(torch.distributed.HashStore(), 3, 4)]))
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: joined.update(os.environ))
+    monkeypatch.setattr(
+        "repr_det.commands.world.comm",
+        argparse.Namespace(create_local_process_group=lambda size: joined.update(local=size), synchronize=lambda: None),
+    )
+    Launched.found().join("cpu")
+    assert (joined["MASTER_ADDR"], joined["MASTER_PORT"], joined["RANK"]) == (first, "20012", "3")
+    assert joined["WORLD_SIZE"] == "4" and joined["local"] == 2
 
 
 def test_compare_is_not_for_torchrun(torchrun):
@@ -114,18 +146,6 @@ def test_compare_is_not_for_torchrun(torchrun):
     torchrun()
     with pytest.raises(UserError, match=r"compare\.py starts its runs itself"):
         refuse_torchrun("compare.py")
-
-
-def test_a_rendezvous_that_does_not_come_about(torchrun, tmp_path):
-    args = train_argument_parser().parse_args(["--num-gpus", "2", "--rendezvous-timeout", "1"])
-    start = time.monotonic()
-    with pytest.raises(UserError, match=r"the 2 processes .* did not meet at file.* within 1 s \(rank\(s\) 1 did not"):
-        join_by_options(0, args, f"file://{tmp_path}/meeting", "cpu")
-    torchrun()
-    with pytest.raises(UserError, match=r"did not meet at 127\.0\.0\.1:1 within 1 s") as error:
-        join_torchrun(Torchrun.found(), "cpu", 1.0)
-    assert "\n" not in str(error.value)
-    assert time.monotonic() - start < 20
 
 
 def test_who_may_continue(torchrun, tmp_path):
@@ -142,34 +162,30 @@ def test_who_may_continue(torchrun, tmp_path):
     assert may_continue(args, str(tmp_path))  # rank 0 decides
     torchrun(RANK="0", TORCHELASTIC_RUN_ID="none")
     assert not may_continue(args, str(tmp_path))
-    RunLock(tmp_path, Torchrun.found().job).acquire()
+    RunLock(tmp_path, Launched.found().job).acquire()
     assert may_continue(args, str(tmp_path))
 
 
-HOLDER = """
-import fcntl, os, sys, time
-lock = open(sys.argv[1] + "/.running", "a+")
-fcntl.lockf(lock, fcntl.LOCK_EX)
-if os.fork() == 0:  # as a loader worker does
+def hold(folder, held):
+    lock = RunLock(folder)
+    lock.acquire()
+    if os.fork() == 0:  # as a loader worker does
+        time.sleep(60)
+        os._exit(0)
+    Path(held).touch()
     time.sleep(60)
-print("held", flush=True)
-time.sleep(60)
-"""
 
 
 def test_a_killed_run_leaves_no_lock(tmp_path):
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, process_group=0
-    ) as holder:
-        assert holder.stdout.readline() == b"held\n"
-        with pytest.raises(UserError, match=f"OUTPUT_DIR {tmp_path} is being trained by another process"):
-            RunLock(tmp_path).acquire()
-        holder.kill()
-        holder.wait()
-        lock = RunLock(tmp_path, "job")
-        lock.acquire(5)
-        lock.release()
-        os.killpg(holder.pid, signal.SIGKILL)  # its child
+    holder = forked.Command(["test_world:hold", tmp_path, tmp_path / "held"], tmp_path / "log")
+    forked.wait_until((tmp_path / "held").exists)
+    with pytest.raises(UserError, match=rf"OUTPUT_DIR {tmp_path} is being trained by another process \(\d+ on "):
+        RunLock(tmp_path).acquire()
+    holder.kill()
+    lock = RunLock(tmp_path, "job")
+    lock.acquire(1)
+    assert job_of(tmp_path) == "job"
+    lock.release()
 
 
 class Saver:
@@ -254,10 +270,9 @@ def test_loader_workers_are_kept_out():
 
 
 def test_runs_of_one_machine_meet_at_ports_of_their_own():
-    args = train_argument_parser().parse_args(["--num-gpus", "2"])
-    assert url_of(args) != args.dist_url and url_of(args).startswith("tcp://127.0.0.1:")
-    args = train_argument_parser().parse_args(["--num-gpus", "2", "--dist-url", "tcp://127.0.0.1:1234"])
-    assert url_of(args) == "tcp://127.0.0.1:1234"
+    parse = train_argument_parser().parse_args
+    assert dist_url(parse(["--num-gpus", "2"])) == "auto"
+    assert dist_url(parse(["--num-gpus", "2", "--dist-url", "tcp://127.0.0.1:1234"])) == "tcp://127.0.0.1:1234"
 
 
 @pytest.mark.parametrize("resume", [False, True])
@@ -268,7 +283,7 @@ def test_a_folder_that_not_every_machine_sees(two_ranks, tmp_path, resume, share
     for folder in set(folders):
         folder.mkdir()
         (folder / "last_checkpoint").write_text("model_0000002.pth")
-        (folder / LOCK_FILE).write_text('{"host": "h", "pid": 1, "job": ""}\n')
+        (folder / OWNER_FILE).write_text('{"host": "h", "pid": 1, "job": ""}\n')
     told = two_ranks(lambda rank: _take(argparse.Namespace(resume=resume, eval_only=False), str(folders[rank])))
     if shared:
         assert told == [None, None]
@@ -315,10 +330,10 @@ def two_ranks(monkeypatch):
 
 
 def test_a_file_system_without_locks_still_knows_the_job(tmp_path, monkeypatch, caplog):
-    def fail(*_):
+    def fail(*_, **__):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(fcntl, "lockf", fail)
+    monkeypatch.setattr("filelock.FileLock.acquire", fail)
     RunLock(tmp_path, "job").acquire()
     assert "cannot be locked (No locks available)" in caplog.text
     assert job_of(tmp_path) == "job"

@@ -1,4 +1,4 @@
-"""Detectron2's model zoo: what takes part in each model, and one cycle in a small version of it (docs/zoo.md).
+"""Detectron2's model zoo, and timm: what takes part in each model, and one cycle in a small version (docs/zoo.md).
 
 The models of the zoo are built on the meta device. The small ones have the same modules with fewer channels, blocks and
 proposals, random weights and BN, and see two synthetic images.
@@ -19,10 +19,9 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from repr_det import RePr, RePrSchedule, UserError, find_filter_layers
+from repr_det.method.options import DETECTRON2_LAYERS
 
-RESNET = ["backbone.bottom_up.res*.conv*"]
 REGNET = ["backbone.bottom_up.s*.f.?"]
-DEFAULT = ["backbone.bottom_up.res*.conv*", "backbone.res*.conv*", "roi_heads.res5.*.conv*"]
 TABLE = (Path(__file__).resolve().parents[1] / "docs" / "zoo.md").read_text()
 SMALL = """
 MODEL.RESNETS.NORM BN MODEL.BACKBONE.FREEZE_AT 0 MODEL.RESNETS.STEM_OUT_CHANNELS 8 MODEL.RESNETS.RES2_OUT_CHANNELS 16
@@ -101,26 +100,27 @@ def images(config: str) -> list[dict]:
 
 
 def patterns(config: str) -> list[str]:
-    return REGNET if "regnet" in config else RESNET
+    return REGNET if "regnet" in config else DETECTRON2_LAYERS
 
 
 @pytest.mark.parametrize("config", ZOO)
 def test_what_takes_part(config):
-    _, takes_part, _, include, sub_network = row(config)
-    patterns = DEFAULT if include == "default" else [include.strip("`")]
-    layers = find_filter_layers(on_meta(config), patterns)
-    assert takes_part == f"{len(layers)} convs, {sum(x.num_filters for x in layers):,} filters"
-    assert {layer.kind for layer in layers} == {"frozen"}
+    """By name; ``test_one_cycle`` shows that they all can."""
+    _, takes_part, _, include = row(config)
+    layers = find_filter_layers(on_meta(config), patterns(config))
+    assert include == ("default" if patterns(config) is DETECTRON2_LAYERS else f"`{patterns(config)[0]}`")
     grouped = sum(layer.conv.groups > 1 for layer in layers)
-    assert f"{grouped} grouped" in sub_network if grouped else sub_network == "slim"
+    of_groups = f" ({grouped} grouped)" if grouped else ""
+    assert takes_part == f"{len(layers)} convs{of_groups}, {sum(x.num_filters for x in layers):,} filters"
+    assert {layer.kind for layer in layers} == {"frozen"}
 
 
 @pytest.mark.parametrize("config", ZOO)
 def test_one_cycle(config):
     model, batch = small(config), images(config)
+    named = find_filter_layers(model, patterns(config))
     optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
     repr_training = RePr(model, optimizer, 4, layers=patterns(config), schedule=RePrSchedule(1, 2, 1))
-    layers = repr_training.scheme.layers
     for step in range(4):
         with EventStorage(0):
             losses = model(batch)
@@ -129,13 +129,10 @@ def test_one_cycle(config):
         optimizer.step()
         assert all(math.isfinite(loss) for loss in losses.values())
         transition = repr_training.step()
+        layers = repr_training.scheme.layers
         if step == 0:
+            assert [(x.name, x.norm) for x in layers] == [(x.name, x.norm) for x in named]
             assert sum(map(len, transition.dropped.values())) == math.floor(0.3 * sum(x.num_filters for x in layers))
-            # Fewer dropped filters than channels are rounded up to are not worth a slice.
-            slim = {x.name for x in layers if x.conv._compiled_call_impl is not None}
-            worth = {x.name for x in layers if len(transition.dropped.get(x.name, ())) >= 8}
-            assert worth & slim == {x.name for x in layers if x.name in worth and x.conv.groups == 1}
-            assert worth & slim, "nothing is slim in this model"
         if repr_training.phase == "sub":
             for layer in layers:
                 gone = repr_training.scheme.masks[layer.name]
@@ -164,10 +161,36 @@ TRANSFORMERS = {"ViTDet": (vit, "Attention"), "Swin": (swin, "WindowAttention"),
 def test_transformers_are_refused_with_a_reason(name):
     build, attention = TRANSFORMERS[name]
     model = nn.ModuleDict({"backbone": build()})
-    with pytest.raises(UserError) as error:
-        find_filter_layers(model, DEFAULT)
-    reason = f"behind their norm, and its weights are those of {attention} and linear layers"
-    assert reason in str(error.value) and "\n" not in str(error.value)
-    with pytest.raises(UserError, match="its norm LayerNorm is none of"):
-        find_filter_layers(model, ["*"])
-    assert name in TABLE
+    model.forward = lambda x: list(model["backbone"](x).values())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    def take(layers):
+        return RePr(model, optimizer, 50, layers=layers, sample=torch.randn(2, 3, 64, 64))
+
+    reason = f"This model has attention ({attention}): RePr drops output channels of convolutions, and most of its"
+    refused = [DETECTRON2_LAYERS] if name == "Swin" else [DETECTRON2_LAYERS, ["*"]]
+    for layers in refused:
+        with pytest.raises(UserError) as error:
+            take(layers)
+        assert reason in str(error.value) and "\n" not in str(error.value)
+    if name == "Swin":
+        assert {layer.name.rstrip("0123456789") for layer in take(["*"]).scheme.layers} == {"backbone.fpn_lateral"}
+    assert "**ViTDet, Swin and MViT** are transformers" in TABLE
+
+
+@pytest.mark.parametrize(
+    ("name", "frozen"), [("resnet18", False), ("resnet18", True), ("efficientnet_b0", False), ("convnext_atto", False)]
+)
+def test_what_takes_part_in_timms_models(name, frozen):
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    model = timm.create_model(name).train()
+    if frozen:
+        model = timm.layers.freeze_batch_norm_2d(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    sample = torch.randn(2, 3, 64, 64)
+    layers = RePr(model, optimizer, 50, sample=sample, frozen_norm="keep").scheme.layers
+    convs = sum(isinstance(module, nn.Conv2d) for module in model.modules())
+    (line,) = [line for line in TABLE.splitlines() if f"timm `{name}`" in line]
+    assert f"| {len(layers)} of {convs} convs |" in line
+    if name == "resnet18":
+        assert {layer.kind for layer in layers} == {"frozen" if frozen else "batch"}

@@ -5,7 +5,7 @@ tools/analyze_filters.py CHECKPOINT [--config-file FILE [--batches 2]] [--criter
 """
 
 from repr_det.commands.processes import run_tool
-from repr_det.studies.analysis_command import main
+from repr_det.studies.analysis import main
 
 if __name__ == "__main__":
     run_tool(main)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Compares RePr with its baseline over several seeds and writes a report.
+"""Compares RePr with its baseline, or one config with another, over several seeds and writes a report.
 
-tools/compare.py --config-file configs/shapes_r18_fpn.yaml --seeds 1 2 3 [--jobs N] [KEY VALUE ...]
+tools/compare.py --config-file configs/shapes_r18_fpn.yaml --seeds 1 2 3 [--against OTHER] [--jobs N] [KEY VALUE ...]
 """
 
 import repr_det.commands  # noqa: F401  (first: it silences warnings of what is imported next)

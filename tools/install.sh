@@ -14,7 +14,7 @@ STAMP=$VENV/.installed
 DETECTRON2='sal-detectron2==0.7.2 --hash=sha256:491af0c7f79bdb2d178e46f6cb16a97c4ac968d45c41ea3f6b6435d59bbee561'
 DETECTRON2_NEEDS='fvcore iopath>=0.1.9 pycocotools>=2.0.8 omegaconf>=2.3 hydra-core>=1.3 yacs>=0.1.8 termcolor tabulate
     cloudpickle tensorboard matplotlib tqdm black packaging setuptools<81 Pillow'
-DEVELOPMENT='pytest ruff import-linter scikit-learn mypy build'
+DEVELOPMENT='pytest pytest-xdist pytest-cov ruff import-linter scikit-learn mypy build'
 # What tests of other libraries and `make docs` need; where it is not to be had, those tests skip.
 OTHERS='timm lightning wandb'
 DOCS='mkdocs mkdocs-material mkdocstrings[python]'

@@ -1,6 +1,9 @@
 """Faster R-CNN R50-FPN, 1x, with RePr: configs/repr_r50_fpn.yaml as a LazyConfig, for tools/lazyconfig_train_net.py."""
 
+from detectron2.config import LazyCall as L
 from detectron2.model_zoo import get_config
+
+from repr_det import RePrHook
 
 model = get_config("common/models/mask_rcnn_fpn.py").model
 for key in ("mask_in_features", "mask_pooler", "mask_head"):
@@ -17,10 +20,9 @@ train = get_config("common/train.py").train
 train.init_checkpoint = "detectron2://ImageNetPretrained/MSRA/R-50.pkl"
 train.output_dir = "output/lazy_repr_r50_fpn"
 
-# The keys of REPR as in the yaml configs; what is not here keeps its default. S1_ITERS and S2_ITERS stay 0: derived
+# Arguments of RePrHook (docs/configs.md); what is not here keeps its default. s1_iters and s2_iters stay 0: derived
 # from the first learning-rate step at 60000, S1 10000, S2 5000, 3 cycles.
-repr = dict(
-    ENABLED=True,
-    S1_ITERS=0,
-    S2_ITERS=0,
+repr = L(RePrHook)(
+    s1_iters=0,
+    s2_iters=0,
 )

@@ -3,9 +3,8 @@
 from itertools import pairwise
 
 import torch
+from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
 from torch import nn
-
-from repr_det.method.blocks import known_blocks
 
 
 @torch.no_grad()
@@ -24,8 +23,11 @@ def plant_copies(model: nn.Module, share: float) -> int:
         How many filters are copies now.
     """
     planted = 0
-    for _, chain in known_blocks(model):
-        for conv, reader in pairwise(chain):
+    for block in model.modules():
+        if not isinstance(block, (BasicBlock, BottleneckBlock)):
+            continue
+        convs = [module for name, module in block.named_children() if name.startswith("conv")]
+        for conv, reader in pairwise(convs):
             if not conv.weight.requires_grad:
                 continue
             filters = len(conv.weight)

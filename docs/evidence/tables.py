@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Writes the tables of docs/*.md anew that come from the runs in this folder.
+"""Writes the tables of docs/*.md and of this folder's pages anew that come from the runs in this folder.
 
 docs/evidence/tables.py [--check]
 
@@ -17,8 +17,11 @@ from pathlib import Path
 import cifar10_equal_fit
 import cifar10_tables
 import fine_tuning_report
+import modern
+import remedies
 
 DOCS = Path(__file__).resolve().parents[1]
+PAGES = sorted([*DOCS.glob("*.md"), *DOCS.glob("evidence/*.md")])
 TABLE = re.compile(r"(<!-- table ([\w-]+) -->\n\n).*?\n(?=\n)", re.S)
 
 
@@ -27,6 +30,16 @@ study = functools.cache(cifar10_tables.Study)
 
 def of_cifar(table: Callable[[cifar10_tables.Study], str]) -> Callable[[], str]:
     return lambda: table(study())
+
+
+def of_remedies(name: str) -> Callable[[], str]:
+    return lambda: remedies.table(remedies.Study(study().digest), name)
+
+
+def of_transfer() -> str:
+    import transfer  # with Detectron2, which no other table needs
+
+    return transfer.Study().table()
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -39,6 +52,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "cifar10-equal-fit": lambda: cifar10_equal_fit.table(cifar10_equal_fit.runs()),
     "fine-tuning": fine_tuning_report.table,
     "fine-tuning-forms": fine_tuning_report.forms,
+    **{f"remedies-{name}": of_remedies(name) for name in remedies.STUDIES},
+    **{name.replace("_", "-"): lambda study=study: study().table() for name, study in modern.STUDIES.items()},
+    "transfer": of_transfer,
 }
 
 
@@ -52,7 +68,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="write nothing")
     check = parser.parse_args().check
     old = []
-    for page in sorted(DOCS.glob("*.md")):
+    for page in PAGES:
         text = page.read_text(encoding="utf-8")
         if (new := renewed(text)) != text:
             old.append(page.name)

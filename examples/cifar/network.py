@@ -2,7 +2,8 @@
 
 The paper leaves the rest open. "3x3" is the common reading: 3x3 filters, 2x2 pooling. "5x5" is what the author's code
 builds (iamaaditya/repr-ortho): 5x5 filters, 3x3 pooling of stride 2, weights from a truncated normal distribution of
-standard deviation 0.04, biases 0. Neither has a norm. "teacher" is a larger network with BN to distil from.
+standard deviation 0.04, biases 0. Neither has a norm. "narrow" is "3x3" with 8 filters a conv, to be widened later.
+"teacher" is a larger network with BN to distil from.
 """
 
 from collections.abc import Iterable
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 NETWORKS = ("3x3", "5x5")
+NARROW = "narrow"
 TEACHER = "teacher"
 _CLASSES = 10
 
@@ -20,20 +22,21 @@ def build(kind: str = "3x3", dropout: float = 0.0) -> nn.Sequential:
     """A network with new weights from torch's global generator: (N, 3, 32, 32) -> (N, 10), channels_last.
 
     Args:
-        kind: one of NETWORKS, or TEACHER.
+        kind: one of NETWORKS, NARROW or TEACHER.
         dropout: probability for the inputs of the classifier; 0 for none.
     """
     if kind == TEACHER:
         return _teacher(dropout).to(memory_format=torch.channels_last)
     released = kind == "5x5"
     kernel = 5 if released else 3
+    filters = 8 if kind == NARROW else 32
     modules: list[nn.Module] = []
-    for channels in (3, 32, 32):
+    for channels in (3, filters, filters):
         # ceil_mode pads 3x3 windows at the far edge only, as TensorFlow's "SAME". ReLU after pooling is the same
         # function as before it, on a quarter of the values.
         pool = nn.MaxPool2d(3, 2, ceil_mode=True) if released else nn.MaxPool2d(2)
-        modules += [nn.Conv2d(channels, 32, kernel, padding=kernel // 2), pool, nn.ReLU(inplace=True)]
-    model = nn.Sequential(*modules, nn.Flatten(), nn.Dropout(dropout), nn.Linear(32 * 4 * 4, _CLASSES))
+        modules += [nn.Conv2d(channels, filters, kernel, padding=kernel // 2), pool, nn.ReLU(inplace=True)]
+    model = nn.Sequential(*modules, nn.Flatten(), nn.Dropout(dropout), nn.Linear(filters * 4 * 4, _CLASSES))
     if released:
         for parameter in model.parameters():
             if parameter.dim() > 1:

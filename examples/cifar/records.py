@@ -12,7 +12,7 @@ from typing import Any
 
 from repr_det import UserError
 
-STANDARD = "standard"
+STANDARD, ORACLE = "standard", "oracle"  # the rows that are no name of a criterion
 
 
 @dataclass(frozen=True)

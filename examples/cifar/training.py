@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from criteria import oracle
 from torch import Tensor, nn
 
 from cifar import network
 from cifar.data import Images
-from cifar.records import STANDARD, Settings
+from cifar.records import ORACLE, STANDARD, Settings
 from repr_det import RePrSchedule, RePrScheme, find_filter_layers
 from repr_det.method.passes import TrainingPasses
 
@@ -92,7 +93,7 @@ def scheme_of(settings: Settings, model: nn.Module, optimizer: torch.optim.Optim
     return RePrScheme(
         find_filter_layers(model, ["*"], ["0"] if settings.skip_first else []),
         optimizer,
-        criterion=settings.row,
+        criterion=oracle if settings.row == ORACLE else settings.row,
         drop_ratio=settings.drop_ratio,
         max_drop_per_layer=settings.max_drop_per_layer,
         scale=settings.scale,

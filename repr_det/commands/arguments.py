@@ -2,11 +2,12 @@
 
 import argparse
 import os
+import re
 
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_argument_parser
 
-from repr_det.commands.config_files import merge_config_file
+from repr_det.commands.config_files import merge_config_file, naming_close_keys
 from repr_det.commands.data import classes_of_run, register_data
 from repr_det.commands.shipped import config_path
 from repr_det.commands.world import add_process_arguments
@@ -16,7 +17,7 @@ from repr_det.runs.checkpoints import find_checkpoint
 
 
 def train_argument_parser() -> argparse.ArgumentParser:
-    """Stock Detectron2's arguments plus --baseline and --register."""
+    """Stock Detectron2's arguments and this package's."""
     parser = default_argument_parser()
     parser.description = "Train a Detectron2 detector with RePr, or its baseline, and evaluate it with COCO AP."
     add_data_argument(parser)
@@ -25,6 +26,12 @@ def train_argument_parser() -> argparse.ArgumentParser:
         "--baseline",
         action="store_true",
         help="the same run with RePr off; OUTPUT_DIR gets the suffix _baseline unless it is given on the command line",
+    )
+    parser.add_argument(
+        "--check-gradients",
+        action="store_true",
+        help="look for infinite and NaN gradients after every step on a GPU as well, where it makes the host wait; "
+        "weights are looked at before every checkpoint in any case",
     )
     parser.add_argument(
         "--wandb", default="", metavar="PROJECT", help="log the training to this project of Weights & Biases as well"
@@ -69,10 +76,10 @@ def build_config(
     if len(opts) % 2:
         raise UserError(f"options after the flags must be KEY VALUE pairs, got {len(opts)} words: {' '.join(opts)}")
     merge_config_file(cfg, config_file)
-    with as_user_error("command line"):
+    with naming_close_keys(cfg), as_user_error("command line"):
         cfg.merge_from_list(opts)
     given = set(opts[::2])
-    cfg.OUTPUT_DIR = os.path.expanduser(cfg.OUTPUT_DIR)
+    cfg.OUTPUT_DIR = output_folder(cfg.OUTPUT_DIR, "OUTPUT_DIR")
     if baseline:
         cfg.REPR.ENABLED = False
         if "OUTPUT_DIR" not in given:
@@ -92,3 +99,15 @@ def build_config(
 def folder_of_checkpoint(output_dir: str, weights: str, resume: bool) -> str:
     """Where the checkpoint lies that a run begins with."""
     return output_dir if resume and find_checkpoint(output_dir) else os.path.dirname(weights)
+
+
+def output_folder(folder: str, key: str) -> str:
+    """``folder`` with ~ and variables of the environment in it put in.
+
+    Raises:
+        UserError: a variable is not set.
+    """
+    expanded = os.path.expandvars(os.path.expanduser(folder))
+    if unset := re.search(r"\$(\w+|\{\w+\})", expanded):
+        raise UserError(f"{key} {folder!r}: the variable {unset.group(1).strip('{}')} is not set in the environment")
+    return expanded

@@ -2,9 +2,10 @@
 
 import contextlib
 import logging
+import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -39,8 +40,9 @@ from repr_det.method.layers import find_filter_layers
 from repr_det.method.selection import check_capacity
 from repr_det.runs.checkpoints import AtomicCheckpointer, check_last_checkpoint
 from repr_det.runs.files import run_traces
-from repr_det.runs.foreign_weights import fit_names
-from repr_det.runs.zero_filters import refuse_zero_filters
+from repr_det.runs.weights import fit_names, zero_filters
+
+logger = logging.getLogger(__name__)
 
 
 def check_run(
@@ -114,6 +116,8 @@ def check_output_folder(cfg: CfgNode, resume: bool) -> None:
     if not cfg.OUTPUT_DIR:
         raise UserError("OUTPUT_DIR is empty: give the folder that the run is to write to")
     folder = Path(cfg.OUTPUT_DIR)
+    if folder.is_symlink() and not folder.exists():
+        raise UserError(f"OUTPUT_DIR {folder} is a link to {os.readlink(folder)}, which is not there")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"OUTPUT_DIR {folder} is a file, not a folder")
     parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
@@ -194,8 +198,24 @@ def _check_weights(cfg: CfgNode, model: nn.Module, resume: bool, eval_only: bool
     trial._resuming = resumed or eval_only  # every weight must be there
     with _quiet(), as_user_error(path):
         trial.load(path)
-    if not resumed and not eval_only:
-        refuse_zero_filters(trial.weights, cfg.MODEL.WEIGHTS)
+    _check_for_sub_network(trial.weights, path, resumed, eval_only)
+
+
+def _check_for_sub_network(weights: Mapping[str, Any], path: str, resumed: bool, eval_only: bool) -> None:
+    if (resumed and not eval_only) or not (found := zero_filters(weights)):
+        return
+    name, filters = next(iter(found.items()))
+    what = (
+        f"{path} holds {sum(map(len, found.values()))} filters that are zero with their norm, {len(filters)} of them "
+        f"in {name}: a sub-network"
+    )
+    if eval_only:
+        logger.warning("%s, whose AP is not that of the full network: evaluate a checkpoint after a restore", what)
+        return
+    raise UserError(
+        f"MODEL.WEIGHTS {what}, whose dropped filters would stay dead in a new run; give a checkpoint from outside the "
+        "sub-network phase, or continue that run with --resume"
+    )
 
 
 def _local(weights: str) -> str:

@@ -1,7 +1,12 @@
 """Config files in yaml: what Detectron2 reads, without running code that they hold."""
 
 import ast
+import contextlib
+import difflib
 import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
 
 import yaml
 from detectron2.config import CfgNode
@@ -36,8 +41,28 @@ def merge_config_file(cfg: CfgNode, file: str) -> None:
         UserError: naming the file, and what is wrong with it.
     """
     local = _check_config_file(file, cfg)
-    with as_user_error(file):
+    with naming_close_keys(cfg), as_user_error(file):
         cfg.merge_from_file(file, allow_unsafe=local)
+
+
+@contextlib.contextmanager
+def naming_close_keys(cfg: CfgNode) -> Iterator[None]:
+    """A UserError of a key that ``cfg`` does not have names the ones that are closest to it."""
+    try:
+        yield
+    except UserError as error:
+        unknown = re.search(r"Non-existent (?:config )?key: ([\w.]+)", str(error))
+        known = {key.lower(): key for key in _keys(cfg)}
+        close = difflib.get_close_matches(unknown.group(1).lower(), known, n=2) if unknown else []
+        hint = f": did you mean {' or '.join(known[key] for key in close)}?" if close else ""
+        raise UserError(f"{error}{hint}") from error
+
+
+def _keys(node: CfgNode, path: str = "") -> Iterator[str]:
+    for key, value in node.items():
+        yield f"{path}{key}"
+        if isinstance(value, CfgNode):
+            yield from _keys(value, f"{path}{key}.")
 
 
 def _check_config_file(file: str, cfg: CfgNode, before: tuple[str, ...] = ()) -> bool:
@@ -50,8 +75,14 @@ def _check_config_file(file: str, cfg: CfgNode, before: tuple[str, ...] = ()) ->
     Returns:
         False where one of them is elsewhere (http), and so not checked.
     """
-    with as_user_error(file), open(file, encoding="utf-8") as stream:
-        content = yaml.load(stream, _Loader)
+    with as_user_error(file):
+        text = Path(file).read_text(encoding="utf-8")
+        if re.search(r"^dataloader:$", text, re.M) and "_target_:" in text:
+            raise UserError(
+                f"{file}: is what a run of a LazyConfig writes down of its config, to be read only: give the .py file "
+                "that it was made from, with its overrides"
+            )
+        content = yaml.load(text, _Loader)
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         found = "nothing" if content is None else str(content)[:40]
         raise UserError(f"{file}: must hold config keys with their values (MODEL: ...), got {found}")
@@ -78,7 +109,16 @@ def _check_config_file(file: str, cfg: CfgNode, before: tuple[str, ...] = ()) ->
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses what would run code, but for arithmetic."""
+    """Refuses what would run code, but for arithmetic, and a key that is given twice."""
+
+    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict:
+        """As in yaml, which lets the last one win."""
+        keys = [key.value for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {twice[0]} stands there twice, put both blocks together", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
 
     def arithmetic(self, node: yaml.Node) -> None:
         """Checks one expression, whose value the check does not need."""

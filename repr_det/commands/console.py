@@ -11,10 +11,9 @@ import repr_det
 _COMMANDS = {
     "train": ("repr_det.commands.train", "start", "train a detector with RePr, or its baseline, and evaluate it"),
     "compare": ("repr_det.studies.comparison.command", "main", "both arms over several seeds, and a report"),
-    "analyze": ("repr_det.studies.analysis_command", "main", "how much the filters of a checkpoint overlap"),
-    "benchmark": ("repr_det.studies.benchmarking.command", "main", "what RePr costs and saves in time and memory"),
+    "analyze": ("repr_det.studies.analysis", "main", "how much the filters of a checkpoint overlap"),
 }
-_STUDIES = ("jinja2", "matplotlib", "rich", "tabulate")
+_STUDIES = ("jinja2", "matplotlib", "pandas", "rich", "tabulate")
 _USAGE = "usage: repr-det COMMAND ...\n\n" + "\n".join(
     f"  {name:10} {what}" for name, (_, _, what) in _COMMANDS.items()
 )
@@ -30,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if command == "--version":
         print(f"repr_det {repr_det.__version__}")
         return
+    if command == "benchmark":
+        _stop("repr-det benchmark is a program of the source tree now: python tools/benchmark.py --help")
     if command not in _COMMANDS:
         _stop(f"{command!r} is no command" if command else "a command is missing", _USAGE)
     sys.argv = [f"repr-det {command}", *arguments[1:]]
@@ -42,8 +43,6 @@ def _load(
 ) -> tuple[Callable[[Callable[[], object]], None], Callable[[], object]]:
     """What runs a command and reports its errors, and the command."""
     module, function, _ = _COMMANDS[command]
-    if command == "train" and any(word.endswith(".py") for word in arguments):
-        module = "repr_det.commands.lazy_train"
     try:
         importlib.import_module("repr_det.commands")  # first: it silences warnings of what is imported next
         found = getattr(importlib.import_module(module), function)

@@ -1,10 +1,11 @@
-"""Checks of config keys that need neither data nor a model."""
+"""Checks of config keys that need neither data nor a model; what Detectron2 checks is tried out, not checked again."""
 
-import math
+import logging
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data.detection_utils import convert_PIL_to_numpy
+from detectron2.data import transforms
+from detectron2.data.detection_utils import build_augmentation, convert_PIL_to_numpy
 from detectron2.solver import build_optimizer
 from PIL import Image
 from torch import nn
@@ -12,6 +13,10 @@ from torch import nn
 from repr_det.detectron.config import as_user_error, scale_to_world
 from repr_det.detectron.decay import decays_of_config
 from repr_det.method.errors import UserError
+
+logger = logging.getLogger(__name__)
+_SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler")
+_COUNTED_DETECTIONS = 100  # of an image, by COCO's AP
 
 
 def check_device(cfg: CfgNode, num_gpus: int) -> None:
@@ -43,59 +48,59 @@ def scaled_config(cfg: CfgNode, world_size: int) -> CfgNode:
 
 
 def check_solver(cfg: CfgNode, num_gpus: int) -> None:
-    """Of the config as it trains, scaled to the number of processes."""
+    """Checks the config as it trains, scaled to the number of processes."""
     solver = cfg.SOLVER
     for key in ("MAX_ITER", "IMS_PER_BATCH", "CHECKPOINT_PERIOD"):
-        if getattr(solver, key) < 1:
-            raise UserError(f"SOLVER.{key} must be at least 1, got {getattr(solver, key)}")
+        if solver[key] < 1:
+            raise UserError(f"SOLVER.{key} must be at least 1, got {solver[key]}")
     if solver.IMS_PER_BATCH % num_gpus:  # several machines: ``world.check_processes``
         raise UserError(f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} must be a multiple of --num-gpus {num_gpus}")
-    rate = solver.BASE_LR
-    if not (math.isfinite(rate) and rate >= 0):
-        raise UserError(f"SOLVER.BASE_LR must be a finite number of at least 0, got {rate}")
 
 
 def check_optimizer(cfg: CfgNode) -> None:
-    """Detectron2 makes an optimizer and a learning-rate schedule of SOLVER. Of the config as it trains."""
+    """Detectron2 makes an optimizer and a learning-rate schedule of SOLVER, as it trains."""
     with as_user_error("SOLVER"):
         build_optimizer(cfg, nn.Linear(1, 1))
     solver = cfg.SOLVER
     settings = f"STEPS {tuple(solver.STEPS)}, MAX_ITER {solver.MAX_ITER}, LR_SCHEDULER_NAME {solver.LR_SCHEDULER_NAME}"
     with as_user_error(f"SOLVER: no learning-rate schedule of {settings}"):
         decays_of_config(cfg)
-
-
-_SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler")
-_CROPS = ("relative", "relative_range", "absolute", "absolute_range")
+    if solver.WARMUP_ITERS >= solver.MAX_ITER:
+        logger.warning(
+            "SOLVER.WARMUP_ITERS %d is no shorter than SOLVER.MAX_ITER %d: the learning rate never comes to "
+            "SOLVER.BASE_LR",
+            solver.WARMUP_ITERS,
+            solver.MAX_ITER,
+        )
 
 
 def check_input(cfg: CfgNode) -> None:
-    """How images are read, changed and drawn."""
+    """Detectron2 can read, change and draw images as INPUT and DATALOADER say."""
     node = cfg.INPUT
-    for key, value, choices in (
-        ("INPUT.RANDOM_FLIP", node.RANDOM_FLIP, ("none", "horizontal", "vertical")),
-        ("INPUT.MIN_SIZE_TRAIN_SAMPLING", node.MIN_SIZE_TRAIN_SAMPLING, ("choice", "range")),
-        ("DATALOADER.SAMPLER_TRAIN", cfg.DATALOADER.SAMPLER_TRAIN, _SAMPLERS),
-        *([("INPUT.CROP.TYPE", node.CROP.TYPE, _CROPS)] if node.CROP.ENABLED else []),
-    ):
-        if value not in choices:
-            raise UserError(f"{key} must be one of {', '.join(choices)}, got {value!r}")
-    sizes = node.MIN_SIZE_TRAIN
-    if node.MIN_SIZE_TRAIN_SAMPLING == "range" and (not isinstance(sizes, (tuple, list)) or len(sizes) != 2):
-        raise UserError(
-            f"INPUT.MIN_SIZE_TRAIN must be (least, largest) where MIN_SIZE_TRAIN_SAMPLING is 'range', got {sizes!r}"
-        )
-    try:
+    keys = ("RANDOM_FLIP", "MIN_SIZE_TRAIN", "MAX_SIZE_TRAIN", "MIN_SIZE_TRAIN_SAMPLING")
+    settings = ", ".join(f"{key} {node[key]}" for key in keys)
+    with as_user_error(f"INPUT: no augmentations of {settings}"):
+        build_augmentation(cfg, True)
+    if node.CROP.ENABLED:
+        with as_user_error(f"INPUT.CROP: no crops of TYPE {node.CROP.TYPE}, SIZE {node.CROP.SIZE}"):
+            transforms.RandomCrop(node.CROP.TYPE, node.CROP.SIZE)
+    with as_user_error(f"INPUT.FORMAT {node.FORMAT!r} is none that Detectron2 reads images in (BGR, RGB, L)"):
         convert_PIL_to_numpy(Image.new("RGB", (1, 1)), node.FORMAT)
-    except ValueError as error:
+    if cfg.DATALOADER.SAMPLER_TRAIN not in _SAMPLERS:  # Detectron2 says so when all data are loaded
         raise UserError(
-            f"INPUT.FORMAT {node.FORMAT!r} is none that Detectron2 reads images in: take BGR, RGB, L or YUV-BT.601"
-        ) from error
+            f"DATALOADER.SAMPLER_TRAIN must be one of {', '.join(_SAMPLERS)}, got {cfg.DATALOADER.SAMPLER_TRAIN!r}"
+        )
 
 
 def check_evaluation(cfg: CfgNode) -> None:
-    """What Detectron2 looks at when all is trained."""
+    """Checks what Detectron2 looks at when all is trained."""
     for entry in cfg.TEST.EXPECTED_RESULTS:
         whole = isinstance(entry, (tuple, list)) and len(entry) == 4 and all(isinstance(x, str) for x in entry[:2])
         if not whole or not all(isinstance(x, (int, float)) for x in entry[2:]):
             raise UserError(f"TEST.EXPECTED_RESULTS must be a list of [task, metric, value, tolerance], got {entry!r}")
+    if cfg.TEST.DETECTIONS_PER_IMAGE > _COUNTED_DETECTIONS:
+        logger.warning(
+            "TEST.DETECTIONS_PER_IMAGE is %d, and COCO's AP counts the best %d of an image: the others change nothing",
+            cfg.TEST.DETECTIONS_PER_IMAGE,
+            _COUNTED_DETECTIONS,
+        )

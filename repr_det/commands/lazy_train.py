@@ -3,17 +3,21 @@
 import argparse
 import copy
 import functools
+import logging
 from pathlib import Path
 
+import torch
 from detectron2.config import LazyConfig, instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from repr_det.commands.arguments import folder_of_checkpoint, train_argument_parser
+from repr_det.commands.arguments import folder_of_checkpoint, output_folder, train_argument_parser
 from repr_det.commands.checks import check_run
 from repr_det.commands.data import classes_of_run, register_data
 from repr_det.commands.overrides import refuse_unknown_keys
 from repr_det.commands.processes import launch_processes, may_continue, setup_process
+from repr_det.commands.reads import Reads
 from repr_det.commands.shipped import config_path
+from repr_det.commands.train import run_trainer
 from repr_det.commands.world import check_processes
 from repr_det.detectron.lazy import (
     NUM_CLASSES,
@@ -27,7 +31,9 @@ from repr_det.detectron.lazy import (
 from repr_det.detectron.trackers import check_wandb, tracked
 from repr_det.method.errors import UserError
 from repr_det.runs.checkpoints import AtomicCheckpointer
-from repr_det.runs.record import CONFIG_FILE, RunRecord
+from repr_det.runs.record import CONFIG_FILE
+
+logger = logging.getLogger(__name__)
 
 
 def load_lazy_config(
@@ -55,6 +61,8 @@ def load_lazy_config(
         raise
     except Exception as error:  # whatever hydra's parser and omegaconf raise
         raise UserError(f"overrides must be path.key=value: {' '.join(str(error).split())}") from error
+    if (folder := OmegaConf.select(cfg, "train.output_dir", default=None)) is not None:
+        cfg.train.output_dir = output_folder(folder, "train.output_dir")
     missing = [key for key in ("model", "dataloader", "optimizer", "lr_multiplier", "train") if key not in cfg]
     if missing:
         raise UserError(
@@ -87,21 +95,23 @@ def config_of(args: argparse.Namespace) -> DictConfig:
 def main(args: argparse.Namespace) -> None:
     """One process of a run: trains, or only evaluates."""
     cfg = config_of(args)
+    write_config = functools.partial(_write_config, copy.deepcopy(cfg))
+    reads = Reads(cfg)
     yacs = repr_cfg_from_lazy(cfg)
     benchmark = bool(OmegaConf.select(cfg, "train.cudnn_benchmark", default=False))
     config = Path(args.config_file).read_text(encoding="utf-8")
+    if precision := OmegaConf.select(cfg, "train.float32_precision", default=""):
+        torch.set_float32_matmul_precision(precision)
     setup_process(args, yacs.MODEL.DEVICE, yacs.OUTPUT_DIR, yacs.SEED, benchmark, config)
     if args.eval_only:
         model = instantiate(cfg.model).to(cfg.train.device)
         AtomicCheckpointer(model, cfg.train.output_dir).resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
         evaluate(cfg, model)
         return
-    as_given = copy.deepcopy(cfg)  # LazyTrainer puts its model into the other
     trainer = tracked(LazyTrainer, args.wandb)(cfg)
-    trainer.resume_or_load(resume=args.resume)
-    data_sets = (*yacs.DATASETS.TRAIN, *yacs.DATASETS.TEST)
-    trainer.register_hooks([RunRecord(yacs.OUTPUT_DIR, functools.partial(_write_config, as_given), data_sets)])
-    trainer.train()
+    if unread := reads.unread():
+        logger.warning("Nothing reads %s of this config: without effect here", ", ".join(unread))
+    run_trainer(trainer, args, write_config)
 
 
 def _write_config(cfg: DictConfig, folder: Path) -> None:
@@ -112,9 +122,14 @@ def start(argv: list[str] | None = None) -> None:
     """Parses arguments, checks what can be checked, then launches the processes."""
     args = train_argument_parser().parse_args(argv)
     check_wandb(args.wandb)
+    start_with(args)
+
+
+def start_with(args: argparse.Namespace) -> None:
+    """Starts with parsed arguments, see ``start``."""
     cfg = config_of(args)
     yacs = repr_cfg_from_lazy(cfg)
-    with naming_lazy_keys():
+    with naming_lazy_keys(cfg):
         world = check_processes(args, yacs, {"model": cfg.model})
         args.resume = may_continue(args, yacs.OUTPUT_DIR)
         check_run(yacs, args.resume, args.eval_only, world.local_size, world.size, lambda: instantiate(cfg.model))

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import multiprocessing
 import os
 import re
 import signal
@@ -9,22 +10,24 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from detectron2.config import CfgNode
+from detectron2.engine import launch
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
-from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
-from repr_det.commands.world import Torchrun, join_by_options, join_torchrun, url_of
+from repr_det.commands.world import Launched, dist_url, nobody_came
 from repr_det.detectron.config import without_repr
 from repr_det.method.errors import UserError
-from repr_det.runs.files import disk_is_full, write_atomically
+from repr_det.runs.files import advice_for, write_atomically
 from repr_det.runs.lock import RunLock, finds, job_of
 from repr_det.runs.parent import end_with_parent
 from repr_det.runs.record import CONFIG_FILE
@@ -38,23 +41,24 @@ _HELD: list[RunLock] = []
 
 
 def run_tool(main: Callable[[], Any]) -> None:
-    """Runs a tool; a UserError or a full disk ends it with one line on stderr and status 2, a signal that asks it to
-    stop with status 75 (``stopping``)."""
-    torchrun = Torchrun.found()
+    """Runs a tool; a UserError or a fault of the machine ends it with one line on stderr and status 2, a signal that
+    asks it to stop with status 75 (``stopping``)."""
+    launched = Launched.found()
+    logging.basicConfig(format="%(levelname)s: %(message)s")  # until a run has logs of its own
     try:
         main()
         return
     except UserError as error:
         what = _last_line(error)
     except OSError as error:
-        if not disk_is_full(error):
+        if not (advice := advice_for(error)):
             raise
-        what = f"{error}: free space; a run goes on with --resume"
+        what = f"{error}: {advice}; a run goes on with --resume"
     except Stopped as stopped:
-        if torchrun is None or torchrun.rank == 0:
+        if launched is None or launched.rank == 0:
             _say(f"stopped by {stopped.asked} with status {STATUS}; the same command with --resume continues")
         raise
-    if torchrun is not None and torchrun.local_rank > 0:
+    if launched is not None and launched.local_rank > 0:
         # What the first process here says as well is said once: torchrun ends this one when that one has ended.
         time.sleep(_FOR_THE_FIRST_TO_SPEAK)
     _say(f"error: {what}")
@@ -110,12 +114,12 @@ def setup_process(
 
 
 def may_continue(args: argparse.Namespace, folder: str) -> bool:
-    """``--resume``, or that the elastic job which torchrun starts again has begun the run in ``folder``.
+    """``--resume``, or that the job which a launcher starts again has begun the run in ``folder``.
 
     Rank 0 decides; the others may, whatever they see, and get its decision in ``setup_process``.
     """
-    torchrun = Torchrun.found()
-    return args.resume or (torchrun is not None and (torchrun.rank > 0 or job_of(folder) == torchrun.job))
+    launched = Launched.found()
+    return args.resume or (launched is not None and (launched.rank > 0 or job_of(folder) == launched.job))
 
 
 def _take(args: argparse.Namespace, folder: str) -> None:
@@ -124,8 +128,8 @@ def _take(args: argparse.Namespace, folder: str) -> None:
         return
     trouble = mark = ""
     if comm.is_main_process():
-        torchrun = Torchrun.found()
-        lock = RunLock(folder, "" if torchrun is None else torchrun.job)
+        launched = Launched.found()
+        lock = RunLock(folder, "" if launched is None else launched.job)
         try:
             lock.acquire(_FOR_THE_LAST_TO_END if args.resume else 0.0)
             _HELD.append(lock)
@@ -146,56 +150,49 @@ def _take(args: argparse.Namespace, folder: str) -> None:
 
 
 def launch_processes(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace, device: str) -> None:
-    """Runs ``main(args)`` in this process where torchrun started it, else in the processes that ``args`` asks for."""
+    """Runs ``main(args)`` in this process if a launcher started it, else in the processes that ``args`` asks for."""
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # several CPU processes talk by gloo, also on a machine with GPUs
-    torchrun = Torchrun.found()
-    if torchrun is not None:
+    launched = Launched.found() if args.num_machines == 1 else None
+    if launched is not None:
         end_with_parent()
-        if torchrun.size > 1:
-            join_torchrun(torchrun, device, args.rendezvous_timeout)
+        if launched.size > 1:
+            launched.join(device, args.rendezvous_timeout)
         _run(main, args)
     elif args.num_gpus * args.num_machines == 1:
         _run(main, args)
     else:
-        _spawn(main, args, device)
+        _launch(main, args)
 
 
-def _spawn(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace, device: str) -> None:
-    context = None
+def _launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
+    """Detectron2's launch; a signal reaches its processes, and what ends one of them ends all with one line."""
     asked = ""
 
     def pass_on(number: int, _: object) -> None:
         nonlocal asked
         asked = signal.Signals(number).name
-        for process in context.processes if context is not None else ():
-            if process.is_alive():
-                os.kill(process.pid, number)
+        processes = multiprocessing.active_children()
+        if not processes:
+            raise Stopped(asked)
+        for process in processes:
+            os.kill(process.pid, number)
 
+    url, timeout = dist_url(args), timedelta(seconds=args.rendezvous_timeout)
     try:
         with answer_signals(pass_on):
-            context = start_processes(
-                _spawned, (main, args, url_of(args), device), args.num_gpus, join=False, daemon=False
-            )
-            if asked:  # before there were processes to pass it on to
-                pass_on(signal.Signals[asked], None)
-            while not context.join():
-                pass
+            launch(_run, args.num_gpus, args.num_machines, args.machine_rank, url, (main, args), timeout)
     except ProcessRaisedException as error:
-        if not re.search(r"\nrepr_det\.[\w.]+Error: .*$", str(error).rstrip()):
+        text = str(error).rstrip()
+        if "init_process_group" in text:
+            raise nobody_came(url, text.rpartition("\n")[2]) from None
+        if not re.search(r"\nrepr_det\.[\w.]+Error: .*$", text):
             raise
         raise UserError(_last_line(error)) from None
     except ProcessExitedException as error:
         if asked or error.exit_code == STATUS:
             raise Stopped(asked or "a signal to one of its processes") from None
         raise UserError(f"{error}, so the run stops; what is saved is untouched: continue with --resume") from None
-
-
-def _spawned(
-    local_rank: int, main: Callable[[argparse.Namespace], Any], args: argparse.Namespace, url: str, device: str
-) -> None:
-    join_by_options(local_rank, args, url, device)
-    _run(main, args)
 
 
 def _run(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
@@ -229,4 +226,4 @@ def _last_line(error: Exception) -> str:
 def _one_line_for_user_errors(record: logging.LogRecord) -> bool:
     """Detectron2 logs a traceback for whatever ends a run; what a user can act on is one line, printed by run_tool."""
     error = record.exc_info[1] if record.exc_info else None
-    return not (isinstance(error, UserError) or disk_is_full(error))
+    return not (isinstance(error, UserError) or advice_for(error))

@@ -1,4 +1,4 @@
-"""The processes of one run, whoever starts them: ``--num-gpus`` and ``--num-machines``, or torchrun."""
+"""The processes of one run, whoever starts them: ``--num-gpus`` and ``--num-machines``, torchrun or srun."""
 
 import argparse
 import os
@@ -9,19 +9,19 @@ import uuid
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
-from urllib.parse import urlparse
 
 import torch
 import torch.distributed as dist
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser
-from detectron2.engine.launch import DEFAULT_TIMEOUT, _find_free_port
+from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
 
 from repr_det.detectron.config import scale_to_world
 from repr_det.method.errors import UserError
 
 _KEY = "repr_det/meeting"
+_A_MOMENT = timedelta(seconds=5)
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,16 @@ class World:
 
 
 @dataclass(frozen=True)
-class Torchrun:
-    """What torchrun tells a process that it starts.
+class Launched:
+    """What a launcher, torchrun or srun, says to a process that it starts.
 
     Attributes:
-        job: the elastic job, the same after a restart; "" where rank 0 cannot be sure of that.
+        by: the launcher.
+        local_size: processes on this machine; 0 if their number is not the same on all.
+        job: its job, the same after a restart; "" if rank 0 cannot be sure of that.
     """
 
+    by: str
     rank: int
     local_rank: int
     size: int
@@ -54,30 +57,104 @@ class Torchrun:
     job: str
 
     @classmethod
-    def found(cls) -> "Torchrun | None":
-        """None in a process that torchrun did not start."""
-        if "TORCHELASTIC_RUN_ID" not in os.environ or "LOCAL_WORLD_SIZE" not in os.environ:
+    def found(cls) -> "Launched | None":
+        """None in a process that no launcher started."""
+        if "TORCHELASTIC_RUN_ID" in os.environ and "LOCAL_WORLD_SIZE" in os.environ:
+            numbers = (int(os.environ[key]) for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+            job = os.environ["TORCHELASTIC_RUN_ID"]
+            if job == "none":  # torchrun's default; then the agent itself is the job
+                job = f"{socket.gethostname()} {os.getppid()}"
+            return cls("torchrun", *numbers, job)
+        size = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+        if not size.isdigit() or int(size) < 2:
             return None
-        numbers = (int(os.environ[key]) for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-        run_id = os.environ["TORCHELASTIC_RUN_ID"]
-        if run_id == "none":  # torchrun's default; then the agent itself is the job
-            run_id = f"{socket.gethostname()} {os.getppid()}"
-        return cls(*numbers, job=run_id)
+        here = re.fullmatch(r"(\d+)(\(x\d+\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", size))
+        rank, local_rank = (int(os.environ[key]) for key in ("SLURM_PROCID", "SLURM_LOCALID"))
+        job = f"slurm {os.environ.get('SLURM_JOB_ID')}.{os.environ.get('SLURM_STEP_ID')}"
+        return cls("srun", rank, local_rank, int(size), int(here.group(1)) if here else 0, job)
+
+    def join(self, device: str, seconds: float = DEFAULT_TIMEOUT.total_seconds()) -> None:
+        """Makes the process group, by torch's own variables of the environment.
+
+        Raises:
+            UserError: the others did not come.
+        """
+        on_gpu = torch.device(device).type == "cuda"
+        if on_gpu:
+            torch.cuda.set_device(self.local_rank)
+        if self.by == "srun":
+            first = re.match(r"([^,\[]+)\[?(\d*)", os.environ.get("SLURM_STEP_NODELIST", "localhost"))
+            os.environ.setdefault("MASTER_ADDR", "".join(first.groups()) if first else "localhost")
+            os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20000))
+            os.environ |= {"RANK": str(self.rank), "WORLD_SIZE": str(self.size), "LOCAL_RANK": str(self.local_rank)}
+        timeout = timedelta(seconds=seconds)
+        try:
+            board, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+            store = _store_of_this_start(board, rank, timeout) if self.by == "torchrun" else board
+            dist.init_process_group(
+                "nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=size, timeout=timeout
+            )
+        except (RuntimeError, ValueError, OSError) as error:  # torch's own are RuntimeErrors
+            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise nobody_came(where, str(error)) from error
+        comm.create_local_process_group(self.local_size)
+        comm.synchronize()
 
 
-def add_process_arguments(parser: argparse.ArgumentParser) -> None:
-    """What Detectron2's parser lacks."""
-    parser.add_argument(
-        "--rendezvous-timeout",
-        type=float,
-        default=60.0,
-        metavar="SECONDS",
-        help="how long the processes of a run wait for each other at its start (default 60)",
+def _store_of_this_start(board: dist.Store, rank: int, timeout: timedelta) -> dist.Store:
+    """A store that rank 0 opens anew; ``board`` only tells where.
+
+    torchrun's agents share one store over all restarts, with the addresses that dead processes have written there, and
+    count restarts each by itself: nothing in their environment names this start for all.
+    """
+    host, deadline = os.environ["MASTER_ADDR"], time.monotonic() + timeout.total_seconds()
+    if rank == 0:
+        name = uuid.uuid4().hex
+        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        store.set(_KEY, name)
+        board.set(_KEY, f"{store.port} {name}")
+        return store
+    while True:
+        port, name = board.get(_KEY).decode().split()
+        try:
+            store = dist.TCPStore(host, int(port), is_master=False, timeout=_A_MOMENT)
+            if store.get(_KEY).decode() == name:
+                store.set_timeout(timeout)
+                return store
+        except RuntimeError:  # it was that of a rank 0 that is gone
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.2)
+
+
+def nobody_came(address: str, reason: str) -> UserError:
+    """The error of a process that does not find the others at ``address``."""
+    return UserError(
+        f"the processes of this run did not meet at {address} ({reason.splitlines()[0]}): start all of them, with the "
+        "same address, a port that is free and a host that each can reach"
     )
 
 
+def add_process_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what Detectron2's parser lacks."""
+    parser.add_argument(
+        "--rendezvous-timeout",
+        type=float,
+        default=DEFAULT_TIMEOUT.total_seconds(),
+        metavar="SECONDS",
+        help="how long the processes of a run wait for each other, at its start and in every step (default "
+        f"{DEFAULT_TIMEOUT.total_seconds():.0f})",
+    )
+
+
+def dist_url(args: argparse.Namespace) -> str:
+    """``--dist-url``; "auto" if it is not given, for Detectron2's default is the same port for all runs of a user."""
+    default = default_argument_parser().get_default("dist_url")
+    return "auto" if args.dist_url == default else args.dist_url
+
+
 def check_processes(args: argparse.Namespace, cfg: CfgNode, stated_norms: Any) -> World:
-    """The processes that ``args`` and torchrun ask for fit together and fit the run.
+    """The processes that ``args`` and a launcher ask for fit together and fit the run.
 
     Args:
         cfg: of the run; of a LazyConfig what ``repr_cfg_from_lazy`` makes of it.
@@ -86,18 +163,19 @@ def check_processes(args: argparse.Namespace, cfg: CfgNode, stated_norms: Any) -
     Raises:
         UserError: naming the option or variable.
     """
-    torchrun = Torchrun.found()
-    _check_options(args, torchrun)
-    if torchrun is not None:
-        started = f"torchrun with {torchrun.local_size} on this machine"
-        world = World(torchrun.size, torchrun.local_size, started)
+    launched = Launched.found() if args.num_machines == 1 or "TORCHELASTIC_RUN_ID" in os.environ else None
+    if launched is not None:
+        _refuse_options(args, launched)
+        started = f"{launched.by} with {launched.local_size} on this machine"
+        world = World(launched.size, launched.local_size, started)
     else:
+        _check_options(args)
         started = f"--num-gpus {args.num_gpus}" + (f" --num-machines {args.num_machines}" * (args.num_machines > 1))
         world = World(args.num_gpus * args.num_machines, args.num_gpus, started)
     if world.size < 2:
         return world
-    if world.size % world.local_size:
-        raise UserError(f"every machine must start as many processes: {world.size} in all, {world.local_size} here")
+    if world.local_size == 0 or world.size % world.local_size:
+        raise UserError(f"every machine must start as many processes, and this run has {world.size} ({started})")
     on_gpu = torch.device(cfg.MODEL.DEVICE).type == "cuda"
     if on_gpu and torch.cuda.device_count() < world.local_size:
         raise UserError(
@@ -115,56 +193,42 @@ def check_processes(args: argparse.Namespace, cfg: CfgNode, stated_norms: Any) -
     return world
 
 
-def _check_options(args: argparse.Namespace, torchrun: Torchrun | None) -> None:
-    if torchrun is not None:
-        given = [f"--{name} {value}" for name, value in _started_by_options(args).items()]
-        if given:
-            raise UserError(
-                f"{' '.join(given)} beside torchrun, which starts the processes: leave it out and give torchrun "
-                "--nproc_per_node and --nnodes"
-            )
-        return
+def _refuse_options(args: argparse.Namespace, launched: Launched) -> None:
+    options = {"num-gpus": (args.num_gpus, 1), "num-machines": (args.num_machines, 1)}
+    options["machine-rank"] = (args.machine_rank, 0)
+    given = [f"--{name} {value}" for name, (value, default) in options.items() if value != default]
+    if given:
+        instead = "--nproc_per_node and --nnodes" if launched.by == "torchrun" else "--ntasks-per-node and --nodes"
+        raise UserError(
+            f"{' '.join(given)} beside {launched.by}, which starts the processes: leave it out and give {launched.by} "
+            f"{instead}"
+        )
+
+
+def _check_options(args: argparse.Namespace) -> None:
     for name in ("num_gpus", "num_machines"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     if not 0 <= args.machine_rank < args.num_machines:
         raise UserError(f"--machine-rank must be in 0 ... {args.num_machines - 1}, got {args.machine_rank}")
-    refuse_srun(args.num_machines)
-    default = default_argument_parser().get_default("dist_url")
-    if args.num_machines > 1 and args.dist_url in (default, "auto"):
+    url = dist_url(args)
+    if args.num_machines > 1 and url == "auto":
         raise UserError(
             f"--num-machines {args.num_machines} needs --dist-url tcp://HOST:PORT with the name or address of machine "
             "0, the same on every machine"
         )
-    if args.num_gpus * args.num_machines > 1 and not re.fullmatch(r"auto|file://.+|tcp://.+:\d+", args.dist_url):
-        raise UserError(f"--dist-url must be tcp://HOST:PORT, file:///PATH or auto, got {args.dist_url!r}")
-
-
-def _started_by_options(args: argparse.Namespace) -> dict[str, int]:
-    words = {"num-gpus": args.num_gpus, "num-machines": args.num_machines, "machine-rank": args.machine_rank}
-    return {name: value for name, value in words.items() if value != (0 if name == "machine-rank" else 1)}
-
-
-def refuse_srun(num_machines: int = 1) -> None:
-    """Raises UserError where srun started this command several times: each would train alone."""
-    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
-    if num_machines == 1 and tasks.isdigit() and int(tasks) > 1:
-        nodes = os.environ.get("SLURM_STEP_NUM_NODES", os.environ.get("SLURM_NNODES", "1"))
-        raise UserError(
-            f"srun started this command {tasks} times: start one task a node (srun --ntasks-per-node=1) of torchrun "
-            f"--nnodes {nodes} --nproc_per_node N --rdzv-backend c10d --rdzv-endpoint HOST:29500 --rdzv-id "
-            "$SLURM_JOB_ID with this command behind it, as examples/slurm.sbatch does"
-        )
+    if args.num_gpus * args.num_machines > 1 and not re.fullmatch(r"auto|file://.+|tcp://.+:\d+", url):
+        raise UserError(f"--dist-url must be tcp://HOST:PORT, file:///PATH or auto, got {url!r}")
 
 
 def refuse_torchrun(tool: str) -> None:
-    """Raises UserError where a tool that starts runs itself was started several times."""
-    if Torchrun.found() is not None:
-        raise UserError(f"{tool} starts its runs itself: call it without torchrun (--num-gpus N for each run)")
+    """Raises UserError if a tool that starts runs itself was started several times."""
+    if (launched := Launched.found()) is not None:
+        raise UserError(f"{tool} starts its runs itself: call it without {launched.by} (--num-gpus N for each run)")
 
 
 def _first_sync_bn(node: Any, path: str = "MODEL") -> str:
-    """The key below which "SyncBN" stands, "" where there is none."""
+    """The key below which "SyncBN" stands, "" if there is none."""
     if isinstance(node, str):
         return path if node == "SyncBN" else ""
     if hasattr(node, "items"):
@@ -174,102 +238,3 @@ def _first_sync_bn(node: Any, path: str = "MODEL") -> str:
     else:
         return ""
     return next((found for name, value in inside if (found := _first_sync_bn(value, name))), "")
-
-
-def join_torchrun(torchrun: Torchrun, device: str, seconds: float) -> None:
-    """Makes the process group of a process that torchrun started.
-
-    The elastic agent's store outlives a restart, and with it what dead ranks have written there. So it only tells where
-    the store of this attempt is, which rank 0 opens anew.
-
-    Raises:
-        UserError: the others did not come within ``seconds``.
-    """
-    deadline = time.monotonic() + seconds
-    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    try:
-        board, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))
-        store = _own_store(board, torchrun, deadline)
-        _wait_for_all(store, torchrun.rank, torchrun.size, deadline)
-    except _DISTRIBUTED_ERRORS as error:
-        raise _nobody_came(torchrun.size, address, seconds, error) from error
-    _make_groups(store, torchrun.rank, torchrun.size, torchrun.local_rank, torchrun.local_size, device)
-
-
-def join_by_options(local_rank: int, args: argparse.Namespace, url: str, device: str) -> None:
-    """Makes the process group of a process that ``--num-gpus`` started; see ``join_torchrun``."""
-    size, rank = args.num_gpus * args.num_machines, args.machine_rank * args.num_gpus + local_rank
-    seconds = args.rendezvous_timeout
-    deadline = time.monotonic() + seconds
-    try:
-        store, _, _ = next(dist.rendezvous(url, rank, size, timeout=timedelta(seconds=seconds)))
-        _wait_for_all(store, rank, size, deadline)
-    except _DISTRIBUTED_ERRORS as error:
-        raise _nobody_came(size, url, seconds, error) from error
-    _make_groups(store, rank, size, local_rank, args.num_gpus, device)
-
-
-_DISTRIBUTED_ERRORS = (RuntimeError, ValueError, OSError)  # torch's own are RuntimeErrors
-
-
-def url_of(args: argparse.Namespace) -> str:
-    """``--dist-url``, with a free port for "auto" and where it is not given: Detectron2's default is the same port for
-    all runs of a user."""
-    default = default_argument_parser().get_default("dist_url")
-    return f"tcp://127.0.0.1:{_find_free_port()}" if args.dist_url in ("auto", default) else args.dist_url
-
-
-def _own_store(board: dist.Store, torchrun: Torchrun, deadline: float) -> dist.Store:
-    host = os.environ["MASTER_ADDR"]
-    if torchrun.rank == 0:
-        name = uuid.uuid4().hex
-        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=_left(deadline))
-        store.set(_KEY, name)
-        board.set(_KEY, f"{store.port} {name}")
-        return store
-    while True:
-        board.wait([_KEY], _left(deadline))
-        port, name = board.get(_KEY).decode().split()
-        try:
-            store = dist.TCPStore(host, int(port), is_master=False, timeout=min(_left(deadline), timedelta(seconds=5)))
-            if store.get(_KEY).decode() == name:
-                return store
-        except RuntimeError:  # of a rank 0 that is gone
-            if time.monotonic() > deadline:
-                raise
-        time.sleep(0.2)
-
-
-def _wait_for_all(store: dist.Store, rank: int, size: int, deadline: float) -> None:
-    store.set(f"{_KEY}/{rank}", "here")
-    keys = [f"{_KEY}/{other}" for other in range(size)]
-    try:
-        store.wait(keys, _left(deadline))
-    except RuntimeError as error:
-        missing = [other for other, key in enumerate(keys) if not store.check([key])]
-        raise RuntimeError(f"rank(s) {', '.join(map(str, missing))} did not come") from error
-
-
-def _left(deadline: float) -> timedelta:
-    return timedelta(seconds=max(0.1, deadline - time.monotonic()))
-
-
-def _nobody_came(size: int, address: str, seconds: float, error: Exception) -> UserError:
-    reason = str(error).splitlines()[0]
-    host = urlparse(address if "://" in address else f"tcp://{address}").hostname
-    if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
-        return UserError(f"{address} is in use, by another run perhaps: give --dist-url another port, or auto")
-    return UserError(
-        f"the {size} processes of this run did not meet at {address} within {seconds:g} s ({reason}): start all of "
-        f"them, with the same address, and see that {host} can be reached; --rendezvous-timeout waits longer"
-    )
-
-
-def _make_groups(store: dist.Store, rank: int, size: int, local_rank: int, local_size: int, device: str) -> None:
-    on_gpu = torch.device(device).type == "cuda"
-    if on_gpu:
-        torch.cuda.set_device(local_rank)
-    backend = "nccl" if on_gpu else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=DEFAULT_TIMEOUT)
-    comm.create_local_process_group(local_size)
-    comm.synchronize()

@@ -4,8 +4,10 @@ May import the method.
 """
 
 from repr_det.datasets.classes import agree_on_classes, any_mapped
-from repr_det.datasets.coco_format import CocoSummary, check_coco_format, listed
+from repr_det.datasets.coco_format import CocoSummary, check_coco_format
 from repr_det.datasets.evaluation import CocoEvaluator, merge_aliases
+from repr_det.datasets.findings import listed
+from repr_det.datasets.image_files import shared_images
 from repr_det.datasets.registered import (
     check_registered,
     class_names,
@@ -35,6 +37,7 @@ __all__ = [
     "register_builtin",
     "register_coco_format",
     "register_shapes",
+    "shared_images",
 ]
 
 

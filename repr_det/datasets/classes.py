@@ -5,8 +5,9 @@ from collections.abc import Iterable, Sequence
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from repr_det.datasets.coco_format import listed
-from repr_det.datasets.registered import own_classes
+from repr_det.datasets.causes import other_spelling
+from repr_det.datasets.findings import listed
+from repr_det.datasets.registered import log_mapping, own_classes
 from repr_det.method.errors import UserError
 
 
@@ -37,10 +38,13 @@ def agree_on_classes(
         source, reference = f"those of {largest}", own[largest]
     reference = tuple(reference)
     for name, classes in own.items():
-        if not set(classes) <= set(reference):
+        missing = [class_name for class_name in classes if class_name not in reference]
+        if missing:
+            hint = other_spelling(missing[0], reference)
             raise UserError(
                 f"data set {name} has the classes {listed(classes, 20)}, which cannot be mapped by name to {source}, "
-                f"{listed(reference, 20)}: {listed(repr(c) for c in classes if c not in reference)} is missing there"
+                f"{listed(reference, 20)}: {listed(map(repr, missing))} is missing there"
+                + (f" ({hint})" if hint else "")
             )
         metadata = MetadataCatalog.get(name)
         if metadata.get("own_classes"):
@@ -55,14 +59,24 @@ def agree_on_classes(
 
 def _number(name: str, reference: tuple[str, ...]) -> None:
     if tuple(MetadataCatalog.get(name).thing_classes) == reference:
+        log_mapping(name)
         return
     values = MetadataCatalog.pop(name).as_dict()  # a key of Metadata cannot be set to another value
     numbers = {values["own_classes"][c]: i for i, c in enumerate(reference) if c in values["own_classes"]}
     values |= {"thing_classes": list(reference), "thing_dataset_id_to_contiguous_id": numbers}
     MetadataCatalog.get(name).set(**values)
+    log_mapping(name)
 
 
 def any_mapped(data_sets: Iterable[Sequence[str]]) -> bool:
-    """Whether `register_coco_format` registered any of the names in these lists, so that it can be mapped."""
+    """Tell whether `register_coco_format` registered any of the names in these lists, so that it can be mapped.
+
+    Raises:
+        UserError: a name stands in place of a list of names.
+    """
+    data_sets = [*data_sets]
+    for names in data_sets:
+        if isinstance(names, str):
+            raise UserError(f"data sets must be a tuple of names, ({names!r},), got {names!r}")
     names = itertools.chain.from_iterable(data_sets)
     return any(MetadataCatalog.get(name).get("own_classes") for name in names if name in DatasetCatalog)

@@ -1,38 +1,39 @@
-"""A check of COCO-format data that finds what would stop Detectron2 in the middle of a run."""
+"""A check of COCO-format data that finds what would stop Detectron2 in the middle of a run, or spoil it in silence."""
 
+import contextlib
+import gc
 import json
-import logging
-import math
 import os
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import Any
 
-from repr_det.datasets.image_files import MAX_HEADERS, check_image_files
-from repr_det.datasets.masks import is_polygon, is_segmentation, mask_gap
+from repr_det.datasets.causes import kind_of
+from repr_det.datasets.findings import Findings, listed, shown
+from repr_det.datasets.image_files import MAX_HEADERS, ImageFile, check_image_files
+from repr_det.datasets.masks import first_mask_gap, is_lost
+from repr_det.datasets.numbers import Columns, area_doubt, check_boxes, columns, evaluation_gap, warn_of_twins
+from repr_det.datasets.schema import check_schema
 from repr_det.method.errors import UserError
-
-MANY_BEYOND = 0.1  # share of boxes that reach beyond their image from which on it looks like a mistake
-MAX_USELESS_BOXES = 0.001  # share of objects that Detectron2 drops (boxes without area or outside their image, broken
-# polygons) that passes with a warning: COCO's own train2017 has 2 in 860,001
-ONE_IN = 100  # in a data set of at least so many objects one such object passes too
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class CocoSummary:
-    """What a COCO-format data set holds; classes are sorted by category id, which is their order in Detectron2.
+    """Contents of a COCO-format data set; classes are sorted by category id, which is their order in Detectron2.
 
     Attributes:
         category_ids: of each class the (lowest) category id.
-        evaluation_gap: why COCO evaluation would fail where training would not.
+        evaluation_gap: why COCO evaluation would fail or mislead where training would not.
+        area_doubt: why APs, APm and APl would mislead.
         aliases: (category id, lowest id of the same name), for the names that several ids have.
         mask_gap: why masks cannot be trained or evaluated where boxes can.
         keypoint_gap: why keypoints cannot be evaluated.
         crowds, crowd_masks: crowd regions among the boxes, and how many of these have a segmentation.
         masks, rle_masks, keypoints: objects, crowd regions aside, that have a segmentation, one in RLE, keypoints.
+        keypoint_numbers: the lengths of these objects' lists of keypoints, 0 for those without.
+        files: the image files.
     """
 
     num_images: int
@@ -40,6 +41,7 @@ class CocoSummary:
     class_names: tuple[str, ...]
     category_ids: tuple[int, ...]
     evaluation_gap: str | None = None
+    area_doubt: str | None = None
     aliases: tuple[tuple[int, int], ...] = ()
     mask_gap: str | None = None
     keypoint_gap: str | None = None
@@ -48,6 +50,8 @@ class CocoSummary:
     masks: int = 0
     rle_masks: int = 0
     keypoints: int = 0
+    keypoint_numbers: frozenset[int] = field(default=frozenset(), compare=False)
+    files: list[ImageFile] = field(default_factory=list, compare=False, repr=False)
 
 
 def check_coco_format(
@@ -74,104 +78,50 @@ def check_coco_format(
         UserError: one line that names the file, the first thing found wrong, and what would be right
     """
     json_file, image_root = Path(json_file).expanduser(), Path(image_root).expanduser()
-    prefix = f"data set {name}: " if name else ""
-
-    def fail(problem: str) -> NoReturn:
-        raise UserError(f"{prefix}{json_file}: {problem}")
-
-    def warn(problem: str) -> None:
-        logger.warning("%s%s: %s", prefix, json_file, problem)
-
-    content = ({"annotations": []} if allow_no_boxes else {}) | _read_json(json_file, prefix)
-    for key in ("images", "categories", "annotations"):
-        if key not in content:
-            fail(f"has no '{key}' (COCO format has images, annotations and categories, found: {listed(content)})")
-        entries = content[key]
-        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            fail(f"'{key}' must be a list of objects")
-        if not entries and not (key == "annotations" and allow_no_boxes):
-            fail(f"'{key}' is empty")
-    classes = _check_categories(content["categories"], fail)
-    sizes = _check_images(content["images"], fail)
-    duplicates_known = "minival" in str(json_file)  # COCO's 2014 minival repeats ids, and Detectron2 lets it pass
-    gap = _check_annotations(content["annotations"], sizes, classes, duplicates_known, fail, warn)
-    if gap and for_evaluation:
-        fail(gap)
-    check_image_files(content["images"], image_root, decode, max_headers, prefix, json_file)
-    first: dict[str, int] = {}  # class name -> its lowest category id
-    aliases = tuple((i, first[name]) for i, name in sorted(classes.items()) if first.setdefault(name, i) != i)
-    for other, lowest in aliases:
-        warn(f"categories {lowest} and {other} are both '{classes[other]}': taken for one class")
-    single = [a for a in content["annotations"] if not a.get("iscrowd", 0)]
-    crowds = [a for a in content["annotations"] if a.get("iscrowd", 0)]
-    return CocoSummary(
-        num_images=len(sizes),
-        num_boxes=len(content["annotations"]),
-        class_names=tuple(first),
-        category_ids=tuple(first.values()),
-        evaluation_gap=gap,
-        aliases=aliases,
-        mask_gap=next(filter(None, (_mask_gap(a, sizes[a["image_id"]]) for a in content["annotations"])), None),
-        keypoint_gap=next(filter(None, map(_keypoint_gap, content["annotations"])), None),
-        crowds=len(crowds),
-        crowd_masks=sum(bool(a.get("segmentation")) for a in crowds),
-        masks=sum(bool(a.get("segmentation")) for a in single),
-        rle_masks=sum(isinstance(a.get("segmentation"), dict) for a in single),
-        keypoints=sum(bool(a.get("keypoints")) for a in single),
-    )
+    findings = Findings(json_file, name)
+    with _collecting_no_garbage():
+        content = ({"annotations": []} if allow_no_boxes else {}) | _read_json(json_file, findings.prefix)
+        check_schema(content, findings)
+        for key in ("images", "categories", "annotations"):
+            if not content[key] and not (key == "annotations" and allow_no_boxes):
+                findings.fail(f"'{key}' is empty")
+        classes, sizes = _classes(content["categories"], findings), _sizes(content["images"], findings)
+        annotations = content["annotations"]
+        _check_references(annotations, sizes, classes, findings)
+        objects = columns(annotations, sizes)
+        check_boxes(objects, findings)
+        _check_polygons(annotations, findings)
+        warn_of_twins(objects, findings)
+        files = check_image_files(content["images"], image_root, decode, max_headers, findings)
+        summary = _summary(objects, sizes, classes, files, findings)
+    if for_evaluation:
+        findings.say(summary.evaluation_gap, summary.area_doubt)
+    return summary
 
 
-def listed(names: Iterable, limit: int = 8) -> str:
-    """The first of them, for a message."""
-    names = [str(name) for name in names]
-    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "") or "nothing"
-
-
-def _is_int(value: object) -> bool:
-    return type(value) is int  # and not bool
-
-
-def _is_number(value: object) -> bool:
+@contextlib.contextmanager
+def _collecting_no_garbage() -> Iterator[None]:
+    """Half of the time to read a large json is Python's search for cycles among objects that have none."""
+    collecting = gc.isenabled()
+    gc.disable()
     try:
-        return type(value) in (int, float) and math.isfinite(value)
-    except OverflowError:  # an integer beyond the range of floats
-        return False
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
-def _is_flag(value: object) -> bool:
-    return isinstance(value, (bool, int, float)) and value in (0, 1)
-
-
-def _is_length(value: object) -> bool:
-    """A positive whole number, which some tools write as 640.0."""
-    return _is_number(value) and value > 0 and value == int(value)
-
-
-def _read_json(json_file: Path, prefix: str) -> dict:
+def _read_json(json_file: Path, prefix: str) -> dict[str, Any]:
     if not json_file.is_file():
         what = "is not a file" if json_file.exists() else "does not exist"
         raise UserError(f"{prefix}annotation file {json_file} {what}")
     try:
         with json_file.open(encoding="utf-8") as file:
-            marked = file.read(1) == "\ufeff"
-            file.seek(0)
-            content = {} if marked else json.load(file)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{prefix}{json_file} is not valid JSON (line {error.lineno}, column {error.colno}: {error.msg}); "
-            "it may be truncated"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{prefix}{json_file} is not UTF-8 text: {error.reason} at byte {error.start}") from error
-    except (ValueError, RecursionError) as error:  # an integer of thousands of digits, nested thousands deep
-        reason = " ".join(str(error).split()).split(";")[0]
-        raise UserError(f"{prefix}{json_file} is no COCO annotation file: {reason}") from error
+            content = json.load(file)
     except OSError as error:
         raise UserError(f"{prefix}{json_file} cannot be read: {error.strerror}") from error
-    if marked:
-        raise UserError(
-            f"{prefix}{json_file} begins with a byte order mark, which Detectron2 cannot read: save it without"
-        )
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{prefix}{json_file} {kind_of(json_file) or _fault(error)}") from error
     if not isinstance(content, dict):
         kind = type(content).__name__
         raise UserError(
@@ -180,135 +130,128 @@ def _read_json(json_file: Path, prefix: str) -> dict:
     return content
 
 
-def _check_categories(categories: list[dict], fail: Callable[[str], NoReturn]) -> dict[int, str]:
+def _fault(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        hint = "it may be truncated"
+        if error.msg == "Extra data":
+            hint = "COCO format is one object, not one a line"
+        return f"is not valid JSON (line {error.lineno}, column {error.colno}: {error.msg}); {hint}"
+    if isinstance(error, UnicodeDecodeError):
+        return f"is not UTF-8 text: {error.reason} at byte {error.start}"
+    # an integer of thousands of digits, nested thousands deep
+    return "is no COCO annotation file: " + " ".join(str(error).split()).split(";")[0]
+
+
+def _classes(categories: list[dict], findings: Findings) -> dict[int, str]:
     """Category id -> name."""
     classes: dict[int, str] = {}
-    for number, category in enumerate(categories):
-        category_id, name = category.get("id"), category.get("name")
-        if not _is_int(category_id):
-            fail(f"category number {number} must have an integer id, got {category_id!r}")
-        if not isinstance(name, str) or not name:
-            fail(f"category {category_id} must have a name, got {name!r}")
-        if category_id in classes:
-            fail(f"category id {category_id} occurs twice ('{classes[category_id]}' and '{name}')")
-        classes[category_id] = name
+    for category in categories:
+        number, name = category["id"], category["name"]
+        if number in classes:
+            findings.fail(f"category id {number} occurs twice ('{classes[number]}' and '{name}')")
+        classes[number] = name
     return classes
 
 
-def _check_images(images: list[dict], fail: Callable[[str], NoReturn]) -> dict[int | str, tuple[int, int]]:
+def _sizes(images: list[dict], findings: Findings) -> dict[int | str, tuple[int, int]]:
     """Image id -> (width, height)."""
     sizes: dict[int | str, tuple[int, int]] = {}
-    for number, image in enumerate(images):
-        image_id, file_name = image.get("id"), image.get("file_name")
-        if not _is_int(image_id) and not isinstance(image_id, str):
-            fail(f"image number {number} must have an id (integer or string), got {image_id!r}")
-        if image_id in sizes:
-            fail(f"image id {image_id!r} occurs twice")
-        if not isinstance(file_name, str) or not file_name:
-            fail(f"image {image_id!r} must have a file_name, got {file_name!r}")
-        for key in ("width", "height"):
-            if not _is_length(image.get(key)):
-                fail(f"image {image_id!r} ('{file_name}') must have a positive integer {key}, got {image.get(key)!r}")
-        sizes[image_id] = (int(image["width"]), int(image["height"]))
+    for image in images:
+        if image["id"] in sizes:
+            findings.fail(f"image id {image['id']!r} occurs twice")
+        sizes[image["id"]] = (int(image["width"]), int(image["height"]))
     if len({type(image_id) for image_id in sizes}) > 1:
-        fail("image ids must be all integers or all strings, found both")
+        findings.fail("image ids must be all integers or all strings, found both")
     return sizes
 
 
-def _check_annotations(
+def _check_references(
     annotations: list[dict],
     sizes: dict[int | str, tuple[int, int]],
     classes: dict[int, str],
-    duplicates_known: bool,
-    fail: Callable[[str], NoReturn],
-    warn: Callable[[str], None],
-) -> str | None:
-    """What keeps COCO evaluation, but not training, from working."""
+    findings: Findings,
+) -> None:
+    """Every annotation has an id of its own, and its image and class are listed."""
     seen: set[int] = set()
-    useless: list[str] = []
-    lost: list[str] = []
-    beyond: list[str] = []
-    lacking: dict[str, list[int]] = {"area": [], "iscrowd": []}
-    crowds = 0
-    for number, annotation in enumerate(annotations):
-        annotation_id = annotation.get("id")
-        if not _is_int(annotation_id):
-            fail(f"annotation number {number} must have an integer id (pycocotools needs it), got {annotation_id!r}")
-        label = f"annotation {annotation_id}"
-        if annotation_id in seen and not duplicates_known:
-            fail(f"annotation id {annotation_id} occurs twice")
-        seen.add(annotation_id)
-        for key in ("image_id", "category_id", "bbox"):
-            if key not in annotation:
-                fail(f"{label} has no {key}")
-        image_id, category_id, box = annotation["image_id"], annotation["category_id"], annotation["bbox"]
-        if not isinstance(image_id, (int, str)) or image_id not in sizes:
-            fail(f"{label} names image_id {image_id!r}, which is not in 'images'")
-        if not _is_int(category_id) or category_id not in classes:
-            fail(f"{label} names category_id {category_id!r}, which is not in 'categories' ({listed(sorted(classes))})")
-        if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
-            fail(f"{label} must have a bbox of four finite numbers [x, y, width, height], got {box!r}")
-        x, y, width, height = box
-        if width < 0 or height < 0:
-            fail(f"{label} has a bbox of negative size: {box} is read as [x, y, width, height]")
-        if width == 0 or height == 0:
-            useless.append(f"{label} has a bbox without area: {box} is read as [x, y, width, height]")
-        elif x >= sizes[image_id][0] or y >= sizes[image_id][1] or x + width <= 0 or y + height <= 0:
-            size = "{}x{}".format(*sizes[image_id])
-            useless.append(f"{label} has a bbox outside its image {image_id!r}, which is {size}: {box}")
-        elif min(x, y) < -1 or x + width > sizes[image_id][0] + 1 or y + height > sizes[image_id][1] + 1:
-            beyond.append(f"{label}: {box}")
-        crowd = annotation.get("iscrowd", 0)
-        if not _is_flag(crowd):
-            fail(f"{label} must have iscrowd 0 or 1, got {crowd!r}")
-        crowds += crowd
-        if annotation.get("ignore", 0) != 0:
-            fail(f"{label} has 'ignore' set, which Detectron2 does not support: remove it or set iscrowd to 1")
-        segmentation = annotation.get("segmentation")
-        if not is_segmentation(segmentation):
-            fail(
-                f"{label} must have a segmentation of polygons [[x, y, ...], ...] or RLE (size [height, width], counts "
-                f"a list of lengths or a string), or none; got {str(segmentation)[:60]}"
+    repeats_known = "minival" in str(findings.json_file)  # COCO's 2014 minival repeats ids; Detectron2 lets it pass
+    for annotation in annotations:
+        label = f"annotation {annotation['id']}"
+        if annotation["id"] in seen and not repeats_known:
+            findings.fail(f"annotation id {annotation['id']} occurs twice")
+        seen.add(annotation["id"])
+        if annotation["image_id"] not in sizes:
+            kind = type(next(iter(sizes))).__name__
+            hint = "" if type(annotation["image_id"]).__name__ == kind else f" (whose ids are of type {kind})"
+            findings.fail(f"{label} names image_id {annotation['image_id']!r}, which is not in 'images'{hint}")
+        if annotation["category_id"] not in classes:
+            known = listed(sorted(classes))
+            findings.fail(
+                f"{label} names category_id {annotation['category_id']}, which is not in 'categories' ({known})"
             )
-        if segmentation and isinstance(segmentation, list) and not any(map(is_polygon, segmentation)):
-            lost.append(
-                f"{label} has a segmentation without a polygon of 3 points or more ({str(segmentation)[:60]}), and "
-                "Detectron2 leaves such an object out, box and all, also with masks off: mend or remove it"
-            )
-        if not _is_flag(annotation.get("iscrowd")):
-            lacking["iscrowd"].append(annotation_id)
-        if not _is_number(annotation.get("area")):
-            lacking["area"].append(annotation_id)
-    allowed = max(MAX_USELESS_BOXES * len(annotations), int(len(annotations) >= ONE_IN))
-    for found, what in ((useless, "boxes"), (lost, "objects")):
-        if len(found) > allowed:
-            fail(found[0] + (f" ({len(found)} such {what})" if len(found) > 1 else ""))
-        if found:
-            warn(f"{found[0]}; {len(found)} such {what} of {len(annotations)} are left aside")
-    if len(beyond) > MANY_BEYOND * len(annotations):
-        warn(
-            f"{len(beyond)} of {len(annotations)} boxes reach beyond their image (the first is {beyond[0]}), and "
-            "Detectron2 clips them: a bbox must be [x, y, width, height], not two corners"
-        )
-    if annotations and crowds == len(annotations):
-        fail(f"all {crowds} annotations are crowd regions (iscrowd 1), none is an object to train on")
     if 0 in seen:
-        warn("annotation id 0 means 'no match' to pycocotools, so that box never counts as found: start at 1")
-    for key, ids in lacking.items():
-        if ids:
-            rule = {"area": "the object's area in pixels, or width * height", "iscrowd": "0 for a single object"}[key]
-            return (
-                f"{len(ids)} annotations have no '{key}', which COCO evaluation needs ({rule}); the first is {ids[0]}"
-            )
+        findings.warn("annotation id 0 means 'no match' to pycocotools, so that box never counts as found: start at 1")
+    if annotations and all(annotation.get("iscrowd") for annotation in annotations):
+        findings.fail(f"all {len(annotations)} annotations are crowd regions (iscrowd 1), none is one object")
+
+
+def _check_polygons(annotations: list[dict], findings: Findings) -> None:
+    """Few objects, at most, have polygons of which Detectron2 keeps none."""
+    lost = [annotation for annotation in annotations if is_lost(annotation.get("segmentation"))]
+    if lost:
+        first = (
+            f"annotation {lost[0]['id']} has a segmentation without a polygon of 3 points or more "
+            f"({shown(lost[0]['segmentation'])}), and Detectron2 leaves such an object out, box and all, also with "
+            "masks off: fix or remove it"
+        )
+        findings.leave_aside(len(lost), len(annotations), first, "objects")
+
+
+def _keypoint_gap(annotations: list[dict]) -> str | None:
+    """Name what COCO evaluation of keypoints lacks; it asks it of every annotation, crowd regions too."""
+    for annotation in annotations:
+        for key in ("keypoints", "num_keypoints"):
+            if key not in annotation:
+                return f"annotation {annotation['id']} has no '{key}', which COCO evaluation needs"
+        if len(annotation["keypoints"] or ()) % 3:
+            count = len(annotation["keypoints"])
+            return f"annotation {annotation['id']} must have keypoints of three numbers each, got {count} numbers"
     return None
 
 
-def _mask_gap(annotation: dict, size: tuple[int, int]) -> str | None:
-    gap = mask_gap(annotation.get("segmentation") or [], size)
-    return gap and f"annotation {annotation['id']} has {gap}"
-
-
-def _keypoint_gap(annotation: dict) -> str | None:
-    """What COCO evaluation of keypoints asks of every annotation, crowd regions too."""
-    missing = [key for key in ("keypoints", "num_keypoints") if key not in annotation]
-    return f"annotation {annotation['id']} has no '{missing[0]}', which COCO evaluation needs" if missing else None
+def _summary(
+    objects: Columns,
+    sizes: dict[int | str, tuple[int, int]],
+    classes: dict[int, str],
+    files: list[ImageFile],
+    findings: Findings,
+) -> CocoSummary:
+    first: dict[str, int] = {}  # class name -> its lowest category id
+    aliases = tuple((i, first[name]) for i, name in sorted(classes.items()) if first.setdefault(name, i) != i)
+    for other, lowest in aliases:
+        findings.warn(f"categories {lowest} and {other} are both '{classes[other]}': taken for one class")
+    spellings: dict[str, str] = {}
+    for name in first:
+        other = spellings.setdefault(unicodedata.normalize("NFKC", name).casefold().strip(), name)
+        if other != name:
+            findings.warn(f"{other!a} and {name!a} are one name in two spellings, and taken for two classes")
+    annotations = objects.annotations
+    crowds = [annotation for annotation in annotations if annotation.get("iscrowd")]
+    single = [annotation for annotation in annotations if not annotation.get("iscrowd")]
+    return CocoSummary(
+        num_images=len(sizes),
+        num_boxes=len(annotations),
+        class_names=tuple(first),
+        category_ids=tuple(first.values()),
+        evaluation_gap=evaluation_gap(objects),
+        area_doubt=area_doubt(objects),
+        aliases=aliases,
+        mask_gap=first_mask_gap(annotations, sizes),
+        keypoint_gap=_keypoint_gap(annotations),
+        crowds=len(crowds),
+        crowd_masks=sum(bool(annotation.get("segmentation")) for annotation in crowds),
+        masks=sum(bool(annotation.get("segmentation")) for annotation in single),
+        rle_masks=sum(isinstance(annotation.get("segmentation"), dict) for annotation in single),
+        keypoints=sum(bool(annotation.get("keypoints")) for annotation in single),
+        keypoint_numbers=frozenset(len(annotation.get("keypoints") or ()) for annotation in single),
+        files=files,
+    )

@@ -57,11 +57,7 @@ def outline(name: str) -> Loops:
         corner = [(tip, -arm), (tip, arm), (arm, arm)]  # one arm; the others are this one turned by 90 degrees
         turns = [lambda x, y: (x, y), lambda x, y: (-y, x), lambda x, y: (-x, -y), lambda x, y: (y, -x)]
         return [[turn(x, y) for turn in turns for x, y in corner]]
-    if name == "arrow":
-        neck, head = ONE // 10, ONE * 7 // 10
-        half = [(ONE, 0), (neck, head), (neck, arm), (-tip, arm)]
-        return [half + [(x, -y) for x, y in reversed(half[1:])]]
-    return [_regular({"square": 4, "triangle": 3, "hexagon": 6}[name])]
+    return [_regular({"square": 4, "triangle": 3}[name])]
 
 
 def blob(dice: Dice) -> Loops:

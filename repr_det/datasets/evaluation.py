@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from operator import itemgetter
 from typing import Any
 
 from detectron2.data import Metadata, MetadataCatalog
@@ -12,10 +13,12 @@ from pycocotools.coco import COCO
 class CocoEvaluator(COCOEvaluator):
     """Detectron2's, also for data sets that list a subset of the model's classes, number them otherwise, or give a
     class two ids: AP is the mean over the classes that the data set lists, each under its own name, and detections of
-    the others do not count. For all other data sets it is Detectron2's to the letter."""
+    the others do not count. For all other data sets it is Detectron2's to the letter, except that their json needs no
+    'info', for which pycocotools 2.0.9 and 2.0.10 ask."""
 
     def __init__(self, dataset_name: str, *args: Any, **kwargs: Any) -> None:
         super().__init__(dataset_name, *args, **kwargs)
+        self._coco_api.dataset.setdefault("info", {})
         metadata = MetadataCatalog.get(dataset_name)
         own = metadata.get("own_classes")
         if own is None:
@@ -42,17 +45,18 @@ class CocoEvaluator(COCOEvaluator):
 
 
 def merge_aliases(truth: COCO) -> None:
-    """Of several categories with one name the lowest id stays, and takes the annotations of the others; in place."""
+    """Leave the lowest id of several categories with one name, with the annotations of the others; in place.
+
+    A json without 'info' gets an empty one, for which pycocotools 2.0.9 and 2.0.10 ask.
+    """
+    truth.dataset.setdefault("info", {})
     first: dict[str, int] = {}
-    lowest = {c["id"]: first.setdefault(c["name"], c["id"]) for c in sorted(truth.dataset["categories"], key=_id)}
+    categories = sorted(truth.dataset["categories"], key=itemgetter("id"))
+    lowest = {category["id"]: first.setdefault(category["name"], category["id"]) for category in categories}
     if all(i == to for i, to in lowest.items()):
         return
-    truth.dataset["categories"] = [c for c in truth.dataset["categories"] if lowest[c["id"]] == c["id"]]
+    truth.dataset["categories"] = [category for category in categories if lowest[category["id"]] == category["id"]]
     for annotation in truth.dataset["annotations"]:
         annotation["category_id"] = lowest[annotation["category_id"]]
     with contextlib.redirect_stdout(io.StringIO()):
         truth.createIndex()
-
-
-def _id(category: dict) -> int:
-    return category["id"]

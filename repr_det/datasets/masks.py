@@ -1,31 +1,43 @@
-"""What may be wrong with the mask of an annotation: polygons, and run-length encodings (RLE) of COCO.
+"""Faults of the mask of an annotation: polygons, and run-length encodings (RLE) of COCO.
 
 RLE holds the lengths of runs of 0 and 1 in turn, column by column: as a list, or as a string in which every length
 takes groups of five bits, lowest first (``rleFrString`` of pycocotools, which does not look where a string ends).
 """
 
+import math
+
 import numpy as np
 
-
-def is_segmentation(value: object) -> bool:
-    """Whether Detectron2 and pycocotools can read ``value`` as polygons or RLE, whatever these say."""
-    if isinstance(value, dict):
-        size, counts = value.get("size"), value.get("counts")
-        whole = isinstance(size, list) and len(size) == 2 and all(map(_is_count, size))
-        return whole and (isinstance(counts, str) or (isinstance(counts, list) and all(map(_is_count, counts))))
-    return not value or (isinstance(value, list) and all(isinstance(polygon, list) for polygon in value))
+from repr_det.datasets.findings import as_float, shown
 
 
-def is_polygon(value: list) -> bool:
-    """Which polygons Detectron2 keeps."""
-    return len(value) >= 6 and len(value) % 2 == 0
+def is_lost(segmentation: object) -> bool:
+    """Polygons of which Detectron2 keeps none, so that it leaves the object out."""
+    polygons = segmentation if isinstance(segmentation, list) else []
+    return bool(polygons) and not any(len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in polygons)
+
+
+def first_mask_gap(annotations: list[dict], sizes: dict[int | str, tuple[int, int]]) -> str | None:
+    """The first mask that cannot be trained or evaluated, and why; what ``schema`` refuses is not looked for.
+
+    Args:
+        sizes: image id -> (width, height).
+    """
+    for annotation in annotations:
+        gap = mask_gap(annotation.get("segmentation") or [], sizes[annotation["image_id"]])
+        if gap:
+            return f"annotation {annotation['id']} has {gap}"
+    return None
 
 
 def mask_gap(value: dict | list, size: tuple[int, int]) -> str | None:
-    """Why what ``is_segmentation`` is no mask of an image of ``size`` (width, height)."""
+    """Name the reason why polygons or RLE are no mask of an image of ``size`` (width, height), if there is one."""
     if isinstance(value, list):
-        wrong = (number for polygon in value for number in polygon if not _is_number(number))
-        return next((f"a polygon with the coordinate {number!r}" for number in wrong), None)
+        for polygon in value:
+            if not _all_finite(polygon):
+                wrong = next(number for number in polygon if not math.isfinite(as_float(number)))
+                return f"a polygon with the coordinate {shown(wrong)}"
+        return None
     wanted = [size[1], size[0]]
     if value["size"] != wanted:
         return f"RLE that must have the size [height, width] of its image, {wanted}, got {value['size']!r}"
@@ -36,6 +48,14 @@ def mask_gap(value: dict | list, size: tuple[int, int]) -> str | None:
     if lengths.sum() != size[0] * size[1]:
         return f"RLE whose counts add up to {lengths.sum()}, not to the {size[0] * size[1]} pixels of its image"
     return None
+
+
+def _all_finite(polygon: list) -> bool:
+    """Fast, since it is asked of every polygon of a data set."""
+    try:
+        return all(map(math.isfinite, polygon))
+    except (TypeError, OverflowError):  # no number, or an integer beyond the range of floats
+        return False
 
 
 def _lengths(text: str) -> np.ndarray | None:
@@ -54,11 +74,3 @@ def _lengths(text: str) -> np.ndarray | None:
     for first in (1, 2):  # from the fourth on, each is the difference to the one before the last
         values[first::2] = values[first::2].cumsum()
     return values
-
-
-def _is_count(value: object) -> bool:
-    return type(value) is int and 0 <= value < 2**32
-
-
-def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and bool(np.isfinite(value))

@@ -1,6 +1,7 @@
 """Data sets by their registered names: COCO-format data is registered, checked once, and asked for its classes."""
 
 import difflib
+import logging
 import os
 from functools import partial
 from pathlib import Path
@@ -8,11 +9,14 @@ from pathlib import Path
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json, register_coco_instances
 
-from repr_det.datasets.coco_format import CocoSummary, check_coco_format, listed
+from repr_det.datasets.coco_format import CocoSummary, check_coco_format
+from repr_det.datasets.findings import Findings, listed
 from repr_det.datasets.shapes import build_part
 from repr_det.method.errors import UserError
 
+logger = logging.getLogger(__name__)
 _summaries: dict[tuple, CocoSummary] = {}
+_logged: dict[str, str] = {}  # data set -> the mapping of its classes that the log tells
 
 
 def _check_once(json_file: str, image_root: str, name: str, allow_no_boxes: bool) -> CocoSummary:
@@ -35,18 +39,14 @@ def register_coco_format(name: str, json_file: str | os.PathLike, image_root: st
     """
     if not name:
         raise UserError("the name of a data set must not be empty")
-    paths = [os.path.abspath(os.path.expanduser(path)) for path in (json_file, image_root)]
-    if name in DatasetCatalog:
-        metadata = MetadataCatalog.get(name)
-        before = [metadata.get(key) for key in ("json_file", "image_root")]
-        if None in before or [*map(os.path.realpath, before)] != [*map(os.path.realpath, paths)]:
-            raise UserError(f"data set {name} is already registered with {before[0] or 'other data'}, not {paths[0]}")
+    json_file, image_root = (os.path.abspath(os.path.expanduser(path)) for path in (json_file, image_root))
+    metadata = MetadataCatalog.get(name) if name in DatasetCatalog else None
+    if metadata is not None:
+        before, root = metadata.get("json_file"), metadata.get("image_root")
+        if not before or not root or not (_same(before, json_file) and _same(root, image_root)):
+            raise UserError(f"data set {name} is already registered with {before or 'other data'}, not {json_file}")
         return
-    summary = _check_once(*paths, name, False)
-    _register(name, summary, *paths)
-
-
-def _register(name: str, summary: CocoSummary, json_file: str, image_root: str) -> None:
+    summary = _check_once(json_file, image_root, name, False)
     DatasetCatalog.register(name, partial(_load, name, json_file, image_root))
     MetadataCatalog.get(name).set(
         json_file=json_file,
@@ -58,8 +58,13 @@ def _register(name: str, summary: CocoSummary, json_file: str, image_root: str) 
     )
 
 
+def _same(path: str, other: str) -> bool:
+    return os.path.realpath(path) == os.path.realpath(other)
+
+
 def _load(name: str, json_file: str, image_root: str) -> list[dict]:
     """Detectron2's dicts, each object's class found by its name among the ``thing_classes`` of the data set."""
+    log_mapping(name)
     summary = _check_once(json_file, image_root, name, False)
     target = {c: i for i, c in enumerate(MetadataCatalog.get(name).thing_classes)}
     index = {c: target[n] for c, n in zip(summary.category_ids, summary.class_names, strict=True)}
@@ -70,6 +75,20 @@ def _load(name: str, json_file: str, image_root: str) -> list[dict]:
         for annotation in record["annotations"]:
             annotation["category_id"] = index[annotation["category_id"]]
     return records
+
+
+def log_mapping(name: str) -> None:
+    """Logs, once, how the classes of a data set are mapped to those of the run, if they are numbered otherwise."""
+    metadata = MetadataCatalog.get(name)
+    own = metadata.get("own_classes") or {}
+    if not own or [*own] == metadata.thing_classes:
+        return
+    numbers = metadata.thing_dataset_id_to_contiguous_id
+    pairs = [f"{class_name} (id {i}) -> {numbers[i]}" for class_name, i in own.items()]
+    mapping = f"{listed(pairs, 100)}, of {len(metadata.thing_classes)} classes"
+    if logger.isEnabledFor(logging.INFO) and _logged.get(name) != mapping:
+        _logged[name] = mapping
+        logger.info("data set %s: its classes are mapped by name: %s", name, mapping)
 
 
 def register_bccd() -> None:
@@ -107,24 +126,25 @@ def check_registered(name: str, *, for_evaluation: bool = True, allow_no_boxes: 
         return None
     _refuse_absent(name, json_file)
     summary = _check_once(json_file, image_root, name, allow_no_boxes)
-    if for_evaluation and summary.evaluation_gap:
-        raise UserError(f"data set {name}: {json_file}: {summary.evaluation_gap}")
+    findings = Findings(Path(json_file), name)
+    if for_evaluation:
+        findings.say(summary.evaluation_gap, summary.area_doubt)
     if (own := metadata.get("own_classes")) is not None:
         if (*own.items(),) != (*zip(summary.class_names, summary.category_ids, strict=True),):
-            raise UserError(f"data set {name}: {json_file}: its categories changed since it was registered")
+            findings.fail("its categories changed since it was registered")
         return summary
     if tuple(metadata.get("thing_classes", summary.class_names)) != summary.class_names or summary.aliases:
-        raise UserError(
-            f"data set {name}: {json_file}: its categories ({listed(summary.class_names)}) must be those registered "
-            f"under this name ({listed(metadata.thing_classes)}); register your own data under another name"
+        findings.fail(
+            f"its categories ({listed(summary.class_names)}) must be those registered under this name "
+            f"({listed(metadata.thing_classes)}); register your own data under another name"
         )
     if tuple(metadata.get("thing_dataset_id_to_contiguous_id", summary.category_ids)) != summary.category_ids:
-        raise UserError(f"data set {name}: {json_file}: its category ids are not those registered under this name")
+        findings.fail("its category ids are not those registered under this name")
     return summary
 
 
 def _refuse_absent(name: str, json_file: str) -> None:
-    """For data under Detectron2's root folder, say how that folder is set."""
+    """Say how Detectron2's root folder is set if data below it are absent."""
     root = os.getenv("DETECTRON2_DATASETS", "datasets")
     inside = os.path.relpath(json_file, os.path.expanduser(root))
     if not os.path.exists(json_file) and not inside.startswith(os.pardir):

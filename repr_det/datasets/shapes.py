@@ -10,7 +10,6 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 import sys
 import tempfile
 import time
@@ -85,7 +84,7 @@ class _Canvas:
         self.pixels += (lights[0] + (lights[1] * x + lights[2] * y + lights[3] * (x + y) // 2) // 160)[..., None]
 
     def place(self, mask: np.ndarray, centre: tuple[int, int]) -> tuple[tuple[slice, slice], np.ndarray]:
-        """Where the stencil lies in the image, and the part of it that is inside."""
+        """Return the place of the stencil in the image, and the part of it that is inside."""
         left, up = centre[0] - mask.shape[1] // 2, centre[1] - mask.shape[0] // 2
         x0, y0 = max(left, 0), max(up, 0)
         x1, y1 = min(left + mask.shape[1], self.width), min(up + mask.shape[0], self.height)
@@ -205,27 +204,22 @@ def _stamp() -> str:
 
 
 def _is_finished(root: Path) -> bool:
-    return _read_stamp(root) == _stamp()
+    """Tell whether the folder is that of this generator.
 
-
-def _read_stamp(root: Path) -> str:
-    try:
-        return (root / STAMP_NAME).read_text(errors="replace")
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        return ""
-
-
-def _refuse_foreign(root: Path) -> None:
-    if root.is_dir():
-        if any(root.iterdir()) and not _read_stamp(root).startswith(STAMP_OWNER):
-            raise UserError(f"{root} holds other files: the shapes data set needs an empty or absent folder of its own")
-    elif root.exists():
+    Raises:
+        UserError: it is a file, or holds something else.
+    """
+    if root.exists() and not root.is_dir():
         raise UserError(f"{root} is a file: the shapes data set needs a folder of its own")
+    stamp = root / STAMP_NAME
+    text = stamp.read_text(errors="replace") if stamp.is_file() else ""
+    if root.is_dir() and any(root.iterdir()) and not text.startswith(STAMP_OWNER):
+        raise UserError(f"{root} holds other files: the shapes data set needs an empty or absent folder of its own")
+    return text == _stamp()
 
 
 def _write(folder: Path, progress: bool) -> None:
-    total = sum(count for _, count in SPLITS.values())
-    done, live, start = 0, progress and sys.stderr.isatty(), time.perf_counter()
+    start = time.perf_counter()
     (folder / "annotations").mkdir(parents=True)
     categories = [{"id": i, "name": name, "supercategory": "shape"} for i, name in enumerate(CLASS_NAMES, 1)]
     for split, (seed, count) in SPLITS.items():
@@ -236,16 +230,13 @@ def _write(folder: Path, progress: bool) -> None:
             (folder / split / name).write_bytes(cv2.imencode(".png", image, PNG_PARAMS)[1].tobytes())
             images.append({"id": image_id, "file_name": name, "height": image.shape[0], "width": image.shape[1]})
             annotations += [{"id": len(annotations) + i, "image_id": image_id, **o} for i, o in enumerate(objects, 1)]
-            done += 1
-            if live and done % 25 == 0:
-                print(f"\rshapes data set: {done} of {total} images", end="", file=sys.stderr, flush=True)
         info = {"description": f"repr_det shapes, version {GENERATOR_VERSION}, {split}"}
         content = {"info": info, "images": images, "annotations": annotations, "categories": categories}
         (folder / "annotations" / f"{split}.json").write_text(json.dumps(content, sort_keys=True))
     (folder / STAMP_NAME).write_text(_stamp())
     if progress:
-        seconds = time.perf_counter() - start
-        print(f"{chr(13) if live else ''}shapes data set: drew {total} images in {seconds:.0f} s", file=sys.stderr)
+        total = sum(count for _, count in SPLITS.values())
+        print(f"shapes data set: drew {total} images in {time.perf_counter() - start:.0f} s", file=sys.stderr)
 
 
 @contextmanager
@@ -278,7 +269,7 @@ def build_shapes(root: str | os.PathLike, progress: bool = True) -> Path:
     generator made is replaced.
 
     Args:
-        progress: one line on stderr while it is drawn (about ten seconds)
+        progress: one line on stderr when it is drawn (in about ten seconds)
 
     Returns:
         the folder
@@ -290,18 +281,12 @@ def build_shapes(root: str | os.PathLike, progress: bool = True) -> Path:
     try:
         if _is_finished(root):
             return root
-        _refuse_foreign(root)
         root.parent.mkdir(parents=True, exist_ok=True)
         with _lock(root.parent):
-            if _is_finished(root):
-                return root
-            scratch = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
-            try:
-                _write(scratch / "new", progress)
-                _refuse_foreign(root)
-                _swap_in(scratch / "new", root, scratch)
-            finally:
-                shutil.rmtree(scratch, ignore_errors=True)
+            if not _is_finished(root):
+                with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as scratch:
+                    _write(Path(scratch) / "new", progress)
+                    _swap_in(Path(scratch) / "new", root, Path(scratch))
     except OSError as error:
         raise UserError(
             f"the shapes data set cannot be written to {root} ({error}): "
@@ -310,39 +295,29 @@ def build_shapes(root: str | os.PathLike, progress: bool = True) -> Path:
     return root
 
 
+def build_part(root: Path, part: str) -> Path:
+    """``build_shapes``, and the annotations of a part in FIRST; returns the annotation file."""
+    file = build_shapes(root) / "annotations" / f"{part}.json"
+    if file.exists():
+        return file
+    split, number = FIRST[part]
+    content = json.loads(file.with_name(f"{split}.json").read_text(encoding="utf-8"))
+    content["images"] = content["images"][:number]
+    ids = {image["id"] for image in content["images"]}
+    content["annotations"] = [one for one in content["annotations"] if one["image_id"] in ids]
+    with tempfile.TemporaryDirectory(prefix=".", dir=file.parent) as scratch:  # as a whole or not at all
+        fresh = Path(scratch) / file.name
+        fresh.write_text(json.dumps(content), encoding="utf-8")
+        fresh.replace(file)
+    return file
+
+
 # ---- Detectron2 ----
 
 
 def _load(name: str, root: Path, part: str) -> list[dict]:
     file = build_part(root, part)
-    return load_coco_json(str(file), str(root / _split_of(part)[0]), name)
-
-
-def _split_of(part: str) -> tuple[str, int | None]:
-    """The split that a part's images are of, and of how many of them it consists, None for all."""
-    return FIRST.get(part, (part, None))
-
-
-def build_part(root: Path, part: str) -> Path:
-    """``build_shapes``, and the annotations of a part in FIRST; returns the annotation file."""
-    build_shapes(root)
-    file = root / "annotations" / f"{part}.json"
-    split, number = _split_of(part)
-    if number is not None and not file.exists():
-        _write_first(root / "annotations" / f"{split}.json", number, file)
-    return file
-
-
-def _write_first(source: Path, number: int, file: Path) -> None:
-    """The annotations of the first images of ``source``, as a whole or not at all."""
-    content = json.loads(source.read_text(encoding="utf-8"))
-    content["images"] = content["images"][:number]
-    ids = {image["id"] for image in content["images"]}
-    content["annotations"] = [one for one in content["annotations"] if one["image_id"] in ids]
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=f".{file.name}-", delete=False) as temporary:
-        json.dump(content, temporary)
-    os.chmod(temporary.name, source.stat().st_mode)
-    os.replace(temporary.name, file)
+    return load_coco_json(str(file), MetadataCatalog.get(name).image_root, name)
 
 
 def register_shapes(root: str | os.PathLike | None = None) -> None:
@@ -370,7 +345,7 @@ def register_shapes(root: str | os.PathLike | None = None) -> None:
         DatasetCatalog.register(name, partial(_load, name, root, part))
         metadata.set(
             json_file=str(root / "annotations" / f"{part}.json"),
-            image_root=str(root / _split_of(part)[0]),
+            image_root=str(root / FIRST.get(part, (part,))[0]),
             shapes_root=str(root),
             shapes_part=part,
             evaluator_type="coco",

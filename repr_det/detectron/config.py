@@ -1,6 +1,7 @@
 """The config node REPR, made from ``RePrOptions``: its keys, their checks and the schedule that they stand for."""
 
 import contextlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 
 from repr_det.detectron.decay import decays_of_config
-from repr_det.method.criteria import get_criterion
+from repr_det.method.criteria import CRITERIA, get_criterion
 from repr_det.method.errors import OptionError, UserError
 from repr_det.method.loop import schedule_of
 from repr_det.method.options import CONFIG_KEYS, RePrOptions, about_option, option_names
@@ -35,6 +36,20 @@ def add_repr_config(cfg: CfgNode) -> None:
             node = node[part]
         node[last] = default
     cfg.register_deprecated_key("REPR.SLIM")
+
+
+def markdown_table() -> str:
+    """The keys of REPR with arguments, defaults, values and meanings, as in docs/configs.md."""
+    rows = ["| key | argument | default | values | |", "|---|---|---|---|---|"]
+    rows.append("| `REPR.ENABLED` | | `False` | True, False | RePr, or plain training. |")
+    cfg = CfgNode()
+    add_repr_config(cfg)
+    for name in option_names():
+        about = about_option(name)
+        values = f"one of {', '.join(sorted(CRITERIA))}" if name == "criterion" else about.range() or "a list"
+        default = _value_at(cfg.REPR, about.key)
+        rows.append(f"| `REPR.{about.key}` | `{name}` | `{default!r}` | {values} | {about.meaning} |")
+    return "\n".join(rows)
 
 
 def options_of_config(cfg: CfgNode) -> RePrOptions:
@@ -83,7 +98,10 @@ def schedule_from_config(cfg: CfgNode) -> RePrSchedule:
 
 
 def first_decay(cfg: CfgNode) -> int | None:
-    """The iteration at which the learning rate of a config first decays; None if it does not."""
+    """The iteration at which the learning rate of a config first decays; None if it does not, or if no schedule is
+    derived from it."""
+    if cfg.REPR.S1_ITERS:
+        return None
     with as_user_error(f"SOLVER.LR_SCHEDULER_NAME {cfg.SOLVER.LR_SCHEDULER_NAME}"):
         return next(iter(decays_of_config(cfg)), None)
 
@@ -119,6 +137,12 @@ def without_repr(cfg: CfgNode) -> CfgNode:
     return stock
 
 
+_ONE_FOR_A_TUPLE = re.compile(  # how yacs words it
+    r"Type mismatch \(<class 'tuple'> vs\. <class '(?P<kind>str|int|float)'>\) .* vs\. (?P<value>.+)\) for config key: "
+    r"(?P<key>\S+)"
+)
+
+
 @contextlib.contextmanager
 def as_user_error(source: str) -> Iterator[None]:
     """Config libraries raise KeyError, ValueError, AssertionError and yaml errors for what a user typed."""
@@ -130,4 +154,8 @@ def as_user_error(source: str) -> Iterator[None]:
         # str() of a KeyError is the repr of its message.
         text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
         text = " ".join((f"not valid YAML: {text}" if isinstance(error, yaml.YAMLError) else text).split())
+        one = _ONE_FOR_A_TUPLE.search(text)
+        if one:
+            value = repr(one["value"]) if one["kind"] == "str" else one["value"]
+            text = f"{one['key']} must be a tuple, ({value},), got {value}"
         raise UserError(f"{source}: {text or type(error).__name__}") from error

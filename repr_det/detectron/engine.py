@@ -30,7 +30,7 @@ from repr_det.runs.files import FINAL_CHECKPOINT, keep_checkpoints
 from repr_det.runs.guard import FiniteGuard, NonFiniteError, describe, first_non_finite
 from repr_det.runs.loader import resumable
 from repr_det.runs.resume import ExactResume
-from repr_det.runs.settings import apply_settings, settings_of
+from repr_det.runs.settings import apply_settings, check_same_optimizer, settings_of
 from repr_det.runs.stopping import StopAtSignal
 
 logger = logging.getLogger("repr_det.resume")
@@ -51,6 +51,8 @@ class Trainer(DefaultTrainer):
         UserError: REPR is wrong.
         NonFiniteError: while training.
     """
+
+    _has_trained = False
 
     def __init__(self, cfg: CfgNode) -> None:
         # Not DefaultTrainer.__init__: it wraps the model by create_ddp_model, which CPU modules cannot take.
@@ -82,7 +84,8 @@ class Trainer(DefaultTrainer):
         transitions = () if repr_hook is None else (*repr_hook.schedule.drop_iters, *repr_hook.schedule.restore_iters)
 
         def weights_matter(iteration: int) -> bool:
-            return (iteration + 1) % cfg.SOLVER.CHECKPOINT_PERIOD == 0 or iteration in transitions
+            saved = (iteration + 1) % cfg.SOLVER.CHECKPOINT_PERIOD == 0 or iteration + 1 == cfg.SOLVER.MAX_ITER
+            return saved or iteration in transitions
 
         loaders = [self._trainer.data_loader]
         for hook in built:
@@ -92,7 +95,8 @@ class Trainer(DefaultTrainer):
         model = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
         exact = ExactResume(model, loaders, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD, cfg.OUTPUT_DIR)
         built.insert(_place_before(built, hooks.PeriodicCheckpointer, hooks.EvalHook), exact)
-        guard = FiniteGuard(not cfg.SOLVER.AMP.ENABLED, weights_matter)
+        on_cpu = next(model.parameters()).device.type == "cpu"  # elsewhere the look makes the host wait in every step
+        guard = FiniteGuard(on_cpu and not cfg.SOLVER.AMP.ENABLED, weights_matter)
         stop = StopAtSignal(cfg.SOLVER.CHECKPOINT_PERIOD, lambda: (guard.check_weights(), exact.collect()))
         built.insert(_place_before(built, hooks.EvalHook), stop)
         built.insert(0, guard)
@@ -115,6 +119,20 @@ class Trainer(DefaultTrainer):
                 f"SOLVER.MAX_ITER is {self.max_iter}, but the checkpoint in {self.cfg.OUTPUT_DIR} was trained for "
                 f"{self.start_iter} iterations: give at least that many, or another OUTPUT_DIR"
             )
+
+    def train(self) -> Any:
+        """Trains, once.
+
+        Raises:
+            UserError: this trainer has trained before: hooks, loader and schedule are somewhere in the middle.
+        """
+        if self._has_trained:
+            raise UserError(
+                "this trainer has trained before: make another one, on which resume_or_load(resume=True) goes on from "
+                "the last checkpoint"
+            )
+        self._has_trained = True
+        return super().train()
 
     def run_step(self) -> None:
         """One step; a loss that is not finite is reported with its phase and the first layer that shows it."""
@@ -155,14 +173,7 @@ class Trainer(DefaultTrainer):
                 f"has it {'on' if enabled else 'off'}: resume with the same arm, or give another OUTPUT_DIR"
             )
         optimizer = self._trainer.optimizer
-        groups = [len(group["params"]) for group in optimizer.param_groups]
-        theirs = [len(group["params"]) for group in state_dict["_trainer"]["optimizer"]["param_groups"]]
-        if groups != theirs:
-            raise UserError(
-                f"the checkpoint in {self.cfg.OUTPUT_DIR} trains {sum(theirs)} parameters in {len(theirs)} groups, "
-                f"this run {sum(groups)} in {len(groups)}: resume with the same MODEL, MODEL.BACKBONE.FREEZE_AT and "
-                "SOLVER, or give another OUTPUT_DIR"
-            )
+        check_same_optimizer(optimizer, state_dict["_trainer"]["optimizer"], self.cfg.OUTPUT_DIR)
         built = settings_of(optimizer)
         super().load_state_dict(state_dict)
         if changed := apply_settings(optimizer, self.scheduler, built):

@@ -45,8 +45,7 @@ def build_evaluator(name: str, folder: str) -> DatasetEvaluator:
     if kind in ("sem_seg", "coco_panoptic_seg"):
         found.append(evaluation.SemSegEvaluator(name, distributed=True, output_dir=folder))
     if kind in ("coco", "coco_panoptic_seg"):
-        mapped = MetadataCatalog.get(name).get("own_classes")
-        found.append((CocoEvaluator if mapped else evaluation.COCOEvaluator)(name, output_dir=folder))
+        found.append(CocoEvaluator(name, output_dir=folder))
     if kind == "coco_panoptic_seg":
         found.append(evaluation.COCOPanopticEvaluator(name, folder))
     if kind == "cityscapes_instance":

@@ -26,7 +26,7 @@ from repr_det.method.criteria import get_criterion
 from repr_det.method.errors import OptionError, UserError
 from repr_det.method.holding import Transition
 from repr_det.method.loop import RePr, describe_schedule, schedule_of, unwrapped
-from repr_det.method.options import RePrOptions
+from repr_det.method.options import DETECTRON2_LAYERS, RePrOptions
 from repr_det.method.schedule import RePrSchedule
 from repr_det.method.scheme import RePrScheme, check_resumed
 from repr_det.network.state import preserved_random_state
@@ -65,7 +65,7 @@ class RePrHook(HookBase):
         weights: the trained weights that training starts from, for a warning; "" for none.
         averages: averages of the weights that follow the model.
         names: option -> how errors spell it; None spells keyword arguments.
-        options: of ``RePrOptions``.
+        options: of ``RePrOptions``; layers has the default of the configs.
 
     Raises:
         UserError: an option is wrong, here where it shows by itself, in ``before_train`` where it takes the model.
@@ -88,6 +88,7 @@ class RePrHook(HookBase):
     ) -> None:
         self.output_dir = output_dir
         self.names = names
+        options = {"layers": DETECTRON2_LAYERS, **options}
         self.options: RePrOptions = self._spelled(lambda: RePrOptions.of(options))
         self._spelled(lambda: get_criterion(self.options.criterion))
         self.seed = seed

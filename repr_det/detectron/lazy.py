@@ -20,7 +20,7 @@ from repr_det.detectron.config import add_repr_config, as_user_error
 from repr_det.detectron.decay import DefinedAtItsEnd, decays
 from repr_det.detectron.engine import Trainer
 from repr_det.method.errors import UserError
-from repr_det.method.options import about_option, option_names
+from repr_det.method.options import CONFIG_KEYS, about_option, option_names
 
 _COCO = f"{COCOEvaluator.__module__}.{COCOEvaluator.__name__}"
 
@@ -94,13 +94,15 @@ _KEYS = NUM_CLASSES | {
 
 
 @contextlib.contextmanager
-def naming_lazy_keys() -> Iterator[None]:
+def naming_lazy_keys(cfg: DictConfig) -> Iterator[None]:
     """A UserError names the keys of a LazyConfig, not those of a yaml config that ``repr_cfg_from_lazy`` stands for."""
+    by_arguments = "_target_" in (cfg.get("repr") or {})
+    options = {f"repr.{name if by_arguments else about_option(name).key}": name for name in option_names()}
     try:
         yield
     except UserError as error:
         text = str(error)
-        for key, own in _KEYS.items():
+        for key, own in (_KEYS | {key: CONFIG_KEYS[name] for key, name in options.items()}).items():
             text = re.sub(rf"(?<![\w.]){re.escape(own)}(?![\w.]*\w)", key, text)
         raise UserError(text) from error
 
@@ -125,8 +127,8 @@ class LazyTrainer(Trainer):
 
     def __init__(self, lazy: DictConfig) -> None:
         self.lazy = lazy
-        for key in ("find_unused_parameters", "fp16_compression"):
-            if comm.get_world_size() > 1 and OmegaConf.select(lazy, f"train.ddp.{key}", default=False):
+        for key in ("find_unused_parameters", "fp16_compression", "broadcast_buffers"):
+            if OmegaConf.select(lazy, f"train.ddp.{key}", default=False) and comm.get_world_size() > 1:
                 raise UserError(f"train.ddp.{key} must be False here, got True")
         super().__init__(repr_cfg_from_lazy(lazy))
 
@@ -187,7 +189,10 @@ def _repr_node(cfg: DictConfig) -> dict[str, Any]:
     enabled = given.pop("ENABLED", True)
     keys = {name: about_option(name).key for name in option_names()}
     if unknown := sorted(set(given) - set(keys)):
-        raise UserError(f"RePrHook has no option {unknown[0]!r}: take one of {', '.join(keys)}")
+        raise UserError(
+            f"the node repr has no option {unknown[0]!r}: take one of {', '.join(keys)}; the rest comes from train and "
+            "dataloader"
+        )
     found: dict[str, Any] = {"ENABLED": enabled}
     for name, value in given.items():
         *nodes, last = keys[name].split(".")

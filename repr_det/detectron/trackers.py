@@ -12,16 +12,20 @@ from detectron2.engine import DefaultTrainer
 from detectron2.utils.events import EventWriter, get_event_storage
 
 from repr_det.method.errors import UserError
-from repr_det.runs.files import EVENTS_FILE, OVERLAPS_FILE, last_logged, write_atomically
+from repr_det.runs.files import EVENTS_FILE, OVERLAPS_FILE, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _ID_FILE = "wandb_id.txt"
+_SENT_FILE = "wandb_sent.txt"  # the iteration of the last transition that is in the run
 
 
 class WandbWriter(EventWriter):
-    """Logs config, all scalars, every drop and restore, and the overlap of the filters after each.
+    """Logs config, all scalars, every drop and restore once, and the overlap of the filters after each.
+
+    W&B's own reading of TensorBoard's files (``sync_tensorboard``) is no substitute: it loses a drop that TensorBoard
+    had not flushed when the run was killed, and sends one again that a resumed run repeats.
 
     Add it in ``build_writers`` of a trainer. A resumed run goes on in the run of its OUTPUT_DIR. Images and histograms
     of the storage are left to the TensorBoard writer, which clears them.
@@ -46,7 +50,6 @@ class WandbWriter(EventWriter):
         self._folder = Path(cfg.OUTPUT_DIR)
         self._window_size = window_size
         self._last_write = -1
-        self._last_transition = last_logged(self._folder / EVENTS_FILE)  # of the run that this one resumes
         try:
             self._run = wandb.init(id=self._id(), resume="allow", config=_plain(cfg), dir=cfg.OUTPUT_DIR, **options)
         except wandb.Error as error:  # not logged in, no connection, no such project
@@ -58,20 +61,24 @@ class WandbWriter(EventWriter):
         latest = storage.latest_with_smoothing_hint(self._window_size)
         scalars = {name: value for name, (value, iteration) in latest.items() if iteration > self._last_write}
         self._last_write = max((iteration for _, iteration in latest.values()), default=self._last_write)
+        sent = self._sent()
         for event, overlap in zip(self._lines(EVENTS_FILE), self._lines(OVERLAPS_FILE), strict=False):
-            if event["iteration"] <= self._last_transition:
-                continue
-            self._last_transition = event["iteration"]
-            name = f"repr/{event['event']}"
-            scalars |= {
-                f"{name}_iteration": event["iteration"],
-                f"{name}_filters": sum(map(len, event["dropped"].values())),
-                f"{name}_overlap_before": event["overlap_before"],
-                f"{name}_overlap_after": event["overlap_after"],
-                f"{name}_overlap": self._wandb.Image(draw_overlap(event, overlap["overlap"])),
-            }
+            if event["iteration"] > sent:
+                self._log_transition(event, overlap["overlap"])
         if scalars:
             self._run.log(scalars, step=storage.iter)
+
+    def _log_transition(self, event: dict[str, Any], overlap: dict[str, list[float]]) -> None:
+        name = f"repr/{event['event']}"
+        values = {
+            f"{name}_iteration": event["iteration"],
+            f"{name}_filters": sum(map(len, event["dropped"].values())),
+            f"{name}_overlap_before": event["overlap_before"],
+            f"{name}_overlap_after": event["overlap_after"],
+            f"{name}_overlap": self._wandb.Image(draw_overlap(event, overlap)),
+        }
+        self._run.log(values, step=event["iteration"])
+        write_atomically(self._folder / _SENT_FILE, str(event["iteration"]))
 
     def close(self) -> None:
         """Ends the run."""
@@ -82,6 +89,10 @@ class WandbWriter(EventWriter):
         if not file.exists():
             write_atomically(file, uuid.uuid4().hex)
         return file.read_text().strip()
+
+    def _sent(self) -> int:
+        file = self._folder / _SENT_FILE
+        return int(file.read_text()) if file.exists() else -1
 
     def _lines(self, name: str) -> list[dict[str, Any]]:
         file = self._folder / name

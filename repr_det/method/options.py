@@ -181,10 +181,10 @@ def option_names() -> tuple[str, ...]:
 
 
 def _storable(value: Any) -> Any:
-    """The value as ``torch.load(weights_only=True)`` takes it: a function by its name."""
+    """The value as ``torch.load(weights_only=True)`` takes it: a function by its name, a list of any kind as a list."""
     if callable(value):
         return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
-    return list(value) if isinstance(value, (list, tuple)) else value
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
 CONFIG_KEYS = {name: f"REPR.{about_option(name).key}" for name in option_names()}

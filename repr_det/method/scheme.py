@@ -18,7 +18,7 @@ import hashlib
 import logging
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -243,10 +243,13 @@ class RePrScheme:
         values = self._values()
         check_finite(values, f"at the restore of cycle {self.cycle + 1}")
         check_zero(held, f"at the restore of cycle {self.cycle + 1}")
-        frozen = self._frozen()
-        learning = [] if as_they_were else [layer for layer in held.layers if layer.name not in frozen]
-        renewed = [layer for layer in learning if self._can_calibrate(layer)]
+        fixed = self._frozen()
+        frozen = {layer.name for layer in self._frozen_norms()}
+        learning = [] if as_they_were else [layer for layer in held.layers if layer.name not in fixed]
+        renewed = [layer for layer in learning if layer.name not in frozen or self._can_calibrate(layer)]
         new, cosines = self._new_filters(renewed, values, held.masks)
+        kept = [self._overlap_of_kept(layer, values, held.masks) for layer in self.layers]
+        del values  # on the CPU it is no copy, and holds the filters that are put back from now on
         back = dict(self._old)
         for layer in renewed:
             # FrozenBN's affine is what the network was trained with; its statistics follow the new filter.
@@ -259,12 +262,10 @@ class RePrScheme:
             restart_training(layer, held.rows[layer.name], held.kept[layer.name], self.optimizers)
         for layer in renewed:
             self._prepare_readers(layer, held)
-        self._match_moments(held, renewed)
+        self._match_moments(held, renewed, frozen)
         self._restart_averaging_norms()
         self._copy_to_averages(held)
-        after = self._values()
-        kept = [self._overlap_of_kept(layer, values, held.masks) for layer in self.layers]
-        overlaps = self._overlaps(after)
+        overlaps = self._overlaps(self._values())
 
         transition = Transition(
             event="restore",
@@ -380,15 +381,18 @@ class RePrScheme:
 
     def _frozen_norms(self) -> list[FilterLayer]:
         """The layers whose norm keeps its statistics in training, also where the caller is evaluating now."""
-        if self.passes is None or self.passes.model.training == self.passes.trains:
+        model, trains = self.model, self.participants.trains
+        if self.passes is not None:
+            model, trains = self.passes.model, self.passes.trains
+        if model is None or model.training == trains:
             return [layer for layer in self.layers if layer.is_frozen]
-        with undisturbed(self.passes.model, trains=self.passes.trains):
+        with undisturbed(model, trains=trains):
             return [layer for layer in self.layers if layer.is_frozen]
 
     # What is looked at.
 
     def _values(self) -> Values:
-        """Layer name -> name -> all that belongs to its filters, on the CPU, by one transfer."""
+        """Layer name -> name -> all that belongs to its filters, on the CPU: by one transfer, or as it is."""
         named = [
             (layer.name, name, tensor)
             for layer in self.layers
@@ -483,9 +487,9 @@ class RePrScheme:
         return found, cosines
 
     def _can_calibrate(self, layer: FilterLayer) -> bool:
-        """Whether a new filter would get statistics of its own: a norm that has been frozen since the drop has lost
-        those of the channel, and without training batches it is not known what others would be right."""
-        if not layer.is_frozen or layer.name in self._frozen_at_drop:
+        """Whether a new filter would get statistics of its own behind a frozen norm: one that has been frozen since the
+        drop has lost those of the channel, and without training batches it is not known what others would be right."""
+        if layer.name in self._frozen_at_drop:
             return True
         if self.passes is not None and self.options.frozen_norm == "recalibrate":
             return True
@@ -507,13 +511,13 @@ class RePrScheme:
         if loud and can_be_silent(layer, self.participants.modules):
             logger.warning("RePr: %d filters of %s return as published: all channels of a group", loud, layer.name)
 
-    def _match_moments(self, held: HeldFilters, renewed: Sequence[FilterLayer]) -> None:
+    def _match_moments(self, held: HeldFilters, renewed: Sequence[FilterLayer], frozen: Collection[str]) -> None:
         """Statistics of norms that do not find them themselves."""
         wanted = {}
         for layer in renewed:
             if "moments" in self._old[layer.name]:
                 wanted[layer.name] = self._old[layer.name]["moments"]
-            elif layer.kind == BATCH and layer.is_frozen and self.options.frozen_norm == "recalibrate":
+            elif layer.kind == BATCH and layer.name in frozen and self.options.frozen_norm == "recalibrate":
                 # Frozen since the drop: what BN would do in training, mean 0 and deviation 1.
                 rows = held.rows[layer.name]
                 wanted[layer.name] = torch.stack([torch.zeros(len(rows)), torch.ones(len(rows))])

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repr_det.network.tracing import Operation, Trace, Value
+from repr_det.network.tracing import Operation, Trace, Value, values_in
 
 _CONVOLUTIONS = {"convolution", "_convolution", "cudnn_convolution", "mkldnn_convolution", "miopen_convolution"}
 # Sums of products: a channel that is 0 adds nothing.
@@ -62,6 +62,8 @@ _OF_CHANNELS = {
     *("index_select", "index_put", "slice_scatter", "select_scatter", "repeat", "unfold", "im2col", "roll", "diagonal"),
     *("mean", "sum", "amax", "pixel_shuffle", "pixel_unshuffle", "native_channel_shuffle", "linalg_vector_norm"),
 }
+# How many of the arguments are data; the others say where to look.
+_STEERED = {"deform_conv2d": 2, "grid_sampler_2d": 1, "roi_align": 1, "_roi_align": 1, "roi_pool": 1}
 # Element by element, though torch does not tag them so.
 _ELEMENTWISE = {"hardswish", "_prelu_kernel", "rrelu_with_noise", "rrelu_with_noise_functional"}
 _SUMS = {"mean", "sum", "amax", "linalg_vector_norm"}
@@ -309,6 +311,10 @@ class _Follow:
         """What is known of the outputs; None where they do not depend on the channel any more."""
         inputs = {number: self.states[number] for number in operation.inputs if number in self.states}
         channels = {number: state for number, state in inputs.items() if number not in self.own}
+        if operation.name in _STEERED:
+            steering = {value.number for value in values_in(operation.arguments[_STEERED[operation.name] :])}
+            if steering.intersection(channels):
+                raise _Refused(f"it tells {operation.name} where to look")
         if operation.name in _READS:
             return self._read(operation, channels)
         if operation.name in _NORMS:

@@ -11,9 +11,9 @@ from typing import Any
 from detectron2.checkpoint import DetectionCheckpointer
 
 from repr_det.method.errors import UserError
-from repr_det.runs.files import write_atomically
-from repr_det.runs.foreign_weights import fit_names
+from repr_det.runs.files import advice_for, write_atomically
 from repr_det.runs.safe_pickle import load_checkpoint
+from repr_det.runs.weights import fit_names
 
 logger = logging.getLogger("repr_det.resume")
 _SAVING = ".saving-"
@@ -21,9 +21,10 @@ _TAG = "last_checkpoint"
 
 
 class AtomicCheckpointer(DetectionCheckpointer):
-    """DetectionCheckpointer whose files are whole or absent (written beside their place and renamed into it), and which
-    executes nothing that a file contains: torch files are loaded as weights only, pickles by a restricted unpickler.
-    Where ``last_checkpoint`` is missing, the newest whole checkpoint of the folder takes its place."""
+    """DetectionCheckpointer whose files are whole or absent: written beside their place and renamed into it.
+
+    It executes nothing that a file contains: torch files are loaded as weights only, pickles by a restricted unpickler.
+    If ``last_checkpoint`` is missing, the newest whole checkpoint of the folder takes its place."""
 
     _resuming = False
 
@@ -39,9 +40,11 @@ class AtomicCheckpointer(DetectionCheckpointer):
         except (OSError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # where torch writes its files
                 raise
+            while not isinstance(error, OSError) and error.__context__ is not None:
+                error = error.__context__  # what the system said, which torch hides behind an error of its own
             raise UserError(
-                f"the checkpoint {name} could not be written to {final}: {_reason(error)}; the checkpoints "
-                "before it are untouched: free space, then --resume"
+                f"the checkpoint {name} could not be written to {final}: {str(error).splitlines()[0]}; the checkpoints "
+                f"before it are untouched: {advice_for(error)}, then --resume"
             ) from error
         finally:
             self.save_dir = final
@@ -102,11 +105,11 @@ class AtomicCheckpointer(DetectionCheckpointer):
 
 
 def find_checkpoint(folder: str | Path) -> Path | None:
-    """The checkpoint that a resumed run continues from: the one that ``last_checkpoint`` names, or where there is no
-    such file the newest whole one (the largest iteration). None where the folder holds no ``.pth`` file.
+    """The checkpoint that a resumed run continues from: the one that ``last_checkpoint`` names, else the newest whole
+    one; None if the folder holds none.
 
     Raises:
-        UserError: ``last_checkpoint`` names no file of the folder, or no ``.pth`` file can be continued from.
+        UserError: ``last_checkpoint`` names no file of the folder, or no checkpoint is whole.
     """
     folder = Path(folder)
     tag = folder / _TAG
@@ -119,32 +122,22 @@ def find_checkpoint(folder: str | Path) -> Path | None:
                 f"{tag} names {name!r}, which is not there: write the name of a checkpoint in that folder into it"
             )
         return folder / name
-    files = sorted(folder.glob("*.pth"))
-    states = sorted(filter(None, map(_training_state, files)), reverse=True)
-    if (whole := next((file for _, _, file in states if _is_whole(file)), None)) is None and files:
+    iterations = {file: _iteration_of(file) for file in sorted(folder.glob("model_*.pth"))}
+    newest = max(iterations, key=iterations.__getitem__, default=None)
+    if newest is not None and iterations[newest] < 0:
+        names = ", ".join(file.name for file in list(iterations)[:3])
         raise UserError(
-            f"{folder} has no {_TAG}, and no whole checkpoint of a run is among its files "
-            f"({', '.join(file.name for file in files[:3])}): give another OUTPUT_DIR"
+            f"{folder} has no {_TAG}, and none of its checkpoints is whole ({names}): give another OUTPUT_DIR"
         )
-    return whole
+    return newest
 
 
-def _training_state(file: Path) -> tuple[int, bool, Path] | None:
-    """(iteration, whether it holds the random states of that iteration, file) of a checkpoint of a run; its tensors are
-    not read."""
+def _iteration_of(file: Path) -> int:
+    """-1 for a file from which no run can continue; its tensors are not read."""
     try:
-        found = load_checkpoint(file, map_location="meta")
-        iteration, hooks = int(found["iteration"]), found["trainer"].get("hooks", {})
-        return iteration, hooks.get("ExactResume", {}).get("iteration") == iteration, file
-    except (UserError, KeyError, TypeError, ValueError, AttributeError):
-        return None
-
-
-def _is_whole(file: Path) -> bool:
-    with suppress(UserError):
-        load_checkpoint(file)
-        return True
-    return False
+        return int(load_checkpoint(file, map_location="meta")["iteration"])
+    except (UserError, KeyError, TypeError, ValueError):
+        return -1
 
 
 def check_last_checkpoint(folder: str) -> None:
@@ -162,10 +155,3 @@ def remove_unfinished_saves(folder: str) -> None:
     """Deletes what a killed ``AtomicCheckpointer.save`` left behind."""
     for leftover in Path(folder).glob(f"{_SAVING}*"):
         shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _reason(error: BaseException) -> str:
-    """What the system said where torch hides it behind an error of its own."""
-    while not isinstance(error, OSError) and error.__context__ is not None:
-        error = error.__context__
-    return str(error).splitlines()[0]

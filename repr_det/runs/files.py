@@ -38,9 +38,16 @@ def write_atomically(path: str | Path, text: str) -> None:
         raise
 
 
-def disk_is_full(error: BaseException | None) -> bool:
-    """Whether ``error`` says that nothing more can be written: no space, quota or file size limit reached."""
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+def advice_for(error: BaseException | None) -> str:
+    """What to do about an error of the machine, "" if it is none: the disk, its quota, the limits of the process."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "free space"
+    if number in (errno.EMFILE, errno.ENFILE):
+        return "raise the limit of open files (ulimit -n) or lower DATALOADER.NUM_WORKERS"
+    if number in (errno.EBUSY, errno.ESTALE, errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS, errno.ETIMEDOUT):
+        return "see to the file system"
+    return ""
 
 
 def truncate_log(path: str | Path, start_iter: int) -> None:

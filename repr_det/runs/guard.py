@@ -14,14 +14,14 @@ class NonFiniteError(UserError, FloatingPointError):
 
 
 class FiniteGuard(HookBase):
-    """After every step the gradients are finite, before a checkpoint or a RePr transition the weights too; otherwise
-    the run stops with iteration, phase and layer.
+    """Stops the run with iteration, phase and layer if weights are not finite before a checkpoint or a RePr transition,
+    or gradients after a step.
 
     Comes before every hook that saves or uses the model, so the last checkpoint stays good. Under AMP a gradient may
     overflow (GradScaler skips that step), so gradients are not looked at.
 
     Args:
-        check_gradients: False under AMP.
+        check_gradients: whether gradients are looked at, for which the host waits once a step; False under AMP.
         weights_at: iteration -> whether the weights are looked at after it.
     """
 
@@ -42,15 +42,15 @@ class FiniteGuard(HookBase):
     def _check(self, tensors: dict[str, Tensor], what: str) -> None:
         if not tensors or all_finite(tensors.values()):
             return
-        # A sum may overflow where every entry is finite: only an entry that is not stops the run.
+        # A sum may overflow if every entry is finite: only an entry that is not stops the run.
         if name := _first_not_finite(tensors):
             raise NonFiniteError(describe(self.trainer, f"the {what} of {name} is not finite"))
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether the L1 norm of every tensor is finite."""
-    norms = torch._foreach_norm([t.detach() for t in tensors], 1)
-    return bool(torch.isfinite(torch.stack([norm.float() for norm in norms]).sum()))
+    norms = [torch.linalg.vector_norm(tensor.detach(), 1).float() for tensor in tensors]
+    return bool(torch.isfinite(torch.stack(norms).sum()))
 
 
 def first_non_finite(model: nn.Module) -> str | None:

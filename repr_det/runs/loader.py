@@ -6,9 +6,11 @@ import itertools
 import logging
 import operator
 import os
+import random
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.data.build import trivial_batch_collator, worker_init_reset_seed
 from detectron2.data.common import AspectRatioGroupedDataset, DatasetFromList, MapDataset, ToIterableDataset
@@ -25,13 +27,18 @@ _IMPLIED = {  # what changes along with something that is easier to understand
     "number of training images": ("sampler's settings", "digest of the training images"),
 }
 _LOOKED_AT = 64  # samples of a data set that its digest is made of, evenly spread
+_GENERATORS = (np.random.Generator, np.random.RandomState, random.Random, torch.Generator)
 
 
 class _Marked:
-    """A sample and its origin: (stream, number in that stream, index, random state before)."""
+    """A sample and its origin: (stream, number in that stream, index, random state before).
 
-    def __init__(self, sample: Any, origin: tuple) -> None:
-        self.sample, self.origin = sample, origin
+    Attributes:
+        replaced: whether the mapper has returned None for an image, in whose place Detectron2 takes others.
+    """
+
+    def __init__(self, sample: Any, origin: tuple, replaced: bool = False) -> None:
+        self.sample, self.origin, self.replaced = sample, origin, replaced
 
     def __getitem__(self, key: str) -> Any:
         """Aspect-ratio grouping asks for "width" and "height"."""
@@ -74,7 +81,9 @@ class _Stream(IterableDataset):
                     self.dataset[index]
                 continue
             before = random_state()
-            yield _Marked(self.dataset[index], (mine, number, index, before))
+            sample = self.dataset[index]
+            usable = getattr(self.dataset, "_fallback_candidates", ())
+            yield _Marked(sample, (mine, number, index, before), bool(usable) and len(usable) < len(self.dataset))
 
 
 class ResumableLoader:
@@ -111,6 +120,7 @@ class ResumableLoader:
         self.dataset = self.stream  # so that others find the map-style data set as in Detectron2's own loaders
         self._per_delivery = 1 if grouped else self.batch_size  # samples that a worker hands over at a time
         self._last: dict[int, tuple] = {}
+        self._replaced = False
 
     @property
     def was_read(self) -> bool:
@@ -128,7 +138,7 @@ class ResumableLoader:
     def __iter__(self) -> Iterator[list]:
         for batch in self.loader:
             for marked in batch:
-                self._note(marked.origin)
+                self._note(marked)
             yield [marked.sample for marked in batch]
 
     @functools.cached_property
@@ -157,25 +167,17 @@ class ResumableLoader:
         return {
             "num_workers": self.num_workers,
             "made_of": self.made_of,
-            "epoch": _epoch_size(self.stream.sampler),
             "sampler": _sampler_state(self.stream.sampler),
             "skipped": self.stream.skipped,
             "consumed": {stream: [number + 1, before] for stream, (number, before) in last.items()},
             "buckets": [[list(origin) for origin in bucket] for bucket in buckets],
         }
 
-    def changes(self, state: dict[str, Any], num_processes: int) -> list[str]:
-        """What differs from the loader that ``state`` was saved from, as "x was 1 and is 2"; [] where it can go on."""
+    def changes(self, state: dict[str, Any]) -> list[str]:
+        """What differs from the loader that ``state`` was saved from, as "x was 1 and is 2"; [] if it can go on."""
         theirs = state.get("made_of")
-        if theirs is None:  # a checkpoint from before all of it was kept
-            theirs = {"number of processes": num_processes, "DATALOADER.NUM_WORKERS": state["num_workers"]}
-            indices = [origin[2] for bucket in state["buckets"] for origin in bucket]
-            if len(state["buckets"]) != len(self._buckets()):
-                theirs["aspect-ratio grouping"] = bool(state["buckets"])
-            elif any(len(bucket) >= self.batch_size for bucket in state["buckets"]):
-                theirs["number of images per process and batch"] = "larger"
-            elif max(indices, default=0) >= len(self.stream.dataset):
-                theirs["number of training images"] = "larger"
+        if theirs is None:
+            return ["the checkpoint of an older version does not say what its data order was made of"]
         changed = [name for name, value in theirs.items() if value != self.made_of.get(name)]
         implied = {name for known in changed for name in _IMPLIED.get(known, ())}
         return [f"{x} was {theirs[x]} and is {self.made_of.get(x)}" for x in changed if x not in implied]
@@ -194,22 +196,19 @@ class ResumableLoader:
                 set_random_state(before)
                 bucket.append(_Marked(self.stream.dataset[index], (stream, number, index, before)))
 
-    def start_over(self, states: list[dict[str, Any]], iteration: int) -> None:
-        """Begins at the beginning of the epoch that a run was in, in the order of that run where its sampler was of the
-        same kind.
+    def skip(self, states: list[dict[str, Any]], iteration: int) -> None:
+        """Begins behind as many images as the run has drawn, in the order of its sampler if that was of the same kind.
 
         Args:
-            states: of all its processes; [] where they are not known.
-            iteration: the iterations that it has made, which tell the epoch where there is no state.
+            states: of all its processes; [] if they are not known.
+            iteration: the iterations that it has made, which tell the images if there is no state.
         """
-        sampler = self.stream.sampler
         if states:
-            seen = sum(s.get("skipped", 0) + sum(count for count, _ in s["consumed"].values()) for s in states)
-            epoch = int(seen // states[0].get("epoch", _epoch_size(sampler)))
+            drawn = sum(s.get("skipped", 0) + sum(count for count, _ in s["consumed"].values()) for s in states)
             self._load_sampler(states[0])
         else:
-            epoch = int(iteration * self.batch_size * comm.get_world_size() // _epoch_size(sampler))
-        self.stream.skipped = len(range(comm.get_rank(), _indices_before(sampler, epoch), comm.get_world_size()))
+            drawn = iteration * self.batch_size * comm.get_world_size()
+        self.stream.skipped = len(range(comm.get_rank(), drawn, comm.get_world_size()))
 
     def _load_sampler(self, state: dict[str, Any]) -> None:
         """The seeds of a sampler of the same kind; of a subset also its images, where they mean the same."""
@@ -221,8 +220,14 @@ class ResumableLoader:
             if hasattr(sampler, name) and (same_images or name == "_seed"):
                 setattr(sampler, name, value)
 
-    def _note(self, origin: tuple) -> None:
-        stream, number, _, before = origin
+    def _note(self, marked: _Marked) -> None:
+        stream, number, _, before = marked.origin
+        if marked.replaced and not self._replaced:
+            self._replaced = True
+            logger.warning(
+                "The mapper returns None for some images, and Detectron2 takes others at random: no checkpoint holds "
+                "which, so that a resumed run sees other images"
+            )
         if number >= self._last.get(stream, (-1, None))[0]:
             self._last[stream] = (number, before)
 
@@ -231,12 +236,19 @@ class ResumableLoader:
 
 
 def resumable(loader: Iterable) -> Iterable:
-    """``loader`` as a ResumableLoader where it is wholly understood, else itself with a warning."""
+    """``loader`` as a ResumableLoader if it is wholly understood, else itself with a warning."""
     try:
-        return ResumableLoader(loader)
+        resumed = ResumableLoader(loader)
     except TypeError as error:
         logger.warning("The data order of a resumed run will start over: the training loader %s", error)
         return loader
+    for owner in _owners_of_generators(getattr(resumed.stream.dataset, "_map_func", None)):
+        logger.warning(
+            "%s draws from a random generator of its own, which no checkpoint holds: a resumed run differs there from "
+            "an undisturbed one; draw from np.random instead",
+            owner,
+        )
+    return resumed
 
 
 def _check_understood(inner: Any, grouped: bool) -> None:
@@ -255,26 +267,6 @@ def _check_understood(inner: Any, grouped: bool) -> None:
     source = inner.dataset
     need(type(source) is ToIterableDataset, f"reads a {type(source).__name__}")
     need(type(source.sampler) in _SAMPLERS, f"has a {type(source.sampler).__name__}")
-
-
-def _epoch_size(sampler: Any) -> float:
-    """Images of one pass over the data, in the mean where it varies."""
-    if isinstance(sampler, RepeatFactorTrainingSampler):
-        return float((sampler._int_part + sampler._frac_part).sum())
-    return float(getattr(sampler, "_size_subset", sampler._size))
-
-
-def _indices_before(sampler: Any, epoch: int) -> int:
-    """Images that all processes together draw before ``epoch``, which counts from 0."""
-    if not isinstance(sampler, RepeatFactorTrainingSampler):
-        return epoch * int(_epoch_size(sampler))
-    generator, drawn = torch.Generator().manual_seed(sampler._seed), 0
-    for _ in range(epoch):
-        number = len(sampler._get_epoch_indices(generator))
-        if sampler._shuffle:
-            torch.randperm(number, generator=generator)
-        drawn += number
-    return drawn
 
 
 def _sampler_state(sampler: Any) -> dict[str, Any]:
@@ -329,3 +321,14 @@ def _described(name: str, value: Any, depth: int = 0) -> Iterator[tuple[str, str
     if depth < 3 and not callable(getattr(value, "__code__", None)):
         for key, inner in sorted(getattr(value, "__dict__", {}).items()):
             yield from _described(f"{name}'s {key}", inner, depth + 1)
+
+
+def _owners_of_generators(value: Any, depth: int = 0) -> set[str]:
+    """The classes below ``value``, through attributes and short lists, that keep a random generator."""
+    value = getattr(value, "_obj", value)  # Detectron2's PicklableWrapper
+    if isinstance(value, (list, tuple)):
+        inner = list(value[:100])
+    else:
+        inner = list(getattr(value, "__dict__", {}).values())
+    found = {type(value).__qualname__} if any(isinstance(x, _GENERATORS) for x in inner) else set()
+    return found.union(*(_owners_of_generators(x, depth + 1) for x in inner)) if depth < 5 else found

@@ -6,8 +6,8 @@ samples each loader worker has delivered, its random state before the last of th
 aspect-ratio buckets), and the numbers and tensors that modules keep in plain attributes. An undisturbed run sees
 exactly stock Detectron2's batches.
 
-Where anything that gives the position its meaning has changed (ranks, workers, batch size, data, sampler, mapper), the
-data order starts over at the epoch that the run was in, with one warning that names what changed.
+If anything that gives the position its meaning has changed (ranks, workers, batch size, data, sampler, mapper), the run
+goes on behind as many images as it has drawn, in another order, with one warning that names what changed.
 """
 
 import logging
@@ -74,11 +74,11 @@ class ExactResume(HookBase):
             self._bring_back(loaded)
         elif start > 0:
             logger.warning(
-                "This checkpoint holds %s: the data order of this run starts over at its epoch",
+                "This checkpoint holds %s: the data order of this run is another one from here on",
                 "no random states" if loaded is None else f"the random states of iteration {loaded['iteration']}",
             )
             for loader in self._resumable():
-                loader.start_over([], start)
+                loader.skip([], start)
         self._counts = {hook: _plain(hook) for hook in self.trainer._hooks if _is_foreign(hook)}
         if comm.is_main_process():
             truncate_log(os.path.join(self.folder, METRICS_FILE), start)
@@ -103,13 +103,13 @@ class ExactResume(HookBase):
             states = [rank["loaders"][number] for rank in ranks if number < len(rank["loaders"])]
             if not isinstance(loader, ResumableLoader) or not states or None in states:
                 continue
-            if changed := loader.changes(states[comm.get_rank() if same_world else 0], len(ranks)):
+            if changed := loader.changes(states[comm.get_rank() if same_world else 0]):
                 changes.update(dict.fromkeys(changed))
-                loader.start_over(states, self.trainer.start_iter)
+                loader.skip(states, self.trainer.start_iter)
             else:
                 loader.load_state_dict(states[comm.get_rank()])
         if changes:
-            logger.warning("%s: the data order of this run starts over at its epoch", "; ".join(changes))
+            logger.warning("%s: the data order of this run is another one from here on", "; ".join(changes))
 
     def before_step(self) -> None:
         if not self._resumed_exactly:

@@ -4,6 +4,7 @@ import collections
 import io
 import pickle
 import re
+import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,19 @@ class _ForbiddenError(pickle.UnpicklingError):
     pass
 
 
+class _Name:
+    """Stands for a name in a pickle: it can be called with the arguments in the file, and nothing else."""
+
+    def __init__(self, make: Callable[..., Any]) -> None:
+        self.make = make
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.make(*arguments)
+
+    def __setstate__(self, state: Any) -> None:
+        raise _ForbiddenError("a state for a name")
+
+
 class _DType:
     """A NumPy dtype in the making; only numbers, and of its state only the byte order is looked at."""
 
@@ -30,20 +44,25 @@ class _DType:
             raise _ForbiddenError(f"numpy.dtype {str(code)[:40]!r}, which is no kind of number")
         self.made = np.dtype(code)
 
-    def build(self, state: Any) -> "_DType":
-        order = state[1]
-        if order not in ("<", ">", "=", "|") or any(part is not None for part in state[2:5]):
+    def __setstate__(self, state: Any) -> None:
+        if state[1] not in ("<", ">", "=", "|") or any(part is not None for part in state[2:5]):
             raise _ForbiddenError("a numpy.dtype with a state of its own")
-        self.made = self.made.newbyteorder(order)
-        return self
+        self.made = self.made.newbyteorder(state[1])
 
 
 class _Array:
     """A NumPy array in the making."""
 
-    def build(self, state: Any) -> np.ndarray:
+    made: np.ndarray | None = None
+
+    def __setstate__(self, state: Any) -> None:
         shape, dtype, fortran, content = state[-4:]
-        return _filled(content, dtype, shape, "F" if fortran else "C")
+        self.made = _filled(content, dtype, shape, "F" if fortran else "C")
+
+
+class _Ordered(collections.OrderedDict):
+    def __setstate__(self, state: Any) -> None:
+        raise _ForbiddenError("a state for OrderedDict")
 
 
 def _filled(content: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
@@ -67,69 +86,63 @@ def _encode(text: str, encoding: str = "latin1") -> bytes:
     return text.encode("latin1")
 
 
-class _Name:
-    """What a pickle gets for a name: it can be called with the arguments in the file, and nothing else."""
-
-    def __init__(self, make: Callable[..., Any]) -> None:
-        self.make = make
-
-
-_ALLOWED = {
-    ("numpy", "ndarray"): _Name(_Array),
-    ("numpy", "dtype"): _Name(_DType),
-    ("collections", "OrderedDict"): _Name(collections.OrderedDict),
-    ("_codecs", "encode"): _Name(_encode),
+_ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
+    ("numpy", "ndarray"): _Array,
+    ("numpy", "dtype"): _DType,
+    ("collections", "OrderedDict"): _Ordered,
+    ("_codecs", "encode"): _encode,
 }
 for _builtins in ("__builtin__", "builtins"):  # how early protocols write b"" and sets
-    _ALLOWED[_builtins, "bytes"] = _Name(lambda: b"")
-    _ALLOWED[_builtins, "set"] = _Name(set)
+    _ALLOWED[_builtins, "bytes"] = lambda: b""
+    _ALLOWED[_builtins, "set"] = set
 for _core in ("numpy.core", "numpy._core"):  # before and since NumPy 2
-    _ALLOWED[f"{_core}.multiarray", "_reconstruct"] = _Name(lambda *_: _Array())
-    _ALLOWED[f"{_core}.multiarray", "scalar"] = _Name(_scalar)
-    _ALLOWED[f"{_core}.numeric", "_frombuffer"] = _Name(_filled)
+    _ALLOWED[f"{_core}.multiarray", "_reconstruct"] = lambda *_: _Array()
+    _ALLOWED[f"{_core}.multiarray", "scalar"] = _scalar
+    _ALLOWED[f"{_core}.numeric", "_frombuffer"] = _filled
 
 
+# pickle.Unpickler, the public one, keeps its memo in an array as long as the largest number in the file: a damaged file
+# takes all memory. The one in Python, which is what Python falls back to, has a dict.
 class _Unpickler(pickle._Unpickler):
-    """The unpickler in Python, whose instructions can be replaced one by one, and whose memo is a dict: C's is an array
-    as long as the largest number that a damaged file names.
-
-    Only a name in ``_ALLOWED`` is called, and only with the arguments in the file; C code of NumPy gets none of them
-    unchecked. BUILD fills arrays and dtypes in the making and is refused for everything else.
-    """
-
-    dispatch: ClassVar = dict(pickle._Unpickler.dispatch)
+    """Makes plain containers, and arrays from bytes of the file; NumPy's own unpickling, which trusts what a file says
+    about memory, is never called."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:
             raise _ForbiddenError(f"{module}.{name}")
-        return _ALLOWED[module, name]
+        return _Name(_ALLOWED[module, name])
 
     def persistent_load(self, pid: Any) -> Any:
         raise _ForbiddenError(f"persistent id {str(pid)[:40]!r}")
 
-    def load_reduce(self) -> None:
-        arguments, name = self.stack.pop(), self.stack[-1]
-        if type(name) is not _Name or type(arguments) is not tuple:
-            raise pickle.UnpicklingError("a call of something that has no name")
-        self.stack[-1] = name.make(*arguments)
+    def load_bytearray8(self) -> None:
+        """As in Python, which makes room for as many bytes as the file says before it looks how many there are."""
+        (size,) = struct.unpack("<Q", self.read(8))
+        self.append(bytearray(self.read(size)))
 
-    def load_build(self) -> None:
-        state, made = self.stack.pop(), self.stack[-1]
-        if not isinstance(made, (_DType, _Array)) or type(state) is not tuple:
-            raise _ForbiddenError(f"a state for {type(made).__name__}")
-        built = self.stack[-1] = made.build(state)
-        for number in reversed(self.memo):  # it has been noted a few instructions ago
-            if self.memo[number] is made:
-                self.memo[number] = built
-                break
+    dispatch: ClassVar = pickle._Unpickler.dispatch | {pickle.BYTEARRAY8[0]: load_bytearray8}
 
-    def refuse(self) -> None:
-        raise _ForbiddenError("an instruction that makes objects of classes")
 
-    dispatch[pickle.REDUCE[0]] = load_reduce
-    dispatch[pickle.BUILD[0]] = load_build
-    for _code in (pickle.INST, pickle.OBJ, pickle.NEWOBJ, pickle.NEWOBJ_EX, pickle.EXT1, pickle.EXT2, pickle.EXT4):
-        dispatch[_code[0]] = refuse
+def _finished(value: Any, done: dict[int, Any]) -> Any:
+    """``value`` with arrays in the place of those in the making; a genuine file finishes what it begins.
+
+    Args:
+        done: id -> the finished container, for containers that are met again.
+    """
+    if isinstance(value, _PLAIN):
+        return value
+    if isinstance(value, _Array) and value.made is not None:
+        return value.made
+    if id(value) in done:
+        return done[id(value)]
+    if isinstance(value, dict):
+        done[id(value)] = made = collections.OrderedDict() if isinstance(value, _Ordered) else {}
+        made.update({_finished(key, done): _finished(inner, done) for key, inner in value.items()})
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        done[id(value)] = made = type(value)(_finished(inner, done) for inner in value)
+    else:
+        raise pickle.UnpicklingError(f"a {type(value).__name__.strip('_')} without its content")
+    return made
 
 
 def load_restricted(path: str | Path) -> Any:
@@ -143,9 +156,7 @@ def load_restricted(path: str | Path) -> Any:
     """
     path = _existing(path)
     try:
-        loaded = _Unpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
-        _check_plain(loaded)
-        return loaded
+        return _finished(_Unpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load(), {})
     except _ForbiddenError as error:
         raise UserError(
             f"{path}: refused, it names {error}, and weights are NumPy arrays and plain containers only; the file was "
@@ -155,22 +166,6 @@ def load_restricted(path: str | Path) -> Any:
         raise UserError(
             f"{path}: not a readable pickle of weights, perhaps cut short ({_one_line(error, str(error))})"
         ) from error
-
-
-def _check_plain(loaded: Any) -> None:
-    """Nothing in the making is left over: a genuine file finishes what it begins."""
-    seen, left = set(), [loaded]
-    while left:
-        value = left.pop()
-        if isinstance(value, _PLAIN) or id(value) in seen:
-            continue
-        seen.add(id(value))
-        if isinstance(value, dict):
-            left += [*value.keys(), *value.values()]
-        elif isinstance(value, (list, tuple, set, frozenset)):
-            left += value
-        else:
-            raise pickle.UnpicklingError(f"a {type(value).__name__.strip('_')} without its content")
 
 
 def load_checkpoint(path: str | Path, map_location: str = "cpu") -> dict[str, Any]:
@@ -211,13 +206,15 @@ def _load_torch(path: Path, map_location: str) -> Any:
 
 def _existing(path: str | Path) -> Path:
     path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path} does not exist: give the path of a checkpoint (.pth or .pkl)")
     if not path.is_file():
-        raise UserError(f"{path} is not a file: give the path of a checkpoint (.pth or .pkl)")
-    if path.stat().st_size == 0:
-        raise UserError(f"{path} is empty: give the path of a checkpoint (.pth or .pkl)")
-    return path
+        wrong = "is not a file" if path.exists() else "does not exist"
+    elif path.stat().st_size == 0:
+        wrong = "is empty"
+    elif path.stat().st_size < 1000 and path.read_bytes().startswith(b"version https://git-lfs"):
+        raise UserError(f"{path} is a Git LFS pointer, not the file itself: git lfs pull fetches it")
+    else:
+        return path
+    raise UserError(f"{path} {wrong}: give the path of a checkpoint (.pth or .pkl)")
 
 
 def _one_line(error: Exception, reason: str, most: int = 100) -> str:

@@ -7,8 +7,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import torch
-import torch.distributed as dist
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 
@@ -53,13 +51,13 @@ NOTICE = _Notice()
 
 @contextmanager
 def answer_signals(answer: Callable[[int, object], None] = NOTICE) -> Iterator[None]:
-    """Inside, SIGTERM and SIGUSR1 stop the run: at once where nothing is lost by it, else at the end of the step.
+    """Inside, SIGTERM and SIGUSR1 stop the run: at once if nothing is lost by it, else at the end of the step.
 
     Loader workers are kept out: they leave the process group, for torchrun and others signal the whole group, and a
     worker that dies would end the run before its checkpoint is written.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield  # where Python allows no handlers
+        yield  # Python allows no handlers here
         return
     before = [signal.signal(number, answer) for number in SIGNALS]
     NOTICE.answered, NOTICE.asked, NOTICE.unsaved = True, "", False
@@ -107,7 +105,7 @@ class StopAtSignal(HookBase):
         done = self.trainer.iter + 1
         last = done >= self.trainer.max_iter
         saved = last or done % self.checkpoint_period == 0
-        self._stopping = _any_rank(bool(NOTICE.asked))
+        self._stopping = any(comm.all_gather(bool(NOTICE.asked)))
         if self._stopping and not saved:
             self.prepare()
             self.trainer.checkpointer.save(f"model_{self.trainer.iter:07d}", iteration=self.trainer.iter)
@@ -127,11 +125,3 @@ class StopAtSignal(HookBase):
 
     def _stopped(self) -> Stopped:
         return Stopped(NOTICE.asked or "a signal to another process", together=True)
-
-
-def _any_rank(mine: bool) -> bool:
-    if comm.get_world_size() == 1:
-        return mine
-    flag = torch.tensor([int(mine)])
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=comm._get_global_gloo_group())
-    return bool(flag.item())

@@ -1,4 +1,4 @@
-"""What studies RePr: overlap in a checkpoint, both arms compared over seeds, cost in time and memory.
+"""Studies of RePr: overlap in a checkpoint, two variants compared over seeds.
 
 May import every other room.
 """

@@ -1,6 +1,6 @@
-"""Both arms of a config with the same seeds, the statistics of their difference, and the report.
+"""Two arms with the same seeds, the statistics of their difference, and the report.
 
-``runs`` what a run is, ``runner`` training them, ``records`` what a run leaves behind, ``pairing`` which runs may be
-compared; ``matches`` COCO AP over resampled images, ``statistics`` means, intervals, verdicts; ``results`` puts these
-together, ``figures``, ``gallery`` and ``report`` show them.
+``runs`` says what a run is and which may be compared, ``records`` what it leaves behind, ``plan`` and ``runner`` train;
+``matches`` computes COCO AP over resampled images, ``statistics`` intervals and verdicts; ``table`` holds every value
+once, ``results`` puts all together, ``figures``, ``detections`` and ``report`` show it.
 """

@@ -14,22 +14,33 @@ from repr_det.commands.world import refuse_torchrun
 from repr_det.datasets import register_builtin, register_coco_format
 from repr_det.method.errors import UserError
 from repr_det.runs.files import write_atomically
-from repr_det.studies.comparison.data import check_same_data
-from repr_det.studies.comparison.others import group_by_settings, read_other_runs
-from repr_det.studies.comparison.pairing import check_comparable, check_finished, pair_runs, run_from_folder
-from repr_det.studies.comparison.plan import plan_runs
+from repr_det.studies.comparison.plan import plan_study
 from repr_det.studies.comparison.report import write_report
 from repr_det.studies.comparison.results import compare, write_results
 from repr_det.studies.comparison.runner import run_all
-from repr_det.studies.comparison.runs import BASELINE, REPR, Run
-from repr_det.studies.comparison.table import metrics_table, others_table
+from repr_det.studies.comparison.runs import (
+    BASELINE,
+    REPR,
+    Run,
+    Study,
+    check_comparable,
+    check_finished,
+    check_pairs,
+    check_same_data,
+    check_seeds,
+    group_by_settings,
+    run_from_folder,
+)
+from repr_det.studies.comparison.table import metrics_table
 
 _SETTINGS_FILE = "comparison.json"  # how the comparison was asked for, so that the report alone can be made again
 _EVALUATIONS = 10
 
-_DESCRIPTION = """Compares RePr with its baseline: both arms with the same seeds, data order, iterations and schedule.
+_DESCRIPTION = """Compares RePr with its baseline, or a config with another: both arms with the same seeds, data order
+and iterations.
 
   from a config:          tools/compare.py --config-file configs/shapes_r18_fpn.yaml --seeds 1 2 3 [KEY VALUE ...]
+  from two configs:       tools/compare.py --config-file A.yaml --against B.yaml --seeds 1 2 3 [KEY VALUE ...]
   from finished folders:  tools/compare.py --baseline-runs A1 A2 --repr-runs B1 B2 --output DIR
   the report alone:       tools/compare.py --report-only --output DIR
 
@@ -42,15 +53,13 @@ stopped and skips finished runs. TEST.EVAL_PERIOD 0 becomes a tenth of MAX_ITER 
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """See _DESCRIPTION."""
+    """The arguments that _DESCRIPTION explains."""
     parser = argparse.ArgumentParser(description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", default="", help="config of the RePr arm")
+    parser.add_argument("--config-file", default="", help="config of the RePr arm, or any with --against")
+    parser.add_argument("--against", default="", help="config of the reference (default: its baseline)")
     parser.add_argument("--seeds", nargs="+", default=[], metavar="SEED")
-    parser.add_argument("--baseline-runs", type=Path, nargs="+", default=[], metavar="DIR", help="finished folders")
-    parser.add_argument("--repr-runs", type=Path, nargs="+", default=[], metavar="DIR", help="finished folders")
-    parser.add_argument(
-        "--other-runs", type=Path, nargs="+", default=[], metavar="DIR", help="finished folders of other settings"
-    )
+    for flag, what in (("baseline", "finished"), ("repr", "finished"), ("other", "finished, of other settings")):
+        parser.add_argument(f"--{flag}-runs", type=Path, nargs="+", default=[], metavar="DIR", help=f"folders, {what}")
     parser.add_argument("--output", type=Path, help="default: OUTPUT_DIR of the config with the suffix _comparison")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once (default 1)")
     parser.add_argument("--num-gpus", type=int, default=1, help="GPUs of each run (default 1)")
@@ -66,11 +75,7 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The arguments; argparse cannot tell the seeds from KEY VALUE pairs behind them.
-
-    Raises:
-        UserError: a seed is not an integer.
-    """
+    """The arguments; argparse takes KEY VALUE pairs behind the seeds for seeds."""
     args = argument_parser().parse_args(argv)
     words = args.seeds
     number = next((i for i, word in enumerate(words) if not re.fullmatch(r"-?\d+", word)), len(words))
@@ -82,40 +87,41 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs the command.
-
-    Raises:
-        UserError, RunFailed: see ``runner.run_comparison_tool``.
-    """
+    """Runs the command; ``runner.run_comparison_tool`` reports what it raises."""
     args = parse(argv)
     refuse_torchrun("compare.py")
     _check_arguments(args)
     if args.report_only:
-        runs, settings = _remembered(args.output)
+        study, settings = _remembered(args.output)
         args.other_runs = args.other_runs or [_placed(args.output, entry) for entry in settings["other_runs"]]
     else:
-        runs = _runs(args)
-        settings = _settings(args, runs, sys.argv[1:] if argv is None else argv)
-    pairs = pair_runs(runs)
-    others = read_other_runs(args.other_runs, [pair.seed for pair in pairs])
+        study = _study(args)
+        settings = _settings(args, study, sys.argv[1:] if argv is None else argv)
+    check_pairs(study)
+    others = [run_from_folder(folder) for folder in args.other_runs]
+    check_seeds(others, study.seeds, "the comparison has")
+    check_finished(others)
     settings["other_runs"] = [os.path.relpath(run.folder, args.output) for run in others]
-    if runs[0].flags and not args.report_only:
+    if study.runs[0].flags and not args.report_only:
         _remember(args.output, settings)
-        _say(f"{len(runs)} runs of {runs[0].max_iter} iterations, {args.jobs} at once, in {args.output}")
-        run_all(runs, args.jobs, args.num_gpus)
-    check_finished(runs)
-    check_comparable(runs)
-    check_same_data([run.folder for run in (*runs, *others)])
-    settled = group_by_settings(others, pairs)
+        _say(f"{len(study.runs)} runs of {study.runs[0].max_iter} iterations, {args.jobs} at once, in {args.output}")
+        run_all(study.runs, args.jobs, args.num_gpus)
+    check_finished(study.runs)
+    check_comparable(study)
+    check_same_data([run.folder for run in (*study.runs, *others)])
+    grouped = group_by_settings(others, study)
     _remember(args.output, settings)
-    comparison = compare(pairs, args.output / "train_ap.json", args.bootstrap, args.train_images, _say, settled)
+    comparison = compare(study, args.output / "train_ap.json", args.bootstrap, args.train_images, _say, grouped)
     write_results(comparison, args.output)
     _say("report")
     report = write_report(comparison, settings, args.output, args.eval_images)
-    print(f"\n{metrics_table(comparison.results['metrics'])}\n\n{comparison.results['verdict']}")
-    if others:
-        print(f"\n{others_table(comparison.results['others'])}")
-    for note in comparison.results["notes"]:
+    results = comparison.results
+    print(f"\n{metrics_table(results['metrics'])}\n\n{results['verdict']}")
+    if results["power"]["sentence"]:
+        print(results["power"]["sentence"])
+    for other in results["others"]:
+        print("\n".join(other[f"minus_{arm}"]["sentence"] for arm in study.arms))
+    for note in results["notes"]:
         print(f"note: {note}")
     print(f"\nReport: {report}")
 
@@ -125,13 +131,14 @@ def _check_arguments(args: argparse.Namespace) -> None:
         if getattr(args, name) < least:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
     folders = bool(args.baseline_runs or args.repr_runs)
+    trains = bool(args.config_file or args.against or args.seeds)
     if args.report_only:
         if args.output is None:
             raise UserError("--report-only needs --output, the folder of the comparison")
-        if folders or args.config_file or args.seeds:
+        if folders or trains:
             raise UserError("--report-only takes the runs from --output: leave --config-file, --seeds and folders out")
     elif folders:
-        if args.config_file or args.seeds or args.opts:
+        if trains or args.opts:
             raise UserError("give either --config-file and --seeds, or --baseline-runs and --repr-runs")
         if not (args.baseline_runs and args.repr_runs):
             raise UserError("--baseline-runs and --repr-runs go together: give folders of both arms")
@@ -143,15 +150,15 @@ def _check_arguments(args: argparse.Namespace) -> None:
         )
 
 
-def _runs(args: argparse.Namespace) -> list[Run]:
+def _study(args: argparse.Namespace) -> Study:
     if args.config_file:
-        runs, args.output = plan_runs(
-            args.config_file, args.seeds, args.output, args.register, args.opts, args.num_gpus, _EVALUATIONS
-        )
-        return runs
+        request = (args.config_file, args.seeds, args.output, args.register, args.opts, args.num_gpus)
+        study, args.output = plan_study(*request, evaluations=_EVALUATIONS, against=args.against)
+        return study
     _register(args.register)
     runs = [run_from_folder(folder, BASELINE) for folder in args.baseline_runs]
-    return runs + [run_from_folder(folder, REPR) for folder in args.repr_runs]
+    runs += [run_from_folder(folder, REPR) for folder in args.repr_runs]
+    return Study((BASELINE, REPR), tuple(runs))
 
 
 def _register(register: list[list[str]]) -> None:
@@ -160,10 +167,12 @@ def _register(register: list[list[str]]) -> None:
         register_coco_format(*words)
 
 
-def _settings(args: argparse.Namespace, runs: list[Run], argv: list[str]) -> dict[str, Any]:
+def _settings(args: argparse.Namespace, study: Study, argv: list[str]) -> dict[str, Any]:
     return {
         "command": shlex.join(["tools/compare.py", *argv]),
         "config_file": args.config_file,
+        "arms": study.arms,
+        "any_config": study.any_config,
         "register": args.register,
         "runs": [
             {
@@ -173,7 +182,7 @@ def _settings(args: argparse.Namespace, runs: list[Run], argv: list[str]) -> dic
                 "max_iter": run.max_iter,
                 "command": shlex.join(["python", *run.command()[1:]]) if run.flags else "",
             }
-            for run in runs
+            for run in study.runs
         ],
     }
 
@@ -186,22 +195,23 @@ def _remember(output: Path, settings: dict[str, Any]) -> None:
     write_atomically(output / _SETTINGS_FILE, json.dumps(settings, indent=1, ensure_ascii=False))
 
 
-def _remembered(output: Path) -> tuple[list[Run], dict[str, Any]]:
+def _remembered(output: Path) -> tuple[Study, dict[str, Any]]:
     path = output / _SETTINGS_FILE
     if not path.is_file():
         raise UserError(f"{path} is missing: {output} holds no comparison")
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = {"other_runs": [], "arms": (BASELINE, REPR), "any_config": False}  # of 0.2.0
+        settings |= json.loads(path.read_text(encoding="utf-8"))
         runs = [
             Run(entry["arm"], entry["seed"], _placed(output, entry["folder"]), entry["max_iter"])
             for entry in settings["runs"]
         ]
-        settings.setdefault("other_runs", [])
+        study = Study(tuple(settings["arms"]), tuple(runs), settings["any_config"])
         register = settings["register"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error!r}): run the comparison again, finished runs are kept") from error
     _register(register)
-    return runs, settings
+    return study, settings
 
 
 def _placed(output: Path, folder: str) -> Path:

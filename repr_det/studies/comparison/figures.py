@@ -1,248 +1,198 @@
-"""The plots of the report, each a function from the comparison to an <svg> element."""
+"""The three figures of the report, each an SVG image as a data URI."""
 
+import base64
+import io
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import pickle
+from pathlib import Path
 from typing import Any
 
-import numpy as np
+import matplotlib
+import pandas as pd
+import torch
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgba
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
 
-from repr_det.studies.comparison.matches import METRICS
-from repr_det.studies.comparison.overlaps import Moment
-from repr_det.studies.comparison.plotting import colour, new_figure, style, to_svg
-from repr_det.studies.comparison.results import RunData
-from repr_det.studies.comparison.runs import ARM_NAMES, BASELINE, REPR
-from repr_det.studies.comparison.timing import PHASES, sub_network_phases
+from repr_det.method.orthogonality import inter_filter_orthogonality
+from repr_det.runs.files import FINAL_CHECKPOINT
+from repr_det.studies.comparison.records import read_overlaps
+from repr_det.studies.comparison.results import Comparison
+from repr_det.studies.comparison.runs import title
+from repr_det.studies.comparison.table import sub_network_phases
 
-Pairs = Sequence[tuple[RunData, RunData]]
-_ARMS = (BASELINE, REPR)
-# The one colour that pixels carry, which no CSS variable can change: --repr of the page, the same on light and dark.
-_REPR_RGB = to_rgba("#d5622a")[:3]
-_MAP_PIXELS = 256
-
-
-def curves(pairs: Pairs) -> str:
-    """Training loss and validation AP over iterations, thin lines a seed each, thick their mean."""
-    with style():
-        panels: list[tuple[str, Callable[[RunData], list[tuple[int, float]]]]] = [
-            ("training loss (median of 20 iterations)", lambda one: one.losses)
-        ]
-        if any(len(one.curve) > 1 for pair in pairs for one in pair):
-            panels.append(("validation AP", lambda one: one.curve))
-        figure = new_figure(2.6 * len(panels) + 0.3)
-        axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-        for ax, (title, points) in zip(axes, panels, strict=True):
-            ax.set_title(title)
-            ax.grid(axis="y")
-            for start, stop in sub_network_phases(pairs[0][1].events, pairs[0][1].run.max_iter):
-                ax.axvspan(start, stop, color=colour("shade"), linewidth=0)
-            for number, arm in enumerate(_ARMS):
-                _draw_seeds(ax, [points(pair[number]) for pair in pairs], colour(arm))
-            ax.margins(x=0.01)
-        axes[-1].set_xlabel("iterations")
-        _limit_to_data(axes[0], [value for pair in pairs for one in pair for _, value in one.losses])
-        handles = [Line2D([], [], color=colour(arm), linewidth=2, label=ARM_NAMES[arm]) for arm in _ARMS]
-        handles.append(Patch(color=colour("shade"), label="sub-network trains (RePr)"))
-        figure.legend(handles=handles, loc="outside upper right", ncols=3)
-        return to_svg(figure, "curves", "Training loss and validation AP of both arms over iterations")
+COLOURS = ("#2c6aa0", "#d5622a")  # of the reference and of the other arm, as in the page
+_MOMENTS = ("before the first drop", "after the last restore", "at the end")
+_WIDTH = 7.2  # inches; the page shows them at about their size, so a phone shrinks them by a third at most
+_STYLE = {
+    "svg.fonttype": "path",
+    "svg.hashsalt": "repr_det",
+    "text.parse_math": False,
+    "font.size": 8.5,
+    "axes.titlesize": 8.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": "#dcdad4",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+}
 
 
-def differences(metrics: Mapping[str, Mapping[str, Any]]) -> str:
-    """The paired difference of every metric: a dot a seed, the mean with its interval."""
-    with style():
-        figure = new_figure(2.5)
+def ap_figure(comparison: Comparison) -> str:
+    """The difference in AP of every seed with its interval, and the AP of both arms over training."""
+    with matplotlib.rc_context(_STYLE):
+        figure = _new_figure(2.9)
+        left, right = figure.subplots(1, 2, width_ratios=(1, 3))
+        _draw_difference(left, comparison.results)
+        for colour, readings in zip(COLOURS, zip(*comparison.pairs, strict=True), strict=True):
+            run = readings[0].run
+            for start, stop in sub_network_phases(readings[0].events, run.max_iter):
+                right.axvspan(start, stop, color=colour, alpha=0.13, linewidth=0)
+            curves = pd.DataFrame([dict(reading.curve) for reading in readings]).T.sort_index()
+            mean = curves.dropna().mean(axis=1)
+            right.plot(curves, color=colour, linewidth=0.7, alpha=0.5)
+            right.plot(mean, "o-", color=colour, linewidth=1.8, markersize=2.6, label=title(run.arm))
+        right.set_title("validation AP")
+        right.set_xlabel("iterations")
+        right.set_xlim(0, 1.02 * comparison.study.runs[0].max_iter)
+        right.grid(axis="y")
+        figure.legend(loc="outside upper right", ncols=2)
+        return _data_uri(figure)
+
+
+def dropped_figure(comparison: Comparison) -> str:
+    """The share of each layer that every drop took: mean over the seeds, and their range; "" without drops."""
+    lines = []
+    for reading in (reading for pair in comparison.pairs for reading in pair):
+        counts = {layer: len(overlaps) for layer, overlaps in _first_overlap(reading.run.folder).items()}
+        for event in (event for event in reading.events if event["event"] == "drop"):
+            dropped = {layer: len(event["dropped"].get(layer, [])) for layer in counts}
+            for layer, filters in counts.items():
+                lines.append((reading.run.arm, event["cycle"], layer, 100 * dropped[layer] / filters))
+    if not lines:
+        return ""
+    shares = pd.DataFrame(lines, columns=["arm", "cycle", "layer", "share"])
+    layers = list(shares["layer"].unique())
+    groups = shares.groupby(["arm", "cycle"])
+    with matplotlib.rc_context(_STYLE):
+        figure = _new_figure(0.9 + 0.17 * len(layers))
         ax = figure.subplots()
-        ax.axhline(0, color=colour("muted"), linewidth=0.8)
-        for x, metric in enumerate(METRICS):
-            difference = metrics[metric]["difference"]
-            values = [v for v in difference["values"] if math.isfinite(v)]
-            if not values:
-                ax.annotate("n/a", (x, 0), ha="center", va="bottom", color=colour("muted"))
-                continue
-            ax.plot([x - 0.12] * len(values), values, "o", color=colour("muted"), markersize=4, markeredgewidth=0)
-            if math.isfinite(difference["low"]):
-                ax.plot([x + 0.08] * 2, [difference["low"], difference["high"]], color=colour("repr"), linewidth=1.6)
-            ax.plot([x + 0.08], [difference["mean"]], "D", color=colour("repr"), markersize=5, markeredgewidth=0)
-        ax.set_xticks(range(len(METRICS)), METRICS)
-        ax.tick_params(axis="x", length=0)
-        ax.set_xlim(-0.5, len(METRICS) - 0.5)
-        ax.set_ylabel("RePr minus baseline")
-        ax.grid(axis="y")
-        handles = [
-            Line2D([], [], color=colour("muted"), marker="o", linestyle="", markersize=4, label="one seed"),
-            Line2D([], [], color=colour("repr"), marker="D", markersize=5, label="mean and 95 % interval over seeds"),
-        ]
-        figure.legend(handles=handles, loc="outside upper right", ncols=2)
-        return to_svg(figure, "differences", "Paired difference of every metric by seed")
-
-
-def on_off_map(one: RunData, counts: Mapping[str, int]) -> str:
-    """Layers down, cycles across; a mark where a filter was dropped, filters of a layer from left to right."""
-    drops = [event for event in one.events if event["event"] == "drop"]
-    with style():
-        figure = new_figure(0.55 + 0.17 * len(counts))
-        axes = figure.subplots(1, len(drops), sharey=True, squeeze=False)[0]
-        for ax, event in zip(axes, drops, strict=True):
-            pixels = np.zeros((len(counts), _MAP_PIXELS, 4))
-            pixels[..., :3] = _REPR_RGB
-            for row, (layer, filters) in enumerate(counts.items()):
-                off = np.zeros(filters)
-                off[event["dropped"].get(layer, [])] = 1
-                pixels[row, :, 3] = _resampled(off, _MAP_PIXELS)
-            ax.imshow(pixels, aspect="auto", interpolation="nearest", extent=(0, 1, len(counts) - 0.5, -0.5))
-            ax.set_title(f"cycle {event['cycle'] + 1}, after iteration {event['iteration']}")
-            ax.set_xticks([])
-            ax.set_yticks(range(len(counts)), _short(counts))
-            ax.hlines(np.arange(len(counts) - 1) + 0.5, 0, 1, color=colour("rule"), linewidth=0.5)
-            ax.tick_params(axis="y", length=0)
-            for side in ("top", "right", "bottom", "left"):
-                ax.spines[side].set_visible(True)
-                ax.spines[side].set_color(colour("rule"))
-        return to_svg(figure, "onoff", "Which filters were dropped in each cycle, by layer")
-
-
-def dropped_share(pairs: Pairs, counts: Mapping[str, int]) -> str:
-    """The share of each layer that every drop took: mean over the seeds, and their range."""
-    cycles = sorted({event["cycle"] for _, other in pairs for event in other.events if event["event"] == "drop"})
-    shares = {
-        cycle: np.array(
-            [
-                [100 * len(event["dropped"].get(layer, [])) / filters for layer, filters in counts.items()]
-                for _, other in pairs
-                for event in other.events
-                if event["event"] == "drop" and event["cycle"] == cycle
-            ]
-        )
-        for cycle in cycles
-    }
-    with style():
-        figure = new_figure(0.7 + 0.19 * len(counts))
-        ax = figure.subplots()
-        rows = np.arange(len(counts))
-        for cycle in cycles:
-            offset = 0.22 * (cycle - (len(cycles) - 1) / 2)
-            alpha = 0.45 + 0.55 * (cycle + 1) / len(cycles)
-            ax.hlines(
-                rows + offset,
-                shares[cycle].min(axis=0),
-                shares[cycle].max(axis=0),
-                color=colour("repr"),
-                linewidth=1.2,
-                alpha=alpha,
-            )
-            ax.plot(
-                shares[cycle].mean(axis=0),
-                rows + offset,
-                marker=("o", "s", "^", "D", "v")[cycle % 5],
-                linestyle="",
-                color=colour("repr"),
-                alpha=alpha,
-                markersize=3.6,
-                markeredgewidth=0,
-                label=f"cycle {cycle + 1}",
-            )
-        ax.set_yticks(rows, _short(counts))
-        ax.set_ylim(len(counts) - 0.5, -0.5)
+        for place, ((arm, cycle), group) in enumerate(groups):
+            colour = COLOURS[comparison.study.arms.index(arm)]
+            found = group.groupby("layer")["share"].agg(["mean", "min", "max"])
+            rows = [layers.index(layer) + 0.7 * ((place + 0.5) / len(groups) - 0.5) for layer in found.index]
+            alpha = 0.4 + 0.6 * (cycle + 1) / (shares["cycle"].max() + 1)
+            ax.hlines(rows, found["min"], found["max"], color=colour, linewidth=1.2, alpha=alpha)
+            marker = "os^Dv"[cycle % 5]
+            ax.plot(found["mean"], rows, marker, color=colour, alpha=alpha, markersize=3.8, markeredgewidth=0)
+            if arm == shares["arm"].iloc[0]:
+                ax.plot([], [], marker, color="black", alpha=alpha, markersize=3.8, label=f"cycle {cycle + 1}")
+        for colour, arm in zip(COLOURS, comparison.study.arms, strict=True):
+            if arm in set(shares["arm"]):
+                ax.plot([], [], color=colour, linewidth=2.8, label=title(arm))
         ax.set_xlim(left=-1)
         ax.set_xlabel("dropped share of the layer (%)")
-        ax.grid()
-        figure.legend(loc="outside upper right", ncols=len(cycles))
-        return to_svg(figure, "share", "Dropped share of every layer in each cycle")
+        _layer_axis(ax, layers)
+        figure.legend(loc="outside upper right", ncols=5 if shares["arm"].nunique() == 1 else 3)
+        return _data_uri(figure)
 
 
-def overlap_distributions(layers: Sequence[str], moments: Sequence[Moment]) -> str:
-    """O_f by layer: bar from the 5th to the 95th percentile, thick from the 25th to the 75th, dot the median."""
-    with style():
-        figure = new_figure(0.75 + 0.21 * len(layers))
-        axes = figure.subplots(1, len(moments), sharey=True, sharex=True, squeeze=False)[0]
+def overlap_figure(comparison: Comparison) -> str:
+    """O_f by layer at three moments: bar from the 5th to the 95th percentile of all seeds' filters, thick from the
+    25th to the 75th, and the median; "" if no run left snapshots of it."""
+    overlaps = _overlaps(comparison)
+    if overlaps.empty:
+        return ""
+    layers = list(overlaps["layer"].unique())
+    percentiles = overlaps.groupby(["moment", "arm", "layer"])["overlap"].quantile([0.05, 0.25, 0.5, 0.75, 0.95])
+    table = percentiles.unstack().reset_index()
+    moments = [moment for moment in _MOMENTS if moment in set(table["moment"])]
+    with matplotlib.rc_context(_STYLE):
+        figure = _new_figure(0.9 + 0.2 * len(layers))
+        axes = figure.subplots(1, len(moments), sharex=True, sharey=True, squeeze=False)[0]
         for ax, moment in zip(axes, moments, strict=True):
-            alone = len(moment.arms) == 1
-            for arm, overlaps in moment.arms.items():
-                both = alone and moment.title == "before the first drop"
-                shade = colour("both") if both else colour(arm)
-                offset = 0.0 if alone else (-0.18 if arm == BASELINE else 0.18)
-                for row, layer in enumerate(layers):
-                    if layer in overlaps:
-                        _draw_quantiles(ax, row + offset, overlaps[layer], shade)
-            ax.set_title(moment.title)
-            ax.set_yticks(range(len(layers)), _short(layers))
-            ax.set_ylim(len(layers) - 0.5, -0.5)
-            ax.grid()
-            ax.xaxis.set_major_locator(MaxNLocator(4))
+            there = table[table["moment"] == moment]
+            for colour, offset, arm in zip(COLOURS, (-0.18, 0.18), comparison.study.arms, strict=True):
+                one = there[there["arm"] == arm]
+                rows = [layers.index(layer) + (offset if there["arm"].nunique() > 1 else 0) for layer in one["layer"]]
+                ax.hlines(rows, one[0.05], one[0.95], color=colour, linewidth=0.9)
+                ax.hlines(rows, one[0.25], one[0.75], color=colour, linewidth=2.8, label=title(arm))
+                ax.plot(one[0.5], rows, "|", color="black", markersize=4.5, markeredgewidth=1.1)
+            ax.set_title(moment)
+            ax.locator_params(axis="x", nbins=4)
+            _layer_axis(ax, layers)
         axes[len(axes) // 2].set_xlabel("O_f, mean |cosine| to the other filters of the layer")
-        handles = [Line2D([], [], color=colour(arm), linewidth=2.4, label=ARM_NAMES[arm]) for arm in _ARMS]
-        if moments[0].title == "before the first drop":
-            handles.append(Line2D([], [], color=colour("both"), linewidth=2.4, label="both (the same network)"))
-        figure.legend(handles=handles, loc="outside upper right", ncols=3)
-        return to_svg(figure, "overlap", "Distribution of inter-filter orthogonality by layer")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
+        return _data_uri(figure)
 
 
-def wall_clock(times: Mapping[str, Mapping[str, float]]) -> str:
-    """Where the time of an average run went, one bar an arm."""
-    with style():
-        figure = new_figure(1.75)
-        ax = figure.subplots()
-        largest = max(sum(seconds.values()) for seconds in times.values())
-        unit, name = (3600, "hours") if largest > 7200 else (60, "minutes") if largest > 120 else (1, "seconds")
-        for row, arm in enumerate(_ARMS):
-            left = 0.0
-            for phase in PHASES:
-                width = times[arm][phase] / unit
-                ax.barh(row, width, left=left, height=0.62, color=colour(f"phase-{phase}"))
-                left += width
-        ax.set_yticks(range(len(_ARMS)), [ARM_NAMES[arm] for arm in _ARMS])
-        ax.tick_params(axis="y", length=0)
-        ax.invert_yaxis()
-        ax.set_xlabel(f"{name} a run, mean over the seeds")
-        handles = [Patch(color=colour(f"phase-{phase}"), label=text) for phase, text in PHASES.items()]
-        figure.legend(handles=handles, loc="outside upper left", ncols=3, fontsize=7.5)
-        return to_svg(figure, "time", "Wall-clock time by phase")
+def _draw_difference(ax: Axes, results: dict[str, Any]) -> None:
+    """A dot a seed, the mean with its interval, and a band of what these seeds could hardly have shown."""
+    difference = results["metrics"]["AP"]["difference"]
+    size = results["power"]["detectable"]
+    if math.isfinite(size):
+        ax.axhspan(-size, size, color="#efe9dd", linewidth=0)
+    ax.axhline(0, color="black", linewidth=0.8)
+    ax.plot([0] * len(difference["values"]), difference["values"], "o", color="#6c7076", markersize=4)
+    ax.vlines([1], [difference["low"]], [difference["high"]], color=COLOURS[1], linewidth=1.8)
+    ax.plot([1], [difference["mean"]], "D", color=COLOURS[1], markersize=5)
+    ax.set_title("difference in AP")
+    ax.set_xticks([0, 1], ["seeds", "mean"])
+    ax.set_xlim(-0.6, 1.6)
+    ax.grid(axis="y")
 
 
-def _draw_seeds(ax: Axes, seeds: list[list[tuple[int, float]]], shade: str) -> None:
-    for points in seeds:
-        if points:
-            ax.plot(*zip(*points, strict=True), color=shade, linewidth=0.7, alpha=0.55 if len(seeds) > 1 else 1)
-    common = sorted(set.intersection(*(set(dict(points)) for points in seeds)))
-    if common:
-        mean = [np.mean([dict(points)[x] for points in seeds]) for x in common]
-        marker = "o" if len(common) <= 30 else ""
-        ax.plot(common, mean, color=shade, linewidth=1.8, marker=marker, markersize=2.6)
-
-
-def _limit_to_data(ax: Axes, losses: list[float]) -> None:
-    """The first losses may be many times the rest, which would flatten the curve."""
-    there = [loss for loss in losses if math.isfinite(loss)]
-    if len(there) > 20:
-        high = 1.3 * float(np.percentile(there, 97))
-        if max(there) > 1.5 * high:
-            ax.set_ylim(top=high)
-    ax.set_ylim(bottom=0)
-
-
-def _draw_quantiles(ax: Axes, row: float, values: np.ndarray, shade: str) -> None:
-    values = values[np.isfinite(values)]
-    if not len(values):
-        return
-    low, first, middle, third, high = np.percentile(values, [5, 25, 50, 75, 95])
-    ax.plot([low, high], [row, row], color=shade, linewidth=0.9, solid_capstyle="butt")
-    ax.plot([first, third], [row, row], color=shade, linewidth=2.8, solid_capstyle="butt")
-    ax.plot([middle], [row], marker="|", color=colour("ink"), markersize=4.5, markeredgewidth=1.1)
-
-
-def _resampled(values: np.ndarray, pixels: int) -> np.ndarray:
-    """(J,) -> (pixels,): every pixel the mean of the filters that it covers."""
-    fine = np.repeat(values, pixels)  # J parts of a pixel each
-    return fine.reshape(pixels, len(values)).mean(axis=1)
-
-
-def _short(layers: Iterable[str]) -> list[str]:
-    """Layer names without the modules that all of them share."""
+def _layer_axis(ax: Axes, layers: list[str]) -> None:
+    """Layers down, named without the modules that all of them share."""
     parts = [name.split(".") for name in layers]
     shared = len(os.path.commonprefix([p[:-1] for p in parts])) if len(parts) > 1 else 0  # noqa: RUF071 (of lists)
-    return [".".join(p[shared:]) for p in parts]
+    ax.set_yticks(range(len(layers)), [".".join(p[shared:]) for p in parts])
+    ax.set_ylim(len(layers) - 0.5, -0.5)
+    ax.grid()
+
+
+def _overlaps(comparison: Comparison) -> pd.DataFrame:
+    """Moment, arm, layer and O_f, a line a filter."""
+    folders = [(reading.run.arm, reading.run.folder) for pair in comparison.pairs for reading in pair]
+    layers = list(dict.fromkeys(layer for _, folder in folders for layer in _first_overlap(folder)))
+    lines = []
+    for arm, folder in folders:
+        snapshots = [(line.get("event"), line["overlap"]) for line in read_overlaps(folder)]
+        drops = [overlap for event, overlap in snapshots if event == "drop"][:1]
+        restores = [overlap for event, overlap in snapshots if event == "restore"][-1:]
+        for moment, found in zip(_MOMENTS, (drops, restores, [_final_overlap(folder, layers)]), strict=True):
+            lines += [(moment, arm, layer, values) for overlap in found for layer, values in overlap.items()]
+    table = pd.DataFrame(lines, columns=["moment", "arm", "layer", "overlap"])
+    return table.explode("overlap").astype({"overlap": float})
+
+
+def _first_overlap(folder: Path) -> dict[str, list[float]]:
+    """Layer -> O_f of its filters, in network order, of the layers that RePr applies to; {} without snapshots."""
+    return next((line["overlap"] for line in read_overlaps(folder)), {})
+
+
+def _final_overlap(folder: Path, layers: list[str]) -> dict[str, list[float]]:
+    """{} for a run without model_final.pth, or with one that is damaged."""
+    try:
+        model = torch.load(folder / FINAL_CHECKPOINT, map_location="cpu", weights_only=True, mmap=True)["model"]
+        weights = {layer: model[f"{layer}.weight"] for layer in layers if f"{layer}.weight" in model}
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError):
+        return {}
+    return {layer: inter_filter_orthogonality(weight.float()).tolist() for layer, weight in weights.items()}
+
+
+def _new_figure(height: float) -> Figure:
+    """No pyplot, so no global state and no display."""
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    FigureCanvasSVG(figure)
+    return figure
+
+
+def _data_uri(figure: Figure) -> str:
+    text = io.BytesIO()
+    figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(text.getvalue()).decode()

@@ -18,10 +18,12 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+Detections = Sequence[dict[str, Any]]
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _AREAS = ("all", "small", "medium", "large")
 _MAX_DETECTIONS = 100
 _CHUNK = 2_000_000  # multiplicities held at once (B x D)
+_RECALLS = np.linspace(0.0, 1.00, round((1.00 - 0.0) / 0.01) + 1)  # as pycocotools makes them
 
 
 @dataclass(frozen=True)
@@ -36,19 +38,13 @@ class _Cell:
 
 @dataclass(frozen=True)
 class Matches:
-    """The matches of one set of detections.
+    """The matches of one set of detections: area range -> its cells, in the order of the categories."""
 
-    Attributes:
-        image_ids: (I,) ids of the evaluated images, in COCO's order.
-        categories: (K,) names, in the order of their ids.
-    """
-
-    image_ids: tuple[int, ...]
     categories: tuple[str, ...]
-    _cells: dict[str, list[_Cell]]
+    cells: dict[str, list[_Cell]]
 
 
-def match(truth: COCO, detections: Sequence[dict[str, Any]], image_ids: Sequence[int] | None = None) -> Matches:
+def match(truth: COCO, detections: Detections, image_ids: Sequence[int] | None = None) -> Matches:
     """Matches detections to the ground truth as COCO does (boxes, at most 100 detections an image and category).
 
     Args:
@@ -72,52 +68,42 @@ def match(truth: COCO, detections: Sequence[dict[str, Any]], image_ids: Sequence
             start = (k * areas + a) * images
             cells[area].append(_cell(evaluation.evalImgs[start : start + images], len(params.iouThrs)))
     names = tuple(str(truth.cats[i]["name"]) for i in params.catIds)
-    return Matches(tuple(params.imgIds), names, cells)
+    return Matches(names, cells)
 
 
-@dataclass(frozen=True)
-class Resampled:
-    """AP in percent of B lists of images; NaN where a list holds no such object.
-
-    Attributes:
-        metrics: name in METRICS -> (B,).
-        categories: (B, K) AP of every category.
-    """
-
-    metrics: dict[str, np.ndarray]
-    categories: np.ndarray
-
-
-def average_precision(matches: Matches, multiplicities: np.ndarray, areas: Sequence[str] = _AREAS) -> Resampled:
-    """COCO AP, AP50, AP75, APs, APm, APl and AP by category.
+def average_precision(matches: Matches, multiplicities: np.ndarray) -> dict[str, np.ndarray]:
+    """AP in percent of B lists of images; NaN if a list holds no such object.
 
     Args:
         multiplicities: (B, I) how often each image occurs in each list.
-        areas: the area ranges to compute; metrics of others are left out.
+
+    Returns:
+        name in METRICS, or "AP-" and a category -> (B,).
     """
-    multiplicities = np.asarray(multiplicities, dtype=np.float64)
-    by_area = {
-        area: np.stack([_cell_ap(cell, multiplicities) for cell in matches._cells[area]], axis=1) for area in areas
-    }  # (B, K, T)
-    metrics = {}
-    if "all" in by_area:
-        everything = by_area["all"]
-        metrics = {
-            "AP": _mean(everything),
-            "AP50": _mean(everything[:, :, 0]),
-            "AP75": _mean(everything[:, :, 5]),
-        }
-    for name, area in (("APs", "small"), ("APm", "medium"), ("APl", "large")):
-        if area in by_area:
-            metrics[name] = _mean(by_area[area])
-    categories = by_area["all"].mean(axis=2) * 100 if "all" in by_area else np.empty((len(multiplicities), 0))
-    return Resampled(metrics, categories)
+    lists = np.asarray(multiplicities, dtype=np.float64)
+    whole, small, medium, large = (
+        np.stack([_cell_ap(cell, lists) for cell in matches.cells[area]], axis=1) for area in _AREAS
+    )  # (B, K, T)
+    metrics = dict(AP=whole, AP50=whole[:, :, :1], AP75=whole[:, :, 5:6], APs=small, APm=medium, APl=large)
+    metrics |= {f"AP-{name}": whole[:, k : k + 1] for k, name in enumerate(matches.categories)}
+    return {name: _mean(values) for name, values in metrics.items()}
 
 
-def bootstrap_multiplicities(images: int, samples: int, seed: int = 0) -> np.ndarray:
-    """(samples, images): lists of as many images, drawn with replacement."""
-    rng = np.random.default_rng(seed)
-    return rng.multinomial(images, np.full(images, 1 / images), size=samples)
+def bootstrap_pairs(
+    truth: COCO, pairs: Sequence[tuple[Detections, Detections]], samples: int, seed: int = 0
+) -> list[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]:
+    """Evaluates both detections of every pair on the same lists of images, the same for all pairs.
+
+    Returns:
+        for every pair, for both: metric -> (1 + samples,), the first of the real list, the others of resampled ones.
+    """
+    images = len(truth.getImgIds())
+    resampled = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), size=samples)
+    lists = np.concatenate([np.ones((1, images)), resampled])
+    return [
+        (average_precision(match(truth, first), lists), average_precision(match(truth, second), lists))
+        for first, second in pairs
+    ]
 
 
 def _empty_results(truth: COCO) -> COCO:
@@ -128,27 +114,22 @@ def _empty_results(truth: COCO) -> COCO:
 
 
 def _cell(evaluated: list[dict[str, Any] | None], thresholds: int) -> _Cell:
+    found = [(index, one) for index, one in enumerate(evaluated) if one is not None]
     positives = np.zeros(len(evaluated))
-    image, scores = [np.empty(0, np.int64)], [np.empty(0)]
-    matched, ignored = [np.empty((thresholds, 0), bool)], [np.empty((thresholds, 0), bool)]
-    for index, one in enumerate(evaluated):
-        if one is None:
-            continue
+    for index, one in found:
         positives[index] = np.count_nonzero(np.asarray(one["gtIgnore"]) == 0)
-        found = np.asarray(one["dtScores"], dtype=float)
-        image.append(np.full(len(found), index))
-        scores.append(found)
-        matched.append(np.asarray(one["dtMatches"]).reshape(thresholds, -1) != 0)
-        ignored.append(np.asarray(one["dtIgnore"]).reshape(thresholds, -1) != 0)
-    order = np.argsort(-np.concatenate(scores), kind="mergesort")
-    is_matched, is_ignored = np.concatenate(matched, axis=1)[:, order], np.concatenate(ignored, axis=1)[:, order]
-    true, false = is_matched & ~is_ignored, ~is_matched & ~is_ignored
-    counts = (true | false).any(axis=0)
-    return _Cell(np.concatenate(image)[order][counts], true[:, counts], false[:, counts], positives)
+    image = np.repeat([index for index, _ in found], [len(one["dtScores"]) for _, one in found]).astype(int)
+    scores = np.concatenate([[], *(one["dtScores"] for _, one in found)])
+    none = np.empty((thresholds, 0))
+    matched = np.concatenate([none, *(np.reshape(one["dtMatches"], (thresholds, -1)) for _, one in found)], axis=1) != 0
+    ignored = np.concatenate([none, *(np.reshape(one["dtIgnore"], (thresholds, -1)) for _, one in found)], axis=1) != 0
+    order = np.argsort(-scores, kind="mergesort")
+    order = order[~ignored.all(axis=0)[order]]  # what counts at no threshold
+    return _Cell(image[order], (matched & ~ignored)[:, order], (~matched & ~ignored)[:, order], positives)
 
 
 def _cell_ap(cell: _Cell, multiplicities: np.ndarray) -> np.ndarray:
-    """(B, T): AP at every IoU threshold, NaN where a list has no object that counts."""
+    """(B, T): AP at every IoU threshold, NaN if a list has no object that counts."""
     lists, thresholds = len(multiplicities), len(cell.true)
     result = np.empty((lists, thresholds))
     step = max(1, _CHUNK // max(1, len(cell.image)))
@@ -184,11 +165,8 @@ def _interpolated(weights: np.ndarray, true: np.ndarray, false: np.ndarray, obje
     return (envelope * np.diff(reached, axis=1, prepend=0)).sum(axis=1) / len(_RECALLS)
 
 
-_RECALLS = np.linspace(0.0, 1.00, round((1.00 - 0.0) / 0.01) + 1)  # as pycocotools makes them
-
-
 def _mean(values: np.ndarray) -> np.ndarray:
-    """(B, ...) -> (B,) mean in percent over what is there, NaN where nothing is."""
+    """(B, ...) -> (B,) mean in percent over what is there, NaN if nothing is."""
     flat = values.reshape(len(values), -1)
     there = np.isfinite(flat)
     count = there.sum(axis=1)

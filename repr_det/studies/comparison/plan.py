@@ -1,9 +1,9 @@
 """The runs of a comparison that starts from a config, each checked before any of them trains."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
 from detectron2.config import CfgNode
 
 from repr_det.commands.arguments import build_config
@@ -11,13 +11,14 @@ from repr_det.commands.checks import check_run
 from repr_det.detectron.config import scale_to_world
 from repr_det.method.errors import UserError
 from repr_det.runs.files import run_traces
-from repr_det.studies.comparison.pairing import check_planned
-from repr_det.studies.comparison.runs import BASELINE, REPR, Run, is_finished, planned_run
+from repr_det.studies.comparison.records import flatten, read_config
+from repr_det.studies.comparison.runs import BASELINE, REPR, Run, Study, differing_keys, is_finished, refuse_differences
 
 _OWN_KEYS = {"SEED": "--seeds", "OUTPUT_DIR": "--output", "REPR.ENABLED": "the arm"}
+_OWN_NAMES = ("seed", "images", "difference", "sentence")  # which results.json has beside the names of the arms
 
 
-def plan_runs(
+def plan_study(
     config_file: str,
     seeds: Sequence[int],
     output: Path | None = None,
@@ -25,22 +26,66 @@ def plan_runs(
     opts: Sequence[str] = (),
     num_gpus: int = 1,
     evaluations: int = 0,
-) -> tuple[list[Run], Path]:
-    """Both arms for every seed, in folders of ``output``.
+    against: str = "",
+) -> tuple[Study, Path]:
+    """Plans both arms for every seed, in folders of ``output``.
+
+    Refuses whatever would stop one of the runs before its first step, two configs that share no data or iterations,
+    and a folder that holds another run.
 
     Args:
-        config_file: a config with REPR.ENABLED True.
+        config_file: a config with REPR.ENABLED True; any config if there is another one ``against`` it.
         output: by default OUTPUT_DIR of the config with the suffix _comparison.
         opts: KEY VALUE pairs for every run.
-        evaluations: where TEST.EVAL_PERIOD is 0 and not in ``opts``, about so many evaluations in a run.
+        evaluations: if TEST.EVAL_PERIOD is 0 and not in ``opts``, about so many evaluations in a run.
+        against: the config of the reference; "" takes the baseline of ``config_file``.
 
     Returns:
-        The runs, ordered by seed, baseline first; and the output folder.
-
-    Raises:
-        UserError: whatever would stop one of the runs before its first step, or a folder that holds another run.
+        The runs, ordered by seed, the reference first; and the output folder.
     """
     opts, register = list(opts), [list(words) for words in register]
+    _check_request(seeds, opts)
+    cfg = build_config(config_file, opts, register)
+    if not against and not cfg.REPR.ENABLED:
+        raise UserError(f"{config_file} has REPR.ENABLED False: give a config with RePr, or another one --against it")
+    if len(cfg.DATASETS.TEST) != 1:
+        raise UserError(f"DATASETS.TEST must name one data set for a comparison, got {list(cfg.DATASETS.TEST)}")
+    if cfg.TEST.EVAL_PERIOD == 0 and evaluations and "TEST.EVAL_PERIOD" not in opts[::2]:
+        opts += ["TEST.EVAL_PERIOD", str(max(1, cfg.SOLVER.MAX_ITER // evaluations))]
+    output = output or Path(cfg.OUTPUT_DIR.rstrip("/") + "_comparison")
+    arms, files = (BASELINE, REPR), (config_file, config_file)
+    if against:
+        arms, files = arm_names(against, config_file), (against, config_file)
+        configs = [scale_to_world(build_config(file, opts, register), num_gpus) for file in files]
+        refuse_differences({file: flatten(one) for file, one in zip(files, configs, strict=True)}, shared=True)
+    many = len(seeds) > 1 or evaluations
+    runs = []
+    for seed in seeds:
+        for arm, file in zip(arms, files, strict=True):
+            folder = output / (f"{arm}_seed{seed}" if many else arm)
+            own = [*opts, "SEED", str(seed), "OUTPUT_DIR", str(folder)]
+            is_baseline = not against and arm == BASELINE
+            own_cfg = build_config(file, own, register, is_baseline)
+            max_iter = scale_to_world(own_cfg, num_gpus).SOLVER.MAX_ITER
+            runs.append(Run(arm, seed, folder, max_iter, _flags(file, is_baseline, register, num_gpus), tuple(own)))
+            _check_run(runs[-1], own_cfg, num_gpus)
+    return Study(arms, tuple(runs), any_config=bool(against)), output
+
+
+def arm_names(*config_files: str) -> tuple[str, ...]:
+    """Names arms after their config files: the stem, with the folder's name if the stems are the same."""
+    paths = [Path(file).resolve() for file in config_files]
+    names = [path.stem for path in paths]
+    if len(set(names)) < len(names):
+        names = [f"{path.parent.name}_{path.stem}" for path in paths]
+    unique: list[str] = []
+    for name in names:
+        taken = name in unique or name in _OWN_NAMES
+        unique.append(f"{name}_{len(unique) + 1}" if taken else name)
+    return tuple(unique)
+
+
+def _check_request(seeds: Sequence[int], opts: Sequence[str]) -> None:
     for key in opts[::2]:
         if key in _OWN_KEYS:
             raise UserError(f"{key} on the command line: a comparison sets it itself, by {_OWN_KEYS[key]}")
@@ -49,27 +94,33 @@ def plan_runs(
     for seed in seeds:
         if seed < 0:
             raise UserError(f"--seeds must be 0 or more, got {seed}: a negative SEED is a random one")
-    cfg = build_config(config_file, opts, register)
-    if not cfg.REPR.ENABLED:
-        raise UserError(f"{config_file} has REPR.ENABLED False: give the config of the RePr arm")
-    if len(cfg.DATASETS.TEST) != 1:
-        raise UserError(f"DATASETS.TEST must name one data set for a comparison, got {list(cfg.DATASETS.TEST)}")
-    if cfg.TEST.EVAL_PERIOD == 0 and evaluations and "TEST.EVAL_PERIOD" not in opts[::2]:
-        opts += ["TEST.EVAL_PERIOD", str(max(1, cfg.SOLVER.MAX_ITER // evaluations))]
-    output = output or Path(cfg.OUTPUT_DIR.rstrip("/") + "_comparison")
-    many = len(seeds) > 1 or evaluations
-    max_iter = scale_to_world(cfg, num_gpus).SOLVER.MAX_ITER
-    runs = []
-    for seed in seeds:
-        for arm in (BASELINE, REPR):
-            folder = output / (f"{arm}_seed{seed}" if many else arm)
-            run = planned_run(arm, seed, folder, max_iter, config_file, register, opts, num_gpus)
-            _check(run, build_config(config_file, list(run.opts), register, arm == BASELINE), num_gpus)
-            runs.append(run)
-    return runs, output
 
 
-def _check(run: Run, cfg: CfgNode, num_gpus: int) -> None:
-    check_planned(run, yaml.safe_load(cfg.dump()))
+def _flags(config_file: str, is_baseline: bool, register: Sequence[Sequence[str]], num_gpus: int) -> tuple[str, ...]:
+    flags = [sys.executable, "-m", "repr_det.train", "--config-file", config_file]
+    if is_baseline:
+        flags.append("--baseline")
+    if num_gpus > 1:
+        # Detectron2 derives the default port from the user id, which two runs at once would share.
+        flags += ["--num-gpus", str(num_gpus), "--dist-url", "auto"]
+    for words in register:
+        flags += ["--register", *words]
+    return tuple(flags)
+
+
+def _check_run(run: Run, cfg: CfgNode, num_gpus: int) -> None:
+    """Refuses what would stop the run before its first step, and a folder that holds another run."""
+    if (run.folder / "config.yaml").exists():
+        try:
+            found = read_config(run.folder)
+        except UserError:  # cut short by a crash: the run had not begun to train
+            found = cfg
+        held, wanted = flatten(found), flatten(cfg)
+        free = ("OUTPUT_DIR",) if cfg.REPR.ENABLED else ("OUTPUT_DIR", "REPR.")
+        for key in differing_keys(held, wanted, free):
+            raise UserError(
+                f"{run.folder} holds a run with {key} {held.get(key)}, but this comparison has {wanted.get(key)}: give "
+                "another --output, or remove that folder"
+            )
     if not is_finished(run):
         check_run(cfg, resume=bool(run_traces(run.folder)), num_gpus=num_gpus)

@@ -1,19 +1,23 @@
-"""What a run leaves in its folder: metrics.json, repr_events.jsonl, log.txt, config.yaml, checkpoints."""
+"""Files that a run leaves in its folder: metrics.json, repr_events.jsonl, repr_overlaps.jsonl, log.txt, config.yaml."""
 
+import functools
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
 from detectron2.config import CfgNode, get_cfg
 
-from repr_det.detectron.config import add_repr_config, as_user_error, scale_to_world
+from repr_det.commands.config_files import merge_config_file
+from repr_det.detectron.config import add_repr_config, scale_to_world
 from repr_det.method.errors import UserError
 from repr_det.runs.files import EVENTS_FILE, METRICS_FILE, OVERLAPS_FILE
+
+Settings = dict[str, Any]  # a flat config
+_STAMPED = re.compile(r"\[(\d\d/\d\d \d\d:\d\d:\d\d)\](.*)")
+_YEAR = 366 * 86400.0  # of 2000, since stamps name no year
+_SESSION = re.compile(r"Rank of current process: \d+\. World size: (\d+)")
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
@@ -21,14 +25,13 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     found = []
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                value = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(value, dict):
-                found.append(value)
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(value, dict):
+            found.append(value)
     return found
 
 
@@ -52,124 +55,74 @@ def read_overlaps(folder: Path) -> list[dict[str, Any]]:
     return [line for line in read_json_lines(folder / OVERLAPS_FILE) if isinstance(line.get("overlap"), dict)]
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.yaml as nested dicts.
-
-    Raises:
-        UserError: it is missing or not a mapping.
-    """
+def read_config(folder: Path) -> CfgNode:
+    """The config of a run as it was given; keys of REPR that came after its version have their defaults."""
     path = folder / "config.yaml"
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: give the OUTPUT_DIR of a run")
     if not path.is_file():
         raise UserError(f"{path} is missing: {folder} does not hold a Detectron2 run")
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path} holds {type(config).__name__}, not the keys of a config")
-    return config
+    return _read_config(str(path), path.stat().st_mtime_ns)
 
 
-def read_settings(folder: Path, as_given: bool = False) -> dict[str, Any]:
-    """``read_config``, flat; keys of REPR that came after the version that trained the run have their defaults.
-
-    Args:
-        as_given: not scaled to the number of processes where SOLVER.REFERENCE_WORLD_SIZE asks for it.
-
-    Raises:
-        UserError: see ``read_config``, or no log says how many processes trained the run.
-    """
-    defaults = CfgNode()
-    add_repr_config(defaults)
-    settings = flatten(defaults) | flatten(read_config(folder))
-    reference = settings.get("SOLVER.REFERENCE_WORLD_SIZE") or 0
-    if as_given or not reference:
-        return settings
-    if (processes := read_world_size(folder)) is None:
+def read_settings(folder: Path) -> Settings:
+    """The config of a run, flat, scaled to its number of processes if SOLVER.REFERENCE_WORLD_SIZE asks for it."""
+    cfg = read_config(folder)
+    if not cfg.SOLVER.REFERENCE_WORLD_SIZE:
+        return flatten(cfg)
+    sessions = _SESSION.findall(_read_log(folder))
+    if not sessions:
         raise UserError(
-            f"{folder} was trained with SOLVER.REFERENCE_WORLD_SIZE {reference}, but no log.txt in it says by how many "
-            "processes, on which its SOLVER.MAX_ITER depends"
+            f"{folder} was trained with SOLVER.REFERENCE_WORLD_SIZE {cfg.SOLVER.REFERENCE_WORLD_SIZE}, but no log.txt "
+            "in it says by how many processes, on which its SOLVER.MAX_ITER depends"
         )
-    cfg = get_cfg()
-    add_repr_config(cfg)
-    with as_user_error(f"{folder}/config.yaml"):
-        cfg.merge_from_other_cfg(CfgNode(read_config(folder)))
-    cfg.freeze()
-    return settings | flatten(yaml.safe_load(scale_to_world(cfg, processes).dump()))
+    return flatten(scale_to_world(cfg, int(sessions[-1])))
 
 
-def read_world_size(folder: Path) -> int | None:
-    """The processes that trained the run last, by its log.txt; None where it does not say."""
-    path = folder / "log.txt"
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    found = re.findall(r"Rank of current process: \d+\. World size: (\d+)", text)
-    return int(found[-1]) if found else None
-
-
-def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"SOLVER": {"MAX_ITER": 1}} -> {"SOLVER.MAX_ITER": 1}."""
+def flatten(cfg: CfgNode) -> Settings:
+    """SOLVER.MAX_ITER -> its value, as it stands in a yaml file."""
     flat = {}
-    for key, value in config.items():
-        if isinstance(value, dict) and value:
-            flat.update(flatten(value, f"{prefix}{key}."))
+    for key, value in cfg.items():
+        if isinstance(value, CfgNode):
+            flat.update({f"{key}.{below}": one for below, one in flatten(value).items()})
         else:
-            flat[f"{prefix}{key}"] = value
+            flat[key] = _without_tuples(value)
     return flat
 
 
-def checkpoints(folder: Path) -> dict[int, Path]:
-    """Iterations trained -> checkpoint; model_final.pth is not among them."""
-    found = {}
-    for path in folder.glob("model_*.pth"):
-        if match := re.fullmatch(r"model_(\d+)\.pth", path.name):
-            found[int(match.group(1)) + 1] = path
-    return dict(sorted(found.items()))
-
-
-@dataclass(frozen=True)
-class WallClock:
-    """Seconds of a run by its log: all of it (interruptions left out), and the evaluations."""
-
-    total: float
-    evaluation: float
-
-
-def read_wall_clock(folder: Path) -> WallClock | None:
-    """None where log.txt is missing or has no time stamps. Its stamps are whole seconds."""
+def read_wall_clock(folder: Path) -> tuple[float, float]:
+    """Seconds of all sessions of a run and of its evaluations, by the stamps of log.txt; 0 without a log."""
     total = evaluation = 0.0
-    first = last = began = None
-    for stamp, text in _log_lines(folder / "log.txt"):
-        if "Rank of current process" in text and first is not None:
-            total += (last - first).total_seconds()
-            first = began = None
-        first = first or stamp
+    last, evaluates = None, False
+    for date, message in _STAMPED.findall(_read_log(folder)):
+        stamp = datetime.strptime(f"2000/{date}", "%Y/%m/%d %H:%M:%S")
+        begins = _SESSION.search(message) is not None
+        if last is not None and not begins:
+            passed = (stamp - last).total_seconds() % _YEAR
+            total += passed
+            evaluation += passed if evaluates else 0.0
+        if begins or "copypaste: AP" in message:
+            evaluates = False
+        elif "Start inference on" in message:
+            evaluates = True
         last = stamp
-        if "Start inference on" in text:
-            began = stamp
-        elif began is not None and "copypaste: AP" in text:
-            evaluation += (stamp - began).total_seconds()
-            began = None
-    if first is None:
-        return None
-    return WallClock(total + (last - first).total_seconds(), evaluation)
+    return total, evaluation
 
 
-def _log_lines(path: Path) -> Iterator[tuple[datetime, str]]:
-    """Time and text of the lines that carry a stamp like [11/24 21:58:45]; the year is that of the file."""
-    if not path.is_file():
-        return
-    written = datetime.fromtimestamp(path.stat().st_mtime)
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            match = re.match(r"\[(\d\d/\d\d \d\d:\d\d:\d\d)\]", line)
-            if not match:
-                continue
-            try:
-                stamp = datetime.strptime(f"{written.year}/{match.group(1)}", "%Y/%m/%d %H:%M:%S")
-                if stamp > written + timedelta(days=1):
-                    stamp = stamp.replace(year=written.year - 1)
-            except ValueError:
-                continue
-            yield stamp, line[match.end() :]
+@functools.lru_cache(maxsize=256)
+def _read_config(path: str, written: int) -> CfgNode:
+    """The frozen config in a file that was ``written`` last at that time."""
+    cfg = get_cfg()
+    add_repr_config(cfg)
+    merge_config_file(cfg, path)
+    cfg.freeze()
+    return cfg
+
+
+def _without_tuples(value: Any) -> Any:
+    return [_without_tuples(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+
+def _read_log(folder: Path) -> str:
+    path = folder / "log.txt"
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""

@@ -1,53 +1,34 @@
 """report.html: one self-contained page, verdict first; works without scripts and without a network."""
 
-import html
-import math
+import importlib
 import os
 import platform
 import re
-from importlib import metadata
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
+import torch
 
-import repr_det
 from repr_det.runs.files import write_atomically
-from repr_det.studies.comparison import figures
-from repr_det.studies.comparison.gallery import SCORE_THRESHOLD, gallery
-from repr_det.studies.comparison.matches import METRICS
-from repr_det.studies.comparison.overlaps import Moment, filter_counts, overlap_moments
+from repr_det.studies.comparison.detections import SCORE_THRESHOLD, gallery
+from repr_det.studies.comparison.figures import COLOURS, ap_figure, dropped_figure, overlap_figure
 from repr_det.studies.comparison.records import read_settings
 from repr_det.studies.comparison.results import Comparison
-from repr_det.studies.comparison.runner import available_cores
-from repr_det.studies.comparison.runs import ARM_NAMES, BASELINE, REPR
-from repr_det.studies.comparison.statistics import BETTER, OPEN, WORSE
-from repr_det.studies.comparison.timing import PHASES, TRANSITIONS, sub_network_phases
+from repr_det.studies.comparison.runs import FREE_WITHIN_REPR, title
+from repr_det.studies.comparison.statistics import interval, number
+from repr_det.studies.comparison.table import versus
 
 REPORT_FILE = "report.html"
-_SETTINGS = (
-    "DATASETS.TRAIN",
-    "DATASETS.TEST",
-    "SOLVER.MAX_ITER",
-    "SOLVER.STEPS",
-    "SOLVER.IMS_PER_BATCH",
-    "SOLVER.BASE_LR",
-    "SOLVER.WEIGHT_DECAY",
-    "SOLVER.OPTIMIZER",
-    "INPUT.MIN_SIZE_TRAIN",
-    "INPUT.MIN_SIZE_TEST",
-    "MODEL.META_ARCHITECTURE",
-    "MODEL.BACKBONE.NAME",
-    "MODEL.RESNETS.DEPTH",
-    "MODEL.RESNETS.NORM",
-    "MODEL.BACKBONE.FREEZE_AT",
-    "MODEL.WEIGHTS",
-    "TEST.EVAL_PERIOD",
-)
-_PACKAGES = ("torch", "torchvision", "detectron2", "numpy", "scipy", "pycocotools", "opencv-python", "matplotlib")
+# What the page shows of the configs, beside REPR and every key in which the arms differ.
+_SETTINGS = """
+DATASETS.TRAIN DATASETS.TEST INPUT.MIN_SIZE_TRAIN MODEL.META_ARCHITECTURE MODEL.BACKBONE.NAME MODEL.BACKBONE.FREEZE_AT
+MODEL.RESNETS.DEPTH MODEL.RESNETS.NORM MODEL.WEIGHTS SOLVER.BASE_LR SOLVER.IMS_PER_BATCH SOLVER.MAX_ITER
+SOLVER.OPTIMIZER SOLVER.STEPS SOLVER.WEIGHT_DECAY TEST.EVAL_PERIOD
+""".split()
+_PACKAGES = ("repr_det", "torch", "detectron2", "numpy", "scipy", "pandas", "matplotlib")
 _TRAINING_ROWS = {
-    "final": "Validation AP at the end",
     "best": "Best validation AP over training",
     "lost": "Best minus final",
     "train": "AP on training images",
@@ -57,22 +38,12 @@ _TRAINING_ROWS = {
 
 
 def write_report(comparison: Comparison, settings: dict[str, Any], output: Path, images: int) -> Path:
-    """Renders report.html in ``output``.
+    """Writes report.html in ``output``, and returns its path.
 
     Args:
         settings: how the comparison was asked for, see ``command``.
         images: validation images in the gallery.
-
-    Returns:
-        The file.
     """
-    path = output / REPORT_FILE
-    write_atomically(path, render(comparison, settings, images))
-    return path
-
-
-def render(comparison: Comparison, settings: dict[str, Any], images: int) -> str:
-    """The page as text, see ``write_report``."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("repr_det.studies.comparison", "."),
         autoescape=True,
@@ -80,117 +51,66 @@ def render(comparison: Comparison, settings: dict[str, Any], images: int) -> str
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters.update(number=_number, signed=_signed, interval=_interval, minus=_minus, duration=_duration)
-    first, other = comparison.pairs[0]
-    config = read_settings(first.run.folder)
-    repr_config = read_settings(other.run.folder)
-    results = comparison.results
-    counts = filter_counts(comparison.pairs)
-    moments = overlap_moments(comparison.pairs, list(counts))
+    environment.filters.update(
+        number=lambda value, digits=1, sign=False: _minus(number(value, digits, sign)),
+        interval=lambda found, digits=1: _minus(interval(found["low"], found["high"], digits)),
+        minus=_minus,
+    )
+    results, arms = comparison.results, comparison.study.arms
     page = environment.get_template("report.html.j2").render(
         results=results,
         settings=settings,
-        title=Path(settings["config_file"]).stem if settings.get("config_file") else results["dataset"],
-        verdict=results["metrics"]["AP"]["difference"]["verdict"],
-        verdict_class={BETTER: "better", WORSE: "worse", OPEN: "open"}.get(
-            results["metrics"]["AP"]["difference"]["verdict"], "open"
-        ),
-        metrics=METRICS,
-        arms=ARM_NAMES,
-        baseline=BASELINE,
-        repr=REPR,
-        iterations=first.run.max_iter,
-        training_rows={key: title for key, title in _TRAINING_ROWS.items() if key in results["training"]},
-        phases=PHASES,
-        transitions=TRANSITIONS,
-        events=other.events,
-        sub_phases=sub_network_phases(other.events, other.run.max_iter),
-        figures={name: Markup(svg) for name, svg in _figures(comparison, counts, moments).items()},
+        any_config=comparison.study.any_config,
+        arms=arms,
+        titles=[title(arm) for arm in arms],
+        versus=versus(arms).rstrip(":") if comparison.study.any_config else "RePr against its baseline",
+        colours=COLOURS,
+        iterations=comparison.study.runs[0].max_iter,
+        training_rows={key: name for key, name in _TRAINING_ROWS.items() if key in results["training"]},
+        figures=dict(ap=ap_figure(comparison), dropped=dropped_figure(comparison), overlap=overlap_figure(comparison)),
         pictures=_gallery(comparison, images),
         threshold=SCORE_THRESHOLD,
-        moment_titles=[moment.title for moment in moments],
-        baseline_checkpoint=next((m.iterations[BASELINE] for m in moments if BASELINE in m.iterations), None),
-        common={key: config[key] for key in _SETTINGS if key in config},
-        repr_settings={key: value for key, value in repr_config.items() if key.startswith("REPR.")},
+        keys=_settings_rows([read_settings(reading.run.folder) for reading in comparison.pairs[0]]),
         versions=_versions(),
     )
-    return re.sub(r"\n\s*\n+", "\n", page) + "\n"
+    path = output / REPORT_FILE
+    write_atomically(path, re.sub(r"\n\s*\n+", "\n", page) + "\n")
+    return path
 
 
-def _figures(comparison: Comparison, counts: dict[str, int], moments: list[Moment]) -> dict[str, str]:
-    pairs, results = comparison.pairs, comparison.results
-    found = {
-        "differences": figures.differences(results["metrics"]),
-        "curves": figures.curves(pairs),
-        "time": figures.wall_clock(results["time"]),
-    }
-    if counts and any(event["event"] == "drop" for event in pairs[0][1].events):
-        found["on_off"] = figures.on_off_map(pairs[0][1], counts)
-        found["share"] = figures.dropped_share(pairs, counts)
-    if moments:
-        found["overlap"] = figures.overlap_distributions(list(counts), moments)
-    return found
-
-
-def _gallery(comparison: Comparison, images: int) -> list[Any]:
-    base, other = comparison.pairs[0]
-    if comparison.truth is None or base.detections is None or other.detections is None or not images:
+def _gallery(comparison: Comparison, images: int) -> list[dict[str, Any]]:
+    first, second = comparison.pairs[0]
+    if comparison.truth is None or first.detections is None or second.detections is None or not images:
         return []
-    arms = [(ARM_NAMES[BASELINE], base.detections), (ARM_NAMES[REPR], other.detections)]
+    arms = {title(reading.run.arm): reading.detections for reading in (first, second)}
     return gallery(comparison.truth, comparison.results["dataset"], arms, images)
 
 
-def _versions() -> dict[str, str]:
-    found = {"repr_det": repr_det.__version__, "Python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            module = __import__(package) if package == "detectron2" else None
-            if module is not None:
-                found[package] = module.__version__
-    found["machine"] = f"{_processor()}, {available_cores()} of {os.cpu_count()} cores, {platform.system()}"
-    return found
+def _settings_rows(configs: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
+    """Key -> its value in both arms; once if it is the same."""
+    uses_repr = any(config.get("REPR.ENABLED") for config in configs)
+    rows = {}
+    for key in sorted({**configs[0], **configs[1]}):
+        values = [_value(config.get(key, "absent")) for config in configs]
+        differs = values[0] != values[1] and not key.startswith(FREE_WITHIN_REPR)
+        if differs or key in _SETTINGS or (uses_repr and key.startswith("REPR.")):
+            rows[key] = values if values[0] != values[1] else values[:1]
+    return rows
 
 
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-    except OSError:
-        names = []
-    import torch
+def _value(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        value = ", ".join(map(str, value))
+    return str(value) if value != "" else "(none)"
 
+
+def _versions() -> str:
+    versions = [f"{package} {importlib.import_module(package).__version__}" for package in _PACKAGES]
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return ", ".join([names[0] if names else platform.machine(), *dict.fromkeys(gpus)])
-
-
-def _number(value: float | None, digits: int = 1) -> Markup:
-    if value is None or not math.isfinite(value):
-        return Markup('<span class="na">n/a</span>')
-    return Markup(_minus(f"{value:.{digits}f}"))
-
-
-def _signed(value: float | None, digits: int = 1) -> Markup:
-    if value is None or not math.isfinite(value):
-        return Markup('<span class="na">n/a</span>')
-    return Markup(_minus(f"{value:+.{digits}f}"))
-
-
-def _interval(difference: dict[str, Any] | None, digits: int = 1) -> Markup:
-    if not difference or difference["low"] is None or not math.isfinite(difference["low"]):
-        return Markup('<span class="na">n/a</span>')
-    return Markup(_minus(f"{difference['low']:+.{digits}f} .. {difference['high']:+.{digits}f}"))
+    machine = [f"Python {platform.python_version()}", platform.platform(), f"{os.cpu_count()} cores"]
+    return ", ".join([*versions, *machine, *(gpus or ["no GPU"])])
 
 
 def _minus(text: str) -> str:
-    """Hyphens before digits become minus signs. Escapes nothing."""
+    """Hyphens before digits become minus signs."""
     return re.sub(r"(?<![\w.])-(?=\d)", "\N{MINUS SIGN}", text)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return html.escape(f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s")

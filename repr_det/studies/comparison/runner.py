@@ -6,12 +6,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from repr_det.commands.processes import run_tool
 from repr_det.runs.files import run_traces
@@ -33,17 +31,22 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, treated like Ctrl-C."""
 
 
+def _terminate(*_: object) -> None:
+    raise Terminated
+
+
 def run_comparison_tool(main: Callable[[], Any]) -> None:
     """Runs a tool that trains: status 2 for what the user gave wrong, 1 for a run that failed, 130 for Ctrl-C, 143 for
     SIGTERM."""
+    name = Path(sys.argv[0]).name
+    signal.signal(signal.SIGTERM, _terminate)
     try:
-        with _sigterm_raises():
-            run_tool(main)
+        run_tool(main)
     except RunFailed as error:
-        sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {error}\n")
+        sys.stderr.write(f"{name}: error: {error}\n")
         sys.exit(1)
     except KeyboardInterrupt as error:
-        sys.stderr.write(f"{Path(sys.argv[0]).name}: stopped; the same command continues where it stopped\n")
+        sys.stderr.write(f"{name}: stopped; the same command continues where it stopped\n")
         sys.exit(143 if isinstance(error, Terminated) else 130)
 
 
@@ -51,83 +54,33 @@ def run_all(runs: Sequence[Run], jobs: int = 1, num_gpus: int = 1, progress: Pro
     """Trains the runs that are not finished yet, ``jobs`` at once.
 
     A run that had begun gets --resume. The output of each is appended to its folder's stdout.txt. Every child has
-    cores // jobs CPU threads (unless OMP_NUM_THREADS is set) and, where there are enough, GPUs of its own.
+    cores // jobs CPU threads (unless OMP_NUM_THREADS is set) and, if there are enough, GPUs of its own.
 
     Raises:
         RunFailed: a run failed; the others were ended and continue when called again.
         UserError: another process is training in one of the folders.
     """
-    waiting = deque(run for run in runs if not is_finished(run))
+    waiting = [run for run in runs if not is_finished(run)]
     progress = progress or Progress(runs)
-    progress.start(finished=[run for run in runs if run not in waiting])
-    active: list[_Job] = []
-    slots = deque(range(jobs))
+    progress.skipped([run for run in runs if run not in waiting])
+    active: dict[int, _Job] = {}  # by slot
     try:
         while waiting or active:
-            while waiting and slots:
-                slot = slots.popleft()
-                job = _Job.start(waiting.popleft(), slot, jobs, num_gpus)
-                active.append(job)
-                progress.started(job.run)
-            for job in [job for job in active if job.process.poll() is not None]:
-                active.remove(job)
-                slots.append(job.slot)
-                job.close()
-                if job.process.returncode or not is_finished(job.run):
-                    raise RunFailed(_failure(job))
-                progress.finished(job.run)
+            for slot in range(jobs):
+                if slot in active and active[slot].process.poll() is not None:
+                    job = active.pop(slot)
+                    if job.process.returncode or not is_finished(job.run):
+                        raise RunFailed(_failure(job))
+                    progress.finished(job.run)
+                if slot not in active and waiting:
+                    run = waiting.pop(0)
+                    active[slot] = _start(run, _environment(slot, jobs, num_gpus))
+                    progress.started(run)
             progress.show()
             time.sleep(0.2)
     finally:
-        _stop(active)
+        _stop(active.values())
         progress.close()
-
-
-@dataclass
-class _Job:
-    run: Run
-    slot: int
-    command: list[str]
-    process: subprocess.Popen
-    output: IO[str]
-
-    @classmethod
-    def start(cls, run: Run, slot: int, jobs: int, num_gpus: int) -> "_Job":
-        command = run.command(resume=bool(run_traces(run.folder)))
-        run.folder.mkdir(parents=True, exist_ok=True)
-        _check_alone(run)
-        output = (run.folder / OUTPUT_FILE).open("a", encoding="utf-8")
-        output.write(f"$ {shlex.join(command)}\n")
-        output.flush()
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=_environment(slot, jobs, num_gpus),
-            start_new_session=True,
-            preexec_fn=end_with_parent,
-        )
-        return cls(run, slot, command, process, output)
-
-    def close(self) -> None:
-        self.output.close()
-
-
-def _check_alone(run: Run) -> None:
-    """The run locks its folder itself; here for a line of the comparison's own."""
-    lock = RunLock(run.folder)
-    lock.acquire()
-    lock.release()
-
-
-def _environment(slot: int, jobs: int, num_gpus: int) -> dict[str, str]:
-    environment = dict(os.environ, PYTHONUNBUFFERED="1")
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // jobs)))
-    gpus = _visible_gpus() if jobs > 1 else []
-    if len(gpus) >= jobs * num_gpus:
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[slot * num_gpus : (slot + 1) * num_gpus])
-    return environment
 
 
 def available_cores() -> int:
@@ -135,17 +88,49 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _visible_gpus() -> list[str]:
+@dataclass
+class _Job:
+    run: Run
+    command: list[str]
+    process: subprocess.Popen
+
+
+def _start(run: Run, environment: dict[str, str]) -> _Job:
+    command = run.command(resume=bool(run_traces(run.folder)))
+    run.folder.mkdir(parents=True, exist_ok=True)
+    lock = RunLock(run.folder)  # the run locks its folder itself; here for a line of the comparison's own
+    lock.acquire()
+    lock.release()
+    with (run.folder / OUTPUT_FILE).open("a", encoding="utf-8") as output:
+        output.write(f"$ {shlex.join(command)}\n")
+        output.flush()
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=end_with_parent,
+        )
+    return _Job(run, command, process)
+
+
+def _environment(slot: int, jobs: int, num_gpus: int) -> dict[str, str]:
     import torch
 
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [name for name in visible.split(",") if name]
-    return [str(index) for index in range(torch.cuda.device_count())]
+    environment = dict(os.environ, PYTHONUNBUFFERED="1")
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // jobs)))
+    numbers = ",".join(map(str, range(torch.cuda.device_count())))
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", numbers).split(",")
+    if jobs > 1 and all(gpus) and len(gpus) >= jobs * num_gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[slot * num_gpus : (slot + 1) * num_gpus])
+    return environment
 
 
-def _stop(jobs: list[_Job]) -> None:
+def _stop(jobs: Iterable[_Job]) -> None:
     """SIGTERM to the process groups of all jobs, SIGKILL to what is left after a grace period or a second Ctrl-C."""
+    jobs = list(jobs)
     for job in jobs:
         _signal_group(job, signal.SIGTERM)
     deadline = time.monotonic() + _GRACE_SECONDS
@@ -157,7 +142,6 @@ def _stop(jobs: list[_Job]) -> None:
     for job in jobs:
         _signal_group(job, signal.SIGKILL)
         job.process.wait()
-        job.close()
 
 
 def _signal_group(job: _Job, number: int) -> None:
@@ -165,18 +149,6 @@ def _signal_group(job: _Job, number: int) -> None:
         os.killpg(job.process.pid, number)
     except (ProcessLookupError, PermissionError):  # it has ended
         pass
-
-
-@contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    def handler(*_: object) -> None:
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _failure(job: _Job) -> str:
@@ -189,11 +161,5 @@ def _failure(job: _Job) -> str:
         how = "ended without an evaluation after its last iteration"
     path = job.run.folder / OUTPUT_FILE
     lines = path.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()[-_SHOWN_LINES:]
-    return "\n".join(
-        [
-            f"the run {job.run.name} {how}. The end of {path}:",
-            *(f"  | {line}" for line in lines),
-            "To repeat it:",
-            f"  {shlex.join(job.command)}",
-        ]
-    )
+    shown = "\n".join(f"  | {line}" for line in lines)
+    return f"the run {job.run.name} {how}. The end of {path}:\n{shown}\nTo repeat it:\n  {shlex.join(job.command)}"

@@ -1,26 +1,28 @@
-"""Means, spreads and intervals over seeds, the bootstrap over images, and the verdict in words."""
+"""Means, spreads and intervals over seeds, what a number of seeds can show, and all of it in words."""
 
+import bisect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, stats
 
 CONFIDENCE = 0.95
+POWER = 0.8  # the probability with which a difference of the stated size gets its verdict
 MIN_PAIRS = 3  # fewer say nothing: two equal differences have an interval without width
-_NO_SPREAD = 1e-9  # of differences, relative to their size: rounding
+MOST_SEEDS = 10_000
 BETTER, WORSE, OPEN, UNKNOWN = "better", "worse", "not distinguishable", "no verdict"
-HIGHER, LOWER = "higher", "lower"
+_NO_SPREAD = 1e-9  # of differences, relative to their size: rounding
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Mean and standard deviation (n - 1) over the seeds that have the value; NaN where there are too few.
+    """Mean and standard deviation (n - 1) over the seeds that have the value; NaN if there are too few.
 
     Attributes:
-        values: one a seed, NaN where it has none.
-        n: of the values that mean and sd are of.
+        values: one a seed, NaN if it has none.
+        n: number of values in mean and sd.
     """
 
     values: tuple[float, ...]
@@ -31,31 +33,32 @@ class Summary:
 
 @dataclass(frozen=True)
 class Difference:
-    """RePr minus baseline, paired.
+    """One arm minus its reference, paired by seed.
 
     Attributes:
-        values: one a pair, NaN where either arm has none.
-        mean: over the pairs that have one.
-        low, high: 95 % confidence interval of the mean; NaN with fewer than two pairs, or where all are equal.
+        values: one a pair, NaN if either arm has none.
+        mean, sd: over the pairs that have one.
+        low, high: 95 % confidence interval of the mean; NaN with fewer than two pairs, or if all are equal.
         n: pairs that have one.
     """
 
     values: tuple[float, ...]
     mean: float
+    sd: float
     low: float
     high: float
     n: int
 
     @property
     def verdict(self) -> str:
-        """BETTER or WORSE where the interval excludes 0, OPEN where it does not, UNKNOWN see ``why_no_verdict``."""
+        """BETTER or WORSE if the interval excludes 0, OPEN if it does not, UNKNOWN see ``why_no_verdict``."""
         if self.why_no_verdict:
             return UNKNOWN
         return BETTER if self.low > 0 else WORSE if self.high < 0 else OPEN
 
     @property
     def why_no_verdict(self) -> str:
-        """ "" where there is one: every pair has the value, there are MIN_PAIRS of them, and they differ."""
+        """ "" if there is one: every pair has the value, there are MIN_PAIRS of them, and they differ."""
         missing = len(self.values) - self.n
         if missing:
             return f"{missing} of {len(self.values)} pairs of runs lack{'s' if missing == 1 else ''} the value"
@@ -65,41 +68,64 @@ class Difference:
 
     @property
     def direction(self) -> str:
-        """``verdict`` for a value of which more is neither better nor worse: HIGHER or LOWER."""
-        return {BETTER: HIGHER, WORSE: LOWER}.get(self.verdict, self.verdict)
+        """``verdict`` for a value of which more is neither better nor worse: higher or lower."""
+        return {BETTER: "higher", WORSE: "lower"}.get(self.verdict, self.verdict)
 
 
 def summarize(values: Sequence[float], others: Sequence[float] | None = None) -> Summary:
-    """Over the finite values, see Summary.
+    """Summarizes the finite values.
 
     Args:
         others: those of the other arm: only the seeds of which both have the value count, as in ``paired_difference``.
     """
-    others = values if others is None else others
-    there = np.array([v for v, w in zip(values, others, strict=True) if math.isfinite(v) and math.isfinite(w)])
-    mean = float(there.mean()) if len(there) else math.nan
-    sd = float(there.std(ddof=1)) if len(there) > 1 else math.nan
-    return Summary(tuple(values), mean, sd, len(there))
+    both = np.asarray(values, dtype=float)
+    if others is not None:
+        both = np.where(np.isfinite(np.asarray(others, dtype=float)), both, math.nan)
+    return Summary(tuple(values), *_moments(both[np.isfinite(both)]))
 
 
 def paired_difference(baseline: Sequence[float], repr_: Sequence[float]) -> Difference:
-    """RePr - baseline with Student's t interval over the pairs (their differences taken as normal).
+    """Subtracts the baseline, with Student's t interval over the pairs (their differences taken as normal).
 
     Args:
-        baseline, repr_: one value a pair, in the same order; NaN where there is none.
+        baseline, repr_: one value a pair, in the same order; NaN if there is none.
     """
     values = np.asarray(repr_, dtype=float) - np.asarray(baseline, dtype=float)
     there = values[np.isfinite(values)]
-    n = len(there)
-    mean = float(there.mean()) if n else math.nan
-    half = math.nan
+    mean, sd, n = _moments(there)
+    low = high = math.nan
     if n > 1 and np.ptp(there) > _NO_SPREAD * max(1.0, np.abs(there).max()):
-        half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * there.std(ddof=1) / math.sqrt(n))
-    return Difference(tuple(values.tolist()), mean, mean - half, mean + half, n)
+        low, high = map(float, stats.t.interval(CONFIDENCE, n - 1, mean, sd / math.sqrt(n)))
+    return Difference(tuple(values.tolist()), mean, sd, low, high, n)
+
+
+def power(difference: float, sd: float, n: int) -> float:
+    """The probability that ``n`` pairs, whose differences have the deviation ``sd``, give a true difference its verdict
+    (paired t test)."""
+    bound = stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)
+    shift = min(difference / sd * math.sqrt(n), 100.0)  # beyond 100 the power is 1, and scipy's is NaN
+    return float(stats.nct.sf(bound, n - 1, shift))
+
+
+def detectable_difference(difference: Difference) -> float:
+    """The true difference that has POWER with as many pairs of the same spread; NaN without a spread."""
+    sd, n = difference.sd, difference.n
+    if n < MIN_PAIRS or not math.isfinite(difference.low):
+        return math.nan
+    return float(optimize.brentq(lambda size: power(size, sd, n) - POWER, 0.0, 100.0 * sd / math.sqrt(n)))
+
+
+def seeds_needed(difference: Difference, size: float = 1.0) -> int | None:
+    """The pairs of the same spread with which a true difference of ``size`` has POWER; None without a spread,
+    MOST_SEEDS + 1 if more than MOST_SEEDS are needed."""
+    if difference.n < MIN_PAIRS or not math.isfinite(difference.low):
+        return None
+    numbers = range(MIN_PAIRS, MOST_SEEDS + 1)
+    return MIN_PAIRS + bisect.bisect_left(numbers, POWER, key=lambda n: power(size, difference.sd, n))
 
 
 def percentile_interval(samples: np.ndarray) -> tuple[float, float]:
-    """95 % percentile interval of bootstrap samples; NaN where there are none."""
+    """95 % percentile interval of bootstrap samples; NaN if there are none."""
     there = samples[np.isfinite(samples)]
     if not len(there):
         return math.nan, math.nan
@@ -108,15 +134,48 @@ def percentile_interval(samples: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def verdict_sentence(metric: str, difference: Difference) -> str:
+def number(value: float | None, digits: int = 1, sign: bool = False) -> str:
+    """The one form of a number for people: "41.3", "+0.8", "n/a"."""
+    if value is None or not math.isfinite(value):
+        return "n/a"
+    return f"{value:{'+' if sign else ''}.{digits}f}"
+
+
+def interval(low: float | None, high: float | None, digits: int = 1) -> str:
+    """The one form of an interval for people: "-0.3 .. +1.9", "n/a"."""
+    if low is None or not math.isfinite(low):
+        return "n/a"
+    return f"{number(low, digits, sign=True)} .. {number(high, digits, sign=True)}"
+
+
+def verdict_sentence(metric: str, difference: Difference, name: str = "RePr") -> str:
     """ "RePr +0.8 AP, 95 % CI -0.3 .. +1.9, 5 seeds: not distinguishable"."""
     if difference.n == 0:
         return f"{metric}: n/a (no pair of runs has it)"
     seeds = "1 seed" if difference.n == 1 else f"{difference.n} seeds"
-    head = f"RePr {difference.mean:+.1f} {metric}"
+    head = f"{name} {number(difference.mean, sign=True)} {metric}"
     if difference.n == 1 == len(difference.values):
         return f"{head}, {seeds}: no interval over seeds from one pair of runs, so no verdict"
     if math.isfinite(difference.low):
-        head += f", {100 * CONFIDENCE:.0f} % CI {difference.low:+.1f} .. {difference.high:+.1f}"
+        head += f", {100 * CONFIDENCE:.0f} % CI {interval(difference.low, difference.high)}"
     why = difference.why_no_verdict
     return f"{head}, {seeds}: {difference.verdict}" + (f" ({why})" if why else "")
+
+
+def power_sentence(metric: str, difference: Difference) -> str:
+    """Says what these seeds could have shown and how many a difference of 1 needs; "" without a spread."""
+    needed = seeds_needed(difference)
+    if needed is None:
+        return ""
+    seeds = f"more than {MOST_SEEDS}" if needed > MOST_SEEDS else str(needed)
+    return (
+        f"With this spread, {difference.n} seeds find a true difference of {number(detectable_difference(difference))} "
+        f"{metric} in four of five comparisons; a difference of 1 {metric} needs {seeds} seeds"
+    )
+
+
+def _moments(values: np.ndarray) -> tuple[float, float, int]:
+    """Mean, standard deviation (n - 1) and number of finite values."""
+    mean = float(values.mean()) if len(values) else math.nan
+    sd = float(values.std(ddof=1)) if len(values) > 1 else math.nan
+    return mean, sd, len(values)

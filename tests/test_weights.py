@@ -12,8 +12,7 @@ from torchvision.models import resnet18, resnet50
 
 from repr_det.commands.arguments import build_config
 from repr_det.runs.checkpoints import AtomicCheckpointer
-from repr_det.runs.foreign_weights import fit_names
-from repr_det.runs.zero_filters import zero_filters
+from repr_det.runs.weights import fit_names, zero_filters
 
 
 def detectron2_resnet(depth: int) -> nn.Module:
@@ -54,7 +53,7 @@ def test_the_same_features(tmp_path, caplog, depth, form):
         nn.init.zeros_(parameter)
     with caplog.at_level(logging.INFO, "repr_det.resume"):
         AtomicCheckpointer(ours).load(str(tmp_path / "weights.pth"))
-    assert len([r for r in caplog.records if "names of a ResNet converted" in r.message]) == 1
+    assert len([r for r in caplog.records if "Names of a ResNet of torchvision or timm" in r.message]) == 1
     image = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         features = theirs.layer3(

@@ -1,0 +1,153 @@
+"""Commands in processes of their own without their imports: one process imports torch, Detectron2 and repr_det once and
+forks a child for each command, with its own arguments, folder, environment and output. A child can be killed, and its
+exit status is that of the command."""
+
+import contextlib
+import importlib
+import multiprocessing
+import os
+import runpy
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import forkserver
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["forked_imports"])
+_PATHS = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+
+
+class Command:
+    """A running command.
+
+    Args:
+        words: the command line: "repr-det", a script below the project's folder or "module:function" of a test, and its
+            arguments.
+        log: the file that gets stdout and stderr; appended to.
+        environment: variables to add.
+        before: ``module:function`` that the child calls first, with ``arguments``: what the test changes there.
+        torchrun: words for torchrun, which then starts the command.
+    """
+
+    def __init__(
+        self,
+        words: Sequence[object],
+        log: str | Path,
+        folder: str | Path = ROOT,
+        environment: dict[str, str] | None = None,
+        before: str = "",
+        arguments: Sequence[object] = (),
+        torchrun: Sequence[object] = (),
+    ) -> None:
+        self.log = Path(log)
+        with _variables(OMP_NUM_THREADS="1", PYTHONPATH=_PATHS):
+            forkserver.ensure_running()  # a no-op from the second time on
+        environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(environment or {})}
+        order = ([str(x) for x in words], str(log), str(folder), environment, before, tuple(arguments))
+        self.process = _CONTEXT.Process(target=_child, args=(*order, [str(x) for x in torchrun]))
+        self.process.start()
+
+    @property
+    def text(self) -> str:
+        return self.log.read_text()
+
+    def status(self, seconds: float = 300) -> int:
+        """The exit status; minus the number of the signal that ended it."""
+        self.process.join(seconds)
+        assert self.process.exitcode is not None, f"hangs:\n{self.text[-4000:]}"
+        return self.process.exitcode
+
+    def kill(self) -> None:
+        if self.process.exitcode is None:
+            self.process.kill()
+        self.process.join()
+
+
+@contextlib.contextmanager
+def _variables(**values: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def run(words: Sequence[object], log: str | Path, **options: object) -> tuple[int, str]:
+    """Exit status and output of a command."""
+    command = Command(words, log, **options)
+    try:
+        return command.status(), command.text
+    finally:
+        command.kill()
+
+
+def _child(
+    words: list[str],
+    log: str,
+    folder: str,
+    environment: dict[str, str],
+    before: str,
+    arguments: tuple,
+    torchrun: list[str],
+) -> None:
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for number in (1, 2):
+        os.dup2(output, number)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    os.environ.update(environment)
+    os.chdir(folder)
+    multiprocessing.set_start_method("fork", force=True)  # of loader workers, as in a process of one's own
+    # Detectron2's launch spawns, which would import everything again.
+    start_processes = importlib.import_module("torch.multiprocessing.spawn").start_processes
+    start_processes.__kwdefaults__ = None
+    start_processes.__defaults__ = (*start_processes.__defaults__[:-1], "fork")
+    if before:
+        function = getattr(importlib.import_module(before.partition(":")[0]), before.partition(":")[2])
+        function(*arguments)
+    if torchrun:
+        _torchrun(torchrun, words)
+    else:
+        _main(words)
+
+
+def _main(words: list[str]) -> None:
+    sys.argv = words
+    for number in (signal.SIGTERM, signal.SIGINT):  # the agent's handlers, in its workers
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    module, _, function = words[0].partition(":")
+    if words[0] == "repr-det":
+        importlib.import_module("repr_det.commands.console").main()
+    elif function:
+        getattr(importlib.import_module(module), function)(*words[1:])
+    else:
+        runpy.run_path(words[0], run_name="__main__")
+
+
+def _torchrun(options: list[str], words: list[str]) -> None:
+    """torchrun itself, whose workers are forks of its agent instead of new interpreters."""
+    from torch.distributed.launcher.api import elastic_launch
+    from torch.distributed.run import config_from_args, parse_args
+
+    config, _, _ = config_from_args(parse_args([*options, words[0]]))
+    config.start_method = "fork"
+    elastic_launch(config, _main)(words)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "nothing came"
+        time.sleep(0.05)
+
+
+def execute(*command: str) -> None:
+    """Becomes another program, for a test that needs new interpreters."""
+    os.execv(command[0], command)

@@ -1,0 +1,167 @@
+"""What goes wrong in a run, or is watched there: functions that a forked command calls before it begins."""
+
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+
+import torch
+from detectron2.engine import hooks
+from detectron2.evaluation import COCOEvaluator
+from detectron2.modeling import GeneralizedRCNN
+from detectron2.utils import comm
+
+import repr_det.method.holding
+import repr_det.method.scheme
+import repr_det.runs.checkpoints
+from repr_det import Trainer
+from repr_det.runs.checkpoints import AtomicCheckpointer
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def around(owner: object, name: str, before=lambda *args: None, after=lambda *args: None) -> None:
+    """Calls ``before`` and ``after`` with the arguments of ``owner.name``."""
+    original = getattr(owner, name)
+
+    def replaced(*args, **kwargs):
+        before(*args)
+        result = original(*args, **kwargs)
+        after(*args)
+        return result
+
+    setattr(owner, name, replaced)
+
+
+def write_often() -> None:
+    """Detectron2's writers write every third iteration instead of every twentieth: with a checkpoint, with an
+    evaluation, and alone."""
+    build_hooks = Trainer.build_hooks
+
+    def built(self):
+        found = build_hooks(self)
+        for hook in found:
+            if isinstance(hook, hooks.PeriodicWriter):
+                hook._period = 3
+        return found
+
+    Trainer.build_hooks = built
+
+
+def kill_at(moment: str, iteration: int) -> None:
+    """SIGKILL the first time that ``moment`` comes at or after ``iteration``; "" for never."""
+    write_often()
+    now = {"iteration": -1, "calls": 0}
+    around(Trainer, "before_train", lambda trainer: now.update(iteration=trainer.start_iter - 1))
+
+    def begin(trainer):
+        now["iteration"] = trainer.iter
+        if moment == "step" and trainer.iter >= iteration:
+            threading.Timer(0.02, die).start()  # in the middle of the forward pass
+
+    def end(trainer):
+        if moment == "before hooks" and trainer.iter >= iteration:
+            die()
+
+    around(Trainer, "run_step", begin, end)
+
+    def die_at_call(number):
+        def check(*_):
+            now["calls"] += now["iteration"] >= iteration
+            if now["calls"] > number:
+                die()
+
+        return check
+
+    def half(_, file, *__):
+        if now["iteration"] >= iteration:
+            file.write(b"half a checkpoint" * 1000)
+            file.flush()
+            die()
+
+    if moment == "drop":
+        around(repr_det.method.holding, "zero_optimizer_state_", die_at_call(3))  # some layers, others not yet
+    elif moment == "restore":
+        around(repr_det.method.scheme, "bring_back", die_at_call(3))
+    elif moment == "evaluation":
+        around(COCOEvaluator, "process", die_at_call(2))
+    elif moment == "tag":
+        around(repr_det.runs.checkpoints, "write_atomically", die_at_call(0))
+    elif moment == "final":
+        around(AtomicCheckpointer, "save", lambda _, name: die() if name == "model_final" else None)
+    elif moment == "save":
+        around(torch, "save", half)
+
+
+def signal_at(how: str, rank: str, iteration: int, seconds: float, once: str) -> None:
+    """Ends something so many seconds after the start of an iteration, once: ``once`` is a file that is made then.
+
+    Args:
+        how: kill (SIGKILL to this rank), kill-agent (to it and its parent: torchrun, or the command) or term (SIGTERM
+            to its parent).
+        rank: of the process that does it; "any" for the one that comes first.
+    """
+
+    def at_once() -> None:
+        if how == "term":
+            os.kill(os.getppid(), signal.SIGTERM)
+            return
+        if how == "kill-agent":
+            os.kill(os.getppid(), signal.SIGKILL)
+        die()
+
+    def begin(trainer):
+        if trainer.iter == iteration and rank in ("any", str(comm.get_rank())) and not os.path.exists(once):
+            Path(once).touch()
+            threading.Timer(seconds, at_once).start()
+
+    around(Trainer, "run_step", begin)
+
+
+def tell(folder: str, *misbehave: object) -> None:
+    """Writes what a run begins with (start.pth) and the images that each rank trains on, a line an iteration."""
+    folder = Path(folder)
+
+    def begin(trainer):
+        if trainer.iter == trainer.start_iter and comm.get_rank() == 0:
+            model = getattr(trainer.model, "module", trainer.model).state_dict()
+            torch.save({"model": model, "trainer": trainer.state_dict()}, folder / "start.pth")
+
+    def list_images(model, batch):
+        if model.training:
+            with open(folder / f"rank{comm.get_rank()}.json", "a") as file:
+                file.write(json.dumps([image["image_id"] for image in batch]) + "\n")
+
+    around(Trainer, "run_step", begin)
+    around(GeneralizedRCNN, "forward", list_images)
+    if misbehave:
+        signal_at(*misbehave)
+
+
+def end_in(folder: str) -> None:
+    """Each rank writes the weights that it ends with."""
+
+    def end(trainer):
+        model = getattr(trainer.model, "module", trainer.model).state_dict()
+        torch.save(model, Path(folder) / f"rank{comm.get_rank()}.pth")
+
+    around(Trainer, "after_train", after=end)
+
+
+def change_a_rank(layer: str) -> None:
+    """Other weights in rank 1 from iteration 1 on."""
+
+    def begin(trainer):
+        if trainer.iter == 1 and comm.get_rank() == 1:
+            with torch.no_grad():
+                getattr(trainer.model, "module", trainer.model).get_submodule(layer).weight.mul_(1.5)
+
+    around(Trainer, "run_step", begin)
+
+
+def channels_last(folder: str) -> None:
+    end_in(folder)
+    around(Trainer, "resume_or_load", lambda trainer, *_: trainer.model.to(memory_format=torch.channels_last))

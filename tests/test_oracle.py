@@ -1,0 +1,112 @@
+"""The oracle of examples/criteria.py against copies of a network whose channels are switched off by hooks."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from criteria import ablation, correlation_with_oracle, greedy_removal, oracle
+from scipy.stats import rankdata
+from torch import nn
+
+from repr_det import RePr, UserError, find_filter_layers
+from repr_det.method.criteria import Context, get_criterion
+from repr_det.method.passes import TrainingPasses
+from repr_det.network.state import random_state
+
+
+def made(norm: str = "BN") -> tuple[nn.Sequential, TrainingPasses]:
+    """A network with dropout in float64, and passes over batches of 3 images; the generator runs on."""
+    torch.manual_seed(0)
+    first, second = (nn.BatchNorm2d(5), nn.BatchNorm2d(3)) if norm == "BN" else (nn.Identity(), nn.Identity())
+    convs = nn.Conv2d(2, 5, 3), first, nn.ReLU(), nn.Conv2d(5, 3, 3), second, nn.ReLU()
+    net = nn.Sequential(*convs, nn.Flatten(), nn.Dropout(0.2), nn.Linear(12, 3)).double()
+    for module in (first, second) if norm == "BN" else ():
+        nn.init.normal_(module.bias, 0, 0.3)
+    images = torch.randn(4, 3, 2, 6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    data = [(image, torch.arange(3)) for image in images]
+
+    def loss(batch):
+        return F.cross_entropy(net(batch[0]), batch[1])
+
+    return net, TrainingPasses(net, lambda number, cycle: data[cycle : cycle + number], loss, join=list)
+
+
+def loss_without(net: nn.Sequential, batches, removed, state) -> float:
+    """The mean loss of a copy whose removed channels are 0 behind the norm."""
+    twin = copy.deepcopy(net).train()
+    for name, channel in removed:
+        keep = torch.ones(net[int(name)].out_channels, dtype=torch.float64)
+        keep[channel] = 0
+        twin[int(name) + 1].register_forward_hook(lambda _, __, out, keep=keep: out * keep.view(1, -1, 1, 1))
+    torch.set_rng_state(state)
+    return float(np.mean([F.cross_entropy(twin(x), y).item() for x, y in batches]))
+
+
+@pytest.mark.parametrize("norm", ["BN", ""])
+def test_ablation_is_the_increase_of_the_loss_and_leaves_no_trace(norm):
+    net, passes = made(norm)
+    layers, batches = find_filter_layers(net, ["*"]), passes.batches(2, 1)
+    before, state = copy.deepcopy(net.state_dict()), torch.get_rng_state()
+    noted = str(random_state())
+    increase = ablation(layers, passes, batches)
+    scores = get_criterion(oracle).score(layers, Context(torch.Generator(), passes, 2, 1))
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    assert str(random_state()) == noted
+    whole = loss_without(net, batches, [], state)
+    for layer in layers:
+        expected = [loss_without(net, batches, [(layer.name, i)], state) - whole for i in range(layer.num_filters)]
+        np.testing.assert_allclose(increase[layer.name].numpy(), expected, atol=1e-12)
+        np.testing.assert_allclose(scores[layer.name].numpy(), np.negative(expected), atol=1e-12)
+
+
+def test_greedy_removal_takes_the_least_harmful_every_time():
+    net, passes = made()
+    layers, batches, state = find_filter_layers(net, ["*"]), passes.batches(2, 0), torch.get_rng_state()
+    before = copy.deepcopy(net.state_dict())
+    order = greedy_removal(layers, passes, batches, 6)
+    removed: list[tuple[str, int]] = []
+    for step in order:
+        losses = {
+            (x.name, i): loss_without(net, batches, [*removed, (x.name, i)], state)
+            for x in layers
+            for i in range(x.num_filters)
+            if (x.name, i) not in removed and sum(n == x.name for n, _ in removed) < x.num_filters - 1
+        }
+        assert (step.layer, step.index) == min(losses, key=losses.get)
+        assert step.loss == pytest.approx(min(losses.values()), abs=1e-12)
+        removed.append((step.layer, step.index))
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    with pytest.raises(UserError, match="can remove 0 to 6 filters of these layers, got 7"):
+        greedy_removal(layers, passes, batches, 7)
+
+
+def test_large_networks_and_no_batches_are_refused():
+    net = nn.Sequential(nn.Conv2d(3, 300, 1), nn.Conv2d(300, 213, 1))
+    passes = TrainingPasses(net, lambda n, c: [torch.zeros(1, 3, 4, 4)], lambda x: net(x).sum(), join=list)
+    with pytest.raises(UserError, match="takes at most 512, these layers have 513"):
+        ablation(find_filter_layers(net, ["*"]), passes, passes.batches(1, 0))
+    with pytest.raises(UserError, match="needs at least one batch"):
+        ablation(find_filter_layers(net, ["0"]), passes, [])
+
+
+def test_correlation_is_spearmans():
+    net, passes = made()
+    layers = find_filter_layers(net, ["*"])
+    context = Context(torch.Generator().manual_seed(3), passes, 2, 0)
+    found = correlation_with_oracle(layers, context, ["taylor", "weight_norm"])
+    increase = ablation(layers, passes, passes.batches(2, 0))
+    for name, value in found.items():
+        scores = get_criterion(name).score(layers, context)
+        ranks = (rankdata(np.concatenate([x.numpy() for x in found.values()])) for found in (scores, increase))
+        assert value == pytest.approx(-np.corrcoef(*ranks)[0, 1], abs=1e-9)
+
+
+def test_a_drop_by_the_oracle():
+    net, passes = made("")
+    optimizer = torch.optim.SGD(net.parameters(), 0.01)
+    repr_training = RePr(net, optimizer, 9, layers=["0"], criterion=oracle, passes=passes, num_cycles=1)
+    expected = ablation(find_filter_layers(net, ["0"]), passes, passes.batches(8, 0))["0"].argmin()
+    passes.loss(passes.batches(1, 0)[0]).backward()
+    assert repr_training.scheme.drop().dropped == {"0": [int(expected)]}
