@@ -46,6 +46,7 @@ def classifier(name: str, size: int, images: int, norm: str) -> tuple[nn.Module,
 def detector(size: int, images: int, norm: str) -> tuple[nn.Module, Callable, TrainingPasses]:
     """Detectron2's R50-FPN, on images of this size."""
     from detectron2 import model_zoo
+    from detectron2.layers import FrozenBatchNorm2d
     from detectron2.modeling import build_model
     from detectron2.structures import Boxes, Instances
     from detectron2.utils.events import EventStorage
@@ -53,6 +54,9 @@ def detector(size: int, images: int, norm: str) -> tuple[nn.Module, Callable, Tr
     cfg = model_zoo.get_config("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml")
     cfg.MODEL.DEVICE, cfg.MODEL.RESNETS.NORM = "cpu", norm
     model = build_model(cfg).train()
+    for module in model.modules():
+        if isinstance(module, FrozenBatchNorm2d):
+            module.weight.fill_(0.1)  # untrained, frozen norms let numbers grow
 
     def example() -> dict:
         truth = Instances((size, size * 4 // 3))
@@ -68,7 +72,9 @@ def detector(size: int, images: int, norm: str) -> tuple[nn.Module, Callable, Tr
     return (
         model,
         loss,
-        TrainingPasses(model, lambda number, cycle: batches[:number], loss, lambda parts: sum(parts, [])),
+        TrainingPasses(
+            model, lambda number, cycle: batches[:number], loss, lambda parts: [one for part in parts for one in part]
+        ),
     )
 
 
@@ -77,24 +83,25 @@ def measure(name: str, size: int, images: int, norm: str, criterion: str) -> tup
     torch.manual_seed(0)
     net, loss, passes = detector(size, images, norm) if name == "detector" else classifier(name, size, images, norm)
     passes.loss = loss
-    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 1e-4, momentum=0.9)
+    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 1e-5, momentum=0.9)
     layers = ["backbone.bottom_up.res?.*conv?", "*fpn_output*"] if name == "detector" else ["*"]
-    options = {"layers": layers, "criterion": criterion, "criterion_batches": 2, "calibration_batches": 2}
-    training = RePr(net, optimizer, 6, s1_iters=3, s2_iters=2, num_cycles=1, passes=passes, **options)
+    options = {"layers": layers, "criterion": criterion, "criterion_batches": 2}
+    training = RePr(net, optimizer, 4, s1_iters=2, s2_iters=1, num_cycles=1, passes=passes, **options)
+    batch = passes.batches(1, 0)[0]
+    found = []
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss(batch).backward()
+        optimizer.step()
+
     steps, transitions = [], {}
-    for i in range(5):
-
-        def step() -> None:
-            optimizer.zero_grad()
-            loss(passes.batches(i % 4 + 1, 0)[-1]).backward()
-            optimizer.step()
-
+    for _ in range(3):
         steps.append(peak(step))
-        found: list = []
-        size_then = peak(lambda: found.append(training.step()))
-        if found[0] is not None:
-            transitions[found[0].event] = size_then
-    return max(steps), transitions
+        then = peak(lambda: found.append(training.step()))
+        if found[-1] is not None:
+            transitions[found[-1].event] = then
+    return max(steps[1:]), transitions
 
 
 if __name__ == "__main__":
