@@ -1,6 +1,7 @@
 # make install   .venv with torch, Detectron2 and this package (a second time: seconds)
 # make test      the test suite
 # make demo      trains baseline and RePr on the embedded shapes on the CPU and prints their COCO AP
+# make portable  the numeric tests with the plainest kernels of torch and oneDNN: other CPUs round otherwise
 # make lint      ruff, mypy on the public API, and which room may import which (.importlinter)
 # make docs      the documentation site in site/; a dead link or a public name without a docstring fails it
 # make soak      kills and resumes runs at many more moments than make test
@@ -8,13 +9,21 @@
 PYTHON ?= python3
 export PYTHON
 
-.PHONY: install test demo lint docs soak clean
+PROCESSES ?= 2
+NUMERIC = $(addprefix tests/test_, $(addsuffix .py, orthogonality new_filters selection criteria data_criteria redundancy \
+    scheme returning calibration held_filters groups proof optimizers rooms ranks))
+
+.PHONY: install test portable demo lint docs soak clean
 
 install:
 	@tools/install.sh
 
 test: install
-	.venv/bin/python -m pytest -q tests
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n $(PROCESSES) --dist loadfile tests
+
+portable: install
+	OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 \
+	    .venv/bin/python -m pytest -q -n $(PROCESSES) --dist loadfile $(NUMERIC)
 
 demo: install
 	.venv/bin/python tools/demo.py

@@ -85,7 +85,7 @@ def kill_at(moment: str, iteration: int) -> None:
     if moment == "drop":
         around(repr_det.method.holding, "zero_optimizer_state_", die_at_call(3))  # some layers, others not yet
     elif moment == "restore":
-        around(repr_det.method.scheme, "bring_back", die_at_call(3))
+        around(repr_det.method.scheme, "put_back", die_at_call(3))
     elif moment == "evaluation":
         around(COCOEvaluator, "process", die_at_call(2))
     elif moment == "tag":
@@ -123,19 +123,20 @@ def signal_at(how: str, rank: str, iteration: int, seconds: float, once: str) ->
 
 def tell(folder: str, *misbehave: object) -> None:
     """Writes what a run begins with (start.pth) and the images that each rank trains on, a line an iteration."""
-    folder = Path(folder)
+    folder, training = Path(folder), []
 
     def begin(trainer):
+        training.append(trainer.iter)
         if trainer.iter == trainer.start_iter and comm.get_rank() == 0:
             model = getattr(trainer.model, "module", trainer.model).state_dict()
             torch.save({"model": model, "trainer": trainer.state_dict()}, folder / "start.pth")
 
     def list_images(model, batch):
-        if model.training:
+        if training:  # extra passes are not the training's
             with open(folder / f"rank{comm.get_rank()}.json", "a") as file:
                 file.write(json.dumps([image["image_id"] for image in batch]) + "\n")
 
-    around(Trainer, "run_step", begin)
+    around(Trainer, "run_step", begin, lambda trainer: training.clear())
     around(GeneralizedRCNN, "forward", list_images)
     if misbehave:
         signal_at(*misbehave)

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 from benchmark import S1, S2, STOCK, Detector, parse
-from conftest import ROOT, SMALL
+from conftest import R18, ROOT, SMALL
 
 from repr_det import UserError
 
-TINY = ["--config-file", str(ROOT / "configs" / "repr_r50_fpn.yaml"), "--size", "64", *SMALL, "REPR.SLIM", "False"]
+TINY = ["--config-file", str(ROOT / "configs" / "repr_r50_fpn.yaml"), "--size", "64", *SMALL, *R18]
 
 
 @pytest.mark.parametrize(

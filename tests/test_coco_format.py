@@ -178,7 +178,10 @@ def test_wrong_content(folder, change, message):
         ('{"images": []}'.encode("utf-16"), "is UTF-16 text, which Detectron2 cannot read: save it as UTF-8"),
         (b'{"images": ' + b"9" * 5000 + b"}", "is no COCO annotation file: Exceeds the limit"),
         (b'{"images": ' + b"[" * 100_000, "is no COCO annotation file: maximum recursion depth exceeded"),
-        (gzip.compress(b"{}", mtime=0), "is compressed by gzip, which Detectron2 does not unpack: unpack it with 'gunzip'"),
+        (
+            gzip.compress(b"{}", mtime=0),
+            "is compressed by gzip, which Detectron2 does not unpack: unpack it with 'gunzip'",
+        ),
         (b"PK\x03\x04...", "is a zip archive: unpack it"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer, not the data: fetch"),
     ],

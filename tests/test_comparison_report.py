@@ -280,7 +280,8 @@ def test_images_are_spread_evenly():
 # ---- the whole command, really training ----
 
 TRAINED = """SOLVER.MAX_ITER 6 SOLVER.STEPS () REPR.S1_ITERS 2 REPR.S2_ITERS 1 REPR.NUM_CYCLES 1
-REPR.LAYERS.INCLUDE ['*.res2.*.conv*'] DATASETS.TRAIN ('odd_a',) DATASETS.TEST ('odd_b',) TEST.EVAL_PERIOD 6""".split()
+REPR.LAYERS.INCLUDE ['*.res2.*.conv*'] DATASETS.TRAIN ('odd_a',) DATASETS.TEST ('odd_b',) TEST.EVAL_PERIOD 6
+MODEL.BACKBONE.NAME build_resnet_fpn_backbone""".split()
 
 
 def test_from_nothing_to_report(named_data, tmp_path, capsys, monkeypatch):

@@ -16,7 +16,7 @@ from detectron2.config import get_cfg
 from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, default_setup, hooks
 from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
-from small_loop import OPTIONS, hook_of, small_trainer, spelled, train
+from small_loop import OPTIONS, config, hook_of, small_trainer, spelled, train
 
 from repr_det import RePr, RePrHook, Trainer, UserError, add_repr_config
 from repr_det.commands.processes import STOCK_CONFIG_FILE, write_configs
@@ -290,6 +290,15 @@ def test_wrong_options_are_refused_before_the_first_step_by_the_names_that_were_
     assert spelled(message, way) in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_detector_in_which_nothing_can_be_dropped_is_refused_before_the_first_step(tiny_cfg):
+    trainer = Trainer(tiny_cfg(*SCHEDULE, "MODEL.RESNETS.NORM", "LN", "DATASETS.TEST", "()"))
+    made = []
+    trainer.register_hooks([At(0, lambda: made.append("a step"))])
+    with pytest.raises(UserError, match=r"no filter can be dropped of the convs that REPR\.LAYERS\.INCLUDE ") as error:
+        trainer.train()
+    assert "\n" not in str(error.value) and not made
+
+
 def test_an_option_that_does_not_exist_is_refused():
     with pytest.raises(UserError, match="RePr has no option 'drop_rate': take one of s1_iters, "):
         RePrHook(drop_rate=0.3)
@@ -353,10 +362,14 @@ def test_a_second_repr_on_a_model_is_refused():
 # ---- the rest ----
 
 
-def test_averages_get_dropped_and_returning_filters():
+@pytest.mark.parametrize("way", WAYS)
+def test_averages_get_dropped_and_returning_filters(way):
+    """Beside a config too, as other arguments."""
     trainer = small_trainer()
     average = copy.deepcopy(trainer.model)
-    hook = RePrHook(**OPTIONS, averages=[average])
+    beside = {"averages": [average], "scale": "old"}
+    hook = RePrHook(config(**OPTIONS), **beside) if way == "config" else RePrHook(**OPTIONS, **beside)
+    assert hook.options.scale == "old"
 
     def look(trainer):
         masks = {name: mask.clone() for name, mask in hook.scheme.masks.items()}

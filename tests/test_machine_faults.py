@@ -2,8 +2,10 @@
 
 import resource
 
+import forked
 import pytest
 from conftest import At, assert_same_weights, end_of
+from outcomes import train_words
 
 from repr_det import UserError
 
@@ -50,3 +52,13 @@ def test_image_that_goes_bad(tiny_cfg, tiny_data, tmp_path, workers):
     last_line = str(error.value).rstrip().rpartition("\n")[2]  # workers put a traceback before it
     assert f"{path} cannot be read: " in last_line and "repair the file, then --resume" in last_line
     assert_same_weights(end_of(cfg, resume=True), straight)
+
+
+def test_too_many_open_files(tiny_data, tmp_path):
+    words = train_words(tiny_data, tmp_path / "run", *OPTS, "DATALOADER.NUM_WORKERS", 4)
+    limit = (resource.RLIMIT_NOFILE, (40, 40))
+    status, text = forked.run(words, tmp_path / "log", before="resource:setrlimit", arguments=limit)
+    assert status == 2, text  # workers print tracebacks of their own
+    line = text.rstrip().rpartition("\n")[2]
+    assert line.startswith("repr-det train: error: ") and ("Too many open files" in line or "a loader worker" in line)
+    assert line.endswith("(ulimit -n) or lower DATALOADER.NUM_WORKERS; a run goes on with --resume")

@@ -269,3 +269,51 @@ def test_rates_are_those_of_the_schedule_but_around_the_step(rate):
         one.step()
     assert used == pytest.approx([0.1 * share for share in (1, 1, 1, 1, 1, 1, 0.25, 0.5, 0.75, 1, 1, 1)])
     assert optimizer.param_groups[0]["lr"] is rate and float(rate) == pytest.approx(0.1)
+
+
+TIMM = {"MADGRAD": 1e-3, "AdaBelief": 1e-3, "Adan": 1e-3, "Lion": 1e-4, "Lamb": 1e-3, "NAdamW": 1e-3, "RMSpropTF": 1e-3}
+
+
+@pytest.mark.parametrize("kind", TIMM)
+def test_optimizers_of_timm(kind):
+    """Second weights and scales of many names: filters stay zero, return as they are given and go on from there."""
+    optim = pytest.importorskip("timm.optim", reason="timm is not installed")
+    net = plain_net()
+    optimizer = getattr(optim, kind)(net.parameters(), lr=TIMM[kind])
+    _, _, scheme = plain_scheme(net, optimizer)
+    train(net, optimizer, steps=10)
+    scheme.drop()
+    for _ in range(5):
+        train(net, optimizer, steps=1)
+        scheme.check()
+        assert largest_dropped(scheme) == 0
+    masks = {name: mask.clone() for name, mask in scheme.masks.items()}
+    scheme.restore()
+    given = {name: net.get_submodule(name).weight[mask].detach().flatten(1) for name, mask in masks.items()}
+    train(net, optimizer, steps=1)
+    scheme.check()
+    train(net, optimizer, steps=2)
+    for name, mask in masks.items():
+        now = net.get_submodule(name).weight[mask].flatten(1)
+        assert (nn.functional.cosine_similarity(now, given[name]) > 0.9).all()
+
+
+@pytest.mark.parametrize("when", [2, 6])
+def test_an_optimizer_that_is_made_again_leaves_zeros_where_they_are(when):
+    """RePr knows the first one alone; gradients are held for any. What momentum moves is seen."""
+    net = readable_net()
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+    one = RePr(net, optimizer, 100, schedule=RePrSchedule(5, 5, 1))
+    told = ""
+    for step in range(12):
+        if step == when:
+            optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-2)
+        train(net, optimizer, steps=1)
+        try:
+            one.step()
+        except UserError as error:
+            told = str(error)
+            break
+        if one.phase == "sub" and when > 5:
+            assert largest_dropped(one.scheme) == 0
+    assert one.scheme.cycle == 1 if when > 5 else "dropped filters of 0 are not zero any more" in told

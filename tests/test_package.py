@@ -88,7 +88,7 @@ from repr_det.commands.arguments import build_config
 from repr_det.commands.lazy_train import load_lazy_config
 cfg = build_config("repr_r50_fpn.yaml", [])
 assert cfg.REPR.ENABLED and cfg.SOLVER.MAX_ITER == 90000  # the second from its _BASE_
-assert load_lazy_config("lazy/repr_faster_rcnn_r50_fpn.py", []).repr.ENABLED
+assert load_lazy_config("lazy/repr_faster_rcnn_r50_fpn.py", []).repr._target_
 torch.save({"model": {"conv1.weight": torch.randn(8, 3, 3, 3)}}, "weights.pth")
 import repr_det.commands.console as commands
 commands.main(["analyze", "weights.pth"])

@@ -458,6 +458,14 @@ def test_a_channel_with_others_taken_off_is_not_alone():
     assert verdicts(net)["0"].readers == {Reader("3", False, False)}
 
 
+def test_the_largest_of_several_channels_may_be_one_that_is_0():
+    """A dropped filter would be heard wherever all others are below 0."""
+    net = build(conv(), nn.BatchNorm2d(16), Call(lambda x: x.amax(1, keepdim=True)))
+    assert "behind it comes amax" in reasons(net)["0"]
+    over_positions = build(conv(), nn.BatchNorm2d(16), Call(lambda x: x.amax((2, 3), keepdim=True)))
+    assert not reasons(over_positions)["0"] and is_silent(over_positions, "0", "1")
+
+
 @pytest.mark.parametrize("how", ["cat", "shuffle", "flatten", "groups"])
 def test_readers_of_channels_that_have_moved(how):
     moved = {

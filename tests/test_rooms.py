@@ -112,6 +112,9 @@ def test_a_loop_of_version_0_2_0_is_resumed(norm):
                 assert_new_directions(model.get_submodule(name).weight, mask, old["weight"])
                 out = model[: int(name) + 2](torch.cat([x for x, _ in batches[:4]]))[:, mask]
                 if norm is not nn.BatchNorm2d:
+                    affine = model[int(name) + 1]
+                    assert torch.equal(affine.weight[mask], old["norm.weight"])
+                    assert torch.equal(affine.bias[mask], old["norm.bias"])
                     moments = torch.stack([out.mean((0, 2, 3)), out.std((0, 2, 3), correction=0)])
                     torch.testing.assert_close(moments, old["moments"].to(moments), rtol=1e-3, atol=1e-4)
     assert (one.steps, one.phase, one.scheme.cycle) == (12, "full", 1)
@@ -125,7 +128,8 @@ def test_a_run_of_version_0_1_0_is_resumed(tiny_cfg, tmp_path):
     with tarfile.open(HERE / "data" / "run_of_version_0_1_0.tar.xz") as archive:
         archive.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))  # not in 3.11.2
     tiny = (
-        "MODEL.RESNETS.DEPTH 50 MODEL.RESNETS.RES2_OUT_CHANNELS 4 MODEL.RESNETS.WIDTH_PER_GROUP 2 "
+        "MODEL.BACKBONE.NAME build_resnet_fpn_backbone MODEL.RESNETS.DEPTH 50 MODEL.RESNETS.RES2_OUT_CHANNELS 4 "
+        "MODEL.RESNETS.WIDTH_PER_GROUP 2 "
         "MODEL.RESNETS.STEM_OUT_CHANNELS 4 MODEL.FPN.OUT_CHANNELS 8 MODEL.ROI_BOX_HEAD.FC_DIM 8 SOLVER.MAX_ITER 8 "
         "REPR.ENABLED True REPR.S1_ITERS 2 REPR.S2_ITERS 3 REPR.NUM_CYCLES 1 SOLVER.CHECKPOINT_PERIOD 4"
     )

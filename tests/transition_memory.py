@@ -5,6 +5,7 @@
 prints the MiB of a training step, and what a drop and a restore need more, in percent.
 """
 
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -86,6 +87,7 @@ def measure(name: str, size: int, images: int, norm: str, criterion: str) -> tup
     optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 1e-5, momentum=0.9)
     layers = ["backbone.bottom_up.res?.*conv?", "*fpn_output*"] if name == "detector" else ["*"]
     options = {"layers": layers, "criterion": criterion, "criterion_batches": 2}
+    options["calibration_batches"] = math.ceil(8 / images)  # as RePrHook has it
     training = RePr(net, optimizer, 4, s1_iters=2, s2_iters=1, num_cycles=1, passes=passes, **options)
     batch = passes.batches(1, 0)[0]
     found = []

@@ -25,6 +25,7 @@ from cifar10 import DEFAULTS
 
 RUNS = Path(__file__).with_name("cifar10.jsonl")
 AROUND = 1
+EARLY = 5  # percent of the training: a shorter S1 is told
 _TOLD = ("weight_decay", "dropout", "distill", "ortho_reg", "duplicates", "dead", "warm_images")
 # Field of RePr -> how it is told where it is not the paper's.
 _OF_REPR = {"drop_ratio": "{:g} % dropped", "max_drop_per_layer": "at most {:g} % of a layer"}
@@ -86,6 +87,8 @@ def line(standard: dict[str, Any], run: dict[str, Any]) -> list[str]:
     more += [told.format(100 * settings[k]) for k, told in _OF_REPR.items() if settings.get(k, usual[k]) != usual[k]]
     if settings.get("skip_first"):
         more.append("first conv not ranked")
+    if not released and settings.get("s1", EARLY) < EARLY:
+        more.append("early short cycles")
     ours, theirs = end(run), end(standard)
     same = first_at(standard, ours.train)
     first = "the released code's setting" if released else settings["optimizer"]

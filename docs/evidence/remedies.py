@@ -27,7 +27,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 import cifar10
 from cifar import data, network, records, training
 
-REDUNDANT = "RePr, redundant"
 RUNS, SHARED = (Path(__file__).with_name(name) for name in ("remedies.jsonl", "cifar10.jsonl"))
 OLD = 8  # filters of a conv that are no copies, not dead, or the narrow network's; the others are the last 24 of 32
 SHARE = 0.75
@@ -126,6 +125,8 @@ STUDIES: dict[str, dict[str, Row]] = {
         "RePr, ortho": Row(f"{DEAD} --rows ortho"),
         "RePr, apoz": Row(f"{DEAD} --rows apoz"),
         "RePr, redundant": Row(f"{DEAD} --rows redundant"),
+        "RePr, redundant, early short cycles": Row(f"{DEAD} {EARLY} --rows redundant"),
+        "RePr, apoz, early short cycles": Row(f"{DEAD} {EARLY} --rows apoz"),
         "nothing planted": Row(f"{SHORT} --rows standard"),
     },
     "widened": {
@@ -190,35 +191,51 @@ class Study:
         return model
 
 
+def mean_of_last_five(record: Record) -> float:
+    return statistics.mean(record["curve"][-5:])
+
+
+def last_epoch(record: Record) -> float:
+    return record["final"]
+
+
+def finished(study: Study, name: str, row: str, value: Callable[[Record], float]) -> dict[int, float]:
+    """Seed -> value of the runs of a row that are there."""
+    found = {seed: study.record(name, row, seed) for seed in range(20)}
+    return {seed: value(record) for seed, record in found.items() if record}
+
+
 def table(study: Study, name: str) -> str:
     """Test accuracy in percent: last epoch, mean of the last five, and differences of that mean paired by seed."""
-    arms = {row: {seed: study.record(name, row, seed) for seed in range(20)} for row in STUDIES[name]}
-    arms = {row: {seed: record for seed, record in arm.items() if record} for row, arm in arms.items()}
-    alone, *_ = tails = {
-        row: {seed: mean_of_last_five(record) for seed, record in arm.items()} for row, arm in arms.items()
-    }
+    alone = next(iter(STUDIES[name]))
+    baseline = finished(study, name, alone, mean_of_last_five)
     lines = []
-    for row, arm in arms.items():
-        if not arm:
-            lines.append([row, "0", "not yet run", "", "", ""])
-            continue
-        last = spread(record["final"] for record in arm.values())
-        differences = [interval(paired(tails[alone], tails[row])) if row != alone else ""]
-        differences.append(interval(paired(tails[row], tails[REDUNDANT])) if row != REDUNDANT else "")
-        lines.append([row, str(len(arm)), last, spread(tails[row].values()), *differences])
-    head = [
-        "at the start",
-        "seeds",
-        "last epoch",
-        "mean of the last five",
-        f"row - {alone} (95 % CI)",
-        f"{REDUNDANT} - row",
-    ]
+    for row in STUDIES[name]:
+        values = finished(study, name, row, mean_of_last_five)
+        if values:
+            tests = [spread(finished(study, name, row, value).values()) for value in (last_epoch, mean_of_last_five)]
+            difference = interval(paired(baseline, values)) if row != alone else ""
+            lines.append([row, str(len(values)), *tests, difference])
+        else:
+            lines.append([row, "0", "not yet run", "", ""])
+    head = ["at the start", "seeds", "last epoch", "mean of the last five", f"row - {alone} (95 % CI)"]
     return markdown(head, lines)
 
 
-def mean_of_last_five(record: Record) -> float:
-    return statistics.mean(record["curve"][-5:])
+def verdicts(study: Study) -> str:
+    """Every form of RePr against every remedy, paired by seed."""
+    lines = []
+    for name, rows in STUDIES.items():
+        forms = [row for row in rows if row.startswith("RePr")]
+        remedies = [row for row in rows if rows[row].remedy]
+        for form, remedy in itertools.product(forms, remedies):
+            pairs = [
+                paired(finished(study, name, remedy, value), finished(study, name, form, value))
+                for value in (mean_of_last_five, last_epoch)
+            ]
+            lines.append([name, form, remedy, *(interval(pair) if pair else "not yet run" for pair in pairs)])
+    head = ["study", "form", "remedy", "form - remedy, mean of the last five (95 % CI)", "last epoch (95 % CI)"]
+    return markdown(head, lines)
 
 
 def main() -> None:
@@ -241,6 +258,7 @@ def main() -> None:
     study = Study(records.read(SHARED)[0][0].data)
     for name in STUDIES:
         print(name, table(study, name), sep="\n\n", end="\n\n")
+    print(verdicts(study))
 
 
 if __name__ == "__main__":

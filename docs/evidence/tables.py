@@ -53,6 +53,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "fine-tuning": fine_tuning_report.table,
     "fine-tuning-forms": fine_tuning_report.forms,
     **{f"remedies-{name}": of_remedies(name) for name in remedies.STUDIES},
+    "remedies-verdicts": lambda: remedies.verdicts(remedies.Study(study().digest)),
     **{name.replace("_", "-"): lambda study=study: study().table() for name, study in modern.STUDIES.items()},
     "transfer": of_transfer,
 }

@@ -1,4 +1,4 @@
-"""What a user runs: arguments, the checks before the first step, the processes, and the two training commands.
+"""The commands: arguments, the checks before the first step, the processes, and the two training commands.
 
 May import every room but the studies.
 """

@@ -1,4 +1,4 @@
-"""What a user types for a training run: the arguments, and the config that they stand for."""
+"""The arguments of a training run, and the config that they stand for."""
 
 import argparse
 import os
@@ -97,7 +97,7 @@ def build_config(
 
 
 def folder_of_checkpoint(output_dir: str, weights: str, resume: bool) -> str:
-    """Where the checkpoint lies that a run begins with."""
+    """Returns the folder of the checkpoint that a run begins with."""
     return output_dir if resume and find_checkpoint(output_dir) else os.path.dirname(weights)
 
 

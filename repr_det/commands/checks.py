@@ -185,7 +185,7 @@ def _model_of_shapes(cfg: CfgNode, build: Callable[[], nn.Module] | None) -> nn.
 
 
 def _check_weights(cfg: CfgNode, model: nn.Module, resume: bool, eval_only: bool) -> None:
-    """What the run begins with can be read and belongs to this model; nothing is asked of a file that is not read."""
+    """Checks that the weights which the run begins with can be read and belong to this model."""
     trial = _TrialCheckpointer(model, cfg.OUTPUT_DIR, save_to_disk=False)
     resumed = resume and trial.has_checkpoint()
     path = trial.get_checkpoint_file() if resumed else cfg.MODEL.WEIGHTS

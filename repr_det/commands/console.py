@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _load(
     command: str, arguments: Sequence[str]
 ) -> tuple[Callable[[Callable[[], object]], None], Callable[[], object]]:
-    """What runs a command and reports its errors, and the command."""
+    """Returns the function that runs a command and reports its errors, and the command."""
     module, function, _ = _COMMANDS[command]
     try:
         importlib.import_module("repr_det.commands")  # first: it silences warnings of what is imported next

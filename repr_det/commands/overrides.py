@@ -56,7 +56,7 @@ def _keys(node: Any) -> list[str]:
 
 
 def _takes(node: Any, name: str) -> bool:
-    """Whether the callable of a LazyCall has an argument of this name."""
+    """Tells whether the callable of a LazyCall has an argument of this name."""
     target = node.get("_target_") if isinstance(node, DictConfig) else None
     try:
         parameters = inspect.signature(locate(target) if isinstance(target, str) else target).parameters

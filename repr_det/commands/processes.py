@@ -50,10 +50,11 @@ def run_tool(main: Callable[[], Any]) -> None:
         return
     except UserError as error:
         what = _last_line(error)
-    except OSError as error:
+    except (OSError, RuntimeError, EOFError) as error:
         if not (advice := advice_for(error)):
             raise
-        what = f"{error}: {advice}; a run goes on with --resume"
+        text = str(error).split(". ")[0] or "a loader worker could not hand over its images"
+        what = f"{text}: {advice}; a run goes on with --resume"
     except Stopped as stopped:
         if launched is None or launched.rank == 0:
             _say(f"stopped by {stopped.asked} with status {STATUS}; the same command with --resume continues")

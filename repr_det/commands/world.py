@@ -41,7 +41,7 @@ class World:
 
 @dataclass(frozen=True)
 class Launched:
-    """What a launcher, torchrun or srun, says to a process that it starts.
+    """The variables that a launcher, torchrun or srun, gives to a process that it starts.
 
     Attributes:
         by: the launcher.

@@ -215,7 +215,7 @@ class Trainer(DefaultTrainer):
 
 
 def _place_before(built: Sequence[HookBase], *kinds: type[HookBase]) -> int:
-    """Of the first hook of one of ``kinds``; the end where there is none."""
+    """Returns the place of the first hook of one of ``kinds``; the end if there is none."""
     return next((i for i, hook in enumerate(built) if isinstance(hook, kinds)), len(built))
 
 

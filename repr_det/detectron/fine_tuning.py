@@ -1,4 +1,4 @@
-"""What was measured where trained weights are fine-tuned, told to whoever does it before the first step."""
+"""A warning for whoever fine-tunes trained weights, with the figures that were measured."""
 
 from repr_det.method.scheme import RePrScheme
 

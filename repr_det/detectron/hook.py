@@ -203,7 +203,7 @@ class RePrHook(HookBase):
         self._spelled(lambda: check_resumed(saved, self._fingerprint()))
 
     def _fingerprint(self) -> dict[str, Any]:
-        """What must be the same when a run is resumed, by config key."""
+        """Returns the values that a resumed run must have too, by config key."""
         schedule = self.schedule
         return {
             "REPR.START_ITER": schedule.start_iter,
@@ -214,7 +214,7 @@ class RePrHook(HookBase):
         }
 
     def _spelled(self, action: Callable[[], Any]) -> Any:
-        """What ``action`` returns; its errors spell options as whoever made this hook did."""
+        """Returns what ``action`` does; its errors spell options as whoever made this hook did."""
         try:
             return action()
         except OptionError as error:

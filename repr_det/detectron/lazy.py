@@ -159,7 +159,7 @@ class LazyTrainer(Trainer):
 
 
 def evaluate(cfg: DictConfig, model: nn.Module) -> dict | None:
-    """What ``dataloader.evaluator`` finds on ``dataloader.test``; None where there is no evaluator."""
+    """Evaluates by ``dataloader.evaluator`` on ``dataloader.test``; None if there is no evaluator."""
     if "evaluator" not in cfg.dataloader:
         return None
     if "output_dir" not in cfg.dataloader.evaluator and "dataset_name" in cfg.dataloader.evaluator:
@@ -204,7 +204,7 @@ def _repr_node(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _steps(cfg: DictConfig, max_iter: int) -> tuple[int, ...]:
-    """What SOLVER.STEPS would be: the iterations at which ``lr_multiplier``, if any, decays (``decay.decays``)."""
+    """Returns SOLVER.STEPS: the iterations at which ``lr_multiplier``, if any, decays (``decay.decays``)."""
     if "lr_multiplier" not in cfg:
         return ()  # a trainer of somebody's own that does not follow Detectron2's names
     with as_user_error("lr_multiplier"):

@@ -29,7 +29,7 @@ from repr_det.method.redundancy import redundancy
 
 @dataclass(frozen=True)
 class Context:
-    """What a criterion may look at besides the layers.
+    """The things that a criterion may look at besides the layers.
 
     Attributes:
         generator: source of randomness, of the CPU.

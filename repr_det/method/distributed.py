@@ -1,4 +1,4 @@
-"""What the processes of a run share, and the way from a device to the CPU: no-ops in a single process on the CPU."""
+"""Agreement between the processes of a run, and the way from a device to the CPU: no-ops in a single process on it."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext

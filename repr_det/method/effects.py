@@ -6,11 +6,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from repr_det.method.distributed import to_cpu
+from repr_det.method.distributed import gathered, to_cpu
 from repr_det.method.errors import UserError
 from repr_det.method.holding import HeldFilters
 
 _EVERY = 100  # steps of the sub-network after which dropped filters are looked at; the first ones more often
+_APART = 1e-3  # relative difference of a layer's norm between ranks
 _GONE = 0.1  # a filter of less than this share of the norm that it was given has not been given it
 
 
@@ -37,6 +38,19 @@ def check_zero(held: HeldFilters, when: str) -> None:
             "optimizers that RePr knows has written to them: another optimizer, weights loaded into the model, or an "
             "average swapped in and not out again"
         )
+
+
+def check_agreement(values: Mapping[str, Mapping[str, Tensor]], when: str, device: torch.device) -> None:
+    """Raises RuntimeError where a layer's filters differ between ranks by more than rounding. Collective.
+
+    Ranks on cards of two kinds differ in the last digits; ranks that train apart differ in all of them.
+    """
+    sizes = {name: tensors["weight"].double().norm().item() for name, tensors in values.items()}
+    everyone = gathered(sizes, device)
+    for name, size in everyone[0].items():
+        odd = [number for number, theirs in enumerate(everyone) if abs(theirs[name] - size) > _APART * size]
+        if odd:
+            raise RuntimeError(f"RePr {when}: layer {name} differs between rank 0 and rank(s) {odd}")
 
 
 class DroppedEffects:

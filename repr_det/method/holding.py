@@ -21,7 +21,7 @@ from repr_det.network.tracing import HookOfOne
 
 @dataclass
 class Transition:
-    """What a drop or a restore did.
+    """The record of a drop or a restore.
 
     Attributes:
         event: "drop" or "restore".
@@ -117,7 +117,7 @@ class HeldFilters:
         return look
 
     def saw_channels(self) -> bool:
-        """Whether a training pass has run since ``watch_channels``."""
+        """Tells whether a training pass has run since ``watch_channels``."""
         return bool(self._leaks)
 
     def leaking(self) -> list[str]:

@@ -52,12 +52,12 @@ class FilterLayer:
 
     @property
     def kind(self) -> str:
-        """What the norm is: "batch", "frozen", "group" or "none", see ``norm_kind``."""
+        """The kind of the norm: "batch", "frozen", "group" or "none", see ``norm_kind``."""
         return norm_kind(self.norm)
 
     @property
     def is_frozen(self) -> bool:
-        """Whether the norm's statistics stay as they are while the conv trains: FrozenBN, and BN put into eval mode."""
+        """True if the norm's statistics stay as they are while the conv trains: FrozenBN, or BN in eval mode."""
         if self.kind == BATCH:
             return self.norm.running_mean is not None and not self.norm.training
         return self.kind == FROZEN

@@ -1,4 +1,4 @@
-"""What RePr needs of optimizers: their state of single filters, those inside others, and a call for every step.
+"""Optimizers as RePr needs them: their state of single filters, those inside others, and a call for every step.
 
 Of the state only what is understood is touched: momentum, squared gradients, second sets of weights, counters. A piece
 of another name that has an entry for every weight is refused before the first drop.
@@ -82,7 +82,7 @@ def around_step(
 
 
 def _is_inside(optimizers: Sequence[Optimizer], frame: FrameType | None) -> bool:
-    """Whether the step that ``frame`` runs in has been called from another step of one of the optimizers."""
+    """Tells whether the step that ``frame`` runs in has been called from another step of one of the optimizers."""
 
     def is_step(frame: FrameType) -> bool:
         return any(frame.f_locals.get("self") is optimizer for optimizer in optimizers)

@@ -17,7 +17,7 @@ DETECTRON2_LAYERS = ("backbone.bottom_up.res*.conv*", "backbone.res*.conv*", "ro
 
 @dataclass(frozen=True)
 class About:
-    """What there is to know of an option.
+    """The description of an option.
 
     Attributes:
         key: of a config, below the node REPR.
@@ -48,7 +48,7 @@ class About:
         return f"an integer of at least {self.least}" if self.least is not None else ""
 
     def holds(self, value: Any) -> bool:
-        """Whether the value is right."""
+        """Tells whether the value is right."""
         if self.choices is not None:
             return value in self.choices
         if self.above is not None:
@@ -162,7 +162,7 @@ class RePrOptions:
         return cls(**given)
 
     def resumed(self) -> dict[str, Any]:
-        """What a resumed run must have the same: config key -> value, for a checkpoint."""
+        """Returns the values that a resumed run must have too: config key -> value, for a checkpoint."""
         found = {}
         for option in dataclasses.fields(self):
             about, value = about_option(option.name), getattr(self, option.name)
@@ -172,7 +172,7 @@ class RePrOptions:
 
 
 def about_option(name: str) -> About:
-    """What there is to know of the option of this name."""
+    """Returns the description of an option."""
     return RePrOptions.__dataclass_fields__[name].metadata["about"]
 
 

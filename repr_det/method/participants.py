@@ -32,17 +32,17 @@ class Participants:
 
     @property
     def known(self) -> bool:
-        """Whether a training pass has been seen, or none is needed."""
+        """True once a training pass has been seen, or if none is needed."""
         return self._watch is None or self._watch.traced > 0
 
     @property
     def news(self) -> bool:
-        """Whether a pass has been seen since ``hear``."""
+        """True if a pass has been seen since ``hear``."""
         return self._watch is not None and self._watch.news
 
     @property
     def trains(self) -> bool:
-        """Whether the model is in training mode while it trains."""
+        """True if the model is in training mode while it trains."""
         return self._watch is None or self._watch.trains
 
     def watch_next(self) -> None:
@@ -106,7 +106,7 @@ class Participants:
         return FilterLayer(candidate.name, candidate.conv, module, norm, frozenset(readers), rectified)
 
     def state_dict(self, layers: Sequence[FilterLayer]) -> dict[str, Any]:
-        """Of the layers that take part, in plain types."""
+        """Returns the state of the layers that take part, in plain types."""
         return {
             "filters": {layer.name: layer.num_filters for layer in layers},
             "norms": {layer.name: layer.norm_name for layer in layers},

@@ -1,4 +1,4 @@
-"""What a filter is remembered by when it is dropped, and how the filters of one layer come back (RePr, section 3).
+"""The memory of dropped filters, and the return of the filters of one layer (RePr, section 3).
 
 Shape shorthand:
     J: filters of a layer        M: filters of it that return        K = J - M: filters that stayed
@@ -21,7 +21,7 @@ _FRESH = {"bias": 0.0, "norm.weight": 1.0, "norm.bias": 0.0, "norm.running_mean"
 
 
 def remembered(values: Mapping[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
-    """What ``put_back`` needs of filters that are about to be dropped, on the CPU.
+    """Returns what ``put_back`` needs of filters that are about to be dropped, on the CPU.
 
     Args:
         values: the layer's tensors and running statistics by name, each (J, ...) on the CPU.
@@ -160,7 +160,7 @@ def prepare_readers(
 
 
 def can_be_silent(layer: FilterLayer, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether something can be learned that keeps a returned channel of the layer from changing what follows: the
+    """Tells whether something can be learned that keeps a returned channel from changing what follows: the
     kernels of all convs that read it, or gamma."""
     return _kernels_can_be_silent(layer, modules) or _has_gamma(layer)
 
@@ -226,7 +226,7 @@ def _kernels_can_be_silent(layer: FilterLayer, modules: Mapping[str, nn.Module])
 
 
 def _has_gamma(layer: FilterLayer) -> bool:
-    """Whether there is a gamma that can be learned."""
+    """Tells whether there is a gamma that can be learned."""
     if layer.kind in (NONE, FROZEN):
         return False
     return isinstance(layer.norm.weight, nn.Parameter) and layer.norm.weight.requires_grad

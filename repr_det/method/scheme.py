@@ -28,7 +28,7 @@ from repr_det.method.averages import Averages
 from repr_det.method.calibration import match_moments, measure_moments
 from repr_det.method.criteria import Context, get_criterion
 from repr_det.method.distributed import broadcast_, rank, to_cpu, to_devices
-from repr_det.method.effects import DroppedEffects, ReturnedEffects, check_finite, check_zero
+from repr_det.method.effects import DroppedEffects, ReturnedEffects, check_agreement, check_finite, check_zero
 from repr_det.method.errors import OptionError, UserError
 from repr_det.method.holding import HeldFilters, Transition
 from repr_det.method.layers import BATCH, FROZEN, FilterLayer
@@ -141,12 +141,12 @@ class RePrScheme:
 
     @property
     def is_sub(self) -> bool:
-        """Whether filters are dropped now."""
+        """True while filters are dropped."""
         return self._held is not None
 
     @property
     def needs_batches(self) -> bool:
-        """Whether transitions look at training batches."""
+        """True if transitions look at training batches."""
         frozen = self.options.frozen_norm != "keep" and bool(self._frozen_norms())
         return self.criterion.needs_data or frozen
 
@@ -164,7 +164,7 @@ class RePrScheme:
 
     @property
     def num_dropped(self) -> int:
-        """How many filters are out now, over all layers."""
+        """The number of filters that are out now, over all layers."""
         return 0 if self._held is None else len(self._held)
 
     def check(self) -> None:
@@ -199,6 +199,7 @@ class RePrScheme:
         self._check_calibration(frozen)
         values = self._values()
         check_finite(values, f"at the drop of cycle {self.cycle + 1}")
+        check_agreement(values, f"at the drop of cycle {self.cycle + 1}", self._device)
         masks = self._select(self._scores(), values)
         overlaps = self._overlaps(values)
         kept = [self._overlap_of_kept(layer, values, masks) for layer in self.layers]
@@ -243,6 +244,7 @@ class RePrScheme:
         values = self._values()
         check_finite(values, f"at the restore of cycle {self.cycle + 1}")
         check_zero(held, f"at the restore of cycle {self.cycle + 1}")
+        check_agreement(values, f"at the restore of cycle {self.cycle + 1}", self._device)
         fixed = self._frozen()
         frozen = {layer.name for layer in self._frozen_norms()}
         learning = [] if as_they_were else [layer for layer in held.layers if layer.name not in fixed]
@@ -490,8 +492,8 @@ class RePrScheme:
         return found, cosines
 
     def _can_calibrate(self, layer: FilterLayer) -> bool:
-        """Whether a new filter would get statistics of its own behind a frozen norm: one that has been frozen since the
-        drop has lost those of the channel, and without training batches it is not known what others would be right."""
+        """Tells whether a new filter would get statistics of its own behind a frozen norm. One frozen since the
+        drop has lost those of the channel; without training batches it is not known what others would be right."""
         if layer.name in self._frozen_at_drop:
             return True
         if self.passes is not None and self.options.frozen_norm == "recalibrate":
@@ -504,8 +506,8 @@ class RePrScheme:
         return False
 
     def _prepare_readers(self, layer: FilterLayer, held: HeldFilters) -> None:
-        """Of what reads the layer: silent for the returned channels where that is asked for, and no longer without
-        squared gradients on them."""
+        """Makes the readers of the layer silent for returned channels, if that is asked for; else raises their squared
+        gradients on them."""
         mask = held.masks[layer.name]
         if self.options.returns != "function_preserving":
             prepare_readers(layer, self.participants.modules, mask, self.optimizers)

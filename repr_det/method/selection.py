@@ -1,4 +1,4 @@
-"""Which filters to drop: the worst share over the whole network, with a cap on the share of any one layer."""
+"""The choice of filters to drop: the worst share of the whole network, with a cap on the share of any one layer."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What modules keep outside their ``state_dict`` and change while they train: numbers and tensors in plain attributes.
+"""State that modules keep outside their ``state_dict`` and change while they train: plain numbers and tensors.
 
 Detectron2's RetinaNet and FCOS average their loss normalizer in such an attribute.
 """
@@ -80,7 +80,7 @@ def attributes(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def is_plain(value: Any) -> bool:
-    """Whether ``value`` is a number, None or a small tensor outside of any graph."""
+    """Tells whether ``value`` is a number, None or a small tensor outside of any graph."""
     if torch.is_tensor(value):
         return value.grad_fn is None and not isinstance(value, nn.Parameter) and value.numel() <= _LARGEST
     return isinstance(value, (bool, int, float, type(None)))

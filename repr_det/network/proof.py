@@ -1,4 +1,4 @@
-"""Which convs can lose filters: shown by one traced training pass (``tracing``), not by what is known of a network.
+"""A proof of which convs can lose filters: by one traced training pass (``tracing``), in any network.
 
 A filter of a conv can be dropped where setting its rows to zero silences it: its row of the conv's weight and bias, and
 of the norm behind it. From these zeros the proof follows the values of the pass. It looks for
@@ -74,7 +74,7 @@ _ZEROS = ((0.0, True), (0.0, False))
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module normalises channels, by what it holds and not by its name."""
+    """Tells whether a module normalises channels, by what it holds and not by its name."""
     if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)):
         return True
     return all(isinstance(getattr(module, key, None), Tensor) for key in ("weight", "running_mean", "running_var"))
@@ -99,7 +99,7 @@ class Reader:
 
 @dataclass
 class Verdict:
-    """What the proof found out about a conv.
+    """The findings of the proof about a conv.
 
     Attributes:
         norm: name of the norm behind it, or None.
@@ -190,7 +190,7 @@ class _Graph:
 
 @dataclass(frozen=True)
 class _State:
-    """What is known of the channel of a dropped filter in a value.
+    """The channel of a dropped filter in a value.
 
     Attributes:
         reason: why it is not 0 there; "" where it is.
@@ -304,11 +304,11 @@ class _Follow:
 
     @staticmethod
     def _closes(operation: Operation) -> bool:
-        """Whether an operation makes 0 of all that is negative, as a ReLU does."""
+        """Tells whether an operation makes 0 of all that is negative, as a ReLU does."""
         return _makes_zero(operation, lambda _: -1.3) and not _makes_zero(operation, lambda _: 1.3)
 
     def _after(self, operation: Operation) -> _State | None:
-        """What is known of the outputs; None where they do not depend on the channel any more."""
+        """Returns the state of the outputs; None where they do not depend on the channel any more."""
         inputs = {number: self.states[number] for number in operation.inputs if number in self.states}
         channels = {number: state for number, state in inputs.items() if number not in self.own}
         if operation.name in _STEERED:
@@ -362,6 +362,8 @@ class _Follow:
             return replace(state, reason=f"it is padded with {operation.arguments[2]}")
         if operation.name not in _OF_CHANNELS or _over_positions(operation):
             return state
+        if operation.name == "amax":
+            return self._no_longer_zero(operation, inputs)  # where all others are below 0 it is the largest
         if (span := _flattened(operation)) is not None:
             return replace(state, span=state.span * span)
         return replace(state, aligned=False, alone=state.alone and operation.name not in _SUMS)
@@ -377,7 +379,7 @@ class _Follow:
         return replace(state, reason=tainted[0] if tainted else self._no_longer_zero(operation, inputs).reason)
 
     def _is_zero(self, operation: Operation, others: tuple[tuple[float, bool], ...]) -> bool:
-        """Whether the operation makes 0 of the channel where all else that it gets is one of ``others``."""
+        """Tells whether the operation makes 0 of the channel if all else that it gets is one of ``others``."""
 
         def value_of(value: Value, other: tuple[float, bool]) -> float | bool:
             known = self.states.get(value.number)
@@ -394,7 +396,7 @@ class _Follow:
 
 
 def _makes_zero(operation: Operation, value_of: Callable[[Value], float | bool]) -> bool:
-    """Whether an elementwise operation gives 0, by running it on single numbers."""
+    """Tells whether an elementwise operation gives 0, by running it on single numbers."""
     if torch.Tag.pointwise not in operation.function.tags and operation.name not in _ELEMENTWISE:
         return False
 
@@ -427,7 +429,7 @@ def _merged(inputs: Mapping[int, _State], graph: _Graph) -> _State:
 
 
 def _over_positions(operation: Operation) -> bool:
-    """Whether a mean or sum of (N, C, H, W) goes over height and width alone."""
+    """Tells whether a mean or sum of (N, C, H, W) goes over height and width alone."""
     if operation.name not in _SUMS or len(operation.arguments) < 2:
         return False
     dimensions = operation.arguments[1]

@@ -1,4 +1,4 @@
-"""What training draws from and keeps, put back as it was after passes that are not part of it."""
+"""State that training draws from and keeps, put back as it was after passes that are not part of it."""
 
 import contextlib
 import random

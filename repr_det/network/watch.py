@@ -127,7 +127,7 @@ def _both(before: Verdict, now: Verdict) -> Verdict:
 
 
 def _is_watched(module: nn.Module) -> bool:
-    """Whether operations are to be known by this module: it has weights of its own."""
+    """Tells whether operations are to be known by this module: it has weights of its own."""
     return bool(module._parameters) or is_norm(module)
 
 

@@ -39,8 +39,12 @@ def write_atomically(path: str | Path, text: str) -> None:
 
 
 def advice_for(error: BaseException | None) -> str:
-    """What to do about an error of the machine, "" if it is none: the disk, its quota, the limits of the process."""
+    """Returns advice for an error of the machine, "" if it is none: the disk, its quota, the limits of the process."""
     number = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, RuntimeError) and "Too many open files" in str(error):  # torch's, of loader workers
+        number = errno.EMFILE
+    if isinstance(error, EOFError):  # a loader worker could not hand an image over
+        number = errno.EMFILE
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return "free space"
     if number in (errno.EMFILE, errno.ENFILE):

@@ -48,7 +48,7 @@ class FiniteGuard(HookBase):
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether the L1 norm of every tensor is finite."""
+    """Tells whether the L1 norm of every tensor is finite."""
     norms = [torch.linalg.vector_norm(tensor.detach(), 1).float() for tensor in tensors]
     return bool(torch.isfinite(torch.stack(norms).sum()))
 

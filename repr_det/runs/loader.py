@@ -124,7 +124,7 @@ class ResumableLoader:
 
     @property
     def was_read(self) -> bool:
-        """Whether a batch has been taken from it, by this run or by the one that it continues."""
+        """True if a batch has been taken from it, by this run or by the one that it continues."""
         return bool(self._last)
 
     def start(self) -> None:
@@ -174,7 +174,7 @@ class ResumableLoader:
         }
 
     def changes(self, state: dict[str, Any]) -> list[str]:
-        """What differs from the loader that ``state`` was saved from, as "x was 1 and is 2"; [] if it can go on."""
+        """Lists what differs from the loader that ``state`` is of, as "x was 1 and is 2"; [] if it can resume."""
         theirs = state.get("made_of")
         if theirs is None:
             return ["the checkpoint of an older version does not say what its data order was made of"]
@@ -284,7 +284,7 @@ def _settings_of(sampler: Any) -> str:
 
 
 def _digest(dataset: Any) -> str | None:
-    """Of names, sizes and box counts of some images, in their order; None where they cannot be looked at cheaply."""
+    """Returns a digest of names, sizes and box counts of some images, in order; None if that is not cheap."""
     entries = getattr(dataset, "_dataset", None)
     if type(dataset) is not MapDataset or type(entries) is not DatasetFromList:
         return None

@@ -68,7 +68,7 @@ def job_of(folder: str | Path) -> str:
 
 
 def finds(folder: str | Path, mark: str, wait: float) -> bool:
-    """Whether another process's ``mark`` is, or comes within so many seconds, in ``folder``."""
+    """Tells whether another process's ``mark`` is, or comes within so many seconds, in ``folder``."""
     deadline = time.monotonic() + wait
     while json.dumps(_owner(Path(folder))) != mark:
         if time.monotonic() >= deadline:

@@ -145,7 +145,7 @@ class ExactResume(HookBase):
             self.collect()
 
     def collect(self) -> None:
-        """What a checkpoint of this moment needs; on every rank, and before evaluation."""
+        """Collects what a checkpoint of this moment needs; on every rank, and before evaluation."""
         self._saved = self._state(comm.gather(self._of_this_rank()))
 
     def _of_this_rank(self) -> dict[str, Any]:
@@ -214,7 +214,7 @@ def _scalars(storage: EventStorage) -> dict[str, list]:
 
 
 def _is_foreign(hook: HookBase) -> bool:
-    """Whether it is neither Detectron2's nor ours and keeps nothing in a checkpoint."""
+    """Tells whether it is neither Detectron2's nor ours and keeps nothing in a checkpoint."""
     room = type(hook).__module__.partition(".")[0]
     return room not in ("detectron2", "fvcore", "repr_det") and type(hook).state_dict is HookBase.state_dict
 

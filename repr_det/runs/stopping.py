@@ -28,7 +28,7 @@ class Stopped(SystemExit):
 
 
 class _Notice:
-    """What this process knows about stopping.
+    """The state of stopping in this process.
 
     Attributes:
         answered: whether signals come here, see ``answer_signals``.
