@@ -1,32 +1,369 @@
-"""What a GPU has to show (``pytest -m gpu`` runs these and those of test_amp.py); two cases are the CPU's too."""
+"""What a GPU may do otherwise than the CPU: waits of the host, precision, kernels that are not deterministic.
 
-import os
-import socket
-import subprocess
-import sys
+``pytest -m gpu`` runs these, test_gpu_devices.py, test_gpu_ranks.py and the GPU cases of test_amp.py;
+test_simulated_cuda.py runs all but
+the ranks on a simulated device.
+"""
 
+import copy
+import statistics
+from collections import Counter
+
+import host_waits
+import numpy as np
 import pytest
 import torch
-from conftest import GPU, ROOT, assert_same_weights
-from small_loop import OPTIONS, TwoConvs, batch
+import torch.nn.functional as F
+from conftest import GPU, assert_same_weights
+from detectron2.engine import HookBase
+from detectron2.utils.env import seed_all_rng
+from gpu_nets import BATCHES, Net, loss_of
+from small_loop import OPTIONS, TwoConvs
+from small_loop import batch as images_of
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torchvision.models import resnet18
 
-from repr_det import RePr
+from repr_det import RePr, Trainer
+from repr_det.method.criteria import Context
 from repr_det.method.orthogonality import inter_filter_orthogonality, least_overlap_filters
 
-TWO_GPUS = [
-    *GPU,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
-    pytest.mark.skipif("SIMULATED_CUDA_DEVICES" in os.environ, reason="DistributedDataParallel needs NCCL itself"),
-]
+pytestmark = GPU
+LOOKS = {1, 2, 4, 8, 16, 32, 64}  # steps of the sub-network after which dropped filters are looked at
+PRECISIONS = {
+    "float32": {},
+    "tf32": {},
+    "float16 autocast": {"autocast": torch.float16},
+    "bfloat16 autocast": {"autocast": torch.bfloat16},
+    "float16 weights": {"dtype": torch.float16},
+    "bfloat16 weights": {"dtype": torch.bfloat16},
+}
+# How much weights are off by rounding.
+ROUNDING = {"float16 weights": 2.0**-11, "bfloat16 weights": 2.0**-8}
 
 
-def on_gpu(test):
-    for mark in GPU:
-        test = mark(test)
-    return test
+@pytest.fixture(autouse=True)
+def tf32(request):
+    """On where a test has it for its precision, off in all others."""
+    kinds = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [kind.allow_tf32 for kind in kinds]
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    for kind in kinds:
+        kind.allow_tf32 = parameters.get("precision") == "tf32"
+    yield
+    for kind, allowed in zip(kinds, before, strict=True):
+        kind.allow_tf32 = allowed
 
 
-@on_gpu
+class Loop:
+    """A training loop of ``Net`` with RePr, in some precision."""
+
+    def __init__(self, device="cuda", norm="BN", dtype=None, autocast=None, scaler=None, rate=0.05, **options) -> None:
+        self.device, self.autocast, self.dtype = device, autocast, dtype or torch.float32
+        self.net = Net(norm).to(device, self.dtype)
+        self.optimizer = torch.optim.SGD(self.net.parameters(), rate, momentum=0.9)
+        self.scaler = scaler
+        options = {"num_cycles": 2, "criterion_batches": 2, "calibration_batches": 2, **options}
+        batches = [(images.to(self.dtype), classes) for images, classes in BATCHES]
+        self.batches = batches
+        self.training = RePr(self.net, self.optimizer, 24, loader=batches, loss=self.loss, **options)
+        self.iteration = 0
+
+    def loss(self, batch):
+        with torch.autocast(self.device, self.autocast or torch.bfloat16, enabled=self.autocast is not None):
+            return loss_of(self.net, batch)
+
+    def step(self):
+        """The transition, and whether the optimizer has stepped."""
+        self.optimizer.zero_grad()
+        before = self.net.conv1.weight.detach().clone()
+        loss = self.loss(self.batches[self.iteration % len(self.batches)])
+        if self.scaler is None:
+            loss.backward()
+            self.optimizer.step()
+        else:
+            self.scaler.scale(loss).backward()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        self.iteration += 1
+        stepped = not torch.equal(before, self.net.conv1.weight)
+        return self.training.step(), stepped
+
+    def until(self, event: str):
+        """The next transition of this kind, and the weights of just before and after it, by the name of the layer."""
+        while True:
+            schedule = self.training.schedule
+            coming = schedule.drop_iters if event == "drop" else schedule.restore_iters
+            if self.iteration in coming:
+                return self._transition()
+            self.step()
+
+    def _transition(self):
+        weights = {}
+
+        def keep(*_):
+            weights.update(self.weights())
+
+        handle = self.optimizer.register_step_post_hook(keep)
+        done, _ = self.step()
+        handle.remove()
+        return done, weights, self.weights()
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return {layer.name: layer.weight.detach().cpu().clone() for layer in self.training.scheme.layers}
+
+    def assert_dropped_are_zero(self) -> None:
+        for layer in self.training.scheme.layers if self.training.phase == "sub" else ():
+            dropped = self.training.scheme.masks[layer.name]
+            states = [self.optimizer.state.get(parameter, {}) for parameter in layer.parameters()]
+            momenta = [state["momentum_buffer"] for state in states if state]
+            assert not any(tensor.cpu()[dropped].any() for tensor in [*layer.tensors().values(), *momenta])
+
+
+def overlaps(weight: torch.Tensor, groups: int) -> np.ndarray:
+    """O_f by NumPy."""
+    found = []
+    for part in np.split(weight.double().numpy().reshape(len(weight), -1), groups):
+        unit = part / np.linalg.norm(part, axis=1, keepdims=True)
+        found.append((np.abs(unit @ unit.T).sum(1) - 1) / len(unit))
+    return np.concatenate(found)
+
+
+def worst(scores: dict[str, np.ndarray], ratio: float = 0.3, most: float = 0.5) -> set[tuple[str, int]]:
+    """The worst share over all layers, at most half of one."""
+    ranked = sorted(((score, name, i) for name, own in scores.items() for i, score in enumerate(own)), reverse=True)
+    taken: Counter[str] = Counter()
+    chosen: set[tuple[str, int]] = set()
+    for _, name, i in ranked:
+        if len(chosen) < int(ratio * len(ranked)) and taken[name] < int(np.ceil(most * len(scores[name]))):
+            chosen.add((name, i))
+            taken[name] += 1
+    return chosen
+
+
+def dropped_of(done) -> set[tuple[str, int]]:
+    return {(name, i) for name, rows in done.dropped.items() for i in rows}
+
+
+def groups_of(loop: Loop) -> dict[str, int]:
+    return {layer.name: layer.conv.groups for layer in loop.training.scheme.layers}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
+def test_masks_zeros_and_directions_in_every_precision(precision, norm):
+    """Which filters go is decided by the weights alone, and where they come back is orthogonal after rounding."""
+    loop = Loop(norm=norm, **PRECISIONS[precision])
+    for _ in range(2):
+        done, before, after = loop.until("drop")
+        groups = groups_of(loop)
+        assert dropped_of(done) == worst({name: overlaps(weight, groups[name]) for name, weight in before.items()})
+        old = before
+        while loop.iteration not in loop.training.schedule.restore_iters:
+            loop.step()
+            loop.assert_dropped_are_zero()
+        done, before, after = loop.until("restore")
+        for name, rows in done.dropped.items():
+            new, size = after[name], after[name][0].numel()
+            kept = [i for i in range(len(new)) if i not in rows]
+            others = torch.cat([before[name][kept], old[name][rows]]).double().flatten(1)
+            if groups[name] == 1 and len(new) + len(rows) <= size:  # a null space
+                units = [F.normalize(part, dim=1) for part in (new[rows].double().flatten(1), others)]
+                cosines = torch.cat([units[0] @ units[1].T, units[0] @ units[0].T - torch.eye(len(rows))], 1)
+                assert cosines.abs().max() <= 2 * ROUNDING.get(precision, 1e-6), name
+    assert all(value.isfinite().all() for value in loop.net.state_dict().values())
+
+
+def scores_at_first(criterion: str, **precision) -> dict[str, torch.Tensor]:
+    """On the CPU, of the weights that training begins with."""
+    loop = Loop("cpu", rate=1e-9, criterion=criterion, **precision)
+    loop.step()
+    scheme = loop.training.scheme
+    return scheme.criterion.score(scheme.layers, Context(torch.Generator(), scheme.passes, 2, 0))
+
+
+@pytest.mark.parametrize("precision", [name for name in PRECISIONS if name != "float32"])
+@pytest.mark.parametrize("criterion", ["ortho", "taylor"])
+def test_masks_are_those_of_float32_but_for_rounding(precision, criterion):
+    """Filters that only one of the two drops are hardly further from the last one dropped than scores are apart when
+    the CPU finds them in this precision (float16 has the digits of TF32)."""
+    expected = dropped_of(Loop("cpu", rate=1e-9, criterion=criterion).until("drop")[0])
+    found = dropped_of(Loop("cuda", rate=1e-9, criterion=criterion, **PRECISIONS[precision]).until("drop")[0])
+    assert len(found) == len(expected)
+    if criterion == "ortho" and "weights" not in precision:
+        assert found == expected
+    exact = scores_at_first(criterion)
+    rounded = scores_at_first(criterion, **PRECISIONS["float16 autocast" if precision == "tf32" else precision])
+    apart = max((exact[name] - rounded[name]).abs().max() for name in exact)
+    last = min(exact[name][i] for name, i in expected)
+    for name, i in found ^ expected:
+        last_of_layer = min(
+            (exact[name][k] for own, k in expected if own == name), default=last
+        )  # of which half may go
+        off = min(abs(exact[name][i] - last), abs(exact[name][i] - last_of_layer))
+        assert off <= 2 * apart, (name, i)
+
+
+@pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
+def test_steps_that_grad_scaler_skips_around_transitions(norm):
+    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10, backoff_factor=2.0**-40)
+    loop = Loop(norm=norm, autocast=torch.float16, scaler=scaler)
+    scaler.scale(torch.zeros(1, device="cuda"))  # before which it has no scale to be changed
+    schedule = loop.training.schedule
+    skipped = {schedule.drop_iters[0], schedule.drop_iters[0] + 1, schedule.restore_iters[0]}
+    for i in range(24):
+        scaler.update(2.0**60 if i in skipped else 2.0**10)
+        _, stepped = loop.step()
+        assert stepped == (i not in skipped)
+        loop.assert_dropped_are_zero()
+    assert loop.training.scheme.cycle == 2
+    assert all(value.isfinite().all() for value in loop.net.state_dict().values())
+
+
+class Float64(TorchDispatchMode):
+    """Notes operations that make a tensor of float64 on a device other than the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for one in tree_leaves(result):
+            if torch.is_tensor(one) and one.dtype == torch.float64 and one.device.type != "cpu":
+                self.found.append(str(function))
+        return result
+
+
+@pytest.mark.parametrize(
+    ("criterion", "norm"),
+    [("ortho", "FrozenBN"), ("random", "GN"), ("taylor", "BN"), ("apoz", "BN"), ("hessian", "BN"), ("redundant", "BN")],
+)
+def test_no_float64_on_the_device_and_no_kernel_that_is_not_deterministic(criterion, norm, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    try:
+        loop = Loop(norm=norm, criterion=criterion)
+        with Float64() as seen:
+            for _ in range(24):
+                loop.step()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not seen.found
+    assert loop.training.scheme.cycle == 2
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda parameters: torch.optim.AdamW(parameters, 1e-3, fused=True),
+        lambda parameters: torch.optim.AdamW(parameters, torch.tensor(1e-3, device="cuda"), capturable=True),
+    ],
+    ids=["fused", "capturable"],
+)
+def test_optimizers_whose_state_is_on_the_device(make):
+    net = Net().cuda()
+    optimizer = make(net.parameters())
+    training = RePr(net, optimizer, 24, num_cycles=1)
+    for step in range(24):
+        optimizer.zero_grad()
+        loss_of(net, BATCHES[step % 4]).backward()
+        optimizer.step()
+        with host_waits.counted() as waits:
+            done = training.step()
+        assert waits.total() <= (50 if done else 3), waits
+    assert training.scheme.cycle == 1
+
+
+def test_waits_of_a_resnet18():
+    """None in an ordinary step of either phase, in a backward pass or in an evaluation; few in a transition."""
+    torch.manual_seed(0)
+    net = resnet18(num_classes=5).cuda()
+    batch = torch.randn(2, 3, 32, 32).cuda(), torch.tensor([1, 2]).cuda()
+    optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9)
+    training = RePr(net, optimizer, 12, s1_iters=4, s2_iters=6, num_cycles=1, returns="function_preserving")
+    sub_steps = 0
+    for _ in range(12):
+        optimizer.zero_grad()
+        phase = training.phase
+        with host_waits.counted() as in_training:
+            F.cross_entropy(net(batch[0]), batch[1]).backward()
+            optimizer.step()
+        with host_waits.counted() as in_repr:
+            done = training.step()
+        assert in_training.total() == 0, in_training
+        sub_steps = sub_steps + 1 if phase == "sub" else 0
+        if done is not None:
+            assert in_repr.total() <= 50, (done.event, in_repr)
+        elif phase == "sub":
+            most = {1: 2, **dict.fromkeys(LOOKS - {1}, 1)}.get(sub_steps, 0)
+            assert in_repr.total() <= most, (sub_steps, in_repr)
+        elif training.scheme.cycle == 0:
+            assert in_repr.total() == 0, in_repr
+        if training.phase == "sub":
+            net.eval()
+            with torch.no_grad(), host_waits.counted() as in_evaluation:
+                net(batch[0])
+            net.train()
+            assert in_evaluation.total() == 0, in_evaluation
+    assert training.scheme.cycle == 1
+
+
+class CountedSteps(HookBase):
+    """The waits of every step, its hooks included, up to where this hook stands: the writers' are not counted."""
+
+    def __init__(self) -> None:
+        self.waits: list[int] = []
+
+    def before_step(self) -> None:
+        self._counted = host_waits.counted()
+        self._found = self._counted.__enter__()
+
+    def after_step(self) -> None:
+        self._counted.__exit__(None, None, None)
+        self.waits.append(self._found.total())
+
+
+def test_a_detectors_steps_wait_as_often_as_without_repr_and_a_cycle_is_resumed(tiny_cfg, tmp_path):
+    opts = (
+        "SOLVER.MAX_ITER 8 DATASETS.TEST () SOLVER.BASE_LR 0.0001 SOLVER.CHECKPOINT_PERIOD 4 MODEL.DEVICE cuda".split()
+    )
+    opts += ["MODEL.RESNETS.NORM", "FrozenBN"]
+    cycle = "REPR.ENABLED True REPR.S1_ITERS 2 REPR.S2_ITERS 4 REPR.NUM_CYCLES 1".split()
+    counts = {}
+    for name, more in (("without", []), ("with", cycle)):
+        seed_all_rng(5)
+        trainer = Trainer(tiny_cfg(*opts, *more, "OUTPUT_DIR", tmp_path / name))
+        steps = CountedSteps()
+        trainer.register_hooks([steps])
+        trainer.train()
+        counts[name] = steps.waits
+    ordinary = [0, 4, 7]  # no transition, no look at dropped filters or at those that have just returned
+    added = [counts["with"][i] - counts["without"][i] for i in ordinary]
+    assert statistics.median(added) == 0, (added, counts)
+    end = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    assert all(value.isfinite().all() for value in end.values())
+
+    again = Trainer(trainer.cfg)
+    (tmp_path / "with" / "last_checkpoint").write_text("model_0000003.pth")  # in the sub-network phase
+    again.resume_or_load(resume=True)
+    assert again.start_iter == 4
+    again.train()
+    for key, value in again.model.state_dict().items():
+        assert torch.allclose(value, end[key], rtol=1e-3, atol=1e-5), key
+
+
+def test_a_copy_of_the_net_in_the_sub_network_trains_by_itself():
+    loop = Loop()
+    loop.until("drop")
+    other = copy.deepcopy(loop.net)
+    loss_of(other, BATCHES[0]).backward()
+    dropped = next(name for name, mask in loop.training.scheme.masks.items() if mask.any())
+    assert isinstance(other.get_submodule(dropped), nn.Conv2d)
+    assert other.get_submodule(dropped).weight.grad.isfinite().all()
+
+
 def test_metric_and_new_filters_are_those_of_the_cpu():
     """512 x 512 x 3 x 3: the largest 3x3 layer of R50."""
     weight = torch.randn(512, 512, 3, 3, generator=torch.Generator().manual_seed(0))
@@ -37,64 +374,16 @@ def test_metric_and_new_filters_are_those_of_the_cpu():
     assert torch.equal(new.cpu(), least_overlap_filters(kept, dropped, torch.Generator().manual_seed(1)))
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
-def test_same_masks_and_filters_for_one_seed(device):
-    """Of equal weights, whatever device they are on; on the CPU it is compared with itself."""
+def test_same_masks_and_filters_for_one_seed():
+    """Of equal weights, whatever device they are on."""
     found = []
-    for place in ("cpu", device):
+    for place in ("cpu", "cuda"):
         torch.manual_seed(0)
         model = TwoConvs().to(place)
         optimizer = torch.optim.SGD(model.parameters(), 0.0)
-        repr_training = RePr(model, optimizer, 8, **OPTIONS, sample=batch(0).to(place))
+        repr_training = RePr(model, optimizer, 8, **OPTIONS, sample=images_of(0).to(place))
         dropped = repr_training.scheme.drop().dropped
         repr_training.scheme.restore()
         found.append((dropped, {name: value.cpu() for name, value in model.named_parameters()}))
     assert found[0][0] == found[1][0] and sum(map(len, found[0][0].values())) == 7
     assert_same_weights(found[0][1], found[1][1])
-
-
-RANK = """
-import sys, torch, torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-from repr_det import RePr
-from small_loop import OPTIONS, TwoConvs, batch
-rank, port, norm, backend, out = int(sys.argv[1]), *sys.argv[2:]
-device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
-dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-torch.manual_seed(0)
-model = TwoConvs(norm).to(device)
-wrapped = DistributedDataParallel(model, device_ids=[rank] if backend == "nccl" else None, broadcast_buffers=False)
-optimizer = torch.optim.SGD(model.parameters(), 0.05, 0.9)
-repr_training = RePr(wrapped, optimizer, 8, **OPTIONS, frozen_norm="keep")
-events = []
-for step in range(8):
-    optimizer.zero_grad()
-    wrapped(batch(2 * step + rank).to(device))["loss"].backward()
-    optimizer.step()
-    done = repr_training.step()
-    events += [] if done is None else [done.event]
-torch.save(({name: value.cpu() for name, value in model.named_parameters()}, events), out)
-dist.destroy_process_group()
-"""
-
-
-@pytest.mark.parametrize(
-    ("backend", "norm"),
-    [
-        ("gloo", "BN"),
-        pytest.param("nccl", "SyncBN", marks=TWO_GPUS),
-        pytest.param("nccl", "FrozenBN", marks=TWO_GPUS),
-    ],
-)
-def test_ranks_agree(tmp_path, backend, norm):
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = str(found.getsockname()[1])
-    files = [str(tmp_path / f"{rank}.pt") for rank in range(2)]
-    words = [[sys.executable, "-c", RANK, str(rank), port, norm, backend, file] for rank, file in enumerate(files)]
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    processes = [subprocess.Popen(command, env=os.environ | {"PYTHONPATH": paths}) for command in words]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
-    (first, events), (second, _) = (torch.load(file, weights_only=True) for file in files)
-    assert events == ["drop", "restore"]
-    assert_same_weights(first, second)
