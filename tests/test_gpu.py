@@ -1,8 +1,8 @@
 """What a GPU may do otherwise than the CPU: waits of the host, precision, kernels that are not deterministic.
 
 ``pytest -m gpu`` runs these, test_gpu_devices.py, test_gpu_ranks.py and the GPU cases of test_amp.py;
-test_simulated_cuda.py runs all but
-the ranks on a simulated device.
+test_simulated_cuda.py runs
+them, but for test_gpu_ranks.py, on simulated devices.
 """
 
 import copy
