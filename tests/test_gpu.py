@@ -1,7 +1,8 @@
-"""What a GPU may do otherwise than the CPU: waits of the host, precision, arithmetic of its own.
+"""What a GPU may do otherwise than the CPU: waits of the host, precision, kernels that are not deterministic.
 
-``pytest -m gpu`` runs these, test_gpu_devices.py and the GPU cases of test_amp.py; test_simulated_cuda.py runs all of
-them on a simulated device.
+``pytest -m gpu`` runs these, test_gpu_devices.py, test_gpu_ranks.py and the GPU cases of test_amp.py;
+test_simulated_cuda.py runs
+them, but for test_gpu_ranks.py, on simulated devices.
 """
 
 import copy
@@ -13,10 +14,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GPU
+from conftest import GPU, assert_same_weights
 from detectron2.engine import HookBase
 from detectron2.utils.env import seed_all_rng
 from gpu_nets import BATCHES, Net, loss_of
+from small_loop import OPTIONS, TwoConvs
+from small_loop import batch as images_of
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -351,16 +354,6 @@ def test_a_detectors_steps_wait_as_often_as_without_repr_and_a_cycle_is_resumed(
         assert torch.allclose(value, end[key], rtol=1e-3, atol=1e-5), key
 
 
-def test_arithmetic_is_that_of_the_cpu():
-    """512 x 512 x 3 x 3: the largest 3x3 layer of R50."""
-    weight = torch.randn(512, 128, 3, 3, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(inter_filter_orthogonality(weight.cuda()), inter_filter_orthogonality(weight))
-    kept, dropped = weight[:358], weight[358:]
-    new = least_overlap_filters(kept.cuda(), dropped.cuda(), torch.Generator().manual_seed(1))
-    assert new.is_cuda
-    assert torch.equal(new.cpu(), least_overlap_filters(kept, dropped, torch.Generator().manual_seed(1)))
-
-
 def test_a_copy_of_the_net_in_the_sub_network_trains_by_itself():
     loop = Loop()
     loop.until("drop")
@@ -369,3 +362,28 @@ def test_a_copy_of_the_net_in_the_sub_network_trains_by_itself():
     dropped = next(name for name, mask in loop.training.scheme.masks.items() if mask.any())
     assert isinstance(other.get_submodule(dropped), nn.Conv2d)
     assert other.get_submodule(dropped).weight.grad.isfinite().all()
+
+
+def test_metric_and_new_filters_are_those_of_the_cpu():
+    """512 x 512 x 3 x 3: the largest 3x3 layer of R50."""
+    weight = torch.randn(512, 512, 3, 3, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(inter_filter_orthogonality(weight.cuda()), inter_filter_orthogonality(weight))
+    kept, dropped = weight[:358], weight[358:]
+    new = least_overlap_filters(kept.cuda(), dropped.cuda(), torch.Generator().manual_seed(1))
+    assert new.is_cuda
+    assert torch.equal(new.cpu(), least_overlap_filters(kept, dropped, torch.Generator().manual_seed(1)))
+
+
+def test_same_masks_and_filters_for_one_seed():
+    """Of equal weights, whatever device they are on."""
+    found = []
+    for place in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        model = TwoConvs().to(place)
+        optimizer = torch.optim.SGD(model.parameters(), 0.0)
+        repr_training = RePr(model, optimizer, 8, **OPTIONS, sample=images_of(0).to(place))
+        dropped = repr_training.scheme.drop().dropped
+        repr_training.scheme.restore()
+        found.append((dropped, {name: value.cpu() for name, value in model.named_parameters()}))
+    assert found[0][0] == found[1][0] and sum(map(len, found[0][0].values())) == 7
+    assert_same_weights(found[0][1], found[1][1])

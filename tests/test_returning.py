@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from gpu_nets import BATCHES, Net, loss_of
 from test_orthogonality import overlap_by_hand
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
+from repr_det import RePr
 from repr_det.method.layers import find_filter_layers
 from repr_det.method.passes import TrainingPasses
 from repr_det.method.returning import aligned_readers
@@ -233,3 +235,23 @@ def test_what_is_closed_behind_a_frozen_norm_does_not_return_closed(build):
     closed.register_forward_hook(lambda module, inputs, output: seen.append(output.detach()))
     net(images)
     assert (seen[0][:, [1, 6]] > 0).any((0, 2, 3)).all()
+
+
+def test_a_filter_returns_whole_also_where_it_reads_channels_that_return():
+    """Kept and old filters have no weights on channels that were silent, so new ones may lie there alone."""
+    net = Net()
+    optimizer = torch.optim.SGD(net.parameters(), 0.05, momentum=0.9)
+    options = {"criterion": "gradient", "returns": "function_preserving", "criterion_batches": 2}
+    training = RePr(net, optimizer, 24, num_cycles=2, loader=BATCHES, loss=lambda batch: loss_of(net, batch), **options)
+    for step in range(24):
+        optimizer.zero_grad()
+        loss_of(net, BATCHES[step % 4]).backward()
+        optimizer.step()
+        masks = dict(training.scheme.masks)
+        done = training.step()
+        if done is not None and done.event == "restore":
+            for layer in training.scheme.layers:
+                sizes = layer.weight.detach().flatten(1).norm(dim=1)
+                new, kept = sizes[masks[layer.name]], sizes[~masks[layer.name]]
+                assert torch.allclose(new, kept.mean().expand_as(new), rtol=0.3), layer.name
+    assert training.scheme.cycle == 2

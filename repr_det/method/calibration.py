@@ -49,7 +49,8 @@ def measure_moments(
         after = torch.stack([mean * gain + shift, std * gain.abs()])
         found = after[:, index]
         if layer.rectified:
-            largest = torch.where(gain > 0, _largest(values), -_largest(-values)) * gain + shift
+            ends = torch.where(gain > 0, values.amax((0, 2, 3)), values.amin((0, 2, 3)))
+            largest = ends.float() * gain + shift
             opens = mean_over_ranks((largest > 0).float()) > 0
             # CUDA has no deterministic median.
             middle = ((opens.sum() - 1) // 2).clamp_min(0)
@@ -144,10 +145,6 @@ def _moments(values: Tensor) -> tuple[Tensor, Tensor]:
     mean = mean_over_ranks(torch.stack([image.float().mean((1, 2)) for image in values]).mean(0))
     squares = [(image.float() - mean[:, None, None]).square_().mean((1, 2)) for image in values]
     return mean, mean_over_ranks(torch.stack(squares).mean(0)).sqrt()
-
-
-def _largest(values: Tensor) -> Tensor:
-    return values.amax((0, 2, 3)).float()
 
 
 @contextmanager

@@ -133,10 +133,11 @@ def small_taylor(layers: Sequence[FilterLayer], passes: TrainingPasses, num_batc
     def see(layer: FilterLayer, output: Tensor) -> None:
         if not output.requires_grad:
             return
-        activation = F.relu(output.detach())
+        # Behind a ReLU in place the tensor holds the activation by then; elsewhere it may hold anything: a copy does.
+        value = output.detach() if layer.rectified else F.relu(output.detach())
 
         def product(gradient: Tensor) -> None:
-            values = _positions(activation * gradient)
+            values = _positions(F.relu(value) * gradient)
             calls.setdefault(layer.name, []).append((values.float().sum(2), values.shape[2]))
 
         # A hook on the tensor sees the gradient of its value now, also where a ReLU overwrites it later.

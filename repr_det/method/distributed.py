@@ -34,16 +34,18 @@ def gathered(value: Any, device: torch.device) -> list[Any]:
 
 
 def to_cpu(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Copies of tensors on the CPU, by one transfer for all of a type and device."""
+    """Tensors on the CPU, by one transfer for all of a type and device; those that are there are not copied."""
     return to_devices(tensors, [torch.device("cpu")] * len(tensors))
 
 
 def to_devices(tensors: Sequence[Tensor], devices: Sequence[torch.device]) -> list[Tensor]:
-    """Copies of tensors, each on a device of its own, by one transfer for all of a type and way."""
-    found: list[Any] = [None] * len(tensors)
+    """Tensors, each on a device of its own, by one transfer for all of a type and way; those that are there are not
+    copied."""
+    found = [tensor.detach() for tensor in tensors]
     kinds: dict[Any, list[int]] = {}
     for place, (tensor, device) in enumerate(zip(tensors, devices, strict=True)):
-        kinds.setdefault((tensor.device, device, tensor.dtype), []).append(place)
+        if tensor.device != device:
+            kinds.setdefault((tensor.device, device, tensor.dtype), []).append(place)
     for (_, device, _), places in kinds.items():
         whole = torch.cat([tensors[place].detach().flatten() for place in places]).to(device)
         parts = whole.split([tensors[place].numel() for place in places])

@@ -40,7 +40,7 @@ def check_zero(held: HeldFilters, when: str) -> None:
         )
 
 
-def check_agreement(values: Mapping[str, Mapping[str, Tensor]], device: torch.device, when: str) -> None:
+def check_agreement(values: Mapping[str, Mapping[str, Tensor]], when: str, device: torch.device) -> None:
     """Raises RuntimeError where a layer's filters differ between ranks by more than rounding. Collective.
 
     Ranks on cards of two kinds differ in the last digits; ranks that train apart differ in all of them.

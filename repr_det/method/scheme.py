@@ -199,7 +199,7 @@ class RePrScheme:
         self._check_calibration(frozen)
         values = self._values()
         check_finite(values, f"at the drop of cycle {self.cycle + 1}")
-        check_agreement(values, self._device, f"at the drop of cycle {self.cycle + 1}")
+        check_agreement(values, f"at the drop of cycle {self.cycle + 1}", self._device)
         masks = self._select(self._scores(), values)
         overlaps = self._overlaps(values)
         kept = [self._overlap_of_kept(layer, values, masks) for layer in self.layers]
@@ -244,12 +244,14 @@ class RePrScheme:
         values = self._values()
         check_finite(values, f"at the restore of cycle {self.cycle + 1}")
         check_zero(held, f"at the restore of cycle {self.cycle + 1}")
-        check_agreement(values, self._device, f"at the restore of cycle {self.cycle + 1}")
+        check_agreement(values, f"at the restore of cycle {self.cycle + 1}", self._device)
         fixed = self._frozen()
         frozen = {layer.name for layer in self._frozen_norms()}
         learning = [] if as_they_were else [layer for layer in held.layers if layer.name not in fixed]
         renewed = [layer for layer in learning if layer.name not in frozen or self._can_calibrate(layer)]
         new, cosines = self._new_filters(renewed, values, held.masks)
+        kept = [self._overlap_of_kept(layer, values, held.masks) for layer in self.layers]
+        del values  # on the CPU it is no copy, and holds the filters that are put back from now on
         back = dict(self._old)
         for layer in renewed:
             # FrozenBN's affine is what the network was trained with; its statistics follow the new filter.
@@ -262,12 +264,13 @@ class RePrScheme:
             restart_training(layer, held.rows[layer.name], held.kept[layer.name], self.optimizers)
         for layer in renewed:
             self._prepare_readers(layer, held)
+        for layer in renewed:
+            # A filter may lie in the very kernels that have just been silenced: what reads it keeps it silent itself.
+            layer.weight.index_copy_(0, held.rows[layer.name], back[layer.name]["weight"])
         self._match_moments(held, renewed, frozen)
         self._restart_averaging_norms()
         self._copy_to_averages(held)
-        after = self._values()
-        kept = [self._overlap_of_kept(layer, values, held.masks) for layer in self.layers]
-        overlaps = self._overlaps(after)
+        overlaps = self._overlaps(self._values())
 
         transition = Transition(
             event="restore",
@@ -394,7 +397,7 @@ class RePrScheme:
     # What is looked at.
 
     def _values(self) -> Values:
-        """Layer name -> name -> all that belongs to its filters, on the CPU, by one transfer."""
+        """Layer name -> name -> all that belongs to its filters, on the CPU: by one transfer, or as it is."""
         named = [
             (layer.name, name, tensor)
             for layer in self.layers
