@@ -99,7 +99,8 @@ import sys
 sys.modules.update(detectron2=None, fvcore=None, cv2=None, pycocotools=None)
 import torch, repr_det
 from repr_det import RePr
-model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.Conv2d(8, 2, 1))
+from torch import nn
+model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1))
 one = RePr(model, torch.optim.SGD(model.parameters(), 0.1), 16, sample=torch.randn(2, 3, 9, 9))
 print([t.event for t in (one.step() for _ in range(16)) if t])
 import repr_det.commands.console as commands
