@@ -239,6 +239,9 @@ def _write(folder: Path, progress: bool) -> None:
         print(f"shapes data set: drew {total} images in {time.perf_counter() - start:.0f} s", file=sys.stderr)
 
 
+_ATTEMPTS = 10  # to take the place of a folder that other processes replace too
+
+
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
     """One builder at a time, where the file system can lock a folder (NFS may not)."""
@@ -252,13 +255,16 @@ def _lock(folder: Path) -> Iterator[None]:
 
 
 def _swap_in(fresh: Path, root: Path, scratch: Path) -> None:
-    try:
-        fresh.rename(root)  # where root is absent or an empty folder
-    except OSError:
-        if _is_finished(root):  # another process, not locked out, was faster
+    for attempt in range(_ATTEMPTS):
+        try:
+            fresh.rename(root)  # where root is absent or an empty folder
             return
-        root.rename(scratch / "outdated")
-        fresh.rename(root)
+        except OSError:
+            if _is_finished(root):  # another process, not locked out, was faster
+                return
+            with suppress(FileNotFoundError):  # or it is just taking the outdated one away
+                root.rename(scratch / f"outdated{attempt}")
+    fresh.rename(root)
 
 
 def build_shapes(root: str | os.PathLike, progress: bool = True) -> Path:

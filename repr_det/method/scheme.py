@@ -36,6 +36,7 @@ from repr_det.method.optimizers import (
     check_optimizer_state,
     check_optimizers,
     learning_rates,
+    renew_second_weights_,
     with_inner,
 )
 from repr_det.method.options import CONFIG_KEYS, RePrOptions
@@ -261,13 +262,13 @@ class RePrScheme:
         back = self._on_devices(back, held.layers)
         for layer in held.layers:
             put_back(layer, held.rows[layer.name], back[layer.name])
+            restart_training(layer, held.rows[layer.name], held.kept[layer.name], self.optimizers)
         for layer in renewed:
             self._prepare_readers(layer, held)
         for layer in renewed:
             # A filter may lie in the very kernels that have just been silenced: what reads it keeps it silent itself.
             layer.weight.index_copy_(0, held.rows[layer.name], back[layer.name]["weight"])
-        for layer in held.layers:
-            restart_training(layer, held.rows[layer.name], held.kept[layer.name], self.optimizers)
+            renew_second_weights_(self.optimizers, layer.weight, held.rows[layer.name])
         self._match_moments(held, renewed, frozen)
         self._restart_averaging_norms()
         self._copy_to_averages(held)
