@@ -160,3 +160,11 @@ def test_a_new_option_is_one_edit(tmp_path):
         "the checkpoint was trained with patience= 4, this run has 6: resume with that of the run that wrote it, or "
         "start again elsewhere",
     ]
+
+
+@pytest.mark.parametrize("names", [None, CONFIG_KEYS])
+@pytest.mark.parametrize("typed", ["{conv1,conv2}.*", "{", "}{", "{0}"])
+def test_braces_that_a_user_typed_stay_what_they_are(typed, names):
+    error = OptionError(f"{{layers}} {[typed]} matches nothing")
+    error = error if names is None else error.spelled(names)
+    assert str(error) == f"{'layers=' if names is None else names['layers']} {[typed]} matches nothing"

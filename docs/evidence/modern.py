@@ -14,6 +14,7 @@ import json
 import statistics
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,7 +176,7 @@ def train(settings: Settings, images: data.Cifar10) -> tuple[nn.Module, Record]:
     return model, record
 
 
-class Study:
+class Study(ABC):
     """The runs of one question: which there are, which are finished, and their table."""
 
     name: str
@@ -185,9 +186,9 @@ class Study:
         lines = self.file.read_text().splitlines() if self.file.exists() else []
         self.records = {Settings(**r["settings"]).key: r for r in map(json.loads, lines)}
 
+    @abstractmethod
     def runs(self, seeds: Iterable[int]) -> Iterable[Settings]:
         """The runs in the order in which they are trained. A later one may depend on the records of earlier ones."""
-        raise NotImplementedError
 
     def train_missing(self, seeds: Iterable[int], images: data.Cifar10) -> None:
         for settings in self.runs(seeds):

@@ -11,7 +11,7 @@ from detectron2.engine import DefaultTrainer
 
 from repr_det.detectron.decay import decays_of_config
 from repr_det.method.criteria import CRITERIA, get_criterion
-from repr_det.method.errors import OptionError, UserError
+from repr_det.method.errors import UserError, spelling
 from repr_det.method.loop import schedule_of
 from repr_det.method.options import CONFIG_KEYS, RePrOptions, about_option, option_names
 from repr_det.method.schedule import RePrSchedule
@@ -64,13 +64,9 @@ def _value_at(node: CfgNode, key: str) -> Any:
     return node
 
 
-@contextlib.contextmanager
-def naming_keys() -> Iterator[None]:
+def naming_keys() -> contextlib.AbstractContextManager[None]:
     """Errors about options name the keys of a config."""
-    try:
-        yield
-    except OptionError as error:
-        raise error.spelled(NAMES) from error
+    return spelling(NAMES)
 
 
 def validate_repr_config(cfg: CfgNode) -> RePrSchedule | None:

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from detectron2.config import CfgNode, configurable
@@ -23,7 +23,7 @@ from repr_det.detectron.decay import decays
 from repr_det.detectron.fine_tuning import fine_tuning_warning
 from repr_det.detectron.passes import training_passes
 from repr_det.method.criteria import get_criterion
-from repr_det.method.errors import OptionError, UserError
+from repr_det.method.errors import UserError, spelling
 from repr_det.method.holding import Transition
 from repr_det.method.loop import RePr, describe_schedule, schedule_of, unwrapped
 from repr_det.method.options import DETECTRON2_LAYERS, RePrOptions
@@ -89,8 +89,9 @@ class RePrHook(HookBase):
         self.output_dir = output_dir
         self.names = names
         options = {"layers": DETECTRON2_LAYERS, **options}
-        self.options: RePrOptions = self._spelled(lambda: RePrOptions.of(options))
-        self._spelled(lambda: get_criterion(self.options.criterion))
+        with spelling(names):
+            self.options = RePrOptions.of(options)
+            get_criterion(self.options.criterion)
         self.seed = seed
         self.first_lr_step = first_lr_step
         self.images_per_batch = images_per_batch
@@ -99,7 +100,8 @@ class RePrHook(HookBase):
         self.averages = averages
         self.schedule: RePrSchedule | None = None
         if total_steps is not None:
-            self.schedule = self._spelled(lambda: schedule_of(self.options, total_steps, first_lr_step))
+            with spelling(names):
+                self.schedule = schedule_of(self.options, total_steps, first_lr_step)
         self.repr: RePr | None = None
         self._loaded: dict[str, Any] | None = None
         self._warned = False
@@ -130,6 +132,10 @@ class RePrHook(HookBase):
 
     def before_train(self) -> None:
         """Finds model and optimizer, puts a resumed state back, checks schedule against phase, logs the plan."""
+        with spelling(self.names):
+            self._begin()
+
+    def _begin(self) -> None:
         trainer = self.trainer
         if any(isinstance(hook, RePrHook) and hook is not self for hook in trainer._hooks):
             raise UserError(
@@ -138,17 +144,17 @@ class RePrHook(HookBase):
         self._log_as_detectron2()
         self._move_into_place()
         if self.schedule is None:
-            self.schedule = self._spelled(lambda: schedule_of(self.options, trainer.max_iter, self._first_decay()))
+            self.schedule = schedule_of(self.options, trainer.max_iter, self._first_decay())
             if self._loaded is not None:
                 self._compare(self._loaded["run"])
-        self._spelled(lambda: self.schedule.check_fits(trainer.max_iter))
+        self.schedule.check_fits(trainer.max_iter)
         if self.repr is None:
             if self._loaded is None and trainer.start_iter > 0:
                 self._find_state()
-            self.repr = self._spelled(self._build)
+            self.repr = self._build()
         if self._loaded is not None:
             saved, self._loaded = self._loaded["scheme"], None
-            self._spelled(lambda: self.repr.scheme.load_state_dict(saved))
+            self.repr.scheme.load_state_dict(saved)
         # A hook in front of this one may have saved before the transition of the same iteration: it is made now.
         scheme, last = self.repr.scheme, trainer.start_iter - 1
         owed = (last in self.schedule.drop_iters and not scheme.is_sub) or (
@@ -200,7 +206,8 @@ class RePrHook(HookBase):
             self._compare(state["run"])
 
     def _compare(self, saved: dict[str, Any]) -> None:
-        self._spelled(lambda: check_resumed(saved, self._fingerprint()))
+        with spelling(self.names):
+            check_resumed(saved, self._fingerprint())
 
     def _fingerprint(self) -> dict[str, Any]:
         """Returns the values that a resumed run must have too, by config key."""
@@ -212,13 +219,6 @@ class RePrHook(HookBase):
             "REPR.NUM_CYCLES": schedule.num_cycles,
             **self.options.resumed(),
         }
-
-    def _spelled(self, action: Callable[[], Any]) -> Any:
-        """Returns what ``action`` does; its errors spell options as whoever made this hook did."""
-        try:
-            return action()
-        except OptionError as error:
-            raise (error if self.names is None else error.spelled(self.names)) from None
 
     def _build(self) -> RePr:
         trainer = self.trainer
@@ -258,7 +258,7 @@ class RePrHook(HookBase):
                     "data loader that can be iterated again"
                 )
             return
-        self._spelled(lambda: self.repr.prove(lambda: scheme.passes.loss(batch)))
+        self.repr.prove(lambda: scheme.passes.loss(batch))
         self._warn_of_fine_tuning()
 
     def _ended(self) -> bool:
@@ -271,7 +271,8 @@ class RePrHook(HookBase):
                 logger.warning(warning)
 
     def _step(self, iteration: int) -> None:
-        done = self._spelled(self.repr.step)
+        with spelling(self.names):
+            done = self.repr.step()
         if self.repr.scheme.participants.known:
             self._warn_of_fine_tuning()
         if done is not None and comm.is_main_process() and self.output_dir:

@@ -1,12 +1,11 @@
-"""Looks at what drops, restores and the steps after them have really done, and says where that is not what it should "
-"be."""
+"""Looks at the effects of drops, restores and the steps after them, which are errors where they are not as promised."""
 
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from repr_det.method.distributed import gathered, to_cpu
+from repr_det.method.distributed import gathered, to_cpu, world_size
 from repr_det.method.errors import UserError
 from repr_det.method.holding import HeldFilters
 
@@ -45,6 +44,8 @@ def check_agreement(values: Mapping[str, Mapping[str, Tensor]], when: str, devic
 
     Ranks on cards of two kinds differ in the last digits; ranks that train apart differ in all of them.
     """
+    if world_size() == 1:
+        return
     sizes = {name: tensors["weight"].double().norm().item() for name, tensors in values.items()}
     everyone = gathered(sizes, device)
     for name, size in everyone[0].items():

@@ -1,6 +1,8 @@
 """The exceptions for what a user typed or supplied wrong; tools print them as one line and exit with status 2."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -17,13 +19,22 @@ class OptionError(UserError):
 
     def __init__(self, message: str, names: Mapping[str, str] | None = None) -> None:
         self.message = message
-        super().__init__(message.format_map(_Keywords() if names is None else names))
+
+        def spell(found: re.Match[str]) -> str:
+            return f"{found[1]}=" if names is None else names.get(found[1], found[0])
+
+        # Not str.format: braces in what a user typed stay what they are.
+        super().__init__(re.sub(r"\{([a-z]\w*)\}", spell, message))
 
     def spelled(self, names: Mapping[str, str]) -> "OptionError":
         """The same error with other spellings."""
         return OptionError(self.message, names)
 
 
-class _Keywords(dict):
-    def __missing__(self, name: str) -> str:
-        return f"{name}="
+@contextmanager
+def spelling(names: Mapping[str, str] | None) -> Iterator[None]:
+    """Errors about options spell them by ``names``, as keyword arguments if that is None."""
+    try:
+        yield
+    except OptionError as error:
+        raise (error if names is None else error.spelled(names)) from None

@@ -260,7 +260,7 @@ class RePr:
 
     def _try_batches(self, passes: TrainingPasses) -> None:
         """Draws and joins what the transitions will look at, so that what is wrong with it shows now."""
-        batches = list(passes.batches(self.options.calibration_batches or 4, 0))
+        batches = list(passes.batches(self.options.calibration_batches or passes.calibration_batches, 0))
         if not batches:
             raise UserError("loader= yields no batch, and transitions look at training batches")
         passes.join(batches)

@@ -197,7 +197,6 @@ class RePrScheme:
         self._check_participants()
         check_optimizer_state(self.layers, self.optimizers)
         frozen = self._frozen_norms()
-        self._check_calibration(frozen)
         values = self._values()
         check_finite(values, f"at the drop of cycle {self.cycle + 1}")
         check_agreement(values, f"at the drop of cycle {self.cycle + 1}", self._device)

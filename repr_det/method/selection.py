@@ -23,8 +23,7 @@ def drop_cap(num_filters: int, max_drop_per_layer: float) -> int:
 
 
 def check_capacity(sizes: dict[str, int], drop_ratio: float, max_drop_per_layer: float) -> None:
-    """Raises OptionError where the caps of all layers together leave less than ``drop_ratio`` of the filters to "
-    "drop."""
+    """Raises OptionError where the caps of all layers together leave fewer filters to drop than ``drop_ratio`` asks."""
     for name, share in (("drop_ratio", drop_ratio), ("max_drop_per_layer", max_drop_per_layer)):
         if not about_option(name).holds(share):
             raise OptionError(f"{{{name}}} must be {about_option(name).range()}, got {share}")

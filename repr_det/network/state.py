@@ -52,8 +52,7 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def preserved_random_state(*holders: Any) -> Iterator[None]:
-    """Every random state is afterwards as before, and so are the generators that ``holders`` keep "
-    "(``generators_in``)."""
+    """Every random state is afterwards as before, and so are the generators in ``holders`` (``generators_in``)."""
     state = random_state()
     own = [(generator, _get_state(generator)) for generator in generators_in(*holders)]
     try:
@@ -152,8 +151,7 @@ def _cloned(buffer: Tensor | None) -> Tensor | None:
 
 @torch.no_grad()
 def _put_back(module: nn.Module, held: dict[str, Tensor | None], values: dict[str, Tensor | None]) -> None:
-    """Also of buffers that were registered, replaced or resized. No public call replaces a buffer by the same "
-    "tensor."""
+    """Also of buffers that were registered, replaced or resized: no public call puts the same tensor back."""
     module._buffers.clear()
     module._buffers.update(held)
     for key, buffer in held.items():
