@@ -41,7 +41,7 @@ class Net(nn.Module):
 
 
 def passes_of(net: nn.Module) -> TrainingPasses:
-    return TrainingPasses(net, lambda number, cycle: [IMAGES] * number, lambda batch: net(batch).square().mean(), list)
+    return TrainingPasses(net, lambda number, cycle: [IMAGES] * number, lambda batch: net(batch).square().mean())
 
 
 def test_a_filter_is_in_use_where_it_puts_out_something_or_learns():

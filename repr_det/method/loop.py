@@ -11,7 +11,6 @@ The pieces (``find_filter_layers``, ``RePrSchedule``, ``RePrScheme``) stay for t
 
 import dataclasses
 import logging
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -31,8 +30,6 @@ from repr_det.method.selection import drop_total
 from repr_det.network.state import undisturbed
 
 logger = logging.getLogger("repr_det.loop")
-
-_WITHOUT_EFFECT = ("norms", "slim")  # of version 0.2.0
 
 
 class RePr:
@@ -78,9 +75,6 @@ class RePr:
         seed: int = 0,
         **options: Any,
     ) -> None:
-        for name in [name for name in _WITHOUT_EFFECT if name in options]:
-            warnings.warn(f"RePr: {name}= has no effect since version 0.3.0", DeprecationWarning, stacklevel=2)
-            del options[name]
         self.options = RePrOptions.of(options)
         if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
             raise OptionError(f"{{total_steps}} must be an integer of at least 1, got {total_steps!r}")
@@ -104,8 +98,7 @@ class RePr:
         )
         self.steps = 0
         self.logger = logger
-        self._announced = self._finished = False
-        self._overdue = False
+        self._announced = self._finished = self._overdue = False
         if loader is not None and passes is not None and self.scheme.needs_batches:
             self._try_batches(passes)
         if self.warmup_iters:
@@ -259,11 +252,9 @@ class RePr:
         return min(1.0, (self.steps - restored[-1]) / (self.warmup_iters + 1))
 
     def _try_batches(self, passes: TrainingPasses) -> None:
-        """Draws and joins what the transitions will look at, so that what is wrong with it shows now."""
-        batches = list(passes.batches(self.options.calibration_batches or passes.calibration_batches, 0))
-        if not batches:
+        """Draws what the transitions will look at, so that what is wrong with it shows now."""
+        if not list(passes.batches(self.options.calibration_batches or passes.calibration_batches, 0)):
             raise UserError("loader= yields no batch, and transitions look at training batches")
-        passes.join(batches)
 
     def _prove_by(self, model: nn.Module, sample: Any) -> None:
         arguments = sample if isinstance(sample, tuple) else (sample,)

@@ -16,7 +16,6 @@ Scores, masks and new directions are found on the CPU, by rank 0 for all.
 
 import logging
 import time
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -57,20 +56,15 @@ from repr_det.network.state import generator_of
 
 logger = logging.getLogger("repr_det.scheme")
 
-_WITHOUT_EFFECT = ("readers", "slim_model", "slim", "apart")  # of version 0.2.0
-
 
 class RePrScheme:
     """The state machine full -> drop -> sub-network -> restore -> full.
 
-    Invariants while filters are dropped: every entry of ``FilterLayer.tensors()`` of a dropped filter is exactly 0, its
-    gradient is 0 as soon as it is computed (before DDP, clipping and the optimizer see it), and its optimizer state is
-    0: no optimizer whose step is zero for a zero parameter, gradient and state moves it. ``check`` and the restore make
-    sure that nothing else did.
+    While filters are dropped every entry of their ``FilterLayer.tensors()``, its gradient and its optimizer state are
+    exactly 0. ``check`` and the restore make sure that nothing has moved them.
 
     Args:
-        layers: the candidates, in ranking order. Those that do not learn at a drop (learning rate 0, requires_grad
-            False) lose no filter then.
+        layers: the candidates, in ranking order. Those that do not learn at a drop lose no filter then.
         optimizer: holds their parameters; a list where several do.
         model: the module that holds the layers, not wrapped. Its first training pass shows which of them take part
             (``network.proof``), and with which norm. None: all do, with the norms that they are given with.
@@ -78,8 +72,7 @@ class RePrScheme:
         averages: of the weights, see ``averages.Averages``.
         seed: all randomness comes from it and the cycle; the same on every rank.
         chosen: all options in one object.
-        options: of ``RePrOptions``, instead: criterion, drop_ratio, max_drop_per_layer, scale, frozen_norm, returns,
-            criterion_batches, calibration_batches.
+        options: of ``RePrOptions``, instead: criterion, drop_ratio, scale, ...
 
     Attributes:
         layers: the layers that take part; the candidates until that is known.
@@ -103,9 +96,6 @@ class RePrScheme:
         chosen: RePrOptions | None = None,
         **options: Any,
     ) -> None:
-        for name in [name for name in _WITHOUT_EFFECT if name in options]:
-            warnings.warn(f"RePrScheme: {name}= has no effect since version 0.3.0", DeprecationWarning, stacklevel=2)
-            del options[name]
         self.options = RePrOptions.of(options) if chosen is None else chosen
         self.layers = list(layers)
         self.optimizers = with_inner(optimizer if isinstance(optimizer, Sequence) else [optimizer])
@@ -197,7 +187,7 @@ class RePrScheme:
         kept = self._overlaps(values, masks)
 
         held = HeldFilters(self.layers, masks, self.optimizers)
-        moments = self._norms.before_drop(held, self.layers, self.cycle)
+        moments = self._norms.before_drop(held, self.layers, values, self.cycle)
         self._old = {x.name: remembered(values[x.name], masks[x.name]) for x in held.layers}
         for name, found in moments.items():
             self._old[name]["moments"] = found
