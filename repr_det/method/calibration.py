@@ -12,7 +12,6 @@ Shape shorthand:
     J: filters of a layer        M: filters of it that leave or return
 """
 
-import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -24,10 +23,11 @@ from torch import Tensor, nn
 from repr_det.method.distributed import gathered, to_cpu
 from repr_det.method.errors import OptionError
 from repr_det.method.holding import HeldFilters
-from repr_det.method.layers import BATCH, FROZEN, FilterLayer, Values, on_devices, values_of
+from repr_det.method.layers import FilterLayer, Values, on_devices, values_of
 from repr_det.method.options import RePrOptions
 from repr_det.method.participants import Participants
 from repr_det.method.passes import TrainingPasses
+from repr_det.network.norms import BATCH, FROZEN, epsilon
 from repr_det.network.state import undisturbed
 
 logger = logging.getLogger("repr_det.scheme")
@@ -271,17 +271,3 @@ def statistics_for(
 def _bias(values: Mapping[str, Tensor]) -> Tensor:
     bias = values.get("norm.bias")
     return torch.zeros_like(values["norm.weight"], dtype=torch.float64) if bias is None else bias.double()
-
-
-def epsilon(norm: nn.Module) -> float:
-    """Finds the number that a norm adds to the variance: by its output for ones at a variance of 0, unless it tells."""
-    known = getattr(norm, "eps", None)
-    if isinstance(known, float):
-        return known
-    probe = copy.deepcopy(norm).cpu().double().eval()
-    with torch.no_grad():
-        for name, value in (("weight", 1), ("bias", 0), ("running_mean", 0), ("running_var", 0)):
-            if getattr(probe, name) is not None:
-                getattr(probe, name).fill_(value)
-        gain = probe(torch.ones(1, len(probe.weight), 1, 1, dtype=torch.float64)).flatten()[0].item()
-    return 1 / gain**2

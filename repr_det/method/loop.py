@@ -1,12 +1,10 @@
 """RePr in one object for any PyTorch loop: built from model, optimizer and number of steps, told after every step.
 
-    repr_training = RePr(model, optimizer, total_steps)
-    for batch in batches:
-        ...                                     # forward, backward
-        optimizer.step()
-        repr_training.step()
-
-The pieces (``find_filter_layers``, ``RePrSchedule``, ``RePrScheme``) stay for those who want them apart.
+repr_training = RePr(model, optimizer, total_steps)
+for batch in batches:
+    ...                                     # forward, backward
+    optimizer.step()
+    repr_training.step()
 """
 
 import dataclasses
@@ -121,13 +119,13 @@ class RePr:
         return "sub" if self.scheme.is_sub else "full"
 
     def step(self) -> Transition | None:
-        """To be called after every step of the optimizer. Collective where there are several ranks.
+        """To be called after every step of the optimizer. Collective.
 
         Returns:
             What a drop or restore did, in the steps that have one.
 
         Raises:
-            UserError: of ``RePrScheme.check``, ``drop`` and ``restore``.
+            UserError: see ``RePrScheme``.
         """
         iteration = self.steps
         self.steps += 1
@@ -161,7 +159,7 @@ class RePr:
             What the restore did; None where no filters were out.
 
         Raises:
-            UserError: ``filters`` is neither, or of ``RePrScheme.restore``.
+            UserError: ``filters`` is neither.
         """
         if filters not in ("new", "old"):
             raise UserError(f"filters= must be new or old, got {filters!r}")
@@ -173,10 +171,7 @@ class RePr:
         return done
 
     def prove(self, run: Callable[[], Any]) -> None:
-        """Shows now who takes part, by a pass that leaves no trace in the model.
-
-        Args:
-            run: calls the model, as training does.
+        """Finds out who takes part by ``run()``, which calls the model as training does and leaves no trace in it.
 
         Raises:
             UserError: nothing takes part.
@@ -187,7 +182,7 @@ class RePr:
         self._announce()
 
     def expect_no_more(self) -> None:
-        """Filters that are out as training ends are no matter for a warning any more."""
+        """Ends the warning of filters that are out as training ends."""
         self._at_end.detach()
 
     def close(self) -> None:
@@ -196,7 +191,7 @@ class RePr:
         self.scheme.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that ``load_state_dict`` needs; loads under ``torch.load(weights_only=True)``."""
+        """For checkpoints; loads under ``torch.load(weights_only=True)``."""
         return {
             "steps": self.steps,
             "schedule": dataclasses.asdict(self.schedule),
@@ -208,8 +203,7 @@ class RePr:
         """Continues from ``state``; load model and optimizer from the same checkpoint first.
 
         Raises:
-            UserError: the state is of another schedule, other options or layers, or the model is not of this
-            checkpoint.
+            UserError: the state is of another schedule, other options or layers, or not of this model.
         """
         if (saved := RePrSchedule(**state["schedule"])) != self.schedule:
             raise UserError(
@@ -252,7 +246,6 @@ class RePr:
         return min(1.0, (self.steps - restored[-1]) / (self.warmup_iters + 1))
 
     def _try_batches(self, passes: TrainingPasses) -> None:
-        """Draws what the transitions will look at, so that what is wrong with it shows now."""
         if not list(passes.batches(self.options.calibration_batches or passes.calibration_batches, 0)):
             raise UserError("loader= yields no batch, and transitions look at training batches")
 
@@ -274,8 +267,7 @@ def apply_repr(model: nn.Module, optimizer: torch.optim.Optimizer, total_steps: 
         options: of ``RePr``.
 
     Returns:
-        The object, whose state belongs into checkpoints; its ``step`` is called already, and a call of one's own raises
-        UserError.
+        The object, whose state belongs into checkpoints. Its ``step`` must not be called again.
     """
     repr_training = RePr(model, optimizer, total_steps, **options)
     count = repr_training.step
