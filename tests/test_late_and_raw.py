@@ -24,7 +24,7 @@ from repr_det.detectron.evaluators import build_evaluator, check_evaluators
 from repr_det.detectron.hook import first_later_hook
 from repr_det.runs.checkpoints import AtomicCheckpointer
 from repr_det.runs.record import DATA_FILE, RunRecord
-from repr_det.runs.settings import apply_settings, settings_of
+from repr_det.runs.resume import apply_settings, settings_of
 
 
 class Net(nn.Module):

@@ -29,9 +29,8 @@ from repr_det.detectron.config import without_repr
 from repr_det.method.errors import UserError
 from repr_det.runs.files import advice_for, write_atomically
 from repr_det.runs.lock import RunLock, finds, job_of
-from repr_det.runs.parent import end_with_parent
 from repr_det.runs.record import CONFIG_FILE
-from repr_det.runs.stopping import STATUS, Stopped, answer_signals
+from repr_det.runs.stopping import STATUS, Stopped, answer_signals, end_with_parent
 
 STOCK_CONFIG_FILE = "config_detectron2.yaml"
 _FOR_THE_FIRST_TO_SPEAK = 5.0  # seconds

@@ -134,29 +134,23 @@ def load_restricted(path: str | Path) -> Any:
     return value
 
 
-def load_checkpoint(path: str | Path, map_location: str = "cpu") -> dict[str, Any]:
-    """A checkpoint as Detectron2 or torch wrote it: ``.pkl`` (``load_restricted``), anything else as ``weights_only``.
-
-    Args:
-        map_location: "meta" leaves the tensors of a torch file unread.
-
-    Returns:
-        The dict in the file.
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Reads the dict that Detectron2 or torch wrote: ``.pkl`` (``load_restricted``), anything else as ``weights_only``.
 
     Raises:
         UserError: the file is missing, cut short, of another kind, or holds more than tensors and plain containers.
     """
     path = _existing(path)
     is_pickle = path.suffix == ".pkl" and not zipfile.is_zipfile(path)
-    loaded = load_restricted(path) if is_pickle else _load_torch(path, map_location)
+    loaded = load_restricted(path) if is_pickle else _load_torch(path)
     if not isinstance(loaded, dict):
         raise UserError(f"{path}: expected a dict of weights, found {type(loaded).__name__}")
     return loaded
 
 
-def _load_torch(path: Path, map_location: str) -> Any:
+def _load_torch(path: Path) -> Any:
     try:
-        return torch.load(path, map_location=map_location, weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         if forbidden := re.search(r"GLOBAL (\S+) (?:was not an allowed|whose module)", str(error)):
             raise UserError(
