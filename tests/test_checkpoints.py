@@ -168,12 +168,22 @@ def test_another_optimizer_is_refused(old, new, told):
     check_same_optimizer(new(parameters()), new(parameters()).state_dict(), "folder")
 
 
+RUN = "SOLVER.MAX_ITER 4 DATASETS.TEST () REPR.ENABLED True REPR.S1_ITERS 1 REPR.S2_ITERS 1 REPR.NUM_CYCLES 1".split()
+
+
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_one_trainer_trains_once(tiny_cfg, interrupted):
     """As when a cell of a notebook is run again."""
-    trainer = Trainer(tiny_cfg("SOLVER.MAX_ITER", 2, "DATASETS.TEST", "()"))
+    trainer = Trainer(tiny_cfg(*RUN))
     trainer.register_hooks([At(1, interrupt)] if interrupted else [])
     with pytest.raises(KeyboardInterrupt) if interrupted else nullcontext():
         trainer.train()
     with pytest.raises(UserError, match="this trainer has trained before: make another one, on which resume_or_load"):
+        trainer.train()
+
+
+def test_training_in_pieces_is_told_its_cause(tiny_cfg):
+    trainer = Trainer(tiny_cfg(*RUN))
+    trainer.max_iter = 2
+    with pytest.raises(UserError, match=r"max_iter is 2, but SOLVER.MAX_ITER is 4, .* resume it in another trainer"):
         trainer.train()

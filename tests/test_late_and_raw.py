@@ -132,6 +132,17 @@ def test_hook_registered_after_the_checkpoint_was_loaded(tmp_path, straight, sto
     assert events(tmp_path / "run") == ALL
 
 
+def test_a_trainer_that_trains_again_goes_on_or_is_refused(tmp_path):
+    model = Net()
+    trainer = SimpleTrainer(model, From(0), torch.optim.SGD(model.parameters(), 0.1))
+    trainer.register_hooks([RePrHook(config(tmp_path))])
+    trainer.train(0, 10)
+    with pytest.raises(UserError, match="has trained 10 iterations, and this training begins at iteration 0"):
+        trainer.train(0, 10)
+    trainer.train(10, 12)
+    assert events(tmp_path) == ALL
+
+
 def test_no_state_to_be_found(tmp_path):
     cfg = config(tmp_path / "run")
     trained(tmp_path / "run", cfg, 5)
