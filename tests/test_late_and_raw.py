@@ -124,7 +124,7 @@ def straight(tmp_path):
     return trained(tmp_path / "straight", config(tmp_path / "straight"))
 
 
-@pytest.mark.parametrize("stop", [3, 5, 7, 9])  # in the sub-network phase, between cycles, again, after the last
+@pytest.mark.parametrize("stop", [3, 5, 9])  # in the sub-network phase, between cycles, after the last
 def test_hook_registered_after_the_checkpoint_was_loaded(tmp_path, straight, stop):
     cfg = config(tmp_path / "run")
     trained(tmp_path / "run", cfg, stop)
@@ -156,7 +156,7 @@ def test_no_state_to_be_found(tmp_path):
     assert events(tmp_path / "run") == before
 
 
-@pytest.mark.parametrize("at", [1, 3, 5, 7])
+@pytest.mark.parametrize("at", [1, 7])  # a drop, a restore
 def test_saved_in_front_of_the_transition_of_the_same_iteration(tmp_path, straight, at):
     """The next drop or restore is owed, and made when the run is resumed."""
     cfg = config(tmp_path / "run")
@@ -197,55 +197,41 @@ def test_data_that_a_transition_needs_is_missed_before_the_first_step(tmp_path):
         trained(tmp_path, config(tmp_path, "REPR.CRITERION", "taylor"), loader=lambda start: [])
 
 
-def optimizer_and_scheduler(cfg):
-    net = nn.Linear(2, 2)
-    groups = [{"params": [net.weight]}, {"params": [net.bias], "weight_decay": 0.0, "lr": 2 * cfg.SOLVER.BASE_LR}]
-    optimizer = torch.optim.SGD(
-        groups, cfg.SOLVER.BASE_LR, momentum=cfg.SOLVER.MOMENTUM, weight_decay=cfg.SOLVER.WEIGHT_DECAY
-    )
-    return net, optimizer, build_lr_scheduler(cfg, optimizer)
-
-
-def solver(*opts):
+def stepped(steps, *opts):
+    """Optimizer and scheduler of a config after so many steps."""
     cfg = get_cfg()
     cfg.merge_from_list(["SOLVER.WARMUP_ITERS", 4, "SOLVER.STEPS", (6,), "SOLVER.MAX_ITER", 20, *opts])
-    return cfg
+    net = nn.Linear(2, 2)
+    groups = [{"params": [net.weight]}, {"params": [net.bias], "weight_decay": 0.0, "lr": 2 * cfg.SOLVER.BASE_LR}]
+    decay, momentum = cfg.SOLVER.WEIGHT_DECAY, cfg.SOLVER.MOMENTUM
+    optimizer = torch.optim.SGD(groups, cfg.SOLVER.BASE_LR, momentum=momentum, weight_decay=decay)
+    scheduler = build_lr_scheduler(cfg, optimizer)
+    for _ in range(steps):
+        optimizer.step()
+        scheduler.step()
+    return optimizer, scheduler
+
+
+OTHER = ["SOLVER.BASE_LR", 0.005, "SOLVER.WEIGHT_DECAY", 0.01, "SOLVER.MOMENTUM", 0.8]
+TOLD = ["initial_lr 0.001 -> 0.005", "weight_decay 0.0001 -> 0.01", "momentum 0.9 -> 0.8", "initial_lr 0.002 -> 0.01"]
 
 
 @pytest.mark.parametrize("steps", [2, 5, 9])  # in the warm-up, after it, after a decay
-def test_settings_of_a_resumed_run_are_those_of_its_config(steps):
-    def run(cfg, steps):
-        _, optimizer, scheduler = optimizer_and_scheduler(cfg)
-        for _ in range(steps):
-            optimizer.step()
-            scheduler.step()
-        return optimizer, scheduler
-
-    old, old_scheduler = run(solver(), steps)
-    for opts in ([], ["SOLVER.BASE_LR", 0.005, "SOLVER.WEIGHT_DECAY", 0.01, "SOLVER.MOMENTUM", 0.8]):
-        wanted, _ = run(solver(*opts), steps)
-        _, optimizer, scheduler = optimizer_and_scheduler(solver(*opts))
-        built = settings_of(optimizer)
-        scheduler.load_state_dict(old_scheduler.state_dict())
-        optimizer.load_state_dict(old.state_dict())
-        changed = apply_settings(optimizer, scheduler, built)
-        for _ in range(3):
-            for a, b in zip(optimizer.param_groups, wanted.param_groups, strict=True):
-                assert [a[key] for key in ("lr", "momentum", "weight_decay")] == [
-                    b[key] for key in ("lr", "momentum", "weight_decay")
-                ]
-            scheduler.step()
-            wanted, _ = run(solver(*opts), scheduler.last_epoch)
-        assert set(changed) == (
-            {
-                "initial_lr 0.001 -> 0.005",
-                "initial_lr 0.002 -> 0.01",
-                "weight_decay 0.0001 -> 0.01",
-                "momentum 0.9 -> 0.8",
-            }
-            if opts
-            else set()
-        )
+@pytest.mark.parametrize(("opts", "told"), [([], []), (OTHER, TOLD)])
+def test_settings_of_a_resumed_run_are_those_of_its_config(steps, opts, told):
+    old, old_scheduler = stepped(steps)
+    optimizer, scheduler = stepped(0, *opts)
+    built = settings_of(optimizer)
+    scheduler.load_state_dict(old_scheduler.state_dict())
+    optimizer.load_state_dict(old.state_dict())
+    assert sorted(apply_settings(optimizer, scheduler, built)) == sorted(told)
+    for later in range(3):
+        wanted, _ = stepped(steps + later, *opts)
+        for a, b in zip(optimizer.param_groups, wanted.param_groups, strict=True):
+            for key in ("lr", "momentum", "weight_decay"):
+                assert a[key] == (pytest.approx(b[key], rel=1e-12) if later == 0 else b[key])
+        optimizer.step()
+        scheduler.step()
 
 
 @pytest.fixture
@@ -298,8 +284,11 @@ def test_evaluator_of_a_data_set(tmp_path, data_set, monkeypatch, kind, expected
     from detectron2 import evaluation
 
     made = []
-    for name in ("CocoEvaluator", "SemSegEvaluator", "PascalVOCDetectionEvaluator"):
-        module = evaluators if name == "CocoEvaluator" else evaluation
+    for module, name in (
+        (evaluators, "CocoEvaluator"),
+        (evaluation, "SemSegEvaluator"),
+        (evaluation, "PascalVOCDetectionEvaluator"),
+    ):
         monkeypatch.setattr(module, name, lambda *_, name=name, **__: made.append(name))
     if kind is not None:
         MetadataCatalog.get(data_set).evaluator_type = kind
