@@ -20,7 +20,7 @@ logger = logging.getLogger("repr_det.resume")
 _SAVING = ".saving-"
 _TAG = "last_checkpoint"
 _DICTS = ("state_dict", "model_state_dict", "model_state", "model")
-_PREFIXES = ("module.", "model.")
+_PREFIXES = ("module.", "model.", "module.")  # taken off in this order, where all names have them
 _FIRST_BLOCK = "layer1.0.conv1.weight"  # of torchvision's and timm's ResNets
 _RENAMED = (
     (r"^(conv1|bn1)\.", r"stem.\1."),
@@ -163,8 +163,9 @@ def fit_names(checkpoint: dict[str, Any], names: Collection[str]) -> None:
     while inner := [key for key in _DICTS if isinstance(weights.get(key), dict)]:
         weights = weights[inner[0]]
     weights = {str(name): value for name, value in weights.items()}
-    while names.isdisjoint(weights) and (prefix := _common_prefix(weights)):
-        weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+    for prefix in _PREFIXES:
+        if names.isdisjoint(weights) and weights and all(name.startswith(prefix) for name in weights):
+            weights = {name.removeprefix(prefix): value for name, value in weights.items()}
     roots = [name.removesuffix(_FIRST_BLOCK) for name in weights if name.endswith(_FIRST_BLOCK)]
     # One ResNet with the usual stem.
     if names.isdisjoint(weights) and len(roots) == 1 and f"{roots[0]}conv1.weight" in weights:
@@ -177,10 +178,6 @@ def fit_names(checkpoint: dict[str, Any], names: Collection[str]) -> None:
             "MODEL.RESNETS.STRIDE_IN_1X1 False"
         )
     checkpoint["model"] = weights
-
-
-def _common_prefix(weights: dict[str, Any]) -> str:
-    return next((p for p in _PREFIXES if weights and all(name.startswith(p) for name in weights)), "")
 
 
 def _renamed(name: str) -> str:

@@ -4,6 +4,7 @@ The position: how many samples each loader worker has delivered, its random stat
 samples that wait in the aspect-ratio buckets.
 """
 
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -31,12 +32,13 @@ _OPTIONS = (*_OPTIONS, "persistent_workers", "multiprocessing_context")  # of a 
 _LOOKED_AT = 64  # samples of a data set that its digest is made of, evenly spread
 
 
+@dataclasses.dataclass
 class _Marked:
-    """A sample and its origin: (stream, number in that stream, index, random state before); ``replaced`` if the mapper
-    has returned None for an image, in whose place Detectron2 takes others."""
+    """A sample and its origin: (stream, number in that stream, index, random state before)."""
 
-    def __init__(self, sample: Any, origin: tuple, replaced: bool = False) -> None:
-        self.sample, self.origin, self.replaced = sample, origin, replaced
+    sample: Any
+    origin: tuple
+    replaced: bool = False  # the mapper has returned None for an image, in whose place Detectron2 takes others
 
     def __getitem__(self, key: str) -> Any:
         """Aspect-ratio grouping asks for "width" and "height"."""
@@ -148,7 +150,6 @@ class ResumableLoader:
             if number >= last.get(stream, (-1, None))[0]:
                 last[stream] = (number, before)
         return {
-            "num_workers": self.num_workers,
             "made_of": self.fingerprint,
             "sampler": {name: value for name, value in vars(self.stream.sampler).items() if name.startswith(_DRAWN)},
             "skipped": self.stream.skipped,
@@ -267,13 +268,13 @@ def _digest(dataset: Any) -> str | None:
     entries = getattr(dataset, "_dataset", None)
     if type(dataset) is not MapDataset or type(entries) is not DatasetFromList:
         return None
-    digest = hashlib.sha256()
-    for i in range(min(_LOOKED_AT, len(entries))):
-        entry = entries[i * len(entries) // min(_LOOKED_AT, len(entries))]
+    number, digest = min(_LOOKED_AT, len(entries)), hashlib.sha256()
+    for i in range(number):
+        entry = entries[i * len(entries) // number]
         known = entry if isinstance(entry, dict) else {}
-        told = [known.get(key) for key in ("image_id", "height", "width")]
+        size = [known.get(key) for key in ("image_id", "height", "width")]
         name = os.path.basename(str(known.get("file_name")))
-        digest.update(repr((name, told, len(known.get("annotations", ())))).encode())
+        digest.update(repr((name, size, len(known.get("annotations", ())))).encode())
     return digest.hexdigest()[:12]
 
 

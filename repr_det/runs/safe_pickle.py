@@ -166,15 +166,12 @@ def _load_torch(path: Path) -> Any:
 
 def _existing(path: str | Path) -> Path:
     path = Path(path)
-    if not path.is_file():
-        wrong = "is not a file" if path.exists() else "does not exist"
-    elif path.stat().st_size == 0:
-        wrong = "is empty"
-    elif path.stat().st_size < 1000 and path.read_bytes().startswith(b"version https://git-lfs"):
+    if not path.is_file() or path.stat().st_size == 0:
+        wrong = "is empty" if path.is_file() else "is not a file" if path.exists() else "does not exist"
+        raise UserError(f"{path} {wrong}: give the path of a checkpoint (.pth or .pkl)")
+    if path.stat().st_size < 1000 and path.read_bytes().startswith(b"version https://git-lfs"):
         raise UserError(f"{path} is a Git LFS pointer, not the file itself: git lfs pull fetches it")
-    else:
-        return path
-    raise UserError(f"{path} {wrong}: give the path of a checkpoint (.pth or .pkl)")
+    return path
 
 
 def _one_line(error: Exception, reason: str, most: int = 100) -> str:
