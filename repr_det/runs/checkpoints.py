@@ -3,8 +3,6 @@
 import logging
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,11 +11,10 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 
 from repr_det.method.errors import UserError
-from repr_det.runs.files import FINAL_CHECKPOINT, advice_for, write_atomically
+from repr_det.runs.files import FINAL_CHECKPOINT, advice_for, replacing, write_atomically
 from repr_det.runs.safe_pickle import load_checkpoint
 
 logger = logging.getLogger("repr_det.resume")
-_SAVING = ".saving-"
 _TAG = "last_checkpoint"
 _DICTS = ("state_dict", "model_state_dict", "model_state", "model")
 _PREFIXES = ("module.", "model.", "module.")  # taken off in this order, where all names have them
@@ -43,22 +40,22 @@ class AtomicCheckpointer(DetectionCheckpointer):
         """As DetectionCheckpointer.save; ``last_checkpoint`` changes only once the file is on the disk."""
         if not self.save_dir or not self.save_to_disk:
             return
-        final = self.save_dir
+        path = Path(self.save_dir) / f"{name}.pth"
+        states = {key: value.state_dict() for key, value in self.checkpointables.items()}
+        self.logger.info("Saving checkpoint to %s", path)
         try:
-            with tempfile.TemporaryDirectory(dir=final, prefix=_SAVING) as self.save_dir:
-                self._final = final
-                super().save(name, **kwargs)  # ends in tag_last_checkpoint
+            with replacing(path, "wb") as file:
+                torch.save({"model": self.model.state_dict(), **states, **kwargs}, file)
+            write_atomically(path.with_name(_TAG), path.name)
         except (OSError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # where torch writes its files
                 raise
             if isinstance(error.__context__, OSError):
                 error = error.__context__  # what the system said, which torch hides behind an error of its own
             raise UserError(
-                f"the checkpoint {name} could not be written to {final}: {str(error).splitlines()[0]}; the checkpoints "
-                f"before it are untouched: {advice_for(error)}, then --resume"
+                f"the checkpoint {name} could not be written to {self.save_dir}: {str(error).splitlines()[0]}; the "
+                f"checkpoints before it are untouched: {advice_for(error)}, then --resume"
             ) from error
-        finally:
-            self.save_dir = final
 
     def has_checkpoint(self) -> bool:
         return bool(self.get_checkpoint_file())
@@ -107,13 +104,6 @@ class AtomicCheckpointer(DetectionCheckpointer):
             )
         return found
 
-    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        written = os.path.join(self.save_dir, last_filename_basename)
-        with open(written, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(written, os.path.join(self._final, last_filename_basename))
-        write_atomically(os.path.join(self._final, _TAG), last_filename_basename)
-
 
 def find_checkpoint(folder: str | Path) -> Path | None:
     """Returns the checkpoint that ``last_checkpoint`` names, else the newest; None if there is none.
@@ -143,12 +133,6 @@ def check_last_checkpoint(folder: str) -> None:
         load_checkpoint(path)
     except UserError as error:
         raise UserError(f"{error}; to resume from an older one write its name into {Path(folder) / _TAG}") from error
-
-
-def remove_unfinished_saves(folder: str) -> None:
-    """Deletes what a killed ``AtomicCheckpointer.save`` left behind."""
-    for leftover in Path(folder).glob(f"{_SAVING}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def fit_names(checkpoint: dict[str, Any], names: Collection[str]) -> None:

@@ -7,12 +7,16 @@ import math
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 EVENTS_FILE = "repr_events.jsonl"  # every drop and restore
 OVERLAPS_FILE = "repr_overlaps.jsonl"  # O_f of every filter before each drop and after each restore
 METRICS_FILE = "metrics.json"
 FINAL_CHECKPOINT = "model_final.pth"
+_UNFINISHED = ".saving-"
 _TRACES = ("last_checkpoint", METRICS_FILE, EVENTS_FILE)
 
 
@@ -22,13 +26,14 @@ def run_traces(folder: str | Path) -> list[str]:
     return sorted(p.name for p in found if p.stat().st_size)
 
 
-def write_atomically(path: str | Path, text: str) -> None:
-    """Replaces ``path`` by ``text`` (UTF-8); a crash leaves the old file or the new one."""
+@contextmanager
+def replacing(path: str | Path, mode: str = "w") -> Iterator[IO]:
+    """Opens a file that takes the place of ``path`` once it is whole and on the disk; a crash leaves the old one."""
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{_UNFINISHED}{path.name}-")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
@@ -36,6 +41,18 @@ def write_atomically(path: str | Path, text: str) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def write_atomically(path: str | Path, text: str) -> None:
+    """Replaces ``path`` by ``text`` (UTF-8); a crash leaves the old file or the new one."""
+    with replacing(path) as file:
+        file.write(text)
+
+
+def remove_unfinished(folder: str | Path) -> None:
+    """Deletes what a killed ``replacing`` left behind."""
+    for leftover in Path(folder).glob(f"{_UNFINISHED}*"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()  # version 0.2.0 left folders
 
 
 def advice_for(error: BaseException | None) -> str:
