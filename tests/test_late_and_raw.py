@@ -14,8 +14,8 @@ from conftest import At, interrupt
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase, SimpleTrainer, hooks
-from detectron2.layers import FrozenBatchNorm2d
 from detectron2.solver import build_lr_scheduler
+from small_loop import TwoConvs, batch
 from torch import nn
 
 from repr_det import RePrHook, UserError, add_repr_config
@@ -25,25 +25,6 @@ from repr_det.detectron.hook import first_later_hook
 from repr_det.runs.checkpoints import AtomicCheckpointer
 from repr_det.runs.record import DATA_FILE, RunRecord
 from repr_det.runs.resume import apply_settings, settings_of
-
-
-class Net(nn.Module):
-    """Two convs with norms and a head; takes a list of dicts with "image", as Detectron2's models do."""
-
-    def __init__(self, norm=nn.BatchNorm2d):
-        super().__init__()
-        self.backbone = nn.Sequential()
-        for name, width in (("conv1", 3), ("conv2", 8)):
-            conv = nn.Conv2d(width, 8, 3, padding=1, bias=False)
-            conv.norm = norm(8)
-            self.backbone.add_module(name, conv)
-        self.head = nn.Conv2d(8, 1, 1)
-
-    def forward(self, batch):
-        x = torch.stack([sample["image"] for sample in batch])
-        for conv in self.backbone:
-            x = conv.norm(conv(x)).relu()
-        return {"loss": self.head(x).square().mean()}
 
 
 def config(folder, *opts):
@@ -59,9 +40,6 @@ def config(folder, *opts):
     return cfg
 
 
-BATCHES = [[{"image": torch.randn(3, 6, 6, generator=torch.Generator().manual_seed(i))}] for i in range(12)]
-
-
 class From:
     """Batches from ``start`` on, as often as they are asked for."""
 
@@ -69,7 +47,7 @@ class From:
         self.start = start
 
     def __iter__(self):
-        return iter(BATCHES[self.start :])
+        return map(batch, range(self.start, 12))
 
 
 class SaveInFront(HookBase):
@@ -83,11 +61,11 @@ class SaveInFront(HookBase):
             self.trainer.checkpointer.save(f"mine_{self.trainer.iter}", iteration=self.trainer.iter)
 
 
-def trained(folder, cfg, stop=12, resume=False, late=False, front=(), loader=From, norm=nn.BatchNorm2d):
+def trained(folder, cfg, stop=12, resume=False, late=False, front=(), loader=From, norm="BN"):
     """Trains up to iteration ``stop``; late: RePrHook is registered after the checkpoint is loaded."""
     os.makedirs(folder, exist_ok=True)
     torch.manual_seed(1)
-    model = Net(norm)
+    model = TwoConvs(norm)
     trainer = SimpleTrainer(model, None, torch.optim.SGD(model.parameters(), 0.1, momentum=0.9))
     trainer.checkpointer = AtomicCheckpointer(model, str(folder), trainer=weakref.proxy(trainer))
     trainer.register_hooks(front)
@@ -133,7 +111,7 @@ def test_hook_registered_after_the_checkpoint_was_loaded(tmp_path, straight, sto
 
 
 def test_a_trainer_that_trains_again_goes_on_or_is_refused(tmp_path):
-    model = Net()
+    model = TwoConvs()
     trainer = SimpleTrainer(model, From(0), torch.optim.SGD(model.parameters(), 0.1))
     trainer.register_hooks([RePrHook(config(tmp_path))])
     trainer.train(0, 10)
@@ -179,7 +157,7 @@ def test_place_before_everything_that_saves(tmp_path):
 
 def test_frozen_norms_are_calibrated_on_a_loader_of_the_trainers_own(tmp_path):
     cfg = config(tmp_path)
-    trained(tmp_path, cfg, norm=FrozenBatchNorm2d)
+    trained(tmp_path, cfg, norm="FrozenBN")
     assert events(tmp_path) == ALL
 
 
@@ -192,7 +170,7 @@ def test_data_that_a_transition_needs_is_missed_before_the_first_step(tmp_path):
             raise AssertionError("a step was made")
 
     with pytest.raises(UserError, match="this trainer's data loader is an iterator"):
-        trained(tmp_path, config(tmp_path), norm=FrozenBatchNorm2d, loader=Once)
+        trained(tmp_path, config(tmp_path), norm="FrozenBN", loader=Once)
     with pytest.raises(UserError, match="the criterion looks at training batches, and none can be drawn"):
         trained(tmp_path, config(tmp_path, "REPR.CRITERION", "apoz"), loader=lambda start: [])
 
