@@ -14,7 +14,7 @@ from typing import Any
 from repr_det.commands.processes import run_tool
 from repr_det.runs.files import run_traces
 from repr_det.runs.lock import RunLock
-from repr_det.runs.parent import end_with_parent
+from repr_det.runs.stopping import end_with_parent
 from repr_det.studies.comparison.progress import Progress
 from repr_det.studies.comparison.runs import Run, is_finished
 
