@@ -11,16 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from repr_det.commands.processes import run_tool
-from repr_det.runs.files import run_traces
-from repr_det.runs.lock import RunLock
+from repr_det.runs.files import METRICS_FILE, run_traces
 from repr_det.runs.parent import end_with_parent
-from repr_det.studies.comparison.progress import Progress
+from repr_det.studies.comparison.records import read_json_lines
 from repr_det.studies.comparison.runs import Run, is_finished
 
 OUTPUT_FILE = "stdout.txt"
 _SHOWN_LINES = 20
 _GRACE_SECONDS = 10.0
+_SECONDS_BETWEEN_READINGS = 1.0
+_STEP = 0.05  # share of all iterations between two lines of progress
 
 
 class RunFailed(RuntimeError):
@@ -50,7 +53,11 @@ def run_comparison_tool(main: Callable[[], Any]) -> None:
         sys.exit(143 if isinstance(error, Terminated) else 130)
 
 
-def run_all(runs: Sequence[Run], jobs: int = 1, num_gpus: int = 1, progress: Progress | None = None) -> None:
+def say(text: str) -> None:
+    sys.stderr.write(f"[compare] {text}\n")
+
+
+def run_all(runs: Sequence[Run], jobs: int = 1, num_gpus: int = 1) -> None:
     """Trains the runs that are not finished yet, ``jobs`` at once.
 
     A run that had begun gets --resume. The output of each is appended to its folder's stdout.txt. Every child has
@@ -58,11 +65,12 @@ def run_all(runs: Sequence[Run], jobs: int = 1, num_gpus: int = 1, progress: Pro
 
     Raises:
         RunFailed: a run failed; the others were ended and continue when called again.
-        UserError: another process is training in one of the folders.
     """
     waiting = [run for run in runs if not is_finished(run)]
-    progress = progress or Progress(runs)
-    progress.skipped([run for run in runs if run not in waiting])
+    done = [run.name for run in runs if run not in waiting]
+    if done:
+        say(f"finished already: {', '.join(done)}")
+    progress = _Progress(waiting)
     active: dict[int, _Job] = {}  # by slot
     try:
         while waiting or active:
@@ -71,21 +79,64 @@ def run_all(runs: Sequence[Run], jobs: int = 1, num_gpus: int = 1, progress: Pro
                     job = active.pop(slot)
                     if job.process.returncode or not is_finished(job.run):
                         raise RunFailed(_failure(job))
-                    progress.finished(job.run)
+                    say(f"{job.run.name}: done")
                 if slot not in active and waiting:
                     run = waiting.pop(0)
                     active[slot] = _start(run, _environment(slot, jobs, num_gpus))
-                    progress.started(run)
-            progress.show()
+                    say(f"{run.name}: started, output in {run.folder / OUTPUT_FILE}")
+            progress.show([job.run for job in active.values()])
             time.sleep(0.2)
     finally:
         _stop(active.values())
-        progress.close()
 
 
 def available_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class _Progress:
+    """A line for every twentieth of the iterations of all runs: how far each is, its loss, and the time left."""
+
+    def __init__(self, runs: Sequence[Run]) -> None:
+        self.runs = list(runs)
+        self.total = sum(run.max_iter for run in runs)
+        self.at_start = self.said = self._trained()
+        self.start = self.last_reading = time.monotonic()
+
+    def show(self, active: Sequence[Run]) -> None:
+        """Writes a line if it is time to."""
+        now = time.monotonic()
+        if now - self.last_reading < _SECONDS_BETWEEN_READINGS:
+            return
+        self.last_reading = now
+        trained = self._trained()
+        if trained - self.said < _STEP * self.total:
+            return
+        self.said = trained
+        passed = now - self.start
+        left = passed / (trained - self.at_start) * (self.total - trained)
+        line = f"{100 * trained / self.total:.0f} % after {_duration(passed)}, about {_duration(left)} left"
+        say(": ".join([line, ", ".join(map(_state, active))]))
+
+    def _trained(self) -> int:
+        return sum(_last_iteration(run)[0] for run in self.runs)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def _state(run: Run) -> str:
+    trained, loss = _last_iteration(run)
+    return f"{run.name} {trained} of {run.max_iter} iterations" + (f", loss {loss:.3f}" if trained else "")
+
+
+def _last_iteration(run: Run) -> tuple[int, float]:
+    """The iterations that the run says it has trained, and its loss there."""
+    lines = [line for line in read_json_lines(run.folder / METRICS_FILE) if "total_loss" in line]
+    # The line written last, not the highest iteration: a resumed run repeats some.
+    return (min(lines[-1]["iteration"] + 1, run.max_iter), lines[-1]["total_loss"]) if lines else (0, 0.0)
 
 
 @dataclass
@@ -98,9 +149,6 @@ class _Job:
 def _start(run: Run, environment: dict[str, str]) -> _Job:
     command = run.command(resume=bool(run_traces(run.folder)))
     run.folder.mkdir(parents=True, exist_ok=True)
-    lock = RunLock(run.folder)  # the run locks its folder itself; here for a line of the comparison's own
-    lock.acquire()
-    lock.release()
     with (run.folder / OUTPUT_FILE).open("a", encoding="utf-8") as output:
         output.write(f"$ {shlex.join(command)}\n")
         output.flush()
@@ -117,8 +165,6 @@ def _start(run: Run, environment: dict[str, str]) -> _Job:
 
 
 def _environment(slot: int, jobs: int, num_gpus: int) -> dict[str, str]:
-    import torch
-
     environment = dict(os.environ, PYTHONUNBUFFERED="1")
     environment.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // jobs)))
     numbers = ",".join(map(str, range(torch.cuda.device_count())))

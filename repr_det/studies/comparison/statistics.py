@@ -1,4 +1,4 @@
-"""Means, spreads and intervals over seeds, what a number of seeds can show, and all of it in words."""
+"""Means, spreads and intervals over seeds, the difference that a number of seeds can show, and all of it in words."""
 
 import bisect
 import math
@@ -122,16 +122,6 @@ def seeds_needed(difference: Difference, size: float = 1.0) -> int | None:
         return None
     numbers = range(MIN_PAIRS, MOST_SEEDS + 1)
     return MIN_PAIRS + bisect.bisect_left(numbers, POWER, key=lambda n: power(size, difference.sd, n))
-
-
-def percentile_interval(samples: np.ndarray) -> tuple[float, float]:
-    """95 % percentile interval of bootstrap samples; NaN if there are none."""
-    there = samples[np.isfinite(samples)]
-    if not len(there):
-        return math.nan, math.nan
-    tail = 100 * (1 - CONFIDENCE) / 2
-    low, high = np.percentile(there, [tail, 100 - tail])
-    return float(low), float(high)
 
 
 def number(value: float | None, digits: int = 1, sign: bool = False) -> str:
