@@ -124,6 +124,10 @@ def test_finished_means_evaluated_after_the_last_iteration(tmp_path, row, finish
 
 
 def test_sub_network_phases(tmp_path):
-    events = [{"event": "drop", "iteration": 9}, {"event": "restore", "iteration": 19}, {"event": "drop", "iteration": 29}]
+    events = [
+        {"event": "drop", "iteration": 9},
+        {"event": "restore", "iteration": 19},
+        {"event": "drop", "iteration": 29},
+    ]
     reading = Reading(Run("repr", 1, tmp_path, 40), {}, events, None)
     assert reading.phases == [(10, 20), (30, 40)] and Reading(reading.run, {}, events[:2], None).phases == [(10, 20)]

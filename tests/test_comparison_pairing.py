@@ -144,21 +144,24 @@ def test_runs_on_other_data_of_one_name_are_refused(finished, named_data, tmp_pa
 # ---- arguments and plans ----
 
 
+WAYS = "give --config-file and --seeds, or --baseline-runs, --repr-runs and --output, or --report-only and --output"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("", "give --config-file and --seeds"),
-        ("--config-file x.yaml", "give --config-file and --seeds"),
-        ("--against x.yaml --seeds 1", "give --config-file and --seeds"),
+        ("", WAYS),
+        ("--config-file x.yaml", WAYS),
+        ("--against x.yaml --seeds 1", WAYS),
         ("--config-file x.yaml --seeds 1", "'x.yaml' is not a file"),
         ("--config-file x.yaml --seeds 1 two", "--seeds must be integers, and KEY VALUE pairs may follow; got 1 two"),
         ("--config-file x.yaml --seeds SEED 2", "--seeds must be integers"),
-        ("--baseline-runs a --output o", "go together"),
-        ("--baseline-runs a --repr-runs b", "--output is missing"),
-        ("--baseline-runs a --repr-runs b --output o --against x", "give either"),
-        ("--report-only", "--report-only needs --output"),
+        ("--baseline-runs a --output o", WAYS),
+        ("--baseline-runs a --repr-runs b", WAYS),
+        ("--baseline-runs a --repr-runs b --output o --against x", WAYS),
+        ("--report-only", WAYS),
         ("--report-only --output nowhere", "holds no comparison"),
-        ("--report-only --output nowhere --against x", "leave --config-file"),
+        ("--report-only --output nowhere --against x", WAYS),
         ("--jobs 0 --config-file x --seeds 1", "--jobs must be at least 1, got 0"),
         ("--baseline-runs a --repr-runs b --output o --other-runs c d", "--other-runs is gone: .* --against B"),
         ("--config-file x --seeds 1 --bootstrap 50", "--bootstrap is gone"),
@@ -228,7 +231,7 @@ def test_plan_of_two_configs(named_data, tmp_path):
         (("a/x.yaml", "b/y.yaml"), ("x", "y")),
         (("a/config.yaml", "b/config.yaml"), ("a_config", "b_config")),
         (("a/x.yaml", "a/x.yml"), ("a_x", "a_x_2")),
-        (("a/difference.yaml", "b/sentence.yaml"), ("difference_1", "sentence_2")),
+        (("a/difference.yaml", "b/sentence.yaml"), ("difference_2", "sentence_2")),
     ],
 )
 def test_arms_are_named_after_their_configs(files, names):

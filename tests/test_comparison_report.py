@@ -44,7 +44,7 @@ class Page(HTMLParser):
 
     @property
     def text(self):
-        return " ".join(" ".join(self.words).split()).replace("\N{MINUS SIGN}", "-")
+        return " ".join(" ".join(self.words).split())
 
 
 def test_report_of_finished_folders(finished, tmp_path, capsys):
@@ -82,7 +82,7 @@ def test_report_of_finished_folders(finished, tmp_path, capsys):
 
     assert "<b>bläu" not in page.source and "<b>bläu & “x”</b>" in page.text and "绿色/$g$" in page.text
     assert "<title>RePr against its baseline on odd_val</title>" in page.source
-    for word in (*METRICS, "not distinguishable", "n/a", "Settings", "SOLVER.MAX_ITER", "AP of each seed"):
+    for word in (*METRICS, "not distinguishable", "n/a", "Settings", "SOLVER.MAX_ITER", "Training loss at the end"):
         assert word in page.text, word
     for folder in (*bases, *others):
         assert os.path.relpath(folder, out) in page.text
@@ -169,14 +169,14 @@ def test_an_ap_that_is_nan(finished, tmp_path, capsys, saved):
     else:
         assert row["sentence"].endswith("3 seeds: no verdict (1 of 4 pairs of runs lacks the value)")
         assert row["baseline"]["mean"] == pytest.approx((31 + 33 + 34) / 3)  # of the pairs that the difference is of
-        assert "is NaN, and its detections are not at hand: no verdict" in shown
+        assert "the AP of its last evaluation is NaN, its detections are not at hand." in shown
 
 
 def test_runs_of_another_number_of_classes_still_get_their_table(finished, tmp_path):
     base, other = (finished(arm, 1, "MODEL.ROI_HEADS.NUM_CLASSES", 5) for arm in ("baseline", "repr"))
     compare_folders(tmp_path, [base], [other])
     found = results_of(tmp_path / "out")
-    assert "NUM_CLASSES is 5, but odd_val has 2 classes" in found["notes"][0]
+    assert "NUM_CLASSES is 5, but odd_val has 2 classes" in found["notes"][-1]
     assert found["metrics"]["AP"]["difference"]["n"] == 1
 
 

@@ -39,6 +39,14 @@ _GONE = {  # flag of 0.2.0 -> what to do instead
     "bootstrap": "the interval is that over seeds",
 }
 
+# The arguments that go together: needed, possible.
+_WAYS = (
+    ({"config_file", "seeds"}, {"against", "output", "opts"}),
+    ({"baseline_runs", "repr_runs", "output"}, set()),
+    ({"report_only", "output"}, set()),
+)
+_TOGETHER = ("config_file", "seeds", "against", "opts", "baseline_runs", "repr_runs", "report_only", "output")
+
 _DESCRIPTION = """Compares RePr with its baseline, or a config with another: both arms with the same seeds, data order
 and iterations.
 
@@ -121,23 +129,11 @@ def _check_arguments(args: argparse.Namespace) -> None:
     for name, least in (("jobs", 1), ("num_gpus", 1), ("eval_images", 0)):
         if getattr(args, name) < least:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
-    folders = bool(args.baseline_runs or args.repr_runs)
-    trains = bool(args.config_file or args.against or args.seeds)
-    if args.report_only:
-        if args.output is None:
-            raise UserError("--report-only needs --output, the folder of the comparison")
-        if folders or trains:
-            raise UserError("--report-only takes the runs from --output: leave --config-file, --seeds and folders out")
-    elif folders:
-        if trains or args.opts:
-            raise UserError("give either --config-file and --seeds, or --baseline-runs and --repr-runs")
-        if not (args.baseline_runs and args.repr_runs):
-            raise UserError("--baseline-runs and --repr-runs go together: give folders of both arms")
-        if args.output is None:
-            raise UserError("--output is missing: name the folder for the report")
-    elif not args.config_file or not args.seeds:
+    given = {name for name in _TOGETHER if getattr(args, name)}
+    if not any(needed <= given <= needed | possible for needed, possible in _WAYS):
         raise UserError(
-            "give --config-file and --seeds to train, or --baseline-runs and --repr-runs to compare folders"
+            "give --config-file and --seeds, or --baseline-runs, --repr-runs and --output, or --report-only and "
+            "--output; KEY VALUE and --against go with --config-file alone"
         )
 
 

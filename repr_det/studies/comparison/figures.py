@@ -44,6 +44,7 @@ _STYLE = {
     "grid.color": "#dcdad4",
     "grid.linewidth": 0.6,
     "legend.frameon": False,
+    "axes.prop_cycle": matplotlib.cycler(color=["#d5622a", "#7a3e9d", "#1f7a47", "#b58900", "#6c7076"]),
 }
 
 
@@ -131,29 +132,23 @@ def _ap(comparison: Comparison) -> Figure:
 
 
 def _dropped(comparison: Comparison) -> Figure | None:
-    """The share of each layer that every drop took: mean over the seeds, and their range."""
+    """The share of each layer that every drop took, mean over the seeds."""
     lines = []
-    for readings in comparison.readings.values():
-        for reading in readings:
-            counts = {layer: len(overlaps) for layer, overlaps in _first_overlap(comparison, reading.run.arm).items()}
-            for event in reading.events:
-                if event["event"] == "drop":
-                    for layer, filters in counts.items():
-                        share = 100 * len(event["dropped"].get(layer, [])) / filters
-                        lines.append((reading.run.arm, event["cycle"], layer, share))
+    for arm, readings in comparison.readings.items():
+        counts = {layer: len(overlaps) for layer, overlaps in _first_overlap(comparison, arm).items()}
+        for event in [event for reading in readings for event in reading.events if event["event"] == "drop"]:
+            for layer, filters in counts.items():
+                share = 100 * len(event["dropped"].get(layer, [])) / filters
+                lines.append((title(arm), f"cycle {event['cycle'] + 1}", layer, share))
     if not lines:
         return None
     shares = pd.DataFrame(lines, columns=["arm", "cycle", "layer", "share"])
     layers, arms = list(shares["layer"].unique()), list(shares["arm"].unique())
-    figure, axes = _layer_panels(layers, map(title, arms))
-    cycles = shares["cycle"].max() + 1
+    figure, axes = _layer_panels(layers, arms)
     for ax, arm in zip(axes, arms, strict=True):
-        for cycle, group in shares[shares["arm"] == arm].groupby("cycle"):
-            found = group.groupby("layer")["share"].agg(["mean", "min", "max"]).reindex(layers)
-            rows = np.arange(len(layers)) + 0.7 * ((cycle + 0.5) / cycles - 0.5)
-            ax.hlines(rows, found["min"], found["max"], color=f"C{cycle}", linewidth=1.2)
-            ax.plot(found["mean"], rows, "o", color=f"C{cycle}", markersize=3.8, label=f"cycle {cycle + 1}")
-        ax.set_xlim(left=-1)
+        means = shares[shares["arm"] == arm].pivot_table(index="layer", columns="cycle", values="share")
+        for number, cycle in enumerate(means):
+            ax.plot(means[cycle].reindex(layers), range(len(layers)), "os^Dv"[number % 5], markersize=4, label=cycle)
     figure.supxlabel("dropped share of the layer (%)", fontsize=8.5)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=5)
     return figure
@@ -195,7 +190,7 @@ def _layer_panels(layers: Sequence[str], titles: Sequence[str]) -> tuple[Figure,
     titles = list(titles)
     figure = Figure(figsize=(_WIDTH, 0.9 + 0.18 * len(layers)), layout="constrained")
     axes = figure.subplots(1, len(titles), sharex=True, sharey=True, squeeze=False)[0]
-    shared = os.path.commonprefix(layers).rpartition(".")[0] if len(layers) > 1 else ""
+    shared = os.path.commonprefix(layers).rpartition(".")[0] if len(layers) > 1 else ""  # noqa: RUF071 (dots)
     axes[0].set_yticks(range(len(layers)), [name.removeprefix(f"{shared}.") for name in layers])
     axes[0].set_ylim(len(layers) - 0.5, -0.5)
     for ax, name in zip(axes, titles, strict=True):

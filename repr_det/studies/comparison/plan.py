@@ -24,7 +24,7 @@ from repr_det.studies.comparison.runs import (
 )
 
 _OWN_KEYS = {"SEED": "--seeds", "OUTPUT_DIR": "--output", "REPR.ENABLED": "the arm"}
-_OWN_NAMES = ("difference", "sentence")  # which results.json has beside the names of the arms
+_OWN_NAMES = ["difference", "sentence"]  # which results.json has beside the names of the arms
 
 
 def plan_study(
@@ -85,11 +85,10 @@ def arm_names(*config_files: str) -> tuple[str, ...]:
     names = [path.stem for path in paths]
     if len(set(names)) < len(names):
         names = [f"{path.parent.name}_{path.stem}" for path in paths]
-    unique: list[str] = []
+    taken = list(_OWN_NAMES)
     for name in names:
-        taken = name in unique or name in _OWN_NAMES
-        unique.append(f"{name}_{len(unique) + 1}" if taken else name)
-    return tuple(unique)
+        taken.append(f"{name}_2" if name in taken else name)
+    return tuple(taken[2:])
 
 
 def _check_request(seeds: Sequence[int], opts: Sequence[str]) -> None:

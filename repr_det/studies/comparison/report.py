@@ -3,7 +3,6 @@
 import importlib
 import os
 import platform
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,13 +21,13 @@ from repr_det.studies.comparison.table import Comparison, versus
 
 REPORT_FILE = "report.html"
 # What the page shows of the configs, beside REPR and every key in which the arms differ.
-_SETTINGS = """
-DATASETS.TRAIN DATASETS.TEST INPUT.MIN_SIZE_TRAIN MODEL.META_ARCHITECTURE MODEL.BACKBONE.NAME MODEL.BACKBONE.FREEZE_AT
-MODEL.RESNETS.DEPTH MODEL.RESNETS.NORM MODEL.WEIGHTS SOLVER.BASE_LR SOLVER.IMS_PER_BATCH SOLVER.MAX_ITER
-SOLVER.OPTIMIZER SOLVER.STEPS SOLVER.WEIGHT_DECAY TEST.EVAL_PERIOD
-""".split()
+_SETTINGS = (
+    *("DATASETS.TRAIN", "DATASETS.TEST", "INPUT.MIN_SIZE_TRAIN", "MODEL.META_ARCHITECTURE", "MODEL.BACKBONE"),
+    *("MODEL.RESNETS.DEPTH", "MODEL.RESNETS.NORM", "MODEL.WEIGHTS", "SOLVER.BASE_LR", "SOLVER.IMS_PER_BATCH"),
+    *("SOLVER.MAX_ITER", "SOLVER.OPTIMIZER", "SOLVER.STEPS", "SOLVER.WEIGHT_DECAY", "TEST.EVAL_PERIOD"),
+)
 _PACKAGES = ("repr_det", "torch", "detectron2", "numpy", "scipy", "pandas", "matplotlib")
-_TRAINING_ROWS = {
+_TRAINING_NAMES = {
     "best": "Best validation AP over training",
     "lost": "Best minus final",
     "final_loss": "Training loss at the end",
@@ -49,15 +48,13 @@ def write_report(comparison: Comparison, settings: dict[str, Any], output: Path,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters.update(
-        number=lambda value, digits=1, sign=False: _minus(number(value, digits, sign)),
-        interval=lambda found, digits=1: _minus(interval(found["low"], found["high"], digits)),
-        minus=_minus,
-    )
+    environment.filters["number"] = number
     study, results = comparison.study, comparison.results
     folders = [comparison.readings[arm][0].run.folder for arm in study.arms]
+    training = {_TRAINING_NAMES[metric]: row for metric, row in results["training"].items()}
     page = environment.get_template("report.html.j2").render(
         pictures=_pictures(comparison, folders[0], images),  # first: it may add a note to the results
+        interval=interval,
         results=results,
         settings=settings,
         any_config=study.any_config,
@@ -66,14 +63,14 @@ def write_report(comparison: Comparison, settings: dict[str, Any], output: Path,
         versus=versus(study.arms).rstrip(":") if study.any_config else "RePr against its baseline",
         colours=COLOURS,
         iterations=study.runs[0].max_iter,
-        training_rows=_TRAINING_ROWS,
+        tables={"": results["metrics"], "During training": training, "AP by class": results["classes"]},
         figures=all_figures(comparison),
         threshold=SCORE_THRESHOLD,
         keys=_settings_rows([read_settings(folder) for folder in folders]),
         versions=_versions(),
     )
     path = output / REPORT_FILE
-    write_atomically(path, re.sub(r"\n\s*\n+", "\n", page) + "\n")
+    write_atomically(path, page)
     return path
 
 
@@ -89,20 +86,14 @@ def _pictures(comparison: Comparison, folder: Path, images: int) -> dict[str, st
 
 def _settings_rows(configs: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
     """Key -> its value in both arms; once if it is the same."""
-    uses_repr = any(config["REPR.ENABLED"] for config in configs)
+    shown = (*_SETTINGS, "REPR.") if any(config["REPR.ENABLED"] for config in configs) else _SETTINGS
     rows = {}
     for key in sorted({**configs[0], **configs[1]}):
-        values = [_value(config.get(key, "absent")) for config in configs]
+        values = [str(config.get(key, "absent")) for config in configs]
         differs = values[0] != values[1] and not key.startswith(FREE_WITHIN_REPR)
-        if differs or key in _SETTINGS or (uses_repr and key.startswith("REPR.")):
+        if differs or key.startswith(shown):
             rows[key] = values if values[0] != values[1] else values[:1]
     return rows
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        value = ", ".join(map(str, value))
-    return str(value) if value != "" else "(none)"
 
 
 def _versions() -> str:
@@ -110,8 +101,3 @@ def _versions() -> str:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     machine = [f"Python {platform.python_version()}", platform.platform(), f"{os.cpu_count()} cores"]
     return ", ".join([*versions, *machine, *(gpus or ["no GPU"])])
-
-
-def _minus(text: str) -> str:
-    """Hyphens before digits become minus signs."""
-    return re.sub(r"(?<![\w.])-(?=\d)", "\N{MINUS SIGN}", text)

@@ -1,5 +1,6 @@
 """Trains runs as subprocesses: several at once, resumed where they stopped, with progress, ended with their parent."""
 
+import math
 import os
 import shlex
 import signal
@@ -30,12 +31,8 @@ class RunFailed(RuntimeError):
     """A run ended without its final evaluation; the message holds the end of its output and the command."""
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, treated like Ctrl-C."""
-
-
 def _terminate(*_: object) -> None:
-    raise Terminated
+    raise KeyboardInterrupt("SIGTERM")
 
 
 def run_comparison_tool(main: Callable[[], Any]) -> None:
@@ -50,7 +47,7 @@ def run_comparison_tool(main: Callable[[], Any]) -> None:
         sys.exit(1)
     except KeyboardInterrupt as error:
         sys.stderr.write(f"{name}: stopped; the same command continues where it stopped\n")
-        sys.exit(143 if isinstance(error, Terminated) else 130)
+        sys.exit(143 if error.args else 130)  # SIGTERM, Ctrl-C
 
 
 def say(text: str) -> None:
@@ -101,7 +98,7 @@ class _Progress:
     def __init__(self, runs: Sequence[Run]) -> None:
         self.runs = list(runs)
         self.total = sum(run.max_iter for run in runs)
-        self.at_start = self.said = self._trained()
+        self.at_start = self.said = sum(_last_iteration(run)[0] for run in runs)
         self.start = self.last_reading = time.monotonic()
 
     def show(self, active: Sequence[Run]) -> None:
@@ -110,33 +107,28 @@ class _Progress:
         if now - self.last_reading < _SECONDS_BETWEEN_READINGS:
             return
         self.last_reading = now
-        trained = self._trained()
+        states = {run: _last_iteration(run) for run in self.runs}
+        trained = sum(iterations for iterations, _ in states.values())
         if trained - self.said < _STEP * self.total:
             return
         self.said = trained
         passed = now - self.start
         left = passed / (trained - self.at_start) * (self.total - trained)
         line = f"{100 * trained / self.total:.0f} % after {_duration(passed)}, about {_duration(left)} left"
-        say(": ".join([line, ", ".join(map(_state, active))]))
-
-    def _trained(self) -> int:
-        return sum(_last_iteration(run)[0] for run in self.runs)
+        for run in active:
+            line += f"; {run.name}: {states[run][0]} of {run.max_iter} iterations, loss {states[run][1]:.3f}"
+        say(line)
 
 
 def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
-def _state(run: Run) -> str:
-    trained, loss = _last_iteration(run)
-    return f"{run.name} {trained} of {run.max_iter} iterations" + (f", loss {loss:.3f}" if trained else "")
-
-
 def _last_iteration(run: Run) -> tuple[int, float]:
     """The iterations that the run says it has trained, and its loss there."""
     lines = [line for line in read_json_lines(run.folder / METRICS_FILE) if "total_loss" in line]
     # The line written last, not the highest iteration: a resumed run repeats some.
-    return (min(lines[-1]["iteration"] + 1, run.max_iter), lines[-1]["total_loss"]) if lines else (0, 0.0)
+    return (min(lines[-1]["iteration"] + 1, run.max_iter), lines[-1]["total_loss"]) if lines else (0, math.nan)
 
 
 @dataclass

@@ -1,6 +1,5 @@
 """The runs of a comparison: what a run is, and which may be compared."""
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,11 +87,6 @@ def is_finished(run: Run) -> bool:
     return bool(final_row(read_metrics(run.folder), run.max_iter))
 
 
-def is_number(value: object) -> bool:
-    """Tells a finite number from COCO's -1 for "no such objects"."""
-    return isinstance(value, (int, float)) and math.isfinite(value) and value >= 0
-
-
 def run_from_folder(folder: Path, arm: str) -> Run:
     """A run that was trained already; refuses one of another arm than ``arm``, or without a seed."""
     config = read_settings(folder)
@@ -100,7 +94,9 @@ def run_from_folder(folder: Path, arm: str) -> Run:
     if enabled != (arm == REPR):
         raise UserError(f"{folder} was trained with REPR.ENABLED {enabled}: it does not belong to --{arm}-runs")
     if config["SEED"] < 0:
-        raise UserError(f"{folder} was trained with SEED {config['SEED']}: runs are paired by seed, so it must be fixed")
+        raise UserError(
+            f"{folder} was trained with SEED {config['SEED']}: runs are paired by seed, so it must be fixed"
+        )
     return Run(arm, config["SEED"], folder, config["SOLVER.MAX_ITER"])
 
 
@@ -112,12 +108,10 @@ def check_pairs(study: Study) -> None:
         if other is not run:
             raise UserError(f"{run.folder} and {other.folder} are both {run.name}: give one run for each seed")
     for arm, partner in (study.arms, study.arms[::-1]):
-        for run in seeds[arm].values():
-            if run.seed not in seeds[partner]:
-                known = ", ".join(map(str, sorted(seeds[partner])))
-                raise UserError(
-                    f"{run.folder} has SEED {run.seed}, but the {partner} runs have {known}: runs are paired by seed"
-                )
+        for seed in seeds[arm].keys() - seeds[partner].keys():
+            known = ", ".join(map(str, sorted(seeds[partner])))
+            folder = seeds[arm][seed].folder
+            raise UserError(f"{folder} has SEED {seed}, but the {partner} runs have {known}: runs are paired by seed")
 
 
 def check_finished(runs: Iterable[Run]) -> None:

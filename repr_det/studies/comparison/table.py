@@ -13,7 +13,7 @@ from tabulate import tabulate
 
 from repr_det.runs.files import write_atomically
 from repr_det.studies.comparison.records import read_config, read_detections, read_events, read_metrics
-from repr_det.studies.comparison.runs import BASELINE, REPR, Run, Study, final_row, is_number, title
+from repr_det.studies.comparison.runs import BASELINE, REPR, Run, Study, final_row, title
 from repr_det.studies.comparison.statistics import (
     detectable_difference,
     interval,
@@ -61,7 +61,7 @@ class Reading:
         last = self.run.max_iter
         points = {min(i + 1, last): row["bbox/AP"] for i, row in self.rows.items() if "bbox/AP" in row}
         points[last] = self.ap("AP")
-        return {i: ap for i, ap in sorted(points.items()) if is_number(ap)}
+        return {i: ap for i, ap in sorted(points.items()) if ap >= 0}
 
     @property
     def phases(self) -> list[tuple[int, int]]:
@@ -83,10 +83,10 @@ class Reading:
 
     def ap(self, metric: str) -> float:
         """A metric of the last evaluation; NaN if the data hold no such object."""
-        value = self.final.get(f"bbox/{metric}")
-        if is_number(value):
-            return value
-        return 0.0 if self.collapsed else math.nan
+        if self.collapsed:
+            return 0.0
+        value = self.final.get(f"bbox/{metric}", math.nan)
+        return value if value >= 0 else math.nan  # COCO has -1 for "no such objects"
 
     def values(self, classes: Sequence[str]) -> dict[str, float]:
         """All numbers of the run: metric -> value."""
@@ -130,7 +130,7 @@ def compare(study: Study) -> Comparison:
         "metrics": {metric: metric_row(table, metric, study.arms) for metric in METRICS},
         "classes": {name: metric_row(table, f"AP-{name}", study.arms) for name in classes},
         "training": {name: row for name, row in training.items() if row["difference"]["n"]},
-        "notes": [note for note in map(_missing_ap, both) if note],
+        "notes": _notes(both),
     }
     return Comparison(study, readings, results)
 
@@ -210,13 +210,15 @@ def _read(run: Run) -> Reading:
     return Reading(run, read_metrics(run.folder), read_events(run.folder), read_detections(run.folder))
 
 
-def _missing_ap(reading: Reading) -> str | None:
-    if reading.collapsed:
-        return f"{reading.run.folder}: its last evaluation has no detections, so its AP is 0."
-    if math.isnan(reading.ap("AP")):
-        what = "are not at hand" if reading.detections is None else "are not empty"
-        return f"{reading.run.folder}: the AP of its last evaluation is NaN, and its detections {what}: no verdict."
-    return None
+def _notes(readings: Sequence[Reading]) -> list[str]:
+    notes = ["One seed says nothing about the spread between runs."] if len(readings) == 2 else []
+    for reading in readings:
+        if reading.collapsed:
+            notes.append(f"{reading.run.folder}: its last evaluation has no detections, so its AP is 0.")
+        elif math.isnan(reading.ap("AP")):
+            what = "are not at hand" if reading.detections is None else "are not empty"
+            notes.append(f"{reading.run.folder}: the AP of its last evaluation is NaN, its detections {what}.")
+    return notes
 
 
 def _without_nan(value: Any) -> Any:
