@@ -129,5 +129,7 @@ def test_sub_network_phases(tmp_path):
         {"event": "restore", "iteration": 19},
         {"event": "drop", "iteration": 29},
     ]
-    reading = Reading(Run("repr", 1, tmp_path, 40), {}, events, None)
-    assert reading.phases == [(10, 20), (30, 40)] and Reading(reading.run, {}, events[:2], None).phases == [(10, 20)]
+    reading = Reading(Run("repr", 1, tmp_path, 40), {}, events, [], None)
+    assert reading.phases == [(10, 20), (30, 40)] and Reading(reading.run, {}, events[:2], [], None).phases == [
+        (10, 20)
+    ]

@@ -138,11 +138,7 @@ def analyze(
     passes: TrainingPasses | None = None,
     num_batches: int = 0,
 ) -> list[dict[str, Any]]:
-    """Describes layers by their weights, by their outputs on training batches if there are ``passes``, and by the drop.
-
-    Raises:
-        UserError: an argument is wrong, or the criterion looks at data and there are no ``passes``.
-    """
+    """Describes layers by their weights, by their outputs on training batches (if ``passes``), and by the drop."""
     if get_criterion(criterion).needs_data and passes is None:
         raise UserError(f"criterion {criterion!r} looks at training batches: give --config-file and --batches")
     context = Context(torch.Generator().manual_seed(0), passes, num_batches)
@@ -159,7 +155,7 @@ def analyze(
 
 
 def _layer(layer: FilterLayer, zero: Tensor, idle: Tensor | None, dropped: Tensor) -> dict[str, Any]:
-    """Describes one layer as the json file does; filters are named by their index."""
+    """One layer as the json file has it; filters are named by their index."""
     rows, used = layer.weight.detach().flatten(1), ~zero
     norms = rows.norm(dim=1)
     near = cosines(layer).abs() > NEAR_DUPLICATE
@@ -230,15 +226,6 @@ def verdict(layers: Sequence[dict], num_batches: int) -> str:
     if factor >= AS_RANDOM or duplicates or dead or idle:
         return f"There is something to remove: {found}."
     return f"There is nothing to remove: {found}. A drop then follows the layers' dimensions, not redundancy."
-
-
-def describe_state(layers: Sequence[dict], iteration: int | None) -> str:
-    """Says in one line whether these are the weights of a full network or of a sub-network."""
-    when = "" if iteration is None else f"after iteration {iteration}, "
-    zero, filters = total(layers, "zero"), total(layers, "overlap")
-    if not zero:
-        return f"{when}full network: {filters} filters, none is zero"
-    return f"{when}sub-network: {zero} of {filters} filters are exactly zero (RePr's sub-network phase, or pruned)"
 
 
 def as_table(found: Mapping[str, Any]) -> str:
@@ -331,17 +318,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     ratio = cfg.REPR.DROP_RATIO if args.drop_ratio is None else args.drop_ratio
     cap = cfg.REPR.MAX_DROP_PER_LAYER if args.max_drop_per_layer is None else args.max_drop_per_layer
     analyzed = analyze(layers, criterion, ratio, cap, passes, args.batches)
+    zero, filters = total(analyzed, "zero"), total(analyzed, "overlap")
+    state = f"full network: {filters} filters, none is zero"
+    if zero:
+        state = f"sub-network: {zero} of {filters} filters are exactly zero (RePr's sub-network phase, or pruned)"
     found = {
         "checkpoint": str(args.checkpoint),
         "iteration": iteration,
-        "state": describe_state(analyzed, iteration),
-        "sub_network": total(analyzed, "zero") > 0,
+        "state": state if iteration is None else f"after iteration {iteration}, {state}",
+        "sub_network": zero > 0,
         "overlap_factor": overlap_factor(analyzed),
         "verdict": verdict(analyzed, args.batches),
         "criterion": criterion,
         "drop_ratio": ratio,
         "max_drop_per_layer": cap,
-        "filters": total(analyzed, "overlap"),
+        "filters": filters,
         "layers": analyzed,
         "pairs": overlapping_pairs(layers, args.pairs),
     }

@@ -20,7 +20,6 @@ from matplotlib.patches import Rectangle
 from repr_det.method.orthogonality import inter_filter_orthogonality
 from repr_det.runs.files import FINAL_CHECKPOINT
 from repr_det.runs.safe_pickle import load_checkpoint
-from repr_det.studies.comparison.records import read_overlaps
 from repr_det.studies.comparison.runs import title
 from repr_det.studies.comparison.table import Comparison
 
@@ -135,7 +134,7 @@ def _dropped(comparison: Comparison) -> Figure | None:
     """The share of each layer that every drop took, mean over the seeds."""
     lines = []
     for arm, readings in comparison.readings.items():
-        counts = {layer: len(overlaps) for layer, overlaps in _first_overlap(comparison, arm).items()}
+        counts = {layer: len(overlaps) for layer, overlaps in comparison.readings[arm][0].first_overlap.items()}
         for event in [event for reading in readings for event in reading.events if event["event"] == "drop"]:
             for layer, filters in counts.items():
                 share = 100 * len(event["dropped"].get(layer, [])) / filters
@@ -157,13 +156,12 @@ def _dropped(comparison: Comparison) -> Figure | None:
 def _overlap(comparison: Comparison) -> Figure | None:
     """O_f by layer at three moments: from the 5th to the 95th percentile of all seeds' filters, and the median."""
     lines = []
-    layers = list(dict.fromkeys(x for arm in comparison.study.arms for x in _first_overlap(comparison, arm)))
+    layers = list(dict.fromkeys(x for arm in comparison.study.arms for x in comparison.readings[arm][0].first_overlap))
     for arm in comparison.study.arms:
         for reading in comparison.readings[arm]:
-            snapshots = read_overlaps(reading.run.folder)
-            drops = [line["overlap"] for line in snapshots if line["event"] == "drop"]
-            restores = [line["overlap"] for line in snapshots if line["event"] == "restore"]
-            moments = (drops[:1], restores[-1:], [_final_overlap(reading.run.folder / FINAL_CHECKPOINT, layers)])
+            restores = [line["overlap"] for line in reading.overlaps if line["event"] == "restore"]
+            final = _final_overlap(reading.run.folder / FINAL_CHECKPOINT, layers)
+            moments = ([reading.first_overlap], restores[-1:], [final])
             for moment, found in zip(_MOMENTS, moments, strict=True):
                 lines += [(moment, arm, layer, values) for one in found for layer, values in one.items()]
     if not lines:
@@ -196,11 +194,6 @@ def _layer_panels(layers: Sequence[str], titles: Sequence[str]) -> tuple[Figure,
     for ax, name in zip(axes, titles, strict=True):
         ax.set_title(name)
     return figure, axes
-
-
-def _first_overlap(comparison: Comparison, arm: str) -> dict[str, list[float]]:
-    """Layer -> O_f of its filters, in network order, of the layers that RePr applies to; {} for a baseline."""
-    return next((line["overlap"] for line in read_overlaps(comparison.readings[arm][0].run.folder)), {})
 
 
 def _final_overlap(path: os.PathLike, layers: Sequence[str]) -> dict[str, list[float]]:

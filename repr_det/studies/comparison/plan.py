@@ -37,20 +37,17 @@ def plan_study(
     evaluations: int = 0,
     against: str = "",
 ) -> tuple[Study, Path]:
-    """Plans both arms for every seed, in folders of ``output``.
+    """Plans both arms for every seed, in folders of ``output``, ordered by seed, the reference first.
 
     Refuses whatever would stop one of the runs before its first step, two configs that share no data or iterations,
     and a folder that holds another run.
 
     Args:
         config_file: a config with REPR.ENABLED True; any config if there is another one ``against`` it.
-        output: by default OUTPUT_DIR of the config with the suffix _comparison.
+        output: by default OUTPUT_DIR of the config with the suffix _comparison; returned beside the study.
         opts: KEY VALUE pairs for every run.
         evaluations: if TEST.EVAL_PERIOD is 0 and not in ``opts``, about so many evaluations in a run.
         against: the config of the reference; "" takes the baseline of ``config_file``.
-
-    Returns:
-        The runs, ordered by seed, the reference first; and the output folder.
     """
     opts, register = list(opts), [list(words) for words in register]
     _check_request(seeds, opts)

@@ -16,8 +16,7 @@ from repr_det.runs.files import write_atomically
 from repr_det.studies.comparison.figures import COLOURS, SCORE_THRESHOLD, all_figures, pictures
 from repr_det.studies.comparison.records import read_config, read_settings
 from repr_det.studies.comparison.runs import FREE_WITHIN_REPR, title
-from repr_det.studies.comparison.statistics import interval, number
-from repr_det.studies.comparison.table import Comparison, versus
+from repr_det.studies.comparison.table import Comparison, heads, lines_of, versus
 
 REPORT_FILE = "report.html"
 # What the page shows of the configs, beside REPR and every key in which the arms differ.
@@ -26,12 +25,8 @@ _SETTINGS = (
     *("MODEL.RESNETS.DEPTH", "MODEL.RESNETS.NORM", "MODEL.WEIGHTS", "SOLVER.BASE_LR", "SOLVER.IMS_PER_BATCH"),
     *("SOLVER.MAX_ITER", "SOLVER.OPTIMIZER", "SOLVER.STEPS", "SOLVER.WEIGHT_DECAY", "TEST.EVAL_PERIOD"),
 )
+_TABLES = {"": "metrics", "During training": "training", "AP by class": "classes"}
 _PACKAGES = ("repr_det", "torch", "detectron2", "numpy", "scipy", "pandas", "matplotlib")
-_TRAINING_NAMES = {
-    "best": "Best validation AP over training",
-    "lost": "Best minus final",
-    "final_loss": "Training loss at the end",
-}
 
 
 def write_report(comparison: Comparison, settings: dict[str, Any], output: Path, images: int) -> Path:
@@ -48,13 +43,10 @@ def write_report(comparison: Comparison, settings: dict[str, Any], output: Path,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters["number"] = number
     study, results = comparison.study, comparison.results
     folders = [comparison.readings[arm][0].run.folder for arm in study.arms]
-    training = {_TRAINING_NAMES[metric]: row for metric, row in results["training"].items()}
     page = environment.get_template("report.html.j2").render(
         pictures=_pictures(comparison, folders[0], images),  # first: it may add a note to the results
-        interval=interval,
         results=results,
         settings=settings,
         any_config=study.any_config,
@@ -63,7 +55,8 @@ def write_report(comparison: Comparison, settings: dict[str, Any], output: Path,
         versus=versus(study.arms).rstrip(":") if study.any_config else "RePr against its baseline",
         colours=COLOURS,
         iterations=study.runs[0].max_iter,
-        tables={"": results["metrics"], "During training": training, "AP by class": results["classes"]},
+        tables={heading: lines_of(results[key], study.arms) for heading, key in _TABLES.items()},
+        heads=heads(study.arms),
         figures=all_figures(comparison),
         threshold=SCORE_THRESHOLD,
         keys=_settings_rows([read_settings(folder) for folder in folders]),

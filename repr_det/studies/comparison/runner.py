@@ -1,5 +1,6 @@
 """Trains runs as subprocesses: several at once, resumed where they stopped, with progress, ended with their parent."""
 
+import contextlib
 import math
 import os
 import shlex
@@ -172,21 +173,17 @@ def _stop(jobs: Iterable[_Job]) -> None:
     for job in jobs:
         _signal_group(job, signal.SIGTERM)
     deadline = time.monotonic() + _GRACE_SECONDS
-    try:
+    with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
         for job in jobs:
             job.process.wait(max(0.0, deadline - time.monotonic()))
-    except (subprocess.TimeoutExpired, KeyboardInterrupt):
-        pass
     for job in jobs:
         _signal_group(job, signal.SIGKILL)
         job.process.wait()
 
 
 def _signal_group(job: _Job, number: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # it has ended
         os.killpg(job.process.pid, number)
-    except (ProcessLookupError, PermissionError):  # it has ended
-        pass
 
 
 def _failure(job: _Job) -> str:

@@ -31,9 +31,6 @@ class Run:
     """One training run.
 
     Attributes:
-        arm: "baseline", "repr", or the name of a config.
-        seed: SEED of the run; the runs of two arms are paired by it.
-        folder: its OUTPUT_DIR.
         max_iter: SOLVER.MAX_ITER, scaled to the number of processes.
         flags: the command up to the place where --resume belongs; empty for a run that was trained elsewhere.
         opts: the KEY VALUE pairs after it.

@@ -12,7 +12,7 @@ import pandas as pd
 from tabulate import tabulate
 
 from repr_det.runs.files import write_atomically
-from repr_det.studies.comparison.records import read_config, read_detections, read_events, read_metrics
+from repr_det.studies.comparison.records import read_config, read_detections, read_events, read_metrics, read_overlaps
 from repr_det.studies.comparison.runs import BASELINE, REPR, Run, Study, final_row, title
 from repr_det.studies.comparison.statistics import (
     detectable_difference,
@@ -26,7 +26,11 @@ from repr_det.studies.comparison.statistics import (
 )
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-TRAINING = ("best", "lost", "final_loss")  # the best AP over training, how far above the final one; the loss
+TRAINING = {
+    "best": "Best validation AP over training",
+    "lost": "Best minus final",
+    "final_loss": "Training loss at the end",
+}
 Row = dict[str, Any]
 
 
@@ -37,12 +41,14 @@ class Reading:
     Attributes:
         rows: metrics.json by iteration.
         events: drops and restores.
+        overlaps: O_f before each drop and after each restore.
         detections: of the last evaluation; None if they were not saved.
     """
 
     run: Run
     rows: dict[int, dict[str, float]]
     events: list[dict[str, Any]]
+    overlaps: list[dict[str, Any]]
     detections: list[dict[str, Any]] | None
 
     @property
@@ -62,6 +68,11 @@ class Reading:
         points = {min(i + 1, last): row["bbox/AP"] for i, row in self.rows.items() if "bbox/AP" in row}
         points[last] = self.ap("AP")
         return {i: ap for i, ap in sorted(points.items()) if ap >= 0}
+
+    @property
+    def first_overlap(self) -> dict[str, list[float]]:
+        """Layer -> O_f of its filters, in network order, of the layers that RePr applies to; {} for a baseline."""
+        return self.overlaps[0]["overlap"] if self.overlaps else {}
 
     @property
     def phases(self) -> list[tuple[int, int]]:
@@ -171,19 +182,30 @@ def versus(arms: tuple[str, str]) -> str:
     return other if arms == (BASELINE, REPR) else f"{other} against {reference}:"
 
 
+def lines_of(rows: dict[str, Row], arms: tuple[str, str]) -> list[list[str]]:
+    """A line a metric for people: name, both arms, difference, interval, verdict."""
+    lines = []
+    for name, row in rows.items():
+        digits = 3 if name == "final_loss" else 1
+        found = row["difference"]
+        line = [TRAINING.get(name, name)]
+        for arm in arms:
+            spread = f" ± {number(row[arm]['sd'], digits)}" if row[arm]["n"] > 1 else ""
+            line.append(number(row[arm]["mean"], digits) + spread)
+        line += [number(found["mean"], digits, sign=True), interval(found["low"], found["high"], digits)]
+        lines.append([*line, found["verdict"] if found["n"] else "n/a"])
+    return lines
+
+
+def heads(arms: tuple[str, str]) -> list[str]:
+    """The names of the columns of ``lines_of``."""
+    return ["", *map(title, arms), "difference", "95 % interval", "verdict"]
+
+
 def metrics_table(results: Row, arms: tuple[str, str]) -> str:
-    """The rows are the arms and their difference, the columns the metrics, for a terminal."""
-    rows = results["metrics"].values()
-    several = len(results["seeds"]) > 1
-    lines = [["", *results["metrics"]]]
-    for arm in arms:
-        lines.append([title(arm), *(_mean_and_sd(row[arm], several) for row in rows)])
-    differences = [row["difference"] for row in rows]
-    lines.append([f"{title(arms[1])} - {title(arms[0])}", *(number(d["mean"], sign=True) for d in differences)])
-    if several:
-        lines.append(["95 % CI", *(interval(d["low"], d["high"]) for d in differences)])
-    alignment = ["left"] + ["right"] * len(differences)
-    return tabulate(lines, headers="firstrow", disable_numparse=True, colalign=alignment)
+    """COCO's metrics for a terminal."""
+    alignment = ["left", "right", "right", "right", "right", "left"]
+    return tabulate(lines_of(results["metrics"], arms), heads(arms), disable_numparse=True, colalign=alignment)
 
 
 def write_results(comparison: Comparison, folder: Path) -> None:
@@ -207,7 +229,8 @@ def write_results(comparison: Comparison, folder: Path) -> None:
 
 
 def _read(run: Run) -> Reading:
-    return Reading(run, read_metrics(run.folder), read_events(run.folder), read_detections(run.folder))
+    folder = run.folder
+    return Reading(run, read_metrics(folder), read_events(folder), read_overlaps(folder), read_detections(folder))
 
 
 def _notes(readings: Sequence[Reading]) -> list[str]:
@@ -229,8 +252,3 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def _mean_and_sd(summary: Row, several: bool) -> str:
-    spread = f" ± {number(summary['sd'])}" if several and summary["n"] else ""
-    return number(summary["mean"]) + spread
