@@ -53,8 +53,9 @@ def main() -> None:
     print(
         f"\nCOCO box AP on the validation images after {iterations} iterations, seed {SEED}\n\n"
         f"{metrics_table(results, study.arms)}\n\n"
-        f"One pair of runs cannot tell an effect of RePr, here {difference} AP, from chance. Three seeds of the whole config "
-        f"can:\n\n  {' '.join(program)} --config-file {config_file} --seeds 1 2 3 --jobs {args.jobs}\n"
+        f"One pair of runs cannot tell an effect of RePr, here {difference} AP, from chance. Three seeds of the whole "
+        "config, with an interval:\n\n"
+        f"  {' '.join(program)} --config-file {config_file} --seeds 1 2 3 --jobs {args.jobs}\n"
     )
     for note in results["notes"][1:]:  # the first one says the same
         print(f"note: {note}")

@@ -147,7 +147,8 @@ def _dropped(comparison: Comparison) -> Figure | None:
     for ax, arm in zip(axes, arms, strict=True):
         means = shares[shares["arm"] == arm].pivot_table(index="layer", columns="cycle", values="share")
         for number, cycle in enumerate(means):
-            ax.plot(means[cycle].reindex(layers), range(len(layers)), "os^Dv"[number % 5], markersize=4, label=cycle)
+            rows = np.arange(len(layers)) + 0.25 * (number - (means.shape[1] - 1) / 2)
+            ax.plot(means[cycle].reindex(layers), rows, "os^Dv"[number % 5], markersize=3.5, label=cycle)
     figure.supxlabel("dropped share of the layer (%)", fontsize=8.5)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=5)
     return figure
