@@ -17,8 +17,6 @@ FREE_WITHIN_REPR = ("OUTPUT_DIR", "SEED", "VERSION", "VIS_PERIOD", "SOLVER.CHECK
 FREE = (*FREE_WITHIN_REPR, "REPR.")
 # What two configs must share, whatever else they differ in: data, their order, iterations, evaluations.
 SHARED = ("SOLVER.MAX_ITER", "DATASETS.", "DATALOADER.", "TEST.EVAL_PERIOD")
-# The first difference in this order is the one that is named.
-_ORDER = ("SOLVER.MAX_ITER", "DATASETS.TRAIN", "DATASETS.TEST", "SOLVER.IMS_PER_BATCH", "INPUT.", "MODEL.", "SOLVER.")
 
 
 def title(arm: str) -> str:
@@ -159,12 +157,11 @@ def refuse_differences(configs: dict[Any, Settings], free: Sequence[str] = FREE,
 
 
 def differing_keys(a: Settings, b: Settings, free: Sequence[str] = FREE) -> list[str]:
-    """The keys whose values differ, in the order of what matters most.
+    """The keys whose values differ.
 
     A key that only one of them has counts as a difference (another version of Detectron2 or of this package).
     """
-    keys = [key for key in {**a, **b} if not key.startswith(tuple(free))]
-    keys.sort(key=lambda key: next((n for n, head in enumerate(_ORDER) if key.startswith(head)), len(_ORDER)))
+    keys = sorted(key for key in {**a, **b} if not key.startswith(tuple(free)))
     missing = object()
     return [key for key in keys if a.get(key, missing) != b.get(key, missing)]
 

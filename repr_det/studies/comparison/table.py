@@ -211,7 +211,8 @@ def metrics_table(results: Row, arms: tuple[str, str]) -> str:
 def write_results(comparison: Comparison, folder: Path) -> None:
     """Writes results.json, and results.csv with a line a metric and class; null and "n/a" if there is no number."""
     results, arms = comparison.results, comparison.study.arms
-    write_atomically(folder / "results.json", json.dumps(_without_nan(results), indent=1, ensure_ascii=False))
+    without_nan = json.loads(json.dumps(results), parse_constant=lambda word: None)
+    write_atomically(folder / "results.json", json.dumps(without_nan, indent=1, ensure_ascii=False))
     lines = []
     classes = {f"AP-{name}": row for name, row in results["classes"].items()}
     for name, row in (results["metrics"] | classes).items():
@@ -242,13 +243,3 @@ def _notes(readings: Sequence[Reading]) -> list[str]:
             what = "are not at hand" if reading.detections is None else "are not empty"
             notes.append(f"{reading.run.folder}: the AP of its last evaluation is NaN, its detections {what}.")
     return notes
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(k): _without_nan(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
