@@ -49,16 +49,7 @@ def finished(named_data, tiny_cfg, tmp_path):
         cfg = tiny_cfg(*own, *names, *opts, config="repr_r50_fpn.yaml")
         (folder / "config.yaml").write_text(cfg.dump())
         rng = np.random.default_rng(abs(seed) + 100 * (arm == "repr"))
-        spread = 0.02 if arm == "repr" else 0.08
-        detections = [
-            dict(
-                image_id=a["image_id"],
-                category_id=a["category_id"],
-                bbox=[v + float(rng.normal(0, spread)) * a["bbox"][2] for v in a["bbox"]],
-                score=float(rng.uniform(0.4, 1)),
-            )
-            for a in truth["annotations"]
-        ]
+        detections = [dict(one, score=float(rng.uniform(0.4, 1))) for one in truth["annotations"]]
         (folder / "inference").mkdir()
         (folder / "inference" / "coco_instances_results.json").write_text(json.dumps(detections))
         final = {f"bbox/{metric}": float(rng.uniform(20, 60)) for metric in METRICS}
@@ -66,23 +57,19 @@ def finished(named_data, tiny_cfg, tmp_path):
         final["bbox/APl"] = math.nan  # images of 96 px hold no large object
         if ap is not None:
             final["bbox/AP"] = ap
-        write_metrics(
-            folder,
-            dict(iteration=19, total_loss=2.0 + seed / 10, time=0.5),
-            {"iteration": 19, "bbox/AP": final["bbox/AP"] + 1},
-            dict(iteration=39, total_loss=1.0 + seed / 10, time=0.5),
-            {"iteration": 40, **final},
-        )
-        if arm == "repr":
+        logged = [dict(iteration=i, total_loss=loss + seed / 10, time=0.5) for i, loss in ((19, 2.0), (39, 1.0))]
+        on_the_way = {"iteration": 19, "bbox/AP": final["bbox/AP"] + 1}
+        write_metrics(folder, *logged, on_the_way, {"iteration": 40, **final})
+        for event, iteration in (("drop", 9), ("restore", 19)) if arm == "repr" else ():
             layers = {"backbone.bottom_up.res2.0.conv1": 8, "backbone.bottom_up.res2.0.conv2": 300}
-            with (folder / "repr_events.jsonl").open("w") as events, (folder / "repr_overlaps.jsonl").open("w") as o:
-                for event, iteration in (("drop", 9), ("restore", 19)):
-                    dropped = {name: [0, seed, 5] for name in layers}
-                    line = dict(iteration=iteration, event=event, cycle=0, dropped=dropped, seconds=0.25)
-                    line |= dict(overlap_before=0.2, overlap_after=0.1, max_cosine={})
-                    events.write(json.dumps(line) + "\n")
-                    overlap = {name: rng.random(n).round(4).tolist() for name, n in layers.items()}
-                    o.write(json.dumps(dict(iteration=iteration, event=event, cycle=0, overlap=overlap)) + "\n")
+            line = dict(iteration=iteration, event=event, cycle=0)
+            content = {
+                "repr_events.jsonl": dict(dropped={name: [0, seed, 5] for name in layers}, seconds=0.25),
+                "repr_overlaps.jsonl": dict(overlap={name: rng.random(n).tolist() for name, n in layers.items()}),
+            }
+            for name, own in content.items():
+                with (folder / name).open("a") as file:
+                    file.write(json.dumps(line | own) + "\n")
         return folder
 
     return make

@@ -21,7 +21,7 @@ from repr_det.studies.comparison.statistics import (
 )
 from repr_det.studies.comparison.table import Reading
 
-NAN = math.nan
+NAN, NO = math.nan, "no verdict"
 
 
 def test_interval_over_seeds_is_the_t_interval_worked_by_hand():
@@ -38,28 +38,23 @@ def test_interval_over_seeds_is_the_t_interval_worked_by_hand():
         ([1.0, 0.5, 0.9], "higher", "RePr +0.8 AP, 95 % CI +0.1 .. +1.5, 3 seeds: better"),
         ([-1.0, -0.5, -0.9], "lower", "RePr -0.8 AP, 95 % CI -1.5 .. -0.1, 3 seeds: worse"),
         ([0.0, 0.5, -0.4], "not distinguishable", "RePr +0.0 AP, 95 % CI -1.1 .. +1.2, 3 seeds: not distinguishable"),
+        ([1.0, -0.5], NO, "RePr +0.2 AP, 95 % CI -9.3 .. +9.8, 2 seeds: no verdict (fewer than 3 pairs of runs)"),
+        ([0.5, 0.5, 0.5], NO, "RePr +0.5 AP, 3 seeds: no verdict (all differences are equal)"),
         (
-            [1.0, -0.5],
-            "no verdict",
-            "RePr +0.2 AP, 95 % CI -9.3 .. +9.8, 2 seeds: no verdict (fewer than 3 pairs of runs)",
+            [0.5, 0.2, NAN, 0.9],
+            NO,
+            "RePr +0.5 AP, 95 % CI -0.3 .. +1.4, 3 seeds: no verdict (1 of 4 pairs of runs lacks the value)",
         ),
-        ([0.5, 0.5, 0.5], "no verdict", "RePr +0.5 AP, 3 seeds: no verdict (all differences are equal)"),
-        (
-            [1.0, 0.5, 0.9, NAN],
-            "no verdict",
-            "RePr +0.8 AP, 95 % CI +0.1 .. +1.5, 3 seeds: no verdict (1 of 4 pairs of runs lacks the value)",
-        ),
-        ([0.8], "no verdict", "RePr +0.8 AP, 1 seed: no interval over seeds from one pair of runs, so no verdict"),
-        ([NAN, NAN], "no verdict", "AP: n/a (no pair of runs has it)"),
+        ([0.8], NO, "RePr +0.8 AP, 1 seed: no interval over seeds from one pair of runs, so no verdict"),
+        ([NAN, NAN], NO, "AP: n/a (no pair of runs has it)"),
     ],
 )
 def test_verdict_in_words(values, direction, sentence):
     found = paired_difference([0.0] * len(values), values)
     assert verdict_sentence("AP", found) == sentence
     assert found.direction == direction
-    assert (
-        paired_difference([30.0] * len(values), [30 + v for v in values]).verdict == found.verdict
-    )  # but for rounding
+    shifted = paired_difference([30.0] * len(values), [30 + v for v in values])  # but for rounding
+    assert shifted.verdict == found.verdict
 
 
 def test_summary_leaves_out_what_is_not_there():
