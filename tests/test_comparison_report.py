@@ -88,7 +88,7 @@ def test_report_of_finished_folders(finished, tmp_path, capsys):
 
     # A comparison of 0.2.0 did not say what its arms are.
     settings = json.loads((out / "comparison.json").read_text())
-    kept = {key: settings[key] for key in ("command", "config_file", "register", "runs")}
+    kept = {key: settings[key] for key in ("command", "register", "runs")}
     (out / "comparison.json").write_text(json.dumps(kept))
     (out / "report.html").unlink()
     main(["--report-only", "--output", str(out), "--eval-images", "4"])

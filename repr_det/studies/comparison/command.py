@@ -158,7 +158,6 @@ def _settings(args: argparse.Namespace, study: Study, argv: list[str]) -> dict[s
     program = sys.argv[0] if sys.argv[0].startswith("repr-det") else "python tools/compare.py"
     return {
         "command": f"{program} {shlex.join(argv)}",
-        "config_file": args.config_file,
         "arms": study.arms,
         "any_config": study.any_config,
         "register": args.register,

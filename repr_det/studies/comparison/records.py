@@ -10,7 +10,7 @@ from detectron2.config import CfgNode, get_cfg
 from repr_det.commands.config_files import merge_config_file
 from repr_det.detectron.config import add_repr_config, scale_to_world
 from repr_det.method.errors import UserError
-from repr_det.runs.files import EVENTS_FILE, METRICS_FILE, OVERLAPS_FILE
+from repr_det.runs.files import EVENTS_FILE, METRICS_FILE
 from repr_det.runs.record import CONFIG_FILE
 
 Settings = dict[str, Any]  # a flat config
@@ -49,12 +49,6 @@ def read_metrics(folder: Path) -> dict[int, dict[str, float]]:
 def read_events(folder: Path) -> list[dict[str, Any]]:
     """The transitions of a RePr run in order; [] for a baseline."""
     return read_json_lines(folder / EVENTS_FILE)
-
-
-def read_overlaps(folder: Path) -> list[dict[str, Any]]:
-    """The O_f of a RePr run before each drop and after each restore: {"iteration", "event", "cycle",
-    "overlap": {layer: [O_f of every filter]}}; [] for a baseline."""
-    return read_json_lines(folder / OVERLAPS_FILE)
 
 
 def read_detections(folder: Path) -> list[dict[str, Any]] | None:

@@ -8,8 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,23 +68,24 @@ def run_all(runs: Sequence[Run], jobs: int = 1, num_gpus: int = 1) -> None:
     if done:
         say(f"finished already: {', '.join(done)}")
     progress = _Progress(waiting)
-    active: dict[int, _Job] = {}  # by slot
+    active: dict[int, tuple[Run, subprocess.Popen]] = {}  # by slot
     try:
         while waiting or active:
             for slot in range(jobs):
-                if slot in active and active[slot].process.poll() is not None:
-                    job = active.pop(slot)
-                    if job.process.returncode or not is_finished(job.run):
-                        raise RunFailed(_failure(job))
-                    say(f"{job.run.name}: done")
+                run, process = active.get(slot, (None, None))
+                if run and process.poll() is not None:
+                    del active[slot]
+                    if process.returncode or not is_finished(run):
+                        raise RunFailed(_failure(run, process))
+                    say(f"{run.name}: done")
                 if slot not in active and waiting:
                     run = waiting.pop(0)
-                    active[slot] = _start(run, _environment(slot, jobs, num_gpus))
+                    active[slot] = run, _start(run, _environment(slot, jobs, num_gpus))
                     say(f"{run.name}: started, output in {run.folder / OUTPUT_FILE}")
-            progress.show([job.run for job in active.values()])
+            progress.show([run for run, _ in active.values()])
             time.sleep(0.2)
     finally:
-        _stop(active.values())
+        _stop([process for _, process in active.values()])
 
 
 def available_cores() -> int:
@@ -132,20 +132,13 @@ def _last_iteration(run: Run) -> tuple[int, float]:
     return (min(lines[-1]["iteration"] + 1, run.max_iter), lines[-1]["total_loss"]) if lines else (0, math.nan)
 
 
-@dataclass
-class _Job:
-    run: Run
-    command: list[str]
-    process: subprocess.Popen
-
-
-def _start(run: Run, environment: dict[str, str]) -> _Job:
+def _start(run: Run, environment: dict[str, str]) -> subprocess.Popen:
     command = run.command(resume=bool(run_traces(run.folder)))
     run.folder.mkdir(parents=True, exist_ok=True)
     with (run.folder / OUTPUT_FILE).open("a", encoding="utf-8") as output:
         output.write(f"$ {shlex.join(command)}\n")
         output.flush()
-        process = subprocess.Popen(
+        return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -154,7 +147,6 @@ def _start(run: Run, environment: dict[str, str]) -> _Job:
             start_new_session=True,
             preexec_fn=end_with_parent,
         )
-    return _Job(run, command, process)
 
 
 def _environment(slot: int, jobs: int, num_gpus: int) -> dict[str, str]:
@@ -167,34 +159,33 @@ def _environment(slot: int, jobs: int, num_gpus: int) -> dict[str, str]:
     return environment
 
 
-def _stop(jobs: Iterable[_Job]) -> None:
-    """SIGTERM to the process groups of all jobs, SIGKILL to what is left after a grace period or a second Ctrl-C."""
-    jobs = list(jobs)
-    for job in jobs:
-        _signal_group(job, signal.SIGTERM)
+def _stop(processes: Sequence[subprocess.Popen]) -> None:
+    """SIGTERM to their process groups, SIGKILL to what is left after a grace period or a second Ctrl-C."""
+    for process in processes:
+        _signal_group(process, signal.SIGTERM)
     deadline = time.monotonic() + _GRACE_SECONDS
     with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
-        for job in jobs:
-            job.process.wait(max(0.0, deadline - time.monotonic()))
-    for job in jobs:
-        _signal_group(job, signal.SIGKILL)
-        job.process.wait()
+        for process in processes:
+            process.wait(max(0.0, deadline - time.monotonic()))
+    for process in processes:
+        _signal_group(process, signal.SIGKILL)
+        process.wait()
 
 
-def _signal_group(job: _Job, number: int) -> None:
+def _signal_group(process: subprocess.Popen, number: int) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):  # it has ended
-        os.killpg(job.process.pid, number)
+        os.killpg(process.pid, number)
 
 
-def _failure(job: _Job) -> str:
-    code = job.process.returncode
+def _failure(run: Run, process: subprocess.Popen) -> str:
+    code = process.returncode
     if code < 0:
         how = f"was ended by signal {signal.Signals(-code).name}"
     elif code:
         how = f"ended with status {code}"
     else:
         how = "ended without an evaluation after its last iteration"
-    path = job.run.folder / OUTPUT_FILE
+    path = run.folder / OUTPUT_FILE
     lines = path.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()[-_SHOWN_LINES:]
     shown = "\n".join(f"  | {line}" for line in lines)
-    return f"the run {job.run.name} {how}. The end of {path}:\n{shown}\nTo repeat it:\n  {shlex.join(job.command)}"
+    return f"the run {run.name} {how}. The end of {path}:\n{shown}\nTo repeat it:\n  {shlex.join(process.args)}"

@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 from tabulate import tabulate
 
-from repr_det.runs.files import write_atomically
-from repr_det.studies.comparison.records import read_config, read_detections, read_events, read_metrics, read_overlaps
+from repr_det.runs.files import OVERLAPS_FILE, write_atomically
+from repr_det.studies.comparison.records import read_config, read_detections, read_events, read_json_lines, read_metrics
 from repr_det.studies.comparison.runs import BASELINE, REPR, Run, Study, final_row, title
 from repr_det.studies.comparison.statistics import (
     detectable_difference,
@@ -231,7 +231,8 @@ def write_results(comparison: Comparison, folder: Path) -> None:
 
 def _read(run: Run) -> Reading:
     folder = run.folder
-    return Reading(run, read_metrics(folder), read_events(folder), read_overlaps(folder), read_detections(folder))
+    overlaps = read_json_lines(folder / OVERLAPS_FILE)
+    return Reading(run, read_metrics(folder), read_events(folder), overlaps, read_detections(folder))
 
 
 def _notes(readings: Sequence[Reading]) -> list[str]:
