@@ -28,7 +28,7 @@ from repr_det.detectron.engine import Trainer
 from repr_det.detectron.passes import training_passes
 from repr_det.method.criteria import CRITERIA, Context, get_criterion
 from repr_det.method.data_criteria import NEAR_DUPLICATE
-from repr_det.method.errors import UserError
+from repr_det.method.errors import UserError, spelling
 from repr_det.method.layers import FilterLayer, find_filter_layers
 from repr_det.method.orthogonality import expected_overlap, inter_filter_orthogonality, unit_filters
 from repr_det.method.participants import Participants
@@ -317,7 +317,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     criterion = args.criterion or (cfg.REPR.CRITERION if args.config_file or args.batches else "ortho")
     ratio = cfg.REPR.DROP_RATIO if args.drop_ratio is None else args.drop_ratio
     cap = cfg.REPR.MAX_DROP_PER_LAYER if args.max_drop_per_layer is None else args.max_drop_per_layer
-    analyzed = analyze(layers, criterion, ratio, cap, passes, args.batches)
+    with spelling({name: f"--{name.replace('_', '-')}" for name in ("criterion", "drop_ratio", "max_drop_per_layer")}):
+        analyzed = analyze(layers, criterion, ratio, cap, passes, args.batches)
     zero, filters = total(analyzed, "zero"), total(analyzed, "overlap")
     state = f"full network: {filters} filters, none is zero"
     if zero:
