@@ -58,7 +58,7 @@ setup(
     ],
     extras_require={
         # compare, analyze, benchmark
-        "studies": ["Jinja2>=3.0", "matplotlib>=3.6", "pandas>=1.5", "rich>=12", "tabulate"],
+        "studies": ["Jinja2>=3.0", "matplotlib>=3.6", "pandas>=1.5", "tabulate"],
         "wandb": ["wandb"],
     },
 )

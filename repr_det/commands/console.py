@@ -13,7 +13,7 @@ _COMMANDS = {
     "compare": ("repr_det.studies.comparison.command", "main", "both arms over several seeds, and a report"),
     "analyze": ("repr_det.studies.analysis", "main", "how much the filters of a checkpoint overlap"),
 }
-_STUDIES = ("jinja2", "matplotlib", "pandas", "rich", "tabulate")
+_STUDIES = ("jinja2", "matplotlib", "pandas", "tabulate")
 _USAGE = "usage: repr-det COMMAND ...\n\n" + "\n".join(
     f"  {name:10} {what}" for name, (_, _, what) in _COMMANDS.items()
 )
