@@ -48,44 +48,35 @@ def catalogs(monkeypatch):
     """Detectron2's catalogs; what a test registers is gone afterwards."""
     for catalog in (DatasetCatalog, MetadataCatalog):
         monkeypatch.setattr(catalog, "data", {k: v for k, v in catalog.data.items() if not k.startswith("bccd_")})
-    monkeypatch.setattr(registered, "_summaries", {})
     monkeypatch.setattr(registered, "_logged", {})
 
 
-def set_key(key, number, **values):
-    def change(content):
-        entry = content[key][number]
-        entry.update(values)
-        for name in [name for name, value in values.items() if value is ...]:
-            del entry[name]
-
-    return change
+def _put(entry, values):
+    """Sets keys; ... takes one away."""
+    entry.update(values)
+    for key in [key for key, value in values.items() if value is ...]:
+        del entry[key]
 
 
 def image(number, **values):
-    return set_key("images", number, **values)
+    return lambda content: _put(content["images"][number], values)
 
 
 def annotation(number, **values):
-    return set_key("annotations", number, **values)
+    return lambda content: _put(content["annotations"][number], values)
 
 
 def category(number, **values):
-    return set_key("categories", number, **values)
+    return lambda content: _put(content["categories"][number], values)
+
+
+def whole(**values):
+    return lambda content: _put(content, values)
 
 
 def every(values):
     """``values(annotation)`` goes into each annotation."""
     return lambda content: [entry.update(values(entry)) for entry in content["annotations"]]
-
-
-def whole(**values):
-    def change(content):
-        content.update(values)
-        for key in [key for key, value in values.items() if value is ...]:
-            del content[key]
-
-    return change
 
 
 def detections(record, boxes, classes, scores=None):

@@ -30,21 +30,16 @@ def register_data(
         UserError: a data set is bad, or other data than those of --register would be used.
     """
     register_builtin()
-    for name, json_file, image_root in register:
-        register_coco_format(name, json_file, image_root)
-    names = [name for name, *_ in register]
-    unused = [name for name in names if name not in (*train, *test)]
-    if not unused:
-        return
-    what = (
-        f"--register {unused[0]}: no key names it, the run trains on {listed(train)} and is evaluated on {listed(test)}"
-    )
-    if set(names).isdisjoint(test if eval_only else train):
-        raise UserError(
-            f"{what}: name it in DATASETS.TRAIN or DATASETS.TEST (in a LazyConfig dataloader.train.dataset.names or "
-            "dataloader.test.dataset.names)"
-        )
-    logger.warning(what)
+    for entry in register:
+        register_coco_format(*entry)
+    names = {name for name, *_ in register}
+    unused = sorted(names - {*train, *test})
+    if unused:
+        what = f"--register {unused[0]}: no key names it, the run trains on {listed(train)} and tests on {listed(test)}"
+        if names.isdisjoint(test if eval_only else train):
+            keys = "DATASETS.TRAIN or DATASETS.TEST (of a LazyConfig dataloader.train or .test, dataset.names)"
+            raise UserError(f"{what}: name it in {keys}")
+        logger.warning(what)
 
 
 def classes_of_run(
@@ -66,13 +61,13 @@ def classes_of_run(
     train, test = ([name for name in names if name in DatasetCatalog] for names in (train, test))
     if not any_mapped((train, test)):
         return None
-    if not eval_only:
-        return agree_on_classes(train, test)
-    if (recorded := recorded_classes(folder)) is not None:
-        return agree_on_classes((), test, recorded)
-    trained = max(map(own_classes, train), key=len, default=())
-    covered = bool(test) and all(set(own_classes(name)) <= set(trained) for name in test)
-    return agree_on_classes(train, test) if covered else agree_on_classes((), test) if test else None
+    recorded = recorded_classes(folder) if eval_only else None
+    if eval_only:
+        trained = max(map(own_classes, train), key=len, default=())
+        listed_in_test = {class_name for name in test for class_name in own_classes(name)}
+        if recorded or not listed_in_test <= set(trained):
+            train = []
+    return agree_on_classes(train, test, recorded) if train or test else None
 
 
 def recorded_classes(folder: str | Path | None) -> tuple[str, ...] | None:

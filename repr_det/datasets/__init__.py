@@ -15,8 +15,9 @@ from repr_det.datasets.registered import (
     own_classes,
     register_bccd,
     register_coco_format,
+    register_shapes,
 )
-from repr_det.datasets.shapes import CLASS_NAMES, build_shapes, generate_shapes, register_shapes
+from repr_det.datasets.shapes import CLASS_NAMES, build_shapes, generate_shapes
 
 __all__ = [
     "CLASS_NAMES",

@@ -1,0 +1,244 @@
+"""Annotations that have the right types and cannot be right: boxes, areas, masks, keypoints, objects there twice."""
+
+import math
+import re
+from collections.abc import Callable, Iterable
+from itertools import compress
+from typing import Any
+
+import numpy as np
+
+from repr_det.datasets.findings import Findings, shown
+
+MANY = 0.1  # share of objects from which on an oddity looks like a mistake of the whole file
+MAX_USELESS = 0.001  # share of faulty objects that passes with a warning: COCO's own train2017 has 2 in 860,001
+ONE_IN = 100  # in a data set of at least this many objects, one faulty object passes too
+ENOUGH = 50  # boxes from which on one says something of all of them
+LARGEST_AREA = 1e10  # in px: pycocotools ignores larger objects, and those of negative area
+LEAST_AREA, SMALL_AREA = 0.001, 0.02  # shares of its box that no object, and only few objects, have less of
+LARGEST_SHARE = 1.1  # of its box, that no object has more of
+RIGHT_AREA = "give the object's area in pixels, or width * height"
+FORM = "a bbox must be [x, y, width, height] in pixels"
+RUN = "[P-o]{0,6}[0-O]"  # of COCO's compressed RLE: groups of five bits, of which the last lacks the sixth
+
+
+class Objects:
+    """The annotations of a data set, which have the types of ``schema``.
+
+    Attributes:
+        boxes: (N, 4), as they are given.
+        image, sizes: the number of each annotation's image (N,), and its width and height (N, 2).
+        areas: (N,), NaN for an object without one.
+        crowd: whether each is a crowd region (N,).
+        few: the number of faulty objects that are no reason to refuse a file.
+    """
+
+    def __init__(self, annotations: list[dict[str, Any]], images: dict[int | str, dict[str, Any]]) -> None:
+        self.annotations = annotations
+        numbers = {image_id: number for number, image_id in enumerate(images)}
+        sizes = np.array([(image["width"], image["height"]) for image in images.values()], float)
+        self.image = np.array([numbers[entry["image_id"]] for entry in annotations], int)
+        self.sizes = sizes[self.image]
+        self.boxes = np.array([entry["bbox"] for entry in annotations], float).reshape(-1, 4)
+        self.areas = np.array([_area(entry.get("area")) for entry in annotations], float)
+        self.crowd = self.where(lambda entry: entry.get("iscrowd"))
+        self.few = max(MAX_USELESS * len(annotations), int(len(annotations) >= ONE_IN))
+
+    def where(self, test: Callable[[dict[str, Any]], Any]) -> np.ndarray:
+        return np.array([bool(test(entry)) for entry in self.annotations], bool)
+
+    def first(self, odd: np.ndarray, what: str) -> str:
+        """A line that names the first of the annotations in ``odd`` (N,), and their number."""
+        number = int(odd.argmax())
+        entry = self.annotations[number]
+        box = ", ".join(f"{value:.6g}" for value in entry["bbox"])
+        width, height = self.sizes[number]
+        where = f"image {entry['image_id']!r} of {width:.0f}x{height:.0f}"
+        return (
+            f"annotation {entry['id']} {what} (bbox [{box}], area {shown(entry.get('area'))}, in {where}; "
+            f"{odd.sum()} such of {len(odd)})"
+        )
+
+    def first_gap(self, rows: Iterable[tuple[np.ndarray, float, str]]) -> str | None:
+        """A line about the first row (which objects, how many may be, what is wrong) with more objects than may be."""
+        for odd, limit, what in rows:
+            if odd.sum() > limit:
+                return self.first(odd, what)
+        return None
+
+
+def _area(value: object) -> float:
+    return value if type(value) in (int, float) and abs(value) < 1e300 else math.nan
+
+
+def check_objects(objects: Objects, findings: Findings) -> None:
+    """Looks at objects as the model and the evaluator will.
+
+    Raises:
+        UserError: objects that cannot be used, more than a few; what may be meant, or is left aside, is a warning.
+    """
+    total, few, never = len(objects.annotations), objects.few, math.inf
+    if not total:
+        return
+    boxes, sizes = objects.boxes, objects.sizes
+    negative, flat, outside, beyond = _misfits(boxes, sizes)
+    fractions = ~flat & (boxes <= 1.001).all(1) & (sizes > 2).all(1)
+    lost = objects.where(lambda entry: _is_lost(entry.get("segmentation")))
+    hint = _other_form(boxes, sizes)
+    scale = _other_scale(boxes[:, :2] + boxes[:, 2:], sizes)
+    corners = f", and Detectron2 clips it: {FORM}, not two corners"
+    left_out = "and Detectron2 leaves such an object out"
+    for odd, refused, warned, what in (
+        (negative, 0, 0, f"has a bbox of negative size: {FORM}"),
+        (flat, few, 0, f"has a bbox without area, {left_out}"),
+        (outside, few, 0, f"has a bbox outside its image, which is of no use{hint}"),
+        (fractions, MANY * total, few, "has a bbox of a pixel or less: give pixels, not fractions of the image"),
+        (lost, few, 0, f"has a segmentation without a polygon of 3 points or more, {left_out}, also with masks off"),
+        (beyond, never, 0 if hint else MANY * total, f"has a bbox that reaches beyond its image{hint or corners}"),
+        (_twins(objects), never, few, "has the class and the box of another object of its image: list an object once"),
+        (np.full(total, bool(scale)), never, 0, scale),
+    ):
+        if odd.sum() > refused:
+            findings.fail(objects.first(odd, what))
+        if odd.sum() > warned:
+            findings.warn(objects.first(odd, what))
+
+
+def _misfits(boxes: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Boxes of negative size, without area, outside their image, and reaching beyond it by more than a pixel."""
+    starts, extents = boxes[:, :2], boxes[:, 2:]
+    ends = starts + extents
+    negative = (extents < 0).any(1)
+    flat = (extents == 0).any(1)
+    outside = ~flat & ((starts >= sizes) | (ends <= 0)).any(1)
+    beyond = ~(negative | flat | outside) & ((starts < -1) | (ends > sizes + 1)).any(1)
+    return negative, flat, outside, beyond
+
+
+def _other_form(boxes: np.ndarray, sizes: np.ndarray) -> str:
+    """Names another reading of the four numbers under which the boxes fit their images much better, if there is one."""
+    first, second = boxes[:, :2], boxes[:, 2:]
+    readings = {
+        "as given": boxes,
+        "two corners [x1, y1, x2, y2]": np.hstack([first, second - first]),
+        "[centre x, centre y, width, height]": np.hstack([first - second / 2, second]),
+        "[y, x, height, width]": boxes[:, [1, 0, 3, 2]],
+    }
+    misfits = {form: int(np.any(_misfits(read, sizes), axis=0).sum()) for form, read in readings.items()}
+    form = min(misfits, key=misfits.__getitem__)
+    if misfits["as given"] < max(2, 0.02 * len(boxes)) or misfits[form] > misfits["as given"] / 10:
+        return ""
+    return f"; read as {form}, {len(boxes) - misfits[form]} of {len(boxes)} boxes fit their images: {FORM}"
+
+
+def _other_scale(ends: np.ndarray, sizes: np.ndarray) -> str:
+    """Says that no box comes near the far sides of its image, or that all end at a round number."""
+    if len(ends) < ENOUGH:
+        return ""
+    last = ends.max(0)
+    for base in (100, 1000):
+        if (last <= base * 1.001).all() and (last > 0.95 * base).all() and (sizes > 1.05 * base).all():
+            return f"ends, as all do, at {base} or before in images of any size, like a part of {base}: {FORM}"
+    if ((ends / sizes).max(0) < 0.6).all():
+        return f"ends, as all do, within 60% of its image, like a bbox for images of another size: {FORM}"
+    return ""
+
+
+def _twins(objects: Objects) -> np.ndarray:
+    """Objects that have the class and, to a pixel, the box of an earlier one of their image (N,)."""
+    offset = 0.3717  # so that coordinates as halves and quarters do not lie where rounding is a matter of noise
+    classes = [entry["category_id"] % 2**62 for entry in objects.annotations]
+    corners = np.floor(objects.boxes.clip(-1e15, 1e15) + offset).astype(int)
+    weights = np.random.default_rng(0).integers(1, 2**62, 6) | 1
+    keys = (np.column_stack([objects.image, classes, corners]) * weights).sum(1)
+    twins = np.ones(len(keys), bool)
+    twins[np.unique(keys, return_index=True)[1]] = False
+    return twins
+
+
+# ---- gaps: what stops evaluation, masks or keypoints, and not the training of boxes ----
+
+
+def evaluation_gap(objects: Objects) -> str | None:
+    """Names what keeps COCO evaluation from working: area or iscrowd absent, areas that it ignores."""
+    absent = {key: objects.where(lambda entry, key=key: entry.get(key) is None) for key in ("area", "iscrowd")}
+    ignored = (objects.areas < 0) | (objects.areas > LARGEST_AREA)
+    return objects.first_gap(
+        [
+            (absent["area"], 0, f"has no 'area', which COCO evaluation needs: {RIGHT_AREA}"),
+            (absent["iscrowd"], 0, "has no 'iscrowd', which COCO evaluation needs: give 0 for a single object"),
+            (np.isnan(objects.areas), 0, f"must have a finite number as 'area': {RIGHT_AREA}"),
+            (ignored, objects.few, f"has an 'area' that COCO evaluation ignores: {RIGHT_AREA}"),
+        ]
+    )
+
+
+def area_doubt(objects: Objects) -> str | None:
+    """Names areas that cannot be those of their boxes: COCO evaluation goes by them what is small, medium and large."""
+    areas, extents = objects.areas, objects.boxes[:, 2:]
+    share = areas / extents.prod(1).clip(1e-9)
+    impossible = (share < LEAST_AREA) | (areas > LARGEST_SHARE * (extents + 1).prod(1))
+    what = f"has an 'area' that cannot be that of its bbox, and APs, APm and APl go by it: {RIGHT_AREA}"
+    return objects.first_gap(
+        [(impossible, objects.few, what), (impossible | (share < SMALL_AREA), MANY * len(areas), what)]
+    )
+
+
+def mask_gap(objects: Objects, which: np.ndarray) -> str | None:
+    """Names the first of the objects in ``which`` (N,) whose mask cannot be trained or evaluated, and why."""
+    lacking = which & objects.where(lambda entry: not entry.get("segmentation"))
+    if lacking.any():
+        return objects.first(lacking, "has no segmentation")
+    for entry, size in zip(compress(objects.annotations, which), objects.sizes[which].astype(int), strict=True):
+        fault = _mask_fault(entry["segmentation"], *size.tolist())
+        if fault:
+            return f"annotation {entry['id']} has {fault}"
+    return None
+
+
+def _is_lost(segmentation: object) -> bool:
+    """Tell whether these are polygons of which Detectron2 keeps none, so that it leaves the object out."""
+    polygons = segmentation if isinstance(segmentation, list) else []
+    return bool(polygons) and not any(len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in polygons)
+
+
+def _mask_fault(segmentation: list | dict, width: int, height: int) -> str | None:
+    if isinstance(segmentation, list):
+        try:
+            if all(math.isfinite(number) for polygon in segmentation for number in polygon):
+                return None
+        except (TypeError, OverflowError):  # no number, or an integer beyond the range of floats
+            pass
+        return f"a polygon with a coordinate that is no finite number: {shown(segmentation)}"
+    counts = segmentation["counts"]
+    if segmentation["size"] != [height, width]:
+        return (
+            f"RLE that must have the size [height, width] of its image, {[height, width]}, got {segmentation['size']}"
+        )
+    if isinstance(counts, str) and not re.fullmatch(f"({RUN})*", counts):
+        return f"RLE whose counts are not of COCO's compressed form: {shown(counts)}"
+    runs = _runs(counts) if isinstance(counts, str) else counts
+    if min(runs, default=0) < 0 or sum(runs) != width * height:
+        return f"RLE whose counts add up to {sum(runs)}, not to the {width * height} pixels of its image"
+    return None
+
+
+def _runs(counts: str) -> list[int]:
+    """The lengths of the runs, as ``rleFrString`` of pycocotools reads them without looking for the end."""
+    runs: list[int] = []
+    for characters in re.findall(RUN, counts):
+        run = sum((ord(character) - 48 & 31) << 5 * place for place, character in enumerate(characters))
+        if ord(characters[-1]) - 48 & 16:  # negative
+            run -= 1 << 5 * len(characters)
+        runs.append(run + runs[-2] if len(runs) > 2 else run)
+    return runs
+
+
+def keypoint_gap(objects: Objects) -> str | None:
+    """Names what COCO evaluation of keypoints lacks; it asks it of every annotation, crowd regions too."""
+    rows = [
+        (objects.where(lambda entry, key=key: key not in entry), 0, f"has no '{key}', which COCO evaluation needs")
+        for key in ("keypoints", "num_keypoints")
+    ]
+    uneven = objects.where(lambda entry: len(entry.get("keypoints") or ()) % 3)
+    return objects.first_gap([*rows, (uneven, 0, "must have keypoints of three numbers each")])
