@@ -10,7 +10,7 @@ from detectron2.structures import Boxes, Instances
 from PIL import Image
 
 from repr_det import datasets
-from repr_det.datasets import registered
+from repr_det.datasets.findings import Findings
 
 SIZES = {1: (40, 30), 2: (30, 40), 5: (64, 64)}  # image id -> width, height
 
@@ -33,9 +33,12 @@ class Folder:
             "categories": [{"id": 3, "name": "cell"}, {"id": 7, "name": "plate"}],
         }
 
-    def check(self, **options):
+    def check(self, name=None, for_evaluation=True):
         self.json.write_text(json.dumps(self.content))
-        return datasets.check_coco_format(self.json, self.images, **options)
+        summary = datasets.check_coco_format(self.json, self.images, name)
+        if for_evaluation:
+            summary.check_evaluation(Findings(self.json, name))
+        return summary
 
 
 @pytest.fixture
@@ -48,7 +51,6 @@ def catalogs(monkeypatch):
     """Detectron2's catalogs; what a test registers is gone afterwards."""
     for catalog in (DatasetCatalog, MetadataCatalog):
         monkeypatch.setattr(catalog, "data", {k: v for k, v in catalog.data.items() if not k.startswith("bccd_")})
-    monkeypatch.setattr(registered, "_logged", {})
 
 
 def _put(entry, values):

@@ -88,7 +88,7 @@ def test_same_names_under_other_ids(folder, catalogs, tmp_path, ids):
 def test_a_subset_is_evaluated_on_its_own_classes(folder, catalogs, ids):
     register(folder, t=CLASSES, v=ids)
     datasets.agree_on_classes(("t",), ("v",))
-    assert datasets.num_classes("v") == 3 and datasets.own_classes("v") == tuple(ids[i] for i in sorted(ids))
+    assert len(datasets.class_names("v")) == 3 and datasets.own_classes("v") == tuple(ids[i] for i in sorted(ids))
     register_coco_instances("stock", {}, str(folder.json.with_name("t.json")), str(folder.images))
     DatasetCatalog.get("stock")
     expected = evaluated(COCOEvaluator("stock", ("bbox",), False), folder)
@@ -113,9 +113,7 @@ def test_training_sets_may_number_and_list_otherwise(folder, catalogs):
 
 
 def test_what_cannot_be_mapped_names_both_lists(folder, catalogs):
-    register(
-        folder, t={1: "cell", 2: "plate"}, v=CLASSES, w={3: "plate", 4: "cells"}, x={1: "Pla\u0308te", 2: "cell"}
-    )
+    register(folder, t={1: "cell", 2: "plate"}, v=CLASSES, w={3: "plate", 4: "cells"}, x={1: "Pla\u0308te", 2: "cell"})
     register_coco_instances("stock", {}, str(write(folder, {2: "plate", 3: "cell"}, "m")), str(folder.images))
     unmapped = "they cannot be mapped by name, since that lacks"
     for data_sets, reference, wanted in (

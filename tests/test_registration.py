@@ -26,11 +26,11 @@ def test_registering_twice_and_with_other_files(folder, catalogs, tmp_path, monk
         with pytest.raises(UserError, match=message):
             datasets.register_coco_format(name, *paths)
     assert datasets.check_registered("mine").num_boxes == 4
-    assert datasets.class_names("mine") == ("cell", "plate") and datasets.num_classes("mine") == 2
+    assert datasets.class_names("mine") == ("cell", "plate")
     assert len(DatasetCatalog.get("mine")) == 3 and MetadataCatalog.get("mine").evaluator_type == "coco"
     annotation(0, area=...)(folder.content)  # a changed json is checked again
     folder.check(for_evaluation=False)
-    assert datasets.check_registered("mine", for_evaluation=False).evaluation_gap
+    assert "evaluation" in datasets.check_registered("mine", for_evaluation=False).gaps
     with pytest.raises(UserError, match=r"data set mine: .*annotation 1 has no 'area'"):
         datasets.check_registered("mine")
     folder.content["categories"][0]["name"] = "cells"
@@ -49,7 +49,7 @@ def test_wrong_data_are_not_registered(folder, catalogs):
 
 
 def test_names_that_come_with_the_packages(catalogs, folder, tmp_path, monkeypatch):
-    for check in (datasets.check_registered, datasets.num_classes):
+    for check in (datasets.check_registered, datasets.class_names):
         for name, hint in (
             ("coco_2017_trian", "did you mean coco_2017_train .*--register"),
             ("zzz", "Register your own"),
@@ -57,7 +57,7 @@ def test_names_that_come_with_the_packages(catalogs, folder, tmp_path, monkeypat
             with pytest.raises(UserError, match=f"unknown data set '{name}': {hint}"):
                 check(name)
     assert "zzz" not in MetadataCatalog.list()
-    assert datasets.num_classes("coco_2017_val") == 80 and datasets.class_names("coco_2017_val")[0] == "person"
+    assert len(datasets.class_names("coco_2017_val")) == 80 and datasets.class_names("coco_2017_val")[0] == "person"
     assert datasets.check_registered("voc_2007_val") is None
     folder.check()
     registered = MetadataCatalog.get("coco_2017_val")

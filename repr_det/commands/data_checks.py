@@ -3,6 +3,7 @@
 import itertools
 import logging
 import os
+from collections.abc import Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -89,17 +90,18 @@ def local_file(path: str, key: str, otherwise: str = "") -> str:
     return local
 
 
-def _refuse(key: str, name: str, gap: str | None) -> None:
-    if gap:
-        raise UserError(f"{key} is True, but in {name} {gap}: fix it, or set {key} to False")
+def _refuse(key: str, name: str, gaps: Sequence[str] | None) -> None:
+    if gaps:
+        raise UserError(f"{key} is True, but in {name} {gaps[0]}: fix it, or set {key} to False")
 
 
 def _check_truth(cfg: CfgNode, name: str, summary: CocoSummary) -> None:
-    """Masks and keypoints are there where they are evaluated, of crowd regions too."""
+    """Masks and keypoints are there if they are evaluated, of crowd regions too."""
+    gaps = summary.gaps
     if cfg.MODEL.MASK_ON:
-        _refuse("MODEL.MASK_ON", name, summary.mask_gap or summary.crowd_mask_gap)
+        _refuse("MODEL.MASK_ON", name, [*gaps.get("masks", ()), *gaps.get("crowd masks", ())])
     if cfg.MODEL.KEYPOINT_ON:
-        _refuse("MODEL.KEYPOINT_ON", name, summary.keypoint_gap)
+        _refuse("MODEL.KEYPOINT_ON", name, gaps.get("keypoints"))
 
 
 def _check_targets(cfg: CfgNode, name: str, summary: CocoSummary) -> None:
@@ -111,15 +113,18 @@ def _check_targets(cfg: CfgNode, name: str, summary: CocoSummary) -> None:
             "GeneralizedRCNN"
         )
     if cfg.MODEL.MASK_ON:
-        _refuse("MODEL.MASK_ON", name, summary.mask_gap)
-        if summary.polygon_gap and cfg.INPUT.MASK_FORMAT == "polygon":
-            raise UserError(f"INPUT.MASK_FORMAT is 'polygon', but in {name} {summary.polygon_gap}: set it to bitmask")
+        _refuse("MODEL.MASK_ON", name, summary.gaps.get("masks"))
+        if "polygons" in summary.gaps and cfg.INPUT.MASK_FORMAT == "polygon":
+            gap = summary.gaps["polygons"][0]
+            raise UserError(f"INPUT.MASK_FORMAT is 'polygon', but in {name} {gap}: set it to bitmask")
     if cfg.MODEL.KEYPOINT_ON:
         metadata = MetadataCatalog.get(name)
         wanted, found = 3 * len(metadata.get("keypoint_names") or ()), sorted(summary.keypoint_numbers)
-        gap = None
+        gaps = []
         if found != [wanted]:
-            gap = f"objects have {listed(found)} numbers as keypoints, and its keypoint_names ask for {wanted} of each"
+            gaps = [
+                f"objects have {listed(found)} numbers as keypoints, and its keypoint_names ask for {wanted} of each"
+            ]
         elif not wanted or metadata.get("keypoint_flip_map") is None:
-            gap = "the metadata have no keypoint_names and keypoint_flip_map, which MetadataCatalog must get"
-        _refuse("MODEL.KEYPOINT_ON", name, gap)
+            gaps = ["the metadata have no keypoint_names and keypoint_flip_map, which MetadataCatalog must get"]
+        _refuse("MODEL.KEYPOINT_ON", name, gaps)

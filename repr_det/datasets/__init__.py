@@ -11,7 +11,6 @@ from repr_det.datasets.image_files import shared_images
 from repr_det.datasets.registered import (
     check_registered,
     class_names,
-    num_classes,
     own_classes,
     register_bccd,
     register_coco_format,
@@ -32,7 +31,6 @@ __all__ = [
     "generate_shapes",
     "listed",
     "merge_aliases",
-    "num_classes",
     "own_classes",
     "register_bccd",
     "register_builtin",

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from repr_det.datasets.findings import listed, spelled_alike
-from repr_det.datasets.registered import log_mapping, own_classes
+from repr_det.datasets.registered import own_classes
 from repr_det.method.errors import UserError
 
 
@@ -15,17 +15,14 @@ def agree_on_classes(
 ) -> tuple[str, ...]:
     """Gives all data sets of a run one numbering of the classes.
 
-    A data set that lists a subset of the classes, or numbers them otherwise, is mapped by name: its objects get the
-    numbers of the reference when it is loaded, and it is evaluated on the classes that it lists (`CocoEvaluator`). That
-    is possible where `register_coco_format` registered it; data registered by others must number them alike.
+    A data set of `register_coco_format` that lists a subset of the classes, or numbers them otherwise, is mapped by
+    name: its objects get the numbers of the reference when it is loaded, and it is evaluated on the classes that it
+    lists (`CocoEvaluator`). Data registered by others must number them alike.
 
     Args:
         train, test: registered data sets, those of DATASETS.TRAIN and DATASETS.TEST; not both empty.
-        reference: the classes in the order of the model's outputs, where a checkpoint settles them; otherwise those of
-            the training set that has most, the first of equals (without training sets, of the test sets).
-
-    Returns:
-        the reference.
+        reference: the classes in the order of the model's outputs, if a checkpoint settles them; otherwise those of
+            the training set (without one, of the test set) that has most, the first of equals; it is returned.
 
     Raises:
         UserError: a data set has classes that the reference lacks, naming both lists, or cannot be mapped.
@@ -57,7 +54,6 @@ def _number(name: str, reference: Sequence[str]) -> None:
     numbers = {own[class_name]: number for number, class_name in enumerate(reference) if class_name in own}
     values |= {"thing_classes": list(reference), "thing_dataset_id_to_contiguous_id": numbers}
     MetadataCatalog.get(name).set(**values)
-    log_mapping(name)
 
 
 def any_mapped(data_sets: Iterable[Sequence[str]]) -> bool:

@@ -4,7 +4,6 @@ import gc
 import os
 from collections import Counter
 from dataclasses import dataclass, field
-from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from pydantic_core import from_json
 
 from repr_det.datasets.findings import Findings, listed, reason, spelled_alike
 from repr_det.datasets.image_files import ImageFile, check_image_files
-from repr_det.datasets.objects import Objects, area_doubt, check_objects, evaluation_gap, keypoint_gap, mask_gap
+from repr_det.datasets.objects import Objects, gaps_of
 from repr_det.datasets.schema import check_schema
 
 
@@ -23,11 +22,7 @@ class CocoSummary:
     Attributes:
         category_ids: of each class the (lowest) category id.
         aliases: (category id, lowest id of the same name), for the names that several ids have.
-        evaluation_gap: why COCO evaluation would fail or mislead where training would not.
-        area_doubt: why APs, APm and APl would mislead.
-        mask_gap, crowd_mask_gap: why masks of objects, and of crowd regions, cannot be trained or evaluated.
-        polygon_gap: why masks are not all polygons.
-        keypoint_gap: why keypoints cannot be evaluated.
+        gaps: what stands in the way of evaluation, masks and keypoints, see ``objects.gaps_of``.
         keypoint_numbers: the lengths of the objects' lists of keypoints, crowd regions aside, 0 for those without.
         files: the image files.
     """
@@ -36,77 +31,71 @@ class CocoSummary:
     num_boxes: int
     class_names: tuple[str, ...]
     category_ids: tuple[int, ...]
-    aliases: tuple[tuple[int, int], ...] = ()
-    evaluation_gap: str | None = None
-    area_doubt: str | None = None
-    mask_gap: str | None = None
-    crowd_mask_gap: str | None = None
-    polygon_gap: str | None = None
-    keypoint_gap: str | None = None
-    keypoint_numbers: frozenset[int] = frozenset()
-    files: list[ImageFile] = field(default_factory=list, compare=False, repr=False)
+    aliases: tuple[tuple[int, int], ...]
+    gaps: dict[str, list[str]]
+    keypoint_numbers: frozenset[int]
+    files: list[ImageFile] = field(repr=False)
+
+    def check_evaluation(self, findings: Findings) -> None:
+        """Refuses data that COCO evaluation cannot use, and warns of what would mislead it."""
+        for gap in self.gaps.get("evaluation", ()):
+            findings.fail(gap)
+        for doubt in self.gaps.get("area doubts", ())[:1]:
+            findings.warn(doubt)
 
 
 def check_coco_format(
-    json_file: str | os.PathLike,
-    image_root: str | os.PathLike,
-    name: str | None = None,
-    *,
-    allow_no_boxes: bool = False,
-    for_evaluation: bool = True,
-    decode: bool = False,
+    json_file: str | os.PathLike, image_root: str | os.PathLike, name: str | None = None
 ) -> CocoSummary:
     """Check the json and the image files of a detection data set in COCO format.
 
+    Of a large data set some image files are decoded, evenly spread; the others are there and not empty.
+
     Args:
         name: the data set's name, for the messages
-        allow_no_boxes: accept a json without annotations
-        for_evaluation: ask also for what only COCO evaluation needs (`area` and `iscrowd` of every annotation)
-        decode: decode all image files; of a large data set only some are, evenly spread, and the others are looked at
-            for existence and emptiness
 
     Raises:
-        UserError: one line that names the file, the first thing found wrong, and what would be right
+        UserError: one line that names the file, the first thing found wrong, and what would be right; what only
+            evaluation, masks or keypoints need is in the summary
     """
-    json_file, image_root = Path(json_file).expanduser(), Path(image_root).expanduser()
-    findings = Findings(json_file, name)
     collects = gc.isenabled()
     gc.disable()  # a third of the time to read a large json is a search for cycles among objects that have none
     try:
-        summary = _check(findings, image_root, allow_no_boxes, decode)
+        return _check(Findings(Path(json_file).expanduser(), name), Path(image_root).expanduser())
     finally:
         if collects:
             gc.enable()
-    if for_evaluation:
-        check_evaluation(summary, findings)
-    return summary
 
 
-def _check(findings: Findings, image_root: Path, allow_no_boxes: bool, decode: bool) -> CocoSummary:
-    content = ({"annotations": []} if allow_no_boxes else {}) | _read_json(findings)
+def _check(findings: Findings, image_root: Path) -> CocoSummary:
+    content = _read_json(findings)
     check_schema(content, findings)
     for key in ("images", "categories", "annotations"):
-        if not content[key] and not (key == "annotations" and allow_no_boxes):
+        if not content[key]:
             findings.fail(f"'{key}' is empty")
     classes = {i: entry["name"] for i, entry in _by_id(content, "categories", findings).items()}
     images = _by_id(content, "images", findings)
     if len({type(image_id) for image_id in images}) > 1:
         findings.fail("image ids must be all integers or all strings, found both")
     _check_references(content, images, classes, findings)
-    objects = Objects(content["annotations"], images)
-    if objects.crowd.all() and len(objects.crowd):
-        findings.fail(f"all {len(objects.crowd)} annotations are crowd regions (iscrowd 1), none is one object")
-    check_objects(objects, findings)
-    files = check_image_files(content["images"], image_root, decode, findings)
-    return _summary(objects, images, classes, files, findings)
-
-
-def check_evaluation(summary: CocoSummary, findings: Findings) -> None:
-    """Refuses data that COCO evaluation cannot use, and warns of what would mislead it."""
-    if summary.evaluation_gap:
-        findings.fail(summary.evaluation_gap)
-    if summary.area_doubt:
-        findings.warn(summary.area_doubt)
+    aliases = _aliases(classes, findings)
+    gaps = gaps_of(Objects(content["annotations"], images))
+    for gap in gaps.get("training", ()):
+        findings.fail(gap)
+    for doubt in gaps.get("doubts", ()):
+        findings.warn(doubt)
+    single = [entry for entry in content["annotations"] if not entry.get("iscrowd")]
+    ids = [i for i in sorted(classes) if i not in aliases]
+    return CocoSummary(
+        num_images=len(images),
+        num_boxes=len(content["annotations"]),
+        class_names=tuple(classes[i] for i in ids),
+        category_ids=tuple(ids),
+        aliases=tuple(aliases.items()),
+        gaps=gaps,
+        keypoint_numbers=frozenset(len(entry.get("keypoints") or ()) for entry in single),
+        files=check_image_files(content["images"], image_root, findings),
+    )
 
 
 def _read_json(findings: Findings) -> dict[str, Any]:
@@ -147,32 +136,14 @@ def _check_references(
         findings.warn("annotation id 0 means 'no match' to pycocotools, so that box never counts as found: start at 1")
 
 
-def _summary(
-    objects: Objects, images: dict[Any, dict], classes: dict[int, str], files: list[ImageFile], findings: Findings
-) -> CocoSummary:
-    first: dict[str, int] = {}  # class name -> its lowest category id
-    aliases = tuple((i, first[name]) for i, name in sorted(classes.items()) if first.setdefault(name, i) != i)
-    for other, lowest in aliases:
+def _aliases(classes: dict[int, str], findings: Findings) -> dict[int, int]:
+    """Category id -> lowest id of the same name, for those that are not the lowest."""
+    first: dict[str, int] = {}
+    aliases = {i: first[classes[i]] for i in sorted(classes) if first.setdefault(classes[i], i) != i}
+    for other, lowest in aliases.items():
         findings.warn(f"categories {lowest} and {other} are both '{classes[other]}': taken for one class")
     for name in first:
         other = spelled_alike(name, first)
         if other and first[other] > first[name]:
             findings.warn(f"{name!a} and {other!a} are one name in two spellings, and taken for two classes")
-    single = ~objects.crowd
-    rle = single & objects.where(lambda entry: isinstance(entry.get("segmentation"), dict))
-    numbers = [len(entry.get("keypoints") or ()) for entry in compress(objects.annotations, single)]
-    return CocoSummary(
-        num_images=len(images),
-        num_boxes=len(objects.annotations),
-        class_names=tuple(first),
-        category_ids=tuple(first.values()),
-        aliases=aliases,
-        evaluation_gap=evaluation_gap(objects),
-        area_doubt=area_doubt(objects),
-        mask_gap=mask_gap(objects, single),
-        crowd_mask_gap=mask_gap(objects, objects.crowd),
-        polygon_gap=objects.first(rle, "has an RLE mask") if rle.any() else None,
-        keypoint_gap=keypoint_gap(objects),
-        keypoint_numbers=frozenset(numbers),
-        files=files,
-    )
+    return aliases

@@ -13,9 +13,6 @@ _BEGINNINGS = {
     b"version https://git-lfs": "is a Git LFS pointer, not the data: fetch them with 'git lfs pull'",
     b"\x1f\x8b": "is compressed by gzip, which Detectron2 does not unpack: unpack it with 'gunzip'",
     b"PK\x03\x04": "is a zip archive: unpack it",
-    b"BZh": "is compressed by bzip2: unpack it",
-    b"\xfd7zXZ": "is compressed by xz: unpack it",
-    b"\x28\xb5\x2f\xfd": "is compressed by zstd: unpack it",
     b"\xef\xbb\xbf": "begins with a byte order mark, which Detectron2 cannot read: save it without",
     b"\xff\xfe": "is UTF-16 text, which Detectron2 cannot read: save it as UTF-8",
     b"\xfe\xff": "is UTF-16 text, which Detectron2 cannot read: save it as UTF-8",
@@ -26,12 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class Findings:
-    """Reports on one annotation file.
-
-    Args:
-        json_file: the file that every line names.
-        name: the data set's name, if it has one.
-    """
+    """Reports on one annotation file of a data set, which has a name if it is registered."""
 
     def __init__(self, json_file: Path, name: str | None = None) -> None:
         self.json_file = json_file

@@ -33,12 +33,8 @@ class ImageFile(NamedTuple):
     identity: tuple[int, int]
 
 
-def check_image_files(images: list[dict], image_root: Path, decode: bool, findings: Findings) -> list[ImageFile]:
+def check_image_files(images: list[dict], image_root: Path, findings: Findings) -> list[ImageFile]:
     """Image files are there and not empty, and those that are decoded are what the json says, as the model sees them.
-
-    Args:
-        images: the json's, with id, file_name, width and height.
-        decode: see ``coco_format.check_coco_format``.
 
     Raises:
         UserError: one line that names the file.
@@ -55,7 +51,7 @@ def check_image_files(images: list[dict], image_root: Path, decode: bool, findin
         )
     small = sum(file.size for file in files) <= DECODED_BYTES
     brightest = 0
-    for number in range(0, len(files), 1 if decode or small else len(files) // DECODED + 1):
+    for number in range(0, len(files), 1 if small else len(files) // DECODED + 1):
         image, path = images[number], files[number].path
         try:
             pixels = _as_the_model_sees(path)
@@ -114,13 +110,7 @@ def _meant_file(root: Path, name: str) -> str | None:
 
 
 def repeated_images(files: list[ImageFile]) -> list[tuple[int, int]]:
-    """Finds entries that are the same image as an earlier one: one file under any names, or equal content.
-
-    Contents are compared if that means to read no more than READ_BYTES.
-
-    Returns:
-        the numbers of the first such entry, and of this one
-    """
+    """Pairs of numbers (earlier, later) of one image: one file under any names, or equal content up to READ_BYTES."""
     sizes = Counter(file.size for file in files)
     alike = sum(file.size for file in files if sizes[file.size] > 1)
     first: dict[object, int] = {}
@@ -135,11 +125,7 @@ def repeated_images(files: list[ImageFile]) -> list[tuple[int, int]]:
 
 
 def shared_images(train: list[ImageFile], test: list[ImageFile]) -> tuple[list[tuple[str, str]], int]:
-    """Finds images of ``test`` that are in ``train`` too; of a large ``test`` an evenly spread part is looked at.
-
-    Returns:
-        pairs of paths, in train and test; how many images of test were looked at
-    """
+    """Pairs of paths of one image in ``train`` and ``test``, and how many images of test were looked at."""
     some = test[:: len(test) // LOOKED_FOR + 1]
     sizes = {file.size for file in some}
     candidates = [file for file in train if file.size in sizes]
@@ -149,11 +135,7 @@ def shared_images(train: list[ImageFile], test: list[ImageFile]) -> tuple[list[t
 
 
 def _as_the_model_sees(path: str) -> np.ndarray:
-    """The pixels (H, W, 3) as Detectron2 decodes them.
-
-    Raises:
-        ValueError: the file holds more than eight bits a channel, and Detectron2 clips them or keeps next to nothing.
-    """
+    """The pixels (H, W, 3); ValueError if the file has more than 8 bits a channel, which Detectron2 clips or drops."""
     with Image.open(path) as image:
         deep = image.mode.startswith(("I", "F"))  # one channel of 16 or 32 bits
     if not deep:
@@ -170,14 +152,7 @@ def _as_the_model_sees(path: str) -> np.ndarray:
 
 
 class NamingMapper:
-    """A mapper of Detectron2 data sets whose errors name the image file.
-
-    Args:
-        mapper: for example a DatasetMapper.
-
-    Raises:
-        UserError: when called with a record whose image cannot be prepared for the model.
-    """
+    """A mapper, such as Detectron2's DatasetMapper, whose errors are a UserError that names the image file."""
 
     def __init__(self, mapper: Callable[[dict], Any]) -> None:
         self.mapper = mapper

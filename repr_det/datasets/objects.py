@@ -2,13 +2,12 @@
 
 import math
 import re
-from collections.abc import Callable, Iterable
-from itertools import compress
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from repr_det.datasets.findings import Findings, shown
+from repr_det.datasets.findings import shown
 
 MANY = 0.1  # share of objects from which on an oddity looks like a mistake of the whole file
 MAX_USELESS = 0.001  # share of faulty objects that passes with a warning: COCO's own train2017 has 2 in 860,001
@@ -19,6 +18,7 @@ LEAST_AREA, SMALL_AREA = 0.001, 0.02  # shares of its box that no object, and on
 LARGEST_SHARE = 1.1  # of its box, that no object has more of
 RIGHT_AREA = "give the object's area in pixels, or width * height"
 FORM = "a bbox must be [x, y, width, height] in pixels"
+CORNERS = f", and Detectron2 clips it: {FORM}, not two corners"
 RUN = "[P-o]{0,6}[0-O]"  # of COCO's compressed RLE: groups of five bits, of which the last lacks the sixth
 
 
@@ -29,7 +29,6 @@ class Objects:
         boxes: (N, 4), as they are given.
         image, sizes: the number of each annotation's image (N,), and its width and height (N, 2).
         areas: (N,), NaN for an object without one.
-        crowd: whether each is a crowd region (N,).
         few: the number of faulty objects that are no reason to refuse a file.
     """
 
@@ -41,7 +40,6 @@ class Objects:
         self.sizes = sizes[self.image]
         self.boxes = np.array([entry["bbox"] for entry in annotations], float).reshape(-1, 4)
         self.areas = np.array([_area(entry.get("area")) for entry in annotations], float)
-        self.crowd = self.where(lambda entry: entry.get("iscrowd"))
         self.few = max(MAX_USELESS * len(annotations), int(len(annotations) >= ONE_IN))
 
     def where(self, test: Callable[[dict[str, Any]], Any]) -> np.ndarray:
@@ -59,49 +57,77 @@ class Objects:
             f"{odd.sum()} such of {len(odd)})"
         )
 
-    def first_gap(self, rows: Iterable[tuple[np.ndarray, float, str]]) -> str | None:
-        """A line about the first row (which objects, how many may be, what is wrong) with more objects than may be."""
-        for odd, limit, what in rows:
-            if odd.sum() > limit:
-                return self.first(odd, what)
-        return None
-
 
 def _area(value: object) -> float:
     return value if type(value) in (int, float) and abs(value) < 1e300 else math.nan
 
 
-def check_objects(objects: Objects, findings: Findings) -> None:
+def gaps_of(objects: Objects) -> dict[str, list[str]]:
     """Looks at objects as the model and the evaluator will.
 
-    Raises:
-        UserError: objects that cannot be used, more than a few; what may be meant, or is left aside, is a warning.
+    Returns:
+        lines by what they stand in the way of: "training", "evaluation", "masks", "crowd masks" (of crowd regions),
+        "polygons" (masks that are polygons alone), "keypoints" (their evaluation); "doubts" are warnings, "area doubts"
+        such of evaluation
     """
-    total, few, never = len(objects.annotations), objects.few, math.inf
+    total, few, many = len(objects.annotations), objects.few, MANY * len(objects.annotations)
     if not total:
-        return
-    boxes, sizes = objects.boxes, objects.sizes
+        return {}
+    boxes, sizes, areas = objects.boxes, objects.sizes, objects.areas
     negative, flat, outside, beyond = _misfits(boxes, sizes)
     fractions = ~flat & (boxes <= 1.001).all(1) & (sizes > 2).all(1)
     lost = objects.where(lambda entry: _is_lost(entry.get("segmentation")))
-    hint = _other_form(boxes, sizes)
+    form = _other_form(boxes, sizes)
     scale = _other_scale(boxes[:, :2] + boxes[:, 2:], sizes)
-    corners = f", and Detectron2 clips it: {FORM}, not two corners"
-    left_out = "and Detectron2 leaves such an object out"
-    for odd, refused, warned, what in (
-        (negative, 0, 0, f"has a bbox of negative size: {FORM}"),
-        (flat, few, 0, f"has a bbox without area, {left_out}"),
-        (outside, few, 0, f"has a bbox outside its image, which is of no use{hint}"),
-        (fractions, MANY * total, few, "has a bbox of a pixel or less: give pixels, not fractions of the image"),
-        (lost, few, 0, f"has a segmentation without a polygon of 3 points or more, {left_out}, also with masks off"),
-        (beyond, never, 0 if hint else MANY * total, f"has a bbox that reaches beyond its image{hint or corners}"),
-        (_twins(objects), never, few, "has the class and the box of another object of its image: list an object once"),
-        (np.full(total, bool(scale)), never, 0, scale),
+    share = areas / boxes[:, 2:].prod(1).clip(1e-9)
+    impossible = (share < LEAST_AREA) | (areas > LARGEST_SHARE * (boxes[:, 2:] + 1).prod(1))
+    absent = {key: objects.where(lambda entry, key=key: entry.get(key) is None) for key in ("area", "iscrowd")}
+    faults = _mask_faults(objects)
+    crowd = objects.where(lambda entry: entry.get("iscrowd"))
+    faulty_crowd = crowd & np.array([bool(fault) for fault in faults])
+    faulty = ~crowd & np.array([bool(fault) for fault in faults])
+    rle = objects.where(lambda entry: isinstance(entry.get("segmentation"), dict))
+    uneven = objects.where(lambda entry: len(entry.get("keypoints") or ()) % 3)
+    left_out, needed = "and Detectron2 leaves such an object out", "which COCO evaluation needs"
+    doubtful_area = f"has an 'area' that cannot be that of its bbox, and APs, APm and APl go by it: {RIGHT_AREA}"
+    some = {"training": few, "doubts": 0}
+    gaps: dict[str, list[str]] = {}
+    for odd, limits, what in (
+        (negative, {"training": 0}, f"has a bbox of negative size: {FORM}"),
+        (flat, some, f"has a bbox without area, {left_out}"),
+        (outside, some, f"has a bbox outside its image{form}"),
+        (fractions, {"training": many, "doubts": few}, "has a bbox of a pixel or less: give pixels, not fractions"),
+        (lost, some, f"has a segmentation without a polygon of 3 points or more, {left_out}, also with masks off"),
+        (crowd, {"training": total - 1}, "is a crowd region (iscrowd 1), and none is one object"),
+        (beyond, {"doubts": 0 if form else many}, f"has a bbox that reaches beyond its image{form or CORNERS}"),
+        (np.full(total, bool(scale)), {"doubts": 0}, scale),
+        (_twins(objects), {"doubts": few}, "has the class and the box of another object of its image: list it once"),
+        (absent["area"], {"evaluation": 0}, f"has no 'area', {needed}: {RIGHT_AREA}"),
+        (absent["iscrowd"], {"evaluation": 0}, f"has no 'iscrowd', {needed}: give 0 for a single object"),
+        (np.isnan(areas), {"evaluation": 0}, f"must have a finite number as 'area': {RIGHT_AREA}"),
+        (
+            (areas < 0) | (areas > LARGEST_AREA),
+            {"evaluation": few},
+            f"has an 'area' that COCO evaluation ignores: {RIGHT_AREA}",
+        ),
+        (impossible, {"area doubts": few}, doubtful_area),
+        (impossible | (share < SMALL_AREA), {"area doubts": many}, doubtful_area),
+        (faulty, {"masks": 0}, f"has {faults[faulty.argmax()]}"),
+        (faulty_crowd, {"crowd masks": 0}, f"has {faults[faulty_crowd.argmax()]}"),
+        (rle & ~crowd, {"polygons": 0}, "has an RLE mask"),
+        (objects.where(lambda entry: "keypoints" not in entry), {"keypoints": 0}, f"has no 'keypoints', {needed}"),
+        (
+            objects.where(lambda entry: "num_keypoints" not in entry),
+            {"keypoints": 0},
+            f"has no 'num_keypoints', {needed}",
+        ),
+        (uneven, {"keypoints": 0}, "must have keypoints of three numbers each"),
     ):
-        if odd.sum() > refused:
-            findings.fail(objects.first(odd, what))
-        if odd.sum() > warned:
-            findings.warn(objects.first(odd, what))
+        for purpose, limit in limits.items():
+            if odd.sum() > limit:
+                gaps.setdefault(purpose, []).append(objects.first(odd, what))
+                break
+    return gaps
 
 
 def _misfits(boxes: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -156,44 +182,10 @@ def _twins(objects: Objects) -> np.ndarray:
     return twins
 
 
-# ---- gaps: what stops evaluation, masks or keypoints, and not the training of boxes ----
-
-
-def evaluation_gap(objects: Objects) -> str | None:
-    """Names what keeps COCO evaluation from working: area or iscrowd absent, areas that it ignores."""
-    absent = {key: objects.where(lambda entry, key=key: entry.get(key) is None) for key in ("area", "iscrowd")}
-    ignored = (objects.areas < 0) | (objects.areas > LARGEST_AREA)
-    return objects.first_gap(
-        [
-            (absent["area"], 0, f"has no 'area', which COCO evaluation needs: {RIGHT_AREA}"),
-            (absent["iscrowd"], 0, "has no 'iscrowd', which COCO evaluation needs: give 0 for a single object"),
-            (np.isnan(objects.areas), 0, f"must have a finite number as 'area': {RIGHT_AREA}"),
-            (ignored, objects.few, f"has an 'area' that COCO evaluation ignores: {RIGHT_AREA}"),
-        ]
-    )
-
-
-def area_doubt(objects: Objects) -> str | None:
-    """Names areas that cannot be those of their boxes: COCO evaluation goes by them what is small, medium and large."""
-    areas, extents = objects.areas, objects.boxes[:, 2:]
-    share = areas / extents.prod(1).clip(1e-9)
-    impossible = (share < LEAST_AREA) | (areas > LARGEST_SHARE * (extents + 1).prod(1))
-    what = f"has an 'area' that cannot be that of its bbox, and APs, APm and APl go by it: {RIGHT_AREA}"
-    return objects.first_gap(
-        [(impossible, objects.few, what), (impossible | (share < SMALL_AREA), MANY * len(areas), what)]
-    )
-
-
-def mask_gap(objects: Objects, which: np.ndarray) -> str | None:
-    """Names the first of the objects in ``which`` (N,) whose mask cannot be trained or evaluated, and why."""
-    lacking = which & objects.where(lambda entry: not entry.get("segmentation"))
-    if lacking.any():
-        return objects.first(lacking, "has no segmentation")
-    for entry, size in zip(compress(objects.annotations, which), objects.sizes[which].astype(int), strict=True):
-        fault = _mask_fault(entry["segmentation"], *size.tolist())
-        if fault:
-            return f"annotation {entry['id']} has {fault}"
-    return None
+def _mask_faults(objects: Objects) -> list[str | None]:
+    sizes = objects.sizes.astype(int).tolist()
+    masks = (entry.get("segmentation") for entry in objects.annotations)
+    return [_mask_fault(mask, *size) for mask, size in zip(masks, sizes, strict=True)]
 
 
 def _is_lost(segmentation: object) -> bool:
@@ -202,7 +194,9 @@ def _is_lost(segmentation: object) -> bool:
     return bool(polygons) and not any(len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in polygons)
 
 
-def _mask_fault(segmentation: list | dict, width: int, height: int) -> str | None:
+def _mask_fault(segmentation: list | dict | None, width: int, height: int) -> str | None:
+    if not segmentation:
+        return "no segmentation"
     if isinstance(segmentation, list):
         try:
             if all(math.isfinite(number) for polygon in segmentation for number in polygon):
@@ -232,13 +226,3 @@ def _runs(counts: str) -> list[int]:
             run -= 1 << 5 * len(characters)
         runs.append(run + runs[-2] if len(runs) > 2 else run)
     return runs
-
-
-def keypoint_gap(objects: Objects) -> str | None:
-    """Names what COCO evaluation of keypoints lacks; it asks it of every annotation, crowd regions too."""
-    rows = [
-        (objects.where(lambda entry, key=key: key not in entry), 0, f"has no '{key}', which COCO evaluation needs")
-        for key in ("keypoints", "num_keypoints")
-    ]
-    uneven = objects.where(lambda entry: len(entry.get("keypoints") or ()) % 3)
-    return objects.first_gap([*rows, (uneven, 0, "must have keypoints of three numbers each")])

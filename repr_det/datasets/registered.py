@@ -9,26 +9,24 @@ from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json, register_coco_instances
+from detectron2.utils.logger import log_first_n
 
-from repr_det.datasets.coco_format import CocoSummary, check_coco_format, check_evaluation
+from repr_det.datasets.coco_format import CocoSummary, check_coco_format
 from repr_det.datasets.findings import Findings, listed
 from repr_det.datasets.shapes import CLASS_NAMES, PARTS, annotation_file, build_shapes
 from repr_det.method.errors import UserError
 
-logger = logging.getLogger(__name__)
-_logged: dict[str, str] = {}  # data set -> the mapping of its classes that the log tells
 
-
-def _check_once(json_file: str, image_root: str, name: str, allow_no_boxes: bool = False) -> CocoSummary:
+def _check_once(json_file: str, image_root: str, name: str) -> CocoSummary:
     """`check_coco_format`, remembered for as long as the json does not change."""
     path = Path(json_file)
     state = (path.stat().st_mtime_ns, path.stat().st_size) if path.is_file() else None
-    return _check(json_file, image_root, name, allow_no_boxes, state)
+    return _check(json_file, image_root, name, state)
 
 
 @lru_cache
-def _check(json_file: str, image_root: str, name: str, allow_no_boxes: bool, state: object) -> CocoSummary:
-    return check_coco_format(json_file, image_root, name, allow_no_boxes=allow_no_boxes, for_evaluation=False)
+def _check(json_file: str, image_root: str, name: str, state: object) -> CocoSummary:
+    return check_coco_format(json_file, image_root, name)
 
 
 def _is_registered(name: str, json_file: str, image_root: str) -> bool:
@@ -72,10 +70,14 @@ def register_coco_format(name: str, json_file: str | os.PathLike, image_root: st
 
 def _load(name: str, json_file: str, image_root: str) -> list[dict]:
     """Detectron2's dicts, each object's class found by its name among the ``thing_classes`` of the data set."""
-    log_mapping(name)
     summary = _check_once(json_file, image_root, name)
     classes = MetadataCatalog.get(name).thing_classes
     index = {c: classes.index(n) for c, n in zip(summary.category_ids, summary.class_names, strict=True)}
+    if [*summary.class_names] != classes:
+        pairs = zip(summary.class_names, index.items(), strict=True)
+        mapping = listed((f"{class_name} (id {i}) -> {number}" for class_name, (i, number) in pairs), 100)
+        told = f"data set {name}: its classes are mapped by name: {mapping}, of {len(classes)} classes"
+        log_first_n(logging.INFO, told, key="message")
     index |= {alias: index[lowest] for alias, lowest in summary.aliases}
     records = load_coco_json(json_file, image_root)
     for record in records:
@@ -83,18 +85,6 @@ def _load(name: str, json_file: str, image_root: str) -> list[dict]:
         for annotation in record["annotations"]:
             annotation["category_id"] = index[annotation["category_id"]]
     return records
-
-
-def log_mapping(name: str) -> None:
-    """Logs, once, how the classes of a data set are mapped to those of the run, if they are numbered otherwise."""
-    metadata = MetadataCatalog.get(name)
-    own = metadata.get("own_classes") or {}
-    numbers = metadata.get("thing_dataset_id_to_contiguous_id")
-    mapping = listed((f"{class_name} (id {i}) -> {numbers[i]}" for class_name, i in own.items()), 100)
-    if [*own] != metadata.thing_classes and logger.isEnabledFor(logging.INFO) and _logged.get(name) != mapping:
-        _logged[name] = mapping
-        classes = len(metadata.thing_classes)
-        logger.info("data set %s: its classes are mapped by name: %s, of %d classes", name, mapping, classes)
 
 
 def register_shapes(root: str | os.PathLike | None = None) -> None:
@@ -146,7 +136,7 @@ def _root_of(data_set: str) -> Path:
     return Path(os.getenv("DETECTRON2_DATASETS", "datasets"), data_set).expanduser().absolute()
 
 
-def check_registered(name: str, *, for_evaluation: bool = True, allow_no_boxes: bool = False) -> CocoSummary | None:
+def check_registered(name: str, *, for_evaluation: bool = True) -> CocoSummary | None:
     """Check a data set by its registered name; the shapes data set is drawn first if it is absent.
 
     Returns:
@@ -167,10 +157,10 @@ def check_registered(name: str, *, for_evaluation: bool = True, allow_no_boxes: 
             f"data set {name}: annotation file {json_file} does not exist; data sets of known names lie in the folder "
             f"DETECTRON2_DATASETS, which is '{os.getenv('DETECTRON2_DATASETS', 'datasets')}'"
         )
-    summary = _check_once(json_file, image_root, name, allow_no_boxes)
+    summary = _check_once(json_file, image_root, name)
     findings = Findings(Path(json_file), name)
     if for_evaluation:
-        check_evaluation(summary, findings)
+        summary.check_evaluation(findings)
     found = dict(zip(summary.class_names, summary.category_ids, strict=True))
     if own := metadata.get("own_classes"):
         if [*found.items()] != [*own.items()]:
@@ -202,7 +192,7 @@ def class_names(name: str) -> tuple[str, ...]:
     """
     names = _metadata(name).get("thing_classes")
     if names is None:
-        summary = check_registered(name, for_evaluation=False, allow_no_boxes=True)
+        summary = check_registered(name, for_evaluation=False)
         if summary is None:
             raise UserError(f"data set {name} has no thing_classes in its metadata and is not in COCO format")
         names = summary.class_names
@@ -212,8 +202,3 @@ def class_names(name: str) -> tuple[str, ...]:
 def own_classes(name: str) -> tuple[str, ...]:
     """The classes that a data set lists itself, if `class_names` may be those that it was mapped to."""
     return tuple(_metadata(name).get("own_classes") or class_names(name))
-
-
-def num_classes(name: str) -> int:
-    """The number of classes of a registered data set: what MODEL.ROI_HEADS.NUM_CLASSES must be. See `class_names`."""
-    return len(class_names(name))
