@@ -7,14 +7,7 @@ from pathlib import Path
 
 from detectron2.data import DatasetCatalog
 
-from repr_det.datasets import (
-    agree_on_classes,
-    any_mapped,
-    listed,
-    own_classes,
-    register_builtin,
-    register_coco_format,
-)
+from repr_det.datasets import agree_on_classes, any_mapped, listed, own_classes, register_builtin, register_coco_format
 from repr_det.method.errors import UserError
 from repr_det.runs.record import DATA_FILE
 
@@ -48,15 +41,11 @@ def classes_of_run(
     """Gives the data sets of a run one numbering of the classes, see ``datasets.agree_on_classes``.
 
     Args:
-        train, test: DATASETS.TRAIN and DATASETS.TEST; unknown names are left to ``checks.check_datasets``.
-        eval_only: nothing is trained: the classes are those of the checkpoint, as far as they are known.
-        folder: of the checkpoint that is evaluated.
+        train, test: DATASETS.TRAIN and DATASETS.TEST; unknown names are left to ``data_checks.check_datasets``.
+        eval_only: nothing is trained: the classes are those of the checkpoint in ``folder``, as far as they are known.
 
     Returns:
-        the classes in the order of the model's outputs; None where no data set can be mapped.
-
-    Raises:
-        UserError: a data set cannot be mapped.
+        the classes in the order of the model's outputs; None if no data set can be mapped.
     """
     train, test = ([name for name in names if name in DatasetCatalog] for names in (train, test))
     if not any_mapped((train, test)):
@@ -64,14 +53,13 @@ def classes_of_run(
     recorded = recorded_classes(folder) if eval_only else None
     if eval_only:
         trained = max(map(own_classes, train), key=len, default=())
-        listed_in_test = {class_name for name in test for class_name in own_classes(name)}
-        if recorded or not listed_in_test <= set(trained):
+        if recorded or not all(set(own_classes(name)) <= set(trained) for name in test):
             train = []
     return agree_on_classes(train, test, recorded) if train or test else None
 
 
 def recorded_classes(folder: str | Path | None) -> tuple[str, ...] | None:
-    """The classes of the run in ``folder`` in the order of its model's outputs; None where it left no record."""
+    """The classes of the run in ``folder`` in the order of its model's outputs; None if it left no record."""
     try:
         known = json.loads((Path(folder) / DATA_FILE).read_text(encoding="utf-8"))
         lists = [tuple(dict.fromkeys(entry["classes"])) for entry in known.values()]
@@ -81,9 +69,9 @@ def recorded_classes(folder: str | Path | None) -> tuple[str, ...] | None:
 
 
 def check_same_classes(classes: Sequence[str], folder: str | Path) -> None:
-    """Raises UserError where the run in ``folder`` was trained on other classes, or on these in another order."""
+    """Refuses other classes than those of the run in ``folder``, or these in another order."""
     recorded = recorded_classes(folder)
-    if recorded is not None and recorded != tuple(classes):
+    if recorded not in (None, tuple(classes)):
         raise UserError(
             f"the run in {folder} was trained on the classes {listed(recorded, 20)}, in this order, and the data of "
             f"this one have {listed(classes, 20)}: give the data sets of that run, or another OUTPUT_DIR"

@@ -3,7 +3,6 @@
 import itertools
 import logging
 import os
-from collections.abc import Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -35,43 +34,74 @@ def check_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
     if not (eval_only and mapped):  # those are mapped to the classes of the checkpoint
         agree_on_classes(train, test)
     head = "RETINANET" if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else "ROI_HEADS"
-    number = cfg.MODEL[head].NUM_CLASSES
     for name, summary in summaries.items():
-        classes = len(class_names(name))
+        number, classes = cfg.MODEL[head].NUM_CLASSES, len(class_names(name))
         if classes != number:
             raise UserError(f"MODEL.{head}.NUM_CLASSES is {number}, but {name} has {classes} classes: set it to that")
-        if summary is not None and name in train:
-            _check_targets(cfg, name, summary)
-        if summary is not None and name in test:
-            _check_truth(cfg, name, summary)
+        if summary and cfg.MODEL.MASK_ON:
+            _check_masks(cfg, name, summary, name in train, name in test)
+        if summary and cfg.MODEL.KEYPOINT_ON:
+            _check_keypoints(name, summary, name in train, name in test)
+        if summary and name in train and cfg.MODEL.META_ARCHITECTURE in _SEMANTIC:
+            raise UserError(
+                f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} learns from semantic segmentation, which "
+                f"{name} (COCO format) does not have: register it by Detectron2's register_coco_panoptic_separated"
+            )
     if cfg.MODEL.LOAD_PROPOSALS:
         _check_proposals(cfg, eval_only)
-    for trained, name in itertools.product(train, test):
-        if summaries[trained] and summaries[name]:
-            _warn_of_shared_images(trained, summaries[trained], name, summaries[name])
+    for trained, tested in itertools.product(train, test):
+        if summaries[trained] and summaries[tested]:
+            _warn_of_shared_images(trained, summaries[trained], tested, summaries[tested])
 
 
-def _warn_of_shared_images(trained: str, train: CocoSummary, name: str, test: CocoSummary) -> None:
+def _warn_of_shared_images(trained: str, train: CocoSummary, tested: str, test: CocoSummary) -> None:
     pairs, compared = shared_images(train.files, test.files)
     if pairs:
         logger.warning(
-            "%d of %d images of %s (DATASETS.TEST) that were compared are in %s (DATASETS.TRAIN) too, the first is "
-            "%s, there %s: AP of images that the model was trained on says nothing about new ones",
-            *(len(pairs), compared, name, trained, pairs[0][1], pairs[0][0]),
+            f"{len(pairs)} of {compared} images of {tested} (DATASETS.TEST) that were compared are in {trained} "
+            f"(DATASETS.TRAIN) too, the first is {pairs[0][1]}, there {pairs[0][0]}: AP of images that the model was "
+            "trained on says nothing about new ones"
         )
+
+
+def _check_masks(cfg: CfgNode, name: str, summary: CocoSummary, train: bool, test: bool) -> None:
+    """Masks are there if they are learnt or evaluated, of crowd regions if they are evaluated."""
+    for purpose in ("masks", "crowd masks") if test else ("masks",):
+        _refuse("MODEL.MASK_ON", name, summary.gaps.get(purpose))
+    if train and "polygons" in summary.gaps and cfg.INPUT.MASK_FORMAT == "polygon":
+        gap = summary.gaps["polygons"][0]
+        raise UserError(f"INPUT.MASK_FORMAT is 'polygon', but in {name} {gap}: set it to bitmask")
+
+
+def _check_keypoints(name: str, summary: CocoSummary, train: bool, test: bool) -> None:
+    metadata, gaps = MetadataCatalog.get(name), []
+    wanted, found = 3 * len(metadata.get("keypoint_names") or ()), sorted(summary.keypoint_numbers)
+    if train and found != [wanted]:
+        gaps = [f"objects have {listed(found)} numbers as keypoints, and its keypoint_names ask for {wanted} of each"]
+    elif train and (not wanted or metadata.get("keypoint_flip_map") is None):
+        gaps = ["the metadata have no keypoint_names and keypoint_flip_map, which MetadataCatalog must get"]
+    _refuse("MODEL.KEYPOINT_ON", name, gaps or (test and summary.gaps.get("keypoints")))
+
+
+def _refuse(key: str, name: str, gaps: list[str] | None) -> None:
+    if gaps:
+        raise UserError(f"{key} is True, but in {name} {gaps[0]}: fix it, or set {key} to False")
 
 
 def _check_proposals(cfg: CfgNode, eval_only: bool) -> None:
     for which in ("TEST",) if eval_only else ("TRAIN", "TEST"):
-        key, number = f"DATASETS.PROPOSAL_FILES_{which}", len(cfg.DATASETS[which])
-        files = cfg.DATASETS[f"PROPOSAL_FILES_{which}"]
+        key, number, files = (
+            f"PROPOSAL_FILES_{which}",
+            len(cfg.DATASETS[which]),
+            cfg.DATASETS[f"PROPOSAL_FILES_{which}"],
+        )
         if len(files) != number:
             raise UserError(
-                f"{key} must name a file for each of {number} data sets, since MODEL.LOAD_PROPOSALS is True; got "
-                f"{tuple(files)}"
+                f"DATASETS.{key} must name a file for each of {number} data sets, since MODEL.LOAD_PROPOSALS is True; "
+                f"got {tuple(files)}"
             )
         for file in files:
-            local_file(file, key)
+            local_file(file, f"DATASETS.{key}")
 
 
 def local_file(path: str, key: str, otherwise: str = "") -> str:
@@ -88,43 +118,3 @@ def local_file(path: str, key: str, otherwise: str = "") -> str:
     if problem:
         raise UserError(f"{key} {path!r} cannot be read ({problem}): give the path of a local file{otherwise}")
     return local
-
-
-def _refuse(key: str, name: str, gaps: Sequence[str] | None) -> None:
-    if gaps:
-        raise UserError(f"{key} is True, but in {name} {gaps[0]}: fix it, or set {key} to False")
-
-
-def _check_truth(cfg: CfgNode, name: str, summary: CocoSummary) -> None:
-    """Masks and keypoints are there if they are evaluated, of crowd regions too."""
-    gaps = summary.gaps
-    if cfg.MODEL.MASK_ON:
-        _refuse("MODEL.MASK_ON", name, [*gaps.get("masks", ()), *gaps.get("crowd masks", ())])
-    if cfg.MODEL.KEYPOINT_ON:
-        _refuse("MODEL.KEYPOINT_ON", name, gaps.get("keypoints"))
-
-
-def _check_targets(cfg: CfgNode, name: str, summary: CocoSummary) -> None:
-    """Masks, keypoints and semantic segmentation are there where the model learns them."""
-    if cfg.MODEL.META_ARCHITECTURE in _SEMANTIC:
-        raise UserError(
-            f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} learns from semantic segmentation, which {name} "
-            "(COCO format) does not have: register it by Detectron2's register_coco_panoptic_separated, or take "
-            "GeneralizedRCNN"
-        )
-    if cfg.MODEL.MASK_ON:
-        _refuse("MODEL.MASK_ON", name, summary.gaps.get("masks"))
-        if "polygons" in summary.gaps and cfg.INPUT.MASK_FORMAT == "polygon":
-            gap = summary.gaps["polygons"][0]
-            raise UserError(f"INPUT.MASK_FORMAT is 'polygon', but in {name} {gap}: set it to bitmask")
-    if cfg.MODEL.KEYPOINT_ON:
-        metadata = MetadataCatalog.get(name)
-        wanted, found = 3 * len(metadata.get("keypoint_names") or ()), sorted(summary.keypoint_numbers)
-        gaps = []
-        if found != [wanted]:
-            gaps = [
-                f"objects have {listed(found)} numbers as keypoints, and its keypoint_names ask for {wanted} of each"
-            ]
-        elif not wanted or metadata.get("keypoint_flip_map") is None:
-            gaps = ["the metadata have no keypoint_names and keypoint_flip_map, which MetadataCatalog must get"]
-        _refuse("MODEL.KEYPOINT_ON", name, gaps)

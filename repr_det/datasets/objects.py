@@ -18,6 +18,8 @@ LEAST_AREA, SMALL_AREA = 0.001, 0.02  # shares of its box that no object, and on
 LARGEST_SHARE = 1.1  # of its box, that no object has more of
 RIGHT_AREA = "give the object's area in pixels, or width * height"
 FORM = "a bbox must be [x, y, width, height] in pixels"
+LEFT_OUT = "and Detectron2 leaves such an object out"
+NEEDED = "which COCO evaluation needs"
 CORNERS = f", and Detectron2 clips it: {FORM}, not two corners"
 RUN = "[P-o]{0,6}[0-O]"  # of COCO's compressed RLE: groups of five bits, of which the last lacks the sixth
 
@@ -29,21 +31,25 @@ class Objects:
         boxes: (N, 4), as they are given.
         image, sizes: the number of each annotation's image (N,), and its width and height (N, 2).
         areas: (N,), NaN for an object without one.
-        few: the number of faulty objects that are no reason to refuse a file.
+        few, many: how many faulty objects are no reason to refuse a file, and how many look like a mistake of it all.
     """
 
     def __init__(self, annotations: list[dict[str, Any]], images: dict[int | str, dict[str, Any]]) -> None:
         self.annotations = annotations
         numbers = {image_id: number for number, image_id in enumerate(images)}
         sizes = np.array([(image["width"], image["height"]) for image in images.values()], float)
-        self.image = np.array([numbers[entry["image_id"]] for entry in annotations], int)
+        self.image = np.array([numbers[entry["image_id"]] for entry in annotations])
         self.sizes = sizes[self.image]
-        self.boxes = np.array([entry["bbox"] for entry in annotations], float).reshape(-1, 4)
+        self.boxes = np.array([entry["bbox"] for entry in annotations], float)
         self.areas = np.array([_area(entry.get("area")) for entry in annotations], float)
         self.few = max(MAX_USELESS * len(annotations), int(len(annotations) >= ONE_IN))
+        self.many = MANY * len(annotations)
 
     def where(self, test: Callable[[dict[str, Any]], Any]) -> np.ndarray:
-        return np.array([bool(test(entry)) for entry in self.annotations], bool)
+        return np.array([bool(test(entry)) for entry in self.annotations])
+
+    def lacking(self, key: str) -> np.ndarray:
+        return self.where(lambda entry: entry.get(key) is None)
 
     def first(self, odd: np.ndarray, what: str) -> str:
         """A line that names the first of the annotations in ``odd`` (N,), and their number."""
@@ -70,64 +76,72 @@ def gaps_of(objects: Objects) -> dict[str, list[str]]:
         "polygons" (masks that are polygons alone), "keypoints" (their evaluation); "doubts" are warnings, "area doubts"
         such of evaluation
     """
-    total, few, many = len(objects.annotations), objects.few, MANY * len(objects.annotations)
-    if not total:
-        return {}
-    boxes, sizes, areas = objects.boxes, objects.sizes, objects.areas
-    negative, flat, outside, beyond = _misfits(boxes, sizes)
-    fractions = ~flat & (boxes <= 1.001).all(1) & (sizes > 2).all(1)
-    lost = objects.where(lambda entry: _is_lost(entry.get("segmentation")))
-    form = _other_form(boxes, sizes)
-    scale = _other_scale(boxes[:, :2] + boxes[:, 2:], sizes)
-    share = areas / boxes[:, 2:].prod(1).clip(1e-9)
-    impossible = (share < LEAST_AREA) | (areas > LARGEST_SHARE * (boxes[:, 2:] + 1).prod(1))
-    absent = {key: objects.where(lambda entry, key=key: entry.get(key) is None) for key in ("area", "iscrowd")}
-    faults = _mask_faults(objects)
-    crowd = objects.where(lambda entry: entry.get("iscrowd"))
-    faulty_crowd = crowd & np.array([bool(fault) for fault in faults])
-    faulty = ~crowd & np.array([bool(fault) for fault in faults])
-    rle = objects.where(lambda entry: isinstance(entry.get("segmentation"), dict))
-    uneven = objects.where(lambda entry: len(entry.get("keypoints") or ()) % 3)
-    left_out, needed = "and Detectron2 leaves such an object out", "which COCO evaluation needs"
-    doubtful_area = f"has an 'area' that cannot be that of its bbox, and APs, APm and APl go by it: {RIGHT_AREA}"
-    some = {"training": few, "doubts": 0}
     gaps: dict[str, list[str]] = {}
-    for odd, limits, what in (
-        (negative, {"training": 0}, f"has a bbox of negative size: {FORM}"),
-        (flat, some, f"has a bbox without area, {left_out}"),
-        (outside, some, f"has a bbox outside its image{form}"),
-        (fractions, {"training": many, "doubts": few}, "has a bbox of a pixel or less: give pixels, not fractions"),
-        (lost, some, f"has a segmentation without a polygon of 3 points or more, {left_out}, also with masks off"),
-        (crowd, {"training": total - 1}, "is a crowd region (iscrowd 1), and none is one object"),
-        (beyond, {"doubts": 0 if form else many}, f"has a bbox that reaches beyond its image{form or CORNERS}"),
-        (np.full(total, bool(scale)), {"doubts": 0}, scale),
-        (_twins(objects), {"doubts": few}, "has the class and the box of another object of its image: list it once"),
-        (absent["area"], {"evaluation": 0}, f"has no 'area', {needed}: {RIGHT_AREA}"),
-        (absent["iscrowd"], {"evaluation": 0}, f"has no 'iscrowd', {needed}: give 0 for a single object"),
-        (np.isnan(areas), {"evaluation": 0}, f"must have a finite number as 'area': {RIGHT_AREA}"),
-        (
-            (areas < 0) | (areas > LARGEST_AREA),
-            {"evaluation": few},
-            f"has an 'area' that COCO evaluation ignores: {RIGHT_AREA}",
-        ),
-        (impossible, {"area doubts": few}, doubtful_area),
-        (impossible | (share < SMALL_AREA), {"area doubts": many}, doubtful_area),
-        (faulty, {"masks": 0}, f"has {faults[faulty.argmax()]}"),
-        (faulty_crowd, {"crowd masks": 0}, f"has {faults[faulty_crowd.argmax()]}"),
-        (rle & ~crowd, {"polygons": 0}, "has an RLE mask"),
-        (objects.where(lambda entry: "keypoints" not in entry), {"keypoints": 0}, f"has no 'keypoints', {needed}"),
-        (
-            objects.where(lambda entry: "num_keypoints" not in entry),
-            {"keypoints": 0},
-            f"has no 'num_keypoints', {needed}",
-        ),
-        (uneven, {"keypoints": 0}, "must have keypoints of three numbers each"),
-    ):
+    for odd, limits, what in (*_box_rows(objects), *_evaluation_rows(objects), *_mask_rows(objects)):
         for purpose, limit in limits.items():
             if odd.sum() > limit:
                 gaps.setdefault(purpose, []).append(objects.first(odd, what))
                 break
     return gaps
+
+
+# A row: which objects are odd (N,), for which purpose they are refused if they are more than so many, what is wrong.
+Row = tuple[np.ndarray, dict[str, float], str]
+
+
+def _box_rows(objects: Objects) -> list[Row]:
+    boxes, sizes, few, many = objects.boxes, objects.sizes, objects.few, objects.many
+    negative, flat, outside, beyond = _misfits(boxes, sizes)
+    fractions = ~flat & (boxes <= 1.001).all(1) & (sizes > 2).all(1)
+    form, scale = _other_form(boxes, sizes), _other_scale(boxes[:, :2] + boxes[:, 2:], sizes)
+    some = {"training": few, "doubts": 0}
+    return [
+        (negative, {"training": 0}, f"has a bbox of negative size: {FORM}"),
+        (flat, some, f"has a bbox without area, {LEFT_OUT}"),
+        (outside, some, f"has a bbox outside its image{form}"),
+        (fractions, {"training": many, "doubts": few}, "has a bbox of a pixel or less: give pixels, not fractions"),
+        (beyond, {"doubts": 0 if form else many}, f"has a bbox that reaches beyond its image{form or CORNERS}"),
+        (np.full(len(boxes), bool(scale)), {"doubts": 0}, scale),
+        (_twins(objects), {"doubts": few}, "has the class and the box of another object of its image: list it once"),
+    ]
+
+
+def _evaluation_rows(objects: Objects) -> list[Row]:
+    areas, extents = objects.areas, objects.boxes[:, 2:]
+    ignored = (areas < 0) | (areas > LARGEST_AREA)
+    share = areas / extents.prod(1).clip(1e-9)
+    impossible = (share < LEAST_AREA) | (areas > LARGEST_SHARE * (extents + 1).prod(1))
+    doubtful = f"has an 'area' that cannot be that of its bbox, and APs, APm and APl go by it: {RIGHT_AREA}"
+    uneven = objects.where(lambda entry: len(entry.get("keypoints") or ()) % 3)
+    return [
+        (objects.lacking("area"), {"evaluation": 0}, f"has no 'area', {NEEDED}: {RIGHT_AREA}"),
+        (objects.lacking("iscrowd"), {"evaluation": 0}, f"has no 'iscrowd', {NEEDED}: give 0 for a single object"),
+        (np.isnan(areas), {"evaluation": 0}, f"must have a finite number as 'area': {RIGHT_AREA}"),
+        (ignored, {"evaluation": objects.few}, f"has an 'area' that COCO evaluation ignores: {RIGHT_AREA}"),
+        (impossible, {"area doubts": objects.few}, doubtful),
+        (impossible | (share < SMALL_AREA), {"area doubts": objects.many}, doubtful),
+        (objects.lacking("keypoints"), {"keypoints": 0}, f"has no 'keypoints', {NEEDED}"),
+        (objects.lacking("num_keypoints"), {"keypoints": 0}, f"has no 'num_keypoints', {NEEDED}"),
+        (uneven, {"keypoints": 0}, "must have keypoints of three numbers each"),
+    ]
+
+
+def _mask_rows(objects: Objects) -> list[Row]:
+    masks = [entry.get("segmentation") for entry in objects.annotations]
+    sizes = objects.sizes.astype(int).tolist()
+    faults = [_mask_fault(mask, *size) for mask, size in zip(masks, sizes, strict=True)]
+    faulty = np.array([bool(fault) for fault in faults])
+    crowd = objects.where(lambda entry: entry.get("iscrowd"))
+    lost = np.array([_is_lost(mask) for mask in masks])
+    rle = np.array([isinstance(mask, dict) for mask in masks])
+    without = f"has a segmentation without a polygon of 3 points or more, {LEFT_OUT}, also with masks off"
+    return [
+        (lost, {"training": objects.few, "doubts": 0}, without),
+        (crowd, {"training": len(crowd) - 1}, "is a crowd region (iscrowd 1), and none is one object"),
+        (faulty & ~crowd, {"masks": 0}, f"has {faults[(faulty & ~crowd).argmax()]}"),
+        (faulty & crowd, {"crowd masks": 0}, f"has {faults[(faulty & crowd).argmax()]}"),
+        (rle & ~crowd, {"polygons": 0}, "has an RLE mask"),
+    ]
 
 
 def _misfits(boxes: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -180,12 +194,6 @@ def _twins(objects: Objects) -> np.ndarray:
     twins = np.ones(len(keys), bool)
     twins[np.unique(keys, return_index=True)[1]] = False
     return twins
-
-
-def _mask_faults(objects: Objects) -> list[str | None]:
-    sizes = objects.sizes.astype(int).tolist()
-    masks = (entry.get("segmentation") for entry in objects.annotations)
-    return [_mask_fault(mask, *size) for mask, size in zip(masks, sizes, strict=True)]
 
 
 def _is_lost(segmentation: object) -> bool:
