@@ -23,7 +23,7 @@ from repr_det.method.errors import UserError
 def test_a_sound_folder(folder, caplog):
     summary = folder.check()
     assert (summary.num_images, summary.num_boxes) == (3, 4)
-    assert (summary.class_names, summary.category_ids) == (("cell", "plate"), (3, 7))
+    assert summary.classes == {"cell": 3, "plate": 7}
     assert summary.gaps.keys() == {"masks", "keypoints"}
     assert summary.gaps["masks"] == [
         "annotation 1 has no segmentation (bbox [2, 3, 10, 12], area 120, in image 1 of 40x30; 4 such of 4)"
@@ -117,8 +117,8 @@ WRONG = [
     (every(lambda a: {"area": -a["area"]}), "has an 'area' that COCO evaluation ignores: give the object's area in"),
     (every(lambda a: {"iscrowd": 1}), "annotation 1 is a crowd region (iscrowd 1), and none is one object"),
     (every(lambda a: {"bbox": [v / 64 for v in a["bbox"]]}), "a bbox of a pixel or less: give pixels, not fractions"),
-    (image(0, file_name="no.jpg"), "1 of 3 image files are missing in "),
-    (image(0, file_name="n\0.jpg"), "1 of 3 image files are missing in "),
+    (image(0, file_name="no.jpg"), "1 of 3 image files are missing or empty in "),
+    (image(0, file_name="n\0.jpg"), "1 of 3 image files are missing or empty in "),
     (image(0, width=30, height=40), "image 1 must have the file's width and height 40x30 (EXIF orientation applied), "),
 ]
 
@@ -323,7 +323,7 @@ def test_a_file_of_nearly_that_name_is_told(folder, there, named):
 def test_damaged_image_files(folder, monkeypatch):
     for number in (2, 5):
         (folder.images / f"{number}.jpg").write_bytes(b"")
-    assert "2 of 3 image files are empty (0 bytes) in " in refused(folder)
+    assert "2 of 3 image files are missing or empty in " in refused(folder)
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(noise).save(folder.images / "5.jpg")
     for content, message in (
@@ -334,7 +334,7 @@ def test_damaged_image_files(folder, monkeypatch):
         assert message in refused(folder)
     (folder.images / "2.jpg").unlink()
     (folder.images / "2.jpg").mkdir()
-    assert "1 of 3 image files are missing" in refused(folder)
+    assert "1 of 3 image files are missing or empty" in refused(folder)
     image(1, file_name="2.png")(folder.content)
     Image.new("RGB", SIZES[2]).save(folder.images / "2.png")
     data = (folder.images / "5.jpg").read_bytes()
@@ -468,11 +468,11 @@ def test_odd_but_sound_data_pass_here_and_in_detectron2(tmp_path, name):
     folder = Folder(tmp_path / "a folder with späces")
     ODD[name](folder)
     summary = folder.check()
-    assert summary.num_images == 3 and summary.num_boxes == 4 and set(summary.class_names) >= {"cell", "plate"}
+    assert summary.num_images == 3 and summary.num_boxes == 4 and set(summary.classes) >= {"cell", "plate"}
     records = as_detectron2_reads_it(folder)
     assert [len(record["instances"]) for record in records] == ([1, 2, 0] if name == "RLE crowd" else [2, 2, 0])
     assert [tuple(record["image"].shape[:0:-1]) for record in records] == list(SIZES.values())
-    ids = {name: summary.class_names.index(name) for name in ("cell", "plate")}
+    ids = {name: [*summary.classes].index(name) for name in ("cell", "plate")}
     assert records[1]["instances"].gt_classes.tolist() == [ids["cell"], ids["plate"]]
     if name == "EXIF, rotated":
         image(0, width=SIZES[1][1], height=SIZES[1][0])(folder.content)

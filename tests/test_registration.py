@@ -67,8 +67,8 @@ def test_names_that_come_with_the_packages(catalogs, folder, tmp_path, monkeypat
     with pytest.raises(UserError, match=r"its categories \(cell, plate\), and their ids, .* name \(person, bicycle"):
         datasets.check_registered("coco_2017_val")
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
-    datasets.register_bccd()
-    datasets.register_bccd()
+    for _ in range(2):
+        datasets.register_builtin()
     with pytest.raises(
         UserError, match=rf"bccd_val: .*_val\.json does not exist; .* DETECTRON2_DATASETS, .*{tmp_path}"
     ):
@@ -91,4 +91,4 @@ def test_real_data(name, images, boxes, classes):
     summary = datasets.check_coco_format(json_file, image_root)
     if summary.num_images > 1000:
         pytest.skip(f"{json_file} is not the small excerpt whose counts are known")
-    assert (summary.num_images, summary.num_boxes, len(summary.class_names)) == (images, boxes, classes)
+    assert (summary.num_images, summary.num_boxes, len(summary.classes)) == (images, boxes, classes)

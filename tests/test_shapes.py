@@ -200,8 +200,8 @@ def test_the_folder_holds_what_is_generated_and_is_reused_silently(few_images, t
 def test_what_is_in_the_way_is_left_alone(few_images, tmp_path, foreign):
     (tmp_path / foreign).write_bytes(b"\xffmine")
     for root, message in (
-        (tmp_path, "holds other files"),
-        (tmp_path / foreign, "is a file"),
+        (tmp_path, "holds other data"),
+        (tmp_path / foreign, "holds other data"),
         (tmp_path / foreign / "inside", r"cannot be written.*DETECTRON2_DATASETS"),
     ):
         with pytest.raises(UserError, match=message):
@@ -253,11 +253,10 @@ def catalogs(monkeypatch):
 
 def test_registration_is_lazy_and_may_be_repeated(few_images, catalogs, tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "data"))
-    for root in (None, None, tmp_path / "data" / "shapes"):
-        datasets.register_shapes(root)
+    for _ in range(2):
+        datasets.register_builtin()
+        monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "data"))
     assert not (tmp_path / "data").exists()
-    with pytest.raises(UserError, match=r"shapes_train is already registered with .*data"):
-        datasets.register_shapes(tmp_path / "elsewhere")
     check_registered("shapes_train_75")  # before anything is loaded, as the commands do
     records = DatasetCatalog.get("shapes_train")
     truth = json.loads((tmp_path / "data" / "shapes" / "annotations" / "train.json").read_text())
@@ -268,22 +267,11 @@ def test_registration_is_lazy_and_may_be_repeated(few_images, catalogs, tmp_path
     assert MetadataCatalog.get("shapes_val").thing_classes == list(shapes.CLASS_NAMES)
     assert DatasetCatalog.get("shapes_train_75") == records[:2] and len(records) == 4
 
-
-def test_names_taken_by_others_are_refused(catalogs, tmp_path):
-    DatasetCatalog.register("shapes_train", list)
-    for root in (None, tmp_path):
-        with pytest.raises(UserError, match="shapes_train is already registered with other data"):
-            datasets.register_shapes(root)
-
-
-@pytest.mark.parametrize("shift, expected", [(0, 100), (200, 0)])
-def test_coco_evaluator_of_true_and_of_displaced_boxes(few_images, catalogs, tmp_path, shift, expected):
-    datasets.register_shapes(tmp_path / "shapes")
-    records = DatasetCatalog.get("shapes_val")
     evaluator = COCOEvaluator("shapes_val", ("bbox",), distributed=False)
-    evaluator.reset()
-    for record in records:
-        objects = record["annotations"]
-        boxes = [[v + shift for v in o["bbox"][:2]] + o["bbox"][2:] for o in objects]
-        evaluator.process([record], detections(record, boxes, [o["category_id"] for o in objects]))
-    assert evaluator.evaluate()["bbox"]["AP"] == pytest.approx(expected, abs=0.01)
+    for shift, expected in ((0, 100), (200, 0)):
+        evaluator.reset()
+        for record in DatasetCatalog.get("shapes_val"):
+            objects = record["annotations"]
+            boxes = [[v + shift for v in o["bbox"][:2]] + o["bbox"][2:] for o in objects]
+            evaluator.process([record], detections(record, boxes, [o["category_id"] for o in objects]))
+        assert evaluator.evaluate()["bbox"]["AP"] == pytest.approx(expected, abs=0.01)

@@ -12,9 +12,8 @@ from repr_det.datasets.registered import (
     check_registered,
     class_names,
     own_classes,
-    register_bccd,
+    register_builtin,
     register_coco_format,
-    register_shapes,
 )
 from repr_det.datasets.shapes import CLASS_NAMES, build_shapes, generate_shapes
 
@@ -35,12 +34,5 @@ __all__ = [
     "register_bccd",
     "register_builtin",
     "register_coco_format",
-    "register_shapes",
     "shared_images",
 ]
-
-
-def register_builtin() -> None:
-    """Register shapes_train, shapes_train_75, shapes_val, bccd_train and bccd_val; Detectron2 has the coco_* names."""
-    register_shapes()
-    register_bccd()

@@ -17,11 +17,11 @@ from repr_det.datasets.schema import check_schema
 
 @dataclass(frozen=True)
 class CocoSummary:
-    """Contents of a COCO-format data set; classes are sorted by category id, which is their order in Detectron2.
+    """Contents of a COCO-format data set.
 
     Attributes:
-        category_ids: of each class the (lowest) category id.
-        aliases: (category id, lowest id of the same name), for the names that several ids have.
+        classes: name -> (lowest) category id, sorted by id, which is the order in Detectron2.
+        aliases: category id -> lowest id of the same name, for the others of the names that several ids have.
         gaps: what stands in the way of evaluation, masks and keypoints, see ``objects.gaps_of``.
         keypoint_numbers: the lengths of the objects' lists of keypoints, crowd regions aside, 0 for those without.
         files: the image files.
@@ -29,9 +29,8 @@ class CocoSummary:
 
     num_images: int
     num_boxes: int
-    class_names: tuple[str, ...]
-    category_ids: tuple[int, ...]
-    aliases: tuple[tuple[int, int], ...]
+    classes: dict[str, int]
+    aliases: dict[int, int]
     gaps: dict[str, list[str]]
     keypoint_numbers: frozenset[int]
     files: list[ImageFile] = field(repr=False)
@@ -85,13 +84,11 @@ def _check(findings: Findings, image_root: Path) -> CocoSummary:
     for doubt in gaps.get("doubts", ()):
         findings.warn(doubt)
     single = [entry for entry in content["annotations"] if not entry.get("iscrowd")]
-    ids = [i for i in sorted(classes) if i not in aliases]
     return CocoSummary(
         num_images=len(images),
         num_boxes=len(content["annotations"]),
-        class_names=tuple(classes[i] for i in ids),
-        category_ids=tuple(ids),
-        aliases=tuple(aliases.items()),
+        classes={classes[i]: i for i in sorted(classes) if i not in aliases},
+        aliases=aliases,
         gaps=gaps,
         keypoint_numbers=frozenset(len(entry.get("keypoints") or ()) for entry in single),
         files=check_image_files(content["images"], image_root, findings),

@@ -44,10 +44,7 @@ class CocoEvaluator(COCOEvaluator):
 
 
 def merge_aliases(truth: COCO) -> None:
-    """Leave the lowest id of several categories with one name, with the annotations of the others; in place.
-
-    A json without 'info' gets an empty one, for which pycocotools 2.0.9 and 2.0.10 ask.
-    """
+    """Leave, in place, the lowest id of several categories with one name; and add the 'info' that pycocotools needs."""
     truth.dataset.setdefault("info", {})
     names = {category["id"]: category["name"] for category in truth.dataset["categories"]}
     lowest = {name: min(i for i in names if names[i] == name) for name in names.values()}

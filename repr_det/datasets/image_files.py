@@ -73,26 +73,22 @@ def check_image_files(images: list[dict], image_root: Path, findings: Findings) 
 
 
 def _find_files(images: list[dict], image_root: Path, findings: Findings) -> list[ImageFile]:
-    missing, empty, files = [], [], []
+    absent, files = [], []
     for image in images:
         path = os.path.join(image_root, image["file_name"])
         try:
             state = os.stat(path)
         except (OSError, ValueError):
             state = None
-        if state is None or not stat.S_ISREG(state.st_mode):
-            missing.append(image["file_name"])
-            continue
-        files.append(ImageFile(path, state.st_size, (state.st_dev, state.st_ino)))
-        if state.st_size == 0:
-            empty.append(image["file_name"])
-    for names, what in ((missing, "missing"), (empty, "empty (0 bytes)")):
-        if names:
-            meant = _meant_file(image_root, names[0])
-            hint = f" ({meant!a} is there: spell names alike, with /, relative to this folder)" if meant else ""
-            findings.fail(
-                f"{len(names)} of {len(images)} image files are {what} in {image_root}; the first is '{names[0]}'{hint}"
-            )
+        if state is None or not stat.S_ISREG(state.st_mode) or state.st_size == 0:
+            absent.append(image["file_name"])
+        else:
+            files.append(ImageFile(path, state.st_size, (state.st_dev, state.st_ino)))
+    if absent:
+        meant = _meant_file(image_root, absent[0])
+        hint = f" ({meant!a} is there: spell names alike, with /, relative to this folder)" if meant else ""
+        share = f"{len(absent)} of {len(images)} image files are missing or empty in {image_root}"
+        findings.fail(f"{share}; the first is '{absent[0]}'{hint}")
     return files
 
 
@@ -104,7 +100,7 @@ def _meant_file(root: Path, name: str) -> str | None:
             entries = os.listdir(found) if found and found.is_dir() else []
             spelled = part if part in entries else spelled_alike(part, entries)
             found = found / spelled if found and spelled else None
-        if found:
+        if found and found.stat().st_size:
             return found.relative_to(root).as_posix()
     return None
 

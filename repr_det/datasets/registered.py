@@ -29,21 +29,6 @@ def _check(json_file: str, image_root: str, name: str, state: object) -> CocoSum
     return check_coco_format(json_file, image_root, name)
 
 
-def _is_registered(name: str, json_file: str, image_root: str) -> bool:
-    """Tell whether the name is registered with these files.
-
-    Raises:
-        UserError: it is registered with others.
-    """
-    if name not in DatasetCatalog:
-        return False
-    metadata = MetadataCatalog.get(name)
-    before = (metadata.get("json_file"), metadata.get("image_root"))
-    if not all(before) or [*map(os.path.realpath, before)] != [*map(os.path.realpath, (json_file, image_root))]:
-        raise UserError(f"data set {name} is already registered with {before[0] or 'other data'}, not {json_file}")
-    return True
-
-
 def register_coco_format(name: str, json_file: str | os.PathLike, image_root: str | os.PathLike) -> None:
     """Check a COCO-format data set and register it with Detectron2 under `name`; again with the same files: no effect.
 
@@ -54,7 +39,11 @@ def register_coco_format(name: str, json_file: str | os.PathLike, image_root: st
     if not name:
         raise UserError("the name of a data set must not be empty")
     json_file, image_root = (os.path.abspath(os.path.expanduser(path)) for path in (json_file, image_root))
-    if _is_registered(name, json_file, image_root):
+    if name in DatasetCatalog:
+        metadata = MetadataCatalog.get(name)
+        before, root = metadata.get("json_file", ""), metadata.get("image_root", "")
+        if not _same(before, json_file) or not _same(root, image_root):
+            raise UserError(f"data set {name} is already registered with {before or 'other data'}, not {json_file}")
         return
     summary = _check_once(json_file, image_root, name)
     DatasetCatalog.register(name, partial(_load, name, json_file, image_root))
@@ -62,23 +51,26 @@ def register_coco_format(name: str, json_file: str | os.PathLike, image_root: st
         json_file=json_file,
         image_root=image_root,
         evaluator_type="coco",
-        thing_classes=list(summary.class_names),
-        thing_dataset_id_to_contiguous_id={c: i for i, c in enumerate(summary.category_ids)},
-        own_classes=dict(zip(summary.class_names, summary.category_ids, strict=True)),
+        thing_classes=list(summary.classes),
+        thing_dataset_id_to_contiguous_id={i: number for number, i in enumerate(summary.classes.values())},
+        own_classes=summary.classes,
     )
+
+
+def _same(path: str, other: str) -> bool:
+    return bool(path) and os.path.realpath(path) == os.path.realpath(other)
 
 
 def _load(name: str, json_file: str, image_root: str) -> list[dict]:
     """Detectron2's dicts, each object's class found by its name among the ``thing_classes`` of the data set."""
     summary = _check_once(json_file, image_root, name)
     classes = MetadataCatalog.get(name).thing_classes
-    index = {c: classes.index(n) for c, n in zip(summary.category_ids, summary.class_names, strict=True)}
-    if [*summary.class_names] != classes:
-        pairs = zip(summary.class_names, index.items(), strict=True)
-        mapping = listed((f"{class_name} (id {i}) -> {number}" for class_name, (i, number) in pairs), 100)
+    index = {i: classes.index(class_name) for class_name, i in summary.classes.items()}
+    if [*summary.classes] != classes:
+        mapping = listed((f"{class_name} (id {i}) -> {index[i]}" for class_name, i in summary.classes.items()), 100)
         told = f"data set {name}: its classes are mapped by name: {mapping}, of {len(classes)} classes"
         log_first_n(logging.INFO, told, key="message")
-    index |= {alias: index[lowest] for alias, lowest in summary.aliases}
+    index |= {alias: index[lowest] for alias, lowest in summary.aliases.items()}
     records = load_coco_json(json_file, image_root)
     for record in records:
         record["width"], record["height"] = int(record["width"]), int(record["height"])
@@ -87,53 +79,35 @@ def _load(name: str, json_file: str, image_root: str) -> list[dict]:
     return records
 
 
-def register_shapes(root: str | os.PathLike | None = None) -> None:
-    """Register `shapes_train`, its first 75 images as `shapes_train_75`, and `shapes_val` with Detectron2.
+def register_builtin() -> None:
+    """Register shapes_train, its first 75 images as shapes_train_75, shapes_val, bccd_train and bccd_val (blood cells).
 
-    They are drawn when they are first loaded.
-
-    Args:
-        root: the data set's folder; by default $DETECTRON2_DATASETS/shapes, or datasets/shapes without that variable.
-            Registering again is harmless: without a root the first registration stays.
-
-    Raises:
-        UserError: the names are taken, or registered with another root
+    They lie in shapes/ and bccd/ of $DETECTRON2_DATASETS, or of datasets/; the shapes are drawn when they are first
+    loaded. What is registered already stays.
     """
-    folder = Path(root).expanduser().absolute() if root else _root_of("shapes")
+    root = Path(os.getenv("DETECTRON2_DATASETS", "datasets")).expanduser().absolute()
     for part, (split, _) in PARTS.items():
-        name, json_file, image_root = f"shapes_{part}", str(annotation_file(folder, part)), str(folder / split)
-        if root is None and name in DatasetCatalog and MetadataCatalog.get(name).get("shapes_root"):
-            continue
-        if _is_registered(name, json_file, image_root):
-            continue
-        DatasetCatalog.register(name, partial(_load_shapes, name, folder, part))
-        MetadataCatalog.get(name).set(
-            json_file=json_file,
-            image_root=image_root,
-            shapes_root=str(folder),
-            evaluator_type="coco",
-            thing_classes=list(CLASS_NAMES),
-            thing_dataset_id_to_contiguous_id={i: i - 1 for i in range(1, len(CLASS_NAMES) + 1)},
-        )
-
-
-def _load_shapes(name: str, root: Path, part: str) -> list[dict]:
-    build_shapes(root, part)
-    metadata = MetadataCatalog.get(name)
-    return load_coco_json(metadata.json_file, metadata.image_root, name)
-
-
-def register_bccd() -> None:
-    """Register `bccd_train` and `bccd_val` (blood cells) at $DETECTRON2_DATASETS/bccd; again: no effect."""
-    root = _root_of("bccd")
+        name = f"shapes_{part}"
+        if name not in DatasetCatalog:
+            DatasetCatalog.register(name, partial(_load_shapes, name))
+            MetadataCatalog.get(name).set(
+                json_file=str(annotation_file(root / "shapes", part)),
+                image_root=str(root / "shapes" / split),
+                shapes_root=str(root / "shapes"),
+                evaluator_type="coco",
+                thing_classes=list(CLASS_NAMES),
+                thing_dataset_id_to_contiguous_id={i: i - 1 for i in range(1, len(CLASS_NAMES) + 1)},
+            )
     for split in ("train", "val"):
         if f"bccd_{split}" not in DatasetCatalog:
-            json_file = root / "annotations" / f"instances_{split}.json"
-            register_coco_instances(f"bccd_{split}", {}, str(json_file), str(root / split))
+            json_file = root / "bccd" / "annotations" / f"instances_{split}.json"
+            register_coco_instances(f"bccd_{split}", {}, str(json_file), str(root / "bccd" / split))
 
 
-def _root_of(data_set: str) -> Path:
-    return Path(os.getenv("DETECTRON2_DATASETS", "datasets"), data_set).expanduser().absolute()
+def _load_shapes(name: str) -> list[dict]:
+    metadata = MetadataCatalog.get(name)
+    build_shapes(metadata.shapes_root, name.removeprefix("shapes_"))
+    return load_coco_json(metadata.json_file, metadata.image_root, name)
 
 
 def check_registered(name: str, *, for_evaluation: bool = True) -> CocoSummary | None:
@@ -161,17 +135,15 @@ def check_registered(name: str, *, for_evaluation: bool = True) -> CocoSummary |
     findings = Findings(Path(json_file), name)
     if for_evaluation:
         summary.check_evaluation(findings)
-    found = dict(zip(summary.class_names, summary.category_ids, strict=True))
-    if own := metadata.get("own_classes"):
-        if [*found.items()] != [*own.items()]:
-            findings.fail("its categories changed since it was registered")
-        return summary
-    names = tuple(metadata.get("thing_classes", found))
-    ids = tuple(metadata.get("thing_dataset_id_to_contiguous_id", found.values()))
-    if (names, ids) != (summary.class_names, summary.category_ids) or summary.aliases:
+    names, ids = [*summary.classes], [*summary.classes.values()]
+    own = metadata.get("own_classes")
+    if own and [*own.items()] != [*summary.classes.items()]:
+        findings.fail("its categories changed since it was registered")
+    known, known_ids = metadata.get("thing_classes", names), metadata.get("thing_dataset_id_to_contiguous_id", ids)
+    if not own and ([*known] != names or [*known_ids] != ids or summary.aliases):
         findings.fail(
-            f"its categories ({listed(found)}), and their ids, must be those registered under this name "
-            f"({listed(names)}); register your own data under another name"
+            f"its categories ({listed(names)}), and their ids, must be those registered under this name "
+            f"({listed(known)}); register your own data under another name"
         )
     return summary
 
@@ -195,7 +167,7 @@ def class_names(name: str) -> tuple[str, ...]:
         summary = check_registered(name, for_evaluation=False)
         if summary is None:
             raise UserError(f"data set {name} has no thing_classes in its metadata and is not in COCO format")
-        names = summary.class_names
+        names = summary.classes
     return tuple(names)
 
 

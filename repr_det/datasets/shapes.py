@@ -178,17 +178,11 @@ def annotation_file(root: Path, part: str) -> Path:
 
 
 def _is_finished(root: Path, part: str) -> bool:
-    """Tell whether the folder is that of this generator, and has this part.
-
-    Raises:
-        UserError: it is a file, or holds something else.
-    """
-    if root.exists() and not root.is_dir():
-        raise UserError(f"{root} is a file: the shapes data set needs a folder of its own")
+    """Tell whether the folder is that of this generator, and has this part; UserError if it is something else."""
     stamp = root / "VERSION"
     text = stamp.read_text(errors="replace") if stamp.is_file() else ""
-    if root.is_dir() and any(root.iterdir()) and not text.startswith(STAMP_OWNER):
-        raise UserError(f"{root} holds other files: the shapes data set needs an empty or absent folder of its own")
+    if root.is_file() or (root.is_dir() and any(root.iterdir()) and not text.startswith(STAMP_OWNER)):
+        raise UserError(f"{root} holds other data: the shapes data set needs an empty or absent folder of its own")
     return text == STAMP and annotation_file(root, part).is_file()
 
 
