@@ -1,6 +1,7 @@
 """A small COCO-format folder, and edits that damage it."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,8 @@ class Folder:
         }
 
     def check(self, name=None, for_evaluation=True):
-        self.json.write_text(json.dumps(self.content))
+        if self.content is not None:
+            self.json.write_text(json.dumps(self.content))
         summary = datasets.check_coco_format(self.json, self.images, name)
         if for_evaluation:
             summary.check_evaluation(Findings(self.json, name))
@@ -53,32 +55,26 @@ def catalogs(monkeypatch):
         monkeypatch.setattr(catalog, "data", {k: v for k, v in catalog.data.items() if not k.startswith("bccd_")})
 
 
-def _put(entry, values):
-    """Sets keys; ... takes one away."""
-    entry.update(values)
-    for key in [key for key, value in values.items() if value is ...]:
-        del entry[key]
+def put(*where, **values):
+    """A change of a folder that sets keys of an entry, or of all of the json; ... takes one away."""
+
+    def change(folder):
+        entry = folder.content
+        for step in where:
+            entry = entry[step]
+        entry.update(values)
+        for key in [key for key, value in values.items() if value is ...]:
+            del entry[key]
+
+    return change
 
 
-def image(number, **values):
-    return lambda content: _put(content["images"][number], values)
-
-
-def annotation(number, **values):
-    return lambda content: _put(content["annotations"][number], values)
-
-
-def category(number, **values):
-    return lambda content: _put(content["categories"][number], values)
-
-
-def whole(**values):
-    return lambda content: _put(content, values)
+image, annotation, category = partial(put, "images"), partial(put, "annotations"), partial(put, "categories")
 
 
 def every(values):
     """``values(annotation)`` goes into each annotation."""
-    return lambda content: [entry.update(values(entry)) for entry in content["annotations"]]
+    return lambda folder: [entry.update(values(entry)) for entry in folder.content["annotations"]]
 
 
 def detections(record, boxes, classes, scores=None):

@@ -28,7 +28,7 @@ def test_registering_twice_and_with_other_files(folder, catalogs, tmp_path, monk
     assert datasets.check_registered("mine").num_boxes == 4
     assert datasets.class_names("mine") == ("cell", "plate")
     assert len(DatasetCatalog.get("mine")) == 3 and MetadataCatalog.get("mine").evaluator_type == "coco"
-    annotation(0, area=...)(folder.content)  # a changed json is checked again
+    annotation(0, area=...)(folder)  # a changed json is checked again
     folder.check(for_evaluation=False)
     assert "evaluation" in datasets.check_registered("mine", for_evaluation=False).gaps
     with pytest.raises(UserError, match=r"data set mine: .*annotation 1 has no 'area'"):
@@ -40,7 +40,7 @@ def test_registering_twice_and_with_other_files(folder, catalogs, tmp_path, monk
 
 
 def test_wrong_data_are_not_registered(folder, catalogs):
-    annotation(0, area="12")(folder.content)
+    annotation(0, area="12")(folder)
     folder.check(for_evaluation=False)
     folder.images.rename(folder.images.with_name("moved"))
     with pytest.raises(UserError, match=r"data set mine: image folder .* does not exist"):

@@ -100,7 +100,7 @@ def _meant_file(root: Path, name: str) -> str | None:
             entries = os.listdir(found) if found and found.is_dir() else []
             spelled = part if part in entries else spelled_alike(part, entries)
             found = found / spelled if found and spelled else None
-        if found and found.stat().st_size:
+        if found and found.is_file() and found.stat().st_size:
             return found.relative_to(root).as_posix()
     return None
 
