@@ -1,6 +1,7 @@
 """State that training draws from and keeps, put back as it was after passes that are not part of it."""
 
 import contextlib
+import hashlib
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from repr_det.network.hidden_state import HiddenState
+
+
+def generator_of(*numbers: int) -> torch.Generator:
+    """A generator of the CPU whose stream depends on ``numbers`` alone, not on what was drawn before."""
+    digest = hashlib.sha256(repr(numbers).encode()).digest()[:7]
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
 def random_state() -> dict[str, Any]:
@@ -109,6 +116,14 @@ def _set_state(generator: Any, state: Any) -> None:
         generator.setstate(state)
     else:
         generator.set_state(state)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside DistributedDataParallel, DataParallel or torch.compile."""
+    inner: Any = model
+    while isinstance(inner, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or hasattr(inner, "_orig_mod"):
+        inner = inner._orig_mod if hasattr(inner, "_orig_mod") else inner.module
+    return inner
 
 
 @contextlib.contextmanager
