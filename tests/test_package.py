@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import repr_det
+from repr_det.commands.config_files import CONFIGS, config_path
 from repr_det.commands.console import main
-from repr_det.commands.shipped import CONFIGS, config_path
 from repr_det.method.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,7 +46,6 @@ def test_shipped_configs_are_found_by_name(tmp_path, monkeypatch):
             "repr-det compare: error: --config-file 'nope.yaml' is not a file",
         ),
         ("analyze nope.pth", "repr-det analyze: error: "),
-        ("benchmark --pairs 7", "repr-det benchmark is a program of the source tree now: python tools/benchmark.py"),
     ],
 )
 def test_commands_say_what_is_wrong(monkeypatch, capsys, arguments, line):

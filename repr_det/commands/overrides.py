@@ -9,18 +9,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from repr_det.datasets import listed
+from repr_det.detectron.lazy import KEYS
 from repr_det.method.errors import UserError
-
-# Read by Detectron2 or by repr_cfg_from_lazy, and not in every config.
-_OPTIONAL = (
-    *(
-        f"train.{key}"
-        for key in ("seed", "cudnn_benchmark", "float32_precision", "eval_period", "log_period", "device")
-    ),
-    *(f"train.{key}" for key in ("output_dir", "init_checkpoint", "max_iter", "amp.enabled")),
-    *(f"train.checkpointer.{key}" for key in ("period", "max_to_keep")),
-    "dataloader.evaluator.output_dir",
-)
 
 
 def refuse_unknown_keys(cfg: DictConfig, overrides: list[str]) -> None:
@@ -31,7 +21,7 @@ def refuse_unknown_keys(cfg: DictConfig, overrides: list[str]) -> None:
     """
     for override in OverridesParser.create().parse_overrides(overrides):
         key = override.key_or_group
-        if override.is_add() or key in _OPTIONAL or key.partition(".")[0] == "repr":
+        if override.is_add() or key in KEYS or key.startswith("repr"):
             continue
         node, parts = cfg, key.split(".")
         for depth, part in enumerate(parts):

@@ -15,6 +15,7 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
+from detectron2.utils.events import EventWriter
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -24,6 +25,7 @@ from repr_det.detectron.config import scale_to_world
 from repr_det.detectron.decay import DefinedAtItsEnd
 from repr_det.detectron.evaluators import build_evaluator, check_evaluators
 from repr_det.detectron.hook import RePrHook, first_later_hook
+from repr_det.detectron.trackers import WandbWriter
 from repr_det.method.errors import UserError
 from repr_det.runs.checkpoints import AtomicCheckpointer, remove_unfinished_saves
 from repr_det.runs.files import FINAL_CHECKPOINT, keep_checkpoints
@@ -46,6 +48,7 @@ class Trainer(DefaultTrainer):
 
     Args:
         cfg: a Detectron2 config, with ``add_repr_config`` applied for RePr.
+        wandb_project: of Weights & Biases; "" logs nothing there.
 
     Raises:
         UserError: REPR is wrong.
@@ -54,11 +57,12 @@ class Trainer(DefaultTrainer):
 
     _has_trained = False
 
-    def __init__(self, cfg: CfgNode) -> None:
+    def __init__(self, cfg: CfgNode, wandb_project: str = "") -> None:
         # Not DefaultTrainer.__init__: it wraps the model by create_ddp_model, which CPU modules cannot take.
         TrainerBase.__init__(self)
         cfg = scale_to_world(cfg, comm.get_world_size())
         self.cfg = cfg
+        self.wandb_project = wandb_project
         if all(_function(type(self), name) is _function(Trainer, name) for name in ("test", "build_evaluator")):
             check_evaluators(cfg.DATASETS.TEST)
         if any_mapped(names := (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)):
@@ -106,6 +110,11 @@ class Trainer(DefaultTrainer):
         if repr_hook is not None:  # here, not only when it moves itself: its checks come before the others write
             built.insert(first_later_hook(built), repr_hook)
         return built
+
+    def build_writers(self) -> list[EventWriter]:
+        """Detectron2's, and Weights & Biases if a project is given."""
+        more = [WandbWriter(self.cfg, project=self.wandb_project)] if self.wandb_project else []
+        return [*super().build_writers(), *more]
 
     def build_repr_hook(self, cfg: CfgNode) -> RePrHook | None:
         """None where the config has RePr off."""

@@ -14,6 +14,7 @@ from fvcore.common.checkpoint import Checkpointer
 
 from repr_det.detectron.config import (
     NAMES,
+    as_user_error,
     first_decay,
     options_of_config,
     scale_to_world,
@@ -26,7 +27,7 @@ from repr_det.method.criteria import get_criterion
 from repr_det.method.errors import UserError, spelling
 from repr_det.method.holding import Transition
 from repr_det.method.loop import RePr, describe_schedule, schedule_of, unwrapped
-from repr_det.method.options import DETECTRON2_LAYERS, RePrOptions
+from repr_det.method.options import CONFIG_KEYS, DETECTRON2_LAYERS, RePrOptions
 from repr_det.method.schedule import RePrSchedule
 from repr_det.method.scheme import RePrScheme, check_resumed
 from repr_det.network.state import preserved_random_state
@@ -211,14 +212,8 @@ class RePrHook(HookBase):
 
     def _fingerprint(self) -> dict[str, Any]:
         """Returns the values that a resumed run must have too, by config key."""
-        schedule = self.schedule
-        return {
-            "REPR.START_ITER": schedule.start_iter,
-            "REPR.S1_ITERS": schedule.s1_iters,
-            "REPR.S2_ITERS": schedule.s2_iters,
-            "REPR.NUM_CYCLES": schedule.num_cycles,
-            **self.options.resumed(),
-        }
+        phases = ("start_iter", "s1_iters", "s2_iters", "num_cycles")
+        return {CONFIG_KEYS[name]: getattr(self.schedule, name) for name in phases} | self.options.resumed()
 
     def _build(self) -> RePr:
         trainer = self.trainer
@@ -240,29 +235,19 @@ class RePrHook(HookBase):
     def _prove(self) -> None:
         """Shows who takes part by a pass over a batch of its own; where none can be drawn the first step shows it."""
         scheme = self.repr.scheme
-        if scheme.participants.known or self._ended():
+        if scheme.participants.known or self.trainer.start_iter > self.schedule.restore_iters[-1]:
             return
-        batch, reason = None, ""
+        what = "the criterion" if scheme.criterion.needs_data else "FrozenBN calibration"
+        missed = f"RePr: {what} looks at training batches, and none can be drawn from DATASETS.TRAIN or the data loader"
         try:
-            batch = next(iter(scheme.passes.batches(1, 0)), None)
+            with as_user_error(missed):
+                batch = next(iter(scheme.passes.batches(1, 0)))
         except UserError:
             if scheme.needs_batches:
                 raise
-        except Exception as error:  # whatever a data set and its mapper raise
-            reason = f" ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
-        if batch is None:
-            if scheme.needs_batches:
-                what = "the criterion" if scheme.criterion.needs_data else "FrozenBN calibration"
-                raise UserError(
-                    f"RePr: {what} looks at training batches, and none can be drawn{reason}: give DATASETS.TRAIN, or a "
-                    "data loader that can be iterated again"
-                )
             return
         self.repr.prove(lambda: scheme.passes.loss(batch))
         self._warn_of_fine_tuning()
-
-    def _ended(self) -> bool:
-        return self.trainer.start_iter > self.schedule.restore_iters[-1]
 
     def _warn_of_fine_tuning(self) -> None:
         if self.trainer.start_iter == 0 and not self._warned:
@@ -279,14 +264,12 @@ class RePrHook(HookBase):
             self._write(iteration, done)
 
     def _write(self, iteration: int, transition: Transition) -> None:
-        line = {"iteration": iteration, **dataclasses.asdict(transition)}
-        overlap = {"overlap": line.pop("overlaps")}
-        self._append(OVERLAPS_FILE, {key: line[key] for key in ("iteration", "event", "cycle")} | overlap)
-        self._append(EVENTS_FILE, line)
-
-    def _append(self, name: str, line: dict[str, Any]) -> None:
-        with open(self._path(name), "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        event = {"iteration": iteration, **dataclasses.asdict(transition)}
+        overlap = {"overlap": event.pop("overlaps")}
+        overlap = {key: event[key] for key in ("iteration", "event", "cycle")} | overlap
+        for name, line in ((OVERLAPS_FILE, overlap), (EVENTS_FILE, event)):
+            with open(self._path(name), "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
 
     def _path(self, name: str) -> str:
         os.makedirs(self.output_dir, exist_ok=True)

@@ -4,25 +4,23 @@ import importlib.util
 import json
 import os
 import uuid
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import yaml
 from detectron2.config import CfgNode
-from detectron2.engine import DefaultTrainer
 from detectron2.utils.events import EventWriter, get_event_storage
 
 from repr_det.method.errors import UserError
 from repr_det.runs.files import EVENTS_FILE, OVERLAPS_FILE, write_atomically
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 _ID_FILE = "wandb_id.txt"
 _SENT_FILE = "wandb_sent.txt"  # the iteration of the last transition that is in the run
 
 
 class WandbWriter(EventWriter):
-    """Logs config, all scalars, every drop and restore once, and the overlap of the filters after each.
+    """Logs config, all scalars, every drop and restore once, and a histogram of the filters' overlap at each.
 
     W&B's own reading of TensorBoard's files (``sync_tensorboard``) is no substitute: it loses a drop that TensorBoard
     had not flushed when the run was killed, and sends one again that a resumed run repeats.
@@ -46,12 +44,13 @@ class WandbWriter(EventWriter):
         except ImportError as error:
             raise ImportError("WandbWriter needs wandb: pip install 'repr_det[wandb]'") from error
         os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+        config = yaml.safe_load(cfg.dump())
         self._wandb = wandb
         self._folder = Path(cfg.OUTPUT_DIR)
         self._window_size = window_size
         self._last_write = -1
         try:
-            self._run = wandb.init(id=self._id(), resume="allow", config=_plain(cfg), dir=cfg.OUTPUT_DIR, **options)
+            self._run = wandb.init(id=self._id(), resume="allow", config=config, dir=cfg.OUTPUT_DIR, **options)
         except wandb.Error as error:  # not logged in, no connection, no such project
             raise UserError(f"Weights & Biases: {error} WANDB_MODE=offline keeps everything on disk.") from error
 
@@ -75,7 +74,7 @@ class WandbWriter(EventWriter):
             f"{name}_filters": sum(map(len, event["dropped"].values())),
             f"{name}_overlap_before": event["overlap_before"],
             f"{name}_overlap_after": event["overlap_after"],
-            f"{name}_overlap": self._wandb.Image(draw_overlap(event, overlap)),
+            f"{name}_overlap": self._wandb.Histogram(list(chain(*overlap.values()))),
         }
         self._run.log(values, step=event["iteration"])
         write_atomically(self._folder / _SENT_FILE, str(event["iteration"]))
@@ -99,42 +98,7 @@ class WandbWriter(EventWriter):
         return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def tracked(trainer: type[DefaultTrainer], project: str) -> type[DefaultTrainer]:
-    """``trainer`` with a WandbWriter of this project among its writers; itself where there is no project."""
-    if not project:
-        return trainer
-
-    class Tracked(trainer):  # type: ignore[valid-type, misc]
-        def build_writers(self) -> list[EventWriter]:
-            return [*super().build_writers(), WandbWriter(self.cfg, project=project)]
-
-    return Tracked
-
-
 def check_wandb(project: str) -> None:
     """Raises UserError where a project is given, but wandb is not installed."""
     if project and importlib.util.find_spec("wandb") is None:
         raise UserError(f"--wandb {project} needs wandb, which is not installed: pip install 'repr_det[wandb]'")
-
-
-def draw_overlap(event: dict[str, Any], overlap: dict[str, list[float]]) -> "Figure":
-    """O_f of the filters of every layer around a transition: the middle half as a box, dropped filters as dots."""
-    from matplotlib.figure import Figure  # a training that is not tracked need not wait for it
-
-    figure = Figure(figsize=(6, 1 + 0.18 * len(overlap)), layout="constrained")
-    axes = figure.add_subplot()
-    axes.boxplot(list(overlap.values()), orientation="horizontal", showfliers=False)
-    for place, (layer, values) in enumerate(overlap.items(), 1):
-        gone = [values[f] for f in event["dropped"].get(layer, ())]
-        axes.plot(gone, [place] * len(gone), ".", color="#c44e00", markersize=3)
-    axes.set_yticks(range(1, len(overlap) + 1), list(overlap), fontsize=6)
-    axes.invert_yaxis()
-    axes.set(xlabel="O_f", title=f"{event['event']} after iteration {event['iteration']}")
-    return figure
-
-
-def _plain(node: Any) -> Any:
-    """A config node as dicts, lists and values."""
-    if isinstance(node, dict):
-        return {key: _plain(value) for key, value in node.items()}
-    return list(node) if isinstance(node, tuple) else node
