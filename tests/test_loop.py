@@ -128,7 +128,7 @@ def test_loader_and_loss_feed_frozen_norms_and_criteria(norm):
             model[1].bias.normal_(generator=torch.Generator().manual_seed(3))
     batches = data(4)
     options = dict(loader=batches, loss=lambda batch: F.cross_entropy(model(batch[0]), batch[1]))
-    one = RePr(model, optimizer, 12, schedule=SCHEDULE, criterion="taylor", calibration_batches=4, **options)
+    one = RePr(model, optimizer, 12, schedule=SCHEDULE, criterion="apoz", calibration_batches=4, **options)
     images = torch.cat([x for x, _ in batches])
 
     def moments():
@@ -221,15 +221,15 @@ def test_ddp_is_looked_through(tmp_path):
         (dict(schedule=RePrSchedule(20, 10, 3)), "but total_steps= is 40"),
         (dict(layers=["backbone.*"]), "layers= ['backbone.*'] matches no trainable Conv2d"),
         (dict(loader=[1]), "give loader= and loss= together, or passes=, or none of them"),
-        (dict(loader=[], loss=sum, criterion="taylor"), "loader= yields no batch"),
+        (dict(loader=[], loss=sum, criterion="apoz"), "loader= yields no batch"),
         (
-            dict(loader=[torch.zeros(2, 1, 8, 8), torch.zeros(2, 1, 9, 8)], loss=sum, criterion="taylor"),
+            dict(loader=[torch.zeros(2, 1, 8, 8), torch.zeros(2, 1, 9, 8)], loss=sum, criterion="apoz"),
             "cannot be joined",
         ),
         (dict(sample=torch.zeros(1, 5, 8, 8)), "sample= is not what the model can be called with: RuntimeError: "),
         (dict(loss=sum), "give loader= and loss= together"),
         (dict(loader=iter([1]), loss=sum), "loader= must start again whenever it is iterated"),
-        (dict(criterion="taylor"), "criterion= 'taylor' looks at training batches"),
+        (dict(criterion="apoz"), "criterion= 'apoz' looks at training batches"),
         (dict(criterion="nope"), "criterion= must be one of"),
         (dict(layers="backbone.*"), "layers= must be a list of patterns, got 'backbone.*'"),
         (dict(exclude="head"), "exclude= must be a list of patterns, got 'head'"),

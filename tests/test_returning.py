@@ -7,6 +7,7 @@ import pytest
 import torch
 import torchvision
 from gpu_nets import BATCHES, Net, loss_of
+from saliency import SALIENCY
 from test_orthogonality import overlap_by_hand
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
@@ -241,7 +242,7 @@ def test_a_filter_returns_whole_also_where_it_reads_channels_that_return():
     """Kept and old filters have no weights on channels that were silent, so new ones may lie there alone."""
     net = Net()
     optimizer = torch.optim.SGD(net.parameters(), 0.05, momentum=0.9)
-    options = {"criterion": "gradient", "returns": "function_preserving", "criterion_batches": 2}
+    options = {"criterion": SALIENCY["gradient"], "returns": "function_preserving", "criterion_batches": 2}
     training = RePr(net, optimizer, 24, num_cycles=2, loader=BATCHES, loss=lambda batch: loss_of(net, batch), **options)
     for step in range(24):
         optimizer.zero_grad()

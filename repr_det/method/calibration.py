@@ -10,19 +10,110 @@ time.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
 
-from repr_det.method.distributed import mean_over_ranks
-from repr_det.method.layers import FilterLayer
+from repr_det.method.distributed import broadcast_, mean_over_ranks, to_cpu
+from repr_det.method.errors import OptionError
+from repr_det.method.holding import HeldFilters
+from repr_det.method.layers import BATCH, FROZEN, FilterLayer
+from repr_det.method.options import RePrOptions
+from repr_det.method.participants import Participants
 from repr_det.method.passes import TrainingPasses
 from repr_det.network.state import undisturbed
 
+logger = logging.getLogger("repr_det.scheme")
+
 # A channel whose standard deviation is below this share of its largest value is constant: it has no scale to match.
 _CONSTANT = 1e-6
+
+
+class FrozenNorms:
+    """The norms that keep their statistics while their convs train: FrozenBN, and BN in eval mode.
+
+    Args:
+        model: not wrapped; None where ``RePrScheme`` was built without it.
+        passes: how to run training batches; None if there is none.
+
+    Attributes:
+        at_drop: names of the layers whose norm was frozen at the last drop, until their filters return.
+    """
+
+    def __init__(
+        self, options: RePrOptions, participants: Participants, model: nn.Module | None, passes: TrainingPasses | None
+    ) -> None:
+        self.at_drop: set[str] = set()
+        self._recalibrates = options.frozen_norm == "recalibrate"
+        self._participants = participants
+        self._model = model if passes is None else passes.model
+        self._passes = passes
+        self._batches = options.calibration_batches or (0 if passes is None else passes.calibration_batches)
+
+    def of(self, layers: Sequence[FilterLayer]) -> list[FilterLayer]:
+        """The layers whose norm keeps its statistics in training, also where the caller is evaluating now."""
+        trains = self._participants.trains if self._passes is None else self._passes.trains
+        if self._model is None or self._model.training == trains:
+            return [layer for layer in layers if layer.is_frozen]
+        with undisturbed(self._model, trains=trains):
+            return [layer for layer in layers if layer.is_frozen]
+
+    def need_batches(self, layers: Sequence[FilterLayer]) -> bool:
+        """Tells whether new filters of these layers need statistics that training batches show."""
+        return self._recalibrates and bool(self.of(layers))
+
+    def check(self, layers: Sequence[FilterLayer]) -> None:
+        """Raises OptionError where batches are needed and there are none."""
+        if self._passes is None and self.need_batches(layers):
+            first = self.of(layers)[0]
+            kind = "FrozenBN" if first.kind == FROZEN else "BN in eval mode"
+            raise OptionError(
+                f"{kind} re-calibration looks at training batches (the norm of {first.name} keeps its statistics): "
+                "give loader= and loss=, or passes=, or choose {frozen_norm} keep"
+            )
+
+    def before_drop(self, held: HeldFilters, layers: Sequence[FilterLayer], cycle: int) -> dict[str, Tensor]:
+        """Notes which norms of ``layers`` are frozen. Returns the moments of the channels that leave, on the CPU."""
+        frozen = self.of(layers)
+        self.at_drop = {layer.name for layer in frozen}
+        leaving = [layer for layer in held.layers if layer.name in self.at_drop]
+        if not leaving or self._passes is None or not self._recalibrates:
+            return {}
+        found = measure_moments(leaving, held.rows, self._passes, self._batches, cycle)
+        return dict(zip(found, to_cpu(list(found.values())), strict=True))
+
+    def can_renew(self, layers: Sequence[FilterLayer]) -> list[FilterLayer]:
+        """The layers whose new filters would get statistics of their own. A norm frozen since the drop has lost those
+        of the channel; without training batches it is not known what others would be right."""
+        lost = [] if self._passes is not None and self._recalibrates else self.of(layers)
+        lost = [layer for layer in lost if layer.name not in self.at_drop]
+        for layer in lost:
+            logger.warning(
+                "RePr: filters of %s return as they were: its norm has been frozen since the drop, and there are no "
+                "training batches to find the statistics of new ones",
+                layer.name,
+            )
+        return [layer for layer in layers if layer not in lost]
+
+    def after_return(
+        self, held: HeldFilters, renewed: Sequence[FilterLayer], moments: Mapping[str, Tensor], cycle: int
+    ) -> None:
+        """Sets the statistics of new filters so that their channels have ``moments``."""
+        wanted = {layer.name: moments[layer.name] for layer in renewed if layer.name in moments}
+        for layer in self.of(renewed) if self._recalibrates else ():
+            if layer.kind == BATCH and layer.name not in wanted:
+                # Frozen since the drop: what BN would do in training, mean 0 and deviation 1.
+                number = len(held.rows[layer.name])
+                wanted[layer.name] = torch.stack([torch.zeros(number), torch.ones(number)])
+        if not wanted or self._passes is None:
+            return
+        layers = [layer for layer in renewed if layer.name in wanted]
+        match_moments(layers, held.rows, wanted, self._passes, self._batches, cycle)
+        statistics = [tensor for layer in layers for tensor in layer.running_statistics().values()]
+        broadcast_(statistics, layers[0].weight.device)
 
 
 def measure_moments(

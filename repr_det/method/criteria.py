@@ -7,7 +7,8 @@ A criterion is a name in ``CRITERIA``, or a function of one layer:
 
     RePr(model, optimizer, total_steps, criterion=smallest_first)
 
-A function of (layer, context) gets a ``Context`` too. A filter of score minus infinity is never dropped.
+A function of (layer, context) gets a ``Context`` too, and a ``Criterion`` scores all layers at once. A filter of score
+minus infinity is never dropped. ``examples/criteria.py`` and ``saliency.py`` have more.
 """
 
 import inspect
@@ -17,8 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from repr_det.method import data_criteria
-from repr_det.method.data_criteria import Scores
+from repr_det.method.data_criteria import Scores, share_of_zeros
 from repr_det.method.distributed import to_cpu
 from repr_det.method.errors import OptionError, UserError
 from repr_det.method.layers import FilterLayer
@@ -61,12 +61,18 @@ class Criterion:
 CRITERIA: dict[str, Criterion] = {}
 
 
-def get_criterion(criterion: str | Callable[..., Tensor]) -> Criterion:
+_OF_EXAMPLES = ("mean_activation", "gradient", "taylor", "hessian")  # names until version 0.2.0
+
+
+def get_criterion(criterion: "str | Callable[..., Tensor] | Criterion") -> Criterion:
     """Raises OptionError for a name that is not in CRITERIA, or what is neither a name nor a function."""
+    if isinstance(criterion, Criterion):
+        return criterion
     if callable(criterion):
         return _of_function(criterion)
     if criterion not in CRITERIA:
-        raise OptionError(f"{{criterion}} must be one of {', '.join(sorted(CRITERIA))}, got {criterion!r}")
+        gone = " (since version 0.3.0 it is in examples/saliency.py)" if criterion in _OF_EXAMPLES else ""
+        raise OptionError(f"{{criterion}} must be one of {', '.join(sorted(CRITERIA))}, got {criterion!r}{gone}")
     return CRITERIA[criterion]
 
 
@@ -156,9 +162,5 @@ def _of_batches(
     CRITERIA[name] = Criterion(score, needs_data=True, spares=spares)
 
 
-_of_batches("mean_activation", data_criteria.low_activation)
-_of_batches("apoz", data_criteria.share_of_zeros)
-_of_batches("gradient", data_criteria.small_gradient)
-_of_batches("taylor", data_criteria.small_taylor)
-_of_batches("hessian", data_criteria.small_fisher)
+_of_batches("apoz", share_of_zeros)
 _of_batches("redundant", redundancy, spares=True)

@@ -4,6 +4,7 @@ Shape shorthand:
     J: filters of a layer        M: filters of it that are dropped
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,29 @@ class Transition:
     max_cosine: dict[str, float]
     seconds: float
     overlaps: dict[str, list[float]]
+
+
+def transition_of(
+    event: str,
+    cycle: int,
+    held: "HeldFilters",
+    overlaps: Mapping[str, Tensor],
+    kept: Mapping[str, Tensor],
+    start: float,
+    cosines: Mapping[str, float] | None = None,
+) -> Transition:
+    """The record of a transition.
+
+    Args:
+        overlaps, kept: layer name -> O_f of all filters (J,), and of those that stay, among themselves (K,).
+        start: when it began, by ``time.perf_counter``.
+    """
+    means = [torch.cat([x.double() for x in found.values()]).mean().item() for found in (overlaps, kept)]
+    before, after = means if event == "drop" else reversed(means)
+    rounded = {name: [round(value, 6) for value in overlap.tolist()] for name, overlap in overlaps.items()}
+    return Transition(
+        event, cycle, held.indices(), before, after, dict(cosines or {}), time.perf_counter() - start, rounded
+    )
 
 
 class HeldFilters:

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from repr_det.method.distributed import to_cpu, to_devices
 from repr_det.method.errors import OptionError, UserError
 from repr_det.network.proof import Reader, is_norm
 
+Values = dict[str, dict[str, Tensor]]  # layer name -> name -> tensor
 BATCH, FROZEN, GROUP, NONE = "batch", "frozen", "group", "none"
 
 
@@ -72,11 +74,6 @@ class FilterLayer:
         """The conv's weight (J, C_in / groups, kh, kw)."""
         return self.conv.weight
 
-    def of_group(self, group: int) -> slice:
-        """The filters of a group of a grouped conv, all of which look at the same input channels."""
-        size = self.num_filters // self.conv.groups
-        return slice(group * size, (group + 1) * size)
-
     def tensors(self) -> dict[str, Tensor]:
         """Everything whose row f belongs to filter f and has to be zero while f is dropped: each (J, ...)."""
         found = {"weight": self.conv.weight, "bias": self.conv.bias}
@@ -107,6 +104,30 @@ def zero_rows_(tensors: Iterable[Tensor], rows: Tensor) -> None:
     """Sets rows (M,) of every tensor (J, ...) to exactly 0, whatever was there (NaN included)."""
     for tensor in tensors:
         tensor.index_fill_(0, rows.to(tensor.device), 0)
+
+
+def values_of(layers: Sequence[FilterLayer]) -> Values:
+    """All that belongs to the filters of layers, each (J, ...) on the CPU: by one transfer, or as it is there."""
+    named = [
+        (layer.name, name, tensor)
+        for layer in layers
+        for name, tensor in {**layer.tensors(), **layer.running_statistics()}.items()
+    ]
+    found: Values = {layer.name: {} for layer in layers}
+    for (layer, name, _), value in zip(named, to_cpu([tensor for *_, tensor in named]), strict=True):
+        found[layer][name] = value
+    return found
+
+
+def on_devices(values: Values, layers: Sequence[FilterLayer]) -> Values:
+    """Values of layers, each on the device of its layer, by one transfer."""
+    named = [(layer, name) for layer in layers for name in values[layer.name]]
+    tensors = [values[layer.name][name] for layer, name in named]
+    found: Values = {layer.name: {} for layer in layers}
+    moved = to_devices(tensors, [layer.weight.device for layer, _ in named])
+    for (layer, name), value in zip(named, moved, strict=True):
+        found[layer.name][name] = value
+    return found
 
 
 def find_filter_layers(

@@ -5,7 +5,7 @@ table of keys in the pages and the texts of errors come from the fields of ``ReP
 """
 
 import dataclasses
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -182,9 +182,23 @@ def option_names() -> tuple[str, ...]:
 
 def _storable(value: Any) -> Any:
     """The value as ``torch.load(weights_only=True)`` takes it: a function by its name, a list of any kind as a list."""
-    if callable(value):
-        return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
-    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+    if isinstance(value, (str, int, float)):
+        return value
+    if isinstance(value, Sequence):
+        return list(value)
+    named = getattr(value, "score", value)  # of a criteria.Criterion
+    named = named if hasattr(named, "__qualname__") else type(named)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 CONFIG_KEYS = {name: f"REPR.{about_option(name).key}" for name in option_names()}
+
+
+def check_resumed(saved: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+    """Raises OptionError where a run is resumed with other options than those that were saved, by config key."""
+    for name, key in CONFIG_KEYS.items():
+        if key in saved and key in mine and saved[key] != mine[key]:
+            raise OptionError(
+                f"the checkpoint was trained with {{{name}}} {saved[key]}, this run has {mine[key]}: resume with that "
+                "of the run that wrote it, or start again elsewhere"
+            )
