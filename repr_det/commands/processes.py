@@ -41,8 +41,8 @@ _HELD: list[RunLock] = []
 
 
 def run_tool(main: Callable[[], Any]) -> None:
-    """Runs a tool; a UserError or a fault of the machine ends it with one line on stderr and status 2, a signal that
-    asks it to stop with status 75 (``stopping``)."""
+    """Runs a tool; a UserError or a fault of the machine ends it with one line on stderr and status 2, a signal to stop
+    with status 75."""
     launched = Launched.found()
     logging.basicConfig(format="%(levelname)s: %(message)s")  # until a run has logs of its own
     try:

@@ -13,7 +13,6 @@ from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTraine
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import GeneralizedRCNNWithTTA
-from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 from torch import nn
@@ -22,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from repr_det.datasets import agree_on_classes, any_mapped
 from repr_det.datasets.image_files import NamingMapper
 from repr_det.detectron.config import scale_to_world
-from repr_det.detectron.decay import DefinedAtItsEnd
+from repr_det.detectron.decay import defined_at_its_end
 from repr_det.detectron.evaluators import build_evaluator, check_evaluators
 from repr_det.detectron.hook import RePrHook, first_later_hook
 from repr_det.detectron.trackers import WandbWriter
@@ -41,10 +40,10 @@ logger = logging.getLogger("repr_det.resume")
 class Trainer(DefaultTrainer):
     """DefaultTrainer for configs with or without the node REPR.
 
-    With REPR.ENABLED False (or no such node) it trains bit for bit as stock Detectron2 does. Several processes work on
-    the CPU as well (gloo), and SOLVER.REFERENCE_WORLD_SIZE scales the schedule of REPR along with that of SOLVER.
-    Checkpoints are written atomically and hold what a resumed run needs to continue exactly (``resume.ExactResume``); a
-    run whose loss, gradients or weights are not finite stops before it saves them (``guard.FiniteGuard``).
+    With RePr off it trains bit for bit as stock Detectron2 does. Several processes work on the CPU too (gloo), and
+    SOLVER.REFERENCE_WORLD_SIZE scales REPR along with SOLVER. Checkpoints are written atomically and hold what a
+    resumed run needs (``resume.ExactResume``); a run whose loss, gradients or weights are not finite stops before it
+    saves them (``guard.FiniteGuard``).
 
     Args:
         cfg: a Detectron2 config, with ``add_repr_config`` applied for RePr.
@@ -202,10 +201,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
         """Detectron2's, which for WarmupStepWithFixedGammaLR fails after the last iteration."""
-        scheduler = super().build_lr_scheduler(cfg, optimizer)
-        if isinstance(scheduler, LRMultiplier):
-            scheduler._multiplier = DefinedAtItsEnd(scheduler._multiplier)
-        return scheduler
+        return defined_at_its_end(super().build_lr_scheduler(cfg, optimizer))
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Iterable:

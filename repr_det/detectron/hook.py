@@ -35,14 +35,7 @@ from repr_det.runs.files import EVENTS_FILE, OVERLAPS_FILE, truncate_log
 from repr_det.runs.resume import ExactResume
 from repr_det.runs.safe_pickle import load_checkpoint
 
-_LATER_HOOKS = (
-    hooks.PreciseBN,
-    ExactResume,
-    hooks.PeriodicCheckpointer,
-    hooks.BestCheckpointer,
-    hooks.EvalHook,
-    hooks.PeriodicWriter,
-)
+_LATER_HOOKS = (hooks.PreciseBN, ExactResume, hooks.EvalHook, hooks.PeriodicWriter)
 
 logger = logging.getLogger("repr_det.hook")
 
@@ -276,7 +269,7 @@ class RePrHook(HookBase):
         return os.path.join(self.output_dir, name)
 
     def _log_as_detectron2(self) -> None:
-        """In a trainer whose log is Detectron2's, the lines of this package appear as well, wherever it writes."""
+        """Puts the lines of this package into the log of a stock trainer as well."""
         ours, theirs = logging.getLogger("repr_det"), logging.getLogger("detectron2")
         if theirs.handlers and not ours.handlers:
             for handler in theirs.handlers:
@@ -285,7 +278,6 @@ class RePrHook(HookBase):
             ours.propagate = theirs.propagate
 
     def _first_decay(self) -> int | None:
-        """The iteration at which the learning rate of the trainer first decays."""
         if self.first_lr_step is not None:
             return self.first_lr_step
         for hook in self.trainer._hooks:
@@ -316,7 +308,7 @@ class RePrHook(HookBase):
             )
 
     def _check_state(self, iteration: int) -> None:
-        """The scheme is where the schedule says that it is before ``iteration``."""
+        """Checks that the scheme is where the schedule says that it is before ``iteration``."""
         scheme, expected = self.repr.scheme, self.schedule.phase(iteration)
         cycles = sum(i < iteration for i in self.schedule.restore_iters)
         if (expected == "sub") != scheme.is_sub or scheme.cycle != cycles:
@@ -337,10 +329,11 @@ class RePrHook(HookBase):
 
 
 def first_later_hook(registered: Sequence[HookBase]) -> int:
-    """The place of RePrHook: before the first hook that must see the network after a transition, as everything does
-    that saves, evaluates, writes or keeps a checkpointer; the number of hooks where there is none."""
-    later = (i for i, x in enumerate(registered) if isinstance(x, _LATER_HOOKS) or _checkpointer_of(x) is not None)
-    return next(later, len(registered))
+    """The place of RePrHook: before the first hook that saves, evaluates or writes; else at the end."""
+    for index, hook in enumerate(registered):
+        if isinstance(hook, _LATER_HOOKS) or _checkpointer_of(hook) is not None:
+            return index
+    return len(registered)
 
 
 def _shared_seed() -> int:

@@ -18,7 +18,7 @@ from torch import nn
 
 from repr_det.datasets import CocoEvaluator
 from repr_det.detectron.config import add_repr_config, as_user_error
-from repr_det.detectron.decay import DefinedAtItsEnd, decays
+from repr_det.detectron.decay import decays, defined_at_its_end
 from repr_det.detectron.engine import Trainer
 from repr_det.method.errors import UserError
 from repr_det.method.options import CONFIG_KEYS
@@ -165,7 +165,7 @@ class LazyTrainer(Trainer):
 
     @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRMultiplier:
-        return LRMultiplier(optimizer, DefinedAtItsEnd(instantiate(cls.lazy.lr_multiplier)), cfg.SOLVER.MAX_ITER)
+        return defined_at_its_end(LRMultiplier(optimizer, instantiate(cls.lazy.lr_multiplier), cfg.SOLVER.MAX_ITER))
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Iterable:

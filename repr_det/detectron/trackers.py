@@ -22,11 +22,11 @@ _SENT_FILE = "wandb_sent.txt"  # the iteration of the last transition that is in
 class WandbWriter(EventWriter):
     """Logs config, all scalars, every drop and restore once, and a histogram of the filters' overlap at each.
 
-    W&B's own reading of TensorBoard's files (``sync_tensorboard``) is no substitute: it loses a drop that TensorBoard
-    had not flushed when the run was killed, and sends one again that a resumed run repeats.
+    W&B's ``sync_tensorboard`` is no substitute: it loses a drop that TensorBoard had not flushed when the run was
+    killed, and sends one again that a resumed run repeats.
 
-    Add it in ``build_writers`` of a trainer. A resumed run goes on in the run of its OUTPUT_DIR. Images and histograms
-    of the storage are left to the TensorBoard writer, which clears them.
+    Add it in ``build_writers`` of a trainer. A resumed run resumes the run of its OUTPUT_DIR. Images of the storage are
+    left to the TensorBoard writer, which clears them.
 
     Args:
         cfg: of the run.
@@ -44,13 +44,15 @@ class WandbWriter(EventWriter):
         except ImportError as error:
             raise ImportError("WandbWriter needs wandb: pip install 'repr_det[wandb]'") from error
         os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
-        config = yaml.safe_load(cfg.dump())
         self._wandb = wandb
         self._folder = Path(cfg.OUTPUT_DIR)
         self._window_size = window_size
         self._last_write = -1
+        run_id = self._read(_ID_FILE) or uuid.uuid4().hex
+        write_atomically(self._folder / _ID_FILE, run_id)
+        options |= {"id": run_id, "resume": "allow", "config": yaml.safe_load(cfg.dump()), "dir": cfg.OUTPUT_DIR}
         try:
-            self._run = wandb.init(id=self._id(), resume="allow", config=config, dir=cfg.OUTPUT_DIR, **options)
+            self._run = wandb.init(**options)
         except wandb.Error as error:  # not logged in, no connection, no such project
             raise UserError(f"Weights & Biases: {error} WANDB_MODE=offline keeps everything on disk.") from error
 
@@ -60,8 +62,9 @@ class WandbWriter(EventWriter):
         latest = storage.latest_with_smoothing_hint(self._window_size)
         scalars = {name: value for name, (value, iteration) in latest.items() if iteration > self._last_write}
         self._last_write = max((iteration for _, iteration in latest.values()), default=self._last_write)
-        sent = self._sent()
-        for event, overlap in zip(self._lines(EVENTS_FILE), self._lines(OVERLAPS_FILE), strict=False):
+        sent = int(self._read(_SENT_FILE) or -1)
+        events, overlaps = (map(json.loads, self._read(name).splitlines()) for name in (EVENTS_FILE, OVERLAPS_FILE))
+        for event, overlap in zip(events, overlaps, strict=False):
             if event["iteration"] > sent:
                 self._log_transition(event, overlap["overlap"])
         if scalars:
@@ -83,19 +86,9 @@ class WandbWriter(EventWriter):
         """Ends the run."""
         self._run.finish()
 
-    def _id(self) -> str:
-        file = self._folder / _ID_FILE
-        if not file.exists():
-            write_atomically(file, uuid.uuid4().hex)
-        return file.read_text().strip()
-
-    def _sent(self) -> int:
-        file = self._folder / _SENT_FILE
-        return int(file.read_text()) if file.exists() else -1
-
-    def _lines(self, name: str) -> list[dict[str, Any]]:
+    def _read(self, name: str) -> str:
         file = self._folder / name
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        return file.read_text() if file.exists() else ""
 
 
 def check_wandb(project: str) -> None:
