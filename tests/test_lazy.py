@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from repr_det import RePrHook, UserError, find_filter_layers
 from repr_det.commands.arguments import build_config
 from repr_det.commands.lazy_train import load_lazy_config
+from repr_det.commands.reads import Reads
 from repr_det.commands.train import start
 from repr_det.detectron.config import schedule_from_config
 from repr_det.detectron.lazy import LazyTrainer, instantiate, repr_cfg_from_lazy
@@ -64,6 +65,7 @@ train.update(device="cpu", init_checkpoint="", max_iter=4, eval_period=0, seed=5
 train.checkpointer.period = 2
 repr.update(s1_iters=1, s2_iters=2, num_cycles=1)
 """
+AUGMENTATIONS = "dataloader.train.mapper.augmentations"
 OLD_NODE = dict(ENABLED=True, S1_ITERS=1, S2_ITERS=2, NUM_CYCLES=1)  # of version 0.2.0
 
 
@@ -208,6 +210,18 @@ def test_command_line(small_config, tmp_path):
             "dataloader.evaluator.dataset_name=vv",
             "dataset_name must be that of dataloader.test (tiny_val), got",
         ),
+        (
+            "small",
+            "train.max_itr=5",
+            "override train.max_itr: the config has no 'max_itr' in train; did you mean train.max",
+        ),
+        ("small", "optimzer.lr=0.1", "the config has no 'optimzer' in it; did you mean optimizer?"),
+        ("small", "optimizer.learning_rate=0.1", "the config has no 'learning_rate' in optimizer; it has"),
+        ("small", "train.amp.enable=True", "did you mean train.amp.enabled?"),
+        ("small", "model.backbone.out_chanels=3", "did you mean model.backbone.out_channels?"),
+        ("small", "train.max_iter.x=3", "the config has no 'x' in train.max_iter"),
+        ("small", f"{AUGMENTATIONS}.9.max_size=3", f"the config has no '9' in {AUGMENTATIONS}"),
+        ("small", f"{AUGMENTATIONS}.0.max_sise=3", f"did you mean {AUGMENTATIONS}.0.max_size?"),
         ("broken", None, "broken.py: NameError: name 'models' is not defined"),
         ("empty", None, "empty.py lacks model: define model, dataloader"),
     ],
@@ -221,3 +235,31 @@ def test_wrong_input_gets_one_line_before_the_first_step(small_config, tmp_path,
         start(["--config-file", f"{file}.py", *([override] if override else []), "train.output_dir=x"])
     assert message in str(error.value) and "\n" not in str(error.value)
     assert not Path("x").exists()
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train.seed=3",  # Detectron2 reads it, its own configs do not name it
+        "optimizer.nesterov=True",  # an argument of the callable
+        "model.backbone.bottom_up.stages.0.anything=1",  # of a callable that takes everything
+        f"{AUGMENTATIONS}.0.max_size=64",
+        "+train.mine=3",
+    ],
+)
+def test_what_may_be_set(small_config, override):
+    key, _, value = override.strip("+").partition("=")
+    assert str(OmegaConf.select(load_lazy_config(small_config, [override]), key)) == value
+
+
+@pytest.mark.parametrize("mine", [False, True])
+def test_what_nothing_reads_is_found_by_the_reads(small_config, mine):
+    """detrex's keys in the node train, and a node of one's own; Detectron2's own are all read by one process."""
+    cfg = load_lazy_config(small_config, [])
+    if mine:
+        cfg.train.update(clip_grad={"enabled": True, "params": {"max_norm": 0.1}}, model_ema={"enabled": True})
+        cfg.ema = {"decay": 0.9}
+    cfg.image_size = 3  # used while the file was read
+    reads = Reads(cfg)
+    LazyTrainer.of(cfg)(repr_cfg_from_lazy(cfg))
+    assert reads.unread() == (["ema.decay", "train.clip_grad", "train.model_ema"] if mine else [])
