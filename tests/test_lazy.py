@@ -184,7 +184,7 @@ def test_command_line(small_config, tmp_path):
 @pytest.mark.parametrize(
     ("file", "override", "message"),
     [
-        ("nope", None, "--config-file 'nope.py' is not a .py file"),
+        ("nope", None, "--config-file 'nope.py' is not a file, nor the name of a shipped config: "),
         ("small", "repr.NOPE=1", "the node repr has no option 'NOPE': take one of s1_iters, "),
         ("small", "repr.drop_ratio=1.5", "repr.drop_ratio must be in (0, 1), got 1.5"),
         ("small", "repr.drop_ratio=many", "the node repr of the LazyConfig: Type mismatch"),

@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import torch
 from detectron2.config import CfgNode, get_cfg
@@ -24,7 +23,7 @@ from torch import nn
 
 from repr_det.commands.config_files import merge_config_file
 from repr_det.commands.data import check_same_classes
-from repr_det.commands.data_checks import check_datasets, local_file
+from repr_det.commands.data_checks import check_datasets
 from repr_det.commands.world import World
 from repr_det.datasets import class_names
 from repr_det.detectron.config import (
@@ -241,10 +240,9 @@ def _check_weights(cfg: CfgNode, model: nn.Module, resume: bool, eval_only: bool
         if eval_only:
             raise UserError("--eval-only needs a checkpoint: give MODEL.WEIGHTS, or --resume for that of OUTPUT_DIR")
         return
-    if not resumed:
-        path = _local(path)
     trial._resuming = resumed or eval_only  # every weight must be there
-    with _quiet(), as_user_error(path):
+    source = path if resumed else f"MODEL.WEIGHTS {path!r} cannot be read (give a file, or '' for random weights)"
+    with _quiet(), as_user_error(source):
         trial.load(path)
     zeros = zero_filters(trial.weights)
     if not zeros or (resumed and not eval_only):
@@ -260,16 +258,6 @@ def _check_weights(cfg: CfgNode, model: nn.Module, resume: bool, eval_only: bool
             "the sub-network phase, or continue that run with --resume"
         )
     logger.warning("%s, whose AP is not that of the full network: evaluate a checkpoint after a restore", what)
-
-
-def _local(weights: str) -> str:
-    """The local file of MODEL.WEIGHTS, with its query (?matching_heuristics=True)."""
-    url = urlparse(weights)
-    file = url._replace(query="").geturl()
-    local = local_file(file, "MODEL.WEIGHTS", ", or MODEL.WEIGHTS '' to train from random weights")
-    if url.query not in ("", "matching_heuristics=True"):
-        raise UserError(f"MODEL.WEIGHTS {weights!r}: after the file's name only ?matching_heuristics=True is known")
-    return f"{local}?{url.query}" if url.query else local
 
 
 class _TrialCheckpointer(AtomicCheckpointer):

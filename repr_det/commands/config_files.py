@@ -20,25 +20,19 @@ CONFIGS = next((x for x in (_PACKAGE / "configs", _PACKAGE.parent / "configs") i
 _ARITHMETIC = re.compile(r"(for|in|x|[\d\s.,*/+()\[\]-])*")
 
 
-def config_path(name: str, suffix: str = "") -> str:
+def config_path(name: str) -> str:
     """The file that --config-file means: a path, or the name of a shipped config (repr_r50_fpn.yaml).
-
-    Args:
-        suffix: what its name has to end with.
 
     Raises:
         UserError: there is no such file.
     """
     for path in (name, os.path.join(CONFIGS, name)):
-        if os.path.isfile(path) and path.endswith(suffix):
+        if os.path.isfile(path):
             return path
     if not name:
         raise UserError("--config-file is missing")
-    shipped = sorted(str(x.relative_to(CONFIGS)) for x in CONFIGS.rglob(f"*{suffix or '.yaml'}"))
-    raise UserError(
-        f"--config-file {name!r} is not a {f'{suffix} ' * bool(suffix)}file, nor the name of a shipped config: "
-        f"{', '.join(shipped)}"
-    )
+    shipped = sorted(str(path.relative_to(CONFIGS)) for path in (*CONFIGS.glob("*.yaml"), *CONFIGS.glob("lazy/*.py")))
+    raise UserError(f"--config-file {name!r} is not a file, nor the name of a shipped config: {', '.join(shipped)}")
 
 
 def merge_config_file(cfg: CfgNode, file: str) -> None:

@@ -1,19 +1,25 @@
 """The run of a LazyConfig, for the training command."""
 
 import copy
+import difflib
 import functools
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from detectron2.config import LazyConfig
-from omegaconf import DictConfig, OmegaConf
+from detectron2.utils.registry import locate
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from repr_det.commands.arguments import baseline_folder, classes_of_data, output_folder
 from repr_det.commands.config_files import config_path
-from repr_det.commands.overrides import refuse_unknown_keys
 from repr_det.commands.reads import Reads
 from repr_det.commands.train import Run
+from repr_det.datasets import listed
 from repr_det.detectron.lazy import (
+    KEYS,
     NUM_CLASSES,
     LazyTrainer,
     check_evaluator,
@@ -40,7 +46,7 @@ def load_lazy_config(
     Raises:
         UserError: the file is missing, raises an error or lacks a node; an override is malformed; a data set is bad.
     """
-    config_file = config_path(config_file, ".py")
+    config_file = config_path(config_file)
     try:
         cfg = LazyConfig.load(config_file)
     except Exception as error:  # a config is a program
@@ -48,7 +54,7 @@ def load_lazy_config(
     if missing := [node for node in _NODES if node not in cfg]:
         raise UserError(f"{config_file} lacks {missing[0]}: define {', '.join(_NODES)}")
     try:
-        refuse_unknown_keys(cfg, overrides)
+        _refuse_unknown_keys(cfg, overrides)
         cfg = LazyConfig.apply_overrides(cfg, overrides)
     except UserError:
         raise
@@ -85,3 +91,43 @@ def lazy_run(config_file: str, overrides: list[str], *rest: object) -> Run:
 
 def _write_config(cfg: DictConfig, folder: Path) -> None:
     LazyConfig.save(cfg, str(folder / CONFIG_FILE))
+
+
+def _refuse_unknown_keys(cfg: DictConfig, overrides: list[str]) -> None:
+    """A key that the config does not have is a typo, unless the override says that it is new (``+path.key=value``), or
+    the ``_target_`` of its node, Detectron2 or this package takes it. Keys of ``repr`` are checked where it is read.
+    """
+    for override in OverridesParser.create().parse_overrides(overrides):
+        key = override.key_or_group
+        if override.is_add() or key in KEYS or key.startswith("repr"):
+            continue
+        node, parts = cfg, key.split(".")
+        for depth, part in enumerate(parts):
+            known = _keys(node)
+            if part in known:
+                node = node._get_node(int(part) if isinstance(node, ListConfig) else part)
+                continue
+            if _takes(node, part):
+                break
+            where = ".".join(parts[:depth])
+            close = [".".join(filter(None, (where, k))) for k in difflib.get_close_matches(part, known, n=2)]
+            hint = f"did you mean {' or '.join(close)}?" if close else f"it has {listed(known)}"
+            raise UserError(
+                f"override {key}: the config has no {part!r} in {where or 'it'}; {hint} (+{key}=... adds a new key)"
+            )
+
+
+def _keys(node: Any) -> list[str]:
+    if isinstance(node, ListConfig):
+        return [str(i) for i in range(len(node))]
+    return [str(key) for key in node] if isinstance(node, DictConfig) and OmegaConf.is_dict(node) else []
+
+
+def _takes(node: Any, name: str) -> bool:
+    """Tells whether the callable of a LazyCall has an argument of this name."""
+    target = node.get("_target_") if isinstance(node, DictConfig) else None
+    try:
+        parameters = inspect.signature(locate(target) if isinstance(target, str) else target).parameters
+    except (TypeError, ValueError, ImportError):
+        return False
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())

@@ -231,7 +231,10 @@ class RePrHook(HookBase):
         if scheme.participants.known or self.trainer.start_iter > self.schedule.restore_iters[-1]:
             return
         what = "the criterion" if scheme.criterion.needs_data else "FrozenBN calibration"
-        missed = f"RePr: {what} looks at training batches, and none can be drawn from DATASETS.TRAIN or the data loader"
+        missed = (
+            f"RePr: {what} looks at training batches, and none can be drawn (give DATASETS.TRAIN, or a data loader "
+            "that can be iterated again)"
+        )
         try:
             with as_user_error(missed):
                 batch = next(iter(scheme.passes.batches(1, 0)))
@@ -258,8 +261,8 @@ class RePrHook(HookBase):
 
     def _write(self, iteration: int, transition: Transition) -> None:
         event = {"iteration": iteration, **dataclasses.asdict(transition)}
-        overlap = {"overlap": event.pop("overlaps")}
-        overlap = {key: event[key] for key in ("iteration", "event", "cycle")} | overlap
+        overlap = {key: event[key] for key in ("iteration", "event", "cycle")}
+        overlap["overlap"] = event.pop("overlaps")
         for name, line in ((OVERLAPS_FILE, overlap), (EVENTS_FILE, event)):
             with open(self._path(name), "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
