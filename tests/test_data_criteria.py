@@ -65,7 +65,7 @@ def make(norm: str, seed: int = 0) -> tuple[Net, TrainingPasses]:
         torch.manual_seed(5)
         return F.cross_entropy(net(batch[0]), batch[1])
 
-    return net, TrainingPasses(net, lambda number, cycle: data[cycle : cycle + number], loss, join=list)
+    return net, TrainingPasses(net, lambda number, cycle: data[cycle : cycle + number], loss)
 
 
 def layers_of(net: Net):
@@ -246,7 +246,7 @@ torch.manual_seed(0)
 net = nn.Sequential(nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.ReLU(inplace=True), nn.Conv2d(6, 4, 3), nn.ReLU())
 data = [torch.randn(2, 2, 8, 8) for _ in range(2)]
 def scores(cycle):
-    passes = TrainingPasses(net, lambda n, c: [data[c]], lambda x: net(x).square().mean(), list)
+    passes = TrainingPasses(net, lambda n, c: [data[c]], lambda x: net(x).square().mean())
     context = Context(torch.Generator(), passes, 1, cycle)
     return {n: get_criterion(SALIENCY.get(n, n)).score(find_filter_layers(net, ["*"]), context) for n in names}
 alone = [scores(0), scores(1)]

@@ -213,7 +213,7 @@ def test_what_is_closed_behind_a_frozen_norm_does_not_return_closed(build):
     net = resnet(build)
     optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9)
     images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    passes = TrainingPasses(net, lambda n, _: [images] * n, lambda batch: net(batch).square().mean(), torch.cat)
+    passes = TrainingPasses(net, lambda n, _: [images] * n, lambda batch: net(batch).square().mean())
     closed = net[3].bn1
     with torch.no_grad():
         net(images)  # statistics to evaluate with
