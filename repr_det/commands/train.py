@@ -119,9 +119,4 @@ def describe_run(trainer: Trainer) -> str:
     hook = next((hook for hook in trainer._hooks if isinstance(hook, RePrHook)), None)
     if hook is None:
         return f"{line}; RePr is off: REPR.ENABLED True, or one of the configs repr_*.yaml, switches it on"
-    drops, restores = hook.schedule.drop_iters, hook.schedule.restore_iters
-    return (
-        f"{line}; RePr is on (REPR.ENABLED False switches it off): {cfg.REPR.DROP_RATIO:.0%} of the filters by "
-        f"{cfg.REPR.CRITERION}, dropped after iterations {', '.join(map(str, drops))}, back after "
-        f"{', '.join(map(str, restores))}"
-    )
+    return f"{line}; RePr is on ({cfg.REPR.CRITERION}; REPR.ENABLED False switches it off)"
