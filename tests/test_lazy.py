@@ -200,6 +200,7 @@ def test_command_line(small_config, tmp_path):
         ("old", "repr.DROP_RATIO=1.5", "repr.DROP_RATIO must be in (0, 1), got 1.5"),
         ("small", "DROP_RATIO", "overrides must be path.key=value"),
         ("small", "train.max_iter=soon", "for config key: train.max_iter"),
+        ("small", "+train.output_dir=7", "for config key: train.output_dir"),
         ("small", "train.init_checkpoint=gone.pth", "train.init_checkpoint 'gone.pth' cannot be read"),
         ("small", "model.roi_heads.num_classes=7", "model.roi_heads.num_classes is 7, but tiny_train has 2 classes"),
         ("small", "dataloader.train.total_batch_size=0", "dataloader.train.total_batch_size must be at least 1, got 0"),
@@ -232,7 +233,7 @@ def test_wrong_input_gets_one_line_before_the_first_step(small_config, tmp_path,
     Path("empty.py").write_text("train = dict(max_iter=3)")
     Path("old.py").write_text(f"{SMALL}\nrepr = {OLD_NODE}\n")
     with pytest.raises(UserError) as error:
-        start(["--config-file", f"{file}.py", *([override] if override else []), "train.output_dir=x"])
+        start(["--config-file", f"{file}.py", "train.output_dir=x", *([override] if override else [])])
     assert message in str(error.value) and "\n" not in str(error.value)
     assert not Path("x").exists()
 

@@ -61,7 +61,7 @@ def load_lazy_config(
     except Exception as error:  # whatever hydra's parser and omegaconf raise
         raise UserError(f"overrides must be path.key=value: {' '.join(str(error).split())}") from error
     given = {override.partition("=")[0] for override in overrides}
-    folder = output_folder(OmegaConf.select(cfg, "train.output_dir", default="./output"), "train.output_dir")
+    folder = output_folder(str(OmegaConf.select(cfg, "train.output_dir", default="./output")), "train.output_dir")
     if baseline:
         if "repr" in cfg:
             cfg.repr.ENABLED = False

@@ -118,7 +118,7 @@ def naming_lazy_keys(cfg: DictConfig) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        spelled = re.sub(r"(?<![\w.])[A-Z][\w.]*\w", lambda found: names.get(found[0], found[0]), str(error))
+        spelled = re.sub(r"(?<![\w./])[A-Z][\w.]*\w", lambda found: names.get(found[0], found[0]), str(error))
         error.args = (spelled,)
         raise
 
