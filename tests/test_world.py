@@ -137,7 +137,7 @@ def test_the_address_of_sruns_first_node(monkeypatch, nodes, first):
         "repr_det.commands.world.comm",
         argparse.Namespace(create_local_process_group=lambda size: joined.update(local=size), synchronize=lambda: None),
     )
-    Launched.found().join("cpu", 60)
+    Launched.found().join("cpu")
     assert (joined["MASTER_ADDR"], joined["MASTER_PORT"], joined["RANK"]) == (first, "20012", "3")
     assert joined["WORLD_SIZE"] == "4" and joined["local"] == 2
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from detectron2.engine import default_argument_parser
+from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
 
 from repr_det.method.errors import UserError
@@ -64,7 +65,7 @@ class Launched:
         job = f"slurm {os.environ.get('SLURM_JOB_ID')}.{os.environ.get('SLURM_STEP_ID')}"
         return cls("srun", rank, local_rank, int(size), int(here.group(1)) if here else 0, job)
 
-    def join(self, device: str, seconds: float) -> None:
+    def join(self, device: str, seconds: float = DEFAULT_TIMEOUT.total_seconds()) -> None:
         """Makes the process group, by torch's own variables of the environment.
 
         Raises:
