@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 from detectron2.data.detection_utils import convert_PIL_to_numpy
 from detectron2.modeling import GeneralizedRCNN
@@ -21,22 +21,20 @@ from detectron2.solver import build_optimizer
 from PIL import Image
 from torch import nn
 
-from repr_det.commands.config_files import merge_config_file
 from repr_det.commands.data import check_same_classes
 from repr_det.commands.data_checks import check_datasets
 from repr_det.commands.world import World
 from repr_det.datasets import class_names
 from repr_det.detectron.config import (
-    add_repr_config,
     as_user_error,
     naming_keys,
     options_of_config,
     scale_to_world,
-    schedule_from_config,
     validate_repr_config,
 )
 from repr_det.detectron.decay import decays_of_config
-from repr_det.detectron.engine import Trainer
+from repr_det.detectron.engine import Trainer, check_same_arm
+from repr_det.detectron.hook import RePrHook
 from repr_det.method.errors import UserError
 from repr_det.method.layers import find_filter_layers
 from repr_det.method.selection import check_capacity
@@ -74,6 +72,7 @@ def check_run(
             "TEST.DETECTIONS_PER_IMAGE is %d, and COCO's AP counts the best %d of an image: the others change nothing",
             *(cfg.TEST.DETECTIONS_PER_IMAGE, _COUNTED_DETECTIONS),
         )
+    scaled = cfg
     if not eval_only:
         with as_user_error(f"SOLVER.REFERENCE_WORLD_SIZE, SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH}"):
             scaled = scale_to_world(cfg, world.size)
@@ -87,7 +86,7 @@ def check_run(
         check_same_classes(class_names(cfg.DATASETS.TRAIN[0]), cfg.OUTPUT_DIR)
     model = _model_of_shapes(cfg, trainer)
     _check_model(cfg, model, eval_only, world)
-    _check_weights(cfg, model, resume, eval_only)
+    _check_weights(scaled, model, resume, eval_only)
 
 
 def _check_device(cfg: CfgNode, world: World) -> None:
@@ -158,8 +157,6 @@ def _check_output_folder(cfg: CfgNode, resume: bool) -> None:
         tempfile.TemporaryFile(dir=parent).close()
     except OSError as error:  # read-only, full, a file among its parents
         raise UserError(f"OUTPUT_DIR {folder} cannot be written ({error.strerror}): give another folder") from error
-    if resume and (folder / "config.yaml").exists():
-        _check_same_run(cfg, folder)
     if not (traces := run_traces(folder)):
         return
     if not resume:
@@ -168,24 +165,6 @@ def _check_output_folder(cfg: CfgNode, resume: bool) -> None:
             "give another OUTPUT_DIR"
         )
     check_last_checkpoint(str(folder))
-
-
-def _check_same_run(cfg: CfgNode, folder: Path) -> None:
-    old = get_cfg()
-    add_repr_config(old)
-    try:
-        merge_config_file(old, str(folder / "config.yaml"))
-    except UserError:
-        return  # cut short by a crash; the checkpoint itself knows its schedule
-
-    def what(one: CfgNode) -> str:
-        return f"REPR.ENABLED {one.REPR.ENABLED}" + (f", {schedule_from_config(one)}" if one.REPR.ENABLED else "")
-
-    if what(old) != what(cfg):
-        raise UserError(
-            f"OUTPUT_DIR {folder} holds a run with {what(old)}, this one has {what(cfg)}: resume with the same or give "
-            "another OUTPUT_DIR"
-        )
 
 
 def _model_of_shapes(cfg: CfgNode, trainer: type[Trainer]) -> nn.Module:
@@ -244,8 +223,11 @@ def _check_weights(cfg: CfgNode, model: nn.Module, resume: bool, eval_only: bool
     source = path if resumed else f"MODEL.WEIGHTS {path!r} cannot be read (give a file, or '' for random weights)"
     with _quiet(), as_user_error(source):
         trial.load(path)
-    zeros = zero_filters(trial.weights)
-    if not zeros or (resumed and not eval_only):
+    if resumed and not eval_only:
+        if trial.hooks is not None:
+            _check_same_training(cfg, trial.hooks)
+        return
+    if not (zeros := zero_filters(trial.weights)):
         return
     name = next(iter(zeros))
     what = (
@@ -260,12 +242,23 @@ def _check_weights(cfg: CfgNode, model: nn.Module, resume: bool, eval_only: bool
     logger.warning("%s, whose AP is not that of the full network: evaluate a checkpoint after a restore", what)
 
 
+def _check_same_training(cfg: CfgNode, hooks: dict[str, Any]) -> None:
+    """The checkpoint, whose state of hooks this is, is of the same arm, with the same options of RePr."""
+    check_same_arm(hooks, cfg.REPR.ENABLED, cfg.OUTPUT_DIR)
+    if cfg.REPR.ENABLED:
+        own = cfg.clone()
+        own.defrost()
+        own.SOLVER.REFERENCE_WORLD_SIZE = 0  # it is scaled already
+        RePrHook(own).load_state_dict(hooks[RePrHook.__qualname__])
+
+
 class _TrialCheckpointer(AtomicCheckpointer):
-    """Loads into the model of shapes, and keeps the weights."""
+    """Loads into the model of shapes, and keeps the weights and the state of the trainer's hooks."""
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         fit_names(checkpoint, self.model.state_dict())
         self.weights = dict(checkpoint["model"])
+        self.hooks = checkpoint.get("trainer", {}).get("hooks")
         return super()._load_model(checkpoint)
 
 

@@ -173,13 +173,8 @@ class Trainer(DefaultTrainer):
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Detectron2's; refuses the checkpoint of the other arm."""
-        saved = "RePrHook" in state_dict.get("hooks", {})
         enabled = any(isinstance(hook, RePrHook) for hook in self._hooks)
-        if saved != enabled:
-            raise UserError(
-                f"the checkpoint in {self.cfg.OUTPUT_DIR} was trained with RePr {'on' if saved else 'off'}, this run "
-                f"has it {'on' if enabled else 'off'}: resume with the same arm, or give another OUTPUT_DIR"
-            )
+        check_same_arm(state_dict.get("hooks", {}), enabled, self.cfg.OUTPUT_DIR)
         optimizer = self._trainer.optimizer
         check_same_optimizer(optimizer, state_dict["_trainer"]["optimizer"], self.cfg.OUTPUT_DIR)
         built = settings_of(optimizer)
@@ -217,6 +212,16 @@ class Trainer(DefaultTrainer):
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         """That of the data set's evaluator_type, COCO AP where it has none; its files go to OUTPUT_DIR/inference."""
         return build_evaluator(dataset_name, os.path.join(cfg.OUTPUT_DIR, "inference"))
+
+
+def check_same_arm(hooks: dict[str, Any], enabled: bool, folder: str) -> None:
+    """Raises UserError where a checkpoint with this state of hooks is of the other arm."""
+    saved = RePrHook.__qualname__ in hooks
+    if saved != enabled:
+        raise UserError(
+            f"the checkpoint in {folder} was trained with RePr {'on' if saved else 'off'}, this run has it "
+            f"{'on' if enabled else 'off'}: resume with the same arm, or give another OUTPUT_DIR"
+        )
 
 
 def _place_before(built: Sequence[HookBase], *kinds: type[HookBase]) -> int:
