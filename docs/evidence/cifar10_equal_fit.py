@@ -11,17 +11,13 @@ three measurements around that moment.
 
 import argparse
 import statistics
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from telling import markdown
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
-from cifar.records import Settings, read
-from cifar.report import group, tail_epochs
+from cifar.records import Settings, group, read, tail_epochs
 from cifar.training import OPTIMIZERS
 from cifar10 import DEFAULTS
+from telling import markdown
 
 RUNS = Path(__file__).with_name("cifar10.jsonl")
 AROUND = 1

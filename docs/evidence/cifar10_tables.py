@@ -3,22 +3,18 @@
 
 docs/evidence/cifar10_tables.py
 
-A line of a table is told by the options with which examples/cifar10.py trains it; every seed that is there counts.
+A line of a table is told by the options with which docs/evidence/cifar10.py trains it; every seed that is there counts.
 """
 
 import statistics
-import sys
 from collections.abc import Callable
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from telling import interval, markdown, paired, spread
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 import cifar10
-from cifar.records import read
-from cifar.report import tail
+from cifar.records import read, tail
+from telling import interval, markdown, paired, spread
 
 RUNS = Path(__file__).with_name("cifar10.jsonl")
 SEEDS = range(20)
@@ -54,6 +50,16 @@ BY_ITSELF = {
         "--warm-images 5000 --warm-epochs 60", ["ortho", "redundant"],
     ),
 }  # fmt: skip
+# For docs/results.md: what is told -> options of both arms, rows of RePr, what is measured.
+SUMMARY = {
+    "50,000 images, 100 epochs": (WHOLE["plain SGD (bf16): "], ["ortho", "weight_norm", "random"]),
+    "10,000 images, 100 epochs": ("--train-images 10000", ["ortho"]),
+    "5,000 images, 60 epochs": (SMALL, ["ortho"]),
+    "25,000 images, 12 epochs": (SHORT, ["ortho"]),
+    "the same, three quarters of the filters copies": (f"{SHORT} --duplicates 0.75", ["ortho", "redundant"]),
+    "the same, three quarters dead": (f"{SHORT} --dead 0.75", ["ortho", "redundant", "apoz"]),
+    "the same, nothing planted, Adam at five times its rate": (f"{SHORT} --optimizer adam --lr 0.005", ["redundant"]),
+}
 
 Record = dict[str, Any]
 Arm = dict[int, Record]  # seed -> record
@@ -153,6 +159,18 @@ def _short(study: Study, head: str, settings: dict[str, tuple[str, list[str]]]) 
     return markdown([head, "form", "seeds", "test accuracy", "form - standard (95 % CI)"], lines)
 
 
+def summary(study: Study) -> str:
+    """The rows of SUMMARY: mean of the last 5 % of the epochs; after 12 epochs that is the last one."""
+    lines = []
+    for told, (options, rows) in SUMMARY.items():
+        standard = study.arm("standard", options)
+        for row in rows:
+            arm = study.arm(row, options)
+            tests = [spread(map(tail, each.values())) for each in (standard, arm)]
+            lines.append([told if row == rows[0] else "", row.replace("_", " "), *tests, versus(standard, arm, tail)])
+    return markdown(["data", "criterion", "standard", "RePr", "RePr - standard (95 % CI)"], lines)
+
+
 def _fit(arm: Arm) -> str:
     return f"{statistics.mean(record['train'] for record in arm.values()):.0f}"
 
@@ -163,7 +181,7 @@ def _row(row: str) -> str:
 
 def main() -> None:
     study = Study()
-    for table in (whole, medium, ablations, released, planted, by_itself):
+    for table in (summary, whole, medium, ablations, released, planted, by_itself):
         print(table.__doc__, table(study), sep="\n\n", end="\n\n")
 
 

@@ -21,15 +21,15 @@ RESULTS = Path(__file__).with_name("fine_tuning_search.jsonl")
 FORMS = {
     "b_lr04": "baseline",
     "f4_base": "baseline, fp32",
-    "b4_heads": "FPN and RPN convs alone, the layers that are new",
+    "b4_heads": "only FPN and RPN convs, the layers that are new",
     "b4_hearly": "the same, cycles in the first 180 iterations",
     "b4_old": "backbone, filters come back as they were",
     "b4_recycle": "backbone, the 10 % of conv1 and conv2 that matter least (Taylor), `function_preserving`",
-    "b4_fcnew": "the box head's fully connected layers begun anew twice (after RIFLE)",
+    "b4_fcnew": "the box head's fully connected layers restarted twice (after RIFLE)",
     "b4_small5": "backbone, 5 % at most 10 % of a layer, `ortho_calibrated`",
     "f4_distill_pub": "as published, distilled from the network before each drop; fp32, against the same without RePr",
-    "f4_redundant": "near-duplicates and dead filters alone (`redundant`, `function_preserving`); fp32",
-    "f5_redundant_no3": "the same in conv1 and conv2 alone; fp32",
+    "f4_redundant": "near-duplicates and dead filters only (`redundant`, `function_preserving`); fp32",
+    "f5_redundant_no3": "the same only in conv1 and conv2; fp32",
     "f5_redundant_no3_6c": "the same in six cycles; fp32",
     "f5_redundant_no3_warm": "the same in three, with a new warm-up after each restore (`repr_*_redundant.yaml`); fp32",
     "b4_pub": "backbone, as published",
@@ -37,6 +37,20 @@ FORMS = {
     "b_bkdrop_step": "at 0.01: 10 % of conv1 and conv2 left out, others in every step",
     "b_fcdrop_step": "at 0.01: 30 % of the box head left out, others in every step",
     "b_pub": "at 0.01: as published",
+}
+# The same for docs/results.md: data and iterations, form.
+SUMMARY = {
+    "b4_pub": ("BCCD, 800", "as published"),
+    "b4_pub_warm": ("", "as published, a new warm-up after each restore"),
+    "b4_heads": ("", "only FPN and RPN convs"),
+    "b4_old": ("", "filters come back as they were"),
+    "f5_redundant_no3_warm": ("", "`repr_r50_fpn_redundant.yaml`"),
+    "r_pub": ("raccoons, 800", "as published"),
+    "r_redundant_no3_warm": ("", "`repr_r50_fpn_redundant.yaml`"),
+    "b24_pub": ("BCCD, 2,400", "as published"),
+    "b24_noise_pub": ("BCCD, 2,400, a fifth of the boxes wrong", "as published"),
+    "b24_noise_heads": ("", "only FPN and RPN convs"),
+    "r24_pub": ("raccoons, 2,400", "as published"),
 }
 
 Run = dict[str, Any]
@@ -112,6 +126,15 @@ def forms(file: Path = RESULTS) -> str:
     return markdown(
         ("run", "form, BCCD, rate 0.04, 800 iterations", "seeds", "AP", "form - baseline (95 % CI)"),
         [[f"`{name}`", words, *told[name]] for name, words in FORMS.items()],
+    )
+
+
+def summary(file: Path = RESULTS) -> str:
+    """The arms of SUMMARY."""
+    told = {name: values for _, name, *values in lines(*read(file, None))}
+    return markdown(
+        ("data, iterations", "form", "seeds", "AP", "RePr - baseline (95 % CI)"),
+        [[*words, *told[name]] for name, words in SUMMARY.items()],
     )
 
 

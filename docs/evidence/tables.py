@@ -43,6 +43,7 @@ def of_transfer() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "cifar10-summary": of_cifar(cifar10_tables.summary),
     "cifar10-whole": of_cifar(cifar10_tables.whole),
     "cifar10-medium": of_cifar(cifar10_tables.medium),
     "cifar10-ablations": of_cifar(cifar10_tables.ablations),
@@ -50,6 +51,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cifar10-planted": of_cifar(cifar10_tables.planted),
     "cifar10-by-itself": of_cifar(cifar10_tables.by_itself),
     "cifar10-equal-fit": lambda: cifar10_equal_fit.table(cifar10_equal_fit.runs()),
+    "fine-tuning-summary": fine_tuning_report.summary,
     "fine-tuning": fine_tuning_report.table,
     "fine-tuning-forms": fine_tuning_report.forms,
     **{f"remedies-{name}": of_remedies(name) for name in remedies.STUDIES},
