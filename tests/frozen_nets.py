@@ -67,7 +67,7 @@ def passes_of(net: nn.Module, log: list | None = None) -> TrainingPasses:
             log.append((number, cycle))
         return batches(number, cycle)
 
-    return TrainingPasses(net, draw, lambda batch: net(batch).square().mean(), torch.cat)
+    return TrainingPasses(net, draw, lambda batch: net(batch).square().mean())
 
 
 def output_statistics(net: nn.Module, images: torch.Tensor, of: str = "norm") -> dict[str, tuple]:

@@ -16,7 +16,7 @@ from gpu_nets import BATCHES, Net, loss_of
 
 from repr_det import RePr
 
-CASES = [("BN", "ortho"), ("FrozenBN", "taylor"), ("GN", "redundant")]
+CASES = [("BN", "ortho"), ("FrozenBN", "apoz"), ("GN", "redundant")]
 STEPS = 12
 
 

@@ -199,7 +199,7 @@ def test_training_batches_show_which_filters_are_idle(run, tiny_data, tiny_cfg, 
         return passes
 
     monkeypatch.setattr(analysis, "training_passes", counted)
-    for criterion, times in (("redundant", 1), ("taylor", 2)):
+    for criterion, times in (("redundant", 1), ("apoz", 2)):
         calls.clear()
         found, _ = run(saved, *CONFIG, "--batches", 2, "--criterion", criterion, *keys)
         assert found["layers"][0]["idle"] == closed and calls == [2] * times
@@ -234,7 +234,7 @@ def test_damaged_files_get_one_line(tmp_path, suffix, kind):
     ("args", "fragment"),
     [
         (["--include", "nothing*"], "no 4-D weight matches --include nothing* less --exclude *deconv*"),
-        (["--criterion", "taylor"], "criterion 'taylor' looks at training batches: give --config-file and --batches"),
+        (["--criterion", "apoz"], "criterion 'apoz' looks at training batches: give --config-file and --batches"),
         (["--batches", "-1"], "--batches must be at least 0, got -1"),
         (["--pairs", "-1"], "--pairs must be at least 0, got -1"),
         (["--batches", "2"], "--batches 2 needs --config-file"),

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import logging
+import os
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from detectron2.layers import Conv2d, FrozenBatchNorm2d, get_norm
+from saliency import SALIENCY
 from torch import nn
 
 from repr_det import RePrScheme, UserError, find_filter_layers
@@ -19,7 +21,7 @@ from repr_det.method.criteria import CRITERIA, Context, get_criterion
 from repr_det.method.passes import TrainingPasses
 from repr_det.network.state import random_state
 
-DATA_CRITERIA = ["mean_activation", "apoz", "gradient", "taylor", "hessian"]
+DATA_CRITERIA = ["apoz", *SALIENCY]
 STEP = 1e-5
 
 
@@ -63,7 +65,7 @@ def make(norm: str, seed: int = 0) -> tuple[Net, TrainingPasses]:
         torch.manual_seed(5)
         return F.cross_entropy(net(batch[0]), batch[1])
 
-    return net, TrainingPasses(net, lambda number, cycle: data[cycle : cycle + number], loss, join=list)
+    return net, TrainingPasses(net, lambda number, cycle: data[cycle : cycle + number], loss)
 
 
 def layers_of(net: Net):
@@ -73,7 +75,7 @@ def layers_of(net: Net):
 def scores_of(name: str, net: Net, passes: TrainingPasses, num_batches: int = 2) -> dict[str, np.ndarray]:
     context = Context(torch.Generator(), passes, num_batches, cycle=1)
     with torch.no_grad():  # as RePrScheme.drop calls it
-        found = get_criterion(name).score(layers_of(net), context)
+        found = get_criterion(SALIENCY.get(name, name)).score(layers_of(net), context)
     return {layer: score.numpy() for layer, score in found.items()}
 
 
@@ -220,7 +222,7 @@ def test_a_drop_by_it_changes_nothing_but_the_dropped_rows(name):
     net, passes = make("BN")
     optimizer = torch.optim.SGD(net.parameters(), 0.1)
     layers = find_filter_layers(net, ["*"], ["never"])
-    scheme = RePrScheme(layers, optimizer, criterion=name, passes=passes, criterion_batches=2)
+    scheme = RePrScheme(layers, optimizer, criterion=SALIENCY.get(name, name), passes=passes, criterion_batches=2)
     before, state = copy.deepcopy(net.state_dict()), random_state()
     dropped = scheme.drop().dropped
     assert str(random_state()) == str(state) and all(p.grad is None for p in net.parameters())
@@ -235,7 +237,8 @@ def test_a_drop_by_it_changes_nothing_but_the_dropped_rows(name):
 RANKS = """
 import sys, torch, torch.distributed as dist, torch.nn as nn
 from repr_det import find_filter_layers
-from repr_det.method.criteria import CRITERIA, Context
+from repr_det.method.criteria import Context, get_criterion
+from saliency import SALIENCY
 from repr_det.method.passes import TrainingPasses
 rank, port, out, names = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4:]
 torch.set_num_threads(1)
@@ -243,9 +246,9 @@ torch.manual_seed(0)
 net = nn.Sequential(nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.ReLU(inplace=True), nn.Conv2d(6, 4, 3), nn.ReLU())
 data = [torch.randn(2, 2, 8, 8) for _ in range(2)]
 def scores(cycle):
-    passes = TrainingPasses(net, lambda n, c: [data[c]], lambda x: net(x).square().mean(), list)
+    passes = TrainingPasses(net, lambda n, c: [data[c]], lambda x: net(x).square().mean())
     context = Context(torch.Generator(), passes, 1, cycle)
-    return {n: CRITERIA[n].score(find_filter_layers(net, ["*"]), context) for n in names}
+    return {n: get_criterion(SALIENCY.get(n, n)).score(find_filter_layers(net, ["*"]), context) for n in names}
 alone = [scores(0), scores(1)]
 dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
 torch.save((alone, scores(rank)), out)
@@ -260,7 +263,8 @@ def test_two_ranks_get_the_mean_of_their_scores(tmp_path):
     files = [str(tmp_path / f"{rank}.pt") for rank in range(2)]
     names = DATA_CRITERIA
     command = [sys.executable, "-c", RANKS]
-    processes = [subprocess.Popen([*command, str(r), port, file, *names]) for r, file in enumerate(files)]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    processes = [subprocess.Popen([*command, str(r), port, file, *names], env=env) for r, file in enumerate(files)]
     assert [process.wait(timeout=60) for process in processes] == [0, 0]
     (alone, first), (_, second) = (torch.load(file, weights_only=True) for file in files)
     for name in names:

@@ -26,7 +26,7 @@ DETECTORS = {
         "COCO-Detection/faster_rcnn_R_50_C4_1x.yaml",
         [
             *"MODEL.ANCHOR_GENERATOR.SIZES [[8,16,32,64]] MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION 6".split(),
-            *["REPR.CRITERION", "taylor"],
+            *["REPR.CRITERION", "apoz"],
         ],
         {"backbone.res4.0.conv1": "batch", "roi_heads.res5.2.conv3": "batch"},
         13 * 3 + 3 * 3,  # res2 to res4 have 3 + 4 + 6 blocks, the head has 3
@@ -46,7 +46,7 @@ DETECTORS = {
     "RetinaNet with its head": (
         "COCO-Detection/retinanet_R_50_FPN_1x.yaml",
         [
-            *"MODEL.RETINANET.NUM_CLASSES 2 MODEL.RETINANET.NUM_CONVS 2 REPR.CRITERION mean_activation".split(),
+            *"MODEL.RETINANET.NUM_CLASSES 2 MODEL.RETINANET.NUM_CONVS 2 REPR.CRITERION apoz".split(),
             *["MODEL.ANCHOR_GENERATOR.SIZES", "[[8],[16],[32],[48],[64]]"],
             *["REPR.LAYERS.INCLUDE", str([*RESNET, "head.*_subnet.*"])],
         ],
@@ -57,7 +57,7 @@ DETECTORS = {
         "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml",
         [
             *"MODEL.ROI_MASK_HEAD.NUM_CONV 2 MODEL.ROI_MASK_HEAD.CONV_DIM 16 DATASETS.TRAIN ('tiny_masks',)".split(),
-            *["REPR.LAYERS.INCLUDE", str([*RESNET, "roi_heads.mask_head.mask_fcn*"]), "REPR.CRITERION", "gradient"],
+            *["REPR.LAYERS.INCLUDE", str([*RESNET, "roi_heads.mask_head.mask_fcn*"]), "REPR.CRITERION", "redundant"],
         ],
         {"roi_heads.mask_head.mask_fcn1": "none", "backbone.bottom_up.res2.0.conv2": "batch"},
         16 * 3 + 2,

@@ -78,7 +78,7 @@ def test_in_the_form_for_fine_tuning_no_conv_returns_loud(depth):
     boxes, classes = Boxes(torch.tensor([[4.0, 4, 20, 20]])), torch.tensor([0])
     instances = Instances((32, 32), gt_boxes=boxes, gt_classes=classes)
     image = {"image": torch.rand(3, 32, 32), "height": 32, "width": 32, "instances": instances}
-    passes = TrainingPasses(model, lambda number, cycle: [[image]], lambda batch: sum(model(batch).values()), list)
+    passes = TrainingPasses(model, lambda number, cycle: [[image]], lambda batch: sum(model(batch).values()))
     names = [name for name, _ in model.named_modules() if re.fullmatch(r".*res[345]\.\d+\.conv\d", name)]
     assert len(names) == 3 * (13 if depth == 50 else 30)
     for exclude, convs, loud in ((options["exclude"], "12", ""), ([], "123", "3")):

@@ -521,5 +521,5 @@ def test_one_scheme_a_model():
 
 @pytest.mark.parametrize("name", ["readers", "slim_model", "slim", "apart"])
 def test_arguments_of_0_2_0_have_no_effect(name):
-    with pytest.warns(DeprecationWarning, match=f"RePrScheme: {name}= has no effect since version 0.3.0"):
+    with pytest.warns(DeprecationWarning, match=f"RePr: {name}= has no effect since version 0.3.0"):
         plain_scheme(**{name: None})

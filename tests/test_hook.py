@@ -244,7 +244,7 @@ OTHERS = {
 
 def test_plain_arguments_are_those_of_a_config_bit_for_bit(tiny_cfg, tmp_path):
     """On a stock DefaultTrainer, with every option away from its default."""
-    chosen = OTHERS | {"s1_iters": 2, "s2_iters": 2, "layers": ["backbone.*.conv?"], "criterion": "taylor"}
+    chosen = OTHERS | {"s1_iters": 2, "s2_iters": 2, "layers": ["backbone.*.conv?"], "criterion": "apoz"}
     chosen |= {"frozen_norm": "recalibrate"}
     keys = [part for name, value in chosen.items() for part in (CONFIG_KEYS[name], value)]
     opts = ["REPR.ENABLED", True, "SOLVER.MAX_ITER", 11, "DATASETS.TEST", "()", "MODEL.RESNETS.NORM", "FrozenBN"]
@@ -427,7 +427,7 @@ def test_reference_world_size_scales_the_schedule(tiny_cfg):
 
 
 def test_extra_passes_leave_no_trace_in_the_log(tiny_cfg):
-    cfg = tiny_cfg(*SCHEDULE, "REPR.CRITERION", "taylor", "REPR.CRITERION_BATCHES", "2", "DATASETS.TEST", "()")
+    cfg = tiny_cfg(*SCHEDULE, "REPR.CRITERION", "apoz", "REPR.CRITERION_BATCHES", "2", "DATASETS.TEST", "()")
     logged = trained(Trainer, cfg).storage.histories()
     assert {len(logged[name].values()) for name in ("rpn/num_pos_anchors", "total_loss")} == {8}
 

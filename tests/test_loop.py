@@ -128,7 +128,7 @@ def test_loader_and_loss_feed_frozen_norms_and_criteria(norm):
             model[1].bias.normal_(generator=torch.Generator().manual_seed(3))
     batches = data(4)
     options = dict(loader=batches, loss=lambda batch: F.cross_entropy(model(batch[0]), batch[1]))
-    one = RePr(model, optimizer, 12, schedule=SCHEDULE, criterion="taylor", calibration_batches=4, **options)
+    one = RePr(model, optimizer, 12, schedule=SCHEDULE, criterion="apoz", calibration_batches=4, **options)
     images = torch.cat([x for x, _ in batches])
 
     def moments():
@@ -152,30 +152,6 @@ def test_frozen_norm_without_data_is_refused_at_the_first_step_or_the_sample():
             train(model, optimizer, data(1), RePr(model, optimizer, 12, **keys).step)
     model, optimizer = built(torchvision.ops.FrozenBatchNorm2d)
     train(model, optimizer, data(1), RePr(model, optimizer, 12, frozen_norm="keep").step)
-
-
-@pytest.mark.parametrize(
-    ("batches", "wanted"),
-    [
-        ([torch.tensor([1, 2]), torch.tensor([3])], torch.tensor([1, 2, 3])),
-        # What torchvision's reference collate makes: images of different sizes and a dict each, in two tuples.
-        (
-            [(("a", "b"), ({"x": 1}, {"x": 2})), (("c",), ({"x": 3},))],
-            (["a", "b", "c"], [{"x": 1}, {"x": 2}, {"x": 3}]),
-        ),
-        ([[{"image": 1}, {"image": 2}], [{"image": 3}]], [{"image": 1}, {"image": 2}, {"image": 3}]),
-        ([{"x": ["a"], "y": [0]}, {"x": ["b"], "y": [1]}], {"x": ["a", "b"], "y": [0, 1]}),
-    ],
-)
-def test_batches_are_joined_by_example(batches, wanted):
-    joined = passes_over(nn.ReLU(), batches, sum).join(batches)
-    assert type(joined) is type(wanted)
-    assert torch.equal(joined, wanted) if torch.is_tensor(wanted) else joined == wanted
-
-
-def test_two_tensors_a_batch_are_joined_by_field():
-    images, classes = passes_over(nn.ReLU(), [], sum).join(data(3))
-    assert torch.equal(images, torch.cat([x for x, _ in data(3)])) and len(classes) == 18
 
 
 @pytest.mark.parametrize("own_generator", [False, True])
@@ -221,15 +197,11 @@ def test_ddp_is_looked_through(tmp_path):
         (dict(schedule=RePrSchedule(20, 10, 3)), "but total_steps= is 40"),
         (dict(layers=["backbone.*"]), "layers= ['backbone.*'] matches no trainable Conv2d"),
         (dict(loader=[1]), "give loader= and loss= together, or passes=, or none of them"),
-        (dict(loader=[], loss=sum, criterion="taylor"), "loader= yields no batch"),
-        (
-            dict(loader=[torch.zeros(2, 1, 8, 8), torch.zeros(2, 1, 9, 8)], loss=sum, criterion="taylor"),
-            "cannot be joined",
-        ),
+        (dict(loader=[], loss=sum, criterion="apoz"), "loader= yields no batch"),
         (dict(sample=torch.zeros(1, 5, 8, 8)), "sample= is not what the model can be called with: RuntimeError: "),
         (dict(loss=sum), "give loader= and loss= together"),
         (dict(loader=iter([1]), loss=sum), "loader= must start again whenever it is iterated"),
-        (dict(criterion="taylor"), "criterion= 'taylor' looks at training batches"),
+        (dict(criterion="apoz"), "criterion= 'apoz' looks at training batches"),
         (dict(criterion="nope"), "criterion= must be one of"),
         (dict(layers="backbone.*"), "layers= must be a list of patterns, got 'backbone.*'"),
         (dict(exclude="head"), "exclude= must be a list of patterns, got 'head'"),

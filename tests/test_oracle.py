@@ -30,7 +30,7 @@ def made(norm: str = "BN") -> tuple[nn.Sequential, TrainingPasses]:
     def loss(batch):
         return F.cross_entropy(net(batch[0]), batch[1])
 
-    return net, TrainingPasses(net, lambda number, cycle: data[cycle : cycle + number], loss, join=list)
+    return net, TrainingPasses(net, lambda number, cycle: data[cycle : cycle + number], loss)
 
 
 def loss_without(net: nn.Sequential, batches, removed, state) -> float:
@@ -84,7 +84,7 @@ def test_greedy_removal_takes_the_least_harmful_every_time():
 
 def test_large_networks_and_no_batches_are_refused():
     net = nn.Sequential(nn.Conv2d(3, 300, 1), nn.Conv2d(300, 213, 1))
-    passes = TrainingPasses(net, lambda n, c: [torch.zeros(1, 3, 4, 4)], lambda x: net(x).sum(), join=list)
+    passes = TrainingPasses(net, lambda n, c: [torch.zeros(1, 3, 4, 4)], lambda x: net(x).sum())
     with pytest.raises(UserError, match="takes at most 512, these layers have 513"):
         ablation(find_filter_layers(net, ["*"]), passes, passes.batches(1, 0))
     with pytest.raises(UserError, match="needs at least one batch"):

@@ -27,7 +27,7 @@ def weights(folder):
 
 
 @pytest.mark.parametrize(
-    ("norm", "criterion", "how"), [("BN", "ortho", "end_in"), ("FrozenBN", "taylor", "channels_last")]
+    ("norm", "criterion", "how"), [("BN", "ortho", "end_in"), ("FrozenBN", "apoz", "channels_last")]
 )
 def test_both_ranks_agree_and_drop_what_one_process_drops(tiny_data, tmp_path, norm, criterion, how):
     opts = ["MODEL.RESNETS.NORM", norm, "REPR.CRITERION", criterion, "SOLVER.BASE_LR", "0.0001"]

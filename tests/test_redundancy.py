@@ -12,7 +12,7 @@ from torch import nn
 from repr_det import RePrScheme, Trainer, find_filter_layers
 from repr_det.method.data_criteria import use_of_filters
 from repr_det.method.passes import TrainingPasses
-from repr_det.method.redundancy import copies, redundancy
+from repr_det.method.data_criteria import copies, redundancy
 from repr_det.studies.comparison.records import read_events
 
 IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -41,7 +41,7 @@ class Net(nn.Module):
 
 
 def passes_of(net: nn.Module) -> TrainingPasses:
-    return TrainingPasses(net, lambda number, cycle: [IMAGES] * number, lambda batch: net(batch).square().mean(), list)
+    return TrainingPasses(net, lambda number, cycle: [IMAGES] * number, lambda batch: net(batch).square().mean())
 
 
 def test_a_filter_is_in_use_where_it_puts_out_something_or_learns():

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torchvision
 from gpu_nets import BATCHES, Net, loss_of
+from saliency import SALIENCY
 from test_orthogonality import overlap_by_hand
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
@@ -212,7 +213,7 @@ def test_what_is_closed_behind_a_frozen_norm_does_not_return_closed(build):
     net = resnet(build)
     optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9)
     images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    passes = TrainingPasses(net, lambda n, _: [images] * n, lambda batch: net(batch).square().mean(), torch.cat)
+    passes = TrainingPasses(net, lambda n, _: [images] * n, lambda batch: net(batch).square().mean())
     closed = net[3].bn1
     with torch.no_grad():
         net(images)  # statistics to evaluate with
@@ -241,7 +242,7 @@ def test_a_filter_returns_whole_also_where_it_reads_channels_that_return():
     """Kept and old filters have no weights on channels that were silent, so new ones may lie there alone."""
     net = Net()
     optimizer = torch.optim.SGD(net.parameters(), 0.05, momentum=0.9)
-    options = {"criterion": "gradient", "returns": "function_preserving", "criterion_batches": 2}
+    options = {"criterion": SALIENCY["gradient"], "returns": "function_preserving", "criterion_batches": 2}
     training = RePr(net, optimizer, 24, num_cycles=2, loader=BATCHES, loss=lambda batch: loss_of(net, batch), **options)
     for step in range(24):
         optimizer.zero_grad()

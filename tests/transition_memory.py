@@ -34,13 +34,10 @@ def classifier(name: str, size: int, images: int, norm: str) -> tuple[nn.Module,
     net = getattr(torchvision.models, name)(num_classes=10, norm_layer=NORMS[norm])
     batches = [(torch.randn(images, 3, size, size), torch.randint(10, (images,))) for _ in range(4)]
 
-    def join(parts: list) -> tuple:
-        return tuple(map(torch.cat, zip(*parts, strict=True)))
-
     return (
         net,
         lambda batch: F.cross_entropy(net(batch[0]), batch[1]),
-        TrainingPasses(net, lambda number, cycle: batches[:number], None, join),
+        TrainingPasses(net, lambda number, cycle: batches[:number], None),
     )
 
 
@@ -73,9 +70,7 @@ def detector(size: int, images: int, norm: str) -> tuple[nn.Module, Callable, Tr
     return (
         model,
         loss,
-        TrainingPasses(
-            model, lambda number, cycle: batches[:number], loss, lambda parts: [one for part in parts for one in part]
-        ),
+        TrainingPasses(model, lambda number, cycle: batches[:number], loss),
     )
 
 

@@ -41,7 +41,7 @@ def main(rank: int, port: str, file: str) -> None:
     model = DistributedDataParallel(net)
     optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 0.05, momentum=0.9)
     images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(rank))
-    passes = TrainingPasses(net, lambda number, cycle: [images], lambda batch: net(batch), torch.cat)
+    passes = TrainingPasses(net, lambda number, cycle: [images], lambda batch: net(batch))
     layers = find_filter_layers(net, ["*"], ["last"])
     scheme = RePrScheme(layers, optimizer, model=net, passes=passes, criterion="random", seed=rank)
 

@@ -26,9 +26,9 @@ from repr_det.method.criteria import get_criterion
 from repr_det.method.errors import UserError, spelling
 from repr_det.method.holding import Transition
 from repr_det.method.loop import RePr, describe_schedule, schedule_of, unwrapped
-from repr_det.method.options import DETECTRON2_LAYERS, RePrOptions
+from repr_det.method.options import DETECTRON2_LAYERS, RePrOptions, check_resumed
 from repr_det.method.schedule import RePrSchedule
-from repr_det.method.scheme import RePrScheme, check_resumed
+from repr_det.method.scheme import RePrScheme
 from repr_det.network.state import preserved_random_state
 from repr_det.runs.files import EVENTS_FILE, OVERLAPS_FILE, truncate_log
 from repr_det.runs.resume import ExactResume

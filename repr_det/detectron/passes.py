@@ -63,7 +63,7 @@ def training_passes(
                 "learning rate or clip gradients, and resume from a checkpoint before that"
             ) from error
 
-    passes = TrainingPasses(model, batches, loss, lambda many: list(itertools.chain.from_iterable(many)))
+    passes = TrainingPasses(model, batches, loss)
     if images := images_per_batch or batch_size_of(getattr(inner, "data_loader", None)):
         passes.calibration_batches = calibration_batches(images)
     return passes
@@ -79,7 +79,7 @@ def map_dataset(loader: Any) -> MapDataset | None:
 def calibration_batches(images_per_batch: int) -> int:
     """Batches, each of ``images_per_batch`` over all ranks, that a calibration of FrozenBN looks at.
 
-    Eight images give a channel's standard deviation to about 3 %, see docs/performance.md.
+    Eight images give a channel's standard deviation to about 3 %.
     """
     return math.ceil(CALIBRATION_IMAGES / images_per_batch)
 

@@ -2,170 +2,272 @@
 
 Such a norm never adapts, so a new filter behind it would be normalised with the statistics of the filter that is gone.
 At the drop the moments of a channel after the norm are measured; at the restore its running mean and variance are set
-so that the new channel has the same moments after the norm, on the same batches, layer by layer as the data flows. A
-channel whose ReLU never opens would be as closed again: it gets the median moments of those of its layer that open.
+so that the new channel has the same moments after the norm, on the same batches. A channel whose ReLU never opens would
+be as closed again: it gets the median moments of those of its layer that open.
 
-All is found from what goes into the norm, y = (x - m) / sqrt(v + eps) * w + b, in single precision, one image at a
-time.
+All is found from what goes into the norm, y = (x - m) / sqrt(v + eps) * w + b, image by image: a batch runs by itself,
+without gradients, and needs less memory than a training step.
+
+Shape shorthand:
+    J: filters of a layer        M: filters of it that leave or return
 """
 
-import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from repr_det.method.distributed import mean_over_ranks
-from repr_det.method.layers import FilterLayer
+from repr_det.method.distributed import gathered, to_cpu
+from repr_det.method.errors import OptionError
+from repr_det.method.holding import HeldFilters
+from repr_det.method.layers import FilterLayer, Values, on_devices, values_of
+from repr_det.method.options import RePrOptions
+from repr_det.method.participants import Participants
 from repr_det.method.passes import TrainingPasses
+from repr_det.network.norms import BATCH, FROZEN, epsilon
 from repr_det.network.state import undisturbed
+
+logger = logging.getLogger("repr_det.scheme")
 
 # A channel whose standard deviation is below this share of its largest value is constant: it has no scale to match.
 _CONSTANT = 1e-6
+_SETTLED = 1e-5  # change of statistics, in standard deviations, that ends the search for them
 
 
-def measure_moments(
-    layers: Sequence[FilterLayer], rows: dict[str, Tensor], passes: TrainingPasses, num_batches: int, cycle: int
-) -> dict[str, Tensor]:
-    """The moments that channels are to have when they return: mean and standard deviation after the norm, over images
-    and positions of all batches and ranks.
+@dataclass(frozen=True)
+class Moments:
+    """The channels that go into a norm, each (J,) float64 on the CPU, over images, positions and ranks."""
 
-    Args:
-        layers: those whose ``is_frozen``.
-        rows: layer name -> (M,) channels that are to return.
-
-    Returns:
-        layer name -> (2, M) float32 on its device: mean, standard deviation. Layers that the forward pass did not reach
-        are missing. A channel of a rectified layer that is nowhere above 0 has the median, over the channels that are,
-        of the means and of the deviations.
-    """
-    moments: dict[str, Tensor] = {}
-
-    def measure(layer: FilterLayer, values: Tensor) -> None:
-        index = rows[layer.name]
-        gain, shift = _affine(layer)
-        mean, std = _moments(values)
-        after = torch.stack([mean * gain + shift, std * gain.abs()])
-        found = after[:, index]
-        if layer.rectified:
-            ends = torch.where(gain > 0, values.amax((0, 2, 3)), values.amin((0, 2, 3)))
-            largest = ends.float() * gain + shift
-            opens = mean_over_ranks((largest > 0).float()) > 0
-            # CUDA has no deterministic median.
-            middle = ((opens.sum() - 1) // 2).clamp_min(0)
-            typical = torch.where(opens, after, torch.inf).sort(1).values.index_select(1, middle[None])
-            closed = ~opens[index] & typical[0].isfinite()
-            found = torch.where(closed, typical, found)
-        moments[layer.name] = found
-
-    with undisturbed(passes.model, True, passes.trains), _into_norms(layers, measure):
-        _run_joined(passes, num_batches, cycle)
-    return moments
-
-
-def match_moments(
-    layers: Sequence[FilterLayer],
-    rows: dict[str, Tensor],
-    wanted: dict[str, Tensor],
-    passes: TrainingPasses,
-    num_batches: int,
-    cycle: int,
-) -> None:
-    """Sets running mean and variance of ``rows`` so that their moments after the norm are ``wanted``, in one pass.
-
-    With w and b the frozen weight and bias the channel has standard deviation s where sqrt(v + eps) = |w| std(x) / s,
-    and mean mu where m = mean(x) - (mu - b) sqrt(v + eps) / w. Where w, s or std(x) is zero no scale can be matched:
-    such a channel is normalised to zero mean and unit variance before w and b.
-    """
-    chosen: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def match(layer: FilterLayer, values: Tensor) -> None:
-        index = rows[layer.name]
-        norm, eps = layer.norm, epsilon(layer.norm)
-        mean, std = (part[index] for part in _moments(values))
-        target_mean, target_std = wanted[layer.name].to(mean)
-        weight = norm.weight[index].to(mean)
-        bias = torch.zeros_like(mean) if norm.bias is None else norm.bias[index].to(mean)
-        scale_free = (weight.abs() < 1e-12) | (target_std <= _CONSTANT * (1 + target_mean.abs())) | (std <= 0)
-        sigma = torch.where(scale_free, std.clamp_min(1e-3), weight.abs() * std / target_std.clamp_min(1e-30))
-        # The variance is stored, not sigma: eps bounds how small it can be.
-        variance = (sigma**2 - eps).clamp_min(0)
-        sigma = (variance + eps).sqrt()
-        shift = torch.where(scale_free, 0, (target_mean - bias) * sigma / torch.where(scale_free, 1, weight))
-        norm.running_mean.index_copy_(0, index, (mean - shift).to(norm.running_mean))
-        norm.running_var.index_copy_(0, index, variance.to(norm.running_var))
-        chosen[layer.name] = (norm.running_mean[index].clone(), norm.running_var[index].clone())
-
-    matched = [layer for layer in layers if layer.name in wanted]
-    with undisturbed(passes.model, True, passes.trains), _into_norms(matched, match):
-        _run_joined(passes, num_batches, cycle)
-    with torch.no_grad():
-        for layer in matched:
-            if layer.name in chosen:
-                mean, variance = chosen[layer.name]
-                layer.norm.running_mean.index_copy_(0, rows[layer.name], mean)
-                layer.norm.running_var.index_copy_(0, rows[layer.name], variance)
-
-
-def epsilon(norm: nn.Module) -> float:
-    """Finds the number that a norm adds to the variance: by its output for ones at a variance of 0, unless it tells."""
-    known = getattr(norm, "eps", None)
-    if isinstance(known, float):
-        return known
-    probe = copy.deepcopy(norm).cpu().double().eval()
-    with torch.no_grad():
-        for name, value in (("weight", 1), ("bias", 0), ("running_mean", 0), ("running_var", 0)):
-            if getattr(probe, name) is not None:
-                getattr(probe, name).fill_(value)
-        gain = probe(torch.ones(1, len(probe.weight), 1, 1, dtype=torch.float64)).flatten()[0].item()
-    return 1 / gain**2
+    mean: Tensor
+    std: Tensor
+    largest: Tensor
+    smallest: Tensor
 
 
 class _AllReached(Exception):
     """Ends a forward pass: what follows the last layer that is looked at (FPN, heads, loss) need not be computed."""
 
 
-def _run_joined(passes: TrainingPasses, num_batches: int, cycle: int) -> None:
-    # One pass over all batches: later layers then see every batch through earlier ones that are already matched.
-    with torch.no_grad(), suppress(_AllReached):
-        passes.loss(passes.join(list(passes.batches(num_batches, cycle))))
+class FrozenNorms:
+    """The norms that keep their statistics while their convs train: FrozenBN, and BN in eval mode.
 
+    Args:
+        model: not wrapped; None where ``RePrScheme`` was built without it.
+        passes: how to run training batches; None if there is none.
 
-def _affine(layer: FilterLayer) -> tuple[Tensor, Tensor]:
-    """Gain and shift (J,) of a frozen norm."""
-    norm = layer.norm
-    gain = norm.weight.float() / (norm.running_var.float() + epsilon(norm)).sqrt()
-    shift = -norm.running_mean.float() * gain
-    return gain, shift if norm.bias is None else shift + norm.bias.float()
+    Attributes:
+        at_drop: names of the layers whose norm was frozen at the last drop, until their filters return.
+    """
 
+    def __init__(
+        self, options: RePrOptions, participants: Participants, model: nn.Module | None, passes: TrainingPasses | None
+    ) -> None:
+        self.at_drop: set[str] = set()
+        self._recalibrates = options.frozen_norm == "recalibrate"
+        self._participants = participants
+        self._model = model if passes is None else passes.model
+        self._passes = passes
+        self._number = options.calibration_batches or (0 if passes is None else passes.calibration_batches)
 
-def _moments(values: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, J, H, W) -> mean and standard deviation, each (J,) float32, over images, positions and ranks."""
-    mean = mean_over_ranks(torch.stack([image.float().mean((1, 2)) for image in values]).mean(0))
-    squares = [(image.float() - mean[:, None, None]).square_().mean((1, 2)) for image in values]
-    return mean, mean_over_ranks(torch.stack(squares).mean(0)).sqrt()
+    def of(self, layers: Sequence[FilterLayer]) -> list[FilterLayer]:
+        """The layers whose norm keeps its statistics in training, also where the caller is evaluating now."""
+        trains = self._participants.trains if self._passes is None else self._passes.trains
+        if self._model is None or self._model.training == trains:
+            return [layer for layer in layers if layer.is_frozen]
+        with undisturbed(self._model, trains=trains):
+            return [layer for layer in layers if layer.is_frozen]
 
+    def need_batches(self, layers: Sequence[FilterLayer]) -> bool:
+        """Tells whether new filters of these layers need statistics that training batches show."""
+        return self._recalibrates and bool(self.of(layers))
 
-@contextmanager
-def _into_norms(layers: Sequence[FilterLayer], look: Callable[[FilterLayer, Tensor], None]) -> Iterator[None]:
-    """Calls ``look`` with what goes into each layer's norm the first time, and ends the pass at the last one."""
-    left = {layer.name for layer in layers}
+    def check(self, layers: Sequence[FilterLayer]) -> None:
+        """Raises OptionError where batches are needed and there are none."""
+        if self._passes is None and self.need_batches(layers):
+            first = self.of(layers)[0]
+            kind = "FrozenBN" if first.kind == FROZEN else "BN in eval mode"
+            raise OptionError(
+                f"{kind} re-calibration looks at training batches (the norm of {first.name} keeps its statistics): "
+                "give loader= and loss=, or passes=, or choose {frozen_norm} keep"
+            )
 
-    def hook_of(layer: FilterLayer) -> Callable[[nn.Module, tuple], None]:
-        def hook(module: nn.Module, inputs: tuple) -> None:
-            if layer.name not in left:
+    def before_drop(
+        self, held: HeldFilters, layers: Sequence[FilterLayer], values: Values, cycle: int
+    ) -> dict[str, Tensor]:
+        """Notes which norms of ``layers`` are frozen, and measures what their leaving channels are after the norm.
+
+        Returns:
+            layer name -> (2, M) float32 on the CPU: mean, standard deviation. Layers that no batch reaches are missing.
+        """
+        frozen = self.of(layers)
+        self.at_drop = {layer.name for layer in frozen}
+        leaving = [layer for layer in held.layers if layer.name in self.at_drop]
+        if not leaving or self._passes is None or not self._recalibrates:
+            return {}
+        found = self._moments_into(leaving, list(self._passes.batches(self._number, cycle)))
+        after = {x.name: moments_after(x, values[x.name], found[x.name]) for x in leaving if x.name in found}
+        return {name: moments[:, held.masks[name]].float() for name, moments in after.items()}
+
+    def can_renew(self, layers: Sequence[FilterLayer]) -> list[FilterLayer]:
+        """The layers whose new filters would get statistics of their own. A norm frozen since the drop has lost those
+        of the channel; without training batches it is not known what others would be right."""
+        lost = [] if self._passes is not None and self._recalibrates else self.of(layers)
+        lost = [layer for layer in lost if layer.name not in self.at_drop]
+        for layer in lost:
+            logger.warning(
+                "RePr: filters of %s return as they were: its norm has been frozen since the drop, and there are no "
+                "training batches to find the statistics of new ones",
+                layer.name,
+            )
+        return [layer for layer in layers if layer not in lost]
+
+    def after_return(
+        self, held: HeldFilters, renewed: Sequence[FilterLayer], moments: Mapping[str, Tensor], cycle: int
+    ) -> None:
+        """Sets the statistics of new filters so that their channels have ``moments``.
+
+        What goes into a norm depends on the norms before it, so all are set and measured again until they settle: the
+        first norm at once, the second after that, and so on.
+        """
+        wanted = {layer.name: moments[layer.name] for layer in renewed if layer.name in moments}
+        for layer in self.of(renewed) if self._recalibrates else ():
+            if layer.kind == BATCH and layer.name not in wanted:
+                # Frozen since the drop: what BN would do in training, mean 0 and deviation 1.
+                number = len(held.rows[layer.name])
+                wanted[layer.name] = torch.stack([torch.zeros(number), torch.ones(number)])
+        layers = [layer for layer in renewed if layer.name in wanted]
+        if not layers or self._passes is None:
+            return
+        batches = list(self._passes.batches(self._number, cycle))
+        values = values_of(layers)
+        before: Values | None = None
+        for _ in layers:
+            found = self._moments_into(layers, batches)
+            new = {}
+            for layer in [layer for layer in layers if layer.name in found]:
+                name = layer.name
+                new[name] = statistics_for(layer, values[name], held.masks[name], wanted[name], found[name])
+            _set_statistics(layers, held, new)
+            if before is not None and all(_same(new[name], before[name]) for name in new):
                 return
-            left.remove(layer.name)
-            look(layer, inputs[0])
-            if not left:
-                raise _AllReached
+            before = new
 
-        return hook
+    def _moments_into(self, layers: Sequence[FilterLayer], batches: Sequence) -> dict[str, Moments]:
+        """Layer name -> what goes into its norm when it first runs in a pass; each pass ends at the last of them."""
+        seen: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
+        left: set[str] = set()
 
-    handles = [layer.norm.register_forward_pre_hook(hook_of(layer)) for layer in layers]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+        def hook_of(layer: FilterLayer) -> Callable[[nn.Module, tuple], None]:
+            def look(module: nn.Module, inputs: tuple) -> None:
+                if layer.name in left:
+                    left.remove(layer.name)
+                    seen[layer.name] += [_of_image(image.float()) for image in inputs[0]]
+                    if not left:
+                        raise _AllReached
+
+            return look
+
+        passes = self._passes
+        with ExitStack() as stack:
+            stack.enter_context(undisturbed(passes.model, True, passes.trains))
+            stack.enter_context(torch.no_grad())
+            for layer in layers:
+                stack.callback(layer.norm.register_forward_pre_hook(hook_of(layer)).remove)
+            for batch in batches:
+                left.update(seen)
+                with suppress(_AllReached):
+                    passes.loss(batch)
+        return _joined(layers, seen)
+
+
+def _set_statistics(layers: Sequence[FilterLayer], held: HeldFilters, new: Values) -> None:
+    for name, statistics in on_devices(new, [layer for layer in layers if layer.name in new]).items():
+        norm = next(layer.norm for layer in layers if layer.name == name)
+        for key, value in statistics.items():
+            getattr(norm, key).index_copy_(0, held.rows[name], value.to(getattr(norm, key)))
+
+
+def _same(new: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> bool:
+    """Tells whether means and standard deviations have changed by less than _SETTLED deviations."""
+    sigma, old = (x["running_var"].double().clamp_min(1e-12).sqrt() for x in (new, before))
+    moved = (new["running_mean"] - before["running_mean"]).abs()
+    return bool(((moved < _SETTLED * sigma) & ((sigma - old).abs() < _SETTLED * sigma)).all())
+
+
+def _of_image(image: Tensor) -> Tensor:
+    """(J, H, W) -> mean, variance, largest and smallest value, (4, J)."""
+    mean = image.mean((1, 2))
+    variance = (image - mean[:, None, None]).square_().mean((1, 2))
+    return torch.stack([mean, variance, image.amax((1, 2)), image.amin((1, 2))])
+
+
+def _joined(layers: Sequence[FilterLayer], seen: Mapping[str, list[Tensor]]) -> dict[str, Moments]:
+    """The moments over the images of all ranks, each of which counts the same; layers that none has reached are
+    missing."""
+    reached = [layer for layer in layers if seen[layer.name]]
+    stacked = to_cpu([torch.stack(seen[layer.name]) for layer in reached])
+    own = {layer.name: images for layer, images in zip(reached, stacked, strict=True)}
+    everyone = gathered(own, layers[0].weight.device)
+    found = {}
+    for layer in layers:
+        images = [theirs[layer.name].double() for theirs in everyone if layer.name in theirs]
+        if images:
+            means, variances, largest, smallest = torch.cat(images).unbind(1)
+            mean = means.mean(0)
+            std = (variances + (means - mean).square()).mean(0).sqrt()
+            found[layer.name] = Moments(mean, std, largest.amax(0), smallest.amin(0))
+    return found
+
+
+def moments_after(layer: FilterLayer, values: Mapping[str, Tensor], found: Moments) -> Tensor:
+    """Mean and standard deviation after a frozen norm, (2, J).
+
+    A channel of a rectified layer that is nowhere above 0 has the median, over the channels that are, of the means and
+    of the deviations.
+
+    Args:
+        values: of the norm, as in ``layers.values_of``.
+        found: what goes into the norm.
+    """
+    gain = values["norm.weight"].double() / (values["norm.running_var"].double() + epsilon(layer.norm)).sqrt()
+    shift = _bias(values) - values["norm.running_mean"].double() * gain
+    after = torch.stack([found.mean * gain + shift, found.std * gain.abs()])
+    if layer.rectified:
+        opens = torch.where(gain > 0, found.largest, found.smallest) * gain + shift > 0
+        if opens.any():
+            after[:, ~opens] = after[:, opens].median(1, keepdim=True).values
+    return after
+
+
+def statistics_for(
+    layer: FilterLayer, values: Mapping[str, Tensor], mask: Tensor, wanted: Tensor, found: Moments
+) -> dict[str, Tensor]:
+    """Running mean and variance (M,) that give channels the moments ``wanted``, (2, M), after the norm.
+
+    With w and b the frozen weight and bias the channel has standard deviation s where sqrt(v + eps) = |w| std(x) / s,
+    and mean mu where m = mean(x) - (mu - b) sqrt(v + eps) / w. Where w, s or std(x) is zero no scale can be matched:
+    such a channel is normalised to zero mean and unit variance before w and b.
+
+    Args:
+        values: of the norm, as in ``layers.values_of``.
+        mask: (J,) bool, the channels.
+        found: what goes into the norm.
+    """
+    eps, (target_mean, target_std) = epsilon(layer.norm), wanted.double()
+    mean, std = found.mean[mask], found.std[mask]
+    weight, bias = values["norm.weight"][mask].double(), _bias(values)[mask]
+    scale_free = (weight.abs() < 1e-12) | (target_std <= _CONSTANT * (1 + target_mean.abs())) | (std <= 0)
+    sigma = torch.where(scale_free, std.clamp_min(1e-3), weight.abs() * std / target_std.clamp_min(1e-30))
+    # The variance is stored, not sigma: eps bounds how small it can be.
+    variance = (sigma.square() - eps).clamp_min(0)
+    sigma = (variance + eps).sqrt()
+    shift = torch.where(scale_free, 0, (target_mean - bias) * sigma / torch.where(scale_free, 1, weight))
+    return {"running_mean": (mean - shift).float(), "running_var": variance.float()}
+
+
+def _bias(values: Mapping[str, Tensor]) -> Tensor:
+    bias = values.get("norm.bias")
+    return torch.zeros_like(values["norm.weight"], dtype=torch.float64) if bias is None else bias.double()

@@ -1,17 +1,16 @@
-"""Criteria that look at training batches: what a channel puts out, and how the loss depends on a filter.
+"""Criteria that look at training batches: what a channel puts out, and whether the loss depends on a filter.
 
 Shape shorthand:
     J: filters of a layer        N: examples of a batch (images; proposals in a head that runs on them)
     P: positions of the output, H * W
 
-Every function takes ``(layers, passes, num_batches, cycle)`` and returns layer name -> (J,) float32, the largest
-dropped first, averaged over the ranks. The output of a channel is what ``FilterLayer.output_module`` puts out, with a
-ReLU on a copy: in Detectron2's blocks the ReLU comes later and in place, and behind the last conv of a block only after
-the shortcut is added. A layer that runs several times in one forward pass (a RetinaNet head, over the levels) counts
-all its positions; one that never runs scores 0 with a warning. A score that is not finite counts as 0.
+A criterion takes ``(layers, passes, num_batches, cycle)`` and returns layer name -> (J,) float32, the largest dropped
+first, averaged over the ranks. The output of a channel is what ``FilterLayer.output_module`` puts out. A layer that
+runs several times in a pass (a RetinaNet head, over the levels) counts all its positions; one that never runs scores 0
+with a warning, and so does a score that is not finite.
 
-Training is left undisturbed (``passes.undisturbed``), and gradients come from ``torch.autograd.grad``, so that neither
-``.grad`` nor DistributedDataParallel's reducer notices. Layers are not normalised against each other.
+Training is left undisturbed (``network.state``), and gradients come from ``torch.autograd.grad``, so that neither
+``.grad`` nor DistributedDataParallel's reducer notices.
 """
 
 import logging
@@ -19,28 +18,26 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repr_det.method.distributed import mean_over_ranks, to_cpu
 from repr_det.method.layers import FilterLayer
+from repr_det.method.orthogonality import by_group, unit_filters
 from repr_det.method.passes import TrainingPasses
+from repr_det.network.norms import NONE
 from repr_det.network.state import undisturbed
 
 Scores = dict[str, Tensor]
 logger = logging.getLogger("repr_det.data_criteria")
 
-
-def low_activation(layers: Sequence[FilterLayer], passes: TrainingPasses, num_batches: int, cycle: int) -> Scores:
-    """Minus the mean output over images and positions."""
-    means = _output_means(layers, passes, num_batches, cycle, lambda output: output.relu())
-    return _finished(layers, "mean_activation", {name: -mean for name, mean in means.items()})
+NEAR_DUPLICATE = 0.9  # likeness of two filters of which one says little that the other does not
+NEVER = float("-inf")  # the score of a filter that is not to be dropped
 
 
 def share_of_zeros(layers: Sequence[FilterLayer], passes: TrainingPasses, num_batches: int, cycle: int) -> Scores:
-    """APoZ: the share of zeros in the output over images and positions (Hu et al. 2016, arXiv 1607.03250)."""
-    means = _output_means(layers, passes, num_batches, cycle, lambda output: output <= 0)
-    return _finished(layers, "apoz", means)
+    """APoZ: the share of outputs that a ReLU makes 0 (Hu et al. 2016, arXiv 1607.03250)."""
+    means = output_means(layers, passes, num_batches, cycle, lambda output: output <= 0)
+    return finished(layers, "apoz", means)
 
 
 def use_of_filters(
@@ -48,16 +45,16 @@ def use_of_filters(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Layer name -> (J,) bool and (J,), on the CPU: whether a filter is idle, and its threshold.
 
-    A filter is idle if it puts out nothing above 0 and gets no gradient, on any rank, while others of its layer do: one
-    behind a ReLU that never opens. Where a whole layer gets no gradient there may have been no example for it, and no
-    filter of it is idle. The threshold is mean over standard deviation of the channel before its activation.
+    A filter is idle if it puts out nothing above 0 and gets no gradient, on any rank, while others of its layer do.
+    Where none of them does there may have been no example for the layer. The threshold is mean over standard deviation
+    of the channel before its activation.
     """
     counts: dict[str, float] = {}
     sums: dict[str, Tensor] = {}
     gradients: dict[str, Tensor] = {}
 
     def see(layer: FilterLayer, output: Tensor) -> None:
-        values = _positions(output.detach())
+        values = positions(output.detach())
         number = values.shape[0] * values.shape[2]
         if not number:
             return
@@ -69,14 +66,15 @@ def use_of_filters(
         counts[layer.name] = counts.get(layer.name, 0) + number
 
     def on_loss(loss: Tensor) -> None:
-        for layer, gradient in zip(layers, _gradients(loss, [layer.weight for layer in layers]), strict=True):
+        weights = [layer.weight for layer in layers]
+        for layer, gradient in zip(layers, torch.autograd.grad(loss, weights, allow_unused=True), strict=True):
             if gradient is not None:
                 largest = gradient.flatten(1).abs().amax(1).float()
                 before = gradients.get(layer.name)
                 gradients[layer.name] = largest if before is None else torch.maximum(before, largest)
 
-    with _on_output(layers, see):
-        _run(passes, num_batches, cycle, on_loss, gradients=True)
+    with on_output(layers, see):
+        run_batches(passes, num_batches, cycle, on_loss, gradients=True)
     reached = [layer.name for layer in layers if layer.name in sums and layer.name in gradients]
     found = to_cpu([sums[name] for name in reached] + [gradients[name] for name in reached])
     used, thresholds = {}, {}
@@ -85,10 +83,54 @@ def use_of_filters(
         deviation = (squares.double() / counts[name] - mean.square()).clamp_min(0).sqrt()
         thresholds[name] = mean / deviation.clamp_min(1e-12)
         used[name] = ((largest > 0) | (gradient > 0)).double() if gradient.any() else torch.ones_like(mean)
-    in_use = _finished(layers, "redundant", {x.name: torch.ones(x.num_filters) for x in layers} | used)
+    in_use = finished(layers, "redundant", {x.name: torch.ones(x.num_filters) for x in layers} | used)
     zero = {layer.name: torch.zeros(layer.num_filters) for layer in layers}
-    threshold = _finished(layers, "redundant", zero | thresholds)
+    threshold = finished(layers, "redundant", zero | thresholds)
     return {layer.name: (in_use[layer.name] == 0, threshold[layer.name]) for layer in layers}
+
+
+def redundancy(layers: Sequence[FilterLayer], passes: TrainingPasses, num_batches: int, cycle: int) -> Scores:
+    """Filters that a network would not miss: infinity for one that is never in use on these batches
+    (``use_of_filters``), the likeness to the filter that says the same for a near-duplicate (``copies``), NEVER for all
+    others. Where a network has none of these, training with RePr is training without it, step for step."""
+    use = use_of_filters(layers, passes, num_batches, cycle)
+    scores = {}
+    for layer in layers:
+        idle, threshold = use[layer.name]
+        sign = torch.ones(layer.num_filters) if layer.kind == NONE else layer.norm.weight.detach().cpu().sign()
+        weight = layer.weight.detach().cpu() * sign.view(-1, 1, 1, 1)
+        score = by_group(copies, layer.conv.groups, weight, idle, threshold)
+        scores[layer.name] = score.masked_fill(idle, float("inf"))
+    return scores
+
+
+def copies(weight: Tensor, idle: Tensor, threshold: Tensor) -> Tensor:
+    """The likeness of each near-duplicate to the filter that stays for it.
+
+    Two filters are alike by the cosine c of their weights, taken with the sign of their gammas, and by their thresholds
+    t, mean over standard deviation of what they put out, which bias and beta shift: c / sqrt(1 + (t1 - t2)^2), 1 where
+    one is a multiple of the other. Filters of opposite sign are no copies: behind a ReLU they say different things.
+
+    From the largest norm down every filter stays, unless it is more like one that stays than NEAR_DUPLICATE.
+
+    Args:
+        weight: (J, ...) filters of one layer, or of one group, on the CPU.
+        idle: (J,) bool, filters that nothing is compared with.
+        threshold: (J,).
+
+    Returns:
+        (J,) in (NEAR_DUPLICATE, 1], NEVER for filters that stay and for idle ones.
+    """
+    rows = unit_filters(weight)
+    apart = threshold[:, None].double() - threshold[None].double()
+    likeness = ((rows @ rows.T) / (1 + apart.square()).sqrt()).fill_diagonal_(0)
+    near = (likeness > NEAR_DUPLICATE) & ~idle
+    stays = ~idle & ~near.any(1)
+    for row in weight.flatten(1).norm(dim=1).sort(descending=True, stable=True).indices.tolist():
+        if near[row].any() and not idle[row]:
+            stays[row] = not (near[row] & stays).any()
+    score = torch.where(near & stays, likeness, NEVER).amax(1)
+    return score.masked_fill(stays | idle, NEVER)
 
 
 def _sum(values: Tensor, squared: bool = False) -> Tensor:
@@ -97,134 +139,45 @@ def _sum(values: Tensor, squared: bool = False) -> Tensor:
     return torch.stack([image.sum(1) for image in each]).sum(0)
 
 
-def small_gradient(layers: Sequence[FilterLayer], passes: TrainingPasses, num_batches: int, cycle: int) -> Scores:
-    """Minus the mean |d loss / d w| over the weights of the filter and over batches, with the loss of a whole batch."""
-    means = _gradient_means(
-        layers, passes, num_batches, cycle, lambda x: [x.weight], lambda grad, _: grad.float().abs().flatten(1).mean(1)
-    )
-    return _finished(layers, "gradient", {name: -mean for name, mean in means.items()})
-
-
-def small_fisher(layers: Sequence[FilterLayer], passes: TrainingPasses, num_batches: int, cycle: int) -> Scores:
-    """Minus the loss that removing the filter would cost to second order, 0.5 sum w^2 E[g^2].
-
-    The sum goes over all trainable parameters of the filter (conv row, bias, norm). The Hessian is taken as diagonal
-    and as the empirical Fisher information, with g the gradient of a whole batch, not of one example: E[g^2] is then
-    smaller than with single examples by about the batch size, the same factor for all filters.
-    """
-    means = _gradient_means(
-        layers,
-        passes,
-        num_batches,
-        cycle,
-        lambda x: [p for p in x.parameters() if p.requires_grad],
-        lambda grad, value: 0.5 * (grad.float() * value.detach()).square().reshape(len(grad), -1).sum(1),
-    )
-    return _finished(layers, "hessian", {name: -mean for name, mean in means.items()})
-
-
-def small_taylor(layers: Sequence[FilterLayer], passes: TrainingPasses, num_batches: int, cycle: int) -> Scores:
-    """Minus |output x d loss / d output|: averaged over the positions of an example, absolute, averaged over examples
-    (Molchanov et al. 2017, arXiv 1611.06440, eq. 8, without their l2 normalisation of layers, eq. 11)."""
-    total: dict[str, Tensor] = {}
-    count: dict[str, int] = {}
-    calls: dict[str, list[tuple[Tensor, int]]] = {}
-
-    def see(layer: FilterLayer, output: Tensor) -> None:
-        if not output.requires_grad:
-            return
-        # Behind a ReLU in place the tensor holds the activation by then; elsewhere it may hold anything: a copy does.
-        value = output.detach() if layer.rectified else F.relu(output.detach())
-
-        def product(gradient: Tensor) -> None:
-            values = _positions(F.relu(value) * gradient)
-            calls.setdefault(layer.name, []).append((values.float().sum(2), values.shape[2]))
-
-        # A hook on the tensor sees the gradient of its value now, also where a ReLU overwrites it later.
-        output.register_hook(product)
-
-    def on_loss(loss: Tensor) -> None:
-        _gradients(loss, [layer.weight for layer in layers])
-        for name, parts in calls.items():
-            # The calls of one pass see the same images, unless a head ran on different numbers of proposals.
-            if len({len(sums) for sums, _ in parts}) == 1:
-                parts = [(sum(sums for sums, _ in parts), sum(positions for _, positions in parts))]
-            for sums, positions in parts:
-                if positions:
-                    total[name] = total.get(name, 0) + (sums / positions).abs().sum(0)
-                    count[name] = count.get(name, 0) + len(sums)
-        calls.clear()
-
-    with _on_output(layers, see):
-        _run(passes, num_batches, cycle, on_loss, gradients=True)
-    return _finished(layers, "taylor", {name: -total[name] / n for name, n in count.items()})
-
-
-def _output_means(
+def output_means(
     layers: Sequence[FilterLayer],
     passes: TrainingPasses,
     num_batches: int,
     cycle: int,
     of: Callable[[Tensor], Tensor],
 ) -> dict[str, Tensor]:
-    """Mean of ``of(output)`` over images and positions, (J,); layers that did not run are missing."""
+    """Layer name -> (J,), the mean of ``of(output)`` over images and positions; layers that did not run are missing."""
     total: dict[str, Tensor] = {}
     count: dict[str, int] = {}
 
     def see(layer: FilterLayer, output: Tensor) -> None:
-        values = _positions(of(output.detach()))
+        values = positions(of(output.detach()))
         if number := values.shape[0] * values.shape[2]:
             total[layer.name] = total.get(layer.name, 0) + _sum(values)
             count[layer.name] = count.get(layer.name, 0) + number
 
-    with _on_output(layers, see):
-        _run(passes, num_batches, cycle, lambda loss: None, gradients=False)
+    with on_output(layers, see):
+        run_batches(passes, num_batches, cycle, lambda loss: None, gradients=False)
     return {name: total[name] / count[name] for name in total}
 
 
-def _gradient_means(
-    layers: Sequence[FilterLayer],
-    passes: TrainingPasses,
-    num_batches: int,
-    cycle: int,
-    parameters_of: Callable[[FilterLayer], list[Tensor]],
-    of: Callable[[Tensor, Tensor], Tensor],
-) -> dict[str, Tensor]:
-    """Mean over batches of ``of(gradient, value)`` -> (J,), summed over the parameters of a layer."""
-    owned = [(layer.name, parameter) for layer in layers for parameter in parameters_of(layer)]
-    total: dict[str, Tensor] = {}
-    batches = 0
-
-    def on_loss(loss: Tensor) -> None:
-        nonlocal batches
-        batches += 1
-        for (name, value), gradient in zip(owned, _gradients(loss, [p for _, p in owned]), strict=True):
-            if gradient is not None:
-                total[name] = total.get(name, 0) + of(gradient, value).float()
-
-    _run(passes, num_batches, cycle, on_loss, gradients=True)
-    return {name: value / batches for name, value in total.items()}
-
-
-def _gradients(loss: Tensor, parameters: list[Tensor]) -> tuple[Tensor | None, ...]:
-    return torch.autograd.grad(loss, parameters, allow_unused=True)
-
-
-def _run(
+def run_batches(
     passes: TrainingPasses, num_batches: int, cycle: int, on_loss: Callable[[Tensor], None], gradients: bool
 ) -> None:
+    """Calls ``on_loss`` with the loss of every batch; ``gradients`` says whether it can be differentiated."""
     with undisturbed(passes.model, True, passes.trains), torch.set_grad_enabled(gradients):
         for batch in passes.batches(num_batches, cycle):
             on_loss(passes.loss(batch))
 
 
-def _positions(output: Tensor) -> Tensor:
+def positions(output: Tensor) -> Tensor:
     """(N, J, H, W) -> (N, J, P); a single image without N too."""
     return (output if output.dim() > 3 else output[None]).flatten(2)
 
 
 @contextmanager
-def _on_output(layers: Sequence[FilterLayer], see: Callable[[FilterLayer, Tensor], None]) -> Iterator[None]:
+def on_output(layers: Sequence[FilterLayer], see: Callable[[FilterLayer, Tensor], None]) -> Iterator[None]:
+    """Calls ``see`` with every layer and what its channels put out, whenever it runs."""
     handles = []
     for layer in layers:
 
@@ -239,7 +192,7 @@ def _on_output(layers: Sequence[FilterLayer], see: Callable[[FilterLayer, Tensor
             handle.remove()
 
 
-def _finished(layers: Sequence[FilterLayer], criterion: str, found: dict[str, Tensor]) -> Scores:
+def finished(layers: Sequence[FilterLayer], criterion: str, found: dict[str, Tensor]) -> Scores:
     """The scores of all layers, averaged over the ranks in one collective call."""
     missing = [layer.name for layer in layers if layer.name not in found]
     if missing:

@@ -4,6 +4,7 @@ Shape shorthand:
     J: filters of a layer        M: filters of it that are dropped
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,12 +44,30 @@ class Transition:
     overlaps: dict[str, list[float]]
 
 
+def transition_of(
+    event: str,
+    cycle: int,
+    held: "HeldFilters",
+    overlaps: Mapping[str, Tensor],
+    kept: Mapping[str, Tensor],
+    start: float,
+    cosines: Mapping[str, float] | None = None,
+) -> Transition:
+    """``overlaps`` and ``kept`` are O_f of all filters (J,) by layer name, and of those that stay (K,); ``start`` is by
+    ``time.perf_counter``."""
+    means = [torch.cat([x.double() for x in found.values()]).mean().item() for found in (overlaps, kept)]
+    before, after = means if event == "drop" else reversed(means)
+    rounded = {name: [round(value, 6) for value in overlap.tolist()] for name, overlap in overlaps.items()}
+    return Transition(
+        event, cycle, held.indices(), before, after, dict(cosines or {}), time.perf_counter() - start, rounded
+    )
+
+
 class HeldFilters:
     """The filters that are out of the network, from their drop to their return.
 
-    While they are held the gradient of their rows is 0: what was accumulated until then is cleared, and what comes is 0
-    as soon as it is computed (before DDP, clipping and the optimizer see it), so that no optimizer whose step is zero
-    for a zero parameter, gradient and state moves what ``zero_`` has set to 0.
+    The gradient of their rows becomes 0 as soon as it is computed, before DDP, clipping and the optimizer see it: no
+    optimizer whose step is zero for a zero parameter, gradient and state moves what ``zero_`` has set to 0.
 
     Args:
         layers: all layers that take part.
@@ -133,7 +152,7 @@ class HeldFilters:
         self._watching = []
 
     def not_zero(self) -> tuple[str, str] | None:
-        """Names of a layer and of its tensor whose dropped filters are not exactly 0. One wait for the device."""
+        """Names of a layer and of its tensor whose dropped filters are not 0. One wait for the device."""
         names, flags = [], []
         for layer in self.layers:
             for name, tensor in layer.tensors().items():

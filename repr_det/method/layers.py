@@ -13,21 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from repr_det.method.distributed import to_cpu, to_devices
 from repr_det.method.errors import OptionError, UserError
-from repr_det.network.proof import Reader, is_norm
+from repr_det.network.norms import BATCH, FROZEN, NONE, is_norm, norm_kind
+from repr_det.network.proof import Reader
 
-BATCH, FROZEN, GROUP, NONE = "batch", "frozen", "group", "none"
-
-
-def norm_kind(norm: nn.Module | None) -> str:
-    """ "batch" (BN, SyncBN, naiveSyncBN), "frozen" (any norm with statistics of its own that training does not move),
-    "group" (GN) or "none"."""
-    if norm is None or isinstance(norm, nn.Identity):
-        return NONE
-    if isinstance(norm, nn.GroupNorm):
-        return GROUP
-    trains = isinstance(norm, nn.modules.batchnorm._BatchNorm) or isinstance(norm.weight, nn.Parameter)
-    return BATCH if trains else FROZEN
+Values = dict[str, dict[str, Tensor]]  # layer name -> name -> tensor
 
 
 @dataclass(eq=False)
@@ -52,12 +43,12 @@ class FilterLayer:
 
     @property
     def kind(self) -> str:
-        """The kind of the norm: "batch", "frozen", "group" or "none", see ``norm_kind``."""
+        """See ``norm_kind``."""
         return norm_kind(self.norm)
 
     @property
     def is_frozen(self) -> bool:
-        """True if the norm's statistics stay as they are while the conv trains: FrozenBN, or BN in eval mode."""
+        """True if the norm's statistics do not move now: FrozenBN, or BN in eval mode."""
         if self.kind == BATCH:
             return self.norm.running_mean is not None and not self.norm.training
         return self.kind == FROZEN
@@ -72,13 +63,8 @@ class FilterLayer:
         """The conv's weight (J, C_in / groups, kh, kw)."""
         return self.conv.weight
 
-    def of_group(self, group: int) -> slice:
-        """The filters of a group of a grouped conv, all of which look at the same input channels."""
-        size = self.num_filters // self.conv.groups
-        return slice(group * size, (group + 1) * size)
-
     def tensors(self) -> dict[str, Tensor]:
-        """Everything whose row f belongs to filter f and has to be zero while f is dropped: each (J, ...)."""
+        """Everything whose row f has to be zero while filter f is dropped: each (J, ...)."""
         found = {"weight": self.conv.weight, "bias": self.conv.bias}
         if self.kind != NONE:
             found["norm.weight"] = self.norm.weight
@@ -90,7 +76,7 @@ class FilterLayer:
         return (t for t in self.tensors().values() if isinstance(t, nn.Parameter))
 
     def running_statistics(self) -> dict[str, Tensor]:
-        """The running mean and variance, each (J,), of a norm that keeps them, by name; else nothing."""
+        """Running mean and variance, each (J,), of a norm that keeps them."""
         names = ("running_mean", "running_var") if self.kind in (BATCH, FROZEN) else ()
         found = {f"norm.{name}": getattr(self.norm, name) for name in names}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
@@ -107,6 +93,30 @@ def zero_rows_(tensors: Iterable[Tensor], rows: Tensor) -> None:
     """Sets rows (M,) of every tensor (J, ...) to exactly 0, whatever was there (NaN included)."""
     for tensor in tensors:
         tensor.index_fill_(0, rows.to(tensor.device), 0)
+
+
+def values_of(layers: Sequence[FilterLayer]) -> Values:
+    """All that belongs to the filters of layers, each (J, ...) on the CPU: by one transfer, or as it is there."""
+    named = [
+        (layer.name, name, tensor)
+        for layer in layers
+        for name, tensor in {**layer.tensors(), **layer.running_statistics()}.items()
+    ]
+    found: Values = {layer.name: {} for layer in layers}
+    for (layer, name, _), value in zip(named, to_cpu([tensor for *_, tensor in named]), strict=True):
+        found[layer][name] = value
+    return found
+
+
+def on_devices(values: Values, layers: Sequence[FilterLayer]) -> Values:
+    """Values of layers, each on the device of its layer, by one transfer."""
+    named = [(layer, name) for layer in layers for name in values[layer.name]]
+    tensors = [values[layer.name][name] for layer, name in named]
+    found: Values = {layer.name: {} for layer in layers}
+    moved = to_devices(tensors, [layer.weight.device for layer, _ in named])
+    for (layer, name), value in zip(named, moved, strict=True):
+        found[layer.name][name] = value
+    return found
 
 
 def find_filter_layers(

@@ -1,17 +1,14 @@
 """RePr in one object for any PyTorch loop: built from model, optimizer and number of steps, told after every step.
 
-    repr_training = RePr(model, optimizer, total_steps)
-    for batch in batches:
-        ...                                     # forward, backward
-        optimizer.step()
-        repr_training.step()
-
-The pieces (``find_filter_layers``, ``RePrSchedule``, ``RePrScheme``) stay for those who want them apart.
+repr_training = RePr(model, optimizer, total_steps)
+for batch in batches:
+    ...                                     # forward, backward
+    optimizer.step()
+    repr_training.step()
 """
 
 import dataclasses
 import logging
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -31,8 +28,6 @@ from repr_det.method.selection import drop_total
 from repr_det.network.state import undisturbed
 
 logger = logging.getLogger("repr_det.loop")
-
-_WITHOUT_EFFECT = ("norms", "slim")  # of version 0.2.0
 
 
 class RePr:
@@ -78,9 +73,6 @@ class RePr:
         seed: int = 0,
         **options: Any,
     ) -> None:
-        for name in [name for name in _WITHOUT_EFFECT if name in options]:
-            warnings.warn(f"RePr: {name}= has no effect since version 0.3.0", DeprecationWarning, stacklevel=2)
-            del options[name]
         self.options = RePrOptions.of(options)
         if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
             raise OptionError(f"{{total_steps}} must be an integer of at least 1, got {total_steps!r}")
@@ -104,8 +96,7 @@ class RePr:
         )
         self.steps = 0
         self.logger = logger
-        self._announced = self._finished = False
-        self._overdue = False
+        self._announced = self._finished = self._overdue = False
         if loader is not None and passes is not None and self.scheme.needs_batches:
             self._try_batches(passes)
         if self.warmup_iters:
@@ -128,13 +119,13 @@ class RePr:
         return "sub" if self.scheme.is_sub else "full"
 
     def step(self) -> Transition | None:
-        """To be called after every step of the optimizer. Collective where there are several ranks.
+        """To be called after every step of the optimizer. Collective.
 
         Returns:
             What a drop or restore did, in the steps that have one.
 
         Raises:
-            UserError: of ``RePrScheme.check``, ``drop`` and ``restore``.
+            UserError: see ``RePrScheme``.
         """
         iteration = self.steps
         self.steps += 1
@@ -168,7 +159,7 @@ class RePr:
             What the restore did; None where no filters were out.
 
         Raises:
-            UserError: ``filters`` is neither, or of ``RePrScheme.restore``.
+            UserError: ``filters`` is neither.
         """
         if filters not in ("new", "old"):
             raise UserError(f"filters= must be new or old, got {filters!r}")
@@ -180,10 +171,7 @@ class RePr:
         return done
 
     def prove(self, run: Callable[[], Any]) -> None:
-        """Shows now who takes part, by a pass that leaves no trace in the model.
-
-        Args:
-            run: calls the model, as training does.
+        """Finds out who takes part by ``run()``, which calls the model as training does and leaves no trace in it.
 
         Raises:
             UserError: nothing takes part.
@@ -194,7 +182,7 @@ class RePr:
         self._announce()
 
     def expect_no_more(self) -> None:
-        """Filters that are out as training ends are no matter for a warning any more."""
+        """Ends the warning of filters that are out as training ends."""
         self._at_end.detach()
 
     def close(self) -> None:
@@ -203,7 +191,7 @@ class RePr:
         self.scheme.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that ``load_state_dict`` needs; loads under ``torch.load(weights_only=True)``."""
+        """For checkpoints; loads under ``torch.load(weights_only=True)``."""
         return {
             "steps": self.steps,
             "schedule": dataclasses.asdict(self.schedule),
@@ -215,8 +203,7 @@ class RePr:
         """Continues from ``state``; load model and optimizer from the same checkpoint first.
 
         Raises:
-            UserError: the state is of another schedule, other options or layers, or the model is not of this
-            checkpoint.
+            UserError: the state is of another schedule, other options or layers, or not of this model.
         """
         if (saved := RePrSchedule(**state["schedule"])) != self.schedule:
             raise UserError(
@@ -259,11 +246,8 @@ class RePr:
         return min(1.0, (self.steps - restored[-1]) / (self.warmup_iters + 1))
 
     def _try_batches(self, passes: TrainingPasses) -> None:
-        """Draws and joins what the transitions will look at, so that what is wrong with it shows now."""
-        batches = list(passes.batches(self.options.calibration_batches or passes.calibration_batches, 0))
-        if not batches:
+        if not list(passes.batches(self.options.calibration_batches or passes.calibration_batches, 0)):
             raise UserError("loader= yields no batch, and transitions look at training batches")
-        passes.join(batches)
 
     def _prove_by(self, model: nn.Module, sample: Any) -> None:
         arguments = sample if isinstance(sample, tuple) else (sample,)
@@ -283,8 +267,7 @@ def apply_repr(model: nn.Module, optimizer: torch.optim.Optimizer, total_steps: 
         options: of ``RePr``.
 
     Returns:
-        The object, whose state belongs into checkpoints; its ``step`` is called already, and a call of one's own raises
-        UserError.
+        The object, whose state belongs into checkpoints. Its ``step`` must not be called again.
     """
     repr_training = RePr(model, optimizer, total_steps, **options)
     count = repr_training.step

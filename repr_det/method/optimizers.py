@@ -61,10 +61,7 @@ def around_step(
     """Calls ``before`` and ``after`` around every step, once for optimizers that step each other.
 
     torch runs the hooks of an instance in ``step`` of every class that has been used, so twice where that of a subclass
-    calls that of its base. SAM in two calls steps its inner optimizer alone.
-
-    Returns:
-        Handles with ``remove``.
+    calls that of its base. Returns handles with ``remove``.
     """
 
     def unless_inside(call: Callable[[], Any]) -> Callable[..., None]:
@@ -98,10 +95,8 @@ def _is_inside(optimizers: Sequence[Optimizer], frame: FrameType | None) -> bool
 def scale_rates(optimizers: Sequence[Optimizer], share: Callable[[], float]) -> list[Any]:
     """Every step takes its learning rates times ``share()``, which is asked before each.
 
-    The rates are changed around the step alone: learning-rate schedules, logs and checkpoints do not see it.
-
-    Returns:
-        Handles with ``remove``.
+    The rates are changed around the step alone: learning-rate schedules, logs and checkpoints do not see it. Returns
+    handles with ``remove``.
     """
     rates: list[Any] = []
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
@@ -222,8 +217,7 @@ def restart_optimizer_state_(
     """Optimizer state for entries of a parameter that begin to train again: momentum 0, squared gradients as those of
     the others, a second set of weights as the first.
 
-    An optimizer counts its steps for a whole parameter. Squared gradients of 0 after many steps would stand for a
-    filter whose gradients have all been tiny, and Adam's first steps would be several times the learning rate.
+    With squared gradients of 0 after many steps, Adam's first steps would be several times the learning rate.
 
     Args:
         rows, others: indices along ``dim`` of the entries that begin again, and of those that do not.
@@ -264,5 +258,4 @@ def raise_squares_of_inputs_(
 
 
 def _mean(tensor: Tensor, others: Tensor, dim: int) -> Tensor:
-    """One number, on the device."""
     return tensor.index_select(dim, others).float().mean().to(tensor.dtype)

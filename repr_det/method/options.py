@@ -5,7 +5,8 @@ table of keys in the pages and the texts of errors come from the fields of ``ReP
 """
 
 import dataclasses
-from collections.abc import Callable, Collection, Sequence
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,8 @@ from repr_det.method.errors import OptionError
 
 # Convs of FPN backbones, of C4 backbones, and of C4's box head.
 DETECTRON2_LAYERS = ("backbone.bottom_up.res*.conv*", "backbone.res*.conv*", "roi_heads.res5.*.conv*")
+
+_WITHOUT_EFFECT = ("norms", "slim", "slim_model", "readers", "apart")  # keywords of version 0.2.0
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,10 @@ class RePrOptions:
         choices=("recalibrate", "keep"),
     )
     calibration_batches: int = _option(
-        0, "REINIT.CALIBRATION_BATCHES", "Training batches for that. 0: as many as have 8 images, in a loop 4.", least=0
+        0,
+        "REINIT.CALIBRATION_BATCHES",
+        "Training batches for that. 0: as many as have 8 images, in a loop 4.",
+        least=0,
     )
     returns: str = _option(
         "as_published",
@@ -155,11 +161,15 @@ class RePrOptions:
     @classmethod
     def of(cls, given: dict[str, Any]) -> "RePrOptions":
         """Those of keyword arguments. Raises OptionError for a name that is no option."""
-        names = [option.name for option in dataclasses.fields(cls)]
-        for name in given:
-            if name not in names:
-                raise OptionError(f"RePr has no option {name!r}: take one of {', '.join(names)}")
-        return cls(**given)
+        known = {}
+        for name, value in given.items():
+            if name in _WITHOUT_EFFECT:
+                warnings.warn(f"RePr: {name}= has no effect since version 0.3.0", DeprecationWarning, stacklevel=3)
+            elif name not in option_names():
+                raise OptionError(f"RePr has no option {name!r}: take one of {', '.join(option_names())}")
+            else:
+                known[name] = value
+        return cls(**known)
 
     def resumed(self) -> dict[str, Any]:
         """Returns the values that a resumed run must have too: config key -> value, for a checkpoint."""
@@ -182,9 +192,23 @@ def option_names() -> tuple[str, ...]:
 
 def _storable(value: Any) -> Any:
     """The value as ``torch.load(weights_only=True)`` takes it: a function by its name, a list of any kind as a list."""
-    if callable(value):
-        return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
-    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+    if isinstance(value, (str, int, float)):
+        return value
+    if isinstance(value, Sequence):
+        return list(value)
+    named = getattr(value, "score", value)  # of a criteria.Criterion
+    named = named if hasattr(named, "__qualname__") else type(named)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 CONFIG_KEYS = {name: f"REPR.{about_option(name).key}" for name in option_names()}
+
+
+def check_resumed(saved: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+    """Raises OptionError where a run is resumed with other options than those that were saved, by config key."""
+    for name, key in CONFIG_KEYS.items():
+        if key in saved and key in mine and saved[key] != mine[key]:
+            raise OptionError(
+                f"the checkpoint was trained with {{{name}}} {saved[key]}, this run has {mine[key]}: resume with that "
+                "of the run that wrote it, or start again elsewhere"
+            )

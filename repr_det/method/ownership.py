@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from repr_det.method.errors import UserError
 from repr_det.method.layers import FilterLayer
+from repr_det.method.optimizers import learning_rates
 
 _OWNER = "repr_owner"
 
@@ -53,20 +55,34 @@ class Owner:
         return type(None), ()
 
 
-class Gradients:
-    """Remembers which layers have had a gradient: one that gets none could never learn its filters again."""
+class Learning:
+    """Knows which layers learn: a filter that is dropped of one that does not could never come back as another.
 
-    def __init__(self, layers: Sequence[FilterLayer]) -> None:
+    Args:
+        layers: their gradients are watched until each has had one.
+        optimizers: hold their parameters.
+    """
+
+    def __init__(self, layers: Sequence[FilterLayer], optimizers: Sequence[Optimizer]) -> None:
+        self._optimizers = optimizers
         self._seen: set[str] = set()
         self._handles: dict[str, Any] = {}
         for layer in layers:
             if layer.weight.requires_grad:
                 self._handles[layer.name] = layer.weight.register_hook(self._hook_of(layer.name))
 
-    def why_none(self, layer: FilterLayer) -> str | None:
-        """A reason where others have had a gradient and this layer has not."""
-        missing = bool(self._seen) and layer.name not in self._seen
-        return "it has had no gradient" if missing else None
+    def frozen(self, layers: Sequence[FilterLayer]) -> dict[str, str]:
+        """Name of a layer that cannot learn now -> the reason; the same on every rank, for optimizers are."""
+        held = learning_rates(self._optimizers)
+        rates = {layer.name: held.get(layer.weight, 0.0) for layer in layers}
+        still = [name for name, rate in rates.items() if not rate and any(rates.values())]
+        fixed = [layer.name for layer in layers if not layer.weight.requires_grad]
+        return dict.fromkeys(still, "its learning rate is 0") | dict.fromkeys(fixed, "it does not require a gradient")
+
+    def without(self, layers: Sequence[FilterLayer]) -> dict[str, str]:
+        """The same, and layers that have had no gradient where others have."""
+        missing = [layer.name for layer in layers if self._seen and layer.name not in self._seen]
+        return dict.fromkeys(missing, "it has had no gradient") | self.frozen(layers)
 
     def close(self) -> None:
         for handle in self._handles.values():

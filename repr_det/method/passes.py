@@ -2,7 +2,7 @@
 
 import itertools
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,6 @@ class TrainingPasses:
         batches: (number, cycle) -> that many training batches, the same ones whenever the arguments are the same, from
             a loader of their own.
         loss: batch -> scalar loss of a forward pass in training mode.
-        join: several batches -> one batch that holds all their images.
         trains: whether ``model`` is in training mode while it trains.
         calibration_batches: how many batches a calibration of frozen norms looks at where no option says it.
     """
@@ -31,7 +30,7 @@ class TrainingPasses:
     model: nn.Module
     batches: Callable[[int, int], Iterable[Any]]
     loss: Callable[[Any], Tensor]
-    join: Callable[[list[Any]], Any]
+    join: Any = None  # without effect since version 0.3.0
     trains: bool = True
     calibration_batches: int = 4
 
@@ -44,8 +43,6 @@ def passes_over(
     Args:
         model: not wrapped in DistributedDataParallel.
         loader: can be iterated more than once; its iterator is not the one that training uses (no persistent workers).
-            A batch is a tensor, a list of dicts (an example each), or a tuple or dict of fields: tensors, or lists with
-            an entry an example.
         loss: batch -> scalar loss of a forward pass of ``model`` in training mode.
 
     Raises:
@@ -68,26 +65,4 @@ def passes_over(
             torch.manual_seed(mixed)
             return list(itertools.islice(iter(loader), number))
 
-    return TrainingPasses(model, batches, loss, _joined)
-
-
-def _joined(batches: Sequence[Any]) -> Any:
-    """One batch with all examples of several."""
-    first = batches[0]
-    if isinstance(first, Mapping):
-        return {key: _end_to_end([batch[key] for batch in batches]) for key in first}
-    if isinstance(first, (tuple, list)) and not any(isinstance(part, Mapping) for part in first):
-        return tuple(_end_to_end(field) for field in zip(*batches, strict=True))
-    return _end_to_end(batches)
-
-
-def _end_to_end(parts: Sequence[Any]) -> Any:
-    if not isinstance(parts[0], Tensor):
-        return list(itertools.chain.from_iterable(parts))
-    if len({part.shape[1:] for part in parts}) > 1:
-        sizes = ", ".join(str(tuple(part.shape)) for part in parts[:3])
-        raise UserError(
-            f"loader= yields batches of different sizes ({sizes}, ...), which cannot be joined for the re-calibration "
-            "of frozen norms: give batches of one size, or lists of images"
-        )
-    return torch.cat(list(parts))
+    return TrainingPasses(model, batches, loss)

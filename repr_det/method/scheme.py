@@ -1,47 +1,34 @@
 """RePrScheme: drops filters, holds them at zero, brings them back (RePr, algorithm 1); knows no trainer.
 
-In a plain loop:
-
-    scheme = RePrScheme(find_filter_layers(model, ["*conv*"]), optimizer, model=model)
-    for i, batch in enumerate(batches):
-        train_step(batch)                       # forward, backward, optimizer.step()
-        scheme.check()
-        if i in schedule.drop_iters:
-            scheme.drop()
-        elif i in schedule.restore_iters:
-            scheme.restore()
-
 Scores, masks and new directions are found on the CPU, by rank 0 for all.
 """
 
-import hashlib
 import logging
 import time
-import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from repr_det.method.averages import Averages
-from repr_det.method.calibration import match_moments, measure_moments
+from repr_det.method.calibration import FrozenNorms
 from repr_det.method.criteria import Context, get_criterion
-from repr_det.method.distributed import broadcast_, rank, to_cpu, to_devices
+from repr_det.method.distributed import broadcast_, rank
 from repr_det.method.effects import DroppedEffects, ReturnedEffects, check_agreement, check_finite, check_zero
 from repr_det.method.errors import OptionError, UserError
-from repr_det.method.holding import HeldFilters, Transition
-from repr_det.method.layers import BATCH, FROZEN, FilterLayer
+from repr_det.method.holding import HeldFilters, Transition, transition_of
+from repr_det.method.layers import FilterLayer, Values, on_devices, values_of
 from repr_det.method.optimizers import (
     check_optimizer_state,
     check_optimizers,
-    learning_rates,
     renew_second_weights_,
+    restart_optimizer_state_,
     with_inner,
 )
-from repr_det.method.options import CONFIG_KEYS, RePrOptions
+from repr_det.method.options import CONFIG_KEYS, RePrOptions, check_resumed
 from repr_det.method.orthogonality import inter_filter_orthogonality, overlap_of_kept
-from repr_det.method.ownership import Gradients, Owner
+from repr_det.method.ownership import Learning, Owner
 from repr_det.method.participants import Participants
 from repr_det.method.passes import TrainingPasses
 from repr_det.method.returning import (
@@ -50,31 +37,22 @@ from repr_det.method.returning import (
     new_filters,
     prepare_readers,
     put_back,
-    remembered,
-    restart_training,
     silence,
 )
 from repr_det.method.selection import check_capacity, select_filters
-from repr_det.network.state import undisturbed
+from repr_det.network.state import generator_of
 
 logger = logging.getLogger("repr_det.scheme")
-
-_WITHOUT_EFFECT = ("readers", "slim_model", "slim", "apart")  # of version 0.2.0
-
-Values = dict[str, dict[str, Tensor]]
 
 
 class RePrScheme:
     """The state machine full -> drop -> sub-network -> restore -> full.
 
-    Invariants while filters are dropped: every entry of ``FilterLayer.tensors()`` of a dropped filter is exactly 0, its
-    gradient is 0 as soon as it is computed (before DDP, clipping and the optimizer see it), and its optimizer state is
-    0: no optimizer whose step is zero for a zero parameter, gradient and state moves it. ``check`` and the restore make
-    sure that nothing else did.
+    While filters are dropped every entry of their ``FilterLayer.tensors()``, its gradient and its optimizer state are
+    exactly 0. ``check`` and the restore make sure that nothing has moved them.
 
     Args:
-        layers: the candidates, in ranking order. Those that do not learn at a drop (learning rate 0, requires_grad
-            False) lose no filter then.
+        layers: the candidates, in ranking order. Those that do not learn at a drop lose no filter then.
         optimizer: holds their parameters; a list where several do.
         model: the module that holds the layers, not wrapped. Its first training pass shows which of them take part
             (``network.proof``), and with which norm. None: all do, with the norms that they are given with.
@@ -82,8 +60,7 @@ class RePrScheme:
         averages: of the weights, see ``averages.Averages``.
         seed: all randomness comes from it and the cycle; the same on every rank.
         chosen: all options in one object.
-        options: of ``RePrOptions``, instead: criterion, drop_ratio, max_drop_per_layer, scale, frozen_norm, returns,
-            criterion_batches, calibration_batches.
+        options: of ``RePrOptions``, instead: criterion, drop_ratio, scale, ...
 
     Attributes:
         layers: the layers that take part; the candidates until that is known.
@@ -107,9 +84,6 @@ class RePrScheme:
         chosen: RePrOptions | None = None,
         **options: Any,
     ) -> None:
-        for name in [name for name in _WITHOUT_EFFECT if name in options]:
-            warnings.warn(f"RePrScheme: {name}= has no effect since version 0.3.0", DeprecationWarning, stacklevel=2)
-            del options[name]
         self.options = RePrOptions.of(options) if chosen is None else chosen
         self.layers = list(layers)
         self.optimizers = with_inner(optimizer if isinstance(optimizer, Sequence) else [optimizer])
@@ -121,22 +95,20 @@ class RePrScheme:
         self._check_layers()
         check_optimizers([FilterLayer(x.name, x.conv) for x in self.layers], self.optimizers)
         if passes is None and self.criterion.needs_data:
-            raise OptionError(
-                f"{{criterion}} {self.options.criterion!r} looks at training batches: give loader= and loss=, or "
-                "passes="
-            )
+            name = self.options.resumed()[CONFIG_KEYS["criterion"]]
+            raise OptionError(f"{{criterion}} {name!r} looks at training batches: give loader= and loss=, or passes=")
         self.averages = Averages(averages, model) if model is not None else None
         if averages and model is None:
             raise UserError("averages= needs model= too")
         self.cycle = self.num_returned = 0
         self._held: HeldFilters | None = None
         self._old: Values = {}
-        self._frozen_at_drop: set[str] = set()
         self._after_drop: DroppedEffects | None = None
         self._after_restore: ReturnedEffects | None = None
         self._owner = Owner(self, [] if model is None else self.layers)
-        self._gradients = Gradients(self.layers)
+        self._learning = Learning(self.layers, self.optimizers)
         self.participants = Participants(self.layers, model)
+        self._norms = FrozenNorms(self.options, self.participants, model, passes)
         if model is None:
             self._check_participants()
 
@@ -148,12 +120,11 @@ class RePrScheme:
     @property
     def needs_batches(self) -> bool:
         """True if transitions look at training batches."""
-        frozen = self.options.frozen_norm != "keep" and bool(self._frozen_norms())
-        return self.criterion.needs_data or frozen
+        return self.criterion.needs_data or self._norms.need_batches(self.layers)
 
     @property
     def loud(self) -> list[str]:
-        """Names of the layers whose filters change the network's output when they return."""
+        """Names of the layers whose filters change the network's output as they return."""
         if self.options.returns != "function_preserving":
             return [layer.name for layer in self.layers]
         return [layer.name for layer in self.layers if not can_be_silent(layer, self.participants.modules)]
@@ -169,8 +140,7 @@ class RePrScheme:
         return 0 if self._held is None else len(self._held)
 
     def check(self) -> None:
-        """Looks at what the last step did, so that a mistake shows now and not at the next transition. To be called
-        after steps of the optimizer.
+        """Looks at what the last step of the optimizer did.
 
         Raises:
             UserError: nothing takes part; dropped channels or filters are not 0; filters that returned are gone again.
@@ -184,11 +154,11 @@ class RePrScheme:
 
     @torch.no_grad()
     def drop(self) -> Transition:
-        """Scores all filters, drops the worst and remembers their values. Collective where there are several ranks.
+        """Scores all filters, drops the worst and remembers their values. Collective.
 
         Raises:
-            UserError: nothing takes part, weights are not finite, or an optimizer keeps a state that RePr cannot take a
-                filter out of; nothing is changed then.
+            UserError: nothing takes part, weights are not finite, or the state of an optimizer is not understood;
+                nothing is changed then.
         """
         if self._held is not None:
             raise RuntimeError("filters are dropped already: restore() comes before the next drop()")
@@ -196,43 +166,34 @@ class RePrScheme:
         self.layers = self.participants.agreed()
         self._check_participants()
         check_optimizer_state(self.layers, self.optimizers)
-        frozen = self._frozen_norms()
-        values = self._values()
+        values = values_of(self.layers)
         check_finite(values, f"at the drop of cycle {self.cycle + 1}")
         check_agreement(values, f"at the drop of cycle {self.cycle + 1}", self._device)
         masks = self._select(self._scores(), values)
         overlaps = self._overlaps(values)
-        kept = [self._overlap_of_kept(layer, values, masks) for layer in self.layers]
+        kept = self._overlaps(values, masks)
 
         held = HeldFilters(self.layers, masks, self.optimizers)
-        moments = self._measure_moments(held, frozen)
-        self._old = {x.name: remembered(values[x.name], masks[x.name]) for x in held.layers}
+        moments = self._norms.before_drop(held, self.layers, values, self.cycle)
+        self._old = {
+            layer.name: {name: value[masks[layer.name]].clone() for name, value in values[layer.name].items()}
+            for layer in held.layers
+        }
         for name, found in moments.items():
             self._old[name]["moments"] = found
-        self._frozen_at_drop = {layer.name for layer in frozen}
         self._held = held
         held.zero_()
         self._hold(held)
         self._restart_averaging_norms()
         self._copy_to_averages(held)
-        return Transition(
-            event="drop",
-            cycle=self.cycle,
-            dropped=held.indices(),
-            overlap_before=_mean(overlaps.values()),
-            overlap_after=_mean(kept),
-            max_cosine={},
-            seconds=time.perf_counter() - start,
-            overlaps=_rounded(overlaps),
-        )
+        return transition_of("drop", self.cycle, held, overlaps, kept, start)
 
     @torch.no_grad()
     def restore(self, as_they_were: bool = False) -> Transition:
-        """Brings the dropped filters back with the least overlap. Collective where there are several ranks.
+        """Brings the dropped filters back with the least overlap. Collective.
 
         Args:
-            as_they_were: with the values of before the drop instead. Layers that have been frozen meanwhile always get
-                those, for they could not learn new ones.
+            as_they_were: with the values of before the drop, as layers that have been frozen meanwhile get them anyway.
 
         Raises:
             UserError: dropped filters are not zero any more, or weights are not finite; nothing is changed then.
@@ -241,63 +202,54 @@ class RePrScheme:
             raise RuntimeError("no filters are dropped: drop() comes before restore()")
         start = time.perf_counter()
         held = self._held
-        values = self._values()
+        values = values_of(self.layers)
         check_finite(values, f"at the restore of cycle {self.cycle + 1}")
         check_zero(held, f"at the restore of cycle {self.cycle + 1}")
         check_agreement(values, f"at the restore of cycle {self.cycle + 1}", self._device)
-        fixed = self._frozen()
-        frozen = {layer.name for layer in self._frozen_norms()}
+        fixed = self._learning.frozen(self.layers)
         learning = [] if as_they_were else [layer for layer in held.layers if layer.name not in fixed]
-        renewed = [layer for layer in learning if layer.name not in frozen or self._can_calibrate(layer)]
-        new, cosines = self._new_filters(renewed, values, held.masks)
-        kept = [self._overlap_of_kept(layer, values, held.masks) for layer in self.layers]
+        renewed = self._norms.can_renew(learning)
+        new, cosines = self._new_filters(renewed, values)
+        kept = self._overlaps(values, held.masks)
         del values  # on the CPU it is no copy, and holds the filters that are put back from now on
         back = dict(self._old)
         for layer in renewed:
             # FrozenBN's affine is what the network was trained with; its statistics follow the new filter.
-            keeps_norm = layer.name in self._frozen_at_drop
+            keeps_norm = layer.name in self._norms.at_drop
             own = {name: x for name, x in back[layer.name].items() if keeps_norm and name.startswith("norm.")}
             back[layer.name] = own | {"weight": new[layer.name]}
-        back = self._on_devices(back, held.layers)
+        back = on_devices(back, held.layers)
         for layer in held.layers:
             put_back(layer, held.rows[layer.name], back[layer.name])
-            restart_training(layer, held.rows[layer.name], held.kept[layer.name], self.optimizers)
+            for parameter in layer.parameters():
+                restart_optimizer_state_(self.optimizers, parameter, held.rows[layer.name], held.kept[layer.name])
         for layer in renewed:
             self._prepare_readers(layer, held)
         for layer in renewed:
             # A filter may lie in the very kernels that have just been silenced: what reads it keeps it silent itself.
             layer.weight.index_copy_(0, held.rows[layer.name], back[layer.name]["weight"])
             renew_second_weights_(self.optimizers, layer.weight, held.rows[layer.name])
-        self._match_moments(held, renewed, frozen)
+        moments = {name: old["moments"] for name, old in self._old.items() if "moments" in old}
+        self._norms.after_return(held, renewed, moments, self.cycle)
         self._restart_averaging_norms()
         self._copy_to_averages(held)
-        overlaps = self._overlaps(self._values())
-
-        transition = Transition(
-            event="restore",
-            cycle=self.cycle,
-            dropped=held.indices(),
-            overlap_before=_mean(kept),
-            overlap_after=_mean(overlaps.values()),
-            max_cosine=cosines,
-            seconds=time.perf_counter() - start,
-            overlaps=_rounded(overlaps),
-        )
+        overlaps = self._overlaps(values_of(self.layers))
+        done = transition_of("restore", self.cycle, held, overlaps, kept, start, cosines)
         self.num_returned = sum(len(held.rows[layer.name]) for layer in renewed)
         self._after_restore = ReturnedEffects(held, new, self.cycle + 1) if new else None
         self._release()
         self.cycle += 1
-        return transition
+        return done
 
     def close(self) -> None:
         """Lets go of the model: no hooks, and another RePrScheme may take it. Filters that are out stay zero."""
         self._release()
         self.participants.close()
-        self._gradients.close()
+        self._learning.close()
         self._owner.let_go()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that ``load_state_dict`` needs; loads under ``torch.load(weights_only=True)``."""
+        """For checkpoints; loads under ``torch.load(weights_only=True)``."""
         return {
             "cycle": self.cycle,
             "returned": self.num_returned,
@@ -305,7 +257,7 @@ class RePrScheme:
             "masks": dict(self.masks),
             "old": self._old,
             **self.participants.state_dict(self.layers),
-            "frozen_at_drop": sorted(self._frozen_at_drop),
+            "frozen_at_drop": sorted(self._norms.at_drop),
             "options": self.options.resumed(),
         }
 
@@ -313,7 +265,7 @@ class RePrScheme:
         """Continues from ``state``; model and optimizer must have been loaded from the same checkpoint.
 
         Raises:
-            UserError: the state is of other options or layers, or dropped filters are not zero in the model.
+            UserError: the state is of other options or layers, or not of this model.
         """
         check_resumed(state.get("options", {}), self.options.resumed())
         layers = self.participants.of_state(state)
@@ -329,9 +281,9 @@ class RePrScheme:
         self._old = {name: {k: v.cpu() for k, v in old.items()} for name, old in state["old"].items()}
         # 0.2.0 kept the norm of those alone whose statistics do not move.
         norms = [name for name, old in self._old.items() if "norm.weight" in old]
-        self._frozen_at_drop = set(state.get("frozen_at_drop", norms))
+        self._norms.at_drop = set(state.get("frozen_at_drop", norms))
         for layer in self._held.layers:
-            if layer.name in self._frozen_at_drop:  # nor did it keep statistics, which stayed where they were
+            if layer.name in self._norms.at_drop:  # nor did it keep statistics, which stayed where they were
                 for key, tensor in layer.running_statistics().items():
                     self._old[layer.name].setdefault(key, tensor[self._held.rows[layer.name]].cpu())
         self._hold(self._held)
@@ -358,10 +310,10 @@ class RePrScheme:
             self.passes.trains = self.participants.trains
         self._check_layers()
         check_optimizers(self.layers, self.optimizers)
-        self._check_calibration(self._frozen_norms())
+        self._norms.check(self.layers)
 
     def _hear_news(self) -> None:
-        """After a traced pass: who takes part is checked and said, until the first drop settles it."""
+        """Checks who takes part after a traced pass, until the first drop settles it."""
         found = {layer.name: layer for layer in self.participants.hear()}
         if self._held is not None or self.cycle:
             for layer in self.layers:  # of a run of 0.2.0, whose state has no readers
@@ -377,71 +329,18 @@ class RePrScheme:
                 ", ".join(loud),
             )
 
-    def _frozen(self) -> dict[str, str]:
-        """Name of a layer that cannot learn now -> the reason; the same on every rank, for optimizers are."""
-        held = learning_rates(self.optimizers)
-        rates = {layer.name: held.get(layer.weight, 0.0) for layer in self.layers}
-        still = [name for name, rate in rates.items() if not rate and any(rates.values())]
-        fixed = [layer.name for layer in self.layers if not layer.weight.requires_grad]
-        return dict.fromkeys(still, "its learning rate is 0") | dict.fromkeys(fixed, "it does not require a gradient")
-
-    def _frozen_norms(self) -> list[FilterLayer]:
-        """The layers whose norm keeps its statistics in training, also where the caller is evaluating now."""
-        model, trains = self.model, self.participants.trains
-        if self.passes is not None:
-            model, trains = self.passes.model, self.passes.trains
-        if model is None or model.training == trains:
-            return [layer for layer in self.layers if layer.is_frozen]
-        with undisturbed(model, trains=trains):
-            return [layer for layer in self.layers if layer.is_frozen]
-
-    # What is looked at.
-
-    def _values(self) -> Values:
-        """Layer name -> name -> all that belongs to its filters, on the CPU: by one transfer, or as it is."""
-        named = [
-            (layer.name, name, tensor)
-            for layer in self.layers
-            for name, tensor in {**layer.tensors(), **layer.running_statistics()}.items()
-        ]
-        found: Values = {layer.name: {} for layer in self.layers}
-        for (layer, name, _), value in zip(named, to_cpu([tensor for *_, tensor in named]), strict=True):
-            found[layer][name] = value
-        return found
-
-    @staticmethod
-    def _on_devices(values: Values, layers: Sequence[FilterLayer]) -> Values:
-        """Values of layers, each on the device of its layer, by one transfer."""
-        named = [(layer, name) for layer in layers for name in values[layer.name]]
-        tensors = [values[layer.name][name] for layer, name in named]
-        found: Values = {layer.name: {} for layer in layers}
-        moved = to_devices(tensors, [layer.weight.device for layer, _ in named])
-        for (layer, name), value in zip(named, moved, strict=True):
-            found[layer.name][name] = value
-        return found
-
-    def _check_calibration(self, frozen: Sequence[FilterLayer]) -> None:
-        if frozen and self.passes is None and self.options.frozen_norm == "recalibrate":
-            kind = "FrozenBN" if frozen[0].kind == FROZEN else "BN in eval mode"
-            raise OptionError(
-                f"{kind} re-calibration looks at training batches (the norm of {frozen[0].name} keeps its statistics): "
-                "give loader= and loss=, or passes=, or choose {frozen_norm} keep"
-            )
-
     # The drop.
 
     def _scores(self) -> dict[str, Tensor]:
-        context = Context(self._generator(0), self.passes, self.options.criterion_batches, self.cycle)
+        context = Context(
+            generator_of(self.seed, self.cycle, 0, 0), self.passes, self.options.criterion_batches, self.cycle
+        )
         return self.criterion.score(self.layers, context)
 
     def _select(self, scores: Mapping[str, Tensor], values: Values) -> dict[str, Tensor]:
-        """Layer name -> (J,) bool on the CPU, True = drop, that of rank 0. Filters that are zero, which no criterion
-        can tell from good ones, go first; layers that do not learn lose none."""
-        frozen = self._frozen()
-        for layer in self.layers:
-            why = self._gradients.why_none(layer)
-            if why is not None:
-                frozen.setdefault(layer.name, why)
+        """Layer name -> (J,) bool on the CPU, True = drop, that of rank 0. Filters that are zero go first; layers that
+        do not learn lose none."""
+        frozen = self._learning.without(self.layers)
         if len(frozen) == len(self.layers):
             raise UserError(f"no layer learns (of {next(iter(frozen))}: {next(iter(frozen.values()))})")
         if frozen:
@@ -458,13 +357,6 @@ class RePrScheme:
         broadcast_(list(masks.values()), self._device)
         return masks
 
-    def _measure_moments(self, held: HeldFilters, frozen: Sequence[FilterLayer]) -> dict[str, Tensor]:
-        layers = [layer for layer in held.layers if layer in frozen]
-        if not layers or self.passes is None or self.options.frozen_norm == "keep":
-            return {}
-        found = measure_moments(layers, held.rows, self.passes, self._calibration_batches, self.cycle)
-        return dict(zip(found, to_cpu(list(found.values())), strict=True))
-
     def _hold(self, held: HeldFilters) -> None:
         self._owner.keeps = self
         held.hold()
@@ -473,42 +365,22 @@ class RePrScheme:
 
     # The restore.
 
-    def _new_filters(
-        self, layers: Sequence[FilterLayer], values: Values, masks: Mapping[str, Tensor]
-    ) -> tuple[dict[str, Tensor], dict[str, float]]:
+    def _new_filters(self, layers: Sequence[FilterLayer], values: Values) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Layer name -> new filters (M, ...) of rank 0, and their largest |cos| to kept and old ones."""
-        found: dict[str, Tensor] = {}
-        cosines: dict[str, float] = {}
+        found = {layer.name: torch.empty_like(self._old[layer.name]["weight"]) for layer in layers}
+        cosines = dict.fromkeys(found, 0.0)
         for number, layer in enumerate(self.layers):
-            if layer not in layers:
-                continue
-            name, old = layer.name, self._old[layer.name]["weight"]
-            found[name], cosines[name] = torch.empty_like(old), 0.0
-            if rank() == 0:
-                mask, generator = masks[name], self._generator(1, number)
-                found[name], cosines[name] = new_filters(
-                    values[name]["weight"], old, mask, layer.conv.groups, self.options.scale, generator
+            if layer.name in found and rank() == 0:
+                weight, old = values[layer.name]["weight"], self._old[layer.name]["weight"]
+                generator = generator_of(self.seed, self.cycle, 1, number)
+                found[layer.name], cosines[layer.name] = new_filters(
+                    weight, old, self.masks[layer.name], layer.conv.groups, self.options.scale, generator
                 )
         broadcast_(list(found.values()), self._device)
         return found, cosines
 
-    def _can_calibrate(self, layer: FilterLayer) -> bool:
-        """Tells whether a new filter would get statistics of its own behind a frozen norm. One frozen since the
-        drop has lost those of the channel; without training batches it is not known what others would be right."""
-        if layer.name in self._frozen_at_drop:
-            return True
-        if self.passes is not None and self.options.frozen_norm == "recalibrate":
-            return True
-        logger.warning(
-            "RePr: filters of %s return as they were: its norm has been frozen since the drop, and there are no "
-            "training batches to find the statistics of new ones",
-            layer.name,
-        )
-        return False
-
     def _prepare_readers(self, layer: FilterLayer, held: HeldFilters) -> None:
-        """Makes the readers of the layer silent for returned channels, if that is asked for; else raises their squared
-        gradients on them."""
+        """Makes readers silent for returned channels if that is asked for; else they step no further than others."""
         mask = held.masks[layer.name]
         if self.options.returns != "function_preserving":
             prepare_readers(layer, self.participants.modules, mask, self.optimizers)
@@ -517,46 +389,22 @@ class RePrScheme:
         if loud and can_be_silent(layer, self.participants.modules):
             logger.warning("RePr: %d filters of %s return as published: all channels of a group", loud, layer.name)
 
-    def _match_moments(self, held: HeldFilters, renewed: Sequence[FilterLayer], frozen: Collection[str]) -> None:
-        """Statistics of norms that do not find them themselves."""
-        wanted = {}
-        for layer in renewed:
-            if "moments" in self._old[layer.name]:
-                wanted[layer.name] = self._old[layer.name]["moments"]
-            elif layer.kind == BATCH and layer.name in frozen and self.options.frozen_norm == "recalibrate":
-                # Frozen since the drop: what BN would do in training, mean 0 and deviation 1.
-                rows = held.rows[layer.name]
-                wanted[layer.name] = torch.stack([torch.zeros(len(rows)), torch.ones(len(rows))])
-        if not wanted or self.passes is None:
-            return
-        layers = [layer for layer in renewed if layer.name in wanted]
-        match_moments(layers, held.rows, wanted, self.passes, self._calibration_batches, self.cycle)
-        broadcast_([s for layer in layers for s in layer.running_statistics().values()], self._device)
-
     # What both transitions need.
 
     @property
     def _device(self) -> torch.device:
         return self.layers[0].weight.device
 
-    @property
-    def _calibration_batches(self) -> int:
-        suited = 0 if self.passes is None else self.passes.calibration_batches
-        return self.options.calibration_batches or suited
-
-    def _overlaps(self, values: Values) -> dict[str, Tensor]:
-        """Layer name -> (J,) O_f of all its filters."""
-        return {x.name: inter_filter_orthogonality(values[x.name]["weight"], x.conv.groups) for x in self.layers}
-
-    @staticmethod
-    def _overlap_of_kept(layer: FilterLayer, values: Values, masks: Mapping[str, Tensor]) -> Tensor:
-        """(K,) O_f of the filters that stay, among themselves."""
-        return overlap_of_kept(values[layer.name]["weight"], masks[layer.name], layer.conv.groups)
-
-    def _generator(self, purpose: int, layer: int = 0) -> torch.Generator:
-        """A stream of its own for every cycle, purpose and layer, so that nothing depends on what was drawn before."""
-        mixed = (self.seed, self.cycle, purpose, layer)
-        return torch.Generator().manual_seed(int.from_bytes(_digest(mixed), "little"))
+    def _overlaps(self, values: Values, out: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Layer name -> O_f of all its filters (J,), or of those that stay, among themselves (K,)."""
+        found = {}
+        for layer in self.layers:
+            weight, groups = values[layer.name]["weight"], layer.conv.groups
+            if out is None:
+                found[layer.name] = inter_filter_orthogonality(weight, groups)
+            else:
+                found[layer.name] = overlap_of_kept(weight, out[layer.name], groups)
+        return found
 
     def _restart_averaging_norms(self) -> None:
         """BN that averages its statistics over all batches so far (momentum None) has seen another network."""
@@ -579,27 +427,5 @@ class RePrScheme:
     def _release(self) -> None:
         if self._held is not None:
             self._held.release()
-        self._held, self._old, self._frozen_at_drop = None, {}, set()
+        self._held, self._old, self._norms.at_drop = None, {}, set()
         self._owner.keeps = self._after_drop = None
-
-
-def check_resumed(saved: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
-    """Raises OptionError where a run is resumed with other options, by config key, than those that were saved."""
-    for name, key in CONFIG_KEYS.items():
-        if key in saved and key in mine and saved[key] != mine[key]:
-            raise OptionError(
-                f"the checkpoint was trained with {{{name}}} {saved[key]}, this run has {mine[key]}: resume with that "
-                "of the run that wrote it, or start again elsewhere"
-            )
-
-
-def _mean(overlaps: Iterable[Tensor]) -> float:
-    return torch.cat([x.double() for x in overlaps]).mean().item()
-
-
-def _rounded(overlaps: Mapping[str, Tensor]) -> dict[str, list[float]]:
-    return {name: [round(value, 6) for value in overlap.tolist()] for name, overlap in overlaps.items()}
-
-
-def _digest(numbers: tuple[int, ...]) -> bytes:
-    return hashlib.sha256(repr(numbers).encode()).digest()[:7]

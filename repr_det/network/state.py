@@ -1,6 +1,7 @@
 """State that training draws from and keeps, put back as it was after passes that are not part of it."""
 
 import contextlib
+import hashlib
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from repr_det.network.hidden_state import HiddenState
+
+
+def generator_of(*numbers: int) -> torch.Generator:
+    """A generator of the CPU whose stream depends on ``numbers`` alone, not on what was drawn before."""
+    digest = hashlib.sha256(repr(numbers).encode()).digest()[:7]
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
 def random_state() -> dict[str, Any]:
