@@ -29,6 +29,7 @@ import argparse
 import fcntl
 import json
 import logging
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,9 @@ from detectron2.utils.events import EventStorage
 from fine_tuning_hooks import Average, ChannelDropout, CosineRestarts, Cycle, Distillation
 from fine_tuning_plant import plant_copies
 from torch import nn
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
+from saliency import SALIENCY
 
 from repr_det import RePrHook, add_repr_config
 from repr_det.datasets import register_builtin
@@ -134,7 +138,7 @@ def train(run: dict[str, Any], cfg: CfgNode) -> dict[str, Any]:
     if "distill" in run:
         trainer.register_hooks([Distillation(run["distill"])])
     if cfg.REPR.ENABLED:
-        trainer.register_hooks([RePrHook(cfg)])
+        trainer.register_hooks([repr_hook(cfg)])
     if "cycle" in run:
         trainer.register_hooks([Cycle(run["cycle"], run["seed"])])
     if "dropout" in run:
@@ -147,6 +151,17 @@ def train(run: dict[str, Any], cfg: CfgNode) -> dict[str, Any]:
         model.load_state_dict(average.state)
         found.setdefault("average", {})[name] = box_ap(cfg, model)
     return found | {"minutes": round((time.time() - start) / 60, 1)}
+
+
+def repr_hook(cfg: CfgNode) -> RePrHook:
+    """RePr of the config, whose criterion may be one of examples/saliency.py."""
+    criterion = cfg.REPR.CRITERION
+    if criterion not in SALIENCY:
+        return RePrHook(cfg)
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.REPR.CRITERION = "ortho"
+    return RePrHook(**RePrHook.from_config(cfg) | {"criterion": SALIENCY[criterion]})
 
 
 def channels_last(model: nn.Module, bf16: bool) -> None:

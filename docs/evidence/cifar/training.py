@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.append(str(Path(__file__).resolve().parents[3] / "examples"))
-import criteria
+from criteria import oracle
+from saliency import SALIENCY
 
 from cifar import network
 from cifar.data import Images
@@ -93,7 +94,7 @@ def scheme_of(settings: Settings, model: nn.Module, optimizer: torch.optim.Optim
     return RePrScheme(
         find_filter_layers(model, ["*"], ["0"] if settings.skip_first else []),
         optimizer,
-        criterion=getattr(criteria, settings.row, settings.row),  # a function of examples/criteria.py, or a name
+        criterion={**SALIENCY, "oracle": oracle}.get(settings.row, settings.row),
         drop_ratio=settings.drop_ratio,
         max_drop_per_layer=settings.max_drop_per_layer,
         scale=settings.scale,
@@ -242,7 +243,4 @@ def _passes(model: nn.Module, feed: Feed, batch_size: int) -> TrainingPasses:
         order = torch.randperm(len(feed.train), generator=torch.Generator().manual_seed(cycle))
         return [feed.batch(feed.train, rows) for rows in order.to(feed.device).split(batch_size)[:number]]
 
-    def join(many: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        return torch.cat([x for x, _ in many]), torch.cat([y for _, y in many])
-
-    return TrainingPasses(model, batches, lambda batch: F.cross_entropy(model(batch[0]), batch[1]), join)
+    return TrainingPasses(model, batches, lambda batch: F.cross_entropy(model(batch[0]), batch[1]))
