@@ -54,10 +54,6 @@ class _AllReached(Exception):
 class FrozenNorms:
     """The norms that keep their statistics while their convs train: FrozenBN, and BN in eval mode.
 
-    Args:
-        model: not wrapped; None where ``RePrScheme`` was built without it.
-        passes: how to run training batches; None if there is none.
-
     Attributes:
         at_drop: names of the layers whose norm was frozen at the last drop, until their filters return.
     """
@@ -226,11 +222,7 @@ def moments_after(layer: FilterLayer, values: Mapping[str, Tensor], found: Momen
     """Mean and standard deviation after a frozen norm, (2, J).
 
     A channel of a rectified layer that is nowhere above 0 has the median, over the channels that are, of the means and
-    of the deviations.
-
-    Args:
-        values: of the norm, as in ``layers.values_of``.
-        found: what goes into the norm.
+    of the deviations. ``values`` of the norm are as in ``layers.values_of``.
     """
     gain = values["norm.weight"].double() / (values["norm.running_var"].double() + epsilon(layer.norm)).sqrt()
     shift = _bias(values) - values["norm.running_mean"].double() * gain
@@ -249,12 +241,7 @@ def statistics_for(
 
     With w and b the frozen weight and bias the channel has standard deviation s where sqrt(v + eps) = |w| std(x) / s,
     and mean mu where m = mean(x) - (mu - b) sqrt(v + eps) / w. Where w, s or std(x) is zero no scale can be matched:
-    such a channel is normalised to zero mean and unit variance before w and b.
-
-    Args:
-        values: of the norm, as in ``layers.values_of``.
-        mask: (J,) bool, the channels.
-        found: what goes into the norm.
+    such a channel is normalised to zero mean and unit variance before w and b. ``mask`` is (J,) bool.
     """
     eps, (target_mean, target_std) = epsilon(layer.norm), wanted.double()
     mean, std = found.mean[mask], found.std[mask]

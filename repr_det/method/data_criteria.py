@@ -111,15 +111,8 @@ def copies(weight: Tensor, idle: Tensor, threshold: Tensor) -> Tensor:
     t, mean over standard deviation of what they put out, which bias and beta shift: c / sqrt(1 + (t1 - t2)^2), 1 where
     one is a multiple of the other. Filters of opposite sign are no copies: behind a ReLU they say different things.
 
-    From the largest norm down every filter stays, unless it is more like one that stays than NEAR_DUPLICATE.
-
-    Args:
-        weight: (J, ...) filters of one layer, or of one group, on the CPU.
-        idle: (J,) bool, filters that nothing is compared with.
-        threshold: (J,).
-
-    Returns:
-        (J,) in (NEAR_DUPLICATE, 1], NEVER for filters that stay and for idle ones.
+    From the largest norm down every filter stays, unless it is more like one that stays than NEAR_DUPLICATE. Filters
+    that stay, and idle ones, score NEVER. Weights (J, ...) are those of one layer or group, on the CPU.
     """
     rows = unit_filters(weight)
     apart = threshold[:, None].double() - threshold[None].double()

@@ -69,13 +69,8 @@ class HeldFilters:
     The gradient of their rows becomes 0 as soon as it is computed, before DDP, clipping and the optimizer see it: no
     optimizer whose step is zero for a zero parameter, gradient and state moves what ``zero_`` has set to 0.
 
-    Args:
-        layers: all layers that take part.
-        masks: layer name -> (J,) bool, True = dropped, on the CPU.
-        optimizers: hold the parameters of the layers.
-
     Attributes:
-        masks: as given.
+        masks: layer name -> (J,) bool, True = dropped, on the CPU.
         rows: layer name -> (M,) indices of its dropped filters, on the layer's device.
         kept: layer name -> (K,) indices of the others, on the layer's device.
         layers: those of the layers that lose a filter.

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from repr_det.method.errors import OptionError, UserError
 from repr_det.method.holding import Transition
 from repr_det.method.layers import FilterLayer, find_filter_layers
-from repr_det.method.optimizers import around_step, scale_rates, with_inner
 from repr_det.method.options import RePrOptions
 from repr_det.method.passes import TrainingPasses, passes_over
 from repr_det.method.schedule import RePrSchedule
 from repr_det.method.scheme import RePrScheme
 from repr_det.method.selection import drop_total
-from repr_det.network.state import undisturbed
+from repr_det.network.state import undisturbed, unwrapped
+from repr_det.network.steps import around_step, scale_rates, with_inner
 
 logger = logging.getLogger("repr_det.loop")
 
@@ -278,7 +278,7 @@ def apply_repr(model: nn.Module, optimizer: torch.optim.Optimizer, total_steps: 
         )
 
     repr_training.step = refuse  # type: ignore[method-assign]
-    around_step(with_inner(optimizer if isinstance(optimizer, Sequence) else [optimizer]), after=count)
+    around_step(with_inner(optimizer), after=count)
     return repr_training
 
 
@@ -329,11 +329,3 @@ def _warn_of_sub_network(end: dict[str, int]) -> None:
             "finish() before training ends, or resume from a checkpoint",
             end["dropped"],
         )
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside DistributedDataParallel, DataParallel or torch.compile."""
-    inner: Any = model
-    while isinstance(inner, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or hasattr(inner, "_orig_mod"):
-        inner = inner._orig_mod if hasattr(inner, "_orig_mod") else inner.module
-    return inner

@@ -100,12 +100,7 @@ def put_back(layer: FilterLayer, rows: Tensor, values: Mapping[str, Tensor]) -> 
 
 @dataclass(frozen=True)
 class Kernels:
-    """The weights of a module by the channels that they read.
-
-    Attributes:
-        module: a conv or a linear layer.
-        span: how many of its inputs are one channel.
-    """
+    """The weights of a conv or linear layer by the channels that they read, each of ``span`` inputs."""
 
     module: nn.Conv2d | nn.Linear
     span: int = 1

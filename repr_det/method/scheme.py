@@ -24,7 +24,6 @@ from repr_det.method.optimizers import (
     check_optimizers,
     renew_second_weights_,
     restart_optimizer_state_,
-    with_inner,
 )
 from repr_det.method.options import CONFIG_KEYS, RePrOptions, check_resumed
 from repr_det.method.orthogonality import inter_filter_orthogonality, overlap_of_kept
@@ -41,6 +40,7 @@ from repr_det.method.returning import (
 )
 from repr_det.method.selection import check_capacity, select_filters
 from repr_det.network.state import generator_of
+from repr_det.network.steps import with_inner
 
 logger = logging.getLogger("repr_det.scheme")
 
@@ -59,8 +59,7 @@ class RePrScheme:
         passes: how to run training batches; needed by criteria that look at data, and where a norm is frozen.
         averages: of the weights, see ``averages.Averages``.
         seed: all randomness comes from it and the cycle; the same on every rank.
-        chosen: all options in one object.
-        options: of ``RePrOptions``, instead: criterion, drop_ratio, scale, ...
+        chosen: all options in one object; else ``options`` are keywords of ``RePrOptions``.
 
     Attributes:
         layers: the layers that take part; the candidates until that is known.
@@ -86,7 +85,9 @@ class RePrScheme:
     ) -> None:
         self.options = RePrOptions.of(options) if chosen is None else chosen
         self.layers = list(layers)
-        self.optimizers = with_inner(optimizer if isinstance(optimizer, Sequence) else [optimizer])
+        self.optimizers = with_inner(optimizer)
+        if not self.optimizers:
+            raise UserError(f"optimizer= must be a torch.optim.Optimizer, or hold one, got {type(optimizer).__name__}")
         self.optimizer = self.optimizers[0]
         self.model = model
         self.passes = passes
