@@ -44,7 +44,7 @@ DEFAULTS = {
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    rows = [*ROWS, "ortho_calibrated", "ortho_released", "redundant", "oracle"]
+    rows = [*ROWS, "ortho_released", "redundant"]
     rates = ", ".join(f"{name} {rate}" for name, (_, _, rate) in training.OPTIMIZERS.items())
 
     study = parser.add_argument_group("the study").add_argument

@@ -21,9 +21,9 @@ from telling import markdown
 
 RUNS = Path(__file__).with_name("cifar10.jsonl")
 AROUND = 1
-EARLY = 5  # percent of the training: a shorter S1 is told
+EARLY = 5  # percent of the training: a shorter S1 is named
 _TOLD = ("weight_decay", "dropout", "distill", "ortho_reg", "duplicates", "dead", "warm_images")
-# Field of RePr -> how it is told where it is not the paper's.
+# Field of RePr -> its label if it is not the paper's.
 _OF_REPR = {"drop_ratio": "{:g} % dropped", "max_drop_per_layer": "at most {:g} % of a layer"}
 
 
@@ -108,8 +108,10 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 
 def verdict(runs: list[dict[str, Any]]) -> tuple[int, int]:
-    """In how many of how many pairs RePr tests worse than the standard network did at the same fit. Pairs with planted
-    filters do not count, nor those whose standard network never fitted as well."""
+    """Counts the pairs in which RePr tests worse than the standard network did at the same fit, and all pairs.
+
+    Pairs with planted filters do not count, nor those whose standard network never fitted as well.
+    """
     unplanted = [run for run in runs if not (run["settings"].get("duplicates") or run["settings"].get("dead"))]
     differences = [float(found) for *_, found in (line(*pair) for pair in pairs(unplanted)) if found]
     return sum(found < 0 for found in differences), len(differences)

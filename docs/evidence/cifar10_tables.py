@@ -3,7 +3,7 @@
 
 docs/evidence/cifar10_tables.py
 
-A line of a table is told by the options with which docs/evidence/cifar10.py trains it; every seed that is there counts.
+A line of a table is given by the options with which docs/evidence/cifar10.py trains it; every seed that is there counts.
 """
 
 import statistics
@@ -22,7 +22,7 @@ WHOLE = {"plain SGD (bf16): ": "--optimizer sgd --lr 0.01 --bf16", "SGD with mom
 SMALL = "--train-images 5000 --epochs 60"
 SHORT = "--train-images 25000 --epochs 12 --s1 13 --s2 7"
 TABLE_1 = ["random", "weight_norm", "ortho", "taylor", "hessian", "apoz", "gradient", "mean_activation"]
-# What is told -> options of both arms, and what RePr alone differs in.
+# Label -> options of both, and of RePr only.
 ABLATIONS = {
     "SGD with momentum, 30 % dropped": ("", ""),
     "10 % dropped": ("", "--drop-ratio 0.1"),
@@ -50,7 +50,7 @@ BY_ITSELF = {
         "--warm-images 5000 --warm-epochs 60", ["ortho", "redundant"],
     ),
 }  # fmt: skip
-# For docs/results.md: what is told -> options of both arms, rows of RePr, what is measured.
+# For docs/results.md: label -> options of both, rows of RePr.
 SUMMARY = {
     "50,000 images, 100 epochs": (WHOLE["plain SGD (bf16): "], ["ortho", "weight_norm", "random"]),
     "10,000 images, 100 epochs": ("--train-images 10000", ["ortho"]),

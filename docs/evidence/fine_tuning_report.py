@@ -57,14 +57,14 @@ Arms = dict[str, dict[int, float]]  # name -> seed -> AP
 
 def setting_of(run: Run) -> str:
     """What an arm has in common with its baseline, as text."""
-    own = ("name", "seed", "cycle", "dropout", "average", "cfg")
+    own = ("name", "seed", "cycle", "average", "cfg")
     shared = {key: value for key, value in run.items() if key not in own}
     cfg = {key: value for key, value in run.get("cfg", {}).items() if not key.startswith("REPR.")}
     return json.dumps({"data": "raccoon", "iterations": 800} | shared | {"cfg": cfg}, sort_keys=True)
 
 
 def removes(run: Run) -> bool:
-    return "cycle" in run or "dropout" in run or bool(run.get("cfg", {}).get("REPR.ENABLED"))
+    return "cycle" in run or bool(run.get("cfg", {}).get("REPR.ENABLED"))
 
 
 def read(file: Path, average: str | None) -> tuple[dict[str, Arms], dict[str, Arms]]:

@@ -5,7 +5,7 @@ docs/evidence/fine_tuning_search.py --data FOLDER --weights thin_resnet50.pkl --
 
 Every description is one run: a half-width R50-FPN with ImageNet weights and FrozenBN (stem and res2 frozen), about
 176 px, batch 4, SGD with warm-up and two steps, one thread, bf16 autocast in training unless the description says
-otherwise. A run that the results hold already is skipped, so a list that was killed goes on with the same command. What
+otherwise. A run that the results hold already is skipped, so a list that was killed resumes with the same command. What
 a description may say, besides name and seed:
 
     data         "raccoon" or "bccd": FOLDER/NAME/annotations/instances_{train,val}.json, FOLDER/NAME/{train,val}/;
@@ -18,11 +18,10 @@ a description may say, besides name and seed:
     noise        share of the training boxes that are removed (half of it) or shifted by up to 30 % (the other half)
     cfg          config keys, REPR among them
     cycle        removal by this file instead of RePrHook, see ``fine_tuning_hooks.Cycle``
-    dropout      removal of other channels in every step, kept ones scaled up: {"layers", "p"}, p reached linearly
     distill      {"at", "until", "weight"}: losses against the network of these iterations, see
                  ``fine_tuning_hooks.Distillation``
     average      name -> {"decay"} or {"start", "every"}: exponential or uniform averages of the weights, evaluated too
-    cosine       iterations at which a cosine rate begins anew, instead of the steps
+    cosine       iterations at which a cosine rate restarts, instead of the steps
 """
 
 import argparse
@@ -43,7 +42,7 @@ from detectron2.engine import DefaultTrainer, HookBase, hooks
 from detectron2.evaluation import COCOEvaluator, inference_on_dataset
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
-from fine_tuning_hooks import Average, ChannelDropout, CosineRestarts, Cycle, Distillation
+from fine_tuning_hooks import Average, CosineRestarts, Cycle, Distillation
 from fine_tuning_plant import plant_copies
 from torch import nn
 
@@ -141,8 +140,6 @@ def train(run: dict[str, Any], cfg: CfgNode) -> dict[str, Any]:
         trainer.register_hooks([repr_hook(cfg)])
     if "cycle" in run:
         trainer.register_hooks([Cycle(run["cycle"], run["seed"])])
-    if "dropout" in run:
-        trainer.register_hooks([ChannelDropout(run["dropout"])])
     averages = {name: Average(**options) for name, options in run.get("average", {}).items()}
     trainer.register_hooks(averages.values())
     trainer.train()

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Writes the tables of docs/*.md and of this folder's pages anew that come from the runs in this folder.
+"""Rewrites the tables of docs/*.md and of this folder's pages that come from the runs in this folder.
 
 docs/evidence/tables.py [--check]
 
@@ -78,7 +78,7 @@ def main() -> None:
             if not check:
                 page.write_text(new, encoding="utf-8")
     if old:
-        print(f"{'out of date' if check else 'written anew'}: {', '.join(old)}")
+        print(f"{'out of date' if check else 'rewritten'}: {', '.join(old)}")
     sys.exit(check and bool(old))
 
 

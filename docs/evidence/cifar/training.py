@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.append(str(Path(__file__).resolve().parents[3] / "examples"))
-from criteria import oracle
 from saliency import SALIENCY
 
 from cifar import network
@@ -94,7 +93,7 @@ def scheme_of(settings: Settings, model: nn.Module, optimizer: torch.optim.Optim
     return RePrScheme(
         find_filter_layers(model, ["*"], ["0"] if settings.skip_first else []),
         optimizer,
-        criterion={**SALIENCY, "oracle": oracle}.get(settings.row, settings.row),
+        criterion=SALIENCY.get(settings.row, settings.row),
         drop_ratio=settings.drop_ratio,
         max_drop_per_layer=settings.max_drop_per_layer,
         scale=settings.scale,
