@@ -1,4 +1,4 @@
-"""What `make docs` adds to MkDocs: pages from elsewhere, links from file names, a check of docstrings."""
+"""Hooks of `make docs`: pages from elsewhere, links from file names, a check of docstrings."""
 
 import re
 from pathlib import Path

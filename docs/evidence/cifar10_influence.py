@@ -27,7 +27,7 @@ FIGURE = HERE.parent / "pictures" / "influence.svg"
 
 @torch.no_grad()
 def influence(model: nn.Sequential, feed: training.Feed) -> dict[str, list[float]]:
-    """What each filter is worth: test accuracy of the network less that without the filter, in percentage points.
+    """Measures the test accuracy of the network less that without each filter, in percentage points.
 
     Args:
         model: without norms: a filter that is removed is a channel that is zero after the ReLU.

@@ -3,7 +3,7 @@
 
 docs/evidence/cifar10_tables.py
 
-A line of a table is given by the options with which docs/evidence/cifar10.py trains it; every seed that is there counts.
+A line of a table is given by the options with which docs/evidence/cifar10.py trains it; every seed counts.
 """
 
 import statistics

@@ -236,7 +236,7 @@ def _steps(settings: Settings) -> int:
 
 
 def _passes(model: nn.Module, feed: Feed, batch_size: int) -> TrainingPasses:
-    """How data-driven criteria look at training images: other ones in every cycle."""
+    """Training batches for criteria that look at data: other ones in every cycle."""
 
     def batches(number: int, cycle: int) -> list[tuple[Tensor, Tensor]]:
         order = torch.randperm(len(feed.train), generator=torch.Generator().manual_seed(cycle))
