@@ -22,7 +22,7 @@ from telling import markdown
 RUNS = Path(__file__).with_name("cifar10.jsonl")
 AROUND = 1
 EARLY = 5  # percent of the training: a shorter S1 is named
-_TOLD = ("weight_decay", "dropout", "distill", "ortho_reg", "duplicates", "dead", "warm_images")
+_LABELLED = ("weight_decay", "dropout", "distill", "ortho_reg", "duplicates", "dead", "warm_images")
 # Field of RePr -> its label if it is not the paper's.
 _OF_REPR = {"drop_ratio": "{:g} % dropped", "max_drop_per_layer": "at most {:g} % of a layer"}
 
@@ -75,12 +75,12 @@ def pairs(runs: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, An
 
 def line(standard: dict[str, Any], run: dict[str, Any]) -> list[str]:
     settings = run["settings"]
-    more = [f"{k} {settings[k]:g}" for k in _TOLD if settings.get(k)]
+    more = [f"{k} {settings[k]:g}" for k in _LABELLED if settings.get(k)]
     if settings["lr"] != OPTIMIZERS[settings["optimizer"]][2]:
         more.insert(0, f"lr {settings['lr']:g}")
     released = settings.get("network", "3x3") == DEFAULTS["released"]["network"]
     usual = DEFAULTS["released" if released else "paper"]
-    more += [told.format(100 * settings[k]) for k, told in _OF_REPR.items() if settings.get(k, usual[k]) != usual[k]]
+    more += [label.format(100 * settings[k]) for k, label in _OF_REPR.items() if settings.get(k, usual[k]) != usual[k]]
     if settings.get("skip_first"):
         more.append("first conv not ranked")
     if not released and settings.get("s1", EARLY) < EARLY:

@@ -101,13 +101,13 @@ def medium(study: Study) -> str:
 
 def _by_seed(study: Study, head: str, settings: dict[str, str]) -> str:
     lines = []
-    for told, options in settings.items():
+    for label, options in settings.items():
         arms = {row: study.arm(row, options) for row in ["standard", *TABLE_1]}
         for row, arm in arms.items():
             if arm:
                 tests = [f"{tail(arm[seed]):.1f}" if seed in arm else "" for seed in range(3)]
                 others = [spread(map(last, arm.values())), spread(map(best, arm.values())), _fit(arm)]
-                lines.append([told + _row(row), *tests, *others, versus(arms["standard"], arm, tail)])
+                lines.append([label + _row(row), *tests, *others, versus(arms["standard"], arm, tail)])
     seeds = [f"seed {seed}" for seed in range(3)]
     ends = ["last epoch", "best epoch", "training accuracy", "RePr - standard (95 % CI)"]
     return markdown([head, *seeds, *ends], lines)
@@ -116,12 +116,12 @@ def _by_seed(study: Study, head: str, settings: dict[str, str]) -> str:
 def ablations(study: Study) -> str:
     """5,000 images and 60 epochs, mean of the last 5 % of the epochs."""
     lines = []
-    for told, (both, own) in ABLATIONS.items():
+    for label, (both, own) in ABLATIONS.items():
         standard, ortho = study.arm("standard", f"{SMALL} {both}"), study.arm("ortho", f"{SMALL} {both} {own}")
         if ortho:
             alone = "" if own else spread(map(tail, standard.values()))
             others = [spread(map(tail, ortho.values())), versus(standard, ortho, tail)]
-            lines.append([told, alone, *others, f"{_fit(standard)}, {_fit(ortho)}"])
+            lines.append([label, alone, *others, f"{_fit(standard)}, {_fit(ortho)}"])
     return markdown(["setting", "standard", "RePr (ortho)", "RePr - standard (95 % CI)", "training accuracy"], lines)
 
 
@@ -149,11 +149,11 @@ def by_itself(study: Study) -> str:
 
 def _short(study: Study, head: str, settings: dict[str, tuple[str, list[str]]]) -> str:
     lines = []
-    for told, (options, rows) in settings.items():
+    for label, (options, rows) in settings.items():
         arms = {row: study.arm(row, f"{SHORT} {options}") for row in ["standard", *rows]}
         for row, arm in arms.items():
             if arm:
-                first = told if row == "standard" else ""
+                first = label if row == "standard" else ""
                 test = spread(map(last, arm.values()))
                 lines.append([first, row, str(len(arm)), test, versus(arms["standard"], arm, last)])
     return markdown([head, "form", "seeds", "test accuracy", "form - standard (95 % CI)"], lines)
@@ -162,12 +162,12 @@ def _short(study: Study, head: str, settings: dict[str, tuple[str, list[str]]]) 
 def summary(study: Study) -> str:
     """The rows of SUMMARY: mean of the last 5 % of the epochs; after 12 epochs that is the last one."""
     lines = []
-    for told, (options, rows) in SUMMARY.items():
+    for label, (options, rows) in SUMMARY.items():
         standard = study.arm("standard", options)
         for row in rows:
             arm = study.arm(row, options)
             tests = [spread(map(tail, each.values())) for each in (standard, arm)]
-            lines.append([told if row == rows[0] else "", row.replace("_", " "), *tests, versus(standard, arm, tail)])
+            lines.append([label if row == rows[0] else "", row.replace("_", " "), *tests, versus(standard, arm, tail)])
     return markdown(["data", "criterion", "standard", "RePr", "RePr - standard (95 % CI)"], lines)
 
 

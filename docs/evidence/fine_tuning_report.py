@@ -92,10 +92,10 @@ def lines(baselines: dict[str, Arms], forms: dict[str, Arms]) -> list[tuple[str,
     found = []
     for setting in sorted(set(baselines) | set(forms), key=_order):
         for name, arm in sorted(baselines.get(setting, {}).items()):
-            found.append((_told(setting), f"**{name}**", str(len(arm)), spread(arm.values()), ""))
+            found.append((_label(setting), f"**{name}**", str(len(arm)), spread(arm.values()), ""))
         for name, arm in sorted(forms.get(setting, {}).items()):
             d = difference(baselines.get(setting, {}), arm)
-            found.append((_told(setting), name, str(len(arm)), spread(arm.values()), interval(d)))
+            found.append((_label(setting), name, str(len(arm)), spread(arm.values()), interval(d)))
     return found
 
 
@@ -104,7 +104,7 @@ def _order(setting: str) -> tuple[str, int, str]:
     return values["data"], values["iterations"], setting
 
 
-def _told(setting: str) -> str:
+def _label(setting: str) -> str:
     values = json.loads(setting)
     parts = [values.pop("data"), f"{values.pop('iterations')}"]
     cfg = values.pop("cfg")
@@ -120,19 +120,19 @@ def table(file: Path = RESULTS, average: str | None = None) -> str:
 
 def forms(file: Path = RESULTS) -> str:
     """The arms of FORMS in words."""
-    told = {name.strip("*"): values for _, name, *values in lines(*read(file, None))}
+    label = {name.strip("*"): values for _, name, *values in lines(*read(file, None))}
     return markdown(
         ("run", "form, BCCD, rate 0.04, 800 iterations", "seeds", "AP", "form - baseline (95 % CI)"),
-        [[f"`{name}`", words, *told[name]] for name, words in FORMS.items()],
+        [[f"`{name}`", words, *label[name]] for name, words in FORMS.items()],
     )
 
 
 def summary(file: Path = RESULTS) -> str:
     """The arms of SUMMARY."""
-    told = {name: values for _, name, _, *values in lines(*read(file, None))}
+    label = {name: values for _, name, _, *values in lines(*read(file, None))}
     return markdown(
         ("data, iterations", "form", "AP", "RePr - baseline (95 % CI)"),
-        [[*words, *told[name]] for name, words in SUMMARY.items()],
+        [[*words, *label[name]] for name, words in SUMMARY.items()],
     )
 
 

@@ -80,8 +80,8 @@ class Settings:
     def key(self) -> str:
         """The same for the same settings, now and after fields have been added."""
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        told = {name: value for name, value in dataclasses.asdict(self).items() if value != defaults[name]}
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
+        changed = {name: value for name, value in dataclasses.asdict(self).items() if value != defaults[name]}
+        return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:12]
 
     @property
     def warm(self) -> "Settings | None":
