@@ -117,7 +117,7 @@ def train(
     """Trains from new weights, or from those of ``start``.
 
     Args:
-        on_epoch: called with the number of finished epochs and the last test accuracy in percent (NaN before the first).
+        on_epoch: gets the number of finished epochs and the last test accuracy in percent (NaN before the first).
 
     Returns:
         The model and the record of the run. Accuracies are in percent: "curve" on the test images after the epochs
