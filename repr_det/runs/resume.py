@@ -102,8 +102,7 @@ class ExactResume(HookBase):
             return
         self._resumed_exactly = False
         for loader in self._resumable():
-            if loader.was_read:
-                loader.start()
+            loader.start()
         if self._random is not None:
             set_random_state(self._random)
             self._random = None
