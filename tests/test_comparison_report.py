@@ -5,7 +5,7 @@ import json
 import math
 import os
 import shutil
-from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -16,35 +16,17 @@ from repr_det.studies.comparison.command import main
 from repr_det.studies.comparison.records import read_metrics
 from repr_det.studies.comparison.table import METRICS
 
-VOID = {"meta", "br", "link", "img", "hr", "input"}
 
-
-class Page(HTMLParser):
-    """Text, tags and addresses of a page; refuses tags that do not nest."""
+class Page:
+    """Text, tags and addresses of a page, which is well-formed XML."""
 
     def __init__(self, folder):
-        super().__init__()
         self.source = (folder / "report.html").read_text(encoding="utf-8")
-        self.words, self.tags, self.addresses, self.open = [], [], [], []
-        self.feed(self.source.replace("<wbr>", ""))
-        assert not self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.addresses += [v for k, v in attrs if k in ("href", "src", "xlink:href")]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] not in ("style", "script"):
-            self.words.append(data)
-
-    @property
-    def text(self):
-        return " ".join(" ".join(self.words).split())
+        root = ElementTree.fromstring(self.source.replace("<wbr/>", ""))
+        self.tags = [element.tag for element in root.iter()]
+        self.words = " ".join(root.find("body").itertext()).split()
+        self.text = " ".join(self.words)
+        self.addresses = [one for element in root.iter() for one in (element.get("href"), element.get("src")) if one]
 
 
 def test_report_of_finished_folders(finished, tmp_path, capsys):
@@ -124,7 +106,7 @@ def test_report_says_what_is_missing(finished, tmp_path):
     events = [json.loads(line) for line in (other / "repr_events.jsonl").read_text().splitlines()]
     lines = [json.dumps(event | {"dropped": {}}) for event in events]
     (other / "repr_events.jsonl").write_text("".join(line + "\n" for line in lines))
-    compare_folders(tmp_path, [base], [other])
+    compare_folders(tmp_path, [base], [other], "--eval-images", "1")
     page, results = Page(tmp_path / "out"), results_of(tmp_path / "out")
     assert "Which filters were dropped" in page.text and "nan" not in page.words
     assert "AP: n/a (no pair of runs has it)" in page.text.replace(" :", ":")
