@@ -88,14 +88,14 @@ def test_two_configs(finished, tmp_path, capsys):
         finished("repr", seed, ap=ap, folder=out / f"repr_r50_fpn_seed{seed}")
         finished("repr", seed, "REPR.CRITERION", "random", ap=40.0 + seed, folder=out / f"random_seed{seed}")
     words = ["--config-file", REPR_CONFIG, "--against", str(config), "--seeds", "1", "2", "3", "--output", str(out)]
-    main([*words, *OPTS])
+    main([*words, "--eval-images", "0", *OPTS])
     results, page = results_of(out), Page(out)
     assert results["metrics"]["AP"]["difference"]["values"] == pytest.approx([1.0, 1.5, 0.1])
     assert results["verdict"].startswith("repr_r50_fpn against random: +0.9 AP, ")
     assert results["verdict"] in capsys.readouterr().out
     assert "<title>repr_r50_fpn against random on odd_val</title>" in page.source
     assert "REPR.CRITERION random ortho" in page.text and "its baseline" not in page.text
-    main(["--report-only", "--output", str(out)])
+    main(["--report-only", "--output", str(out), "--eval-images", "0"])
     assert results_of(out) == results
 
 
