@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from repr_det import RePr
+from repr_det import RePr, UserError
 
 
 class RePrCallback(lightning.Callback):
@@ -28,10 +28,18 @@ class RePrCallback(lightning.Callback):
         self.repr = RePr(module, trainer.optimizers[0], int(trainer.estimated_stepping_batches), **self.options)
         if self.loaded is not None:  # Lightning has put model and optimizer back by now
             self.repr.load_state_dict(self.loaded)
+        elif trainer.global_step > 0:
+            raise UserError(
+                "the checkpoint was trained without RePrCallback: resume without it, or begin a new training from its "
+                "weights"
+            )
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
         if trainer.global_step > self.repr.steps:  # not while gradients are accumulated
             self.repr.step()
+
+    def on_train_end(self, *_: Any) -> None:
+        self.repr.finish("old")  # EarlyStopping and others may end training while filters are out
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.repr is None else self.repr.state_dict()

@@ -24,29 +24,32 @@ NEW = [FPN, "proposal_generator.rpn_head.conv", "roi_heads.box_head.conv1"]
 
 
 @pytest.mark.parametrize(
-    ("weights", "iterations", "spares", "names", "loud", "warns"),
+    ("weights", "iterations", "epochs", "spares", "names", "loud", "warns"),
     [
-        ("x.pkl", 800, False, [BACKBONE], [BACKBONE], True),
-        ("x.pkl", 800, False, [BACKBONE], [], True),
-        ("x.pkl", 800, False, [C4], [C4], True),
-        ("x.pkl", 800, False, [FPN, BACKBONE], [FPN, BACKBONE], True),
-        ("x.pkl", SHORT - 1, False, [BACKBONE], [BACKBONE], True),
-        ("x.pkl", SHORT, False, [BACKBONE], [BACKBONE], False),
-        ("", 800, False, [BACKBONE], [BACKBONE], False),
-        ("x.pkl", 800, False, NEW, NEW, False),
-        ("x.pkl", 800, True, [BACKBONE], [], False),
-        ("x.pkl", 800, True, [FPN, BACKBONE], [FPN], False),
-        ("x.pkl", 800, True, [BACKBONE], [BACKBONE], True),
+        ("x.pkl", 800, 12.0, False, [BACKBONE], [BACKBONE], True),
+        ("x.pkl", 800, 12.0, False, [BACKBONE], [], True),
+        ("x.pkl", 800, 12.0, False, [C4], [C4], True),
+        ("x.pkl", 800, 12.0, False, [FPN, BACKBONE], [FPN, BACKBONE], True),
+        ("x.pkl", SHORT - 1, None, False, [BACKBONE], [BACKBONE], True),
+        ("x.pkl", SHORT, None, False, [BACKBONE], [BACKBONE], False),
+        ("x.pkl", 90_000, 12.2, False, [BACKBONE], [BACKBONE], False),
+        ("x.pkl", 90_000, 1.5, False, [BACKBONE], [BACKBONE], True),  # the same schedule with 2 images a batch
+        ("", 800, 12.0, False, [BACKBONE], [BACKBONE], False),
+        ("x.pkl", 800, 12.0, False, NEW, NEW, False),
+        ("x.pkl", 800, 12.0, True, [BACKBONE], [], False),
+        ("x.pkl", 800, 12.0, True, [FPN, BACKBONE], [FPN], False),
+        ("x.pkl", 800, 12.0, True, [BACKBONE], [BACKBONE], True),
     ],
 )
-def test_who_is_warned(weights, iterations, spares, names, loud, warns):
+def test_who_is_warned(weights, iterations, epochs, spares, names, loud, warns):
     layers = [SimpleNamespace(name=name) for name in names]
     criterion, options = SimpleNamespace(spares=spares), SimpleNamespace(drop_ratio=0.3)
     scheme = SimpleNamespace(layers=layers, loud=loud, criterion=criterion, options=options)
-    warning = fine_tuning_warning(weights, iterations, scheme)
+    warning = fine_tuning_warning(weights, iterations, epochs, scheme)
     assert (warning is not None) == warns
     if warns:
-        assert f"{iterations} iterations from trained weights (x.pkl)" in warning and MEASURED in warning
+        length = f"{iterations} iterations" if epochs is None else f"{iterations} iterations ({epochs:.3g} epochs)"
+        assert f"{length} from trained weights (x.pkl)" in warning and MEASURED in warning
         assert f"30 % of the filters of {sum(name != FPN for name in names)} trained convs" in warning
 
 
@@ -87,5 +90,5 @@ def test_in_the_form_for_fine_tuning_no_conv_returns_loud(depth):
             found.prove(lambda: passes.loss([image]))
         assert {x.name for x in found.scheme.layers} == {name for name in names if name[-1] in convs}
         assert set(found.scheme.loud) == {name for name in names if name[-1] in loud}
-        assert (fine_tuning_warning("x.pkl", 800, found.scheme) is not None) == bool(loud)
+        assert (fine_tuning_warning("x.pkl", 800, 12.0, found.scheme) is not None) == bool(loud)
         found.close()

@@ -62,13 +62,23 @@ def ended(command):
 @pytest.fixture(scope="module")
 def straight(train, tmp_path_factory):
     """The undisturbed run, of two processes by --num-gpus."""
-    return ended(train(tmp_path_factory.mktemp("straight") / "run"))
+    command = train(tmp_path_factory.mktemp("straight") / "run")
+    found = ended(command)
+    assert warned_early(command) == 1
+    return found
+
+
+EARLY = "--register tiny_val: no key names it"  # said before the run has a log
+
+
+def warned_early(command):
+    return (command.log.with_suffix("") / "log.txt").read_text().count(EARLY)
 
 
 def test_torchrun_is_num_gpus(train, straight, tmp_path):
     command = train(tmp_path / "run", one_machine())
     assert_same(ended(command), straight)
-    assert "World size: 2" in command.text
+    assert "World size: 2" in command.text and warned_early(command) == 1
 
 
 def test_srun_is_num_gpus(tiny_data, straight, tmp_path):

@@ -118,9 +118,10 @@ def test_torchvision_example_says_what_is_wrong(torchvision_example, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_lightning_callback(tmp_path):
+def test_lightning_callback(tmp_path, monkeypatch):
     pytest.importorskip("lightning", reason="lightning is not installed")
-    train = example("lightning_callback").train
+    module = example("lightning_callback")
+    train = module.train
     # 4 steps an epoch; the sub-network trains at steps 3, 4, 8 and 9, so the first epoch ends in its middle.
     run = partial(train, images=200, schedule=RePrSchedule(3, 2, 2), layers=["net.*"])
     wanted = run(str(tmp_path / "whole"), epochs=3).state_dict()
@@ -131,6 +132,16 @@ def test_lightning_callback(tmp_path):
     dropped = mine["scheme"]["masks"]["net.0"]
     assert state["state_dict"]["net.0.weight"][dropped].count_nonzero() == 0
     assert_same_weights(run(str(tmp_path / "rest"), epochs=3, resume=str(checkpoint)).state_dict(), wanted)
+
+    def stop(model, *_):
+        model.trainer.should_stop = model.global_step >= 4
+
+    monkeypatch.setattr(module.Digits, "on_train_batch_end", stop, raising=False)
+    assert run(str(tmp_path / "stopped"), epochs=3).net[0].weight.flatten(1).any(1).all()  # as early stopping does
+    state["callbacks"] = {}
+    torch.save(state, tmp_path / "other.ckpt")
+    with pytest.raises(UserError, match="trained without RePrCallback"):
+        run(str(tmp_path / "late"), epochs=3, resume=str(tmp_path / "other.ckpt"))
 
 
 # --- A Detectron2 trainer that is not DefaultTrainer, after detrex's: a loop class of its own with gradient clipping,

@@ -28,105 +28,87 @@ from repr_det.runs.stopping import STATUS, StopAtSignal, Stopped, answer_signals
 
 TORCHRUN = dict(RANK="1", LOCAL_RANK="1", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
 TORCHRUN |= dict(MASTER_PORT="1", TORCHELASTIC_RUN_ID="job", TORCHELASTIC_RESTART_COUNT="0")
+SRUN = dict(SLURM_STEP_NUM_TASKS="4", SLURM_STEP_TASKS_PER_NODE="2(x2)", SLURM_PROCID="3", SLURM_LOCALID="1")
+SRUN |= dict(SLURM_JOB_ID="12", SLURM_STEP_ID="0", SLURM_STEP_NODELIST="node[07-08]")
+FOUR, UNEVEN = TORCHRUN | {"WORLD_SIZE": "4"}, SRUN | {"SLURM_STEP_TASKS_PER_NODE": "3,1"}
 
 
 @pytest.fixture
-def torchrun(monkeypatch):
-    """``torchrun(KEY=value)`` -> this process looks as if torchrun had started it."""
+def start_by(monkeypatch):
+    """``start_by(variables, KEY=value)`` -> this process looks as if a launcher with these variables had started it."""
 
-    def pretend(**changed):
-        for key, value in (TORCHRUN | changed).items():
+    def pretend(variables, **changed):
+        for key, value in (variables | changed).items():
             monkeypatch.setenv(key, value)
 
     return pretend
 
 
-def refused(cfg, *words):
-    with pytest.raises(UserError) as error:
-        check_processes(train_argument_parser().parse_args(words), cfg, cfg.MODEL)
-    assert "\n" not in str(error.value)
-    return str(error.value)
+def world_of(cfg, words=""):
+    return check_processes(train_argument_parser().parse_args(words.split()), cfg, cfg.MODEL)
+
+
+SYNC_BN = "MODEL.RESNETS.NORM SyncBN needs GPUs, and this run has 2 processes on the CPU: use naiveSyncBN"
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("launcher", "words", "opts", "message"),
     [
         (
-            ["--num-gpus", "2"],
-            "--num-gpus 2 beside torchrun, which starts the processes: leave it out and give torchrun --nproc",
+            TORCHRUN,
+            "--num-gpus 2",
+            "",
+            "--num-gpus 2 beside torchrun, which starts the processes: leave it out and give",
         ),
-        (["--num-machines", "2", "--machine-rank", "1"], "--num-machines 2 --machine-rank 1 beside torchrun"),
-    ],
-)
-def test_options_beside_torchrun(tiny_cfg, torchrun, words, message):
-    torchrun()
-    assert message in refused(tiny_cfg(), *words)
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
+        (TORCHRUN, "--num-machines 2 --machine-rank 1", "", "--num-machines 2 --machine-rank 1 beside torchrun"),
+        (SRUN, "--num-gpus 2", "SOLVER.IMS_PER_BATCH 4", "--num-gpus 2 beside srun, which starts the processes"),
+        (UNEVEN, "", "", "every machine must start as many processes, and this run has 4 (srun"),
+        ({}, "--num-machines 2", "", "--num-machines 2 needs --dist-url tcp://HOST:PORT with the name or address of"),
+        ({}, "--num-machines 2 --dist-url auto", "", "--num-machines 2 needs --dist-url tcp://HOST:PORT"),
+        ({}, "--num-machines 2 --machine-rank 2", "", "--machine-rank must be in 0 ... 1, got 2"),
+        ({}, "--num-machines 0", "", "--num-machines must be at least 1, got 0"),
+        ({}, "--num-gpus 2 --dist-url 10.0.0.1:29500", "", "--dist-url must be tcp://HOST:PORT"),
         (
-            ["--num-machines", "2"],
-            "--num-machines 2 needs --dist-url tcp://HOST:PORT with the name or address of machine 0",
-        ),
-        (["--num-machines", "2", "--dist-url", "auto"], "--num-machines 2 needs --dist-url tcp://HOST:PORT"),
-        (["--num-machines", "2", "--machine-rank", "2"], "--machine-rank must be in 0 ... 1, got 2"),
-        (["--num-machines", "0"], "--num-machines must be at least 1, got 0"),
-        (["--num-gpus", "2", "--dist-url", "10.0.0.1:29500"], "--dist-url must be tcp://HOST:PORT"),
-        (
-            ["--num-gpus", "3"],
+            {},
+            "--num-gpus 3",
+            "",
             "SOLVER.IMS_PER_BATCH 2 must be a multiple of the 3 processes of this run (--num-gpus 3)",
         ),
+        (
+            *({}, "--num-gpus 2 --num-machines 2 --dist-url tcp://a:1", "SOLVER.IMS_PER_BATCH 6"),
+            "6 must be a multiple of the 4 processes of this run (--num-gpus 2 --num-machines 2)",
+        ),
+        (
+            *(FOUR, "", "SOLVER.IMS_PER_BATCH 6"),
+            "6 must be a multiple of the 4 processes of this run (torchrun with 2 on this machine)",
+        ),
+        (TORCHRUN, "", "MODEL.RESNETS.NORM SyncBN", SYNC_BN),
     ],
 )
-def test_options(tiny_cfg, words, message):
-    assert message in refused(tiny_cfg(), *words)
+def test_refused(tiny_cfg, start_by, launcher, words, opts, message):
+    start_by(launcher)
+    with pytest.raises(UserError) as error:
+        world_of(tiny_cfg(*opts.split()), words)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_batch_of_all_machines(tiny_cfg, torchrun):
-    words = ["--num-gpus", "2", "--num-machines", "2", "--dist-url", "tcp://a:1"]
-    cfg = tiny_cfg("SOLVER.IMS_PER_BATCH", 6)
-    assert "6 must be a multiple of the 4 processes of this run (--num-gpus 2 --num-machines 2)" in refused(cfg, *words)
-    torchrun(WORLD_SIZE="4")
-    assert "6 must be a multiple of the 4 processes of this run (torchrun with 2 on this machine)" in refused(cfg)
-    scaled = tiny_cfg("SOLVER.IMS_PER_BATCH", 3, "SOLVER.REFERENCE_WORLD_SIZE", 1)  # 12 for four processes
-    assert check_processes(train_argument_parser().parse_args([]), scaled, scaled.MODEL).size == 4
-
-
-def test_sync_bn_on_the_cpu(tiny_cfg, torchrun):
-    cfg = tiny_cfg("MODEL.RESNETS.NORM", "SyncBN")
-    assert check_processes(train_argument_parser().parse_args([]), cfg, cfg.MODEL).size == 1
-    torchrun()
-    message = "MODEL.RESNETS.NORM SyncBN needs GPUs, and this run has 2 processes on the CPU: use naiveSyncBN"
-    assert refused(cfg) == message
-
-
-SRUN = dict(SLURM_STEP_NUM_TASKS="4", SLURM_STEP_TASKS_PER_NODE="2(x2)", SLURM_PROCID="3", SLURM_LOCALID="1")
-SRUN |= dict(SLURM_JOB_ID="12", SLURM_STEP_ID="0", SLURM_STEP_NODELIST="node[07-08]")
-
-
-def test_srun(tiny_cfg, monkeypatch):
-    for key, value in SRUN.items():
-        monkeypatch.setenv(key, value)
+def test_what_a_launcher_started(tiny_cfg, start_by):
+    assert world_of(tiny_cfg("MODEL.RESNETS.NORM", "SyncBN")).size == 1
+    start_by(SRUN)
     assert Launched.found() == Launched("srun", 3, 1, 4, 2, "slurm 12.0")
-    cfg = tiny_cfg("SOLVER.IMS_PER_BATCH", 4)
-    world = check_processes(train_argument_parser().parse_args([]), cfg, cfg.MODEL)
+    world = world_of(tiny_cfg("SOLVER.IMS_PER_BATCH", 4))
     assert (world.size, world.local_size) == (4, 2)
-    assert "--num-gpus 2 beside srun, which starts the processes" in refused(cfg, "--num-gpus", "2")
-    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "3,1")
-    assert "every machine must start as many processes, and this run has 4 (srun" in refused(cfg)
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    assert world_of(tiny_cfg("SOLVER.IMS_PER_BATCH", 3, "SOLVER.REFERENCE_WORLD_SIZE", 1)).size == 4  # 12 images
+    start_by(SRUN, SLURM_STEP_NUM_TASKS="1")
     assert Launched.found() is None
 
 
 @pytest.mark.parametrize(
     ("nodes", "first"), [("node[07-08]", "node07"), ("a,b", "a"), ("gpu-3", "gpu-3"), ("n[1,5-7],m2", "n1")]
 )
-def test_the_address_of_sruns_first_node(monkeypatch, nodes, first):
+def test_the_address_of_sruns_first_node(monkeypatch, start_by, nodes, first):
     joined = {}
-    for key, value in (SRUN | {"SLURM_STEP_NODELIST": nodes}).items():
-        monkeypatch.setenv(key, value)
+    start_by(SRUN, SLURM_STEP_NODELIST=nodes)
     for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
@@ -141,29 +123,29 @@ def test_the_address_of_sruns_first_node(monkeypatch, nodes, first):
     assert joined["WORLD_SIZE"] == "4" and joined["local"] == 2
 
 
-def test_compare_is_not_for_torchrun(torchrun):
+def test_compare_is_not_for_torchrun(start_by):
     refuse_torchrun("compare.py")
-    torchrun()
+    start_by(TORCHRUN)
     with pytest.raises(UserError, match=r"compare\.py starts its runs itself"):
         refuse_torchrun("compare.py")
 
 
-def test_who_may_continue(torchrun, tmp_path):
+def test_who_may_continue(start_by, tmp_path):
     """A restarted job goes on; another job that was given the folder of a run by mistake does not."""
-    args = argparse.Namespace(resume=False)
-    assert not may_continue(args, str(tmp_path))
-    torchrun(RANK="0", TORCHELASTIC_RESTART_COUNT="1")
-    assert not may_continue(args, str(tmp_path))  # the first start was refused
+
+    def may(**changed):
+        start_by(TORCHRUN, **changed)
+        return may_continue(argparse.Namespace(resume=False), str(tmp_path))
+
+    assert not may_continue(argparse.Namespace(resume=False), str(tmp_path))
+    assert not may(RANK="0", TORCHELASTIC_RESTART_COUNT="1")  # the first start was refused
     RunLock(tmp_path, "job").acquire()
-    assert may_continue(args, str(tmp_path))
-    torchrun(RANK="0", TORCHELASTIC_RUN_ID="another", TORCHELASTIC_RESTART_COUNT="1")
-    assert not may_continue(args, str(tmp_path))
-    torchrun(RANK="1", TORCHELASTIC_RUN_ID="another")
-    assert may_continue(args, str(tmp_path))  # rank 0 decides
-    torchrun(RANK="0", TORCHELASTIC_RUN_ID="none")
-    assert not may_continue(args, str(tmp_path))
+    assert may(RANK="0", TORCHELASTIC_RESTART_COUNT="1")
+    assert not may(RANK="0", TORCHELASTIC_RUN_ID="another", TORCHELASTIC_RESTART_COUNT="1")
+    assert may(RANK="1", TORCHELASTIC_RUN_ID="another")  # rank 0 decides
+    assert not may(RANK="0", TORCHELASTIC_RUN_ID="none")
     RunLock(tmp_path, Launched.found().job).acquire()
-    assert may_continue(args, str(tmp_path))
+    assert may(RANK="0", TORCHELASTIC_RUN_ID="none")
 
 
 def hold(folder, held):
@@ -200,26 +182,14 @@ class Saver:
 
 class SignalAt(HookBase):
     def __init__(self, number, iteration, where):
-        self.number, self.iteration, self.where = number, iteration, where
+        self.number, self.iteration = number, iteration
+        setattr(self, where, self.send)
 
-    def send(self, where):
-        if self.trainer.iter == self.iteration and where == self.where:
+    def send(self):
+        if self.trainer.iter == self.iteration:
             os.kill(os.getpid(), self.number)
 
-    def before_train(self):
-        self.send("before_train")
 
-    def before_step(self):
-        self.send("before_step")
-
-    def after_step(self):
-        self.send("after_step")
-
-    def after_train(self):
-        self.send("after_train")
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize(
     ("iteration", "where", "saved", "last"),
     [
@@ -232,7 +202,8 @@ class SignalAt(HookBase):
         (10, "after_train", [], 10),  # in the evaluation after the last step
     ],
 )
-def test_signals(number, iteration, where, saved, last):
+def test_signals(iteration, where, saved, last):
+    number = signal.SIGUSR1 if iteration == 3 else signal.SIGTERM
     model = nn.Linear(1, 1)
     loss = type("Loss", (nn.Module,), {"forward": lambda self, x: {"loss": model(x).sum()}})()
     trainer = SimpleTrainer(loss, [torch.ones(1, 1)] * 20, torch.optim.SGD(model.parameters(), 0.1))

@@ -38,9 +38,8 @@ from repr_det.detectron.config import (
 from repr_det.method.errors import UserError
 from repr_det.method.layers import find_filter_layers
 from repr_det.method.selection import check_capacity
-from repr_det.runs.checkpoints import AtomicCheckpointer, check_last_checkpoint
+from repr_det.runs.checkpoints import AtomicCheckpointer, check_last_checkpoint, fit_names, zero_filters
 from repr_det.runs.files import run_traces
-from repr_det.runs.weights import fit_names, zero_filters
 
 logger = logging.getLogger(__name__)
 

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +30,16 @@ from repr_det.detectron.config import without_repr
 from repr_det.method.errors import UserError
 from repr_det.runs.files import advice_for, write_atomically
 from repr_det.runs.lock import RunLock, finds, job_of
-from repr_det.runs.parent import end_with_parent
 from repr_det.runs.record import CONFIG_FILE
-from repr_det.runs.stopping import STATUS, Stopped, answer_signals
+from repr_det.runs.stopping import STATUS, Stopped, answer_signals, end_with_parent
 
 STOCK_CONFIG_FILE = "config_detectron2.yaml"
 _FOR_THE_FIRST_TO_SPEAK = 5.0  # seconds
 _FOR_THE_LAST_TO_END = 30.0  # seconds that a resumed run waits for the one that it continues, which may be saving
 _FOR_A_FILE_TO_BE_SEEN = 60.0  # seconds that one machine's files may take to appear on another
 _HELD: list[RunLock] = []
+_EARLY = MemoryHandler(1000, flushLevel=logging.CRITICAL + 1)  # what is said before a run has a log of its own
+_EARLY.setLevel(logging.WARNING)
 
 
 def run_tool(main: Callable[[], Any]) -> None:
@@ -45,6 +47,7 @@ def run_tool(main: Callable[[], Any]) -> None:
     asks it to stop with status 75 (``stopping``)."""
     launched = Launched.found()
     logging.basicConfig(format="%(levelname)s: %(message)s")  # until a run has logs of its own
+    logging.getLogger().addHandler(_EARLY)
     try:
         main()
         return
@@ -103,6 +106,7 @@ def setup_process(
     setup_logger(folder, distributed_rank=rank, name="fvcore")
     logger = setup_logger(folder, distributed_rank=rank)
     setup_logger(folder, distributed_rank=rank, name="repr_det", abbrev_name="repr")
+    _log_early_warnings(vars(args).pop("early", []))
     logging.getLogger("detectron2.engine.train_loop").addFilter(_one_line_for_user_errors)
     logger.info("Rank of current process: %d. World size: %d", rank, comm.get_world_size())
     logger.info("Environment info:\n%s", collect_env_info())
@@ -112,6 +116,15 @@ def setup_process(
     seed_all_rng(None if seed < 0 else seed + rank)
     if not getattr(args, "eval_only", False):  # its overhead is large beside the size of validation sets
         torch.backends.cudnn.benchmark = cudnn_benchmark
+
+
+def _log_early_warnings(warnings: list[tuple[str, str]]) -> None:
+    """Writes into the log what stands on the terminal already."""
+    logging.getLogger().removeHandler(_EARLY)
+    for handler in logging.getLogger("repr_det").handlers:
+        if getattr(handler, "stream", None) is not sys.stdout:
+            for name, text in warnings:
+                handler.handle(logging.LogRecord(name, logging.WARNING, __file__, 0, text, None, None))
 
 
 def may_continue(args: argparse.Namespace, folder: str) -> bool:
@@ -152,6 +165,7 @@ def _take(args: argparse.Namespace, folder: str) -> None:
 
 def launch_processes(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace, device: str) -> None:
     """Runs ``main(args)`` in this process if a launcher started it, else in the processes that ``args`` asks for."""
+    args.early = [(record.name, record.getMessage()) for record in _EARLY.buffer]
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # several CPU processes talk by gloo, also on a machine with GPUs
     launched = Launched.found() if args.num_machines == 1 else None

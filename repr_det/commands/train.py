@@ -17,10 +17,10 @@ from repr_det.commands.processes import launch_processes, may_continue, setup, w
 from repr_det.commands.world import check_processes
 from repr_det.detectron.engine import Trainer
 from repr_det.detectron.hook import RePrHook
+from repr_det.detectron.passes import epochs_of, map_dataset
 from repr_det.detectron.trackers import check_wandb, tracked
 from repr_det.runs.checkpoints import AtomicCheckpointer, find_checkpoint
 from repr_det.runs.guard import FiniteGuard
-from repr_det.runs.loader import ResumableLoader
 from repr_det.runs.record import RunRecord
 
 logger = logging.getLogger(__name__)
@@ -68,10 +68,9 @@ def describe_run(trainer: Trainer) -> str:
     """One line: the images and epochs of a run, and whether RePr is on."""
     cfg = trainer.cfg
     line = f"{cfg.SOLVER.MAX_ITER} iterations of {cfg.SOLVER.IMS_PER_BATCH} images"
-    loader = trainer._trainer.data_loader
-    if isinstance(loader, ResumableLoader):
-        images = len(loader.dataset.dataset)
-        epochs = cfg.SOLVER.MAX_ITER * loader.batch_size * comm.get_world_size() / images
+    epochs = epochs_of(trainer, None)
+    if epochs is not None:
+        images = len(map_dataset(trainer._trainer.data_loader))
         line = f"{images} training images, {line}: {epochs:.3g} epochs"
     hook = next((hook for hook in trainer._hooks if isinstance(hook, RePrHook)), None)
     if hook is None:

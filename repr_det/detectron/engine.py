@@ -25,12 +25,11 @@ from repr_det.detectron.decay import DefinedAtItsEnd
 from repr_det.detectron.evaluators import build_evaluator, check_evaluators
 from repr_det.detectron.hook import RePrHook, first_later_hook
 from repr_det.method.errors import UserError
-from repr_det.runs.checkpoints import AtomicCheckpointer, remove_unfinished_saves
-from repr_det.runs.files import FINAL_CHECKPOINT, keep_checkpoints
-from repr_det.runs.guard import FiniteGuard, NonFiniteError, describe, first_non_finite
+from repr_det.runs.checkpoints import AtomicCheckpointer
+from repr_det.runs.files import FINAL_CHECKPOINT, keep_checkpoints, remove_unfinished
+from repr_det.runs.guard import FiniteGuard, NonFiniteError, describe, non_finite_gradient, non_finite_weight
 from repr_det.runs.loader import resumable
-from repr_det.runs.resume import ExactResume
-from repr_det.runs.settings import apply_settings, check_same_optimizer, settings_of
+from repr_det.runs.resume import ExactResume, apply_settings, check_same_optimizer, settings_of
 from repr_det.runs.stopping import StopAtSignal
 
 logger = logging.getLogger("repr_det.resume")
@@ -72,7 +71,7 @@ class Trainer(DefaultTrainer):
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         if comm.is_main_process():
-            remove_unfinished_saves(cfg.OUTPUT_DIR)
+            remove_unfinished(cfg.OUTPUT_DIR)
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.register_hooks(self.build_hooks())
@@ -139,7 +138,7 @@ class Trainer(DefaultTrainer):
         try:
             super().run_step()
         except FloatingPointError as error:
-            found = first_non_finite(self.model)
+            found = non_finite_weight(self.model) or non_finite_gradient(self.model)
             what = "the loss is not finite" + (f", nor is {found}" if found else "")
             raise NonFiniteError(describe(self, what)) from error
 

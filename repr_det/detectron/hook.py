@@ -21,9 +21,9 @@ from repr_det.detectron.config import (
 )
 from repr_det.detectron.decay import decays
 from repr_det.detectron.fine_tuning import fine_tuning_warning
-from repr_det.detectron.passes import training_passes
+from repr_det.detectron.passes import epochs_of, training_passes
 from repr_det.method.criteria import get_criterion
-from repr_det.method.errors import UserError, spelling
+from repr_det.method.errors import OptionError, UserError, spelling
 from repr_det.method.holding import Transition
 from repr_det.method.loop import RePr, describe_schedule, schedule_of, unwrapped
 from repr_det.method.options import DETECTRON2_LAYERS, RePrOptions, check_resumed
@@ -98,6 +98,7 @@ class RePrHook(HookBase):
         self.aspect_ratio_grouping = aspect_ratio_grouping
         self.weights = weights
         self.averages = averages
+        self.total_steps = total_steps
         self.schedule: RePrSchedule | None = None
         if total_steps is not None:
             with spelling(names):
@@ -141,12 +142,23 @@ class RePrHook(HookBase):
             raise UserError(
                 "RePrHook is registered twice in this trainer: leave one out (repr_det's Trainer brings its own)"
             )
+        if self.repr is not None and self._loaded is None and self.repr.steps != trainer.start_iter:
+            raise UserError(
+                f"this trainer has trained {self.repr.steps} iterations, and this training begins at iteration "
+                f"{trainer.start_iter}: make another one, on which resume_or_load(resume=True) resumes from the last "
+                "checkpoint"
+            )
         self._log_as_detectron2()
         self._move_into_place()
         if self.schedule is None:
             self.schedule = schedule_of(self.options, trainer.max_iter, self._first_decay())
             if self._loaded is not None:
                 self._compare(self._loaded["run"])
+        if self.total_steps is not None and trainer.max_iter <= self.schedule.end_iter < self.total_steps:
+            raise OptionError(
+                f"this trainer's max_iter is {trainer.max_iter}, but {{total_steps}} is {self.total_steps}, and the "
+                "schedules go by that: to train in pieces, stop a run and resume it in another trainer"
+            )
         self.schedule.check_fits(trainer.max_iter)
         if self.repr is None:
             if self._loaded is None and trainer.start_iter > 0:
@@ -267,7 +279,8 @@ class RePrHook(HookBase):
     def _warn_of_fine_tuning(self) -> None:
         if self.trainer.start_iter == 0 and not self._warned:
             self._warned = True
-            if warning := fine_tuning_warning(self.weights, self.trainer.max_iter, self.repr.scheme):
+            epochs = epochs_of(self.trainer, self.images_per_batch)
+            if warning := fine_tuning_warning(self.weights, self.trainer.max_iter, epochs, self.repr.scheme):
                 logger.warning(warning)
 
     def _step(self, iteration: int) -> None:

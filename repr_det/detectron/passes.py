@@ -76,6 +76,13 @@ def map_dataset(loader: Any) -> MapDataset | None:
     return loader
 
 
+def epochs_of(trainer: Any, images_per_batch: int | None) -> float | None:
+    """Returns the epochs of a whole training; None if its loader does not tell its images."""
+    loader = getattr(getattr(trainer, "_trainer", trainer), "data_loader", None)
+    dataset, images = map_dataset(loader), images_per_batch or batch_size_of(loader)
+    return None if not dataset or images is None else trainer.max_iter * images / len(dataset)
+
+
 def calibration_batches(images_per_batch: int) -> int:
     """Batches, each of ``images_per_batch`` over all ranks, that a calibration of FrozenBN looks at.
 

@@ -12,10 +12,7 @@ from filelock import FileLock, Timeout
 from repr_det.method.errors import UserError
 from repr_det.runs.files import write_atomically
 
-LOCK_FILE = ".running.lock"
 OWNER_FILE = ".running"
-_AGAIN_SECONDS = 0.2
-
 logger = logging.getLogger("repr_det.lock")
 
 
@@ -34,7 +31,7 @@ class RunLock:
 
     def __init__(self, folder: str | Path, job: str = "") -> None:
         self.folder, self.job, self.mark = Path(folder), job, ""
-        self._lock = FileLock(self.folder / LOCK_FILE, thread_local=False)
+        self._lock = FileLock(self.folder / ".running.lock", thread_local=False)
 
     def acquire(self, wait: float = 0.0) -> None:
         """Locks the folder, or waits so many seconds for a run that is about to end.
@@ -47,7 +44,7 @@ class RunLock:
             self._lock.acquire(timeout=wait)
         except Timeout:
             owner = _owner(self.folder)
-            known = f" ({owner['pid']} on {owner['host']})" if {"pid", "host"} <= owner.keys() else ""
+            known = f" ({owner.get('pid')} on {owner.get('host')})" if owner else ""
             raise UserError(
                 f"OUTPUT_DIR {self.folder} is being trained by another process{known}: wait for it, end it, or give "
                 "another OUTPUT_DIR"
@@ -63,7 +60,7 @@ class RunLock:
 
 
 def job_of(folder: str | Path) -> str:
-    """The elastic job that last trained in ``folder``, "" if there is none."""
+    """Returns the elastic job that last trained in ``folder``, "" if there is none."""
     return str(_owner(Path(folder)).get("job", ""))
 
 
@@ -73,13 +70,12 @@ def finds(folder: str | Path, mark: str, wait: float) -> bool:
     while json.dumps(_owner(Path(folder))) != mark:
         if time.monotonic() >= deadline:
             return False
-        time.sleep(_AGAIN_SECONDS)
+        time.sleep(0.2)
     return True
 
 
 def _owner(folder: Path) -> dict:
     try:
-        found = json.loads((folder / OWNER_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return dict(json.loads((folder / OWNER_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
         return {}
-    return found if isinstance(found, dict) else {}

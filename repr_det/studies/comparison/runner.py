@@ -16,7 +16,7 @@ import torch
 
 from repr_det.commands.processes import run_tool
 from repr_det.runs.files import METRICS_FILE, run_traces
-from repr_det.runs.parent import end_with_parent
+from repr_det.runs.stopping import end_with_parent
 from repr_det.studies.comparison.records import read_json_lines
 from repr_det.studies.comparison.runs import Run, is_finished
 
