@@ -21,6 +21,7 @@ from torch import nn
 from repr_det import UserError
 from repr_det.commands import processes
 from repr_det.commands.arguments import train_argument_parser
+from repr_det.commands.checks import check_run
 from repr_det.commands.processes import _run, _take, may_continue, run_tool
 from repr_det.commands.world import Launched, check_processes, dist_url, refuse_torchrun
 from repr_det.runs.lock import OWNER_FILE, RunLock, job_of
@@ -45,10 +46,12 @@ def start_by(monkeypatch):
 
 
 def world_of(cfg, words=""):
-    return check_processes(train_argument_parser().parse_args(words.split()), cfg, cfg.MODEL)
+    world = check_processes(train_argument_parser().parse_args(words.split()))
+    check_run(cfg, world=world)
+    return world
 
 
-SYNC_BN = "MODEL.RESNETS.NORM SyncBN needs GPUs, and this run has 2 processes on the CPU: use naiveSyncBN"
+SYNC_BN = "stem.conv1.norm is SyncBN, which needs GPUs, and this run has 2 processes on the CPU: use naiveSyncBN"
 
 
 @pytest.mark.parametrize(

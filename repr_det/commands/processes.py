@@ -43,8 +43,8 @@ _EARLY.setLevel(logging.WARNING)
 
 
 def run_tool(main: Callable[[], Any]) -> None:
-    """Runs a tool; a UserError or a fault of the machine ends it with one line on stderr and status 2, a signal that
-    asks it to stop with status 75 (``stopping``)."""
+    """Runs a tool; a UserError or a fault of the machine ends it with one line on stderr and status 2, a signal to stop
+    with status 75."""
     launched = Launched.found()
     logging.basicConfig(format="%(levelname)s: %(message)s")  # until a run has logs of its own
     logging.getLogger().addHandler(_EARLY)
@@ -74,33 +74,29 @@ def _say(line: str) -> None:
     sys.stderr.flush()
 
 
-def setup(args: argparse.Namespace, cfg: CfgNode) -> None:
-    """Threads, logs and seeds of one process of a run."""
-    setup_process(args, str(cfg.MODEL.DEVICE), cfg.OUTPUT_DIR, cfg.SEED, cfg.CUDNN_BENCHMARK, cfg.dump())
-
-
 def write_configs(cfg: CfgNode, folder: Path) -> None:
-    """config.yaml, and the config that stock tools can read."""
+    """Writes config.yaml, and the config that stock tools can read."""
     write_atomically(folder / CONFIG_FILE, cfg.dump())
     write_atomically(folder / STOCK_CONFIG_FILE, without_repr(cfg).dump())
 
 
-def setup_process(
-    args: argparse.Namespace, device: str, folder: str, seed: int, cudnn_benchmark: bool, config: str
-) -> None:
-    """Lock, threads, logs and seeds of one process of a run, for a yaml config or a LazyConfig.
+def setup_process(args: argparse.Namespace, cfg: CfgNode, config: str) -> None:
+    """Lock, threads, logs and seeds of one process of a run.
 
     As Detectron2's ``default_setup``, but config.yaml is not written: it is the record of a run that trains, see
     ``runs.record``. ``args.resume`` becomes what rank 0 has found, see ``may_continue``.
 
+    Args:
+        config: the text of the config, for the log.
+
     Raises:
-        UserError: another process trains in ``folder``, or some machine does not see rank 0's files there.
+        UserError: another process trains in OUTPUT_DIR, or some machine does not see rank 0's files there.
     """
+    folder, rank = cfg.OUTPUT_DIR, comm.get_rank()
     _take(args, folder)
-    if device == "cpu" and comm.get_world_size() > 1 and "OMP_NUM_THREADS" not in os.environ:
+    if cfg.MODEL.DEVICE == "cpu" and comm.get_world_size() > 1 and "OMP_NUM_THREADS" not in os.environ:
         # Every process would take all cores for itself, and they would wait for each other most of the time.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // comm.get_local_size()))
-    rank = comm.get_rank()
     if comm.is_main_process() and folder:
         os.makedirs(folder, exist_ok=True)
     setup_logger(folder, distributed_rank=rank, name="fvcore")
@@ -113,9 +109,11 @@ def setup_process(
     logger.info("Command line arguments: %s", args)
     if comm.is_main_process():
         logger.info("Running with full config:\n%s", config)
-    seed_all_rng(None if seed < 0 else seed + rank)
-    if not getattr(args, "eval_only", False):  # its overhead is large beside the size of validation sets
-        torch.backends.cudnn.benchmark = cudnn_benchmark
+    seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + rank)
+    if precision := cfg.get("FLOAT32_PRECISION"):  # a key that Detectron2 reads and does not define
+        torch.set_float32_matmul_precision(precision)
+    if not args.eval_only:  # its overhead is large beside the size of validation sets
+        torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
 
 
 def _log_early_warnings(warnings: list[tuple[str, str]]) -> None:
@@ -169,15 +167,14 @@ def launch_processes(main: Callable[[argparse.Namespace], Any], args: argparse.N
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # several CPU processes talk by gloo, also on a machine with GPUs
     launched = Launched.found() if args.num_machines == 1 else None
+    if launched is None and args.num_gpus * args.num_machines > 1:
+        _launch(main, args)
+        return
     if launched is not None:
         end_with_parent()
         if launched.size > 1:
             launched.join(device, args.rendezvous_timeout)
-        _run(main, args)
-    elif args.num_gpus * args.num_machines == 1:
-        _run(main, args)
-    else:
-        _launch(main, args)
+    _run(main, args)
 
 
 def _launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
@@ -229,7 +226,7 @@ def _run(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) ->
 
 
 def _leave_the_group() -> None:
-    if dist.is_available() and dist.is_initialized():
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 

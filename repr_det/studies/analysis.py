@@ -27,11 +27,7 @@ from repr_det.detectron.config import add_repr_config
 from repr_det.detectron.engine import Trainer
 from repr_det.detectron.passes import training_passes
 from repr_det.method.criteria import CRITERIA, Context, get_criterion
-<<<<<<< HEAD
-from repr_det.method.errors import UserError
-=======
 from repr_det.method.errors import UserError, spelling
->>>>>>> wip-D
 from repr_det.method.layers import FilterLayer, find_filter_layers
 from repr_det.method.orthogonality import expected_overlap, inter_filter_orthogonality, unit_filters
 from repr_det.method.participants import Participants
