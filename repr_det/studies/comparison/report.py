@@ -16,7 +16,7 @@ from repr_det.runs.record import CONFIG_FILE
 from repr_det.studies.comparison.figures import COLOURS, SCORE_THRESHOLD, all_figures, pictures
 from repr_det.studies.comparison.records import read_config, read_settings
 from repr_det.studies.comparison.runs import FREE_WITHIN_REPR, differing_keys, title
-from repr_det.studies.comparison.table import Comparison, heads, lines_of, versus
+from repr_det.studies.comparison.table import Comparison, heads, lines_of
 
 REPORT_FILE = "report.html"
 _TABLES = {"": "metrics", "During training": "training", "AP by class": "classes"}
@@ -45,10 +45,9 @@ def write_report(comparison: Comparison, settings: dict[str, Any], output: Path,
         pictures=_pictures(comparison, folders[0], images),  # first: it may add a note to the results
         results=results,
         settings=settings,
-        any_config=study.any_config,
         arms=study.arms,
         titles=[title(arm) for arm in study.arms],
-        versus=versus(study.arms).rstrip(":") if study.any_config else "RePr against its baseline",
+        versus=f"{title(study.arms[1])} against {title(study.arms[0])}",
         colours=COLOURS,
         iterations=study.runs[0].max_iter,
         tables={heading: lines_of(results[key], study.arms) for heading, key in _TABLES.items()},
