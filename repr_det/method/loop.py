@@ -46,7 +46,9 @@ class RePr:
         passes: the same, for batches of another kind (``passes.TrainingPasses``).
         sample: what the model is called with once, now, to see who takes part: a batch of images, or a tuple of several
             arguments. None waits for the first training pass.
-        averages: averages of the weights that follow the model (EMA, SWA): modules, or objects that hold one.
+        averages: averages of the weights that follow the model (EMA, SWA): modules, or objects that hold one. They are
+            set to the model at every restore.
+        first_step: steps that were trained before RePr came in; drops and restores before it are left out.
         seed: all randomness comes from it and the cycle.
         options: of ``options.RePrOptions``: layers, exclude, criterion, drop_ratio, ...
 
@@ -72,6 +74,7 @@ class RePr:
         passes: TrainingPasses | None = None,
         sample: Any = None,
         averages: Sequence[Any] = (),
+        first_step: int = 0,
         seed: int = 0,
         **options: Any,
     ) -> None:
@@ -96,9 +99,9 @@ class RePr:
             seed=seed,
             chosen=self.options,
         )
-        self.steps = 0
+        self.steps = first_step
         self.logger = logger
-        self._announced = self._finished = self._overdue = False
+        self._announced = self._finished = self._overdue = self._warned = False
         if loader is not None and passes is not None and self.scheme.needs_batches:
             self._try_batches(passes)
         if self.warmup_iters:
@@ -146,7 +149,7 @@ class RePr:
         done = None
         if iteration in self.schedule.drop_iters:
             done = self.scheme.drop()
-        elif iteration in self.schedule.restore_iters:
+        elif iteration in self.schedule.restore_iters and self.scheme.is_sub:
             done = self.scheme.restore()
         self._tell(iteration, done)
         return done
@@ -235,6 +238,7 @@ class RePr:
         if self._announced or not self.scheme.participants.known:
             return
         self._announced = True
+        self._look_for_averages()
         self.logger.info(describe_layers(self.scheme.layers, self.options, self.scheme.criterion.spares))
         if self.logger is logger:  # the hook has said it before
             self.logger.info(describe_schedule(self.schedule))
@@ -243,6 +247,18 @@ class RePr:
         self._end["dropped"] = self.scheme.num_dropped
         if done is not None:
             self.logger.info(describe_transition(iteration, done))
+            self._look_for_averages()
+
+    def _look_for_averages(self) -> None:
+        averages = self.scheme.averages
+        found = averages.not_given() if averages is not None and not self._warned else None
+        if found is not None:
+            self._warned = True
+            self.logger.warning(
+                "RePr: a copy of the model (%s) is updated without gradients, as an average of the weights is: give it "
+                "as averages=, or it is a mixture of old and new filters long after a restore",
+                found,
+            )
 
     def _share_of_rate(self) -> float:
         """The share of the learning rate that the next step takes, while it warms up after a restore."""
