@@ -4,6 +4,7 @@
 # make portable  the numeric tests with the plainest kernels of torch and oneDNN: other CPUs round otherwise
 # make lint      ruff, mypy on the public API, and which room may import which (.importlinter)
 # make docs      the documentation site in site/; a dead link or a public name without a docstring fails it
+# make gpu-report   the gpu tests and the benchmark on a GPU, written to gpu-report.txt (docs/gpu.md)
 # make soak      kills and resumes runs at many more moments than make test
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ PROCESSES ?= 2
 NUMERIC = $(addprefix tests/test_, $(addsuffix .py, orthogonality new_filters selection criteria data_criteria redundancy \
     scheme returning calibration held_filters groups proof optimizers rooms ranks))
 
-.PHONY: install test portable demo lint docs soak clean
+.PHONY: install test portable demo lint docs soak gpu-report clean
 
 install:
 	@tools/install.sh
@@ -39,3 +40,8 @@ clean:
 
 soak: install
 	KILL_ROUNDS=20 .venv/bin/python -m pytest -q -rP tests/test_kill.py tests/test_torchrun.py
+
+gpu-report: install
+	{ .venv/bin/python -m torch.utils.collect_env; \
+	  .venv/bin/python -m pytest -m gpu -q -rs tests; \
+	  .venv/bin/python tools/benchmark.py --device cuda --config-file configs/repr_r50_fpn.yaml; } 2>&1 | tee gpu-report.txt

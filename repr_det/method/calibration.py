@@ -12,7 +12,6 @@ Shape shorthand:
     J: filters of a layer        M: filters of it that leave or return
 """
 
-import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -24,10 +23,11 @@ from torch import Tensor, nn
 from repr_det.method.distributed import gathered, to_cpu
 from repr_det.method.errors import OptionError
 from repr_det.method.holding import HeldFilters
-from repr_det.method.layers import BATCH, FROZEN, FilterLayer, Values, on_devices, values_of
+from repr_det.method.layers import FilterLayer, Values, on_devices, values_of
 from repr_det.method.options import RePrOptions
 from repr_det.method.participants import Participants
 from repr_det.method.passes import TrainingPasses
+from repr_det.network.norms import BATCH, FROZEN, epsilon
 from repr_det.network.state import undisturbed
 
 logger = logging.getLogger("repr_det.scheme")
@@ -53,10 +53,6 @@ class _AllReached(Exception):
 
 class FrozenNorms:
     """The norms that keep their statistics while their convs train: FrozenBN, and BN in eval mode.
-
-    Args:
-        model: not wrapped; None where ``RePrScheme`` was built without it.
-        passes: how to run training batches; None if there is none.
 
     Attributes:
         at_drop: names of the layers whose norm was frozen at the last drop, until their filters return.
@@ -226,11 +222,7 @@ def moments_after(layer: FilterLayer, values: Mapping[str, Tensor], found: Momen
     """Mean and standard deviation after a frozen norm, (2, J).
 
     A channel of a rectified layer that is nowhere above 0 has the median, over the channels that are, of the means and
-    of the deviations.
-
-    Args:
-        values: of the norm, as in ``layers.values_of``.
-        found: what goes into the norm.
+    of the deviations. ``values`` of the norm are as in ``layers.values_of``.
     """
     gain = values["norm.weight"].double() / (values["norm.running_var"].double() + epsilon(layer.norm)).sqrt()
     shift = _bias(values) - values["norm.running_mean"].double() * gain
@@ -249,12 +241,7 @@ def statistics_for(
 
     With w and b the frozen weight and bias the channel has standard deviation s where sqrt(v + eps) = |w| std(x) / s,
     and mean mu where m = mean(x) - (mu - b) sqrt(v + eps) / w. Where w, s or std(x) is zero no scale can be matched:
-    such a channel is normalised to zero mean and unit variance before w and b.
-
-    Args:
-        values: of the norm, as in ``layers.values_of``.
-        mask: (J,) bool, the channels.
-        found: what goes into the norm.
+    such a channel is normalised to zero mean and unit variance before w and b. ``mask`` is (J,) bool.
     """
     eps, (target_mean, target_std) = epsilon(layer.norm), wanted.double()
     mean, std = found.mean[mask], found.std[mask]
@@ -271,17 +258,3 @@ def statistics_for(
 def _bias(values: Mapping[str, Tensor]) -> Tensor:
     bias = values.get("norm.bias")
     return torch.zeros_like(values["norm.weight"], dtype=torch.float64) if bias is None else bias.double()
-
-
-def epsilon(norm: nn.Module) -> float:
-    """Finds the number that a norm adds to the variance: by its output for ones at a variance of 0, unless it tells."""
-    known = getattr(norm, "eps", None)
-    if isinstance(known, float):
-        return known
-    probe = copy.deepcopy(norm).cpu().double().eval()
-    with torch.no_grad():
-        for name, value in (("weight", 1), ("bias", 0), ("running_mean", 0), ("running_var", 0)):
-            if getattr(probe, name) is not None:
-                getattr(probe, name).fill_(value)
-        gain = probe(torch.ones(1, len(probe.weight), 1, 1, dtype=torch.float64)).flatten()[0].item()
-    return 1 / gain**2

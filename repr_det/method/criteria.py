@@ -18,13 +18,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from repr_det.method.data_criteria import Scores, share_of_zeros
+from repr_det.method.data_criteria import Scores, redundancy, share_of_zeros
 from repr_det.method.distributed import to_cpu
 from repr_det.method.errors import OptionError, UserError
 from repr_det.method.layers import FilterLayer
 from repr_det.method.orthogonality import by_group, expected_overlap, inter_filter_orthogonality
 from repr_det.method.passes import TrainingPasses
-from repr_det.method.redundancy import redundancy
 
 
 @dataclass(frozen=True)
@@ -50,30 +49,12 @@ class Criterion:
 
     Attributes:
         needs_data: whether it runs training batches.
-        spares: whether it has filters (score ``redundancy.NEVER``) that no drop takes.
+        spares: whether it has filters (score minus infinity) that no drop takes.
     """
 
     score: Callable[[Sequence[FilterLayer], Context], Scores]
     needs_data: bool = False
     spares: bool = False
-
-
-CRITERIA: dict[str, Criterion] = {}
-
-
-_OF_EXAMPLES = ("mean_activation", "gradient", "taylor", "hessian")  # names until version 0.2.0
-
-
-def get_criterion(criterion: "str | Callable[..., Tensor] | Criterion") -> Criterion:
-    """Raises OptionError for a name that is not in CRITERIA, or what is neither a name nor a function."""
-    if isinstance(criterion, Criterion):
-        return criterion
-    if callable(criterion):
-        return _of_function(criterion)
-    if criterion not in CRITERIA:
-        gone = " (since version 0.3.0 it is in examples/saliency.py)" if criterion in _OF_EXAMPLES else ""
-        raise OptionError(f"{{criterion}} must be one of {', '.join(sorted(CRITERIA))}, got {criterion!r}{gone}")
-    return CRITERIA[criterion]
 
 
 def _of_function(function: Callable[..., Tensor]) -> Criterion:
@@ -97,36 +78,37 @@ def _of_function(function: Callable[..., Tensor]) -> Criterion:
     return Criterion(score, spares=True)
 
 
-def _of_weight(name: str) -> Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor], Tensor]]:
-    """Registers a function of one layer's weight, (J, ...) -> (J,), as a criterion; of a grouped conv it sees the
-    filters of one group at a time."""
+def _of_weight(function: Callable[[Tensor], Tensor]) -> Criterion:
+    """A function of one layer's weight, (J, ...) -> (J,); of a grouped conv it sees the filters of one group at a
+    time."""
 
-    def register(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        def score(layers: Sequence[FilterLayer], context: Context) -> Scores:
-            weights = to_cpu([layer.weight for layer in layers])
-            return {
-                x.name: by_group(function, x.conv.groups, weight) for x, weight in zip(layers, weights, strict=True)
-            }
+    def score(layers: Sequence[FilterLayer], context: Context) -> Scores:
+        weights = to_cpu([layer.weight for layer in layers])
+        return {x.name: by_group(function, x.conv.groups, weight) for x, weight in zip(layers, weights, strict=True)}
 
-        CRITERIA[name] = Criterion(score)
-        return function
-
-    return register
+    return Criterion(score)
 
 
-_of_weight("ortho")(inter_filter_orthogonality)
+def _of_batches(
+    name: str, function: Callable[[Sequence[FilterLayer], TrainingPasses, int, int], Scores], spares: bool = False
+) -> Criterion:
+    """A function of layers, passes, number of batches and cycle."""
+
+    def score(layers: Sequence[FilterLayer], context: Context) -> Scores:
+        if context.passes is None:
+            raise UserError(f"criterion {name!r} looks at training batches: give Context(passes=...)")
+        return function(layers, context.passes, context.num_batches, context.cycle)
+
+    return Criterion(score, needs_data=True, spares=spares)
 
 
-@_of_weight("ortho_calibrated")
 def calibrated_overlap(weight: Tensor) -> Tensor:
     """O_f over its expectation for random directions, so that layers of different d compare: about 1 untrained."""
-    num_filters = len(weight)
-    if num_filters == 1:
+    if len(weight) == 1:
         return torch.zeros(1)
-    return inter_filter_orthogonality(weight) / expected_overlap(num_filters, weight[0].numel())
+    return inter_filter_orthogonality(weight) / expected_overlap(len(weight), weight[0].numel())
 
 
-@_of_weight("ortho_released")
 def released_overlap(weight: Tensor) -> Tensor:
     """The score that the author's released code computes instead of the paper's O_f: the matrix is scaled by one norm,
     and the signed projections are averaged before the absolute value: |mean_j (What What^T - I)[f, j]|,
@@ -136,7 +118,6 @@ def released_overlap(weight: Tensor) -> Tensor:
     return ((rows @ rows.sum(0) - 1) / len(rows)).abs()
 
 
-@_of_weight("weight_norm")
 def small_weight_norm(weight: Tensor) -> Tensor:
     """Minus the mean squared weight of the filter: the smallest filters are dropped first."""
     return -torch.nan_to_num(weight.detach().cpu().double().flatten(1)).square().mean(1)
@@ -146,21 +127,25 @@ def _random(layers: Sequence[FilterLayer], context: Context) -> Scores:
     return {x.name: torch.rand(x.num_filters, generator=context.generator) for x in layers}
 
 
-CRITERIA["random"] = Criterion(_random)
+CRITERIA = {
+    "ortho": _of_weight(inter_filter_orthogonality),
+    "ortho_calibrated": _of_weight(calibrated_overlap),
+    "ortho_released": _of_weight(released_overlap),
+    "weight_norm": _of_weight(small_weight_norm),
+    "random": Criterion(_random),
+    "apoz": _of_batches("apoz", share_of_zeros),
+    "redundant": _of_batches("redundant", redundancy, spares=True),
+}
+_OF_EXAMPLES = ("mean_activation", "gradient", "taylor", "hessian")  # names until version 0.2.0
 
 
-def _of_batches(
-    name: str, function: Callable[[Sequence[FilterLayer], TrainingPasses, int, int], Scores], spares: bool = False
-) -> None:
-    """Registers a function of layers, passes, number of batches and cycle as a criterion."""
-
-    def score(layers: Sequence[FilterLayer], context: Context) -> Scores:
-        if context.passes is None:
-            raise UserError(f"criterion {name!r} looks at training batches: give Context(passes=...)")
-        return function(layers, context.passes, context.num_batches, context.cycle)
-
-    CRITERIA[name] = Criterion(score, needs_data=True, spares=spares)
-
-
-_of_batches("apoz", share_of_zeros)
-_of_batches("redundant", redundancy, spares=True)
+def get_criterion(criterion: "str | Callable[..., Tensor] | Criterion") -> Criterion:
+    """Raises OptionError for a name that is not in CRITERIA, or what is neither a name nor a function."""
+    if isinstance(criterion, Criterion):
+        return criterion
+    if callable(criterion):
+        return _of_function(criterion)
+    if criterion not in CRITERIA:
+        gone = " (since version 0.3.0 it is in examples/saliency.py)" if criterion in _OF_EXAMPLES else ""
+        raise OptionError(f"{{criterion}} must be one of {', '.join(sorted(CRITERIA))}, got {criterion!r}{gone}")
+    return CRITERIA[criterion]

@@ -18,11 +18,7 @@ def rank() -> int:
 
 
 def gathered(value: Any, device: torch.device) -> list[Any]:
-    """The picklable values of all ranks, in their order.
-
-    Args:
-        device: see ``broadcast_``.
-    """
+    """The picklable values of all ranks, in their order; ``device`` as in ``broadcast_``."""
     if world_size() == 1:
         return [value]
     found: list[Any] = [None] * world_size()
@@ -58,7 +54,7 @@ def broadcast_(tensors: Sequence[Tensor], device: torch.device) -> None:
     """Overwrites ``tensors`` with those of rank 0, by one collective call for all of a type.
 
     Args:
-        tensors: of the same shapes and order on every rank, on any device, bool too.
+        tensors: of the same shapes and order on every rank, on any device.
         device: the own one of this process, for backends that do not know the CPU.
     """
     if world_size() == 1:
@@ -77,11 +73,7 @@ def broadcast_(tensors: Sequence[Tensor], device: torch.device) -> None:
 
 
 def mean_over_ranks(tensor: Tensor, device: torch.device | None = None) -> Tensor:
-    """The mean of ``tensor`` over the ranks, weighted equally.
-
-    Args:
-        device: see ``broadcast_``; None where the tensor is on it.
-    """
+    """The mean of ``tensor`` over the ranks; ``device`` as in ``broadcast_``, None where the tensor is on it."""
     if world_size() == 1:
         return tensor
     total = _movable(tensor, device or tensor.device).clone()

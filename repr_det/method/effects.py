@@ -15,11 +15,7 @@ _GONE = 0.1  # a filter of less than this share of the norm that it was given ha
 
 
 def check_finite(values: Mapping[str, Mapping[str, Tensor]], when: str) -> None:
-    """Raises UserError where something that belongs to filters is not finite.
-
-    Args:
-        values: layer name -> name -> tensor, on the CPU.
-    """
+    """Raises UserError where a value of a filter is not finite."""
     for layer, tensors in values.items():
         for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
@@ -40,10 +36,7 @@ def check_zero(held: HeldFilters, when: str) -> None:
 
 
 def check_agreement(values: Mapping[str, Mapping[str, Tensor]], when: str, device: torch.device) -> None:
-    """Raises RuntimeError where a layer's filters differ between ranks by more than rounding. Collective.
-
-    Ranks on cards of two kinds differ in the last digits; ranks that train apart differ in all of them.
-    """
+    """Raises RuntimeError where filters differ between ranks by more than two kinds of cards round. Collective."""
     if world_size() == 1:
         return
     sizes = {name: tensors["weight"].double().norm().item() for name, tensors in values.items()}
@@ -55,11 +48,7 @@ def check_agreement(values: Mapping[str, Mapping[str, Tensor]], when: str, devic
 
 
 class DroppedEffects:
-    """Looks at dropped filters from their drop to their return.
-
-    Args:
-        cycle: counted from 1, for messages.
-    """
+    """Looks at dropped filters from their drop to their return; ``cycle`` counts from 1."""
 
     def __init__(self, held: HeldFilters, cycle: int) -> None:
         self._held = held
@@ -68,11 +57,7 @@ class DroppedEffects:
         held.watch_channels()
 
     def look(self) -> None:
-        """After a step: dropped channels are 0 in the first pass, dropped filters every so many steps.
-
-        Raises:
-            UserError: they are not.
-        """
+        """Raises UserError where dropped channels are not 0 in the first pass, or dropped filters after a step."""
         if self._held.saw_channels() and (leaking := self._held.leaking()):
             raise UserError(
                 f"dropped channels of {', '.join(leaking)} are not 0 in the sub-network's first pass: something is "
@@ -85,13 +70,7 @@ class DroppedEffects:
 
 
 class ReturnedEffects:
-    """Looks, after one more step, at filters that a restore has brought back.
-
-    Args:
-        held: knows the layers and rows.
-        given: layer name -> (M, ...) the new filters.
-        cycle: counted from 1, for messages.
-    """
+    """Looks, after one more step, at the filters (M, ...) that a restore has ``given``; ``cycle`` counts from 1."""
 
     def __init__(self, held: HeldFilters, given: Mapping[str, Tensor], cycle: int) -> None:
         self._layers = [layer for layer in held.layers if layer.name in given]

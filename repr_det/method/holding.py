@@ -53,12 +53,8 @@ def transition_of(
     start: float,
     cosines: Mapping[str, float] | None = None,
 ) -> Transition:
-    """The record of a transition.
-
-    Args:
-        overlaps, kept: layer name -> O_f of all filters (J,), and of those that stay, among themselves (K,).
-        start: when it began, by ``time.perf_counter``.
-    """
+    """``overlaps`` and ``kept`` are O_f of all filters (J,) by layer name, and of those that stay (K,); ``start`` is by
+    ``time.perf_counter``."""
     means = [torch.cat([x.double() for x in found.values()]).mean().item() for found in (overlaps, kept)]
     before, after = means if event == "drop" else reversed(means)
     rounded = {name: [round(value, 6) for value in overlap.tolist()] for name, overlap in overlaps.items()}
@@ -70,17 +66,11 @@ def transition_of(
 class HeldFilters:
     """The filters that are out of the network, from their drop to their return.
 
-    While they are held the gradient of their rows is 0: what was accumulated until then is cleared, and what comes is 0
-    as soon as it is computed (before DDP, clipping and the optimizer see it), so that no optimizer whose step is zero
-    for a zero parameter, gradient and state moves what ``zero_`` has set to 0.
-
-    Args:
-        layers: all layers that take part.
-        masks: layer name -> (J,) bool, True = dropped, on the CPU.
-        optimizers: hold the parameters of the layers.
+    The gradient of their rows becomes 0 as soon as it is computed, before DDP, clipping and the optimizer see it: no
+    optimizer whose step is zero for a zero parameter, gradient and state moves what ``zero_`` has set to 0.
 
     Attributes:
-        masks: as given.
+        masks: layer name -> (J,) bool, True = dropped, on the CPU.
         rows: layer name -> (M,) indices of its dropped filters, on the layer's device.
         kept: layer name -> (K,) indices of the others, on the layer's device.
         layers: those of the layers that lose a filter.
@@ -157,7 +147,7 @@ class HeldFilters:
         self._watching = []
 
     def not_zero(self) -> tuple[str, str] | None:
-        """Names of a layer and of its tensor whose dropped filters are not exactly 0. One wait for the device."""
+        """Names of a layer and of its tensor whose dropped filters are not 0. One wait for the device."""
         names, flags = [], []
         for layer in self.layers:
             for name, tensor in layer.tensors().items():

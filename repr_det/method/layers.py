@@ -15,21 +15,10 @@ from torch.nn.parameter import is_lazy
 
 from repr_det.method.distributed import to_cpu, to_devices
 from repr_det.method.errors import OptionError, UserError
-from repr_det.network.proof import Reader, is_norm
+from repr_det.network.norms import BATCH, FROZEN, NONE, is_norm, norm_kind
+from repr_det.network.proof import Reader
 
 Values = dict[str, dict[str, Tensor]]  # layer name -> name -> tensor
-BATCH, FROZEN, GROUP, NONE = "batch", "frozen", "group", "none"
-
-
-def norm_kind(norm: nn.Module | None) -> str:
-    """ "batch" (BN, SyncBN, naiveSyncBN), "frozen" (any norm with statistics of its own that training does not move),
-    "group" (GN) or "none"."""
-    if norm is None or isinstance(norm, nn.Identity):
-        return NONE
-    if isinstance(norm, nn.GroupNorm):
-        return GROUP
-    trains = isinstance(norm, nn.modules.batchnorm._BatchNorm) or isinstance(norm.weight, nn.Parameter)
-    return BATCH if trains else FROZEN
 
 
 @dataclass(eq=False)
@@ -54,12 +43,12 @@ class FilterLayer:
 
     @property
     def kind(self) -> str:
-        """The kind of the norm: "batch", "frozen", "group" or "none", see ``norm_kind``."""
+        """See ``norm_kind``."""
         return norm_kind(self.norm)
 
     @property
     def is_frozen(self) -> bool:
-        """True if the norm's statistics stay as they are while the conv trains: FrozenBN, or BN in eval mode."""
+        """True if the norm's statistics do not move now: FrozenBN, or BN in eval mode."""
         if self.kind == BATCH:
             return self.norm.running_mean is not None and not self.norm.training
         return self.kind == FROZEN
@@ -75,7 +64,7 @@ class FilterLayer:
         return self.conv.weight
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything whose row f belongs to filter f and has to be zero while f is dropped: each (J, ...)."""
+        """Everything whose row f has to be zero while filter f is dropped: each (J, ...)."""
         found = {"weight": self.conv.weight, "bias": self.conv.bias}
         if self.kind != NONE:
             found["norm.weight"] = self.norm.weight
@@ -87,7 +76,7 @@ class FilterLayer:
         return (t for t in self.tensors().values() if isinstance(t, nn.Parameter))
 
     def running_statistics(self) -> dict[str, Tensor]:
-        """The running mean and variance, each (J,), of a norm that keeps them, by name; else nothing."""
+        """Running mean and variance, each (J,), of a norm that keeps them."""
         names = ("running_mean", "running_var") if self.kind in (BATCH, FROZEN) else ()
         found = {f"norm.{name}": getattr(self.norm, name) for name in names}
         return {name: tensor for name, tensor in found.items() if tensor is not None}

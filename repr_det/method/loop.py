@@ -1,12 +1,10 @@
 """RePr in one object for any PyTorch loop: built from model, optimizer and number of steps, told after every step.
 
-    repr_training = RePr(model, optimizer, total_steps)
-    for batch in batches:
-        ...                                     # forward, backward
-        optimizer.step()
-        repr_training.step()
-
-The pieces (``find_filter_layers``, ``RePrSchedule``, ``RePrScheme``) stay for those who want them apart.
+repr_training = RePr(model, optimizer, total_steps)
+for batch in batches:
+    ...                                     # forward, backward
+    optimizer.step()
+    repr_training.step()
 """
 
 import dataclasses
@@ -21,13 +19,13 @@ from torch import Tensor, nn
 from repr_det.method.errors import OptionError, UserError
 from repr_det.method.holding import Transition
 from repr_det.method.layers import FilterLayer, find_filter_layers
-from repr_det.method.optimizers import around_step, scale_rates, with_inner
 from repr_det.method.options import RePrOptions
 from repr_det.method.passes import TrainingPasses, passes_over
 from repr_det.method.schedule import RePrSchedule
 from repr_det.method.scheme import RePrScheme
 from repr_det.method.selection import drop_total
-from repr_det.network.state import undisturbed
+from repr_det.network.state import undisturbed, unwrapped
+from repr_det.network.steps import around_step, scale_rates, with_inner
 
 logger = logging.getLogger("repr_det.loop")
 
@@ -124,13 +122,13 @@ class RePr:
         return "sub" if self.scheme.is_sub else "full"
 
     def step(self) -> Transition | None:
-        """To be called after every step of the optimizer. Collective where there are several ranks.
+        """To be called after every step of the optimizer. Collective.
 
         Returns:
             What a drop or restore did, in the steps that have one.
 
         Raises:
-            UserError: of ``RePrScheme.check``, ``drop`` and ``restore``.
+            UserError: see ``RePrScheme``.
         """
         iteration = self.steps
         self.steps += 1
@@ -164,7 +162,7 @@ class RePr:
             What the restore did; None where no filters were out.
 
         Raises:
-            UserError: ``filters`` is neither, or of ``RePrScheme.restore``.
+            UserError: ``filters`` is neither.
         """
         if filters not in ("new", "old"):
             raise UserError(f"filters= must be new or old, got {filters!r}")
@@ -176,10 +174,7 @@ class RePr:
         return done
 
     def prove(self, run: Callable[[], Any]) -> None:
-        """Shows now who takes part, by a pass that leaves no trace in the model.
-
-        Args:
-            run: calls the model, as training does.
+        """Finds out who takes part by ``run()``, which calls the model as training does and leaves no trace in it.
 
         Raises:
             UserError: nothing takes part.
@@ -190,7 +185,7 @@ class RePr:
         self._announce()
 
     def expect_no_more(self) -> None:
-        """Filters that are out as training ends are no matter for a warning any more."""
+        """Ends the warning of filters that are out as training ends."""
         self._at_end.detach()
 
     def close(self) -> None:
@@ -199,7 +194,7 @@ class RePr:
         self.scheme.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that ``load_state_dict`` needs; loads under ``torch.load(weights_only=True)``."""
+        """For checkpoints; loads under ``torch.load(weights_only=True)``."""
         return {
             "steps": self.steps,
             "schedule": dataclasses.asdict(self.schedule),
@@ -211,8 +206,7 @@ class RePr:
         """Continues from ``state``; load model and optimizer from the same checkpoint first.
 
         Raises:
-            UserError: the state is of another schedule, other options or layers, or the model is not of this
-            checkpoint.
+            UserError: the state is of another schedule, other options or layers, or not of this model.
         """
         if (saved := RePrSchedule(**state["schedule"])) != self.schedule:
             raise UserError(
@@ -268,7 +262,6 @@ class RePr:
         return min(1.0, (self.steps - restored[-1]) / (self.warmup_iters + 1))
 
     def _try_batches(self, passes: TrainingPasses) -> None:
-        """Draws what the transitions will look at, so that what is wrong with it shows now."""
         if not list(passes.batches(self.options.calibration_batches or passes.calibration_batches, 0)):
             raise UserError("loader= yields no batch, and transitions look at training batches")
 
@@ -290,8 +283,7 @@ def apply_repr(model: nn.Module, optimizer: torch.optim.Optimizer, total_steps: 
         options: of ``RePr``.
 
     Returns:
-        The object, whose state belongs into checkpoints; its ``step`` is called already, and a call of one's own raises
-        UserError.
+        The object, whose state belongs into checkpoints. Its ``step`` must not be called again.
     """
     repr_training = RePr(model, optimizer, total_steps, **options)
     count = repr_training.step
@@ -302,7 +294,7 @@ def apply_repr(model: nn.Module, optimizer: torch.optim.Optimizer, total_steps: 
         )
 
     repr_training.step = refuse  # type: ignore[method-assign]
-    around_step(with_inner(optimizer if isinstance(optimizer, Sequence) else [optimizer]), after=count)
+    around_step(with_inner(optimizer), after=count)
     return repr_training
 
 
@@ -353,11 +345,3 @@ def _warn_of_sub_network(end: dict[str, int]) -> None:
             "finish() before training ends, or resume from a checkpoint",
             end["dropped"],
         )
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside DistributedDataParallel, DataParallel or torch.compile."""
-    inner: Any = model
-    while isinstance(inner, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or hasattr(inner, "_orig_mod"):
-        inner = inner._orig_mod if hasattr(inner, "_orig_mod") else inner.module
-    return inner

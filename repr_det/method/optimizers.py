@@ -1,4 +1,4 @@
-"""Optimizers as RePr needs them: their state of single filters, those inside others, and a call for every step.
+"""The state that optimizers keep for single filters.
 
 Of the state only what is understood is touched: momentum, squared gradients, second sets of weights, counters. A piece
 of another name that has an entry for every weight is refused before the first drop.
@@ -7,9 +7,7 @@ Shape shorthand:
     J: filters of a layer        M: filters of it that are dropped or return
 """
 
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from types import FrameType
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -37,108 +35,6 @@ _WEIGHTS = {
 }
 _EPS = ("eps", "eps1", "eps2")
 _STATE_WANTED = "take SGD, Adam, AdamW or another that keeps momentum or moments only"
-
-
-def with_inner(optimizers: Sequence[Any]) -> list[Optimizer]:
-    """``optimizers``, and those that they hold and step themselves (SAM, Lookahead, accelerate's wrapper)."""
-    found: list[Any] = []
-    waiting = list(optimizers)
-    while waiting:
-        optimizer = waiting.pop(0)
-        if any(optimizer is one for one in found):
-            continue
-        found.append(optimizer)
-        waiting += [value for value in vars(optimizer).values() if isinstance(value, Optimizer)]
-    real = [one for one in found if isinstance(one, Optimizer) and "state" in vars(one)]
-    if not real:
-        raise UserError(f"optimizer= must be a torch.optim.Optimizer, or hold one, got {type(optimizers[0]).__name__}")
-    return real
-
-
-def around_step(
-    optimizers: Sequence[Optimizer], before: Callable[[], Any] = lambda: None, after: Callable[[], Any] = lambda: None
-) -> list[Any]:
-    """Calls ``before`` and ``after`` around every step, once for optimizers that step each other.
-
-    torch runs the hooks of an instance in ``step`` of every class that has been used, so twice where that of a subclass
-    calls that of its base. SAM in two calls steps its inner optimizer alone.
-
-    Returns:
-        Handles with ``remove``.
-    """
-
-    def unless_inside(call: Callable[[], Any]) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            if not _is_inside(optimizers, sys._getframe(1)):
-                call()
-
-        return torch.compiler.disable(hook)
-
-    handles = []
-    for optimizer in optimizers:
-        handles.append(optimizer.register_step_pre_hook(unless_inside(before)))
-        handles.append(optimizer.register_step_post_hook(unless_inside(after)))
-    return handles
-
-
-def _is_inside(optimizers: Sequence[Optimizer], frame: FrameType | None) -> bool:
-    """Tells whether the step that ``frame`` runs in has been called from another step of one of the optimizers."""
-
-    def is_step(frame: FrameType) -> bool:
-        return any(frame.f_locals.get("self") is optimizer for optimizer in optimizers)
-
-    while frame is not None and not is_step(frame):
-        frame = frame.f_back
-    step, outer = frame, None if frame is None else frame.f_back
-    while outer is not None and not (outer.f_code is step.f_code and is_step(outer)):
-        outer = outer.f_back
-    return outer is not None
-
-
-def scale_rates(optimizers: Sequence[Optimizer], share: Callable[[], float]) -> list[Any]:
-    """Every step takes its learning rates times ``share()``, which is asked before each.
-
-    The rates are changed around the step alone: learning-rate schedules, logs and checkpoints do not see it.
-
-    Returns:
-        Handles with ``remove``.
-    """
-    rates: list[Any] = []
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    own = list({id(group): group for group in groups}.values())  # SAM's are those of its inner optimizer
-
-    def scale() -> None:
-        factor = share()
-        rates[:] = [rate.clone() if torch.is_tensor(rate := group["lr"]) else rate for group in own]
-        scaled: set[int] = set()
-        for group in own:
-            if torch.is_tensor(group["lr"]):
-                # It stays the same tensor, which a compiled step reads; several groups may have one together.
-                if id(group["lr"]) not in scaled:
-                    group["lr"].mul_(factor)
-                scaled.add(id(group["lr"]))
-            else:
-                group["lr"] *= factor
-
-    def put_back() -> None:
-        for group, rate in zip(own, rates, strict=True):
-            if torch.is_tensor(rate):
-                group["lr"].copy_(rate)
-            else:
-                group["lr"] = rate
-
-    return around_step(optimizers, scale, put_back)
-
-
-def learning_rates(optimizers: Sequence[Optimizer]) -> dict[Tensor, float]:
-    """The largest learning rate of every parameter that an optimizer holds."""
-    found: dict[Tensor, float] = {}
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            rate = float(group.get("lr", 1))
-            for parameter in group["params"]:
-                found[parameter] = max(rate, found.get(parameter, 0.0))
-    return found
 
 
 def check_optimizers(layers: Sequence[FilterLayer], optimizers: Sequence[Optimizer]) -> None:
@@ -222,8 +118,7 @@ def restart_optimizer_state_(
     """Optimizer state for entries of a parameter that begin to train again: momentum 0, squared gradients as those of
     the others, a second set of weights as the first.
 
-    An optimizer counts its steps for a whole parameter. Squared gradients of 0 after many steps would stand for a
-    filter whose gradients have all been tiny, and Adam's first steps would be several times the learning rate.
+    With squared gradients of 0 after many steps, Adam's first steps would be several times the learning rate.
 
     Args:
         rows, others: indices along ``dim`` of the entries that begin again, and of those that do not.
@@ -264,5 +159,4 @@ def raise_squares_of_inputs_(
 
 
 def _mean(tensor: Tensor, others: Tensor, dim: int) -> Tensor:
-    """One number, on the device."""
     return tensor.index_select(dim, others).float().mean().to(tensor.dtype)

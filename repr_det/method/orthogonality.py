@@ -4,9 +4,9 @@ Shape shorthand:
     J: filters of a layer        d: weights of one filter, C_in / groups * kh * kw
     K: filters that were kept    M: filters that were dropped    n = K + M
 
-Pure tensor functions; weights may have any trailing shape, rows are filters. All of them compute in float64 on the CPU,
-so that one seed gives the same filters on every device. A row that is zero or not finite has no direction: it overlaps
-with nothing (O_f = 0), nothing has to be orthogonal to it, and no function here returns NaN.
+Weights may have any trailing shape, rows are filters. All is computed in float64 on the CPU: one seed gives the same
+filters on every device. A row that is zero or not finite has no direction: it overlaps with nothing (O_f = 0), and
+nothing has to be orthogonal to it.
 """
 
 import itertools
@@ -25,14 +25,7 @@ _SAME_EIGENVALUE = 3e-6
 
 
 def unit_filters(weight: Tensor) -> Tensor:
-    """Every filter scaled to unit L2 norm.
-
-    Args:
-        weight: (J, ...), any floating type and device.
-
-    Returns:
-        (J, d) float64 on the CPU; rows that are zero or not finite become zero.
-    """
+    """Filters (J, ...) scaled to unit L2 norm, (J, d) float64 on the CPU; rows without a direction become zero."""
     if weight.dim() < 2 or not weight.is_floating_point():
         raise ValueError(f"weight must be a floating-point tensor (J, ...), got {weight.dtype} {tuple(weight.shape)}")
     rows = weight.detach().cpu().double().flatten(1)
@@ -48,8 +41,7 @@ def inter_filter_orthogonality(weight: Tensor, groups: int = 1) -> Tensor:
 
     Args:
         weight: (J, ...) filters of one layer.
-        groups: of a grouped conv; filters of different groups look at different channels, so each group is a layer of
-            its own with J / groups filters.
+        groups: of a grouped conv; each is a layer of its own with J / groups filters.
 
     Returns:
         (J,) in [0, 1), float64 on the CPU; the largest overlaps most with its neighbours and is dropped first.
@@ -77,26 +69,12 @@ def by_group(function: Callable[..., Tensor], groups: int, *tensors: Tensor) -> 
 
 
 def overlap_of_kept(weight: Tensor, dropped: Tensor, groups: int = 1) -> Tensor:
-    """O_f of the filters that stay, among themselves.
-
-    Args:
-        weight: (J, ...) filters of one layer.
-        dropped: (J,) bool, not all True.
-        groups: of a grouped conv.
-
-    Returns:
-        (K,), in the order of the filters.
-    """
+    """O_f of the filters that stay, among themselves, (K,); ``dropped`` is (J,) bool, not all True."""
     return by_group(lambda part, out: _overlap(part[~out]), groups, weight, dropped)
 
 
 def expected_overlap(num_filters: int, dimension: int) -> float:
-    """O_f of random directions: (J - 1) / J * E|cos|, E|cos| = Gamma(d / 2) / (sqrt(pi) Gamma((d + 1) / 2)).
-
-    Args:
-        num_filters: J.
-        dimension: d.
-    """
+    """O_f of random directions: (J - 1) / J * E|cos|, E|cos| = Gamma(d / 2) / (sqrt(pi) Gamma((d + 1) / 2))."""
     mean_cosine = math.exp(math.lgamma(dimension / 2) - math.lgamma((dimension + 1) / 2)) / math.sqrt(math.pi)
     return (num_filters - 1) / num_filters * mean_cosine
 

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from repr_det.method.errors import UserError
 from repr_det.method.layers import FilterLayer
-from repr_det.method.optimizers import learning_rates
+from repr_det.network.steps import learning_rates
 
 _OWNER = "repr_owner"
 
@@ -17,12 +17,8 @@ _OWNER = "repr_owner"
 class Owner:
     """Marks convs as those of one RePrScheme; copies of the convs are free.
 
-    Args:
-        scheme: remembered weakly, so that one that is forgotten in the full phase is out of the way.
-        layers: whose convs it is.
-
     Attributes:
-        keeps: the scheme while filters are out, which must not be forgotten.
+        keeps: the scheme while filters are out; in the full phase one that is forgotten is out of the way.
 
     Raises:
         UserError: one of the convs belongs to another scheme.
@@ -56,12 +52,7 @@ class Owner:
 
 
 class Learning:
-    """Knows which layers learn: a filter that is dropped of one that does not could never come back as another.
-
-    Args:
-        layers: their gradients are watched until each has had one.
-        optimizers: hold their parameters.
-    """
+    """Knows which layers learn: a filter that is dropped of one that does not could never come back as another."""
 
     def __init__(self, layers: Sequence[FilterLayer], optimizers: Sequence[Optimizer]) -> None:
         self._optimizers = optimizers

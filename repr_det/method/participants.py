@@ -55,11 +55,7 @@ class Participants:
             self._watch.close()
 
     def hear(self) -> list[FilterLayer]:
-        """Who takes part by the passes that this process has seen. Says once who does not, and why.
-
-        Raises:
-            OptionError: nobody does.
-        """
+        """Who takes part by the passes that this process has seen; logs who does not. OptionError if nobody does."""
         if self._watch is None:
             return self.candidates
         self._watch.hear()
@@ -71,11 +67,7 @@ class Participants:
         return found
 
     def agreed(self) -> list[FilterLayer]:
-        """Who takes part by the passes of all ranks. Collective.
-
-        Raises:
-            UserError: no training pass has been seen, or nobody does.
-        """
+        """Who takes part by the passes of all ranks. Collective. UserError if nobody does, or none has been seen."""
         if self._watch is None:
             return self.candidates
         if not self._watch.traced:
@@ -115,11 +107,7 @@ class Participants:
         }
 
     def of_state(self, state: Mapping[str, Any]) -> list[FilterLayer]:
-        """The layers of ``state_dict``, of those that are candidates here.
-
-        Raises:
-            OptionError: they are others.
-        """
+        """The layers of ``state_dict``. OptionError if they are not candidates here."""
         mine = {layer.name: layer for layer in self.candidates}
         theirs = state["filters"]
         sizes = {name: layer.num_filters for name, layer in mine.items()}

@@ -12,22 +12,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from repr_det.method.distributed import to_devices
-from repr_det.method.layers import FROZEN, NONE, FilterLayer
+from repr_det.method.layers import FilterLayer
 from repr_det.method.optimizers import raise_squares_of_inputs_, restart_optimizer_state_
 from repr_det.method.orthogonality import least_overlap_filters, unit_filters
+from repr_det.network.norms import FROZEN, NONE
 
 # What a filter is without a norm of its own, and what a new one begins with.
 _FRESH = {"bias": 0.0, "norm.weight": 1.0, "norm.bias": 0.0, "norm.running_mean": 0.0, "norm.running_var": 1.0}
-
-
-def remembered(values: Mapping[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
-    """Returns what ``put_back`` needs of filters that are about to be dropped, on the CPU.
-
-    Args:
-        values: the layer's tensors and running statistics by name, each (J, ...) on the CPU.
-        mask: (J,) bool, True = dropped.
-    """
-    return {name: value[mask].clone() for name, value in values.items()}
 
 
 def new_filters(
@@ -39,9 +30,8 @@ def new_filters(
         weight: (J, ...) the layer's filters now, on the CPU.
         old: (M, ...) the dropped ones before the drop.
         mask: (J,) bool, True = returns.
-        groups: of a grouped conv; filters of other groups look at other channels.
+        groups: of a grouped conv.
         scale: see ``options.RePrOptions``.
-        generator: decides where the directions are not determined.
 
     Returns:
         (M, ...) new filters of the dtype in which the layer keeps them; the largest |cos| of one of them to a kept or
@@ -98,12 +88,8 @@ def _of_norm(unit: Tensor, norms: Tensor, dtype: torch.dtype) -> Tensor:
 
 @torch.no_grad()
 def put_back(layer: FilterLayer, rows: Tensor, values: Mapping[str, Tensor]) -> None:
-    """Gives the filters of a layer these values, by name as in ``remembered``; what is missing becomes as at the start.
-
-    Args:
-        rows: (M,) on the layer's device.
-        values: each (M, ...), on the layer's device.
-    """
+    """Gives filters (M,) of a layer ``values`` (M, ...) by the names of its tensors; what is missing becomes as at the
+    start."""
     for name, tensor in {**layer.tensors(), **layer.running_statistics()}.items():
         if name in values:
             new = values[name].to(tensor)
@@ -114,12 +100,7 @@ def put_back(layer: FilterLayer, rows: Tensor, values: Mapping[str, Tensor]) -> 
 
 @dataclass(frozen=True)
 class Kernels:
-    """The weights of a module by the channels that they read.
-
-    Attributes:
-        module: a conv or a linear layer.
-        span: how many of its inputs are one channel.
-    """
+    """The weights of a conv or linear layer by the channels that they read, each of ``span`` inputs."""
 
     module: nn.Conv2d | nn.Linear
     span: int = 1
@@ -144,12 +125,6 @@ class Kernels:
             yield slice(group * filters, (group + 1) * filters), returned, others
 
 
-def restart_training(layer: FilterLayer, rows: Tensor, kept: Tensor, optimizers: Sequence[Optimizer]) -> None:
-    """Optimizer state of returned filters, and of the kernels that read their channels."""
-    for parameter in layer.parameters():
-        restart_optimizer_state_(optimizers, parameter, rows, kept)
-
-
 def prepare_readers(
     layer: FilterLayer, modules: Mapping[str, nn.Module], mask: Tensor, optimizers: Sequence[Optimizer]
 ) -> None:
@@ -160,8 +135,7 @@ def prepare_readers(
 
 
 def can_be_silent(layer: FilterLayer, modules: Mapping[str, nn.Module]) -> bool:
-    """Tells whether something can be learned that keeps a returned channel from changing what follows: the
-    kernels of all convs that read it, or gamma."""
+    """Tells whether kernels or a gamma can keep a returned channel silent until they have learned it."""
     return _kernels_can_be_silent(layer, modules) or _has_gamma(layer)
 
 
@@ -183,8 +157,8 @@ def silence(
         rows: (M,) the same as indices on the layer's device.
 
     Returns:
-        The number of channels for which that is not possible: where ``can_be_silent`` says no, and all channels of a
-        group of a grouped reader, whose filters would lose all of their kernels.
+        The number of channels for which that is not possible: if ``can_be_silent`` says no, or where a filter of a
+        grouped reader would lose all of its kernels.
     """
     if not _kernels_can_be_silent(layer, modules):
         if not _has_gamma(layer):
@@ -226,7 +200,6 @@ def _kernels_can_be_silent(layer: FilterLayer, modules: Mapping[str, nn.Module])
 
 
 def _has_gamma(layer: FilterLayer) -> bool:
-    """Tells whether there is a gamma that can be learned."""
     if layer.kind in (NONE, FROZEN):
         return False
     return isinstance(layer.norm.weight, nn.Parameter) and layer.norm.weight.requires_grad

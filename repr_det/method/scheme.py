@@ -1,16 +1,5 @@
 """RePrScheme: drops filters, holds them at zero, brings them back (RePr, algorithm 1); knows no trainer.
 
-In a plain loop:
-
-    scheme = RePrScheme(find_filter_layers(model, ["*conv*"]), optimizer, model=model)
-    for i, batch in enumerate(batches):
-        train_step(batch)                       # forward, backward, optimizer.step()
-        scheme.check()
-        if i in schedule.drop_iters:
-            scheme.drop()
-        elif i in schedule.restore_iters:
-            scheme.restore()
-
 Scores, masks and new directions are found on the CPU, by rank 0 for all.
 """
 
@@ -34,7 +23,7 @@ from repr_det.method.optimizers import (
     check_optimizer_state,
     check_optimizers,
     renew_second_weights_,
-    with_inner,
+    restart_optimizer_state_,
 )
 from repr_det.method.options import CONFIG_KEYS, RePrOptions, check_resumed
 from repr_det.method.orthogonality import inter_filter_orthogonality, overlap_of_kept
@@ -46,12 +35,11 @@ from repr_det.method.returning import (
     new_filters,
     prepare_readers,
     put_back,
-    remembered,
-    restart_training,
     silence,
 )
 from repr_det.method.selection import check_capacity, select_filters
 from repr_det.network.state import generator_of
+from repr_det.network.steps import with_inner
 
 logger = logging.getLogger("repr_det.scheme")
 
@@ -70,8 +58,7 @@ class RePrScheme:
         passes: how to run training batches; needed by criteria that look at data, and where a norm is frozen.
         averages: of the weights, see ``averages.Averages``.
         seed: all randomness comes from it and the cycle; the same on every rank.
-        chosen: all options in one object.
-        options: of ``RePrOptions``, instead: criterion, drop_ratio, scale, ...
+        chosen: all options in one object; else ``options`` are keywords of ``RePrOptions``.
 
     Attributes:
         layers: the layers that take part; the candidates until that is known.
@@ -97,7 +84,9 @@ class RePrScheme:
     ) -> None:
         self.options = RePrOptions.of(options) if chosen is None else chosen
         self.layers = list(layers)
-        self.optimizers = with_inner(optimizer if isinstance(optimizer, Sequence) else [optimizer])
+        self.optimizers = with_inner(optimizer)
+        if not self.optimizers:
+            raise UserError(f"optimizer= must be a torch.optim.Optimizer, or hold one, got {type(optimizer).__name__}")
         self.optimizer = self.optimizers[0]
         self.model = model
         self.passes = passes
@@ -135,7 +124,7 @@ class RePrScheme:
 
     @property
     def loud(self) -> list[str]:
-        """Names of the layers whose filters change the network's output when they return."""
+        """Names of the layers whose filters change the network's output as they return."""
         if self.options.returns != "function_preserving":
             return [layer.name for layer in self.layers]
         return [layer.name for layer in self.layers if not can_be_silent(layer, self.participants.modules)]
@@ -151,8 +140,7 @@ class RePrScheme:
         return 0 if self._held is None else len(self._held)
 
     def check(self) -> None:
-        """Looks at what the last step did, so that a mistake shows now and not at the next transition. To be called
-        after steps of the optimizer.
+        """Looks at what the last step of the optimizer did.
 
         Raises:
             UserError: nothing takes part; dropped channels or filters are not 0; filters that returned are gone again.
@@ -166,11 +154,11 @@ class RePrScheme:
 
     @torch.no_grad()
     def drop(self) -> Transition:
-        """Scores all filters, drops the worst and remembers their values. Collective where there are several ranks.
+        """Scores all filters, drops the worst and remembers their values. Collective.
 
         Raises:
-            UserError: nothing takes part, weights are not finite, or an optimizer keeps a state that RePr cannot take a
-                filter out of; nothing is changed then.
+            UserError: nothing takes part, weights are not finite, or the state of an optimizer is not understood;
+                nothing is changed then.
         """
         if self._held is not None:
             raise RuntimeError("filters are dropped already: restore() comes before the next drop()")
@@ -187,7 +175,10 @@ class RePrScheme:
 
         held = HeldFilters(self.layers, masks, self.optimizers)
         moments = self._norms.before_drop(held, self.layers, values, self.cycle)
-        self._old = {x.name: remembered(values[x.name], masks[x.name]) for x in held.layers}
+        self._old = {
+            layer.name: {name: value[masks[layer.name]].clone() for name, value in values[layer.name].items()}
+            for layer in held.layers
+        }
         for name, found in moments.items():
             self._old[name]["moments"] = found
         self._held = held
@@ -198,11 +189,10 @@ class RePrScheme:
 
     @torch.no_grad()
     def restore(self, as_they_were: bool = False) -> Transition:
-        """Brings the dropped filters back with the least overlap. Collective where there are several ranks.
+        """Brings the dropped filters back with the least overlap. Collective.
 
         Args:
-            as_they_were: with the values of before the drop instead. Layers that have been frozen meanwhile always get
-                those, for they could not learn new ones.
+            as_they_were: with the values of before the drop, as layers that have been frozen meanwhile get them anyway.
 
         Raises:
             UserError: dropped filters are not zero any more, or weights are not finite; nothing is changed then.
@@ -230,7 +220,8 @@ class RePrScheme:
         back = on_devices(back, held.layers)
         for layer in held.layers:
             put_back(layer, held.rows[layer.name], back[layer.name])
-            restart_training(layer, held.rows[layer.name], held.kept[layer.name], self.optimizers)
+            for parameter in layer.parameters():
+                restart_optimizer_state_(self.optimizers, parameter, held.rows[layer.name], held.kept[layer.name])
         for layer in renewed:
             self._prepare_readers(layer, held)
         for layer in renewed:
@@ -258,7 +249,7 @@ class RePrScheme:
         self._owner.let_go()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that ``load_state_dict`` needs; loads under ``torch.load(weights_only=True)``."""
+        """For checkpoints; loads under ``torch.load(weights_only=True)``."""
         return {
             "cycle": self.cycle,
             "returned": self.num_returned,
@@ -274,7 +265,7 @@ class RePrScheme:
         """Continues from ``state``; model and optimizer must have been loaded from the same checkpoint.
 
         Raises:
-            UserError: the state is of other options or layers, or dropped filters are not zero in the model.
+            UserError: the state is of other options or layers, or not of this model.
         """
         check_resumed(state.get("options", {}), self.options.resumed())
         layers = self.participants.of_state(state)
@@ -322,7 +313,7 @@ class RePrScheme:
         self._norms.check(self.layers)
 
     def _hear_news(self) -> None:
-        """After a traced pass: who takes part is checked and said, until the first drop settles it."""
+        """Checks who takes part after a traced pass, until the first drop settles it."""
         found = {layer.name: layer for layer in self.participants.hear()}
         if self._held is not None or self.cycle:
             for layer in self.layers:  # of a run of 0.2.0, whose state has no readers
@@ -347,8 +338,8 @@ class RePrScheme:
         return self.criterion.score(self.layers, context)
 
     def _select(self, scores: Mapping[str, Tensor], values: Values) -> dict[str, Tensor]:
-        """Layer name -> (J,) bool on the CPU, True = drop, that of rank 0. Filters that are zero, which no criterion
-        can tell from good ones, go first; layers that do not learn lose none."""
+        """Layer name -> (J,) bool on the CPU, True = drop, that of rank 0. Filters that are zero go first; layers that
+        do not learn lose none."""
         frozen = self._learning.without(self.layers)
         if len(frozen) == len(self.layers):
             raise UserError(f"no layer learns (of {next(iter(frozen))}: {next(iter(frozen.values()))})")
@@ -389,8 +380,7 @@ class RePrScheme:
         return found, cosines
 
     def _prepare_readers(self, layer: FilterLayer, held: HeldFilters) -> None:
-        """Makes the readers of the layer silent for returned channels, if that is asked for; else raises their squared
-        gradients on them."""
+        """Makes readers silent for returned channels if that is asked for; else they step no further than others."""
         mask = held.masks[layer.name]
         if self.options.returns != "function_preserving":
             prepare_readers(layer, self.participants.modules, mask, self.optimizers)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from repr_det.network.tracing import Operation, Trace, Value, values_in
 
@@ -71,13 +71,6 @@ _PAD = "constant_pad_nd"
 _MOVES = _OF_A_CHANNEL | _OF_CHANNELS | {_PAD}
 _STAND_INS = ((0.7, True), (-1.3, False))  # for values, and flags, that nothing is known of
 _ZEROS = ((0.0, True), (0.0, False))
-
-
-def is_norm(module: nn.Module) -> bool:
-    """Tells whether a module normalises channels, by what it holds and not by its name."""
-    if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)):
-        return True
-    return all(isinstance(getattr(module, key, None), Tensor) for key in ("weight", "running_mean", "running_var"))
 
 
 @dataclass(frozen=True)

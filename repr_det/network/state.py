@@ -118,6 +118,14 @@ def _set_state(generator: Any, state: Any) -> None:
         generator.set_state(state)
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside DistributedDataParallel, DataParallel or torch.compile."""
+    inner: Any = model
+    while isinstance(inner, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or hasattr(inner, "_orig_mod"):
+        inner = inner._orig_mod if hasattr(inner, "_orig_mod") else inner.module
+    return inner
+
+
 @contextlib.contextmanager
 def undisturbed(model: nn.Module, own_modes: bool = False, trains: bool = True) -> Iterator[None]:
     """Training mode inside; afterwards every random state, buffer (BN statistics), gradient and mode is as before, and

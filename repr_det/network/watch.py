@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from repr_det.network.proof import Verdict, is_norm, prove
+from repr_det.network.norms import is_norm
+from repr_det.network.proof import Verdict, prove
 from repr_det.network.tracing import HookOfOne, Trace, TracedPass
 
 _MOST_PASSES = 20  # to be traced for convs that have not run yet

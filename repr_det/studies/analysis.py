@@ -25,12 +25,12 @@ from repr_det.detectron.config import add_repr_config
 from repr_det.detectron.engine import Trainer
 from repr_det.detectron.passes import training_passes
 from repr_det.method.criteria import CRITERIA, Context, get_criterion
+from repr_det.method.data_criteria import NEAR_DUPLICATE
 from repr_det.method.errors import UserError
 from repr_det.method.layers import FilterLayer, find_filter_layers
 from repr_det.method.orthogonality import expected_overlap, inter_filter_orthogonality, unit_filters
 from repr_det.method.participants import Participants
 from repr_det.method.passes import TrainingPasses
-from repr_det.method.redundancy import NEAR_DUPLICATE
 from repr_det.method.selection import select_filters
 from repr_det.network.state import undisturbed
 from repr_det.runs.checkpoints import AtomicCheckpointer

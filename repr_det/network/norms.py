@@ -1,0 +1,40 @@
+"""Norms of channels, known by what they hold and do and not by their names."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+BATCH, FROZEN, GROUP, NONE = "batch", "frozen", "group", "none"
+
+
+def norm_kind(norm: nn.Module | None) -> str:
+    """ "batch" (BN, SyncBN, naiveSyncBN), "frozen" (any norm with statistics of its own that training does not move),
+    "group" (GN) or "none"."""
+    if norm is None or isinstance(norm, nn.Identity):
+        return NONE
+    if isinstance(norm, nn.GroupNorm):
+        return GROUP
+    trains = isinstance(norm, nn.modules.batchnorm._BatchNorm) or isinstance(norm.weight, nn.Parameter)
+    return BATCH if trains else FROZEN
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Tells whether a module normalises channels, by what it holds and not by its name."""
+    if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)):
+        return True
+    return all(isinstance(getattr(module, key, None), Tensor) for key in ("weight", "running_mean", "running_var"))
+
+
+def epsilon(norm: nn.Module) -> float:
+    """Finds the number that a norm adds to the variance: by its output for ones at a variance of 0, unless it tells."""
+    known = getattr(norm, "eps", None)
+    if isinstance(known, float):
+        return known
+    probe = copy.deepcopy(norm).cpu().double().eval()
+    with torch.no_grad():
+        for name, value in (("weight", 1), ("bias", 0), ("running_mean", 0), ("running_var", 0)):
+            if getattr(probe, name) is not None:
+                getattr(probe, name).fill_(value)
+        gain = probe(torch.ones(1, len(probe.weight), 1, 1, dtype=torch.float64)).flatten()[0].item()
+    return 1 / gain**2

@@ -1,0 +1,104 @@
+"""Optimizers seen from outside: those inside others, a call for every step, and their learning rates."""
+
+import sys
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+def with_inner(optimizer: Any) -> list[Optimizer]:
+    """An optimizer or a list of them, and those that they hold and step themselves (SAM, Lookahead, accelerate's
+    wrapper)."""
+    found: list[Any] = []
+    waiting = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+    while waiting:
+        holder = waiting.pop(0)
+        if not any(holder is one for one in found):
+            found.append(holder)
+            waiting += [value for value in vars(holder).values() if isinstance(value, Optimizer)]
+    return [one for one in found if isinstance(one, Optimizer) and "state" in vars(one)]
+
+
+def around_step(
+    optimizers: Sequence[Optimizer], before: Callable[[], Any] = lambda: None, after: Callable[[], Any] = lambda: None
+) -> list[Any]:
+    """Calls ``before`` and ``after`` around every step, once for optimizers that step each other.
+
+    torch runs the hooks of an instance in ``step`` of every class that has been used, so twice where that of a subclass
+    calls that of its base. Returns handles with ``remove``.
+    """
+
+    def unless_inside(call: Callable[[], Any]) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            if not _is_inside(optimizers, sys._getframe(1)):
+                call()
+
+        return torch.compiler.disable(hook)
+
+    handles = []
+    for optimizer in optimizers:
+        handles.append(optimizer.register_step_pre_hook(unless_inside(before)))
+        handles.append(optimizer.register_step_post_hook(unless_inside(after)))
+    return handles
+
+
+def _is_inside(optimizers: Sequence[Optimizer], frame: FrameType | None) -> bool:
+    """Tells whether the step that ``frame`` runs in has been called from another step of one of the optimizers."""
+
+    def is_step(frame: FrameType) -> bool:
+        return any(frame.f_locals.get("self") is optimizer for optimizer in optimizers)
+
+    while frame is not None and not is_step(frame):
+        frame = frame.f_back
+    step, outer = frame, None if frame is None else frame.f_back
+    while outer is not None and not (outer.f_code is step.f_code and is_step(outer)):
+        outer = outer.f_back
+    return outer is not None
+
+
+def scale_rates(optimizers: Sequence[Optimizer], share: Callable[[], float]) -> list[Any]:
+    """Every step takes its learning rates times ``share()``, which is asked before each.
+
+    The rates are changed around the step alone: learning-rate schedules, logs and checkpoints do not see it. Returns
+    handles with ``remove``.
+    """
+    rates: list[Any] = []
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    own = list({id(group): group for group in groups}.values())  # SAM's are those of its inner optimizer
+
+    def scale() -> None:
+        factor = share()
+        rates[:] = [rate.clone() if torch.is_tensor(rate := group["lr"]) else rate for group in own]
+        scaled: set[int] = set()
+        for group in own:
+            if torch.is_tensor(group["lr"]):
+                # It stays the same tensor, which a compiled step reads; several groups may have one together.
+                if id(group["lr"]) not in scaled:
+                    group["lr"].mul_(factor)
+                scaled.add(id(group["lr"]))
+            else:
+                group["lr"] *= factor
+
+    def put_back() -> None:
+        for group, rate in zip(own, rates, strict=True):
+            if torch.is_tensor(rate):
+                group["lr"].copy_(rate)
+            else:
+                group["lr"] = rate
+
+    return around_step(optimizers, scale, put_back)
+
+
+def learning_rates(optimizers: Sequence[Optimizer]) -> dict[Tensor, float]:
+    """The largest learning rate of every parameter that an optimizer holds."""
+    found: dict[Tensor, float] = {}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            rate = float(group.get("lr", 1))
+            for parameter in group["params"]:
+                found[parameter] = max(rate, found.get(parameter, 0.0))
+    return found
