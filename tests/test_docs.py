@@ -8,7 +8,7 @@ from pathlib import Path
 
 import benchmark
 import cifar10
-import plain_pytorch
+import digits
 import pytest
 import torch
 from conftest import ROOT
@@ -32,7 +32,7 @@ PARSERS = {
     "tools/analyze_filters.py": lambda words: analysis_argument_parser().parse_intermixed_args(words),
     "tools/benchmark.py": lambda words: benchmark.argument_parser().parse_intermixed_args(words),
     "examples/cifar10.py": cifar10.parse,
-    "examples/plain_pytorch.py": plain_pytorch.parse,
+    "docs/evidence/digits.py": digits.parse,
 }
 COMMANDS = {"train": "tools/train_net.py", "compare": "tools/compare.py", "analyze": "tools/analyze_filters.py"}
 # Options of torchrun that take a value, as far as the docs use them.

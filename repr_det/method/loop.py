@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from repr_det.method.errors import OptionError, UserError
 from repr_det.method.holding import Transition
-from repr_det.method.layers import FilterLayer, find_filter_layers
+from repr_det.method.layers import FilterLayer, find_filter_layers, what_attention_means
 from repr_det.method.options import RePrOptions
 from repr_det.method.passes import TrainingPasses, passes_over
 from repr_det.method.schedule import RePrSchedule
@@ -28,6 +28,8 @@ from repr_det.network.state import undisturbed, unwrapped
 from repr_det.network.steps import around_step, scale_rates, with_inner
 
 logger = logging.getLogger("repr_det.loop")
+
+LITTLE = 0.05  # of the trainable weights
 
 
 class RePr:
@@ -234,6 +236,14 @@ class RePr:
         self._announced = True
         self._look_for_averages()
         self.logger.info(describe_layers(self.scheme.layers, self.options, self.scheme.criterion.spares))
+        trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        share = sum(layer.weight.numel() for layer in self.scheme.layers) / trained
+        if share < LITTLE:
+            self.logger.warning(
+                "RePr: there is next to nothing to drop, %.1f %% of the trainable weights%s",
+                100 * share,
+                what_attention_means(self.model),
+            )
         if self.logger is logger:  # the hook has said it before
             self.logger.info(describe_schedule(self.schedule))
 
