@@ -380,8 +380,6 @@ class RePrScheme:
         broadcast_(list(found.values()), self._device)
         return found, cosines
 
-    # What both transitions need.
-
     @property
     def _device(self) -> torch.device:
         return self.layers[0].weight.device
