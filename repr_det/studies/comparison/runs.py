@@ -173,7 +173,7 @@ def check_same_data(folders: Iterable[Path]) -> None:
     for folder in folders:
         for path in sorted(folder.glob(f"{Path(DATA_FILE).stem}*.json")):
             used += [(folder, name, entry) for name, entry in read_json(path).items()]
-    registered = [name for name in {name for _, name, _ in used} if name in DatasetCatalog]
+    registered = [name for name in sorted({name for _, name, _ in used}) if name in DatasetCatalog]
     used += [("this command", name, entry) for name, entry in describe_data_sets(registered).items()]
     first: dict[str, tuple[Any, dict[str, Any]]] = {}
     for place, name, entry in used:
