@@ -186,6 +186,6 @@ def check_same_data(folders: Iterable[Path]) -> None:
 
 
 def _same_content(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    """Compares classes and number of images if one was described before its file was there, as shapes drawn on first use."""
+    """Compares SHA-256; classes and number of images if one was described before its file was there, as shapes are."""
     keys = ("sha256",) if a["sha256"] and b["sha256"] else ("classes", "images")
     return all(a[key] == b[key] for key in keys)
