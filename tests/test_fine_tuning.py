@@ -15,7 +15,7 @@ from test_hook import SCHEDULE, trained
 from repr_det import RePr, Trainer
 from repr_det.commands.arguments import build_config
 from repr_det.detectron.config import options_of_config
-from repr_det.detectron.fine_tuning import MEASURED, SHORT, fine_tuning_warning
+from repr_det.detectron.fine_tuning import ADVICE, SHORT, fine_tuning_warning
 from repr_det.method.passes import TrainingPasses
 
 BACKBONE, FPN = "backbone.bottom_up.res3.0.conv1", "backbone.fpn_output2"
@@ -49,7 +49,7 @@ def test_who_is_warned(weights, iterations, epochs, spares, names, loud, warns):
     assert (warning is not None) == warns
     if warns:
         length = f"{iterations} iterations" if epochs is None else f"{iterations} iterations ({epochs:.3g} epochs)"
-        assert f"{length} from trained weights (x.pkl)" in warning and MEASURED in warning
+        assert f"{length} from trained weights (x.pkl)" in warning and ADVICE in warning
         assert f"30 % of the filters of {sum(name != FPN for name in names)} trained convs" in warning
 
 
@@ -58,14 +58,14 @@ def test_one_warning_before_the_first_step_and_none_on_resume(tiny_cfg, tmp_path
     cfg = tiny_cfg(*SCHEDULE, "MODEL.WEIGHTS", tmp_path / "trained.pth", "DATASETS.TEST", "()")
     with caplog.at_level(logging.WARNING, "repr_det.hook"):
         trained(Trainer, cfg)
-        warnings = [record for record in caplog.records if MEASURED in record.getMessage()]
+        warnings = [record for record in caplog.records if ADVICE in record.getMessage()]
         assert len(warnings) == 1
         caplog.clear()
         longer = cfg.clone()
         longer.defrost()
         longer.SOLVER.MAX_ITER = 10
         trained(Trainer, longer, resume=True)
-    assert not any(MEASURED in record.getMessage() for record in caplog.records)
+    assert not any(ADVICE in record.getMessage() for record in caplog.records)
 
 
 @pytest.mark.parametrize("depth", [50, 101])

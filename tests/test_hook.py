@@ -2,7 +2,6 @@
 
 import argparse
 import copy
-import itertools
 import json
 import logging
 import math
@@ -10,10 +9,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import At, assert_same_weights, interrupt
+from conftest import At, assert_same_weights
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
-from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, default_setup, hooks
+from detectron2.engine import DefaultTrainer, HookBase, default_setup, hooks
 from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
 from small_loop import OPTIONS, config, hook_of, small_trainer, spelled, train
@@ -22,7 +21,7 @@ from repr_det import RePr, RePrHook, Trainer, UserError, add_repr_config
 from repr_det.commands.processes import STOCK_CONFIG_FILE, write_configs
 from repr_det.detectron.config import options_of_config, without_repr
 from repr_det.detectron.passes import calibration_batches, training_passes
-from repr_det.method.options import CONFIG_KEYS, option_names
+from repr_det.method.options import option_names
 from repr_det.network.state import random_state
 
 SCHEDULE = "SOLVER.MAX_ITER 8 REPR.ENABLED True REPR.S1_ITERS 2 REPR.S2_ITERS 1 REPR.NUM_CYCLES 2".split()
@@ -169,45 +168,19 @@ def test_in_a_stock_trainer_it_moves_and_logs(tiny_cfg, tmp_path):
     assert {line: log.count(line) for line in lines} == lines
 
 
-class Reseed(HookBase):
-    """Makes an iteration a function of its number alone."""
+@pytest.mark.parametrize(("norm", "stop"), [("BN", 5), ("FrozenBN", 2), ("FrozenBN", 5)])
+def test_alone_in_a_simple_trainer_and_resumed_bit_for_bit(norm, stop):
+    def begun():
+        return small_trainer(RePrHook(seed=3, **OPTIONS), norm=norm)
 
-    def before_step(self):
-        torch.manual_seed(self.trainer.iter)
-
-
-def simple_run(cfg, batches, make=RePrHook, stop=None, resume=False):
-    seed_all_rng(3)
-    model = build_model(cfg)
-    optimizer = DefaultTrainer.build_optimizer(cfg, model)
-    trainer = SimpleTrainer(model.train(), None, optimizer)
-    trainer.max_iter = cfg.SOLVER.MAX_ITER
-    checkpointer = DetectionCheckpointer(model, cfg.OUTPUT_DIR, trainer=trainer)
-    trainer.register_hooks([Reseed(), hooks.PeriodicCheckpointer(checkpointer, 1), make(cfg)])
-    start = 0
-    if resume:
-        start = checkpointer.resume_or_load("", resume=True)["iteration"] + 1
-        seed_all_rng(12345)
-    trainer.data_loader = batches  # calibration reads it from its beginning
-    trainer._data_loader_iter_obj = iter(batches[start:])
-    trainer.register_hooks([At(stop, interrupt)])
-    try:
-        trainer.train(start, cfg.SOLVER.MAX_ITER)
-    except KeyboardInterrupt:
-        pass
-    return model
-
-
-@pytest.mark.parametrize(("norm", "stop"), [("BN", 4), ("FrozenBN", 2), ("FrozenBN", 4)])
-def test_alone_in_a_simple_trainer_by_plain_arguments_and_resumed_bit_for_bit(tiny_cfg, tmp_path, norm, stop):
-    opts = [*SCHEDULE, "MODEL.RESNETS.NORM", norm, "SOLVER.BASE_LR", "0.001", "SOLVER.IMS_PER_BATCH", "1"]
-    batches = list(itertools.islice(DefaultTrainer.build_train_loader(tiny_cfg(*opts)), 8))
-    straight = simple_run(tiny_cfg(*opts, "OUTPUT_DIR", tmp_path / "a"), batches)
-    cfg = tiny_cfg(*opts, "OUTPUT_DIR", tmp_path / "b")
-    simple_run(cfg, batches, plain_hook, stop=stop)
-    resumed = simple_run(cfg, batches, plain_hook, resume=True)
-    assert_same_weights(straight.state_dict(), resumed.state_dict())
-    assert events_in(tmp_path / "a") == events_in(tmp_path / "b")
+    straight, stopped, resumed = begun(), begun(), begun()
+    train(straight)
+    train(stopped, stop=stop)
+    resumed.model.load_state_dict(stopped.model.state_dict())
+    resumed.load_state_dict(copy.deepcopy(stopped.state_dict()))
+    resumed._data_loader_iter_obj = iter(resumed.data_loader[stop:])  # calibration reads it from its beginning
+    train(resumed, stop)
+    assert_same_weights(straight.model.state_dict(), resumed.model.state_dict())
 
 
 # Of every option another value than its default; a new option has to be added here.
@@ -219,21 +192,17 @@ OTHERS = {
 }  # fmt: skip
 
 
-def test_plain_arguments_are_those_of_a_config_bit_for_bit(tiny_cfg, tmp_path):
-    """On a stock DefaultTrainer, with every option away from its default."""
-    chosen = OTHERS | {"s1_iters": 2, "s2_iters": 2, "layers": ["backbone.*.conv?"], "criterion": "apoz"}
-    chosen |= {"frozen_norm": "recalibrate"}
-    keys = [part for name, value in chosen.items() for part in (CONFIG_KEYS[name], value)]
-    opts = ["REPR.ENABLED", True, "SOLVER.MAX_ITER", 11, "DATASETS.TEST", "()", "MODEL.RESNETS.NORM", "FrozenBN"]
+def test_plain_arguments_are_those_of_a_config_bit_for_bit():
+    """With every option away from its default."""
+    chosen = OTHERS | {"layers": ["backbone.conv?"], "criterion": "apoz", "frozen_norm": "recalibrate"}
     ends = []
-    for way, make in (("config", RePrHook), ("plain", plain_hook)):
-        cfg = tiny_cfg(*opts, *keys, "OUTPUT_DIR", tmp_path / way, "SOLVER.BASE_LR", "0.0005")
-        hook = make(cfg)
-        ends.append(state_of(trained(DefaultTrainer, cfg, hook)))
-        assert vars(hook.options) == chosen
+    for way in WAYS:
+        hook = hook_of(way, 20, **chosen)
+        trainer = small_trainer(hook, steps=20, norm="FrozenBN")
+        train(trainer)
+        ends.append(state_of(trainer))
+        assert vars(hook.options) == chosen and hook.scheme.cycle == 2
     assert_same_weights(*ends)
-    events = events_in(tmp_path / "config")
-    assert len(events) == 4 and events == events_in(tmp_path / "plain")
 
 
 # ---- what is refused ----
@@ -324,26 +293,18 @@ def test_a_second_repr_on_a_model_is_refused():
 # ---- the rest ----
 
 
-def test_averages_get_dropped_and_returning_filters():
+def test_averages_begin_again_at_a_restore():
     """By an argument beside a config."""
     trainer = small_trainer()
     average = copy.deepcopy(trainer.model)
     hook = RePrHook(config(**OPTIONS), averages=[average], scale="old")
     assert hook.options.scale == "old"
-
-    def look(trainer):
-        masks = {name: mask.clone() for name, mask in hook.scheme.masks.items()}
-        return masks, [average.get_submodule(name).weight[mask].clone() for name, mask in masks.items()]
-
-    seen = Seen(look)
-    trainer.register_hooks([hook, seen])
-    train(trainer, stop=6)
-    masks, dropped = seen.found[3]
-    assert sum(map(len, dropped)) == 7 and not any(rows.any() for rows in dropped)
-    for name, mask in masks.items():
-        mine, theirs = average.get_submodule(name), trainer.model.get_submodule(name)
-        assert mask.any() and torch.equal(mine.weight[mask], theirs.weight[mask])
-        assert not torch.equal(mine.weight[~mask], theirs.weight[~mask])
+    trainer.register_hooks([hook])
+    train(trainer, stop=5)
+    own, others = trainer.model.backbone.conv1.weight, average.backbone.conv1.weight
+    assert hook.scheme.is_sub and not torch.equal(own, others)
+    train(trainer, 5, stop=6)
+    assert not hook.scheme.is_sub and torch.equal(own, others)
 
 
 def first_ones(layer):

@@ -11,7 +11,7 @@ from typing import Any
 from detectron2.config import LazyConfig
 from detectron2.utils.registry import locate
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from repr_det.commands.arguments import baseline_folder, classes_of_data, output_folder
 from repr_det.commands.config_files import config_path
@@ -97,35 +97,36 @@ def _refuse_unknown_keys(cfg: DictConfig, overrides: list[str]) -> None:
     """A key that the config does not have is a typo, unless the override says that it is new (``+path.key=value``), or
     the ``_target_`` of its node, Detectron2 or this package takes it. Keys of ``repr`` are checked where it is read.
     """
+    plain = OmegaConf.to_container(cfg)
     for override in OverridesParser.create().parse_overrides(overrides):
         key = override.key_or_group
         if override.is_add() or key in KEYS or key.startswith("repr"):
             continue
-        node, parts = cfg, key.split(".")
+        node, parts = plain, key.split(".")
         for depth, part in enumerate(parts):
-            known = _keys(node)
-            if part in known:
-                node = node._get_node(int(part) if isinstance(node, ListConfig) else part)
+            children = _children(node)
+            if part in children:
+                node = children[part]
                 continue
             if _takes(node, part):
                 break
             where = ".".join(parts[:depth])
-            close = [".".join(filter(None, (where, k))) for k in difflib.get_close_matches(part, known, n=2)]
-            hint = f"did you mean {' or '.join(close)}?" if close else f"it has {listed(known)}"
+            close = [".".join(filter(None, (where, k))) for k in difflib.get_close_matches(part, children, n=2)]
+            hint = f"did you mean {' or '.join(close)}?" if close else f"it has {listed(children)}"
             raise UserError(
                 f"override {key}: the config has no {part!r} in {where or 'it'}; {hint} (+{key}=... adds a new key)"
             )
 
 
-def _keys(node: Any) -> list[str]:
-    if isinstance(node, ListConfig):
-        return [str(i) for i in range(len(node))]
-    return [str(key) for key in node] if isinstance(node, DictConfig) and OmegaConf.is_dict(node) else []
+def _children(node: Any) -> dict[str, Any]:
+    if isinstance(node, (dict, list)):
+        return {str(key): value for key, value in (node.items() if isinstance(node, dict) else enumerate(node))}
+    return {}
 
 
 def _takes(node: Any, name: str) -> bool:
     """Tells whether the callable of a LazyCall has an argument of this name."""
-    target = node.get("_target_") if isinstance(node, DictConfig) else None
+    target = node.get("_target_") if isinstance(node, dict) else None
     try:
         parameters = inspect.signature(locate(target) if isinstance(target, str) else target).parameters
     except (TypeError, ValueError, ImportError):
