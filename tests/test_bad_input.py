@@ -194,6 +194,9 @@ def test_home_and_variables_in_output_dir(monkeypatch, tmp_path):
         assert str(tmp_path / "x") == build_config(CONFIG, ["OUTPUT_DIR", given]).OUTPUT_DIR
     with pytest.raises(UserError, match=r"OUTPUT_DIR '\$NOWHERE/x': the variable NOWHERE is not set"):
         build_config(CONFIG, ["OUTPUT_DIR", "$NOWHERE/x"])
+    for given, folder in (([], "output/repr_r50_fpn_baseline"), (["OUTPUT_DIR", "x"], "x")):
+        cfg = build_config("repr_r50_fpn.yaml", given, baseline=True)
+        assert not cfg.REPR.ENABLED and cfg.OUTPUT_DIR.endswith(folder)
 
 
 @pytest.mark.parametrize("trace", ["model_0000003.pth", "last_checkpoint", "metrics.json", "repr_events.jsonl"])
