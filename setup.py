@@ -72,5 +72,6 @@ setup(
         # compare, analyze, benchmark
         "studies": ["Jinja2>=3.0", "matplotlib>=3.6", "pandas>=1.5", "tabulate"],
         "wandb": ["wandb"],
+        "examples": ["accelerate", "lightning", "scikit-learn", "timm", "torchvision", "transformers", "ultralytics"],
     },
 )

@@ -6,8 +6,7 @@ held-out images: give batches of such images. A removed filter is zero in all it
 before.
 """
 
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from repr_det import FilterLayer, UserError
-from repr_det.method.criteria import Context, get_criterion
+from repr_det.method.criteria import Context
 from repr_det.method.distributed import mean_over_ranks
 from repr_det.method.layers import zero_rows_
 from repr_det.method.passes import TrainingPasses
@@ -53,34 +52,6 @@ def ablation(layers: Sequence[FilterLayer], passes: TrainingPasses, batches: Seq
                     losses.append(_loss(passes, batches))
             increase[layer.name] = torch.nan_to_num(torch.tensor(losses, dtype=torch.float64) - whole)
     return increase
-
-
-def correlation_with_oracle(
-    layers: Sequence[FilterLayer], context: Context, criteria: Sequence[str]
-) -> dict[str, float]:
-    """Spearman's rank correlation of criteria with the oracle over the filters of all layers (the paper's figure 4).
-
-    Args:
-        context: its batches are what criteria and oracle look at; held-out images for the paper's oracle.
-        criteria: names in ``repr_det.method.criteria.CRITERIA``.
-
-    Returns:
-        criterion -> correlation in [-1, 1]; NaN if all scores of a criterion are equal.
-    """
-    batches = list(context.passes.batches(context.num_batches, context.cycle))
-    reference = {name: -increase for name, increase in ablation(layers, context.passes, batches).items()}
-    scores = {name: get_criterion(name).score(layers, context) for name in criteria}
-    return {name: rank_correlation(found, reference) for name, found in scores.items()}
-
-
-def rank_correlation(scores: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> float:
-    """Spearman's rank correlation of two scores over the filters of all layers; NaN if one of them is constant."""
-    from scipy.stats import ConstantInputWarning, spearmanr
-
-    a, b = (np.concatenate([x[name].double().cpu().numpy() for name in reference]) for x in (scores, reference))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConstantInputWarning)
-        return float(spearmanr(a, b).statistic)
 
 
 def _check(layers: Sequence[FilterLayer], batches: Sequence[Any]) -> None:

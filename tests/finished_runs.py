@@ -77,7 +77,7 @@ def finished(named_data, tiny_cfg, tmp_path):
 
 def compare_folders(tmp_path, baseline, repr_, *more):
     folders = ["--baseline-runs", *map(str, baseline), "--repr-runs", *map(str, repr_)]
-    main([*folders, "--output", str(tmp_path / "out"), *more])
+    main([*folders, "--output", str(tmp_path / "out"), "--eval-images", "0", *more])
 
 
 def results_of(folder):

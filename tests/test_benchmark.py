@@ -47,13 +47,6 @@ def test_on_a_gpu_the_stock_step_is_the_case(monkeypatch):
     assert (args.heads, size, cfg.MODEL.ROI_BOX_HEAD.NUM_FC) == ("small", (320, 320), 1)
 
 
-def test_batches_are_as_detectron2_gives_them():
-    batch = benchmark.synthetic_batch(3, 640, 64)
-    assert [image["image"].shape for image in batch] == [(3, 640, 64)] * 3
-    boxes = torch.cat([image["instances"].gt_boxes.tensor for image in batch])
-    assert (boxes[:, 2:] > boxes[:, :2]).all() and (boxes <= torch.tensor([64, 640, 64, 640])).all()
-
-
 def test_ratios_are_those_of_a_round():
     rng = np.random.default_rng(1)
     machine = rng.uniform(1, 3, 11)  # a shared machine: each round is as slow as the others make it

@@ -121,7 +121,7 @@ def test_freeze_at_changed_on_resume_is_refused(tiny_cfg, tmp_path):
     first.checkpointer.save("model_0000001", iteration=1)
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").glob("*")}
     other = Trainer(tiny_cfg("MODEL.BACKBONE.FREEZE_AT", 2))
-    with pytest.raises(UserError, match=r"this run \d+ in \d+: resume with the same MODEL, MODEL.BACKBONE.FREEZE_AT"):
+    with pytest.raises(UserError, match=r"this run has \d+ parameters in \d+ groups .*: resume with the same MODEL"):
         other.resume_or_load(resume=True)
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").glob("*")} == before
 
@@ -156,14 +156,14 @@ def test_a_rename_that_fails(tmp_path, monkeypatch, name, advice, file):
 @pytest.mark.parametrize(
     ("old", "new", "told"),
     [
-        (torch.optim.SGD, torch.optim.AdamW, "AdamW has no .*momentum"),
-        (torch.optim.AdamW, torch.optim.SGD, "SGD has no .*betas"),
-        (torch.optim.AdamW, torch.optim.RMSprop, "RMSprop has no .*betas"),
+        (torch.optim.SGD, torch.optim.AdamW, "momentum.*; this run has 2 parameters in 1 groups with .*betas"),
+        (torch.optim.AdamW, torch.optim.SGD, "betas.*; this run has .*momentum"),
+        (torch.optim.AdamW, torch.optim.RMSprop, "betas.*; this run has .*alpha"),
     ],
 )
 def test_another_optimizer_is_refused(old, new, told):
     parameters = nn.Linear(1, 1).parameters
-    with pytest.raises(UserError, match=f"is of another optimizer: {told}"):
+    with pytest.raises(UserError, match=f"is of another optimizer, 2 parameters in 1 groups with .*{told}"):
         check_same_optimizer(new(parameters()), old(parameters()).state_dict(), "folder")
     check_same_optimizer(new(parameters()), new(parameters()).state_dict(), "folder")
 

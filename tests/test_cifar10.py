@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import io
-import json
 import re
 import sys
 import zipfile
@@ -19,6 +18,8 @@ import torchvision.datasets
 from cifar import data, network, records, training
 from cifar.records import Settings
 from PIL import Image
+from scipy.spatial.distance import cdist
+from scipy.special import log_softmax
 from torch import Tensor, nn
 
 from repr_det import UserError
@@ -195,19 +196,11 @@ def test_planted_filters_change_nothing_and_descent_does_not_part_them(kind, pla
             torch.testing.assert_close(now[keep:], now[torch.arange(keep, 32) % keep], rtol=0, atol=1e-6)
 
 
-def softmax(values: np.ndarray) -> np.ndarray:
-    powers = np.exp(values - values.max(1, keepdims=True))
-    return powers / powers.sum(1, keepdims=True)
-
-
 def overlap(weights: list[np.ndarray]) -> float:
     """Squared cosines of all pairs of different filters, each pair counted twice."""
-    total = 0.0
-    for weight in weights:
-        rows = [row for row in weight.reshape(len(weight), -1) if np.linalg.norm(row) > 0]
-        for i, a in enumerate(rows):
-            total += sum((a @ b / np.linalg.norm(a) / np.linalg.norm(b)) ** 2 for j, b in enumerate(rows) if i != j)
-    return total
+    rows = [weight.reshape(len(weight), -1) for weight in weights]
+    cosines = [1 - cdist(row, row, "cosine") for row in rows]
+    return sum((matrix**2).sum() - len(matrix) for matrix in cosines)
 
 
 def test_a_step_minimises_the_loss_that_the_options_name(feed):
@@ -219,9 +212,9 @@ def test_a_step_minimises_the_loss_that_the_options_name(feed):
     pixels = feed.train.pixels.numpy().astype(float)
     pixels = (pixels - pixels.mean((0, 1, 2))) / pixels.std((0, 1, 2))
     logits = model(torch.tensor(pixels, dtype=torch.float32).permute(0, 3, 1, 2)).detach().double().numpy()
-    student, wanted = softmax(logits / 4), softmax(feed.teacher.double().numpy() / 4)
-    loss = 0.7 * -np.log(softmax(logits)[range(40), feed.train.classes]).mean()
-    loss += 0.3 * 16 * (wanted * (np.log(wanted) - np.log(student))).sum(1).mean()
+    student, wanted = log_softmax(logits / 4, 1), log_softmax(feed.teacher.double().numpy() / 4, 1)
+    loss = 0.7 * -log_softmax(logits, 1)[range(40), feed.train.classes].mean()
+    loss += 0.3 * 16 * (np.exp(wanted) * (wanted - student)).sum(1).mean()
     loss += 0.01 * overlap([c.weight.detach().double().numpy() for c in network.convs(model)])
     assert record["loss_curve"] == [pytest.approx(loss, rel=1e-5)]
 
@@ -296,26 +289,12 @@ def test_records_survive_a_kill_and_later_fields(tmp_path):
 
 
 def test_a_study_trains_what_is_missing_with_teacher_and_first_weights(study, tmp_path, capsys):
-    options = [
-        "--distill",
-        "0.5",
-        "--teacher-epochs",
-        "1",
-        "--warm-images",
-        "20",
-        "--warm-epochs",
-        "2",
-        "--rows",
-        "standard",
-    ]
+    options = "--distill 0.5 --teacher-epochs 1 --warm-images 20 --warm-epochs 2 --rows standard".split()
     study(*options)
     held = study(*options, "ortho")
-    assert [(s.network, s.row, s.train_images, s.epochs, s.warm_images) for s, _ in held] == [
-        ("teacher", "standard", 40, 1, 0),
-        ("3x3", "standard", 20, 2, 0),
-        ("3x3", "standard", 40, 10, 20),
-        ("3x3", "ortho", 40, 10, 20),
-    ]
+    found = [(s.network, s.row, s.train_images, s.epochs, s.warm_images) for s, _ in held]
+    assert found[:2] == [("teacher", "standard", 40, 1, 0), ("3x3", "standard", 20, 2, 0)]
+    assert found[2:] == [("3x3", "standard", 40, 10, 20), ("3x3", "ortho", 40, 10, 20)]
     assert held[2][0].teacher == held[0][0].key and "ortho, seed 0: " in capsys.readouterr().out
     for finished, _ in held[:2]:  # the weights that others need are trained again, to the same
         file = cifar10.weights_file(tmp_path, finished)
@@ -323,8 +302,6 @@ def test_a_study_trains_what_is_missing_with_teacher_and_first_weights(study, tm
         file.unlink()
         assert study(*options)[-1] == held[-1]
         assert all(torch.equal(value, before[name]) for name, value in torch.load(file).items())
-    (tmp_path / "runs.jsonl").write_text("".join(json.dumps(record) + "\n" for _, record in held[:3]))
-    assert study(*options, "ortho")[3][1]["loss_curve"] == held[3][1]["loss_curve"]
 
 
 @pytest.mark.parametrize("row", ["standard", "ortho"])

@@ -1,13 +1,13 @@
 """The report as parsed HTML, from made-up runs; once really from nothing to report."""
 
-import csv
 import json
 import math
 import os
 import shutil
-from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import numpy as np
+import pandas as pd
 import pytest
 from finished_runs import OPTS, REPR_CONFIG, compare_folders, results_of, write_metrics
 
@@ -16,35 +16,17 @@ from repr_det.studies.comparison.command import main
 from repr_det.studies.comparison.records import read_metrics
 from repr_det.studies.comparison.table import METRICS
 
-VOID = {"meta", "br", "link", "img", "hr", "input"}
 
-
-class Page(HTMLParser):
-    """Text, tags and addresses of a page; refuses tags that do not nest."""
+class Page:
+    """Text, tags and addresses of a page, which is well-formed XML."""
 
     def __init__(self, folder):
-        super().__init__()
         self.source = (folder / "report.html").read_text(encoding="utf-8")
-        self.words, self.tags, self.addresses, self.open = [], [], [], []
-        self.feed(self.source.replace("<wbr>", ""))
-        assert not self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.addresses += [v for k, v in attrs if k in ("href", "src", "xlink:href")]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] not in ("style", "script"):
-            self.words.append(data)
-
-    @property
-    def text(self):
-        return " ".join(" ".join(self.words).split())
+        root = ElementTree.fromstring(self.source)
+        self.tags = [element.tag for element in root.iter()]
+        self.words = " ".join(root.find("body").itertext()).split()
+        self.text = " ".join(self.words)
+        self.addresses = [one for element in root.iter() for one in (element.get("href"), element.get("src")) if one]
 
 
 def test_report_of_finished_folders(finished, tmp_path, capsys):
@@ -62,12 +44,13 @@ def test_report_of_finished_folders(finished, tmp_path, capsys):
     assert training["best"]["difference"]["verdict"] in ("higher", "lower", "not distinguishable")  # no better
 
     # One table, whose numbers have one form everywhere.
-    with (out / "results.csv").open(encoding="utf-8", newline="") as file:
-        table = {line["name"]: line for line in csv.DictReader(file)}
-    assert set(table) == {*METRICS, "AP-<b>bläu & “x”</b>", "AP-绿色/$g$"}
-    assert [float(table["AP"][f"baseline_seed_{s}"]) for s in (1, 2, 3)] == pytest.approx(expected, abs=1e-4)
-    assert float(table["AP"]["difference"]) == pytest.approx(row["difference"]["mean"], abs=1e-4)
-    assert table["APl"]["difference"] == "n/a"  # images of 96 px hold no large object
+    table = pd.read_csv(out / "results.csv")
+    assert list(table) == ["seed", "arm", "metric", "value"] and set(table["arm"]) == {"baseline", "repr"}
+    classes = {"AP-<b>bläu & “x”</b>", "AP-绿色/$g$"}
+    assert set(table["metric"]) == {*METRICS, *classes, "best", "lost", "final_loss"}
+    found = table[(table["metric"] == "AP") & (table["arm"] == "baseline")].sort_values("seed")
+    assert found["value"].tolist() == pytest.approx(expected, abs=1e-4)
+    assert results["metrics"]["APl"]["difference"]["mean"] is None  # images of 96 px hold no large object
     page, shown = Page(out), capsys.readouterr().out
     for sentence in (results["verdict"], results["power"]["sentence"]):
         assert sentence in shown and sentence.rpartition(": ")[2] in page.text
@@ -76,8 +59,15 @@ def test_report_of_finished_folders(finished, tmp_path, capsys):
     assert f"difference of 1 AP needs {results['power']['seeds_for_1']} seeds" in page.text
 
     assert "<b>bläu" not in page.source and "<b>bläu & “x”</b>" in page.text and "绿色/$g$" in page.text
-    assert "<title>RePr against its baseline on odd_val</title>" in page.source
-    for word in (*METRICS, "not distinguishable", "n/a", "Settings", "SOLVER.MAX_ITER", "Training loss at the end"):
+    assert "<title>RePr against baseline on odd_val</title>" in page.source
+    for word in (
+        *METRICS,
+        "not distinguishable",
+        "n/a",
+        "MAX_ITER: 40",
+        "REPR.ENABLED False True",
+        "Training loss at the end",
+    ):
         assert word in page.text, word
     for folder in (*bases, *others):
         assert os.path.relpath(folder, out) in page.text
@@ -106,14 +96,14 @@ def test_two_configs(finished, tmp_path, capsys):
         finished("repr", seed, ap=ap, folder=out / f"repr_r50_fpn_seed{seed}")
         finished("repr", seed, "REPR.CRITERION", "random", ap=40.0 + seed, folder=out / f"random_seed{seed}")
     words = ["--config-file", REPR_CONFIG, "--against", str(config), "--seeds", "1", "2", "3", "--output", str(out)]
-    main([*words, *OPTS])
+    main([*words, "--eval-images", "0", *OPTS])
     results, page = results_of(out), Page(out)
     assert results["metrics"]["AP"]["difference"]["values"] == pytest.approx([1.0, 1.5, 0.1])
     assert results["verdict"].startswith("repr_r50_fpn against random: +0.9 AP, ")
     assert results["verdict"] in capsys.readouterr().out
     assert "<title>repr_r50_fpn against random on odd_val</title>" in page.source
-    assert "REPR.CRITERION random ortho" in page.text and "its baseline" not in page.text
-    main(["--report-only", "--output", str(out)])
+    assert "key random repr_r50_fpn REPR.CRITERION random ortho" in page.text
+    main(["--report-only", "--output", str(out), "--eval-images", "0"])
     assert results_of(out) == results
 
 
@@ -124,7 +114,7 @@ def test_report_says_what_is_missing(finished, tmp_path):
     events = [json.loads(line) for line in (other / "repr_events.jsonl").read_text().splitlines()]
     lines = [json.dumps(event | {"dropped": {}}) for event in events]
     (other / "repr_events.jsonl").write_text("".join(line + "\n" for line in lines))
-    compare_folders(tmp_path, [base], [other])
+    compare_folders(tmp_path, [base], [other], "--eval-images", "1")
     page, results = Page(tmp_path / "out"), results_of(tmp_path / "out")
     assert "Which filters were dropped" in page.text and "nan" not in page.words
     assert "AP: n/a (no pair of runs has it)" in page.text.replace(" :", ":")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import benchmark
 import cifar10
+import digits
 import pytest
 import setuptools
 import torch
@@ -35,6 +36,7 @@ PARSERS = {
     "analyze": lambda words: analysis_argument_parser().parse_intermixed_args(words),
     "tools/benchmark.py": lambda words: benchmark.argument_parser().parse_intermixed_args(words),
     "docs/evidence/cifar10.py": cifar10.parse,
+    "docs/evidence/digits.py": digits.parse,
 }
 # Options of torchrun that take a value, as far as the docs use them.
 TORCHRUN = ("--nproc_per_node", "--nnodes", "--max-restarts", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id")

@@ -35,7 +35,7 @@ def test_registering_twice_and_with_other_files(folder, catalogs, tmp_path, monk
         datasets.check_registered("mine")
     folder.content["categories"][0]["name"] = "cells"
     folder.check(for_evaluation=False)
-    with pytest.raises(UserError, match="its categories changed since it was registered"):
+    with pytest.raises(UserError, match=r"its categories \(cells, plate\), and their ids, must be those registered"):
         datasets.check_registered("mine", for_evaluation=False)
 
 

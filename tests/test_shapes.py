@@ -229,15 +229,15 @@ def test_an_interrupted_build_changes_nothing(few_images, tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize("before", ["absent", "empty", "outdated"])
-def test_builders_at_the_same_time(few_images, tmp_path, monkeypatch, before):
+def test_of_builders_at_the_same_time_one_draws(few_images, tmp_path, monkeypatch, before):
     wanted = contents(shapes.build_shapes(tmp_path / "reference" / "shapes"))
-    root, swap_in, together = tmp_path / "shapes", shapes._swap_in, threading.Barrier(4, timeout=60)
+    root, write, writes, start = tmp_path / "shapes", shapes._write, [], threading.Barrier(4, timeout=60)
     put(before, root)
-    monkeypatch.setattr(shapes, "_swap_in", lambda *args: (together.wait(), swap_in(*args)))
+    monkeypatch.setattr(shapes, "_write", lambda *args: (writes.append(args), write(*args)))
     with ThreadPoolExecutor(4) as pool:
-        for done in [pool.submit(shapes.build_shapes, root) for _ in range(4)]:
-            assert done.result() == root
-    assert contents(root) == wanted
+        for done in [pool.submit(lambda: (start.wait(), shapes.build_shapes(root))) for _ in range(4)]:
+            assert done.result()[1] == root
+    assert contents(root) == wanted and len(writes) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["reference", "shapes"]
 
 

@@ -4,27 +4,23 @@ import argparse
 import errno
 import os
 import signal
-import socket
 import sys
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import Mock, call
 
 import forked
 import pytest
 import torch
 from detectron2.engine import HookBase
-from detectron2.engine.train_loop import SimpleTrainer
-from torch import nn
+from small_loop import small_trainer
 
-from repr_det import UserError
-from repr_det.commands import processes
+from repr_det import Trainer, UserError
 from repr_det.commands.arguments import train_argument_parser
 from repr_det.commands.checks import check_run
-from repr_det.commands.processes import _run, _take, may_continue, run_tool
+from repr_det.commands.processes import _run, may_continue, run_tool
 from repr_det.commands.world import Launched, check_processes, dist_url, refuse_torchrun
-from repr_det.runs.lock import OWNER_FILE, RunLock, job_of
+from repr_det.runs.lock import RunLock, job_of
 from repr_det.runs.stopping import STATUS, StopAtSignal, Stopped, answer_signals
 
 TORCHRUN = dict(RANK="1", LOCAL_RANK="1", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
@@ -173,16 +169,6 @@ def test_a_killed_run_leaves_no_lock(tmp_path):
     lock.release()
 
 
-class Saver:
-    """The checkpointer of a trainer without one."""
-
-    def __init__(self):
-        self.saved = []
-
-    def save(self, name, iteration):
-        self.saved.append((name, iteration))
-
-
 class SignalAt(HookBase):
     def __init__(self, number, iteration, where):
         self.number, self.iteration = number, iteration
@@ -196,10 +182,10 @@ class SignalAt(HookBase):
 @pytest.mark.parametrize(
     ("iteration", "where", "saved", "last"),
     [
-        (3, "before_step", [("model_0000003", 3)], 3),
+        (3, "before_step", [3], 3),
         (5, "before_step", [], 5),  # the periodic checkpoint of iteration 5 is there
         (5, "after_step", [], 5),  # in an evaluation after it
-        (4, "after_step", [("model_0000005", 5)], 5),  # in an evaluation after no checkpoint: with the next step
+        (4, "after_step", [5], 5),  # in an evaluation after no checkpoint: with the next step
         (0, "before_train", [], 0),
         (9, "before_step", [], 10),  # the last one: the final checkpoint is there, the evaluation is left out
         (10, "after_train", [], 10),  # in the evaluation after the last step
@@ -207,10 +193,8 @@ class SignalAt(HookBase):
 )
 def test_signals(iteration, where, saved, last):
     number = signal.SIGUSR1 if iteration == 3 else signal.SIGTERM
-    model = nn.Linear(1, 1)
-    loss = type("Loss", (nn.Module,), {"forward": lambda self, x: {"loss": model(x).sum()}})()
-    trainer = SimpleTrainer(loss, [torch.ones(1, 1)] * 20, torch.optim.SGD(model.parameters(), 0.1))
-    trainer.iter, trainer.checkpointer, prepared = 0, Saver(), []
+    trainer, prepared = small_trainer(steps=10), []
+    trainer.iter, trainer.checkpointer = 0, Mock()
     stop = StopAtSignal(3 if iteration == 5 else 100, lambda: prepared.append(trainer.iter))
     trainer.register_hooks([stop, SignalAt(number, iteration, where)])
     if where == "before_step":
@@ -219,8 +203,8 @@ def test_signals(iteration, where, saved, last):
     with pytest.raises(Stopped) as stopped, answer_signals():
         trainer.train(0, 10)
     assert stopped.value.code == STATUS == 75 and stopped.value.asked == signal.Signals(number).name
-    assert trainer.checkpointer.saved == saved and prepared == [i for _, i in saved]
-    assert trainer.iter == last
+    assert trainer.checkpointer.save.call_args_list == [call(f"model_{i:07d}", iteration=i) for i in saved]
+    assert prepared == saved and trainer.iter == last
     assert signal.getsignal(number) is before
 
 
@@ -249,58 +233,11 @@ def test_runs_of_one_machine_meet_at_ports_of_their_own():
     assert dist_url(parse(["--num-gpus", "2", "--dist-url", "tcp://127.0.0.1:1234"])) == "tcp://127.0.0.1:1234"
 
 
-@pytest.mark.parametrize("resume", [False, True])
-@pytest.mark.parametrize("shared", [False, True])
-def test_a_folder_that_not_every_machine_sees(two_ranks, tmp_path, resume, shared):
-    """Two machines, each with a folder of its own under the same name; a copy of rank 0's files changes nothing."""
-    folders = [tmp_path / "a", tmp_path / "a" if shared else tmp_path / "b"]
-    for folder in set(folders):
-        folder.mkdir()
-        (folder / "last_checkpoint").write_text("model_0000002.pth")
-        (folder / OWNER_FILE).write_text('{"host": "h", "pid": 1, "job": ""}\n')
-    told = two_ranks(lambda rank: _take(argparse.Namespace(resume=resume, eval_only=False), str(folders[rank])))
-    if shared:
-        assert told == [None, None]
-        return
-    for rank in (0, 1):
-        assert isinstance(told[rank], UserError)
-        assert str(told[rank]) == (
-            f"OUTPUT_DIR {folders[rank]} is not one folder that every machine sees: rank(s) 1 "
-            f"({socket.gethostname()}) do not find there what rank 0 writes"
-        )
-
-
-@pytest.fixture
-def two_ranks(monkeypatch):
-    """``two_ranks(f)`` -> what ``f(rank)`` raised in two threads that gather from each other."""
-    this, told, barrier = threading.local(), [None, None], threading.Barrier(2)
-
-    def all_gather(mine):
-        told[this.rank] = mine
-        barrier.wait(10)
-        everything = list(told)
-        barrier.wait(10)
-        return everything
-
-    def started(rank, function):
-        this.rank = rank
-        try:
-            function(rank)
-        except UserError as error:
-            return error
-
-    comm = dict(all_gather=all_gather, is_main_process=lambda: this.rank == 0, get_rank=lambda: this.rank)
-    monkeypatch.setattr(processes, "comm", argparse.Namespace(**comm, get_world_size=lambda: 2))
-    monkeypatch.setattr(processes, "_FOR_A_FILE_TO_BE_SEEN", 0.1)
-    monkeypatch.setattr(processes, "_HELD", [])
-
-    def run(function):
-        with ThreadPoolExecutor(2) as pool:
-            return list(pool.map(started, (0, 1), (function, function)))
-
-    yield run
-    for lock in processes._HELD:
-        lock.release()
+def test_a_folder_that_not_every_machine_sees(tiny_cfg, monkeypatch):
+    trainer = Trainer(tiny_cfg())
+    monkeypatch.setattr("repr_det.detectron.engine.comm.all_gather", lambda mine: ["model_0000009.pth", mine])
+    with pytest.raises(UserError, match=r"model_0000009.pth for rank 0 and none for others; copy rank 0's folder"):
+        trainer.resume_or_load(resume=True)
 
 
 def test_a_file_system_without_locks_still_knows_the_job(tmp_path, monkeypatch, caplog):

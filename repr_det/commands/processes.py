@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import re
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -29,14 +28,13 @@ from repr_det.commands.world import Launched, dist_url, nobody_came
 from repr_det.detectron.config import without_repr
 from repr_det.method.errors import UserError
 from repr_det.runs.files import advice_for, write_atomically
-from repr_det.runs.lock import RunLock, finds, job_of
+from repr_det.runs.lock import RunLock, job_of
 from repr_det.runs.record import CONFIG_FILE
 from repr_det.runs.stopping import STATUS, Stopped, answer_signals, end_with_parent
 
 STOCK_CONFIG_FILE = "config_detectron2.yaml"
 _FOR_THE_FIRST_TO_SPEAK = 5.0  # seconds
 _FOR_THE_LAST_TO_END = 30.0  # seconds that a resumed run waits for the one that it continues, which may be saving
-_FOR_A_FILE_TO_BE_SEEN = 60.0  # seconds that one machine's files may take to appear on another
 _HELD: list[RunLock] = []
 _EARLY = MemoryHandler(1000, flushLevel=logging.CRITICAL + 1)  # what is said before a run has a log of its own
 _EARLY.setLevel(logging.WARNING)
@@ -138,27 +136,18 @@ def _take(args: argparse.Namespace, folder: str) -> None:
     """Rank 0 locks the folder; every rank learns whether it could, and whether the run is resumed."""
     if args.eval_only or not folder:
         return
-    trouble = mark = ""
+    trouble = ""
     if comm.is_main_process():
         launched = Launched.found()
         lock = RunLock(folder, "" if launched is None else launched.job)
         try:
             lock.acquire(_FOR_THE_LAST_TO_END if args.resume else 0.0)
             _HELD.append(lock)
-            mark = lock.mark
         except UserError as error:
             trouble = str(error)
-    trouble, args.resume, mark = comm.all_gather((trouble, args.resume, mark))[0]
+    trouble, args.resume = comm.all_gather((trouble, args.resume))[0]
     if trouble:
         raise UserError(trouble)
-    blind = not comm.is_main_process() and not finds(folder, mark, _FOR_A_FILE_TO_BE_SEEN)
-    hosts = comm.all_gather(socket.gethostname() if blind else "")
-    if any(hosts):
-        ranks = ", ".join(str(rank) for rank, host in enumerate(hosts) if host)
-        raise UserError(
-            f"OUTPUT_DIR {folder} is not one folder that every machine sees: rank(s) {ranks} "
-            f"({', '.join(sorted(set(hosts) - {''}))}) do not find there what rank 0 writes"
-        )
 
 
 def launch_processes(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace, device: str) -> None:

@@ -1,7 +1,6 @@
 """One numbering of the classes for all data sets of a run: classes are compared, and mapped, by name."""
 
-import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
@@ -56,15 +55,14 @@ def _number(name: str, reference: Sequence[str]) -> None:
     MetadataCatalog.get(name).set(**values)
 
 
-def any_mapped(data_sets: Iterable[Sequence[str]]) -> bool:
+def any_mapped(data_sets: Sequence[Sequence[str]]) -> bool:
     """Tell whether `register_coco_format` registered any of the names in these lists, so that it can be mapped.
 
     Raises:
         UserError: a name stands in place of a list of names.
     """
-    data_sets = [*data_sets]
     for names in data_sets:
         if isinstance(names, str):
             raise UserError(f"data sets must be a tuple of names, ({names!r},), got {names!r}")
-    names = itertools.chain.from_iterable(data_sets)
-    return any(MetadataCatalog.get(name).get("own_classes") for name in names if name in DatasetCatalog)
+    registered = [name for names in data_sets for name in names if name in DatasetCatalog]
+    return any(MetadataCatalog.get(name).get("own_classes") for name in registered)

@@ -11,9 +11,8 @@ from pycocotools.coco import COCO
 
 class CocoEvaluator(COCOEvaluator):
     """Detectron2's, also for data sets that list a subset of the model's classes, number them otherwise, or give a
-    class two ids: AP is the mean over the classes that the data set lists, each under its own name, and detections of
-    the others do not count. For all other data sets it is Detectron2's to the letter, except that their json needs no
-    'info', for which pycocotools 2.0.9 and 2.0.10 ask."""
+    class two ids: AP is the mean over the classes that the data set lists, and detections of the others do not count.
+    No json needs the 'info' that pycocotools 2.0.9 and 2.0.10 ask for."""
 
     def __init__(self, dataset_name: str, *args: Any, **kwargs: Any) -> None:
         super().__init__(dataset_name, *args, **kwargs)
@@ -25,7 +24,7 @@ class CocoEvaluator(COCOEvaluator):
         merge_aliases(self._coco_api)
         numbers = dict(metadata.thing_dataset_id_to_contiguous_id)
         self._listed = set(numbers.values())
-        self._class_names = [metadata.thing_classes[numbers[i]] for i in sorted(numbers)]
+        self._class_names = list(own)
         # Detectron2 wants an id for every class of the model; those that are made up here are never written.
         absent = set(range(len(metadata.thing_classes))) - self._listed
         numbers |= {max(own.values()) + 1 + i: number for i, number in enumerate(sorted(absent))}

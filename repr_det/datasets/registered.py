@@ -25,7 +25,7 @@ def _check_once(json_file: str, image_root: str, name: str) -> CocoSummary:
 
 
 @lru_cache
-def _check(json_file: str, image_root: str, name: str, state: object) -> CocoSummary:
+def _check(json_file: str, image_root: str, name: str, state: object) -> CocoSummary:  # state: part of the cache's key
     return check_coco_format(json_file, image_root, name)
 
 
@@ -135,15 +135,13 @@ def check_registered(name: str, *, for_evaluation: bool = True) -> CocoSummary |
     findings = Findings(Path(json_file), name)
     if for_evaluation:
         summary.check_evaluation(findings)
-    names, ids = [*summary.classes], [*summary.classes.values()]
-    own = metadata.get("own_classes")
-    if own and [*own.items()] != [*summary.classes.items()]:
-        findings.fail("its categories changed since it was registered")
-    known, known_ids = metadata.get("thing_classes", names), metadata.get("thing_dataset_id_to_contiguous_id", ids)
-    if not own and ([*known] != names or [*known_ids] != ids or summary.aliases):
+    names, ids, own = [*summary.classes], [*summary.classes.values()], metadata.get("own_classes")
+    known = own or metadata.get("thing_classes", names)
+    known_ids = own.values() if own else metadata.get("thing_dataset_id_to_contiguous_id", ids)
+    if [*known] != names or [*known_ids] != ids or (summary.aliases and not own):
         findings.fail(
             f"its categories ({listed(names)}), and their ids, must be those registered under this name "
-            f"({listed(known)}); register your own data under another name"
+            f"({listed(known)}); register other data under another name"
         )
     return summary
 

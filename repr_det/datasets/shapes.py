@@ -6,12 +6,13 @@ shape, clipped to the image). At least MIN_VISIBLE percent of every shape can be
 would hide more is not drawn.
 """
 
+import fcntl
 import json
 import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import cv2
@@ -57,7 +58,6 @@ TRIES = 6  # positions tried for a shape before it is given up
 
 _CROSS = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
 _PNG = (cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_DEFAULT)
-_ATTEMPTS = 10  # to take the place of a folder that other processes replace too
 Place = tuple[slice, slice]
 
 
@@ -177,13 +177,11 @@ def annotation_file(root: Path, part: str) -> Path:
     return root / "annotations" / f"{part}.json"
 
 
-def _is_finished(root: Path, part: str) -> bool:
-    """Tell whether the folder is that of this generator, and has this part; UserError if it is something else."""
-    stamp = root / "VERSION"
-    text = stamp.read_text(errors="replace") if stamp.is_file() else ""
-    if root.is_file() or (root.is_dir() and any(root.iterdir()) and not text.startswith(STAMP_OWNER)):
-        raise UserError(f"{root} holds other data: the shapes data set needs an empty or absent folder of its own")
-    return text == STAMP and annotation_file(root, part).is_file()
+def _stamp(root: Path) -> str:
+    try:
+        return (root / "VERSION").read_text(errors="replace")
+    except OSError:
+        return ""
 
 
 def _write(root: Path) -> None:
@@ -210,8 +208,8 @@ def build_shapes(root: str | os.PathLike, part: str = "train") -> Path:
     """Make sure that `root` holds the data set: train/*.png, val/*.png, annotations/*.json and VERSION.
 
     It is drawn, in about ten seconds, in a temporary sibling folder and renamed, so that it is there as a whole or not
-    at all, also if several processes draw it. A finished folder is reused; one that another version of the generator
-    made, or that lacks a part, is replaced.
+    at all; of several processes one draws it and the others wait. A finished folder is reused; one that another version
+    of the generator made, or that lacks a part, is replaced.
 
     Args:
         part: one of PARTS; all of them are built at once.
@@ -226,10 +224,8 @@ def build_shapes(root: str | os.PathLike, part: str = "train") -> Path:
     try:
         if not _is_finished(root, part):
             root.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as scratch:
-                _write(Path(scratch) / "new")
-                _swap_in(root, part, Path(scratch))
-            print(f"shapes data set: drawn in {root}", file=sys.stderr)
+            with _lock(root.parent):
+                _build(root, part)
     except OSError as error:
         raise UserError(
             f"the shapes data set cannot be written to {root} ({error}): "
@@ -238,15 +234,30 @@ def build_shapes(root: str | os.PathLike, part: str = "train") -> Path:
     return root
 
 
-def _swap_in(root: Path, part: str, scratch: Path) -> None:
-    for attempt in range(_ATTEMPTS):
-        try:
-            (scratch / "new").rename(root)  # possible if root is absent or an empty folder
-            return
-        except OSError:
-            if _is_finished(root, part):  # another process was faster
-                return
-            if attempt == _ATTEMPTS - 1:
-                raise
-            with suppress(FileNotFoundError):  # or it is just taking the outdated one away
-                root.rename(scratch / f"outdated{attempt}")
+def _is_finished(root: Path, part: str) -> bool:
+    return _stamp(root) == STAMP and annotation_file(root, part).is_file()
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system that cannot lock, as NFS may be
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _build(root: Path, part: str) -> None:
+    if _is_finished(root, part):  # by another process meanwhile
+        return
+    if root.is_file() or (root.is_dir() and any(root.iterdir()) and not _stamp(root).startswith(STAMP_OWNER)):
+        raise UserError(f"{root} holds other data: the shapes data set needs an empty or absent folder of its own")
+    with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as scratch:
+        fresh = Path(scratch) / "new"
+        _write(fresh)
+        if root.exists():
+            root.rename(Path(scratch) / "outdated")
+        fresh.rename(root)
+    print(f"shapes data set: drawn in {root}", file=sys.stderr)

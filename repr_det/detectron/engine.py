@@ -119,7 +119,15 @@ class Trainer(DefaultTrainer):
         return RePrHook(cfg) if "REPR" in cfg and cfg.REPR.ENABLED else None
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """As in Detectron2; a run that was trained beyond SOLVER.MAX_ITER is refused."""
+        """As in Detectron2; refuses a run that was trained beyond SOLVER.MAX_ITER, or whose ranks see other files."""
+        if resume:
+            found = comm.all_gather(os.path.basename(self.checkpointer.get_checkpoint_file()))
+            if len(set(found)) > 1:
+                others = ", ".join(sorted({name or "none" for name in found[1:]}))
+                raise UserError(
+                    f"OUTPUT_DIR {self.cfg.OUTPUT_DIR} is not one folder that every machine sees: the checkpoint is "
+                    f"{found[0]} for rank 0 and {others} for others; copy rank 0's folder to every machine"
+                )
         super().resume_or_load(resume)
         if self.start_iter > self.max_iter:
             raise UserError(

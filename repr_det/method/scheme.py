@@ -30,7 +30,6 @@ from repr_det.method.ownership import Learning, Owner
 from repr_det.method.participants import Participants
 from repr_det.method.passes import TrainingPasses
 from repr_det.method.returning import (
-    aligned_readers,
     can_be_silent,
     new_filters,
     prepare_readers,
@@ -185,7 +184,6 @@ class RePrScheme:
         held.zero_()
         self._hold(held)
         self._restart_averaging_norms()
-        self._copy_to_averages(held)
         return transition_of("drop", self.cycle, held, overlaps, kept, start)
 
     @torch.no_grad()
@@ -233,7 +231,8 @@ class RePrScheme:
         moments = {name: old["moments"] for name, old in self._old.items() if "moments" in old}
         self._norms.after_return(held, renewed, moments, self.cycle)
         self._restart_averaging_norms()
-        self._copy_to_averages(held)
+        if self.averages is not None and not as_they_were:
+            self.averages.begin_again()
         overlaps = self._overlaps(values_of(self.layers))
         done = transition_of("restore", self.cycle, held, overlaps, kept, start, cosines)
         self.num_returned = sum(len(held.rows[layer.name]) for layer in renewed)
@@ -414,16 +413,6 @@ class RePrScheme:
             averages = isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.momentum is None
             if averages and norm.num_batches_tracked is not None:
                 norm.num_batches_tracked.zero_()
-
-    def _copy_to_averages(self, held: HeldFilters) -> None:
-        if self.averages is None:
-            return
-        for layer in held.layers:
-            self.averages.copy_rows(layer, held.rows[layer.name])
-            if self.options.returns == "function_preserving":
-                for reader in aligned_readers(layer, self.participants.modules)[0]:
-                    for within, returned, _ in reader.of(held.masks[layer.name]):
-                        self.averages.copy_kernels(reader.module, within, returned)
 
     def _release(self) -> None:
         if self._held is not None:

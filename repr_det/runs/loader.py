@@ -107,14 +107,11 @@ class ResumableLoader:
         self._last: dict[int, tuple] = {}
         self._replaced = False
 
-    @property
-    def was_read(self) -> bool:
-        """Tells whether a batch has been taken from it, by this run or by the one that it resumes."""
-        return bool(self._last)
-
     def start(self) -> None:
-        """Makes torch's iterator now instead of with the first batch: it draws from torch's random state and forks the
-        workers, which a resumed run has to do before its random state is put back."""
+        """Makes torch's iterator now, if the resumed run had made it: it draws from torch's random state and forks the
+        workers, which must come before that state is put back."""
+        if not self._last:
+            return
         if isinstance(self.loader, AspectRatioGroupedDataset):
             self.loader.dataset = iter(self.loader.dataset)
         else:

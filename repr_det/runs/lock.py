@@ -21,16 +21,13 @@ class RunLock:
 
     On a file system without locks there is a warning and no lock.
 
-    Attributes:
-        mark: the line that it writes into OWNER_FILE, different for every process and start.
-
     Args:
         folder: OUTPUT_DIR; made if it is not there.
         job: name of the elastic job that the process belongs to, see ``job_of``; "" for none.
     """
 
     def __init__(self, folder: str | Path, job: str = "") -> None:
-        self.folder, self.job, self.mark = Path(folder), job, ""
+        self.folder, self.job = Path(folder), job
         self._lock = FileLock(self.folder / ".running.lock", thread_local=False)
 
     def acquire(self, wait: float = 0.0) -> None:
@@ -52,8 +49,7 @@ class RunLock:
         except OSError as error:
             logger.warning("%s cannot be locked (%s): start no second run there", self.folder, error.strerror)
         owner = {"host": socket.gethostname(), "pid": os.getpid(), "job": self.job, "started": time.time()}
-        self.mark = json.dumps(owner)
-        write_atomically(self.folder / OWNER_FILE, self.mark + "\n")
+        write_atomically(self.folder / OWNER_FILE, json.dumps(owner) + "\n")
 
     def release(self) -> None:
         self._lock.release()
@@ -62,16 +58,6 @@ class RunLock:
 def job_of(folder: str | Path) -> str:
     """Returns the elastic job that last trained in ``folder``, "" if there is none."""
     return str(_owner(Path(folder)).get("job", ""))
-
-
-def finds(folder: str | Path, mark: str, wait: float) -> bool:
-    """Tells whether another process's ``mark`` is, or comes within so many seconds, in ``folder``."""
-    deadline = time.monotonic() + wait
-    while json.dumps(_owner(Path(folder))) != mark:
-        if time.monotonic() >= deadline:
-            return False
-        time.sleep(0.2)
-    return True
 
 
 def _owner(folder: Path) -> dict:

@@ -102,8 +102,7 @@ class ExactResume(HookBase):
             return
         self._resumed_exactly = False
         for loader in self._resumable():
-            if loader.was_read:
-                loader.start()
+            loader.start()
         if self._random is not None:
             set_random_state(self._random)
             self._random = None
@@ -200,19 +199,17 @@ def check_same_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, A
     """Raises UserError if ``saved``, the optimizer's state in the checkpoint of ``folder``, is of another class or for
     other parameters."""
     own, theirs = optimizer.param_groups, saved["param_groups"]
-    numbers, their_numbers = ([len(group["params"]) for group in groups] for groups in (own, theirs))
-    if numbers != their_numbers:
+    same_parameters = [len(group["params"]) for group in own] == [len(group["params"]) for group in theirs]
+    if not same_parameters or not set(theirs[0]) <= set(own[0]) | set(_OF_THE_MACHINE):
         raise UserError(
-            f"the checkpoint in {folder} trains {sum(their_numbers)} parameters in {len(theirs)} groups, this run "
-            f"{sum(numbers)} in {len(own)}: resume with the same MODEL, MODEL.BACKBONE.FREEZE_AT and SOLVER, or give "
-            "another OUTPUT_DIR"
+            f"the checkpoint in {folder} is of another optimizer, {_describe(theirs)}; this run has {_describe(own)}: "
+            "resume with the same MODEL, MODEL.BACKBONE.FREEZE_AT and SOLVER, or give another OUTPUT_DIR"
         )
-    unknown = {key for group, saved in zip(own, theirs, strict=True) for key in saved if key not in group}
-    if unknown := sorted(unknown.difference(_OF_THE_MACHINE)):
-        raise UserError(
-            f"the checkpoint in {folder} is of another optimizer: {type(optimizer).__name__} has no "
-            f"{', '.join(unknown)}; resume with the optimizer of that run, or give another OUTPUT_DIR"
-        )
+
+
+def _describe(groups: Sequence[Mapping[str, Any]]) -> str:
+    numbers, settings = [len(group["params"]) for group in groups], sorted(set(groups[0]).difference(_OF_THE_MACHINE))
+    return f"{sum(numbers)} parameters in {len(numbers)} groups with {', '.join(settings)}"
 
 
 def settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:

@@ -72,7 +72,6 @@ def pictures(comparison: Comparison, number: int) -> dict[str, str]:
     drawn = {}
     for place in np.unique(np.linspace(0, len(images) - 1, min(number, len(images))).round().astype(int)):
         entry = images[place]
-        image = read_image(entry["file_name"], "RGB")
         truth = [(one["bbox"], one["bbox_mode"], one["category_id"], "") for one in entry["annotations"]]
         panels = [("ground truth", _TRUTH_COLOUR, truth)]
         for colour, reading in zip(COLOURS, readings, strict=True):
@@ -82,22 +81,27 @@ def pictures(comparison: Comparison, number: int) -> dict[str, str]:
                     category = to_class.get(one["category_id"], one["category_id"])
                     found.append((one["bbox"], BoxMode.XYWH_ABS, category, f" {one['score']:.2f}"))
             panels.append((title(reading.run.arm), colour, found))
-        with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing from font")  # of a class name
-            height = _WIDTH / len(panels) * image.shape[0] / image.shape[1] + 0.25
-            figure = Figure(figsize=(_WIDTH, height), layout="constrained", dpi=150, facecolor="#fdfcfa")
-            for ax, (name, colour, boxes) in zip(figure.subplots(1, len(panels)), panels, strict=True):
-                ax.imshow(image)
-                ax.set_axis_off()
-                ax.set_title(name, color=colour)
-                for box, mode, category, score in boxes:
-                    x0, y0, x1, y1 = BoxMode.convert(box, mode, BoxMode.XYXY_ABS)
-                    ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour))
-                    label = metadata.thing_classes[category] + score
-                    shade = {"facecolor": colour, "edgecolor": "none", "pad": 0.5}
-                    ax.text(x0, y0, label, color="white", fontsize=6, bbox=shade, clip_on=True)
-            drawn[os.path.basename(entry["file_name"])] = _data_uri(figure, "jpeg")
+        picture = _picture(read_image(entry["file_name"], "RGB"), panels, metadata.thing_classes)
+        drawn[os.path.basename(entry["file_name"])] = picture
     return drawn
+
+
+def _picture(image: np.ndarray, panels: Sequence[tuple[str, str, list]], classes: Sequence[str]) -> str:
+    """The image once a panel (title, colour, boxes); a box is (coordinates, BoxMode, class, score in words)."""
+    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # of a class name
+        height = _WIDTH / len(panels) * image.shape[0] / image.shape[1] + 0.25
+        figure = Figure(figsize=(_WIDTH, height), layout="constrained", dpi=150, facecolor="#fdfcfa")
+        for ax, (name, colour, boxes) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+            ax.imshow(image)
+            ax.set_axis_off()
+            ax.set_title(name, color=colour)
+            shade = {"facecolor": colour, "edgecolor": "none", "pad": 0.5}
+            for box, mode, category, score in boxes:
+                x0, y0, x1, y1 = BoxMode.convert(box, mode, BoxMode.XYXY_ABS)
+                ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour))
+                ax.text(x0, y0, classes[category] + score, color="white", fontsize=6, bbox=shade, clip_on=True)
+        return _data_uri(figure, "jpeg")
 
 
 def _ap(comparison: Comparison) -> Figure:
@@ -134,7 +138,7 @@ def _dropped(comparison: Comparison) -> Figure | None:
     """The share of each layer that every drop took, mean over the seeds."""
     lines = []
     for arm, readings in comparison.readings.items():
-        counts = {layer: len(overlaps) for layer, overlaps in comparison.readings[arm][0].first_overlap.items()}
+        counts = {layer: len(overlaps) for layer, overlaps in readings[0].first_overlap.items()}
         for event in [event for reading in readings for event in reading.events if event["event"] == "drop"]:
             for layer, filters in counts.items():
                 share = 100 * len(event["dropped"].get(layer, [])) / filters

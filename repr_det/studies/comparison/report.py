@@ -3,7 +3,6 @@
 import importlib
 import os
 import platform
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +12,13 @@ import torch
 from repr_det.commands.data_checks import check_datasets
 from repr_det.method.errors import UserError
 from repr_det.runs.files import write_atomically
+from repr_det.runs.record import CONFIG_FILE
 from repr_det.studies.comparison.figures import COLOURS, SCORE_THRESHOLD, all_figures, pictures
 from repr_det.studies.comparison.records import read_config, read_settings
-from repr_det.studies.comparison.runs import FREE_WITHIN_REPR, title
-from repr_det.studies.comparison.table import Comparison, heads, lines_of, versus
+from repr_det.studies.comparison.runs import FREE_WITHIN_REPR, differing_keys, title
+from repr_det.studies.comparison.table import Comparison, heads, lines_of
 
 REPORT_FILE = "report.html"
-# What the page shows of the configs, beside REPR and every key in which the arms differ.
-_SETTINGS = (
-    *("DATASETS.TRAIN", "DATASETS.TEST", "INPUT.MIN_SIZE_TRAIN", "MODEL.META_ARCHITECTURE", "MODEL.BACKBONE"),
-    *("MODEL.RESNETS.DEPTH", "MODEL.RESNETS.NORM", "MODEL.WEIGHTS", "SOLVER.BASE_LR", "SOLVER.IMS_PER_BATCH"),
-    *("SOLVER.MAX_ITER", "SOLVER.OPTIMIZER", "SOLVER.STEPS", "SOLVER.WEIGHT_DECAY", "TEST.EVAL_PERIOD"),
-)
 _TABLES = {"": "metrics", "During training": "training", "AP by class": "classes"}
 _PACKAGES = ("repr_det", "torch", "detectron2", "numpy", "scipy", "pandas", "matplotlib")
 
@@ -45,21 +39,23 @@ def write_report(comparison: Comparison, settings: dict[str, Any], output: Path,
     )
     study, results = comparison.study, comparison.results
     folders = [comparison.readings[arm][0].run.folder for arm in study.arms]
+    configs = [read_settings(folder) for folder in folders]
+    differing = differing_keys(*configs, free=FREE_WITHIN_REPR)
     page = environment.get_template("report.html.j2").render(
         pictures=_pictures(comparison, folders[0], images),  # first: it may add a note to the results
         results=results,
         settings=settings,
-        any_config=study.any_config,
         arms=study.arms,
         titles=[title(arm) for arm in study.arms],
-        versus=versus(study.arms).rstrip(":") if study.any_config else "RePr against its baseline",
+        versus=f"{title(study.arms[1])} against {title(study.arms[0])}",
         colours=COLOURS,
         iterations=study.runs[0].max_iter,
         tables={heading: lines_of(results[key], study.arms) for heading, key in _TABLES.items()},
         heads=heads(study.arms),
         figures=all_figures(comparison),
         threshold=SCORE_THRESHOLD,
-        keys=_settings_rows([read_settings(folder) for folder in folders]),
+        differences={key: [config.get(key, "absent") for config in configs] for key in differing},
+        configs=[(folder / CONFIG_FILE).read_text(encoding="utf-8") for folder in folders],
         versions=_versions(),
     )
     path = output / REPORT_FILE
@@ -75,18 +71,6 @@ def _pictures(comparison: Comparison, folder: Path, images: int) -> dict[str, st
     except UserError as error:
         comparison.results["notes"].append(f"No pictures of detections: {error}.")
     return {}
-
-
-def _settings_rows(configs: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
-    """Key -> its value in both arms; once if it is the same."""
-    shown = (*_SETTINGS, "REPR.") if any(config["REPR.ENABLED"] for config in configs) else _SETTINGS
-    rows = {}
-    for key in sorted({**configs[0], **configs[1]}):
-        values = [str(config.get(key, "absent")) for config in configs]
-        differs = values[0] != values[1] and not key.startswith(FREE_WITHIN_REPR)
-        if differs or key.startswith(shown):
-            rows[key] = values if values[0] != values[1] else values[:1]
-    return rows
 
 
 def _versions() -> str:

@@ -112,11 +112,13 @@ class Comparison:
 
     Attributes:
         readings: arm -> its runs by ascending seed.
+        table: seed, arm, metric, value.
         results: the content of results.json.
     """
 
     study: Study
     readings: dict[str, list[Reading]]
+    table: pd.DataFrame
     results: dict[str, Any]
 
 
@@ -143,7 +145,7 @@ def compare(study: Study) -> Comparison:
         "training": {name: row for name, row in training.items() if row["difference"]["n"]},
         "notes": _notes(both),
     }
-    return Comparison(study, readings, results)
+    return Comparison(study, readings, table, results)
 
 
 def tidy_table(readings: Iterable[Reading]) -> pd.DataFrame:
@@ -209,24 +211,10 @@ def metrics_table(results: Row, arms: tuple[str, str]) -> str:
 
 
 def write_results(comparison: Comparison, folder: Path) -> None:
-    """Writes results.json, and results.csv with a line a metric and class; null and "n/a" if there is no number."""
-    results, arms = comparison.results, comparison.study.arms
-    without_nan = json.loads(json.dumps(results), parse_constant=lambda word: None)
+    """Writes results.csv, the tidy table, and results.json, with null if there is no number."""
+    write_atomically(folder / "results.csv", comparison.table.to_csv(index=False, float_format="%.4f", na_rep="n/a"))
+    without_nan = json.loads(json.dumps(comparison.results), parse_constant=lambda word: None)
     write_atomically(folder / "results.json", json.dumps(without_nan, indent=1, ensure_ascii=False))
-    lines = []
-    classes = {f"AP-{name}": row for name, row in results["classes"].items()}
-    for name, row in (results["metrics"] | classes).items():
-        line: Row = {"name": name}
-        for arm in arms:
-            line |= {f"{arm}_mean": row[arm]["mean"], f"{arm}_sd": row[arm]["sd"]}
-        found = row["difference"]
-        line |= {"difference": found["mean"], "ci_low": found["low"], "ci_high": found["high"]}
-        line |= {"pairs": found["n"], "verdict": found["verdict"]}
-        for arm in arms:
-            line |= {f"{arm}_seed_{seed}": v for seed, v in zip(results["seeds"], row[arm]["values"], strict=True)}
-        lines.append(line)
-    text = pd.DataFrame(lines).to_csv(index=False, float_format="%.4f", na_rep="n/a", lineterminator="\r\n")
-    write_atomically(folder / "results.csv", text)
 
 
 def _read(run: Run) -> Reading:
