@@ -1,4 +1,4 @@
-"""Criteria of one's own for ``RePr(..., criterion=function)``: the greedy oracle, by trying every filter (section 4).
+"""Criteria of one's own for ``RePr(..., criterion=function)``: the oracle, by trying every filter (section 4).
 
 The oracle is for small networks: it removes each filter and looks at the loss, ``passes.loss`` averaged over the given
 batches and the ranks, in training mode and with the same random numbers every time. The paper's oracle looks at

@@ -131,6 +131,10 @@ def buffers(net: nn.Module) -> dict[str, dict[str, torch.Tensor]]:
     }
 
 
+def masks_of(scheme: RePrScheme) -> dict[str, np.ndarray]:
+    return {name: mask.numpy().copy() for name, mask in scheme.masks.items()}
+
+
 def assert_same_moments(after, before, masks):
     """Mean and standard deviation of the masked channels of every layer."""
     for name in LAYERS:

@@ -7,15 +7,13 @@ CPU GradScaler; the cases marked gpu run on a GPU. What has to be the same bit f
 import pytest
 import torch
 from conftest import GPU, At, assert_same_weights, interrupt
-from detectron2.engine import HookBase
+from detectron2.config import get_cfg
+from detectron2.engine import AMPTrainer, HookBase
+from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils.env import seed_all_rng
+from small_loop import OPTIONS, TwoConvs, batch
 
 from repr_det import RePrHook, Trainer
-
-CYCLE = (
-    "SOLVER.MAX_ITER 8 REPR.ENABLED True REPR.S1_ITERS 2 REPR.S2_ITERS 4 REPR.NUM_CYCLES 1 DATASETS.TEST () "
-    "SOLVER.AMP.ENABLED True SOLVER.CHECKPOINT_PERIOD 5"
-).split()
 
 
 @pytest.fixture
@@ -33,87 +31,97 @@ def device(request):
     return request.param
 
 
-def trainer_of(cfg, device, precision, scale=2.0**10):
-    seed_all_rng(5)
-    trainer = Trainer(cfg)
-    trainer._trainer.precision = precision
-    # Halving would take many steps to leave an overflow: one step back is enough here.
-    trainer._trainer.grad_scaler = torch.amp.GradScaler(device, init_scale=scale, backoff_factor=2.0**-40)
+def scaler_of(device, scale=2.0**10):
+    """Halving would take many steps to leave an overflow: one step back is enough here."""
+    return torch.amp.GradScaler(device, init_scale=scale, backoff_factor=2.0**-40)
+
+
+def trained(device, precision, scale, clip="none", *others: HookBase) -> AMPTrainer:
+    """After four full steps and two of the sub-network, and two more."""
+    cfg = get_cfg()
+    cfg.SOLVER.CLIP_GRADIENTS.ENABLED = clip != "none"
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = "value" if clip == "none" else clip
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 0.01
+    torch.manual_seed(0)
+    model = TwoConvs().to(device)
+    optimizer = maybe_add_gradient_clipping(cfg, torch.optim.SGD(model.parameters(), 0.05, 0.9))
+    data = [batch(i).to(device) for i in range(8)]
+    trainer = AMPTrainer(model, data, optimizer, grad_scaler=scaler_of(device, scale), precision=precision)
+    trainer.max_iter = 8
+    hook = RePrHook(seed=7, total_steps=8, **OPTIONS)
+    trainer.register_hooks([hook, *others])
+    trainer.train(0, 8)
+    assert hook.scheme.cycle == 1 and not hook.scheme.is_sub
     return trainer
 
 
-def weights(trainer):
-    return {name: value.detach().cpu().clone() for name, value in trainer.model.state_dict().items()}
-
-
 class Watch(HookBase):
-    """Overflows the scaled loss at iteration 3 (sub-network phase) and keeps what every step left."""
+    """Overflows the scaled loss at ``overflow`` and keeps what every step left."""
 
     def __init__(self, overflow):
         self.overflow = overflow
-        self.before, self.after, self.dropped_norms, self.scales = {}, {}, [], []
+        self.changed, self.dropped, self.scales = [], [], []
+
+    @property
+    def amp(self):
+        return getattr(self.trainer, "_trainer", self.trainer)
 
     def before_step(self):
         self.before = {name: p.detach().clone() for name, p in self.trainer.model.named_parameters()}
-        if self.trainer.iter == 3 and self.overflow:
-            self.trainer._trainer.grad_scaler.update(2.0**40)
+        if self.trainer.iter == self.overflow:
+            self.amp.grad_scaler.update(2.0**40)
 
     def after_step(self):
         now = dict(self.trainer.model.named_parameters())
-        self.after[self.trainer.iter] = any(not torch.equal(value, self.before[name]) for name, value in now.items())
-        self.scales.append(self.trainer._trainer.grad_scaler.get_scale())
+        self.changed.append(any(not torch.equal(value, self.before[name]) for name, value in now.items()))
+        self.scales.append(self.amp.grad_scaler.get_scale())
         scheme = next(hook.scheme for hook in self.trainer._hooks if isinstance(hook, RePrHook))
-        if 2 <= self.trainer.iter <= 4:  # held by the drop after iteration 1
-            for layer in scheme.layers:
-                rows = scheme.masks[layer.name]
-                momentum = self.trainer.optimizer.state[layer.weight]["momentum_buffer"]
-                norm = layer.weight[rows].abs().sum() + momentum[rows].abs().sum()
-                self.dropped_norms.append((int(rows.sum()), float(norm)))
+        for layer in scheme.layers if scheme.is_sub else ():
+            rows = scheme.masks[layer.name]
+            momentum = self.trainer.optimizer.state[layer.weight]["momentum_buffer"]
+            self.dropped.append((int(rows.sum()), float(layer.weight[rows].abs().sum() + momentum[rows].abs().sum())))
 
 
 @pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16], ids=str)
-def test_a_skipped_step_changes_nothing_and_dropped_filters_stay_zero(tiny_cfg, device, precision):
-    overflow = precision is torch.float16  # bf16 has float32's range
-    trainer = trainer_of(tiny_cfg(*CYCLE, "MODEL.DEVICE", device), device, precision)
+def test_a_skipped_step_changes_nothing_and_dropped_filters_stay_zero(device, precision):
+    overflow = 4 if precision is torch.float16 else None  # bf16 has float32's range
     watch = Watch(overflow)
-    trainer.register_hooks([watch])
-    trainer.train()
-    assert watch.after == {i: not (overflow and i == 3) for i in range(8)}
-    assert (watch.scales[3] == 1.0) == overflow  # the scaler saw the overflow
-    assert sum(count for count, _ in watch.dropped_norms) > 0
-    assert all(norm == 0 for _, norm in watch.dropped_norms)
+    trainer = trained(device, precision, 2.0**10, "none", watch)
+    assert watch.changed == [i != overflow for i in range(8)]
+    assert (watch.scales[4] == 1.0) == (overflow is not None)  # the scaler saw the overflow
+    assert sum(count for count, _ in watch.dropped) > 0 and all(size == 0 for _, size in watch.dropped)
     assert all(torch.isfinite(value).all() for value in trainer.model.state_dict().values())
-    assert not next(hook.scheme for hook in trainer._hooks if isinstance(hook, RePrHook)).is_sub
 
 
 @pytest.mark.parametrize("clip", ["none", "value", "norm"])
-def test_clipping_sees_unscaled_gradients(tiny_cfg, tmp_path, cpu_amp, clip):
+def test_clipping_sees_unscaled_gradients(cpu_amp, clip):
     """Scaling by a power of two is exact in bf16: with and without it the run is the same, bit for bit."""
-    opts = [] if clip == "none" else ["SOLVER.CLIP_GRADIENTS.ENABLED", "True", "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", clip]
-    opts += ["SOLVER.CLIP_GRADIENTS.CLIP_VALUE", "0.01"]
-    ends = []
-    for scale in (1.0, 2.0**12):
-        cfg = tiny_cfg(*CYCLE, *opts, "OUTPUT_DIR", tmp_path / str(scale))
-        trainer = trainer_of(cfg, "cpu", torch.bfloat16, scale)
-        trainer.train()
-        ends.append(weights(trainer))
+    ends = [trained("cpu", torch.bfloat16, scale, clip).model.state_dict() for scale in (1.0, 2.0**12)]
     assert_same_weights(*ends)
 
 
 def test_resumed_under_amp_bit_for_bit(tiny_cfg, tmp_path, cpu_amp):
-    ends, scales = [], []
+    opts = "SOLVER.MAX_ITER 6 REPR.ENABLED True REPR.S1_ITERS 2 REPR.S2_ITERS 2 REPR.NUM_CYCLES 1 DATASETS.TEST ()"
+    opts = [*opts.split(), "SOLVER.AMP.ENABLED", "True", "SOLVER.CHECKPOINT_PERIOD", "4"]
+
+    def trainer_of(cfg, scale=2.0**10):
+        seed_all_rng(5)
+        trainer = Trainer(cfg)
+        trainer._trainer.precision, trainer._trainer.grad_scaler = torch.float16, scaler_of("cpu", scale)
+        return trainer
+
+    ends = []
     for stopped in (False, True):
-        cfg = tiny_cfg(*CYCLE, "OUTPUT_DIR", tmp_path / str(stopped))
-        trainer = trainer_of(cfg, "cpu", torch.float16)
-        trainer.register_hooks([Watch(overflow=True), *([At(7, interrupt)] if stopped else [])])
+        cfg = tiny_cfg(*opts, "OUTPUT_DIR", tmp_path / str(stopped))
+        trainer = trainer_of(cfg)
+        trainer.register_hooks([Watch(overflow=2), *([At(5, interrupt)] if stopped else [])])
         try:
             trainer.train()
         except KeyboardInterrupt:
-            trainer = trainer_of(cfg, "cpu", torch.float16, scale=8.0)  # the checkpoint brings its own
+            trainer = trainer_of(cfg, scale=8.0)  # the checkpoint brings its own
             trainer.resume_or_load(resume=True)
-            assert trainer.start_iter == 5
+            assert trainer.start_iter == 4
             trainer.train()
-        ends.append(weights(trainer))
-        scales.append(trainer._trainer.grad_scaler.get_scale())
-    assert scales == [1.0, 1.0]
+        ends.append(trainer.model.state_dict())
+        assert trainer._trainer.grad_scaler.get_scale() == 1.0
     assert_same_weights(*ends)

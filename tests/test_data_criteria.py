@@ -3,16 +3,14 @@
 import copy
 import itertools
 import logging
-import os
-import socket
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import assert_same_weights
 from detectron2.layers import Conv2d, FrozenBatchNorm2d, get_norm
+from ranks import CRITERIA as DATA_CRITERIA
 from saliency import SALIENCY
 from torch import nn
 
@@ -21,7 +19,6 @@ from repr_det.method.criteria import CRITERIA, Context, get_criterion
 from repr_det.method.passes import TrainingPasses
 from repr_det.network.state import random_state
 
-DATA_CRITERIA = ["apoz", *SALIENCY]
 STEP = 1e-5
 
 
@@ -48,28 +45,25 @@ class Net(nn.Module):
         return self.classifier(self.dropout(fine + coarse))
 
 
-def make(norm: str, seed: int = 0) -> tuple[Net, TrainingPasses]:
+def make(norm: str) -> tuple[Net, TrainingPasses]:
     """A net in float64 and passes over batches of 3 images of 3 x 6 x 6; the dropout mask is the same in every pass."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     net = Net(norm).double()
     for module in net.modules():
         if isinstance(module, (nn.BatchNorm2d, FrozenBatchNorm2d)):
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias, 0, 0.3)
-    generator = torch.Generator().manual_seed(seed + 1)
-    data = [
-        (torch.randn(3, 3, 6, 6, generator=generator, dtype=torch.float64), torch.tensor([0, 1, 2])) for _ in range(4)
-    ]
+    images = torch.randn(4, 3, 3, 6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
     def loss(batch):
         torch.manual_seed(5)
-        return F.cross_entropy(net(batch[0]), batch[1])
+        return F.cross_entropy(net(batch), torch.tensor([0, 1, 2]))
 
-    return net, TrainingPasses(net, lambda number, cycle: data[cycle : cycle + number], loss)
+    return net, TrainingPasses(net, lambda number, cycle: list(images[cycle : cycle + number]), loss)
 
 
-def layers_of(net: Net):
-    return find_filter_layers(net, ["*"])
+def layers_of(net: Net, *names: str):
+    return [layer for layer in find_filter_layers(net, ["*"]) if not names or layer.name in names]
 
 
 def scores_of(name: str, net: Net, passes: TrainingPasses, num_batches: int = 2) -> dict[str, np.ndarray]:
@@ -79,37 +73,30 @@ def scores_of(name: str, net: Net, passes: TrainingPasses, num_batches: int = 2)
     return {layer: score.numpy() for layer, score in found.items()}
 
 
-def outputs(net: Net, passes: TrainingPasses) -> dict[str, list[np.ndarray]]:
-    """Layer name -> its outputs after conv and norm, (N, J, P) a call, on the batches of cycle 1."""
-    twin = copy.deepcopy(net).train()
-    seen: dict[str, list[np.ndarray]] = {}
-    for name, layer in zip([x.name for x in layers_of(net)], layers_of(twin), strict=True):
-        module = layer.conv if name != "conv3.0" else twin.conv3[1]
+@pytest.mark.parametrize("norm", ["BN", "FrozenBN", ""])
+def test_outputs_after_the_relu(norm):
+    net, passes = make(norm)
+    found = {name: scores_of(name, net, passes) for name in ("mean_activation", "apoz")}
+    twin, seen = copy.deepcopy(net).train(), {}
+    for name, module in (
+        ("conv1", twin.conv1),
+        ("conv2", twin.conv2),
+        ("conv3.0", twin.conv3[1]),
+        ("twice", twin.twice),
+    ):
         module.register_forward_hook(
             lambda _, __, out, name=name: seen.setdefault(name, []).append(out.detach().numpy().copy())
         )
-    for x, _ in passes.batches(2, 1):
-        torch.manual_seed(5)
-        twin(x)
-    return {name: [out.reshape(*out.shape[:2], -1) for out in outs] for name, outs in seen.items()}
-
-
-@pytest.mark.parametrize("norm", ["BN", "FrozenBN", ""])
-@pytest.mark.parametrize("name", ["mean_activation", "apoz"])
-def test_outputs_after_the_relu(norm, name):
-    net, passes = make(norm)
-    found = scores_of(name, net, passes)
-    seen = outputs(net, passes)
-    assert set(seen) == {"conv1", "conv2", "conv3.0", "twice"} and len(seen["twice"]) == 4 and len(seen["conv1"]) == 2
+    for batch in passes.batches(2, 1):
+        twin(batch)
+    assert len(seen["twice"]) == 4 and len(seen["conv1"]) == 2
     for layer, outs in seen.items():
-        values = np.concatenate([out.transpose(1, 0, 2).reshape(out.shape[1], -1) for out in outs], 1)
-        relu = np.maximum(values, 0)
-        expected = -relu.mean(1) if name == "mean_activation" else (relu == 0).mean(1)
-        np.testing.assert_allclose(found[layer], expected, rtol=1e-5, atol=1e-7)
-    assert (found["never"] == 0).all()
+        relu = np.concatenate([np.maximum(out, 0).transpose(1, 0, 2, 3).reshape(out.shape[1], -1) for out in outs], 1)
+        np.testing.assert_allclose(found["mean_activation"][layer], -relu.mean(1), rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(found["apoz"][layer], (relu == 0).mean(1), rtol=1e-5, atol=1e-7)
 
 
-def slope(net: Net, passes: TrainingPasses, batch, change) -> float:
+def slope(passes: TrainingPasses, batch, change) -> float:
     """Central difference of the loss when ``change(step)`` -> undo changes the net."""
     values = []
     for step in (STEP, -STEP):
@@ -125,11 +112,8 @@ def test_taylor_is_the_slope_of_the_loss_when_the_output_is_scaled(norm):
     net, passes = make(norm)
     found = scores_of("taylor", net, passes, num_batches=1)
     (batch,) = passes.batches(1, 1)
-    positions = {"conv1": 36, "conv2": 36, "conv3.0": 36, "twice": 36 + 9}
     net.train()
-    for layer in layers_of(net):
-        if layer.name == "never":
-            continue
+    for layer in layers_of(net, "conv1", "conv2", "conv3.0", "twice"):
         expected = np.zeros((3, layer.num_filters))
         for image, channel in itertools.product(range(3), range(layer.num_filters)):
 
@@ -141,7 +125,7 @@ def test_taylor_is_the_slope_of_the_loss_when_the_output_is_scaled(norm):
 
                 return layer.output_module().register_forward_hook(scale).remove
 
-            expected[image, channel] = slope(net, passes, batch, change) / positions[layer.name]
+            expected[image, channel] = slope(passes, batch, change) / (36 + 9 * (layer.name == "twice"))
         np.testing.assert_allclose(found[layer.name], -np.abs(expected).mean(0), rtol=2e-4, atol=1e-9)
 
 
@@ -150,62 +134,35 @@ def test_gradient_and_hessian_against_finite_differences(norm):
     net, passes = make(norm)
     gradient, hessian = (scores_of(name, net, passes) for name in ("gradient", "hessian"))
     net.train()
-    for layer in [x for x in layers_of(net) if x.name in ("conv2", "conv3.0")]:
-        size, fisher = np.zeros(layer.num_filters), np.zeros(layer.num_filters)
-        for batch in passes.batches(2, 1):
-            for key, tensor in layer.tensors().items():
-                if not tensor.requires_grad:
-                    continue
-                flat = tensor.detach().view(layer.num_filters, -1)
-                for row, column in itertools.product(*map(range, flat.shape)):
+    (layer,) = layers_of(net, "conv3.0" if norm == "BN" else "conv2")
+    rows = range(layer.num_filters) if norm == "BN" else [1]
+    size, fisher = np.zeros(layer.num_filters), np.zeros(layer.num_filters)
+    trained = {key: tensor for key, tensor in layer.tensors().items() if tensor.requires_grad}
+    for batch, (key, tensor) in itertools.product(passes.batches(2, 1), trained.items()):
+        flat = tensor.detach().view(layer.num_filters, -1)
+        for row, column in itertools.product(rows, range(flat.shape[1])):
 
-                    def change(step, flat=flat, row=row, column=column):
-                        value = flat[row, column].item()
-                        flat[row, column] = value + step
-                        return lambda: flat[row, column].fill_(value)
+            def change(step, flat=flat, row=row, column=column):
+                value = flat[row, column].item()
+                flat[row, column] = value + step
+                return lambda: flat[row, column].fill_(value)
 
-                    g = slope(net, passes, batch, change)
-                    fisher[row] += 0.5 * g**2 * flat[row, column].item() ** 2 / 2
-                    size[row] += abs(g) / flat.shape[1] / 2 if key == "weight" else 0
-        np.testing.assert_allclose(gradient[layer.name], -size, rtol=2e-4, atol=1e-8)
-        np.testing.assert_allclose(hessian[layer.name], -fisher, rtol=2e-4, atol=1e-10)
-
-
-@pytest.mark.parametrize("name", DATA_CRITERIA)
-def test_leaves_no_trace(name):
-    net, passes = make("BN")
-    net.eval()
-    net.conv2.train()
-    passes.loss(passes.batches(1, 0)[0]).backward()
-    before = copy.deepcopy(net.state_dict())
-    gradients = {n: None if p.grad is None else (p.grad, p.grad.clone()) for n, p in net.named_parameters()}
-    modes, state = [m.training for m in net.modules()], random_state()
-    hooks = [len(m._forward_hooks) for m in net.modules()]
-    scores_of(name, net, passes)
-    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
-    for n, p in net.named_parameters():
-        assert (p.grad is None) == (gradients[n] is None)
-        if p.grad is not None:
-            assert p.grad is gradients[n][0] and torch.equal(p.grad, gradients[n][1])
-    assert modes == [m.training for m in net.modules()] and hooks == [len(m._forward_hooks) for m in net.modules()]
-    after = random_state()
-    assert str(after) == str(state) and torch.equal(after["torch"], state["torch"])
+            g = slope(passes, batch, change)
+            fisher[row] += 0.5 * g**2 * flat[row, column].item() ** 2 / 2
+            size[row] += abs(g) / flat.shape[1] / 2 if key == "weight" else 0
+    np.testing.assert_allclose(gradient[layer.name][rows], -size[rows], rtol=2e-4, atol=1e-8)
+    np.testing.assert_allclose(hessian[layer.name][rows], -fisher[rows], rtol=2e-4, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", DATA_CRITERIA)
-def test_a_layer_that_never_runs_is_named(name, caplog):
-    net, passes = make("")
-    with caplog.at_level(logging.WARNING):
-        found = scores_of(name, net, passes)
-    assert (found["never"] == 0).all() and "never took no part" in caplog.text
-
-
-@pytest.mark.parametrize("name", DATA_CRITERIA)
-def test_scores_are_finite_where_a_filter_is_not(name):
+def test_a_layer_that_never_runs_is_named_and_scores_are_finite_where_a_filter_is_not(name, caplog):
     net, passes = make("")
     with torch.no_grad():
         net.conv1.weight[2] = float("nan")
-    assert all(np.isfinite(score).all() for score in scores_of(name, net, passes).values())
+    with caplog.at_level(logging.WARNING):
+        found = scores_of(name, net, passes)
+    assert (found["never"] == 0).all() and "never took no part" in caplog.text
+    assert all(np.isfinite(score).all() for score in found.values())
 
 
 @pytest.mark.parametrize("name", sorted(n for n in CRITERIA if CRITERIA[n].needs_data))
@@ -219,55 +176,29 @@ def test_without_batches_a_criterion_says_so(name):
 
 @pytest.mark.parametrize("name", [*DATA_CRITERIA, "redundant"])
 def test_a_drop_by_it_changes_nothing_but_the_dropped_rows(name):
+    """Statistics, gradients that wait, modes, hooks and random states stay."""
     net, passes = make("BN")
     optimizer = torch.optim.SGD(net.parameters(), 0.1)
     layers = find_filter_layers(net, ["*"], ["never"])
     scheme = RePrScheme(layers, optimizer, criterion=SALIENCY.get(name, name), passes=passes, criterion_batches=2)
-    before, state = copy.deepcopy(net.state_dict()), random_state()
+    net.eval()
+    net.conv2.train()
+    passes.loss(passes.batches(1, 0)[0]).backward()
+    values, gradients = copy.deepcopy(net.state_dict()), {p: (p.grad, copy.deepcopy(p.grad)) for p in net.parameters()}
+    others, state = [(m.training, len(m._forward_hooks)) for m in net.modules()], random_state()
     dropped = scheme.drop().dropped
-    assert str(random_state()) == str(state) and all(p.grad is None for p in net.parameters())
+    after = random_state()
+    assert str(after) == str(state) and torch.equal(after["torch"], state["torch"])
     assert sum(map(len, dropped.values())) == int(0.3 * 16) or name == "redundant"
-    rows = {t.data_ptr(): scheme.masks[x.name] for x in scheme.layers for t in x.tensors().values()}
-    for key, tensor in net.state_dict(keep_vars=True).items():
-        mask = rows.get(tensor.data_ptr())
-        same = (tensor == before[key]) | (False if mask is None else mask.view(-1, *[1] * (tensor.dim() - 1)))
-        assert same.all(), key
-
-
-RANKS = """
-import sys, torch, torch.distributed as dist, torch.nn as nn
-from repr_det import find_filter_layers
-from repr_det.method.criteria import Context, get_criterion
-from saliency import SALIENCY
-from repr_det.method.passes import TrainingPasses
-rank, port, out, names = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4:]
-torch.set_num_threads(1)
-torch.manual_seed(0)
-net = nn.Sequential(nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.ReLU(inplace=True), nn.Conv2d(6, 4, 3), nn.ReLU())
-data = [torch.randn(2, 2, 8, 8) for _ in range(2)]
-def scores(cycle):
-    passes = TrainingPasses(net, lambda n, c: [data[c]], lambda x: net(x).square().mean())
-    context = Context(torch.Generator(), passes, 1, cycle)
-    return {n: get_criterion(SALIENCY.get(n, n)).score(find_filter_layers(net, ["*"]), context) for n in names}
-alone = [scores(0), scores(1)]
-dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-torch.save((alone, scores(rank)), out)
-dist.destroy_process_group()
-"""
-
-
-def test_two_ranks_get_the_mean_of_their_scores(tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    files = [str(tmp_path / f"{rank}.pt") for rank in range(2)]
-    names = DATA_CRITERIA
-    command = [sys.executable, "-c", RANKS]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    processes = [subprocess.Popen([*command, str(r), port, file, *names], env=env) for r, file in enumerate(files)]
-    assert [process.wait(timeout=60) for process in processes] == [0, 0]
-    (alone, first), (_, second) = (torch.load(file, weights_only=True) for file in files)
-    for name in names:
-        for layer, score in first[name].items():
-            assert torch.equal(score, second[name][layer])
-            torch.testing.assert_close(score, (alone[0][name][layer] + alone[1][name][layer]) / 2)
+    for layer in scheme.layers:
+        rows = scheme.masks[layer.name]
+        for key, tensor in layer.tensors().items():
+            key = f"{layer.norm_name}.{key[5:]}" if key.startswith("norm.") else f"{layer.name}.{key}"
+            values[key][rows] = 0
+            for gradient in gradients.get(tensor, ()):
+                gradient[rows] = 0
+    assert_same_weights(net.state_dict(), values)
+    for parameter, (gradient, value) in gradients.items():
+        assert parameter.grad is gradient and (value is None or torch.equal(gradient, value))
+    scheme._held.release()
+    assert others == [(m.training, len(m._forward_hooks)) for m in net.modules()]

@@ -1,14 +1,18 @@
-"""Passes over training batches leave no trace."""
+"""Passes over training batches leave no trace, and state that no ``state_dict`` holds is found and carried along."""
 
+import copy
 import random
 
 import numpy as np
 import pytest
 import torch
+from conftest import assert_same_weights
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from frozen_nets import LAYERS, InsideNet, make, train
 from torch import nn
 
 from repr_det.method.passes import passes_over
+from repr_det.network.hidden_state import HiddenState
 from repr_det.network.state import preserved_random_state, random_state, set_random_state, undisturbed
 
 
@@ -22,47 +26,61 @@ def seed_everything() -> None:
 
 
 class NoisyNet(nn.Module):
-    """BN, dropout and a part in evaluation mode."""
+    """BN, dropout, a part in evaluation mode, and averages kept in every way that people do."""
 
     def __init__(self) -> None:
         super().__init__()
         self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
         self.evaluated = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)).eval()
         self.drop = nn.Dropout(0.5)
+        self.steps, self.rate, self.warm = 0, 0.5, False
+        self.mean, self.late = torch.zeros(3), None
+        self.register_buffer("loud", torch.zeros(1), persistent=False)
 
     def forward(self, x):
         draw_from_everything()
-        return self.drop(self.evaluated(self.bn(self.conv(x)))).square().mean()
+        self.activation = self.conv(x)  # belongs to a graph: a cache, no state
+        self.steps += 1
+        self.warm = True
+        self.mean.mul_(0.9).add_(0.1 * x.mean((0, 2, 3)))
+        self.late = self.mean.sum()
+        self.loud = self.loud + 1
+        DenseDetector._ema_update(self, "loss_normalizer", float(x.abs().sum()), 100)  # what RetinaNet and FCOS do
+        return self.drop(self.evaluated(self.bn(self.activation))).square().mean()
+
+    def hidden(self) -> tuple:
+        values = self.steps, self.warm, self.mean.tolist(), self.late, self.loud.item()
+        return *values, getattr(self, "loss_normalizer", None)
 
 
 def snapshot(net: nn.Module):
     return (
         {name: value.clone() for name, value in net.state_dict().items()},
         {name: (p.grad, None if p.grad is None else p.grad.clone()) for name, p in net.named_parameters()},
-        {name: module.training for name, module in net.named_modules()},
+        {name: (module.training, len(module._forward_hooks)) for name, module in net.named_modules()},
     )
 
 
 def assert_unchanged(net: nn.Module, before) -> None:
     values, gradients, modes = before
-    for name, value in net.state_dict().items():
-        assert torch.equal(value, values[name]), name
+    assert_same_weights(net.state_dict(), values)
     for name, parameter in net.named_parameters():
         gradient, value = gradients[name]
         assert parameter.grad is gradient, name
         assert gradient is None or torch.equal(gradient, value), name
-    assert {name: module.training for name, module in net.named_modules()} == modes
+    assert snapshot(net)[2] == modes
 
 
 @pytest.mark.parametrize("fails", [False, True])
-@pytest.mark.parametrize("backward", [False, True])
-def test_undisturbed_puts_everything_back(fails, backward):
+@pytest.mark.parametrize("passes_before", [0, 2])
+def test_undisturbed_puts_everything_back(fails, passes_before):
     seed_everything()
     net = NoisyNet()
-    net(torch.randn(2, 3, 6, 6)).backward()
-    net.conv.bias.grad = None
+    for _ in range(passes_before):
+        net(torch.randn(2, 3, 6, 6)).backward()
+        net.conv.bias.grad = None
     net.bn.eval()
-    before = snapshot(net)
+    before, hidden, mean = snapshot(net), net.hidden(), net.mean
     seed_everything()
     expected = draw_from_everything()
     seed_everything()
@@ -70,17 +88,35 @@ def test_undisturbed_puts_everything_back(fails, backward):
         with undisturbed(net):
             assert all(module.training for module in net.modules())
             assert all(parameter.grad is None for parameter in net.parameters())
-            loss = net(torch.randn(2, 3, 6, 6))
-            if backward:
-                loss.backward()
+            net(torch.randn(2, 3, 6, 6)).backward()
             assert not torch.equal(net.bn.running_mean, before[0]["bn.running_mean"])
             assert net.bn.num_batches_tracked != before[0]["bn.num_batches_tracked"]
+            assert net.hidden() != hidden
             if fails:
                 raise KeyboardInterrupt
     except KeyboardInterrupt:
         assert fails
     assert draw_from_everything() == expected
     assert_unchanged(net, before)
+    assert net.hidden() == hidden and net.mean is mean
+    assert hasattr(net, "activation") is (passes_before > 0)
+
+
+def test_hidden_state_is_carried_to_a_new_model(tmp_path):
+    net = nn.Sequential(NoisyNet())
+    hidden = HiddenState(net)
+    assert hidden.changed() == {}
+    for _ in range(3):
+        net(torch.randn(2, 3, 4, 4))
+    torch.save(hidden.changed(), tmp_path / "state.pth")
+    saved = torch.load(tmp_path / "state.pth", weights_only=True)
+    assert set(saved) == {"0:steps", "0:warm", "0:mean", "0:late", "0:loud", "0:loss_normalizer"}  # not 0:rate
+    other = nn.Sequential(NoisyNet())
+    resumed = HiddenState(other)
+    assert resumed.load(saved) == []
+    assert other[0].hidden() == net[0].hidden()
+    assert resumed.changed().keys() == saved.keys()  # the next checkpoint holds it too
+    assert HiddenState(nn.Linear(1, 1)).load(saved) == sorted(saved, key=list(saved).index)
 
 
 class Growing(nn.Module):
@@ -99,14 +135,12 @@ class Growing(nn.Module):
             self.seen.resize_(x.shape[1]).fill_(1)
         else:
             self.seen = x.mean((0, 2, 3))
-        return x
 
 
 @pytest.mark.parametrize("how", ["registered", "none", "replaced", "resized in place"])
 def test_buffers_that_come_into_being_are_put_back(how):
     net = Growing(how)
-    before = dict(net._buffers)
-    values = {name: None if buffer is None else buffer.clone() for name, buffer in before.items()}
+    before, values = dict(net._buffers), copy.deepcopy(net._buffers)
     with undisturbed(net):
         net(torch.ones(2, 3, 4, 4))
         assert net.seen.shape == (3,)
@@ -136,12 +170,11 @@ class Noisy(torch.utils.data.Dataset):
 def test_a_data_set_with_generators_of_its_own_is_left_alone(mapped):
     def images_of(with_passes: bool) -> list:
         data = Noisy()
-        map_one = (lambda index: data[index]) if mapped else None
-        own = torch.utils.data.DataLoader(range(16) if mapped else data, 4, collate_fn=_mapping(map_one))
+        collate = (lambda batch: torch.stack([data[index] for index in batch])) if mapped else None
+        own = torch.utils.data.DataLoader(range(16) if mapped else data, 4, collate_fn=collate)
         passes = passes_over(nn.ReLU(), own, sum)
-        training = iter(torch.utils.data.DataLoader(data, 4))
         found = []
-        for number, batch in enumerate(training):
+        for number, batch in enumerate(torch.utils.data.DataLoader(data, 4)):
             found.append(batch.flatten().tolist())
             if with_passes and number in (0, 2):
                 passes.batches(2, number)
@@ -150,54 +183,58 @@ def test_a_data_set_with_generators_of_its_own_is_left_alone(mapped):
     assert images_of(True) == images_of(False)
 
 
-def _mapping(map_one):
-    return None if map_one is None else lambda batch: torch.stack([map_one(index) for index in batch])
-
-
 def test_random_state_survives_a_file_that_holds_weights_only(tmp_path):
     seed_everything()
     torch.save(random_state(), tmp_path / "state.pth")
-    expected = [draw_from_everything() for _ in range(5)]
+    with preserved_random_state():
+        expected = [draw_from_everything() for _ in range(5)]
+        np.random.seed(1), torch.manual_seed(2)
+    assert [draw_from_everything() for _ in range(5)] == expected
     random.seed(0), np.random.seed(0), torch.manual_seed(0)
     set_random_state(torch.load(tmp_path / "state.pth", weights_only=True))
     assert [draw_from_everything() for _ in range(5)] == expected
 
 
-def test_preserved_random_state():
-    seed_everything()
-    expected = draw_from_everything()
-    seed_everything()
-    with preserved_random_state():
-        draw_from_everything(), np.random.seed(1), torch.manual_seed(2)
-    assert draw_from_everything() == expected
+class Mixed(InsideNet):
+    """With a norm whose statistics move."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return super().forward(self.first(x))
+
+
+def norm_hooks(net: InsideNet) -> list:
+    return [hook for norm in map(net.norm_of, LAYERS) for hook in (*norm._forward_hooks, *norm._forward_pre_hooks)]
 
 
 @pytest.mark.parametrize("transition", ["drop", "restore"])
-def test_transitions_leave_random_states_gradients_and_modes_alone(transition):
-    net, optimizer, scheme, _ = make()
+def test_transitions_leave_random_states_gradients_statistics_and_modes_alone(transition):
+    net, optimizer, scheme, _ = make(Mixed, fused=False)
     plain = scheme.passes.loss
     scheme.passes.loss = lambda batch: plain(batch) + draw_from_everything()[0]
     train(net, optimizer, 1)
     if transition == "restore":
         scheme.drop()
     net.conv2.eval()
-    gradients = {name: p.grad for name, p in net.named_parameters()}
-    values = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
-    modes = {name: module.training for name, module in net.named_modules()}
+    _, gradients, _ = snapshot(net)
+    statistics, modes = copy.deepcopy(net.first.state_dict()), [module.training for module in net.modules()]
     seed_everything()
     expected = draw_from_everything()
     seed_everything()
     getattr(scheme, transition)()
     assert draw_from_everything() == expected
     for name, parameter in net.named_parameters():
-        assert parameter.grad is gradients[name]
-        if parameter.grad is not None:
+        gradient, value = gradients[name]
+        assert parameter.grad is gradient
+        if gradient is not None:
             # At a drop the gradients of dropped filters are cleared: a step that is still to come would move them.
             kept = ~scheme.masks.get(name.rpartition(".")[0], torch.zeros(len(parameter), dtype=torch.bool))
-            assert torch.equal(parameter.grad[kept], values[name][kept]) and not parameter.grad[~kept].any()
-    assert {name: module.training for name, module in net.named_modules()} == modes
-    for norm in map(net.norm_of, LAYERS):
-        assert not norm._forward_hooks and not norm._forward_pre_hooks
+            assert torch.equal(gradient[kept], value[kept]) and not gradient[~kept].any()
+    assert [module.training for module in net.modules()] == modes and not norm_hooks(net)
+    assert_same_weights(net.first.state_dict(), statistics)
 
 
 def test_no_hook_stays_where_a_pass_fails():
@@ -211,23 +248,5 @@ def test_no_hook_stays_where_a_pass_fails():
     before = snapshot(net)
     with pytest.raises(RuntimeError, match="out of memory"):
         scheme.drop()
-    assert not scheme.is_sub
+    assert not scheme.is_sub and not norm_hooks(net)
     assert_unchanged(net, before)
-    for norm in map(net.norm_of, LAYERS):
-        assert not norm._forward_hooks and not norm._forward_pre_hooks
-
-
-def test_statistics_of_trained_norms_are_not_moved_by_the_passes():
-    class Mixed(InsideNet):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first = nn.BatchNorm2d(3)
-
-        def forward(self, x):
-            return super().forward(self.first(x))
-
-    net, _, scheme, _ = make(Mixed, fused=False)
-    before = {k: v.clone() for k, v in net.first.state_dict().items()}
-    scheme.drop(), scheme.restore()
-    for key, value in net.first.state_dict().items():
-        assert torch.equal(value, before[key]), key

@@ -1,33 +1,17 @@
-"""Two gloo processes of a plain loop: rank 0 decides, whatever the others would have chosen."""
-
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
+"""Two processes of a plain loop, with gloo on the CPU or NCCL on two GPUs: rank 0 decides, whatever the others would
+have chosen."""
 
 import pytest
 import torch
-from conftest import ROOT, assert_same_weights
+from conftest import GPU, assert_same_weights
+from ranks import CRITERIA, both
 
-SCRIPT = Path(__file__).with_name("two_ranks.py")
+TWO_GPUS = [*GPU, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    """What each of two ranks saw, of seeds of their own."""
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    files = [folder / f"{rank}.pt" for rank in (0, 1)]
-    processes = [
-        subprocess.Popen([sys.executable, str(SCRIPT), str(rank), port, str(file)], env=environment)
-        for rank, file in enumerate(files)
-    ]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
-    return [torch.load(file, weights_only=True) for file in files]
+@pytest.fixture(scope="module", params=["gloo", pytest.param("nccl", marks=TWO_GPUS)])
+def ranks(request, tmp_path_factory):
+    return both(tmp_path_factory.mktemp("ranks"), request.param)
 
 
 def test_who_takes_part_is_what_all_ranks_have_shown(ranks):
@@ -35,20 +19,30 @@ def test_who_takes_part_is_what_all_ranks_have_shown(ranks):
     assert [found["layers"] for found in ranks] == [["first", "second"]] * 2
 
 
-def test_masks_are_those_of_rank_0(ranks):
-    assert ranks[0]["dropped"] == ranks[1]["dropped"] == ranks[0]["restored"] == ranks[1]["restored"]
-    assert sum(map(len, ranks[0]["dropped"].values())) == 9
-
-
-def test_new_filters_and_statistics_are_those_of_rank_0(ranks):
-    assert_same_weights(ranks[0]["before"], ranks[1]["before"])
-    assert_same_weights(ranks[0]["after"], ranks[1]["after"])
-    rows = ranks[0]["dropped"]["first"]
+def test_masks_new_filters_and_statistics_are_those_of_rank_0(ranks):
+    one, other = ranks
+    assert one["dropped"] == other["dropped"] == one["restored"] == other["restored"]
+    assert sum(map(len, one["dropped"].values())) == 9
+    for when in ("before", "after", "end"):
+        assert_same_weights(one[when], other[when])
+    rows = one["dropped"]["first"]
     for key in ("first.weight", "norm.running_mean", "norm.running_var"):
-        assert (ranks[0]["after"][key][rows] != ranks[0]["before"][key][rows]).any()
-    assert_same_weights(ranks[0]["end"], ranks[1]["end"])
+        assert (one["after"][key][rows] != one["before"][key][rows]).any()
+
+
+def test_ranks_that_differ_are_refused_at_a_transition(ranks):
+    for found in ranks:
+        told = [f"RePr at the {event} of cycle 1: layer first differs between" for event in ("drop", "restore")]
+        assert [line.partition(" rank 0 and rank(s) [1]")[0] for line in found["refused"]] == told
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_scores_are_the_mean_of_those_of_the_ranks(name, ranks):
+    for found in ranks:
+        for layer, score in found["together"][name].items():
+            first, second = (one["alone"][name][layer] for one in ranks)
+            torch.testing.assert_close(score, (first + second) / 2)
 
 
 def test_flags_and_means(ranks):
-    assert all(found["flags"].tolist() == [True, True] for found in ranks)
-    assert all(found["mean"].tolist() == [0.5, 3.0] for found in ranks)
+    assert all(found["flags"] == [True, True] and found["mean"] == [0.5, 3.0] for found in ranks)

@@ -1,4 +1,4 @@
-"""How filters return: without changing what the network puts out, or as published."""
+"""How filters return: without changing what the network puts out, or as published; and the warm-up after a restore."""
 
 import copy
 
@@ -6,17 +6,23 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from detectron2.engine import HookBase, hooks
 from gpu_nets import BATCHES, Net, loss_of
 from saliency import SALIENCY
-from test_orthogonality import overlap_by_hand
+from small_loop import OPTIONS, config, small_trainer
+from small_loop import train as train_hooked
+from textbook import textbook_overlap
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from repr_det import RePr
+from repr_det import RePr, RePrHook
 from repr_det.method.layers import find_filter_layers
 from repr_det.method.passes import TrainingPasses
 from repr_det.method.returning import aligned_readers
 from repr_det.method.scheme import RePrScheme
+
+FROZEN = torchvision.ops.FrozenBatchNorm2d
+BUILDS = [BasicBlock, Bottleneck]
 
 
 def resnet(kind=BasicBlock, norm=nn.BatchNorm2d) -> nn.Sequential:
@@ -29,7 +35,7 @@ def resnet(kind=BasicBlock, norm=nn.BatchNorm2d) -> nn.Sequential:
     second = kind(32, 2 * width, stride=2, downsample=shortcut, norm_layer=norm)
     net = nn.Sequential(*stem, first, second, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 3)).double()
     for module in net.modules():
-        if isinstance(module, torchvision.ops.FrozenBatchNorm2d):
+        if isinstance(module, FROZEN):
             module.weight.uniform_(0.5, 1.5), module.bias.normal_(0, 0.2)
     return net
 
@@ -38,114 +44,88 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(min(8, channels), channels)
 
 
-def step(model, optimizer, batch):
+def images_of(number: int) -> torch.Tensor:
+    return torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(number), dtype=torch.float64)
+
+
+def step(model, optimizer, scheme, number=0):
     optimizer.zero_grad()
-    model(batch).square().mean().backward()
+    model(images_of(number)).square().mean().backward()
     optimizer.step()
+    scheme.check()
 
 
-def trained_sub_network(build, norm, returns="function_preserving", layers=("[34].conv*",)):
+def in_sub_network(model, layers=("[34].conv*",), returns="function_preserving", **options):
     """A scheme in the sub-network phase after some steps, so that momentum is there to be dealt with."""
-    model = resnet(build, norm)
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
-    options = {"returns": returns, "frozen_norm": "keep", "max_drop_per_layer": 0.3}
-    scheme = RePrScheme(find_filter_layers(model, layers), optimizer, model=model, **options)
-    batches = torch.randn(4, 4, 3, 16, 16, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    for number, batch in enumerate(batches):
-        step(model, optimizer, batch)
-        scheme.check()
+    options = {"frozen_norm": "keep", "max_drop_per_layer": 0.3, **options}
+    scheme = RePrScheme(find_filter_layers(model, layers), optimizer, model=model, returns=returns, **options)
+    for number in range(4):
+        step(model, optimizer, scheme, number)
         if number == 1:
             scheme.drop()
-    return model, optimizer, scheme, batches[0]
+    return optimizer, scheme
 
 
-def outputs(model, batch):
+def outputs(model):
     """Of training and of evaluation mode; of copies, for training moves running statistics."""
     with torch.no_grad():
-        return [copy.deepcopy(model).train(mode)(batch) for mode in (True, False)]
+        return [copy.deepcopy(model).train(mode)(images_of(0)) for mode in (True, False)]
 
 
-BUILDS = [BasicBlock, Bottleneck]
+def largest_change(model, before) -> float:
+    pairs = zip(outputs(model), before, strict=True)
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
 
 
 @pytest.mark.parametrize("build", BUILDS)
 def test_function_preserving_restore_changes_no_output_and_everything_learns(build):
-    model, optimizer, scheme, batch = trained_sub_network(build, nn.BatchNorm2d)
+    model = resnet(build)
+    optimizer, scheme = in_sub_network(model)
     dropped = {layer: mask for layer in scheme.layers if (mask := scheme.masks[layer.name].clone()).any()}
-    readers = {layer: aligned_readers(layer, scheme.participants.modules) for layer in dropped}
-    columns = [(reader, mask) for layer, mask in dropped.items() for reader in _convs(readers[layer])]
-    momentum = [optimizer.state[reader.weight]["momentum_buffer"] for reader, _ in columns]
-    assert any(buffer[:, mask].any() for buffer, (_, mask) in zip(momentum, columns, strict=True))
-    before = outputs(model, batch)
+    columns = [
+        (optimizer.state[reader.module.weight]["momentum_buffer"], mask)
+        for layer, mask in dropped.items()
+        for reader in aligned_readers(layer, scheme.participants.modules)[0]
+        if isinstance(reader.module, nn.Conv2d)
+    ]
+    assert any(buffer[:, mask].any() for buffer, mask in columns)
+    before = outputs(model)
     scheme.restore()
-    for a, b in zip(outputs(model, batch), before, strict=True):
-        assert (a - b).abs().max() <= 1e-12 * b.abs().max()
-    assert not any(buffer[:, mask].any() for buffer, (_, mask) in zip(momentum, columns, strict=True))
+    assert largest_change(model, before) <= 1e-12
+    assert not any(buffer[:, mask].any() for buffer, mask in columns)
     restored = {layer: layer.weight[mask].clone() for layer, mask in dropped.items()}
     assert all((rows.flatten(1).norm(dim=1) > 0).all() for rows in restored.values())
     for _ in range(5):
-        step(model, optimizer, batch)
-    changed = outputs(model, batch)
-    assert any((a - b).abs().max() > 1e-6 * b.abs().max() for a, b in zip(changed, before, strict=True))
+        step(model, optimizer, scheme)
+    assert largest_change(model, before) > 1e-6
     for layer, rows in restored.items():
         moved = (layer.weight[dropped[layer]] - rows).flatten(1).abs().amax(1)
         assert (moved > 0).all(), layer.name  # every filter gets a gradient: none is dead
 
 
-def _convs(readers):
-    found = readers[0] if isinstance(readers, tuple) else readers
-    return [reader.module for reader in found or () if isinstance(reader.module, nn.Conv2d)]
-
-
-@pytest.mark.parametrize("norm", [torchvision.ops.FrozenBatchNorm2d, group_norm, nn.Identity])
+@pytest.mark.parametrize("norm", [FROZEN, group_norm, nn.Identity])
 def test_function_preserving_with_other_norms(norm):
     """conv1 and conv2 of a bottleneck are read by convs alone; conv3 is added to the shortcut: where its norm has no
     gamma to learn it returns as published."""
-    model, _, scheme, batch = trained_sub_network(Bottleneck, norm, layers=["[34].conv[12]"])
+    model = resnet(Bottleneck, norm)
+    _, scheme = in_sub_network(model, ["[34].conv[12]"])
     assert not scheme.loud
-    before = outputs(model, batch)
+    before = outputs(model)
     scheme.restore()
-    for a, b in zip(outputs(model, batch), before, strict=True):
-        # GroupNorm sees the returned channels in its statistics, and is behind the kernels that read them.
-        assert (a - b).abs().max() <= (1e-12 if norm is not group_norm else np.inf) * b.abs().max()
+    # GroupNorm sees the returned channels in its statistics, and is behind the kernels that read them.
+    assert largest_change(model, before) <= (1e-12 if norm is not group_norm else np.inf)
 
 
 def test_what_cannot_be_silent_is_named_and_returns_as_published(caplog):
     """Convs of a frozen norm, added to a shortcut: no kernels of their own, no gamma to learn."""
-    frozen = torchvision.ops.FrozenBatchNorm2d
-    model, _, scheme, batch = trained_sub_network(BasicBlock, frozen)
-    loud = ["3.conv2", "4.conv2"]
-    assert scheme.loud == loud
-    assert caplog.text.count(f"filters of {', '.join(loud)} cannot return without changing the network's output") == 1
-    before = outputs(model, batch)[1]
+    model = resnet(BasicBlock, FROZEN)
+    _, scheme = in_sub_network(model)
+    assert scheme.loud == ["3.conv2", "4.conv2"]
+    assert caplog.text.count("filters of 3.conv2, 4.conv2 cannot return without changing the network's output") == 1
+    before = outputs(model)
     scheme.restore()
-    assert (outputs(model, batch)[1] - before).abs().max() > 1e-6 * before.abs().max()
-
-
-@pytest.mark.parametrize("join", ["mean", "pool", "flatten"])
-def test_linear_layers_that_read_a_conv_are_silent_too(join):
-    torch.manual_seed(0)
-    behind = {
-        "mean": [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 3)],
-        "pool": [nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16 * 16, 3)],
-        "flatten": [nn.Flatten(), nn.Linear(16 * 64, 3)],
-    }[join]
-    net = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), *behind).double()
-    optimizer = torch.optim.Adam(net.parameters(), 1e-3)
-    scheme = RePrScheme(find_filter_layers(net, ["*"]), optimizer, model=net, returns="function_preserving")
-    images = torch.randn(4, 3, 8, 8, dtype=torch.float64)
-    step(net, optimizer, images)
-    scheme.check()
-    scheme.drop()
-    step(net, optimizer, images)
-    mask = scheme.masks["0"].clone()
-    before = net(images)
-    scheme.restore()
-    torch.testing.assert_close(net(images), before, rtol=1e-12, atol=1e-12)
-    span = net[-1].in_features // 16
-    assert not net[-1].weight[:, mask.repeat_interleave(span)].any() and not scheme.loud
-    step(net, optimizer, images)
-    assert net[-1].weight.view(3, 16, span).any(2)[:, mask].all()
+    assert largest_change(model, before) > 1e-6
 
 
 class Less(nn.Module):
@@ -155,53 +135,53 @@ class Less(nn.Module):
         return x - x.mean(1, keepdim=True)
 
 
-def test_kernels_that_read_other_channels_too_stay():
+@pytest.mark.parametrize(
+    ("behind", "silent"),
+    [
+        ([nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 3)], True),
+        ([nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16 * 64, 3)], True),
+        ([nn.ReLU(), nn.Flatten(), nn.Linear(16 * 256, 3)], True),
+        # Kernels that read other channels too stay, and gamma makes it silent.
+        ([nn.BatchNorm2d(16), Less(), nn.Conv2d(16, 4, 1), nn.Flatten()], False),
+    ],
+    ids=["mean", "pool", "flatten", "less the mean"],
+)
+def test_other_readers_of_a_conv(behind, silent):
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), Less(), nn.Conv2d(16, 4, 1), nn.Flatten()).double()
-    optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
-    scheme = RePrScheme(find_filter_layers(net, ["0"]), optimizer, model=net, returns="function_preserving")
-    images = torch.randn(4, 3, 8, 8, dtype=torch.float64)
-    step(net, optimizer, images)
-    scheme.check()
-    scheme.drop()
-    before = net(images)
+    net = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), *behind).double()
+    optimizer, scheme = in_sub_network(net, ["0"])
+    mask = scheme.masks["0"].clone()
+    before = outputs(net)
     scheme.restore()
-    torch.testing.assert_close(net(images), before, rtol=1e-12, atol=1e-12)
+    assert largest_change(net, before) <= 1e-12 and not scheme.loud
+    reader = [module for module in net if hasattr(module, "weight")][-1].weight
+    columns = reader.flatten(1).view(len(reader), 16, -1)
+    assert columns[:, mask].any() != silent
+    step(net, optimizer, scheme)
+    assert not silent or columns.any(2)[:, mask].all()
 
 
-def reparametrised(block, how):
-    if how == "weight norm":
-        nn.utils.parametrizations.weight_norm(block.conv2)
-    elif how == "spectral norm":
-        nn.utils.parametrizations.spectral_norm(block.conv2)
-    else:
-        block.conv2 = nn.Sequential(block.conv2, nn.Dropout2d(0.1))
-
-
-@pytest.mark.parametrize(("how", "by"), [("weight norm", "gamma"), ("spectral norm", "gamma"), ("module", "kernels")])
-def test_a_reader_whose_kernels_cannot_be_set_leaves_it_to_gamma(how, by):
+@pytest.mark.parametrize("how", ["weight_norm", "spectral_norm", "module"])
+def test_a_reader_whose_kernels_cannot_be_set_leaves_it_to_gamma(how):
     model = resnet()
-    reparametrised(model[3], how)
-    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
-    layers = find_filter_layers(model, ["3.conv1"])
-    scheme = RePrScheme(layers, optimizer, model=model, returns="function_preserving")
-    step(model, optimizer, torch.randn(4, 3, 16, 16, dtype=torch.float64))
-    scheme.check()
+    block = model[3]
+    if how == "module":
+        block.conv2 = nn.Sequential(block.conv2, nn.Dropout2d(0.1))
+    else:
+        getattr(nn.utils.parametrizations, how)(block.conv2)
+    _, scheme = in_sub_network(model, ["3.conv1"])
     assert scheme.loud == []
-    scheme.drop()
     mask = scheme.masks["3.conv1"].clone()
     scheme.restore()
-    gamma = model[3].bn1.weight[mask]
-    assert (gamma == 0).all() if by == "gamma" else (gamma == 1).all()
+    assert (block.bn1.weight[mask] == (1 if how == "module" else 0)).all()
 
 
-@pytest.mark.parametrize("build", BUILDS)
-@pytest.mark.parametrize("returns", ["as_published", "function_preserving"])
+@pytest.mark.parametrize(("build", "returns"), [(BasicBlock, "as_published"), (Bottleneck, "function_preserving")])
 def test_overlaps_told_after_a_restore_are_those_of_the_weights(build, returns):
-    _, _, scheme, _ = trained_sub_network(build, nn.BatchNorm2d, returns, ["[34].conv*"])
-    kept = np.concatenate([overlap_by_hand(x.weight[~scheme.masks[x.name]]) for x in scheme.layers])
+    _, scheme = in_sub_network(resnet(build), returns=returns)
+    kept = np.concatenate([textbook_overlap(x.weight[~scheme.masks[x.name]]) for x in scheme.layers])
     transition = scheme.restore()
-    expected = np.concatenate([overlap_by_hand(layer.weight) for layer in scheme.layers])
+    expected = np.concatenate([textbook_overlap(layer.weight) for layer in scheme.layers])
     told = np.concatenate([transition.overlaps[layer.name] for layer in scheme.layers])
     np.testing.assert_allclose(told, expected, atol=2e-6)  # told with 6 decimals
     assert transition.overlap_after == pytest.approx(expected.mean(), abs=1e-9)
@@ -211,30 +191,24 @@ def test_overlaps_told_after_a_restore_are_those_of_the_weights(build, returns):
 @pytest.mark.parametrize("build", BUILDS)
 def test_what_is_closed_behind_a_frozen_norm_does_not_return_closed(build):
     net = resnet(build)
-    optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9)
-    images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    passes = TrainingPasses(net, lambda n, _: [images] * n, lambda batch: net(batch).square().mean())
+    passes = TrainingPasses(net, lambda n, _: [images_of(3)] * n, lambda batch: net(batch).square().mean())
     closed = net[3].bn1
     with torch.no_grad():
-        net(images)  # statistics to evaluate with
+        net(images_of(3))  # statistics to evaluate with
         closed.bias[[1, 6]] = -100.0
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
-    options = {"returns": "function_preserving", "criterion": "redundant", "passes": passes, "criterion_batches": 1}
-    layers = find_filter_layers(net, ["3.conv*"])
-    scheme = RePrScheme(layers, optimizer, model=net, calibration_batches=1, **options)
-    passes.loss(images)
-    scheme.check()
-    assert {1, 6} <= set(scheme.drop().dropped["3.conv1"])
-    step(net, optimizer, images)
+    options = {"criterion": "redundant", "passes": passes, "criterion_batches": 1, "frozen_norm": "recalibrate"}
+    _, scheme = in_sub_network(net, ["3.conv*"], **options, calibration_batches=1, max_drop_per_layer=0.5)
+    assert scheme.masks["3.conv1"][[1, 6]].all()
     with torch.no_grad():
-        before = net(images)
+        before = net(images_of(3))
         scheme.restore()
-        assert (net(images) - before).abs().max() <= 1e-12 * before.abs().max()
+        torch.testing.assert_close(net(images_of(3)), before, rtol=1e-12, atol=1e-12)
     seen = []
     closed.register_forward_hook(lambda module, inputs, output: seen.append(output.detach()))
-    net(images)
+    net(images_of(3))
     assert (seen[0][:, [1, 6]] > 0).any((0, 2, 3)).all()
 
 
@@ -244,9 +218,9 @@ def test_a_filter_returns_whole_also_where_it_reads_channels_that_return():
     optimizer = torch.optim.SGD(net.parameters(), 0.05, momentum=0.9)
     options = {"criterion": SALIENCY["gradient"], "returns": "function_preserving", "criterion_batches": 2}
     training = RePr(net, optimizer, 24, num_cycles=2, loader=BATCHES, loss=lambda batch: loss_of(net, batch), **options)
-    for step in range(24):
+    for number in range(24):
         optimizer.zero_grad()
-        loss_of(net, BATCHES[step % 4]).backward()
+        loss_of(net, BATCHES[number % 4]).backward()
         optimizer.step()
         masks = dict(training.scheme.masks)
         done = training.step()
@@ -256,3 +230,78 @@ def test_a_filter_returns_whole_also_where_it_reads_channels_that_return():
                 new, kept = sizes[masks[layer.name]], sizes[~masks[layer.name]]
                 assert torch.allclose(new, kept.mean().expand_as(new), rtol=0.3), layer.name
     assert training.scheme.cycle == 2
+
+
+# --- the learning-rate warm-up after a restore ----------------------------------------------------------------------
+
+
+class Rates(HookBase):
+    """Those with which the optimizer steps, and those of the schedule."""
+
+    def before_train(self):
+        self.used, self.stock = [], []
+        self.trainer.optimizer.register_step_pre_hook(
+            lambda opt, *_: self.used.append(float(opt.param_groups[0]["lr"]))
+        )
+
+    def before_step(self):
+        self.stock.append(float(self.trainer.optimizer.param_groups[0]["lr"]))
+
+
+def with_schedule(rate=0.1, **options):
+    """A trainer whose rate is 0.1 x 0.9^i, and restores after iterations 3 and 7."""
+    options = {"s1_iters": 2, "s2_iters": 2, "num_cycles": 2, "layers": OPTIONS["layers"], **options}
+    hook, rates = RePrHook(seed=7, total_steps=12, **options), Rates()
+    trainer = small_trainer(hook, rates, steps=12, rate=copy.deepcopy(rate))
+    schedule = torch.optim.lr_scheduler.ExponentialLR(trainer.optimizer, 0.9)
+    trainer.register_hooks([hooks.LRScheduler(trainer.optimizer, schedule)])
+    return trainer, hook, rates
+
+
+@pytest.mark.parametrize("rate", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
+def test_warm_up_after_every_restore_also_in_a_resumed_run(rate):
+    """Logs, schedule and checkpoints keep the stock rates."""
+    stock = pytest.approx([0.1 * 0.9**i for i in range(12)])
+    shares = [1, 1, 1, 1, 0.25, 0.5, 0.75, 1, 0.25, 0.5, 0.75, 1]
+    wanted = [rate * share for rate, share in zip(stock.expected, shares, strict=True)]
+    trainer, hook, rates = with_schedule(rate, warmup_iters=3)
+    train_hooked(trainer)
+    assert rates.stock == stock and rates.used == pytest.approx(wanted)
+    state = hook.state_dict()["scheme"]
+    del state["returned"]  # of version 0.1.0
+    hook.scheme.load_state_dict(state)
+    assert hook.scheme.num_returned > 0
+
+    trainer, _, rates = with_schedule(rate, warmup_iters=3)
+    train_hooked(trainer, stop=9)
+    resumed, _, later = with_schedule(rate, warmup_iters=3)
+    resumed.model.load_state_dict(trainer.model.state_dict())
+    resumed.load_state_dict(trainer.state_dict())
+    train_hooked(resumed, start=9)
+    assert (len(rates.used), rates.used + later.used) == (9, pytest.approx(wanted))
+
+    def nothing(layer):
+        return torch.full((layer.num_filters,), float("-inf"))
+
+    trainer, hook, rates = with_schedule(rate, warmup_iters=3, criterion=nothing)
+    train_hooked(trainer)
+    assert rates.used == stock and hook.scheme.cycle == 2 and hook.scheme.num_returned == 0
+
+
+@pytest.mark.parametrize(
+    ("opts", "length"),
+    [
+        ([], 0),
+        (["REPR.REINIT.WARMUP_ITERS", "-1"], 3),  # as long as the filters were out
+        (["REPR.REINIT.WARMUP_ITERS", "-1", "REPR.S1_ITERS", "0", "REPR.S2_ITERS", "0"], None),  # derived phases
+        (["REPR.REINIT.WARMUP_ITERS", "7", "SOLVER.REFERENCE_WORLD_SIZE", "2"], 14),
+        (["REPR.REINIT.WARMUP_ITERS", "-1", "SOLVER.REFERENCE_WORLD_SIZE", "2"], 6),
+    ],
+)
+def test_length_of_the_warm_up(opts, length):
+    cfg = config(120, s1_iters=6, s2_iters=3, layers=["backbone.conv*"])
+    cfg.merge_from_list(opts)
+    hook = RePrHook(cfg)
+    train_hooked(small_trainer(hook, steps=240), stop=1)
+    assert hook.repr.warmup_iters == (hook.schedule.s2_iters if length is None else length)
+    assert length is not None or 0 < hook.schedule.s2_iters != 3

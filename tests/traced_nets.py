@@ -29,6 +29,23 @@ class Readers(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
+class Net(nn.Module):
+    """Modules by name, and what a forward pass does with them."""
+
+    def __init__(self, run, **modules: nn.Module) -> None:
+        super().__init__()
+        self.run = run
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, x):
+        return self.run(self, x)
+
+
+def conv(inputs=3, filters=16) -> nn.Conv2d:
+    return nn.Conv2d(inputs, filters, 3, padding=1)
+
+
 def build(*modules: nn.Module) -> nn.Sequential:
     """The modules, a conv of as many channels as it gets, and a classifier; all norms with an affine of their own."""
     torch.manual_seed(0)

@@ -102,8 +102,8 @@ class RePr:
         self.steps = first_step
         self.logger = logger
         self._announced = self._finished = self._overdue = self._warned = False
-        if loader is not None and passes is not None and self.scheme.needs_batches:
-            self._try_batches(passes)
+        if loader is not None and passes and self.scheme.needs_batches and not list(passes.batches(1, 0)):
+            raise UserError("loader= yields no batch, and transitions look at training batches")
         if self.warmup_iters:
             scale_rates(self.scheme.optimizers, self._share_of_rate)
         # Filters that are out when training ends are out of the model for good, unless a checkpoint is resumed.
@@ -270,10 +270,6 @@ class RePr:
         if not self.scheme.num_returned or not restored:
             return 1.0
         return min(1.0, (self.steps - restored[-1]) / (self.warmup_iters + 1))
-
-    def _try_batches(self, passes: TrainingPasses) -> None:
-        if not list(passes.batches(self.options.calibration_batches or passes.calibration_batches, 0)):
-            raise UserError("loader= yields no batch, and transitions look at training batches")
 
     def _prove_by(self, model: nn.Module, sample: Any) -> None:
         arguments = sample if isinstance(sample, tuple) else (sample,)

@@ -22,7 +22,6 @@ from repr_det.method.layers import FilterLayer, Values, on_devices, values_of
 from repr_det.method.optimizers import (
     check_optimizer_state,
     check_optimizers,
-    renew_second_weights_,
     restart_optimizer_state_,
 )
 from repr_det.method.options import CONFIG_KEYS, RePrOptions, check_resumed
@@ -226,8 +225,9 @@ class RePrScheme:
             self._prepare_readers(layer, held)
         for layer in renewed:
             # A filter may lie in the very kernels that have just been silenced: what reads it keeps it silent itself.
-            layer.weight.index_copy_(0, held.rows[layer.name], back[layer.name]["weight"])
-            renew_second_weights_(self.optimizers, layer.weight, held.rows[layer.name])
+            rows, others = held.rows[layer.name], held.kept[layer.name]
+            layer.weight.index_copy_(0, rows, back[layer.name]["weight"])
+            restart_optimizer_state_(self.optimizers, layer.weight, rows, others)
         moments = {name: old["moments"] for name, old in self._old.items() if "moments" in old}
         self._norms.after_return(held, renewed, moments, self.cycle)
         self._restart_averaging_norms()

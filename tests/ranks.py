@@ -1,0 +1,107 @@
+"""What each of two processes of a plain loop does in test_ranks.py: ranks that would choose differently."""
+
+from pathlib import Path
+
+import forked
+import torch
+import torch.distributed as dist
+from saliency import SALIENCY
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from repr_det import RePrScheme, find_filter_layers
+from repr_det.method.criteria import Context, get_criterion
+from repr_det.method.distributed import broadcast_, mean_over_ranks
+from repr_det.method.passes import TrainingPasses
+
+CRITERIA = ["apoz", *SALIENCY]
+
+
+class Net(nn.Module):
+    """A conv that predicts on rank 1 alone, and one with a norm whose statistics do not move."""
+
+    def __init__(self, rank: int, norm: type[nn.Module]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.second, self.third, self.last = nn.Conv2d(16, 16, 3), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 2, 1)
+        self.trained, self.rank = norm(16), rank
+        self.norm.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> nn.Module:
+        super().train(mode)
+        self.norm.eval()
+        return self
+
+    def forward(self, x):
+        x = self.trained(self.second(self.norm(self.first(x)).relu())).relu()
+        x = self.third(x)
+        out = self.last(x.relu()).mean()
+        return out + 0.01 * x.square().mean() if self.rank else out
+
+
+def main(rank: str, folder: str, backend: str) -> None:
+    """Keeps what it has found."""
+    number, place = int(rank), Path(folder)
+    device = torch.device("cuda", number) if backend == "nccl" else torch.device("cpu")
+    net = Net(number, nn.SyncBatchNorm if backend == "nccl" else nn.BatchNorm2d).to(device).train()
+    images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(number)).to(device)
+    passes = TrainingPasses(net, lambda number, cycle: [images], net)
+
+    def scores() -> dict[str, dict[str, torch.Tensor]]:
+        context, layers = Context(torch.Generator(), passes, 1), find_filter_layers(net, ["*"])
+        return {name: get_criterion(SALIENCY.get(name, name)).score(layers, context) for name in CRITERIA}
+
+    found = {"alone": scores()}
+    dist.init_process_group(backend, init_method=f"file://{place}/store", rank=number, world_size=2)
+    model = DistributedDataParallel(net, device_ids=[number] if backend == "nccl" else None)
+    found["together"] = scores()
+    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 0.05, momentum=0.9)
+    layers = find_filter_layers(net, ["*"], ["last"])
+    scheme = RePrScheme(layers, optimizer, model=net, passes=passes, criterion="random", seed=number)
+
+    def step() -> dict[str, torch.Tensor]:
+        optimizer.zero_grad()
+        model(images).backward()
+        optimizer.step()
+        scheme.check()
+        return {name: part.cpu().clone() for name, part in net.named_parameters()} | statistics()
+
+    def statistics() -> dict[str, torch.Tensor]:
+        return {name: part.cpu().clone() for name, part in net.norm.named_buffers("norm")}
+
+    def refused(transition) -> str:
+        """The error where rank 1 has another weight, which is put right again."""
+        before = net.first.weight.detach().clone()
+        net.first.weight.data.mul_(1.1 if number else 1)
+        try:
+            transition()
+        except RuntimeError as error:
+            return str(error)
+        finally:
+            net.first.weight.data.copy_(before)
+        return ""
+
+    found["before"] = step()
+    found["layers"] = [layer.name for layer in scheme.participants.agreed()]
+    found["refused"] = [refused(scheme.drop)]
+    found["dropped"] = scheme.drop().dropped
+    step()
+    found["refused"].append(refused(scheme.restore))
+    found["restored"] = scheme.restore().dropped
+    found["after"] = {name: part.detach().cpu().clone() for name, part in net.named_parameters()} | statistics()
+    found["end"] = step()
+    flags = torch.tensor([number == 0, True])
+    broadcast_([flags], device)
+    found["flags"] = flags.tolist()
+    found["mean"] = mean_over_ranks(torch.tensor([float(number), 3.0]), device).tolist()
+    torch.save(found, place / f"{rank}.pth")
+    dist.destroy_process_group()
+
+
+def both(folder: Path, backend: str) -> list[dict]:
+    """What two ranks found."""
+    commands = [forked.Command(["ranks:main", rank, folder, backend], folder / f"{rank}.log") for rank in (0, 1)]
+    for command in commands:
+        assert command.status(120) == 0, command.text
+    return [torch.load(folder / f"{rank}.pth", weights_only=True) for rank in (0, 1)]
