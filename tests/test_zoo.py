@@ -204,7 +204,6 @@ OTHERS = {
     ("timm `efficientnet_b0`", "*"): (of_timm, {}),
     ("timm `convnext_atto`", "*"): (of_timm, {}),
     ("transformers `RTDetr`", "*backbone*"): (of_transformers, FEW),
-    ("transformers `RTDetrV2`", "*backbone*"): (of_transformers, FEW),
     ("transformers `DFine`", "*backbone*"): (of_transformers, FEW),
     ("transformers `Detr`", "*"): (of_transformers, DETR),
     ("transformers `DeformableDetr`", "*backbone*"): (of_transformers, DETR),
@@ -219,8 +218,10 @@ def said(caplog, model: nn.Module, run: Callable, layers: list[str]) -> str:
     optimizer = torch.optim.SGD(model.train().parameters(), 0.1)
     repr_training = RePr(model, optimizer, 50, layers=layers, frozen_norm="keep")
     repr_training.prove(run)
-    out = re.findall(r"all filters stay of ([^(]+) \((.+)\)$", "\n".join(caplog.messages), re.M)
-    reasons = "; ".join(f"{len(names.split(', '))}: {reason}" for names, reason in out)
+    out = re.findall(
+        r"all filters stay of ([^(]+) \(.*(?:comes (\w+)|(predicts)).*\)$", "\n".join(caplog.messages), re.M
+    )
+    reasons = "; ".join(f"{len(names.split(', '))}: {operation or predicts}" for names, operation, predicts in out)
     scheme = repr_training.scheme
     candidates = len(scheme.participants.candidates)
     filters = sum(layer.num_filters for layer in scheme.layers)
