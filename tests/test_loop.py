@@ -242,6 +242,13 @@ def test_who_takes_part_is_said_once_it_is_known(caplog):
     assert "RePr drop after iteration 2 (cycle 1): 6 filters, mean O_f" in caplog.text
 
 
+@pytest.mark.parametrize("outputs", [3, 3000])
+def test_next_to_nothing_to_drop_is_warned_of(outputs, caplog):
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, outputs))
+    RePr(model, torch.optim.SGD(model.parameters(), 0.1), 12, sample=torch.randn(2, 1, 8, 8))
+    assert ("next to nothing to drop, 0.0 % of the trainable weights" in caplog.text) == (outputs == 3000)
+
+
 def test_a_sample_shows_who_takes_part_at_once_and_leaves_no_trace():
     model, optimizer = built()
     before = {name: value.clone() for name, value in model.state_dict().items()}

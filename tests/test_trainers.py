@@ -1,10 +1,6 @@
 """Trainers of other people: a Detectron2 loop that is not DefaultTrainer, resumed in the sub-network phase, and
 optimizers inside others."""
 
-import itertools
-import shutil
-from pathlib import Path
-
 import pytest
 import torch
 from conftest import assert_same_weights
@@ -24,15 +20,11 @@ from repr_det.detectron.lazy import repr_cfg_from_lazy
 
 
 class LoopOfOnesOwn(SimpleTrainer):
-    def __init__(self, model, dataloader, optimizer, clip_grad_params):
-        super().__init__(model, dataloader, optimizer)
-        self.clip_grad_params = clip_grad_params
-
     def run_step(self):
         losses = self.model(next(self._data_loader_iter))
         self.optimizer.zero_grad()
         sum(losses.values()).backward()
-        nn.utils.clip_grad_norm_((p for p in self.model.parameters() if p.requires_grad), **self.clip_grad_params)
+        nn.utils.clip_grad_norm_(self.model.parameters(), 0.1)
         self.optimizer.step()
         self._write_metrics(losses, 0.0)
 
@@ -55,74 +47,39 @@ class Ema(HookBase):
         self.average = {name: value.clone() for name, value in state.items()}
 
 
-class Images:
-    """Goes on where ``start`` says, which detrex's own loader does not: that is the loader's business, not RePr's."""
-
-    def __init__(self, start):
-        self.start = start
-
-    def __iter__(self):
-        for number in itertools.count(self.start):
-            yield batch(number)
-
-
-def lazy_config(folder):
-    return OmegaConf.create(
-        dict(
-            model=LazyCall(TwoConvs)(channels=12),
-            optimizer=LazyCall(torch.optim.AdamW)(params=LazyCall(get_default_optimizer_params)(), lr=0.01),
-            train=dict(
-                device="cpu",
-                max_iter=8,
-                output_dir=str(folder),
-                seed=3,
-                clip_grad=dict(params=dict(max_norm=0.1, norm_type=2)),
-            ),
-            repr=LazyCall(RePrHook)(s1_iters=2, s2_iters=3, num_cycles=1, layers=["backbone.conv*"]),
-        ),
-        flags={"allow_objects": True},
-    )
-
-
-def do_train(cfg, resume=False, until=None):
+def do_train(folder, node, resume=False):
     torch.manual_seed(0)
-    model = instantiate(cfg.model)
-    Path(cfg.train.output_dir).mkdir(exist_ok=True)
-    cfg.optimizer.params.model = model
-    optimizer = instantiate(cfg.optimizer)
-    images = Images(0)
-    trainer = LoopOfOnesOwn(model, images, optimizer, cfg.train.clip_grad.params)
-    ema = Ema(model)
-    checkpointer = DetectionCheckpointer(model, cfg.train.output_dir, trainer=trainer, ema_state=ema)
-    trainer.register_hooks(
-        [
-            hooks.IterationTimer(),
-            ema,
-            hooks.PeriodicCheckpointer(checkpointer, period=4),
-            instantiate(cfg.repr) if "_target_" in cfg.repr else RePrHook(repr_cfg_from_lazy(cfg)),
-        ]
-    )
+    folder.mkdir(exist_ok=True)
+    model = TwoConvs()
+    parameters = LazyCall(get_default_optimizer_params)(model=model)
+    optimizer = instantiate(LazyCall(torch.optim.AdamW)(params=parameters, lr=0.01))
+    trainer, ema = LoopOfOnesOwn(model, [], optimizer), Ema(model)
+    checkpointer = DetectionCheckpointer(model, str(folder), trainer=trainer, ema_state=ema)
+    trainer.register_hooks([hooks.IterationTimer(), ema, hooks.PeriodicCheckpointer(checkpointer, period=4)])
+    if "_target_" in node:
+        trainer.register_hooks([instantiate(node)])
+    else:
+        train = dict(max_iter=8, output_dir=str(folder), seed=3)
+        trainer.register_hooks([RePrHook(repr_cfg_from_lazy(OmegaConf.create(dict(repr=node, train=train))))])
     checkpointer.resume_or_load("", resume=resume)
-    images.start = start = trainer.iter + 1 if resume else 0
-    trainer.train(start, until or cfg.train.max_iter)
+    start = trainer.iter + 1 if resume else 0
+    trainer.data_loader = [batch(number) for number in range(start, 8)]
+    trainer.train(start, 8)
     return model.state_dict(), ema.average
-
-
-OLD_NODE = dict(ENABLED=True, S1_ITERS=2, S2_ITERS=3, NUM_CYCLES=1, LAYERS=dict(INCLUDE=["backbone.conv*"]))
 
 
 def test_a_detectron2_loop_that_is_not_default_trainer(tmp_path):
     """Resumed with the node of version 0.2.0."""
-    wanted, wanted_ema = do_train(lazy_config(tmp_path / "whole"))
-    shutil.copytree(tmp_path / "whole", tmp_path / "rest", ignore=shutil.ignore_patterns("model_final.pth"))
-    (tmp_path / "rest" / "last_checkpoint").write_text("model_0000003.pth")
-    saved = torch.load(tmp_path / "rest" / "model_0000003.pth", weights_only=True)
+    layers = ["backbone.conv*"]
+    node = LazyCall(RePrHook)(s1_iters=2, s2_iters=3, num_cycles=1, layers=layers, output_dir=str(tmp_path), seed=3)
+    wanted, wanted_ema = do_train(tmp_path / "run", node)
+    saved = torch.load(tmp_path / "run" / "model_0000003.pth", weights_only=True)
     masks = saved["trainer"]["hooks"]["RePrHook"]["scheme"]["masks"]
     assert sum(int(mask.sum()) for mask in masks.values()) == 7  # floor(0.3 * 24), after iteration 3: 2 to 4 are S2
     assert saved["model"]["backbone.conv1.weight"][masks["backbone.conv1"]].count_nonzero() == 0
-    rest = lazy_config(tmp_path / "rest")
-    rest.repr = OLD_NODE
-    found, found_ema = do_train(rest, resume=True)
+    (tmp_path / "run" / "last_checkpoint").write_text("model_0000003.pth")
+    old_node = dict(ENABLED=True, S1_ITERS=2, S2_ITERS=3, NUM_CYCLES=1, LAYERS=dict(INCLUDE=layers))
+    found, found_ema = do_train(tmp_path / "run", old_node, resume=True)
     assert_same_weights(found, wanted)
     assert_same_weights(found_ema, wanted_ema)
 

@@ -121,8 +121,8 @@ def test_what_takes_part(config):
 @pytest.mark.parametrize("config", ZOO)
 def test_one_cycle(config):
     model, batch = small(config), images(config)
-    named = find_filter_layers(model, patterns(config))
     optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
+    named = find_filter_layers(model, patterns(config))
     repr_training = RePr(model, optimizer, 4, layers=patterns(config), schedule=RePrSchedule(1, 2, 1))
     for step in range(4):
         with EventStorage(0):
@@ -131,17 +131,12 @@ def test_one_cycle(config):
         sum(losses.values()).backward()
         optimizer.step()
         assert all(math.isfinite(loss) for loss in losses.values())
-        transition = repr_training.step()
+        repr_training.step()  # looks at the channels that are out
         layers = repr_training.scheme.layers
-        if step == 0:
-            assert [(x.name, x.norm) for x in layers] == [(x.name, x.norm) for x in named]
-            assert sum(map(len, transition.dropped.values())) == math.floor(0.3 * sum(x.num_filters for x in layers))
-        if repr_training.phase == "sub":
-            for layer in layers:
-                gone = repr_training.scheme.masks[layer.name]
-                assert all(tensor[gone].count_nonzero() == 0 for tensor in layer.tensors().values())
-    assert transition is None and repr_training.phase == "full"
-    assert all(layer.weight.flatten(1).any(1).all() and layer.weight.isfinite().all() for layer in layers)
+        assert [(x.name, x.norm) for x in layers] == [(x.name, x.norm) for x in named]
+        assert repr_training.phase == ("sub" if step in (0, 1) else "full")
+        out = sum(int((layer.weight.flatten(1) == 0).all(1).sum()) for layer in layers)
+        assert out == (math.floor(0.3 * sum(x.num_filters for x in layers)) if step in (0, 1) else 0)
 
 
 def vit() -> nn.Module:
@@ -209,7 +204,6 @@ OTHERS = {
     ("timm `efficientnet_b0`", "*"): (of_timm, {}),
     ("timm `convnext_atto`", "*"): (of_timm, {}),
     ("transformers `RTDetr`", "*backbone*"): (of_transformers, FEW),
-    ("transformers `RTDetrV2`", "*backbone*"): (of_transformers, FEW),
     ("transformers `DFine`", "*backbone*"): (of_transformers, FEW),
     ("transformers `Detr`", "*"): (of_transformers, DETR),
     ("transformers `DeformableDetr`", "*backbone*"): (of_transformers, DETR),
@@ -224,8 +218,10 @@ def said(caplog, model: nn.Module, run: Callable, layers: list[str]) -> str:
     optimizer = torch.optim.SGD(model.train().parameters(), 0.1)
     repr_training = RePr(model, optimizer, 50, layers=layers, frozen_norm="keep")
     repr_training.prove(run)
-    out = re.findall(r"all filters stay of ([^(]+) \((.+)\)$", "\n".join(caplog.messages), re.M)
-    reasons = "; ".join(f"{len(names.split(', '))}: {reason}" for names, reason in out)
+    out = re.findall(
+        r"all filters stay of ([^(]+) \(.*(?:comes (\w+)|(predicts)).*\)$", "\n".join(caplog.messages), re.M
+    )
+    reasons = "; ".join(f"{len(names.split(', '))}: {operation or predicts}" for names, operation, predicts in out)
     scheme = repr_training.scheme
     candidates = len(scheme.participants.candidates)
     filters = sum(layer.num_filters for layer in scheme.layers)
