@@ -307,10 +307,13 @@ def test_averages_begin_again_at_a_restore():
     assert not hook.scheme.is_sub and torch.equal(own, others)
 
 
-def test_a_module_whose_making_failed_is_no_average():
+def test_modules_that_are_no_averages():
+    """One whose making failed, and one without numbers, as checks before a run leave them behind."""
     unmade = TwoConvs.__new__(TwoConvs)
+    with torch.device("meta"):
+        shapes = TwoConvs()
     train(small_trainer(RePrHook(**OPTIONS)))
-    assert not vars(unmade)
+    assert not vars(unmade) and shapes.head.weight.is_meta
 
 
 def first_ones(layer):
