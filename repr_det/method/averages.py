@@ -56,8 +56,8 @@ class Averages:
             module = copy()
             if module is not None and not torch.equal(self._sample(module), before):
                 moved = type(module).__name__
-        others = [one for one in gc.get_objects() if type(one) is type(self._model) and one is not self._model]
-        others = [one for one in others if "_parameters" in vars(one)]  # not one whose making failed
+        same = [one for one in gc.get_objects() if type(one) is type(self._model) and one is not self._model]
+        others = [one for one in same if "_parameters" in vars(one)]  # not one whose __init__ has failed
         wanted = _shapes(self._model)
         copies = [one for one in others if _shapes(one) == wanted and not any(one is own for own in self._inside)]
         without = [one for one in copies if all(p.grad is None and not p.is_meta for p in one.parameters())]
