@@ -100,7 +100,7 @@ def test_grouped_convs_are_looked_at_in_each_group():
 
 
 def test_names_choose_layers(run):
-    """Of Detectron2's names those of REPR.LAYERS, of others all; what predicts and transposed convs are left out."""
+    """REPR.LAYERS choose among Detectron2's names; of others all but transposed convs and what predicts are taken."""
     weights = random_weights() | {
         "mask.deconv.weight": torch.randn(4, 8, 2, 2),
         "cls_score.weight": torch.ones(2, 4, 1, 1),

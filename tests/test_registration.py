@@ -16,6 +16,8 @@ def test_registering_twice_and_with_other_files(folder, catalogs, tmp_path, monk
     datasets.register_coco_format("mine", folder.json, folder.images)
     monkeypatch.chdir(folder.json.parent)
     datasets.register_coco_format("mine", "truth.json", "images")
+    (tmp_path / "link").symlink_to(folder.json.parent)
+    datasets.register_coco_format("mine", tmp_path / "link" / "truth.json", tmp_path / "link" / "images")
     other = Folder(tmp_path / "other")
     for name, paths, message in (
         ("mine", (other.json, other.images), r"data set mine is already registered with .*truth\.json"),

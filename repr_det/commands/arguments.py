@@ -86,11 +86,9 @@ def build_config(
     with naming_close_keys(cfg), as_user_error("command line"):
         cfg.merge_from_list(opts)
     given = set(opts[::2])
-    cfg.OUTPUT_DIR = output_folder(cfg.OUTPUT_DIR, "OUTPUT_DIR")
+    cfg.OUTPUT_DIR = output_folder(cfg.OUTPUT_DIR, "OUTPUT_DIR", baseline and "OUTPUT_DIR" not in given)
     if baseline:
         cfg.REPR.ENABLED = False
-        if "OUTPUT_DIR" not in given:
-            cfg.OUTPUT_DIR = baseline_folder(cfg.OUTPUT_DIR)
     data = (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
     classes = classes_of_data(register, *data, eval_only, resume, cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS)
     for key in ("MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.RETINANET.NUM_CLASSES"):
@@ -116,13 +114,8 @@ def classes_of_data(
     return len(classes or ()) if register else 0
 
 
-def baseline_folder(folder: str) -> str:
-    """The OUTPUT_DIR of the baseline beside a run."""
-    return folder.rstrip("/") + "_baseline"
-
-
-def output_folder(folder: str, key: str) -> str:
-    """``folder`` with ~ and variables of the environment in it put in.
+def output_folder(folder: str, key: str, beside: bool) -> str:
+    """``folder`` with ~ and variables of the environment in it put in; ``beside``: that of the baseline beside it.
 
     Raises:
         UserError: a variable is not set.
@@ -130,4 +123,4 @@ def output_folder(folder: str, key: str) -> str:
     expanded = os.path.expandvars(os.path.expanduser(folder))
     if unset := re.search(r"\$(\w+|\{\w+\})", expanded):
         raise UserError(f"{key} {folder!r}: the variable {unset.group(1).strip('{}')} is not set in the environment")
-    return expanded
+    return expanded.rstrip("/") + "_baseline" if beside else expanded

@@ -18,7 +18,7 @@ _COMMANDS = {
     "compare": (
         ("repr_det.studies.comparison.command", "main"),
         ("repr_det.studies.comparison.runner", "run_comparison_tool"),
-        "both arms over several seeds, and a report",
+        "RePr and its baseline over several seeds, and a report",
     ),
     "analyze": (("repr_det.studies.analysis", "main"), _TOOL, "how much the filters of a checkpoint overlap"),
 }

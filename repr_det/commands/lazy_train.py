@@ -13,11 +13,12 @@ from detectron2.utils.registry import locate
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from repr_det.commands.arguments import baseline_folder, classes_of_data, output_folder
+from repr_det.commands.arguments import classes_of_data, output_folder
 from repr_det.commands.config_files import config_path
 from repr_det.commands.reads import Reads
 from repr_det.commands.train import Run
 from repr_det.datasets import listed
+from repr_det.detectron.config import as_user_error
 from repr_det.detectron.lazy import (
     KEYS,
     NUM_CLASSES,
@@ -47,27 +48,18 @@ def load_lazy_config(
         UserError: the file is missing, raises an error or lacks a node; an override is malformed; a data set is bad.
     """
     config_file = config_path(config_file)
-    try:
+    with as_user_error(config_file):
         cfg = LazyConfig.load(config_file)
-    except Exception as error:  # a config is a program
-        raise UserError(f"{config_file}: {type(error).__name__}: {' '.join(str(error).split())}") from error
     if missing := [node for node in _NODES if node not in cfg]:
         raise UserError(f"{config_file} lacks {missing[0]}: define {', '.join(_NODES)}")
-    try:
+    with as_user_error("overrides must be path.key=value"):
         _refuse_unknown_keys(cfg, overrides)
         cfg = LazyConfig.apply_overrides(cfg, overrides)
-    except UserError:
-        raise
-    except Exception as error:  # whatever hydra's parser and omegaconf raise
-        raise UserError(f"overrides must be path.key=value: {' '.join(str(error).split())}") from error
     given = {override.partition("=")[0] for override in overrides}
-    folder = output_folder(str(OmegaConf.select(cfg, "train.output_dir", default="./output")), "train.output_dir")
-    if baseline:
-        if "repr" in cfg:
-            cfg.repr.ENABLED = False
-        if "train.output_dir" not in given:
-            folder = baseline_folder(folder)
-    cfg.train.output_dir = folder
+    folder, key = OmegaConf.select(cfg, "train.output_dir", default="./output"), "train.output_dir"
+    cfg.train.output_dir = folder = output_folder(str(folder), key, baseline and key not in given)
+    if baseline and "repr" in cfg:
+        cfg.repr.ENABLED = False
     data = [OmegaConf.select(cfg, f"dataloader.{x}.dataset.names", default=()) for x in ("train", "test")]
     weights = OmegaConf.select(cfg, "train.init_checkpoint", default="")
     classes = classes_of_data(register, *map(data_set_names, data), eval_only, resume, folder, weights)

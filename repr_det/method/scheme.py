@@ -5,7 +5,7 @@ Scores, masks and new directions are found on the CPU, by rank 0 for all.
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,9 +34,9 @@ from repr_det.method.returning import (
     new_filters,
     prepare_readers,
     put_back,
-    silence,
 )
 from repr_det.method.selection import check_capacity, select_filters
+from repr_det.network.norms import restart_averaging
 from repr_det.network.state import generator_of
 from repr_det.network.steps import with_inner
 
@@ -183,7 +183,7 @@ class RePrScheme:
         self._held = held
         held.zero_()
         self._hold(held)
-        self._restart_averaging_norms()
+        restart_averaging([layer.norm for layer in self.layers] if self.model is None else self.model.modules())
         return transition_of("drop", self.cycle, held, overlaps, kept, start)
 
     @torch.no_grad()
@@ -221,8 +221,9 @@ class RePrScheme:
             put_back(layer, held.rows[layer.name], back[layer.name])
             for parameter in layer.parameters():
                 restart_optimizer_state_(self.optimizers, parameter, held.rows[layer.name], held.kept[layer.name])
+        silent = self.options.returns == "function_preserving"
         for layer in renewed:
-            self._prepare_readers(layer, held)
+            prepare_readers(layer, self.participants.modules, held, self.optimizers, silent)
         for layer in renewed:
             # A filter may lie in the very kernels that have just been silenced: what reads it keeps it silent itself.
             rows, others = held.rows[layer.name], held.kept[layer.name]
@@ -230,7 +231,7 @@ class RePrScheme:
             restart_optimizer_state_(self.optimizers, layer.weight, rows, others)
         moments = {name: old["moments"] for name, old in self._old.items() if "moments" in old}
         self._norms.after_return(held, renewed, moments, self.cycle)
-        self._restart_averaging_norms()
+        restart_averaging([layer.norm for layer in self.layers] if self.model is None else self.model.modules())
         if self.averages is not None and not as_they_were:
             self.averages.begin_again()
         overlaps = self._overlaps(values_of(self.layers))
@@ -379,18 +380,6 @@ class RePrScheme:
         broadcast_(list(found.values()), self._device)
         return found, cosines
 
-    def _prepare_readers(self, layer: FilterLayer, held: HeldFilters) -> None:
-        """Makes readers silent for returned channels if that is asked for; else they step no further than others."""
-        mask = held.masks[layer.name]
-        if self.options.returns != "function_preserving":
-            prepare_readers(layer, self.participants.modules, mask, self.optimizers)
-            return
-        loud = silence(layer, self.participants.modules, mask, held.rows[layer.name], self.optimizers)
-        if loud and can_be_silent(layer, self.participants.modules):
-            logger.warning("RePr: %d filters of %s return as published: all channels of a group", loud, layer.name)
-
-    # What both transitions need.
-
     @property
     def _device(self) -> torch.device:
         return self.layers[0].weight.device
@@ -405,14 +394,6 @@ class RePrScheme:
             else:
                 found[layer.name] = overlap_of_kept(weight, out[layer.name], groups)
         return found
-
-    def _restart_averaging_norms(self) -> None:
-        """BN that averages its statistics over all batches so far (momentum None) has seen another network."""
-        norms: Iterable[Any] = [x.norm for x in self.layers] if self.model is None else self.model.modules()
-        for norm in norms:
-            averages = isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.momentum is None
-            if averages and norm.num_batches_tracked is not None:
-                norm.num_batches_tracked.zero_()
 
     def _release(self) -> None:
         if self._held is not None:

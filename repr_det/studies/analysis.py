@@ -273,7 +273,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--include", nargs="+", metavar="PATTERN", help="go by names of weights, without a config")
     parser.add_argument("--exclude", nargs="+", metavar="PATTERN", help=f"default {' '.join(NOT_FILTERS)}")
     add_data_argument(parser)
-    parser.add_argument("--batches", type=int, default=0, help="how many training batches to run (0: weights alone)")
+    parser.add_argument("--batches", type=int, default=0, help="how many training batches to run (0: only the weights)")
     parser.add_argument("--criterion", help="default REPR.CRITERION, or ortho; some need --batches")
     parser.add_argument("--drop-ratio", type=float, help="default REPR.DROP_RATIO, or 0.3")
     parser.add_argument("--max-drop-per-layer", type=float, help="default REPR.MAX_DROP_PER_LAYER, or 0.5")

@@ -30,7 +30,7 @@ from repr_det.studies.comparison.runs import (
 )
 from repr_det.studies.comparison.table import compare, metrics_table, write_results
 
-_SETTINGS_FILE = "comparison.json"  # how the comparison was asked for, so that the report alone can be made again
+_SETTINGS_FILE = "comparison.json"  # how the comparison was asked for, for --report-only
 _EVALUATIONS = 10
 _GONE = {  # flag of 0.2.0 -> what to do instead
     "other_runs": "compare every other setting in a comparison of its own, --config-file A --against B",
@@ -47,13 +47,13 @@ _WAYS = (
 )
 _TOGETHER = ("config_file", "seeds", "against", "opts", "baseline_runs", "repr_runs", "report_only", "output")
 
-_DESCRIPTION = """Compares RePr with its baseline, or a config with another: both arms with the same seeds, data order
+_DESCRIPTION = """Compares RePr with its baseline, or a config with another: both with the same seeds, data order
 and iterations.
 
   from a config:          tools/compare.py --config-file configs/shapes_r18_fpn.yaml --seeds 1 2 3 [KEY VALUE ...]
   from two configs:       tools/compare.py --config-file A.yaml --against B.yaml --seeds 1 2 3 [KEY VALUE ...]
   from finished folders:  tools/compare.py --baseline-runs A1 A2 --repr-runs B1 B2 --output DIR
-  the report alone:       tools/compare.py --report-only --output DIR
+  only the report:        tools/compare.py --report-only --output DIR
 
 The output folder gets report.html, results.json and results.csv. The same command continues a comparison that was
 stopped and skips finished runs. TEST.EVAL_PERIOD 0 becomes a tenth of MAX_ITER unless it is given as KEY VALUE.
@@ -63,7 +63,7 @@ stopped and skips finished runs. TEST.EVAL_PERIOD 0 becomes a tenth of MAX_ITER 
 def argument_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
     parser = argparse.ArgumentParser(description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", default="", help="config of the RePr arm, or any with --against")
+    parser.add_argument("--config-file", default="", help="config with RePr, or any with --against")
     parser.add_argument("--against", default="", help="config of the reference (default: its baseline)")
     parser.add_argument("--seeds", nargs="+", default=[], metavar="SEED")
     for arm in (BASELINE, REPR):
@@ -133,7 +133,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
     if not any(needed <= given <= needed | possible for needed, possible in _WAYS):
         raise UserError(
             "give --config-file and --seeds, or --baseline-runs, --repr-runs and --output, or --report-only and "
-            "--output; KEY VALUE and --against go with --config-file alone"
+            "--output; KEY VALUE and --against go with --config-file only"
         )
 
 

@@ -56,7 +56,7 @@ class Study:
     Attributes:
         arms: the reference, and what is measured against it.
         runs: of both arms, one a seed.
-        any_config: the arms are two configs that share what SHARED names; otherwise they differ in REPR alone.
+        any_config: the arms are two configs that share what SHARED names; otherwise they differ in REPR only.
     """
 
     arms: tuple[str, str]
@@ -96,7 +96,7 @@ def run_from_folder(folder: Path, arm: str) -> Run:
 
 
 def check_pairs(study: Study) -> None:
-    """Refuses a seed that occurs twice in an arm, or in one arm alone."""
+    """Refuses a seed that occurs twice in an arm, or in one arm only."""
     seeds: dict[str, dict[int, Run]] = {arm: {} for arm in study.arms}
     for run in study.runs:
         other = seeds[run.arm].setdefault(run.seed, run)
@@ -173,7 +173,7 @@ def check_same_data(folders: Iterable[Path]) -> None:
     for folder in folders:
         for path in sorted(folder.glob(f"{Path(DATA_FILE).stem}*.json")):
             used += [(folder, name, entry) for name, entry in read_json(path).items()]
-    registered = [name for name in {name for _, name, _ in used} if name in DatasetCatalog]
+    registered = [name for name in sorted({name for _, name, _ in used}) if name in DatasetCatalog]
     used += [("this command", name, entry) for name, entry in describe_data_sets(registered).items()]
     first: dict[str, tuple[Any, dict[str, Any]]] = {}
     for place, name, entry in used:
@@ -186,6 +186,6 @@ def check_same_data(folders: Iterable[Path]) -> None:
 
 
 def _same_content(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    """By classes and number of images if one was described before its file was there, as shapes drawn on first use."""
+    """Compares SHA-256; classes and number of images if one was described before its file was there, as shapes are."""
     keys = ("sha256",) if a["sha256"] and b["sha256"] else ("classes", "images")
     return all(a[key] == b[key] for key in keys)
