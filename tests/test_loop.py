@@ -192,6 +192,7 @@ def test_ddp_is_looked_through(tmp_path):
     ("keys", "line"),
     [
         (dict(total_steps=0), "total_steps= must be an integer of at least 1, got 0"),
+        (dict(first_step=41), "first_step= must be 0 to total_steps= 40, got 41"),
         (dict(total_steps=10.0), "total_steps= must be an integer of at least 1, got 10.0"),
         (dict(total_steps=5), "num_cycles= 3 cycles of S1 and S2 do not fit"),
         (dict(schedule=RePrSchedule(20, 10, 3)), "but total_steps= is 40"),
