@@ -9,6 +9,9 @@ from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
+# Address of the repository, "https://github.com/...", from which the package page's links and picture are made. None is
+# known yet, so that page has their text alone.
+REPOSITORY = ""
 VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "repr_det" / "__init__.py").read_text()).group(1)
 
 
@@ -22,14 +25,23 @@ class BuildWithConfigs(build_py):
             shutil.copytree(HERE / "configs", target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
 
 
+def package_page() -> str:
+    """README.md with links that work outside the repository."""
+    text = (HERE / "README.md").read_text()
+    if not REPOSITORY:
+        return re.sub(r"!?\[([^\]]*)\]\((?!http)[^)]*\)", r"\1", text)
+    text = re.sub(r"(!\[[^\]]*\]\()(?!http)", rf"\1{REPOSITORY}/raw/main/", text)
+    return re.sub(r"(\]\()(?!http)", rf"\1{REPOSITORY}/blob/main/", text)
+
+
 setup(
     name="repr_det",
     version=VERSION,
     description="RePr training (drop, train, re-initialise filters) for PyTorch loops and Detectron2 object detectors",
-    long_description=(HERE / "README.md").read_text(),
+    long_description=package_page(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    project_urls={"Paper": "https://arxiv.org/abs/1811.07275"},
+    project_urls={"Paper": "https://arxiv.org/abs/1811.07275", **({"Source": REPOSITORY} if REPOSITORY else {})},
     keywords=["object detection", "convolutional filters", "detectron2", "pytorch", "RePr"],
     classifiers=[
         "Development Status :: 4 - Beta",
@@ -58,7 +70,8 @@ setup(
     ],
     extras_require={
         # compare, analyze, benchmark
-        "studies": ["Jinja2>=3.0", "matplotlib>=3.6", "pandas>=1.5", "rich>=12", "tabulate"],
+        "studies": ["Jinja2>=3.0", "matplotlib>=3.6", "pandas>=1.5", "tabulate"],
         "wandb": ["wandb"],
+        "examples": ["accelerate", "lightning", "scikit-learn", "timm", "torchvision", "transformers", "ultralytics"],
     },
 )

@@ -1,4 +1,4 @@
-"""Criteria of one's own for ``RePr(..., criterion=function)``: the greedy oracle, by trying every filter (section 4).
+"""Criteria of one's own for ``RePr(..., criterion=function)``: the oracle, by trying every filter (section 4).
 
 The oracle is for small networks: it removes each filter and looks at the loss, ``passes.loss`` averaged over the given
 batches and the ranks, in training mode and with the same random numbers every time. The paper's oracle looks at
@@ -6,10 +6,8 @@ held-out images: give batches of such images. A removed filter is zero in all it
 before.
 """
 
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +15,7 @@ import torch
 from torch import Tensor
 
 from repr_det import FilterLayer, UserError
-from repr_det.method.criteria import Context, get_criterion
+from repr_det.method.criteria import Context
 from repr_det.method.distributed import mean_over_ranks
 from repr_det.method.layers import zero_rows_
 from repr_det.method.passes import TrainingPasses
@@ -54,76 +52,6 @@ def ablation(layers: Sequence[FilterLayer], passes: TrainingPasses, batches: Seq
                     losses.append(_loss(passes, batches))
             increase[layer.name] = torch.nan_to_num(torch.tensor(losses, dtype=torch.float64) - whole)
     return increase
-
-
-@dataclass(frozen=True)
-class Removal:
-    """One step of ``greedy_removal``: the filter that left, and the loss without it and all before it."""
-
-    layer: str
-    index: int
-    loss: float
-
-
-@torch.no_grad()
-def greedy_removal(
-    layers: Sequence[FilterLayer], passes: TrainingPasses, batches: Sequence[Any], count: int
-) -> list[Removal]:
-    """Removes the filter whose removal hurts least, ``count`` times over: about F * count passes over all batches.
-
-    The last filter of a layer always stays. Ties go by the order of the layers, then by index.
-
-    Raises:
-        UserError: more than MAX_FILTERS filters, no batches, or fewer than ``count`` filters can be removed.
-    """
-    _check(layers, batches)
-    removable = sum(layer.num_filters - 1 for layer in layers)
-    if not 0 <= count <= removable:
-        raise UserError(f"the greedy oracle can remove 0 to {removable} filters of these layers, got {count}")
-    left = {layer.name: list(range(layer.num_filters)) for layer in layers}
-    by_name = {layer.name: layer for layer in layers}
-    order = []
-    with undisturbed(passes.model, own_modes=True), _kept_values(layers):
-        for _ in range(count):
-            tried = []
-            for name, indices in left.items():
-                for index in indices if len(indices) > 1 else ():
-                    with _kept_values([by_name[name]]):
-                        _remove(by_name[name], index)
-                        tried.append(Removal(name, index, _loss(passes, batches)))
-            best = min(tried, key=lambda removal: removal.loss)
-            _remove(by_name[best.layer], best.index)
-            left[best.layer].remove(best.index)
-            order.append(best)
-    return order
-
-
-def correlation_with_oracle(
-    layers: Sequence[FilterLayer], context: Context, criteria: Sequence[str]
-) -> dict[str, float]:
-    """Spearman's rank correlation of criteria with the oracle over the filters of all layers (the paper's figure 4).
-
-    Args:
-        context: its batches are what criteria and oracle look at; held-out images for the paper's oracle.
-        criteria: names in ``repr_det.method.criteria.CRITERIA``.
-
-    Returns:
-        criterion -> correlation in [-1, 1]; NaN if all scores of a criterion are equal.
-    """
-    batches = list(context.passes.batches(context.num_batches, context.cycle))
-    reference = {name: -increase for name, increase in ablation(layers, context.passes, batches).items()}
-    scores = {name: get_criterion(name).score(layers, context) for name in criteria}
-    return {name: rank_correlation(found, reference) for name, found in scores.items()}
-
-
-def rank_correlation(scores: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> float:
-    """Spearman's rank correlation of two scores over the filters of all layers; NaN if one of them is constant."""
-    from scipy.stats import ConstantInputWarning, spearmanr
-
-    a, b = (np.concatenate([x[name].double().cpu().numpy() for name in reference]) for x in (scores, reference))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConstantInputWarning)
-        return float(spearmanr(a, b).statistic)
 
 
 def _check(layers: Sequence[FilterLayer], batches: Sequence[Any]) -> None:

@@ -1,6 +1,7 @@
 """A small COCO-format folder, and edits that damage it."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from detectron2.structures import Boxes, Instances
 from PIL import Image
 
 from repr_det import datasets
-from repr_det.datasets import registered
+from repr_det.datasets.findings import Findings
 
 SIZES = {1: (40, 30), 2: (30, 40), 5: (64, 64)}  # image id -> width, height
 
@@ -33,9 +34,13 @@ class Folder:
             "categories": [{"id": 3, "name": "cell"}, {"id": 7, "name": "plate"}],
         }
 
-    def check(self, **options):
-        self.json.write_text(json.dumps(self.content))
-        return datasets.check_coco_format(self.json, self.images, **options)
+    def check(self, name=None, for_evaluation=True):
+        if self.content is not None:
+            self.json.write_text(json.dumps(self.content))
+        summary = datasets.check_coco_format(self.json, self.images, name)
+        if for_evaluation:
+            summary.check_evaluation(Findings(self.json, name))
+        return summary
 
 
 @pytest.fixture
@@ -48,44 +53,28 @@ def catalogs(monkeypatch):
     """Detectron2's catalogs; what a test registers is gone afterwards."""
     for catalog in (DatasetCatalog, MetadataCatalog):
         monkeypatch.setattr(catalog, "data", {k: v for k, v in catalog.data.items() if not k.startswith("bccd_")})
-    monkeypatch.setattr(registered, "_summaries", {})
-    monkeypatch.setattr(registered, "_logged", {})
 
 
-def set_key(key, number, **values):
-    def change(content):
-        entry = content[key][number]
+def put(*where, **values):
+    """A change of a folder that sets keys of an entry, or of all of the json; ... takes one away."""
+
+    def change(folder):
+        entry = folder.content
+        for step in where:
+            entry = entry[step]
         entry.update(values)
-        for name in [name for name, value in values.items() if value is ...]:
-            del entry[name]
+        for key in [key for key, value in values.items() if value is ...]:
+            del entry[key]
 
     return change
 
 
-def image(number, **values):
-    return set_key("images", number, **values)
-
-
-def annotation(number, **values):
-    return set_key("annotations", number, **values)
-
-
-def category(number, **values):
-    return set_key("categories", number, **values)
+image, annotation, category = partial(put, "images"), partial(put, "annotations"), partial(put, "categories")
 
 
 def every(values):
     """``values(annotation)`` goes into each annotation."""
-    return lambda content: [entry.update(values(entry)) for entry in content["annotations"]]
-
-
-def whole(**values):
-    def change(content):
-        content.update(values)
-        for key in [key for key, value in values.items() if value is ...]:
-            del content[key]
-
-    return change
+    return lambda folder: [entry.update(values(entry)) for entry in folder.content["annotations"]]
 
 
 def detections(record, boxes, classes, scores=None):

@@ -1,16 +1,15 @@
 """Made-up finished runs on the tiny images, for the tests of the comparison."""
 
-import contextlib
-import io
 import json
+import math
 
 import numpy as np
 import pytest
-from conftest import ROOT, SMALL, coco_of
+from conftest import ROOT, SMALL
 
 from repr_det.datasets import register_coco_format
 from repr_det.studies.comparison.command import main
-from repr_det.studies.comparison.matches import average_precision, match
+from repr_det.studies.comparison.table import METRICS
 
 REPR_CONFIG, BASELINE_CONFIG = (str(ROOT / "configs" / f"{arm}_r50_fpn.yaml") for arm in ("repr", "baseline"))
 # KEY VALUE pairs of a comparison that takes the made-up runs for its own: those of SMALL but for its seed.
@@ -50,40 +49,27 @@ def finished(named_data, tiny_cfg, tmp_path):
         cfg = tiny_cfg(*own, *names, *opts, config="repr_r50_fpn.yaml")
         (folder / "config.yaml").write_text(cfg.dump())
         rng = np.random.default_rng(abs(seed) + 100 * (arm == "repr"))
-        spread = 0.02 if arm == "repr" else 0.08
-        detections = [
-            dict(
-                image_id=a["image_id"],
-                category_id=a["category_id"],
-                bbox=[v + float(rng.normal(0, spread)) * a["bbox"][2] for v in a["bbox"]],
-                score=float(rng.uniform(0.4, 1)),
-            )
-            for a in truth["annotations"]
-        ]
+        detections = [dict(one, score=float(rng.uniform(0.4, 1))) for one in truth["annotations"]]
         (folder / "inference").mkdir()
         (folder / "inference" / "coco_instances_results.json").write_text(json.dumps(detections))
-        with contextlib.redirect_stdout(io.StringIO()):
-            result = average_precision(match(coco_of(truth), detections), np.ones((1, 12)))
-        final = {f"bbox/{metric}": float(value[0]) for metric, value in result.items()}
+        final = {f"bbox/{metric}": float(rng.uniform(20, 60)) for metric in METRICS}
+        final |= {f"bbox/AP-{category['name']}": float(rng.uniform(20, 60)) for category in truth["categories"]}
+        final["bbox/APl"] = math.nan  # images of 96 px hold no large object
         if ap is not None:
             final["bbox/AP"] = ap
-        write_metrics(
-            folder,
-            dict(iteration=19, total_loss=2.0 + seed / 10, time=0.5),
-            {"iteration": 19, "bbox/AP": final["bbox/AP"] + 1},
-            dict(iteration=39, total_loss=1.0 + seed / 10, time=0.5),
-            {"iteration": 40, **final},
-        )
-        if arm == "repr":
+        logged = [dict(iteration=i, total_loss=loss + seed / 10, time=0.5) for i, loss in ((19, 2.0), (39, 1.0))]
+        on_the_way = {"iteration": 19, "bbox/AP": final["bbox/AP"] + 1}
+        write_metrics(folder, *logged, on_the_way, {"iteration": 40, **final})
+        for event, iteration in (("drop", 9), ("restore", 19)) if arm == "repr" else ():
             layers = {"backbone.bottom_up.res2.0.conv1": 8, "backbone.bottom_up.res2.0.conv2": 300}
-            with (folder / "repr_events.jsonl").open("w") as events, (folder / "repr_overlaps.jsonl").open("w") as o:
-                for event, iteration in (("drop", 9), ("restore", 19)):
-                    dropped = {name: [0, seed, 5] for name in layers}
-                    line = dict(iteration=iteration, event=event, cycle=0, dropped=dropped, seconds=0.25)
-                    line |= dict(overlap_before=0.2, overlap_after=0.1, max_cosine={})
-                    events.write(json.dumps(line) + "\n")
-                    overlap = {name: rng.random(n).round(4).tolist() for name, n in layers.items()}
-                    o.write(json.dumps(dict(iteration=iteration, event=event, cycle=0, overlap=overlap)) + "\n")
+            line = dict(iteration=iteration, event=event, cycle=0)
+            content = {
+                "repr_events.jsonl": dict(dropped={name: [0, seed, 5] for name in layers}, seconds=0.25),
+                "repr_overlaps.jsonl": dict(overlap={name: rng.random(n).tolist() for name, n in layers.items()}),
+            }
+            for name, own in content.items():
+                with (folder / name).open("a") as file:
+                    file.write(json.dumps(line | own) + "\n")
         return folder
 
     return make
@@ -91,4 +77,8 @@ def finished(named_data, tiny_cfg, tmp_path):
 
 def compare_folders(tmp_path, baseline, repr_, *more):
     folders = ["--baseline-runs", *map(str, baseline), "--repr-runs", *map(str, repr_)]
-    main([*folders, "--output", str(tmp_path / "out"), "--train-images", "0", "--bootstrap", "50", *more])
+    main([*folders, "--output", str(tmp_path / "out"), "--eval-images", "0", *more])
+
+
+def results_of(folder):
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))

@@ -2,7 +2,6 @@
 forks a child for each command, with its own arguments, folder, environment and output. A child can be killed, and its
 exit status is that of the command."""
 
-import contextlib
 import importlib
 import multiprocessing
 import os
@@ -10,9 +9,10 @@ import runpy
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
+from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parents[1]
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -43,7 +43,7 @@ class Command:
         torchrun: Sequence[object] = (),
     ) -> None:
         self.log = Path(log)
-        with _variables(OMP_NUM_THREADS="1", PYTHONPATH=_PATHS):
+        with patch.dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=_PATHS):
             forkserver.ensure_running()  # a no-op from the second time on
         environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(environment or {})}
         order = ([str(x) for x in words], str(log), str(folder), environment, before, tuple(arguments))
@@ -64,20 +64,6 @@ class Command:
         if self.process.exitcode is None:
             self.process.kill()
         self.process.join()
-
-
-@contextlib.contextmanager
-def _variables(**values: str) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def run(words: Sequence[object], log: str | Path, **options: object) -> tuple[int, str]:

@@ -39,16 +39,7 @@ def around(owner: object, name: str, before=lambda *args: None, after=lambda *ar
 def write_often() -> None:
     """Detectron2's writers write every third iteration instead of every twentieth: with a checkpoint, with an
     evaluation, and alone."""
-    build_hooks = Trainer.build_hooks
-
-    def built(self):
-        found = build_hooks(self)
-        for hook in found:
-            if isinstance(hook, hooks.PeriodicWriter):
-                hook._period = 3
-        return found
-
-    Trainer.build_hooks = built
+    around(hooks.PeriodicWriter, "__init__", after=lambda hook, *_: setattr(hook, "_period", 3))
 
 
 def kill_at(moment: str, iteration: int) -> None:

@@ -40,6 +40,7 @@ def test_after_training_and_alone_as_stock_detectron2(augmented, tmp_path, monke
     )
 
     args = train_argument_parser().parse_args(["--eval-only"])
-    monkeypatch.setattr(train, "config_of", lambda _: augmented("MODEL.WEIGHTS", tmp_path / "run" / "model_final.pth"))
+    cfg = augmented("MODEL.WEIGHTS", tmp_path / "run" / "model_final.pth")
+    monkeypatch.setattr(train, "build_config", lambda *_: cfg)
     results = train.main(args)
     assert results["bbox_TTA"] == pytest.approx(expected, nan_ok=True) and "bbox" in results

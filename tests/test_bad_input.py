@@ -1,120 +1,142 @@
-"""What a user can get wrong on the command line, in the config and in files: one line, before anything is written."""
+"""What a user can get wrong in keys, files and folders: one line, before anything is written."""
 
-import json
 import os
 import pickle
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import R18
+from conftest import R18, ROOT, SMALL, assert_same_weights, end_of
 from detectron2 import model_zoo
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 
-from repr_det import UserError
+from repr_det import Trainer, UserError
 from repr_det.commands.arguments import build_config
 from repr_det.commands.checks import check_run
 from repr_det.commands.processes import run_tool
 from repr_det.commands.train import start
+from repr_det.detectron.config import scale_to_world, without_repr
+from repr_det.runs.files import run_traces
 
-ROOT = Path(__file__).resolve().parents[1]
 ON = ["REPR.ENABLED", "True", "SOLVER.MAX_ITER", "40", "REPR.S1_ITERS", "6", "REPR.S2_ITERS", "3"]
+CONFIG = str(ROOT / "configs" / "baseline_r50_fpn.yaml")
+BOMB = "touch executed"
 
 
-def refused(cfg_maker, *opts, resume=False, num_gpus=1):
+def refused(make, *opts, **options) -> str:
     with pytest.raises(UserError) as error:
-        check_run(cfg_maker(*opts), resume=resume, num_gpus=num_gpus)
+        check_run(make(*opts), **options)
     assert "\n" not in str(error.value)
     return str(error.value)
 
 
-CONFIG = [
-    (["REPR.DROP_RATIO", "1.3"], "REPR.DROP_RATIO must be in (0, 1), got 1.3"),
-    (["REPR.DROP_RATIO", "0.0"], "REPR.DROP_RATIO must be in (0, 1), got 0.0"),
-    (["REPR.DROP_RATIO", "1.0"], "REPR.DROP_RATIO must be in (0, 1), got 1.0"),
-    (["REPR.DROP_RATIO", "-0.3"], "REPR.DROP_RATIO must be in (0, 1), got -0.3"),
-    (["REPR.DROP_RATIO", "float('nan')"], "command line: "),
-    (["REPR.DROP_RATIO", "much"], "command line: Type mismatch"),
-    (["REPR.MAX_DROP_PER_LAYER", "0.2"], "must be at least REPR.DROP_RATIO 0.3, got 0.2"),
-    (["REPR.MAX_DROP_PER_LAYER", "0.0"], "REPR.MAX_DROP_PER_LAYER must be in (0, 1], got 0.0"),
-    (["REPR.MAX_DROP_PER_LAYER", "1.5"], "REPR.MAX_DROP_PER_LAYER must be in (0, 1], got 1.5"),
-    (["REPR.CRITERION", "orto"], "REPR.CRITERION must be one of"),
-    (["REPR.CRITERION", "3"], "command line: Type mismatch"),
-    (["REPR.CRITERION_BATCHES", "0"], "REPR.CRITERION_BATCHES must be an integer of at least 1, got 0"),
-    (["REPR.REINIT.CALIBRATION_BATCHES", "-1"], "REPR.REINIT.CALIBRATION_BATCHES must be an integer of at least 0"),
-    (["REPR.REINIT.SCALE", "large"], "REPR.REINIT.SCALE must be one of kept, old, unit, got 'large'"),
-    (["REPR.REINIT.FROZEN_NORM", "x"], "REPR.REINIT.FROZEN_NORM must be one of recalibrate, keep, got 'x'"),
-    (
-        ["REPR.REINIT.RETURN", "loud"],
-        "REPR.REINIT.RETURN must be one of as_published, function_preserving, got 'loud'",
+@pytest.fixture(scope="module")
+def weights(tiny_data) -> dict[str, torch.Tensor]:
+    """Those of the tiny detector."""
+    return build_model(build_config(CONFIG, SMALL)).state_dict()
+
+
+# ---- keys; every option of REPR in test_options ----
+
+REPR = [
+    ("REPR.DROP_RATIO 1.3", "REPR.DROP_RATIO must be in (0, 1), got 1.3"),
+    ("REPR.DROP_RATIO float('nan')", "command line: "),
+    ("REPR.DROP_RATIO much", "command line: Type mismatch"),
+    ("REPR.CRITERION orto", "REPR.CRITERION must be one of"),
+    ("REPR.START_ITER -1 SOLVER.REFERENCE_WORLD_SIZE 2 SOLVER.IMS_PER_BATCH 4", "REPR.START_ITER must be an integer"),
+    ("REPR.S2_ITERS 0", "REPR.S1_ITERS is 6 and REPR.S2_ITERS 0: set both"),
+    ("REPR.NUM_CYCLES 5", "= 45 iterations and then some of the full network, but SOLVER.MAX_ITER is 40"),
+    ("SOLVER.MAX_ITER 27", "= 27 iterations and then some of the full network, but SOLVER.MAX_ITER is 27"),
+    ("REPR.S1_ITERS 0 REPR.S2_ITERS 0 SOLVER.MAX_ITER 8", "do not fit between REPR.START_ITER 0 and 6"),
+    ("REPR.LAYERS.INCLUDE ['nothing.*']", "matches no trainable Conv2d; the closest trainable ones: backbone."),
+    ("REPR.LAYERS.EXCLUDE ['*']", "matches no trainable Conv2d"),
+    ("REPR.LAYERS.INCLUDE ['backbone.bottom_up.res2*conv*'] MODEL.BACKBONE.FREEZE_AT 2", "2 that match are"),
+    ("REPR.LAYERS.INCLUDE [3]", "REPR.LAYERS.INCLUDE must be a list of patterns, got [3]"),
+    ("REPR.DROP_RATE 0.3", "Non-existent key: REPR.DROP_RATE: did you mean REPR.DROP_RATIO"),
+    ("REPR.ENABLED", "must be KEY VALUE pairs, got"),
+]
+BOTH = [
+    ("solver.base_lr 0.3", "Non-existent key: solver.base_lr: did you mean SOLVER.BASE_LR"),
+    ("MODEL.DEVICE gpu", "MODEL.DEVICE 'gpu' is not a device"),
+    ("SOLVER.AMP.ENABLED True", "SOLVER.AMP.ENABLED needs a GPU"),
+    ("DATASETS.TRAIN ('tiny_trian',)", "tiny_trian"),
+    ("DATASETS.TRAIN ()", "DATASETS.TRAIN is empty"),
+    ("DATASETS.TRAIN tiny_train", "command line: DATASETS.TRAIN must be a tuple, ('tiny_train',), got 'tiny_train'"),
+    ("INPUT.MIN_SIZE_TRAIN 64", "command line: INPUT.MIN_SIZE_TRAIN must be a tuple, (64,), got 64"),
+    ("MODEL.ROI_HEADS.NUM_CLASSES 80", "MODEL.ROI_HEADS.NUM_CLASSES is 80, but tiny_train has 2 classes"),
+    ("MODEL.WEIGHTS nowhere/model.pth", "MODEL.WEIGHTS 'nowhere/model.pth' cannot be read"),
+    ("SOLVER.CHECKPOINT_PERIOD 0", "SOLVER.CHECKPOINT_PERIOD must be at least 1, got 0"),
+    ("SOLVER.IMS_PER_BATCH 0", "SOLVER.IMS_PER_BATCH must be at least 1, got 0"),
+    ("SOLVER.MAX_ITER 0", "SOLVER.MAX_ITER must be at least 1, got 0"),
+    ("TEST.AUG.ENABLED True MODEL.META_ARCHITECTURE ProposalNetwork", "for GeneralizedRCNN, not ProposalNetwork: set"),
+    ("MODEL.KEYPOINT_ON True", "MODEL.KEYPOINT_ON is True, but "),
+    ("MODEL.MASK_ON True", "segmentation"),
+    ("MODEL.ANCHOR_GENERATOR.SIZES [[8],[16]]", "MODEL: "),
+    ("MODEL.FPN.OUT_CHANNELS -1", "MODEL: "),
+    (" ".join([*R18, "MODEL.RESNETS.DEPTH 19"]), "MODEL: 19"),
+    ("SOLVER.STEPS (12,40) SOLVER.MAX_ITER 40", "SOLVER: no learning-rate schedule of STEPS (12, 40)"),
+    ("SOLVER.STEPS (12,6)", "SOLVER: no learning-rate schedule of STEPS (12, 6)"),
+    ("SOLVER.LR_SCHEDULER_NAME Foo", "Unknown LR scheduler: Foo"),
+    ("SOLVER.BASE_LR -0.1", "SOLVER: Invalid learning rate: -0.1"),
+    ("SOLVER.CLIP_GRADIENTS.ENABLED True SOLVER.CLIP_GRADIENTS.CLIP_TYPE foo", "SOLVER: 'foo' is not"),
+    ("INPUT.CROP.ENABLED True INPUT.CROP.TYPE absolut", "CROP.TYPE absolut, "),
+    ("INPUT.RANDOM_FLIP sideways", "INPUT: no images by FORMAT BGR, RANDOM_FLIP sideways, MIN_SIZE_TRAIN"),
+    ("INPUT.MIN_SIZE_TRAIN_SAMPLING foo", "MIN_SIZE_TRAIN_SAMPLING foo: foo"),
+    ("INPUT.MIN_SIZE_TRAIN_SAMPLING range", "short_edge_length must be two values using 'range' sample style. Got (64"),
+    ("INPUT.FORMAT XYZ", "INPUT: no images by FORMAT XYZ, "),
+    ("DATALOADER.SAMPLER_TRAIN Foo", "DATALOADER.SAMPLER_TRAIN must be one of TrainingSampler, "),
+    ("MODEL.LOAD_PROPOSALS True DATASETS.PROPOSAL_FILES_TRAIN ('nope.pkl',)", "PROPOSAL_FILES_TRAIN 'nope.pkl' cannot"),
+    ("MODEL.LOAD_PROPOSALS True", "DATASETS.PROPOSAL_FILES_TRAIN must name a file for each of 1 data sets"),
+    ("MODEL.META_ARCHITECTURE PanopticFPN", "learns from semantic segmentation, which tiny_train (COCO format) does"),
+    ("SOLVER.REFERENCE_WORLD_SIZE 2 SOLVER.IMS_PER_BATCH 3", "SOLVER.IMS_PER_BATCH 3: Invalid REFERENCE_WORLD_SIZE"),
+    pytest.param(
+        "MODEL.DEVICE cuda",
+        "MODEL.DEVICE is 'cuda' but torch sees no GPU",
+        marks=pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU"),
     ),
-    (["REPR.REINIT.WARMUP_ITERS", "-2"], "REPR.REINIT.WARMUP_ITERS must be an integer of at least -1, got -2"),
-    (["REPR.S1_ITERS", "-5"], "REPR.S1_ITERS must be an integer of at least 0, got -5"),
-    (
-        ["REPR.START_ITER", "-1", "SOLVER.REFERENCE_WORLD_SIZE", "2", "SOLVER.IMS_PER_BATCH", "4"],
-        "REPR.START_ITER must be an integer of at least 0, got -1",
-    ),
-    (["REPR.S2_ITERS", "0"], "REPR.S1_ITERS is 6 and REPR.S2_ITERS 0: set both"),
-    (["REPR.S1_ITERS", "2.5"], "command line: Type mismatch"),
-    (["REPR.NUM_CYCLES", "0"], "REPR.NUM_CYCLES must be an integer of at least 1, got 0"),
-    (["REPR.START_ITER", "-1"], "REPR.START_ITER must be an integer of at least 0, got -1"),
-    (["REPR.NUM_CYCLES", "5"], "= 45 iterations and then some of the full network, but SOLVER.MAX_ITER is 40"),
-    (["SOLVER.MAX_ITER", "27"], "= 27 iterations and then some of the full network, but SOLVER.MAX_ITER is 27"),
-    (
-        ["REPR.S1_ITERS", "0", "REPR.S2_ITERS", "0", "SOLVER.MAX_ITER", "8"],
-        "do not fit between REPR.START_ITER 0 and 6",
-    ),
-    (["REPR.LAYERS.INCLUDE", "['nothing.*']"], "matches no trainable Conv2d; the closest trainable ones: backbone."),
-    (["REPR.LAYERS.EXCLUDE", "['*']"], "matches no trainable Conv2d"),
-    (["REPR.LAYERS.INCLUDE", "['backbone.bottom_up.res2*conv*']", "MODEL.BACKBONE.FREEZE_AT", "2"], "2 that match are"),
-    (["REPR.LAYERS.INCLUDE", "[3]"], "REPR.LAYERS.INCLUDE must be a list of patterns, got [3]"),
-    (["REPR.LAYERS.INCLUDE", "conv"], "command line: Type mismatch"),
-    ([*R18, "MODEL.RESNETS.DEPTH", "19"], "MODEL: 19"),
-    (["REPR.DROP_RATE", "0.3"], "Non-existent key: REPR.DROP_RATE: did you mean REPR.DROP_RATIO"),
-    (["SOLVER.BASE_RL", "0.3"], "Non-existent key: SOLVER.BASE_RL: did you mean SOLVER.BASE_LR"),
-    (["solver.base_lr", "0.3"], "Non-existent key: solver.base_lr: did you mean SOLVER.BASE_LR"),
-    (["REPR.ENABLED", "maybe"], "command line: Type mismatch"),
-    (["REPR.ENABLED"], "must be KEY VALUE pairs, got"),
-    (["MODEL.DEVICE", "gpu"], "MODEL.DEVICE 'gpu' is not a device"),
-    (["SOLVER.AMP.ENABLED", "True"], "SOLVER.AMP.ENABLED needs a GPU"),
-    (["DATASETS.TRAIN", "('tiny_trian',)"], "tiny_trian"),
-    (["DATASETS.TRAIN", "()"], "DATASETS.TRAIN is empty"),
-    (["MODEL.ROI_HEADS.NUM_CLASSES", "80"], "MODEL.ROI_HEADS.NUM_CLASSES is 80, but tiny_train has 2 classes"),
-    (["MODEL.WEIGHTS", "nowhere/model.pth"], "MODEL.WEIGHTS 'nowhere/model.pth' cannot be read"),
 ]
 
 
-@pytest.mark.parametrize(("opts", "fragment"), CONFIG, ids=[" ".join(opts) for opts, _ in CONFIG])
-def test_config_values(tiny_cfg, tmp_path, opts, fragment):
-    assert fragment in refused(tiny_cfg, *ON, *opts)
+@pytest.mark.parametrize(("opts", "message"), REPR)
+def test_keys_of_repr(tiny_cfg, tmp_path, opts, message):
+    assert message in refused(tiny_cfg, *ON, *opts.split())
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_a_gpu_that_is_not_there(tiny_cfg):
-    assert "MODEL.DEVICE is 'cuda' but torch sees no GPU" in refused(tiny_cfg, *ON, "MODEL.DEVICE", "cuda")
+@pytest.mark.parametrize(("opts", "message"), BOTH)
+@pytest.mark.parametrize("arm", [[], ON], ids=["baseline", "repr"])
+def test_both_arms_get_the_same_checks(tiny_cfg, tmp_path, arm, opts, message):
+    assert message in refused(tiny_cfg, *arm, *opts.split())
+    assert not (tmp_path / "run").exists()
 
 
 def test_numbers_of_processes(tiny_cfg):
-    assert "--num-gpus must be at least 1, got 0" in refused(tiny_cfg, *ON, num_gpus=0)
-    assert "must be a multiple of --num-gpus 3" in refused(tiny_cfg, *ON, num_gpus=3)
-    scaled = ("SOLVER.REFERENCE_WORLD_SIZE", 2, "SOLVER.IMS_PER_BATCH")
-    assert "must be a multiple of SOLVER.REFERENCE_WORLD_SIZE 2" in refused(tiny_cfg, *ON, *scaled, 3, num_gpus=3)
-    check_run(tiny_cfg(*scaled, 2), num_gpus=3)  # trains with a batch of 3
+    """1 image for 1 process is 2 for 2."""
+    assert "must be a multiple of the 3 processes of this run (--num-gpus 3)" in refused(tiny_cfg, *ON, num_gpus=3)
+    scaled = ["SOLVER.REFERENCE_WORLD_SIZE", 2, "SOLVER.IMS_PER_BATCH", 2]
+    check_run(tiny_cfg(*scaled), num_gpus=3)  # trains with a batch of 3
+    assert scale_to_world(without_repr(tiny_cfg(*scaled, "SOLVER.MAX_ITER", 4)), 1).SOLVER.MAX_ITER == 8
+
+
+def test_what_has_no_effect_is_said(tiny_cfg, caplog):
+    check_run(tiny_cfg("SOLVER.WARMUP_ITERS", 9, "SOLVER.MAX_ITER", 10, "TEST.DETECTIONS_PER_IMAGE", 100))
+    assert "WARMUP_ITERS" not in caplog.text and "TEST.DETECTIONS" not in caplog.text
+    check_run(tiny_cfg("SOLVER.WARMUP_ITERS", 10, "SOLVER.MAX_ITER", 10, "TEST.DETECTIONS_PER_IMAGE", 400))
+    assert "SOLVER.WARMUP_ITERS 10 is no shorter than SOLVER.MAX_ITER 10: the learning rate never comes" in caplog.text
+    assert "TEST.DETECTIONS_PER_IMAGE is 400, and COCO's AP counts the best 100 of an image" in caplog.text
+
+
+# ---- config files ----
 
 
 @pytest.mark.parametrize(
-    ("text", "fragment"),
+    ("text", "message"),
     [
         (None, "is not a file"),
         ("MODEL: [1, 2", "not valid YAML"),
         ("REPR:\n  ENABLE: True\n", "Non-existent config key: REPR.ENABLE: did you mean REPR.ENABLED"),
-        (
-            "SOLVER:\n  MAX_ITER: 5\nMODEL:\n  MASK_ON: True\nSOLVER:\n  BASE_LR: 0.1\n",
-            "the key SOLVER stands there twice",
-        ),
+        ("SOLVER:\n  MAX_ITER: 5\nMODEL:\n  MASK_ON: True\nSOLVER:\n", "the key SOLVER stands there twice"),
         ("SOLVER:\n  MAX_ITER: 5\n  BASE_LR: 0.1\n  MAX_ITER: 6\n", "the key MAX_ITER stands there twice"),
         ("dataloader:\n  train: {_target_: detectron2.data.build}\nmodel: !!python/object/x {}\n", "give the .py file"),
         ("REPR: 5\n", "REPR"),
@@ -125,38 +147,24 @@ def test_numbers_of_processes(tiny_cfg):
         ("_BASE_:\n", "_BASE_ must be the name of a config file, got None"),
         ("", "must hold config keys with their values (MODEL: ...), got nothing"),
         ("- a\n- b\n", "must hold config keys with their values (MODEL: ...), got ['a', 'b']"),
-        ("some text", "must hold config keys with their values (MODEL: ...), got some text"),
         ("1: 2\n", "must hold config keys"),
         ("MODEL:\n", "MODEL is empty: give keys below it, or leave it out"),
-        ("REPR:\n", "REPR is empty"),
-        ("SEED: !!python/object/apply:os.system ['touch executed']\n", "not valid YAML: could not determine a"),
-        (
-            'SEED: !!python/object/apply:eval [\'open("executed", "w")\']\n',
-            '\'open("executed", "w")\' is not arithmetic',
-        ),
+        (f"SEED: !!python/object/apply:os.system ['{BOMB}']\n", "not valid YAML: could not determine a"),
+        ('SEED: !!python/object/apply:eval [\'open("executed", "w")\']\n', "is not arithmetic"),
         ("SEED: !!python/object/apply:eval ['().__class__']\n", "'().__class__' is not arithmetic"),
-        ("SEED: !!python/object/apply:eval ['(']\n", "'(' is not arithmetic"),
+        ("SEED: !!python/object/apply:eval ['(']\n", "was never closed"),
         ("SEED: !!python/object/apply:eval 3\n", "not valid YAML"),
         ("\x00\x01", ""),
     ],
 )
-def test_config_files(tmp_path, monkeypatch, text, fragment):
+def test_config_files(tmp_path, monkeypatch, text, message):
     path = tmp_path / "my config ü.yaml"
     monkeypatch.chdir(tmp_path)
     if text is not None:
         path.write_text(text)
     with pytest.raises(UserError) as error:
         build_config(str(path), [])
-    assert fragment in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
-    assert not (tmp_path / "executed").exists()
-
-
-def test_no_code_of_a_saved_config_runs(tiny_cfg, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    saved = tmp_path / "run" / "config.yaml"
-    saved.parent.mkdir()
-    saved.write_text("SEED: !!python/object/apply:os.system ['touch executed']\n")
-    check_run(tiny_cfg("OUTPUT_DIR", str(saved.parent)), resume=True)
+    assert message in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "executed").exists()
 
 
@@ -169,142 +177,183 @@ def test_config_files_of_detectron2_are_read_as_it_reads_them(name):
     assert ours.DATASETS == stock.DATASETS and ours.SOLVER == stock.SOLVER
 
 
-def test_home_and_variables_in_output_dir(monkeypatch, tmp_path):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("WHERE", str(tmp_path))
-    config = str(ROOT / "configs" / "baseline_r50_fpn.yaml")
-    for given in ("~/x", "$WHERE/x", "${WHERE}/x"):
-        assert str(tmp_path / "x") == build_config(config, ["OUTPUT_DIR", given]).OUTPUT_DIR
-    with pytest.raises(UserError, match=r"OUTPUT_DIR '\$NOWHERE/x': the variable NOWHERE is not set"):
-        build_config(config, ["OUTPUT_DIR", "$NOWHERE/x"])
-
-
-def test_weights_that_detectron2_reads(tiny_cfg, tmp_path):
-    torch.save({"model": {"stem.conv1.weight": torch.zeros(8, 3, 7, 7)}}, tmp_path / "w.pth")
-    check_run(tiny_cfg("MODEL.WEIGHTS", f"{tmp_path / 'w.pth'}?matching_heuristics=True"))
-    (tmp_path / "w.pt").write_bytes(b"damaged")
-    assert "w.pt: not a readable torch checkpoint" in refused(tiny_cfg, "MODEL.WEIGHTS", str(tmp_path / "w.pt"))
-
-
-def test_a_resumed_run_does_not_need_its_first_weights(tiny_cfg, tmp_path):
-    gone = ("MODEL.WEIGHTS", str(tmp_path / "gone.pth"))
-    folder = tmp_path / "run"
-    folder.mkdir()
-    model = build_model(tiny_cfg()).state_dict()
-    torch.save({"model": model, "trainer": {}, "iteration": 3}, folder / "model_0000003.pth")
-    check_run(tiny_cfg(*gone), resume=True)
-    (folder / "model_0000003.pth").unlink()
-    assert "gone.pth" in refused(tiny_cfg, *gone, resume=True)
-
-
-class Bomb:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.path}",)
-
-
-def checkpoint_files(folder):
-    good = {"model": {"backbone.x": torch.zeros(3)}, "iteration": 3}
-    torch.save(good, folder / "good.pth")
-    whole = (folder / "good.pth").read_bytes()
-    bomb = Bomb(folder / "executed")
-    files = {
-        "truncated.pth": whole[: len(whole) // 2],
-        "empty.pth": b"",
-        "text.pth": b"not a checkpoint",
-        "bomb.pkl": pickle.dumps({"model": bomb}),
-        "text.pkl": b"not a pickle",
-        "truncated.pkl": pickle.dumps({"model": {"w": np.zeros(100)}})[:80],
-        "empty.pkl": b"",
-    }
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
-    torch.save({"model": bomb}, folder / "bomb.pth")
-    return [*files, "bomb.pth"]
-
-
-@pytest.mark.parametrize("name", ["truncated", "empty", "text", "bomb"])
-@pytest.mark.parametrize("kind", ["pth", "pkl"])
-def test_weights_files(tiny_cfg, tmp_path, name, kind):
-    assert f"{name}.{kind}" in checkpoint_files(tmp_path)
-    message = refused(tiny_cfg, *ON, "MODEL.WEIGHTS", str(tmp_path / f"{name}.{kind}"))
-    assert f"{name}.{kind}" in message
-    assert not (tmp_path / "executed").exists()
-
-
-def test_weights_of_a_foreign_architecture(tiny_cfg, tmp_path):
-    from repr_det import Trainer
-
-    torch.save({"model": {"features.0.weight": torch.zeros(3)}}, tmp_path / "vgg.pth")
-    trainer = Trainer(tiny_cfg(*ON, "MODEL.WEIGHTS", str(tmp_path / "vgg.pth")))
-    with pytest.raises(UserError, match="does not hold any weight of this model"):
-        trainer.resume_or_load(resume=False)
-
-
-def test_official_pickles_load(tiny_cfg, tmp_path):
-    from repr_det import Trainer
-
-    cfg = tiny_cfg(*ON, "MODEL.WEIGHTS", str(tmp_path / "R-18.pkl"))
-    trainer = Trainer(cfg)
-    rng = np.random.default_rng(0)
-    stem = rng.normal(size=(8, 3, 7, 7)).astype(np.float32)
-    with open(tmp_path / "R-18.pkl", "wb") as file:
-        pickle.dump(
-            {"model": {"stem.conv1.weight": stem}, "__author__": "torchvision", "matching_heuristics": True}, file
-        )
-    trainer.resume_or_load(resume=False)
-    np.testing.assert_array_equal(trainer.model.backbone.bottom_up.stem.conv1.weight.detach().numpy(), stem)
-
-
-@pytest.mark.parametrize("trace", ["model_0000003.pth", "last_checkpoint", "metrics.json", "repr_events.jsonl"])
-def test_folder_of_another_run_is_left_alone(tiny_cfg, tmp_path, trace):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    (folder / trace).write_text("precious")
-    message = refused(tiny_cfg, *ON)
-    assert "holds another run" in message and trace in message and "--resume" in message
-    assert {p.name: p.read_text() for p in folder.iterdir()} == {trace: "precious"}
-
-
-def test_resume_of_another_schedule_arm_or_broken_checkpoint(tiny_cfg, tmp_path):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    (folder / "config.yaml").write_text(tiny_cfg(*ON).dump())
-    message = refused(tiny_cfg, *ON, "REPR.S1_ITERS", "5", resume=True)
-    assert "s1_iters=6" in message and "s1_iters=5" in message
-    assert "REPR.ENABLED True, this one has False" in refused(tiny_cfg, "SOLVER.MAX_ITER", "40", resume=True)
-    (folder / "last_checkpoint").write_text("model_0000009.pth")
-    assert "names 'model_0000009.pth', which is not there" in refused(tiny_cfg, *ON, resume=True)
-    (folder / "model_0000009.pth").write_bytes(b"half")
-    assert "to resume from an older one write its name into" in refused(tiny_cfg, *ON, resume=True)
-    (folder / "last_checkpoint").write_bytes(b"\xff\xfe")
-    assert "which is not there" in refused(tiny_cfg, *ON, resume=True)
-
-
-def test_output_folder_that_is_a_file_or_cannot_be_made(tiny_cfg, tmp_path):
-    (tmp_path / "file").write_text("")
-    assert "is a file, not a folder" in refused(tiny_cfg, *ON, "OUTPUT_DIR", str(tmp_path / "file"))
-    assert refused(tiny_cfg, *ON, "OUTPUT_DIR", str(tmp_path / "file" / "run"))
-    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    assert f"is a link to {tmp_path}/nowhere, which" in refused(tiny_cfg, *ON, "OUTPUT_DIR", str(tmp_path / "link"))
-    if os.path.isdir("/proc/self"):  # a folder that even root cannot write to
-        assert "cannot be written" in refused(tiny_cfg, *ON, "OUTPUT_DIR", "/proc/self/run")
-
-
-def test_one_line_and_status_2(tiny_data, tmp_path, capsys):
-    argv = ["--config-file", str(ROOT / "configs" / "repr_r50_fpn.yaml"), "--register", "mine", "nowhere.json", "."]
+def test_one_line_and_status_2(tiny_data, capsys):
     with pytest.raises(SystemExit) as stopped:
-        run_tool(lambda: start(argv))
+        run_tool(lambda: start(["--config-file", CONFIG, "--register", "mine", "nowhere.json", "."]))
     error = capsys.readouterr().err.strip()
     assert stopped.value.code == 2 and "\n" not in error and "nowhere.json" in error
 
 
-def test_num_classes_follow_from_registered_data(tiny_data, tmp_path):
-    config, json_file = str(ROOT / "configs" / "repr_r50_fpn.yaml"), str(tiny_data / "tiny.json")
-    register = [["followed", json_file, str(tiny_data / "images")]]
-    opts = ["DATASETS.TRAIN", "('followed',)", "DATASETS.TEST", "('followed',)"]
-    assert build_config(config, opts, register).MODEL.ROI_HEADS.NUM_CLASSES == 2
-    assert build_config(config, [*opts, "MODEL.ROI_HEADS.NUM_CLASSES", "9"], register).MODEL.ROI_HEADS.NUM_CLASSES == 9
-    assert json.loads(Path(json_file).read_text())["categories"][0]["name"] == "blue"
+# ---- the folder ----
+
+
+def test_home_and_variables_in_output_dir(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WHERE", str(tmp_path))
+    for given in ("~/x", "$WHERE/x", "${WHERE}/x"):
+        assert str(tmp_path / "x") == build_config(CONFIG, ["OUTPUT_DIR", given]).OUTPUT_DIR
+    with pytest.raises(UserError, match=r"OUTPUT_DIR '\$NOWHERE/x': the variable NOWHERE is not set"):
+        build_config(CONFIG, ["OUTPUT_DIR", "$NOWHERE/x"])
+    for given, folder in (([], "output/repr_r50_fpn_baseline"), (["OUTPUT_DIR", "x"], "x")):
+        cfg = build_config("repr_r50_fpn.yaml", given, baseline=True)
+        assert not cfg.REPR.ENABLED and cfg.OUTPUT_DIR.endswith(folder)
+
+
+@pytest.mark.parametrize("trace", ["model_0000003.pth", "last_checkpoint", "metrics.json", "repr_events.jsonl"])
+def test_folder_of_another_run_is_left_alone(tiny_cfg, tmp_path, trace):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / trace).write_text("precious")
+    message = refused(tiny_cfg, *ON)
+    assert f"holds another run ({trace}): add --resume" in message
+    assert {p.name: p.read_text() for p in (tmp_path / "run").iterdir()} == {trace: "precious"}
+
+
+def test_a_folder_in_which_nothing_was_trained_blocks_no_start(tiny_cfg, tmp_path):
+    (tmp_path / "run" / "inference").mkdir(parents=True)
+    for name in ("config.yaml", "config_detectron2.yaml", "log.txt", "data_sets.json"):
+        (tmp_path / "run" / name).write_text("{}")
+    for name in ("metrics.json", "repr_events.jsonl"):  # opened, and the run stopped before its first step
+        (tmp_path / "run" / name).write_text("")
+    assert run_traces(tmp_path / "run") == []
+    check_run(tiny_cfg())
+
+
+def test_resume_of_another_arm_or_with_other_options(tiny_cfg, tmp_path):
+    opts = ["REPR.ENABLED", True, "REPR.S1_ITERS", 2, "REPR.S2_ITERS", 2, "REPR.NUM_CYCLES", 1, "SOLVER.MAX_ITER", 6]
+    opts += ["DATASETS.TEST", "()", "SOLVER.IMS_PER_BATCH", 1]
+    end_of(tiny_cfg(*opts))
+    check_run(tiny_cfg(*opts), resume=True)
+    for_one = ["REPR.S1_ITERS", 4, "REPR.S2_ITERS", 4, "SOLVER.MAX_ITER", 12, "SOLVER.REFERENCE_WORLD_SIZE", 1]
+    check_run(tiny_cfg(*opts, *for_one), resume=True, num_gpus=2)
+    before = {path: path.stat().st_mtime for path in (tmp_path / "run").rglob("*")}
+    message = refused(tiny_cfg, *opts, "REPR.S1_ITERS", 3, resume=True)
+    assert "trained with REPR.S1_ITERS 2, this run has 3" in message
+    message = refused(tiny_cfg, *opts, "REPR.DROP_RATIO", 0.2, resume=True)
+    assert "trained with REPR.DROP_RATIO 0.3, this run has 0.2" in message
+    message = refused(tiny_cfg, *opts, "REPR.ENABLED", False, resume=True)
+    assert "was trained with RePr on, this run has it off" in message
+    assert before == {path: path.stat().st_mtime for path in (tmp_path / "run").rglob("*")}
+
+
+def test_resume_of_a_broken_checkpoint(tiny_cfg, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "last_checkpoint").write_text("model_0000009.pth")
+    assert "names 'model_0000009.pth', which is not there" in refused(tiny_cfg, *ON, resume=True)
+    (folder / "model_0000009.pth").write_bytes(b"half")
+    assert "to resume from an older one write its name into" in refused(tiny_cfg, *ON, resume=True)
+
+
+def test_output_folder_that_cannot_be_made(tiny_cfg, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    cases = {"": "OUTPUT_DIR is empty", tmp_path / "file": "is a file, not a folder"}
+    cases |= {tmp_path / "file" / "run": "cannot be written (Not a directory)", tmp_path / "link": "is a link to "}
+    if os.path.isdir("/proc/self"):  # a folder that even root cannot write to
+        cases["/proc/self/run"] = "cannot be written"
+    for folder, message in cases.items():
+        assert message in refused(tiny_cfg, *ON, "OUTPUT_DIR", folder)
+
+
+# ---- the weights ----
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.system, (BOMB,)
+
+
+def files_of_weights(folder) -> dict[str, str]:
+    """Bad files: name -> message."""
+    torch.save({"model": {"backbone.x": torch.zeros(3)}, "iteration": 3}, folder / "whole.pth")
+    torch.save({"model": Bomb()}, folder / "bomb.pth")
+    torch.save({"net": {"conv.weight": torch.zeros(3)}}, folder / "odd.pth")
+    whole = (folder / "whole.pth").read_bytes()
+    damaged = dict.fromkeys(("damaged.pt", "damaged.pth.tar", "damaged", "text.pth"), b"not a checkpoint")
+    damaged |= {"truncated.pth": whole[: len(whole) // 2]}
+    pickles = {
+        "bomb.pkl": pickle.dumps({"model": Bomb()}),
+        "text.pkl": b"not a pickle",
+        "empty.pkl": b"",
+        "empty.pth": b"",
+    }
+    pickles |= {"truncated.pkl": pickle.dumps({"model": {"w": np.zeros(100)}})[:80]}
+    for name, content in (damaged | pickles).items():
+        (folder / name).write_bytes(content)
+    messages = dict.fromkeys(damaged, "not a readable torch checkpoint") | dict.fromkeys((*pickles, "bomb.pth"), "")
+    return messages | {"odd.pth": ""}
+
+
+def test_weights_files(tiny_cfg, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, message in files_of_weights(tmp_path).items():
+        line = refused(tiny_cfg, *ON, "MODEL.WEIGHTS", str(tmp_path / name))
+        assert name in line and message in line
+    assert not (tmp_path / "executed").exists() and not (tmp_path / "run").exists()
+
+
+def test_weights_that_can_be_begun_with(tiny_cfg, tmp_path, weights):
+    """--eval-only needs all of them; ?matching_heuristics=True finds other names; official pickles load."""
+    assert "--eval-only needs a checkpoint" in refused(tiny_cfg, eval_only=True)
+    torch.save({"model": weights}, tmp_path / "whole.pth")
+    check_run(tiny_cfg("MODEL.WEIGHTS", str(tmp_path / "whole.pth")), eval_only=True)
+    part = {k.removeprefix("backbone.bottom_up."): v for k, v in weights.items() if "bottom_up" in k}
+    torch.save(part, tmp_path / "part.pth")
+    path = str(tmp_path / "part.pth")
+    assert "does not hold any weight of this model" in refused(tiny_cfg, "MODEL.WEIGHTS", path)
+    assert "Unsupported query remaining" in refused(tiny_cfg, "MODEL.WEIGHTS", f"{path}?strict=1")
+    heuristics = ["MODEL.WEIGHTS", f"{path}?matching_heuristics=True"]
+    assert "does not hold all weights of this model" in refused(tiny_cfg, *heuristics, eval_only=True)
+    official = {k: v.numpy() for k, v in part.items()}
+    with open(tmp_path / "R-18.pkl", "wb") as file:
+        pickle.dump({"model": official, "__author__": "torchvision", "matching_heuristics": True}, file)
+    for opts in (heuristics, ["MODEL.WEIGHTS", str(tmp_path / "R-18.pkl")]):
+        check_run(tiny_cfg(*opts))
+        trainer = Trainer(tiny_cfg(*opts))
+        trainer.resume_or_load(resume=False)
+        assert_same_weights(trainer.model.backbone.bottom_up.state_dict(), part)
+
+
+def test_weights_that_a_resumed_run_does_not_read(tiny_cfg, tmp_path, weights):
+    (tmp_path / "run").mkdir()
+    checkpoint = tmp_path / "run" / "model_0000003.pth"
+    torch.save({"model": weights, "trainer": {}, "iteration": 3}, checkpoint)
+    gone = ["MODEL.WEIGHTS", "gone.pth"]
+    for eval_only in (False, True):
+        check_run(tiny_cfg(*gone), resume=True, eval_only=eval_only)
+    wider = [*gone, "MODEL.FPN.OUT_CHANNELS", "32"]
+    assert "does not hold all weights" in refused(tiny_cfg, *wider, resume=True)
+    checkpoint.unlink()
+    assert "gone.pth" in refused(tiny_cfg, *gone, resume=True)
+
+
+def test_a_sub_network_is_no_start(tiny_cfg, tmp_path, weights, caplog):
+    weights = {name: value.clone() for name, value in weights.items()}
+    conv = "backbone.bottom_up.res3.0.conv1"
+    for key in ("weight", "norm.weight", "norm.bias"):
+        weights[f"{conv}.{key}"][[3, 5]] = 0
+    torch.save({"model": weights}, tmp_path / "sub.pth")
+    opts = ["MODEL.WEIGHTS", str(tmp_path / "sub.pth")]
+    what = f"sub.pth holds 2 filters that are zero with their norm, 2 of them in {conv}: a sub-network"
+    for arm in ([], ON):
+        assert what in refused(tiny_cfg, *arm, *opts)
+    check_run(tiny_cfg(*opts), eval_only=True)
+    assert f"{what}, whose AP" in caplog.text
+    weights[f"{conv}.norm.bias"][:] = 1  # a channel that says something
+    torch.save({"model": weights}, tmp_path / "sub.pth")
+    check_run(tiny_cfg(*opts))
+
+
+def test_the_meta_device_is_left_where_a_model_needs_numbers(tiny_cfg):
+    built = []
+
+    class Counting(Trainer):
+        @classmethod
+        def build_model(cls, cfg):
+            layer = torch.nn.Linear(2, 2)
+            built.append(layer.weight.device.type)
+            layer.share = layer.weight.sum().item()
+            return layer
+
+    check_run(tiny_cfg(), trainer=Counting)
+    assert built == ["meta", "cpu"]

@@ -15,7 +15,7 @@ from conftest import R18, ROOT, SMALL
 
 from repr_det import UserError
 
-TINY = ["--config-file", str(ROOT / "configs" / "repr_r50_fpn.yaml"), "--size", "64", *SMALL, *R18]
+TINY = ["--config-file", str(ROOT / "configs" / "repr_r50_fpn.yaml"), "--size", "64", *SMALL]
 
 
 @pytest.mark.parametrize(
@@ -23,10 +23,7 @@ TINY = ["--config-file", str(ROOT / "configs" / "repr_r50_fpn.yaml"), "--size", 
     [
         (["--size", "32"], "--size must be a side or HEIGHTxWIDTH, such as 320 or 800x1333, of 64 or more, got '32'"),
         (["--size", "800x"], "got '800x'"),
-        (["--size", "800x32"], "got '800x32'"),
-        (["--batch", "0"], "--batch must be at least 1, got 0"),
         (["--pairs", "0"], "--pairs must be at least 1, got 0"),
-        (["--threads", "-1"], "--threads must be at least 1, got -1"),
         (["--output", __file__], "is a file, not a folder"),
         (["SOLVER.AMP.ENABLED", "True"], "SOLVER.AMP.ENABLED needs --device cuda"),
         (["MODEL.DEPTH", "18"], "MODEL.DEPTH"),
@@ -39,8 +36,8 @@ def test_wrong_arguments(flags, message):
 
 
 def test_on_a_gpu_the_stock_step_is_the_case(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="torch sees no GPU"):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         parse(["--device", "cuda"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     args, cfg, size = parse(["--device", "cuda", "SOLVER.AMP.ENABLED", "True"])
@@ -48,13 +45,6 @@ def test_on_a_gpu_the_stock_step_is_the_case(monkeypatch):
     assert parse(["--device", "cuda", "--size", "640x64"])[2] == (640, 64)
     args, cfg, size = parse([])
     assert (args.heads, size, cfg.MODEL.ROI_BOX_HEAD.NUM_FC) == ("small", (320, 320), 1)
-
-
-def test_batches_are_as_detectron2_gives_them():
-    batch = benchmark.synthetic_batch(3, 640, 64)
-    assert [image["image"].shape for image in batch] == [(3, 640, 64)] * 3
-    boxes = torch.cat([image["instances"].gt_boxes.tensor for image in batch])
-    assert (boxes[:, 2:] > boxes[:, :2]).all() and (boxes <= torch.tensor([64, 640, 64, 640])).all()
 
 
 def test_ratios_are_those_of_a_round():
@@ -70,6 +60,8 @@ def test_ratios_are_those_of_a_round():
 
 
 def test_arms_take_turns():
+    calls = []
+
     class Recorder:
         def __init__(self, name):
             self.name = name
@@ -78,7 +70,6 @@ def test_arms_take_turns():
             time.sleep(0.02)
             calls.append(self.name)
 
-    calls = []
     seconds = benchmark.take_turns("step", {name: Recorder(name) for name in "abc"}, 3, time.perf_counter)
     assert "".join(calls) == "aabbccbbccaaccaabb" and {len(values) for values in seconds.values()} == {3}
 
@@ -142,7 +133,7 @@ def test_whole_command(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_memory_is_that_of_processes_of_their_own(tmp_path):
-    command = [sys.executable, ROOT / "tools" / "benchmark.py", "--output", tmp_path, *TINY, "--only", "memory"]
+    command = [sys.executable, ROOT / "tools" / "benchmark.py", "--output", tmp_path, *TINY, *R18, "--only", "memory"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT)
     assert not done.returncode and "memory, restore" in done.stdout, done.stderr
     done = subprocess.run([*map(str, command), "--size", "1"], capture_output=True, text=True, cwd=ROOT)

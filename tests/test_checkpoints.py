@@ -1,7 +1,6 @@
 """Which checkpoint a resumed run continues from; nothing of a run is destroyed by one that does not continue it."""
 
 import errno
-import json
 import logging
 import os
 from contextlib import nullcontext
@@ -15,7 +14,7 @@ from torch import nn
 from repr_det import Trainer, UserError
 from repr_det.runs.checkpoints import AtomicCheckpointer, check_last_checkpoint, find_checkpoint
 from repr_det.runs.files import keep_checkpoints, truncate_log
-from repr_det.runs.settings import check_same_optimizer
+from repr_det.runs.resume import check_same_optimizer
 
 
 class State:
@@ -31,41 +30,34 @@ class State:
         self.iteration = state["iteration"]
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """A run with checkpoints after iterations 9, 99 and 100 (the last is damaged), whose tag is lost."""
+def test_resumes_from_the_newest_checkpoint_and_says_so(tmp_path, caplog):
+    """Its tag is lost; files that no run wrote are no checkpoints of it."""
     model, state = nn.Linear(2, 2), State()
     checkpointer = AtomicCheckpointer(model, str(tmp_path), trainer=state)
     for iteration in (9, 99, 100):
         state.iteration = iteration
         nn.init.constant_(model.weight, iteration)
         checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
-    damaged = tmp_path / "model_0000100.pth"
-    damaged.write_bytes(damaged.read_bytes()[:-100])
-    torch.save({"model": model.state_dict()}, tmp_path / "weights.pth")  # newer, and no checkpoint of a run
+    for name in ("weights.pth", "model_best.pth"):
+        torch.save({"model": model.state_dict()}, tmp_path / name)
     (tmp_path / "last_checkpoint").unlink()
-    return tmp_path
-
-
-def test_resumes_from_the_newest_whole_checkpoint_and_says_so(folder, caplog):
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     model, state = nn.Linear(2, 2), State()
-    checkpointer = AtomicCheckpointer(model, str(folder), trainer=state)
-    assert checkpointer.has_checkpoint()
+    checkpointer = AtomicCheckpointer(model, str(tmp_path), trainer=state)
     with caplog.at_level(logging.WARNING, "repr_det.resume"):
         checkpointer.resume_or_load("", resume=True)
-    assert state.iteration == 99 and model.weight[0, 0] == 99
-    assert "has no last_checkpoint: resuming from model_0000099.pth" in caplog.text
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    check_last_checkpoint(str(folder))
-
-
-def test_files_that_no_run_can_continue_from_are_named(folder):
-    for name in ("model_0000009.pth", "model_0000099.pth"):
-        (folder / name).unlink()
-    with pytest.raises(UserError, match=r"none of its checkpoints is whole \(model_0000100.pth\)") as error:
-        check_last_checkpoint(str(folder))
-    assert "\n" not in str(error.value)
+    assert state.iteration == 100 and model.weight[0, 0] == 100
+    assert "has no last_checkpoint: resuming from model_0000100.pth" in caplog.text
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    damaged = tmp_path / "model_0000100.pth"
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"model_0000100.pth: not a readable .* write its name into .*last_checkpoint"):
+        check_last_checkpoint(str(tmp_path))
+    (tmp_path / "last_checkpoint").write_text("model_0000099.pth")
+    check_last_checkpoint(str(tmp_path))
+    (tmp_path / "last_checkpoint").write_bytes(b"\xff\x00")
+    with pytest.raises(UserError, match="which is not there: write the name of a checkpoint in that folder into it"):
+        check_last_checkpoint(str(tmp_path))
 
 
 def test_a_new_folder_has_no_checkpoint(tmp_path):
@@ -76,7 +68,7 @@ def test_a_new_folder_has_no_checkpoint(tmp_path):
 
 def test_a_run_from_the_beginning_keeps_the_lines_of_another(tmp_path):
     path = tmp_path / "repr_events.jsonl"
-    first, second = ("".join(json.dumps({"iteration": i, "run": run}) + "\n" for i in range(3)) for run in "ab")
+    first, second = ("".join(f'{{"iteration": {i}, "run": "{run}"}}\n' for i in range(3)) for run in "ab")
     with open(path, "a") as held:  # as Detectron2's writer does
         held.write(first)
         held.flush()
@@ -129,13 +121,15 @@ def test_freeze_at_changed_on_resume_is_refused(tiny_cfg, tmp_path):
     first.checkpointer.save("model_0000001", iteration=1)
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").glob("*")}
     other = Trainer(tiny_cfg("MODEL.BACKBONE.FREEZE_AT", 2))
-    with pytest.raises(UserError, match=r"this run \d+ in \d+: resume with the same MODEL, MODEL.BACKBONE.FREEZE_AT"):
+    with pytest.raises(UserError, match=r"this run has \d+ parameters in \d+ groups .*: resume with the same MODEL"):
         other.resume_or_load(resume=True)
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").glob("*")} == before
 
 
-@pytest.mark.parametrize(("name", "advice"), [("EBUSY", "see to the file system"), ("ENOSPC", "free space")])
-@pytest.mark.parametrize("file", ["model_0000001.pth", "last_checkpoint"])
+@pytest.mark.parametrize(
+    ("name", "advice", "file"),
+    [("EBUSY", "see to the file system", "model_0000001.pth"), ("ENOSPC", "free space", "last_checkpoint")],
+)
 def test_a_rename_that_fails(tmp_path, monkeypatch, name, advice, file):
     """As on a network file system; what is there stays, and the next save goes well."""
     checkpointer = AtomicCheckpointer(nn.Linear(1, 1), str(tmp_path))
@@ -159,37 +153,37 @@ def test_a_rename_that_fails(tmp_path, monkeypatch, name, advice, file):
     assert find_checkpoint(tmp_path).name == "model_0000001.pth"
 
 
-SGD, ADAM, RMSPROP = (
-    lambda net, kind=kind, more=more: kind(net.parameters(), 0.1, **more)
-    for kind, more in (
-        (torch.optim.SGD, {"momentum": 0.9}),
-        (torch.optim.AdamW, {}),
-        (torch.optim.RMSprop, {}),
-    )
-)
-
-
 @pytest.mark.parametrize(
     ("old", "new", "told"),
     [
-        (SGD, ADAM, "AdamW has no .*momentum"),
-        (ADAM, SGD, "SGD has no .*betas"),
-        (ADAM, RMSPROP, "RMSprop has no .*betas"),
+        (torch.optim.SGD, torch.optim.AdamW, "momentum.*; this run has 2 parameters in 1 groups with .*betas"),
+        (torch.optim.AdamW, torch.optim.SGD, "betas.*; this run has .*momentum"),
+        (torch.optim.AdamW, torch.optim.RMSprop, "betas.*; this run has .*alpha"),
     ],
 )
 def test_another_optimizer_is_refused(old, new, told):
-    net = nn.Linear(1, 1)
-    with pytest.raises(UserError, match=f"is of another optimizer: {told}"):
-        check_same_optimizer(new(net), old(net).state_dict(), "folder")
-    check_same_optimizer(new(net), new(net).state_dict(), "folder")
+    parameters = nn.Linear(1, 1).parameters
+    with pytest.raises(UserError, match=f"is of another optimizer, 2 parameters in 1 groups with .*{told}"):
+        check_same_optimizer(new(parameters()), old(parameters()).state_dict(), "folder")
+    check_same_optimizer(new(parameters()), new(parameters()).state_dict(), "folder")
+
+
+RUN = "SOLVER.MAX_ITER 4 DATASETS.TEST () REPR.ENABLED True REPR.S1_ITERS 1 REPR.S2_ITERS 1 REPR.NUM_CYCLES 1".split()
 
 
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_one_trainer_trains_once(tiny_cfg, interrupted):
     """As when a cell of a notebook is run again."""
-    trainer = Trainer(tiny_cfg("SOLVER.MAX_ITER", 2, "DATASETS.TEST", "()"))
+    trainer = Trainer(tiny_cfg(*RUN))
     trainer.register_hooks([At(1, interrupt)] if interrupted else [])
     with pytest.raises(KeyboardInterrupt) if interrupted else nullcontext():
         trainer.train()
     with pytest.raises(UserError, match="this trainer has trained before: make another one, on which resume_or_load"):
+        trainer.train()
+
+
+def test_training_in_pieces_is_told_its_cause(tiny_cfg):
+    trainer = Trainer(tiny_cfg(*RUN))
+    trainer.max_iter = 2
+    with pytest.raises(UserError, match=r"max_iter is 2, but SOLVER.MAX_ITER is 4, .* resume it in another trainer"):
         trainer.train()

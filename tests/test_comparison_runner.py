@@ -1,25 +1,19 @@
 """The runner of a comparison with a fake training command: at once, skipped, resumed, failed, killed."""
 
-import io
 import multiprocessing
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from finished_runs import write_metrics
 
-from repr_det.method.errors import UserError
-from repr_det.studies.comparison.progress import Progress
 from repr_det.studies.comparison.records import read_metrics
 from repr_det.studies.comparison.runner import RunFailed, _environment, run_all, run_comparison_tool
-from repr_det.studies.comparison.runs import Run, final_row, is_finished
+from repr_det.studies.comparison.runs import Run, is_finished
 
-ROOT = Path(__file__).resolve().parents[1]
 FAKE = """
 import json, os, sys, time
 folder, steps, pause, status = sys.argv[1], int(sys.argv[-3]), float(sys.argv[-2]), int(sys.argv[-1])
@@ -55,41 +49,33 @@ def _calls(run):
     return (run.folder / "calls.txt").read_text().splitlines()
 
 
-def _train(*runs, jobs=1, terminal=False):
-    """Returns what the progress shows."""
-    stream = io.StringIO()
-    stream.isatty = lambda: terminal
-    run_all(runs, jobs, progress=Progress(runs, stream, interval=0.2))
-    return stream.getvalue()
-
-
-def test_runs_are_trained_once_and_then_skipped(fake, monkeypatch):
+def test_runs_are_trained_once_and_then_skipped(fake, monkeypatch, capsys):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     runs = [fake(1), fake(2), fake(3)]
-    shown = _train(*runs, jobs=2)
-    assert all(map(is_finished, runs)) and "RePr seed 3: done" in shown
-    assert final_row(read_metrics(runs[0].folder), 3)["bbox/AP"] == 33.0
+    run_all(runs, jobs=2)
+    assert all(map(is_finished, runs)) and "RePr seed 3: done" in capsys.readouterr().err
     cores = len(os.sched_getaffinity(0))
     assert [_calls(run) for run in runs] == [[f"|{max(1, cores // 2)}"]] * 3
     assert "step 2" in (runs[0].folder / "stdout.txt").read_text()
-    assert "finished already: RePr seed 1, RePr seed 2, RePr seed 3" in _train(*runs)
+    run_all(runs)
+    assert "finished already: RePr seed 1, RePr seed 2, RePr seed 3" in capsys.readouterr().err
     assert [len(_calls(run)) for run in runs] == [1, 1, 1]
 
 
-def test_progress_says_how_far_every_run_is_and_what_is_left(fake):
-    runs = [fake(1, steps=4, pause=0.4), fake(2, steps=4, pause=0.4)]
-    write_metrics(runs[1].folder, *({"iteration": i, "total_loss": 1.0} for i in range(2)))  # resumed: two are done
-    shown = _train(*runs)
-    assert re.search(r"0 of 2 runs done .* 4/8 .*ETA 0:00:0\d *\nRePr seed 1 .* 2/4 loss 1.000 .*ETA 0:00:0\d", shown)
-    assert re.search(r"1 of 2 runs done .* 7/8 .*\nRePr seed 2 .* 3/4 loss 1.000 .* ETA", shown)
-    assert "\x1b[" not in shown
-
-
-def test_progress_on_a_terminal_redraws_a_bar_for_every_run(fake, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "120")
-    monkeypatch.setenv("TERM", "xterm")
-    shown = _train(fake(1, steps=4, pause=0.4), terminal=True)
-    assert "RePr seed 1" in shown and "4/4" in shown and "\x1b[" in shown and "loss 1.000" in shown
+def test_runs_at_once_and_their_progress(fake, capsys, monkeypatch):
+    """The second is resumed: two of its steps were done before."""
+    monkeypatch.setattr("repr_det.studies.comparison.runner._SECONDS_BETWEEN_READINGS", 0.1)
+    runs = [fake(n, steps=15, pause=0.1) for n in (1, 2)]
+    write_metrics(runs[1].folder, *({"iteration": i, "total_loss": 1.0} for i in range(2)))
+    run_all(runs, jobs=2)
+    assert [_calls(run)[0].split("|")[0] for run in runs] == ["", "--resume"]
+    assert list(read_metrics(runs[1].folder)) == list(range(16))
+    first, second = ([row["wall"] for row in read_metrics(run.folder).values() if "wall" in row] for run in runs)
+    assert min(second) < max(first) and min(first) < max(second)
+    shown = [line for line in capsys.readouterr().err.splitlines() if "%" in line]
+    assert 4 <= len(shown) <= 20 and not any("\x1b" in line for line in shown)
+    states = "".join(rf"; RePr seed {n}: \d+ of 15 iterations, loss 1\.000" for n in (1, 2))
+    assert any(re.fullmatch(rf"\[compare\] \d+ % after \d s, about \d s left{states}", line) for line in shown)
 
 
 @pytest.mark.parametrize(
@@ -108,25 +94,10 @@ def test_every_run_gets_gpus_of_its_own(monkeypatch, visible, jobs, num_gpus, ex
     assert found == expected
 
 
-def test_an_unfinished_run_is_resumed(fake):
-    run = fake(1, steps=5)
-    write_metrics(run.folder, *({"iteration": i, "total_loss": 1.0} for i in range(3)))
-    _train(run)
-    assert _calls(run)[0].startswith("--resume|")
-    assert list(read_metrics(run.folder)) == [0, 1, 2, 3, 4, 5]
-
-
-def test_two_runs_are_really_trained_at_once(fake):
-    runs = [fake(n, steps=15, pause=0.1) for n in (1, 2)]
-    _train(*runs, jobs=2)
-    first, second = ([row["wall"] for row in read_metrics(run.folder).values() if "wall" in row] for run in runs)
-    assert min(second) < max(first) and min(first) < max(second)
-
-
 def test_a_failure_shows_its_output_and_command_and_ends_the_rest(fake):
     good, bad = fake(1, steps=500, pause=0.1), fake(2, steps=2, status=3)
     with pytest.raises(RunFailed) as error:
-        _train(good, bad, jobs=2)
+        run_all([good, bad], jobs=2)
     text = str(error.value)
     assert "RePr seed 2 ended with status 3" in text
     assert "| Traceback: it broke" in text and "| step 1" in text
@@ -137,19 +108,7 @@ def test_a_failure_shows_its_output_and_command_and_ends_the_rest(fake):
 def test_a_run_that_ends_without_an_evaluation_has_failed(fake):
     run = fake(1)
     with pytest.raises(RunFailed, match="ended without an evaluation"):
-        _train(Run("repr", 1, run.folder, 99, run.flags, run.opts))  # needs 99 iterations, the script makes 3
-
-
-def test_a_folder_in_which_another_process_trains_is_refused(fake):
-    run = fake(1)
-    hold = "import sys; from repr_det.runs.lock import RunLock; lock = RunLock(sys.argv[1]); lock.acquire()"
-    command = [sys.executable, "-c", f"{hold}; print(1, flush=True); input()", str(run.folder)]
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    with subprocess.Popen(command, cwd=ROOT, **pipes) as other:
-        assert other.stdout.readline() == "1\n"
-        with pytest.raises(UserError, match="is being trained by another process"):
-            _train(run)
-    assert not (run.folder / "calls.txt").exists()
+        run_all([Run("repr", 1, run.folder, 99, run.flags, run.opts)])  # needs 99 iterations, the script makes 3
 
 
 def _alive(run):
@@ -186,5 +145,5 @@ def test_a_stopped_comparison_leaves_no_child_and_continues(fake, tmp_path, numb
     steps = len(read_metrics(run.folder))
     assert 0 < steps < 40
     short = Run("repr", 1, run.folder, steps + 2, run.flags, (str(steps + 2), "0.01", "0"))
-    _train(short)
+    run_all([short])
     assert _calls(run)[-1].startswith("--resume|") and is_finished(short)

@@ -50,33 +50,26 @@ def test_an_unknown_scheduler_is_named():
         schedule_from_config(cfg)
 
 
-COMPOSITES = {
-    "constant, then cosine": (
-        fvcore.CompositeParamScheduler(
-            [fvcore.ConstantParamScheduler(1.0), fvcore.CosineParamScheduler(1.0, 0.0)],
-            lengths=[0.6, 0.4],
-            interval_scaling=["rescaled", "rescaled"],
-        ),
-        (800,),
-    ),
-    "cosine with a last step": (
-        fvcore.CompositeParamScheduler(
-            [fvcore.CosineParamScheduler(1.0, 0.0), fvcore.ConstantParamScheduler(0.001)],
-            lengths=[0.9, 0.1],
-            interval_scaling=["fixed", "fixed"],
-        ),
-        (500,),
-    ),
-    "linear": (fvcore.LinearParamScheduler(1.0, 0.0), (500,)),
-    "polynomial": (fvcore.PolynomialDecayParamScheduler(1.0, 2.0), (293,)),  # (1 - x)^2 = 1/2
-    "exponential": (fvcore.ExponentialParamScheduler(1.0, 0.01), (151,)),  # 0.01^x = 1/2
-    "five equal steps": (fvcore.StepParamScheduler(5, [1.0, 0.6, 0.3, 0.1, 0.05]), (200, 400, 600, 800)),
-    "rising": (fvcore.LinearParamScheduler(0.0, 1.0), ()),
-    "constant": (fvcore.ConstantParamScheduler(3.0), ()),
-}
+def composite(first, second, length, scaling):
+    return fvcore.CompositeParamScheduler([first, second], lengths=[length, 1 - length], interval_scaling=[scaling] * 2)
 
 
-@pytest.mark.parametrize("name", COMPOSITES)
-def test_decays_of_fvcores_schedulers(name):
-    multiplier, expected = COMPOSITES[name]
+COSINE, ONE = fvcore.CosineParamScheduler(1.0, 0.0), fvcore.ConstantParamScheduler(1.0)
+SMALL = fvcore.ConstantParamScheduler(0.001)
+
+
+@pytest.mark.parametrize(
+    ("multiplier", "expected"),
+    [
+        (composite(ONE, COSINE, 0.6, "rescaled"), (800,)),
+        (composite(COSINE, SMALL, 0.9, "fixed"), (500,)),  # with a last step
+        (fvcore.LinearParamScheduler(1.0, 0.0), (500,)),
+        (fvcore.PolynomialDecayParamScheduler(1.0, 2.0), (293,)),  # (1 - x)^2 = 1/2
+        (fvcore.ExponentialParamScheduler(1.0, 0.01), (151,)),  # 0.01^x = 1/2
+        (fvcore.StepParamScheduler(5, [1.0, 0.6, 0.3, 0.1, 0.05]), (200, 400, 600, 800)),
+        (fvcore.LinearParamScheduler(0.0, 1.0), ()),  # rising
+        (ONE, ()),
+    ],
+)
+def test_decays_of_fvcores_schedulers(multiplier, expected):
     assert decays(multiplier, 1000) == pytest.approx(expected, abs=1)

@@ -1,15 +1,19 @@
-"""Every command that README and docs show is one that its program takes; the snippets of the own-loop page run."""
+"""Every command that README and docs show is one that its program takes; snippets run; links lead somewhere."""
 
 import re
+import runpy
 import shlex
+import subprocess
+import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
 import benchmark
 import cifar10
-import plain_pytorch
+import digits
 import pytest
+import setuptools
 import torch
 from conftest import ROOT
 from detectron2.config import get_cfg
@@ -17,111 +21,102 @@ from torch import nn
 
 from repr_det import add_repr_config
 from repr_det.commands.arguments import train_argument_parser
-from repr_det.commands.shipped import config_path
+from repr_det.commands.config_files import config_path
 from repr_det.detectron.config import markdown_table
 from repr_det.method.options import CONFIG_KEYS
 from repr_det.studies.analysis import argument_parser as analysis_argument_parser
 from repr_det.studies.comparison.command import argument_parser as comparison_argument_parser
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-PROGRAM = re.compile(r"(\S*bin/)?(python|torchrun|pip|make|sbatch|bash|repr-det)$|tools/|examples/")
+EVIDENCE = sorted((ROOT / "docs" / "evidence").glob("*.md"))
+PROGRAM = re.compile(r"(python|torchrun|pip|make|sbatch|repr-det)$|(tools|examples|docs)/\S+\.py$")
 PARSERS = {
-    "tools/train_net.py": lambda words: train_argument_parser().parse_args(words),
-    "tools/lazyconfig_train_net.py": lambda words: train_argument_parser().parse_args(words),
-    "tools/compare.py": lambda words: comparison_argument_parser().parse_args(words),
-    "tools/analyze_filters.py": lambda words: analysis_argument_parser().parse_intermixed_args(words),
+    "train": lambda words: train_argument_parser().parse_args(words),
+    "compare": lambda words: comparison_argument_parser().parse_args(words),
+    "analyze": lambda words: analysis_argument_parser().parse_intermixed_args(words),
     "tools/benchmark.py": lambda words: benchmark.argument_parser().parse_intermixed_args(words),
-    "examples/cifar10.py": cifar10.parse,
-    "examples/plain_pytorch.py": plain_pytorch.parse,
+    "docs/evidence/cifar10.py": cifar10.parse,
+    "docs/evidence/digits.py": digits.parse,
 }
-COMMANDS = {"train": "tools/train_net.py", "compare": "tools/compare.py", "analyze": "tools/analyze_filters.py"}
 # Options of torchrun that take a value, as far as the docs use them.
 TORCHRUN = ("--nproc_per_node", "--nnodes", "--max-restarts", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id")
 
 
-def code_lines(page: Path) -> Iterator[str]:
-    """The lines of indented and fenced blocks, those that end in a backslash joined."""
+def commands(page: Path) -> Iterator[str]:
+    """The commands in indented and fenced blocks, lines that end in a backslash joined."""
     lines, fenced = iter(page.read_text().splitlines()), False
     for line in lines:
         fenced ^= line.startswith("```")
         if fenced or line.startswith("    "):
             while line.endswith("\\"):
                 line = line[:-1] + next(lines).strip()
-            yield line.strip()
-
-
-def alternatives(command: str) -> Iterator[str]:
-    """``a [b | c]`` stands for "a", "a b" and "a c"."""
-    found = re.search(r"\[([^\[\]']*)\]", command)
-    if found is None:
-        yield command
-        return
-    for choice in ("", *found[1].split("|")):
-        yield from alternatives(command[: found.start()] + choice + command[found.end() :])
-
-
-def commands() -> list[tuple[str, str]]:
-    found = []
-    for page in PAGES:
-        for line in code_lines(page):
-            if PROGRAM.match(line.split(" ")[0]):
-                found += [(page.name, one) for one in alternatives(line)]
-    return list(dict.fromkeys(found))
+            if PROGRAM.match(line.strip().split(" ")[0]):
+                yield line.strip()
 
 
 def check_options(program: str, words: list[str]) -> None:
-    """``words`` as the program itself reads them, the config that they name and the keys that they change."""
-    if any(word.endswith(".py") for word in words) and program == "tools/train_net.py":
-        program = "tools/lazyconfig_train_net.py"
+    """Checks ``words`` as the program itself reads them, the config that they name and the keys that they change."""
     args = PARSERS[program](words)
-    file = getattr(args, "config_file", None)
-    if file:
-        path = config_path(file)
-        assert Path(path).is_file()
-        if path.endswith(".yaml"):
-            cfg = get_cfg()
-            add_repr_config(cfg)
-            cfg.merge_from_file(path)
-            cfg.merge_from_list(getattr(args, "opts", None) or [])
+    if file := getattr(args, "config_file", None):
+        cfg = get_cfg()
+        add_repr_config(cfg)
+        cfg.merge_from_file(config_path(file))
+        cfg.merge_from_list(getattr(args, "opts", None) or [])
 
 
 def test_there_are_commands_of_every_kind():
-    words = {command.split(" ")[0].rpartition("/")[2] for _, command in commands()}
-    assert {"make", "pip", "python", "torchrun", "repr-det", "sbatch"} <= words and len(commands()) > 50
+    found = [command for page in PAGES for command in commands(page)]
+    assert {"make", "pip", "torchrun", "repr-det", "sbatch"} <= {command.split(" ")[0] for command in found}
+    assert len(found) > 30
 
 
-@pytest.mark.parametrize(("page", "command"), commands())
-def test_a_shown_command_is_one_that_its_program_takes(page, command, monkeypatch):
+@pytest.mark.parametrize(
+    "page", [page for page in [*PAGES, *EVIDENCE] if any(commands(page))], ids=lambda page: page.name
+)
+def test_shown_commands_are_such_that_their_programs_take(page, monkeypatch):
     monkeypatch.chdir(ROOT)
-    placeholders = ("...", "KEY", "VALUE")
-    words = [word for word in shlex.split(command, comments=True) if word not in placeholders]
-    while re.fullmatch(r"[A-Z_]+=\S*", words[0]):
-        words.pop(0)
-    if words[-1] == "--config-file":  # what followed was a placeholder
-        words.pop()
-    program, words = words[0].rpartition("/")[2], words[1:]
-    if program == "torchrun":
-        while words[0].startswith("--"):
-            words = words[2 if words[0] in TORCHRUN else 1 :]
-        program = "python"
-    if program == "make":
-        assert all(re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE) for target in words)
-    elif program == "repr-det":
-        check_options(COMMANDS[words[0]], words[1:])
-    elif program == "sbatch":
-        assert (ROOT / words[0]).is_file()
-        check_options("tools/train_net.py", words[1:])
-    elif program == "python" and words[:2] == ["-m", "pytest"]:
-        files = [word for word in words[2:] if "/" in word]
-        assert files and all((ROOT / file).is_file() for file in files)
-    elif program == "python" and words[0] in PARSERS:
-        check_options(words[0], words[1:])
-    elif program == "python":
-        assert words[0] == "-m" or (ROOT / words[0]).is_file()
-    elif program == "pip":
-        assert words[0] in ("install", "wheel")
-    else:
-        raise AssertionError(f"{page}: nobody looks at {command!r}")
+    for command in commands(page):
+        words = [word for word in shlex.split(command, comments=True) if word not in ("...", "KEY", "VALUE")]
+        program, words = words[0], words[1:]
+        if program == "torchrun":
+            while words[0] != "-m":
+                words = words[2 if words[0] in TORCHRUN else 1 :]
+            assert words[:2] == ["-m", "repr_det.train"]
+            program, words = "repr-det", ["train", *words[2:]]
+        if program == "make":
+            assert all(re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE) for target in words)
+        elif program == "repr-det":
+            check_options(words[0], words[1:])
+        elif program == "sbatch":
+            assert (ROOT / words[0]).is_file()
+            check_options("train", words[1:])
+        elif program in PARSERS:
+            check_options(program, words)
+        else:
+            assert program == "pip" or (ROOT / program).is_file(), command
+
+
+@pytest.mark.parametrize("page", [*PAGES, *EVIDENCE], ids=lambda page: page.name)
+def test_links_lead_to_files_of_the_repository(page):
+    links = re.findall(r"\]\(((?!http|#)[^)]+)\)", page.read_text())
+    assert [link for link in links if not (page.parent / link.partition("#")[0]).is_file()] == []
+
+
+def test_pages_stay_short():
+    assert sum(len(page.read_text().split()) for page in PAGES) <= 9000
+
+
+@pytest.mark.parametrize("address", ["", "https://host/owner/name"])
+def test_the_package_page_has_no_dead_link(address, monkeypatch):
+    found = {}
+    monkeypatch.setattr(setuptools, "setup", lambda **options: found.update(options))
+    page = runpy.run_path(str(ROOT / "setup.py"))["package_page"]
+    monkeypatch.setitem(page.__globals__, "REPOSITORY", address)
+    links = re.findall(r"\]\(([^)]*)\)", page())
+    assert "https://arxiv.org/abs/1811.07275" in links and all(link.startswith("https://") for link in links)
+    assert (f"{address}/raw/main/docs/pictures/overlap.svg" in links) == bool(address)
+    assert (f"{address}/blob/main/docs/method.md" in links) == bool(address)
+    assert found["name"] == "repr_det"
 
 
 def test_the_table_of_keys_is_that_of_the_options():
@@ -132,13 +127,28 @@ def test_the_table_of_keys_is_that_of_the_options():
     assert rows == [f"`{key}`" for key in CONFIG_KEYS.values()]
 
 
-def test_plain_pytorch_snippet_runs():
-    page = (ROOT / "docs" / "own_loop.md").read_text()
-    block = re.search(r"## Plain PyTorch\n\n((?:    .*\n|\n)+)", page)[1]
+def test_the_snippet_of_the_readme_prints_what_stands_below_it():
+    snippet, output = re.findall(r"```(?:python)?\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    done = subprocess.run([sys.executable, "-c", snippet], capture_output=True, text=True, timeout=120, check=True)
+    printed, shown = (re.sub(r"0\.\d+", "0", text).splitlines() for text in (done.stderr, output))
+    assert set(shown) <= set(printed) and sum("restore after" in line for line in printed) == 3
+
+
+@pytest.mark.parametrize("name", ["own_loop", "method"])
+def test_plain_pytorch_snippets_run(name):
+    block = re.search(
+        r"((?:    .*\n|\n)*    repr_training = RePr(?:    .*\n|.*\n)+?)\n\S", (ROOT / "docs" / f"{name}.md").read_text()
+    )[1]
     model = nn.ModuleDict({"backbone": nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))})
+    model.forward = model["backbone"].forward
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    names = {"model": model, "optimizer": optimizer, "total_steps": 24, "batches": torch.randn(24, 2, 3, 8, 8)}
-    exec(textwrap.dedent(block).replace("... ", "model['backbone'](batch).square().mean().backward()"), names)
+    images = torch.randn(24, 2, 3, 8, 8)
+    names = {"model": model, "optimizer": optimizer, "total_steps": 24, "batches": images, "epochs": 2}
+    names |= {
+        "loader": [(batch, None) for batch in images[:12]],
+        "loss_function": lambda output, _: output.square().mean(),
+    }
+    exec(textwrap.dedent(block).replace("... ", "model(batch).square().mean().backward()"), names)
     assert names["repr_training"].phase == "full" and names["repr_training"].scheme.cycle == 3
 
 

@@ -10,6 +10,7 @@ import cifar10_tables
 import fine_tuning_hooks as hooks
 import fine_tuning_plant
 import fine_tuning_report as report
+import fine_tuning_search
 import modern
 import pytest
 import remedies
@@ -19,6 +20,7 @@ from cifar import data as cifar_data
 from cifar import network
 from conftest import ROOT
 from detectron2.modeling.backbone.resnet import BottleneckBlock
+from saliency import SALIENCY
 from torch import nn
 
 from repr_det import Trainer
@@ -26,53 +28,29 @@ from repr_det import Trainer
 FOLDER = ROOT / "docs" / "evidence"
 
 
-def small_trainer(max_iter=100):
-    torch.manual_seed(0)
-    model = nn.ModuleDict({"conv": nn.Conv2d(3, 10, 3), "fc": nn.Linear(8, 6)})
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    return SimpleNamespace(model=model, _trainer=SimpleNamespace(optimizer=optimizer), iter=0, max_iter=max_iter)
-
-
-def steps(hook, trainer, number):
-    """Steps with gradients of one; what is zero in the conv after each."""
-    zero = []
-    hook.trainer = trainer
-    hook.before_train()
-    for trainer.iter in range(number):
-        for parameter in trainer.model.parameters():
-            parameter.grad = torch.ones_like(parameter)
-        trainer._trainer.optimizer.step()
-        hook.after_step()
-        zero.append((trainer.model["conv"].weight.flatten(1) == 0).all(1).sum().item())
-    return zero
-
-
-@pytest.mark.parametrize("returns", ["old", "new", "init", "shrink", "mix"])
+@pytest.mark.parametrize("returns", ["old", "init"])
 def test_rows_are_out_for_s2_iterations_and_come_back(returns):
-    options = {"layers": ["conv"], "s1": 4, "s2": 3, "n": 2, "ratio": 0.3, "returns": returns, "alpha": 0.5}
-    hook, trainer = hooks.Cycle(options, seed=1), small_trainer()
-    assert steps(hook, trainer, 16) == [0] * 3 + [3] * 3 + [0] * 4 + [3] * 3 + [0] * 3
-    assert hook.rows == {} and not any((p == 0).all() for p in trainer.model.parameters())
-
-
-def test_old_rows_come_back_as_they_were():
-    hook, trainer = (
-        hooks.Cycle({"layers": ["fc"], "s1": 2, "s2": 2, "n": 1, "ratio": 0.5, "returns": "old"}, 1),
-        small_trainer(),
-    )
-    kept = {}
-    drop = hook._drop
-
-    def remember():
-        kept["weight"], kept["bias"] = trainer.model["fc"].weight.clone(), trainer.model["fc"].bias.clone()
-        drop()
-        kept["rows"] = hook.rows["fc"]
-
-    hook._drop = remember
-    steps(hook, trainer, 4)
-    assert len(kept["rows"]) == 3
-    assert torch.equal(trainer.model["fc"].weight[kept["rows"]], kept["weight"][kept["rows"]])
-    assert torch.equal(trainer.model["fc"].bias[kept["rows"]], kept["bias"][kept["rows"]])
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"conv": nn.Conv2d(3, 10, 3)})
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    options = {"layers": ["conv"], "s1": 4, "s2": 3, "n": 2, "ratio": 0.3, "returns": returns}
+    hook = hooks.Cycle(options, seed=1)
+    hook.trainer = SimpleNamespace(model=model, _trainer=SimpleNamespace(optimizer=optimizer), iter=0, max_iter=100)
+    hook.before_train()
+    zero = []
+    for hook.trainer.iter in range(16):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        hook.after_step()
+        out = (model["conv"].weight.flatten(1) == 0).all(1)
+        zero.append(out.sum().item())
+        if hook.trainer.iter == 3:
+            rows, old = out, before
+        if hook.trainer.iter == 6 and returns == "old":
+            assert all(torch.equal(p[rows], o[rows]) for p, o in zip(model.parameters(), old, strict=True))
+    assert zero == [0] * 3 + [3] * 3 + [0] * 4 + [3] * 3 + [0] * 3 and hook.rows == {}
 
 
 def test_averages_against_closed_forms():
@@ -90,23 +68,6 @@ def test_averages_against_closed_forms():
     assert exponential.state["weight"].item() == pytest.approx(expected)
 
 
-def test_channel_dropout_keeps_the_mean_and_is_off_in_evaluation():
-    trainer = small_trainer()
-    hook = hooks.ChannelDropout({"layers": ["conv"], "p": 0.4})
-    hook.trainer = trainer
-    hook.before_train()
-    trainer.iter = 50
-    hook.before_step()
-    assert hook.share == pytest.approx(0.2)
-    images = torch.ones(400, 3, 3, 3)
-    conv = trainer.model["conv"]
-    dropped = conv(images)[..., 0, 0]
-    plain = conv.eval()(images)[..., 0, 0]
-    whole = dropped == 0
-    assert whole.float().mean().item() == pytest.approx(0.2, abs=0.03)
-    assert torch.allclose(dropped[~whole], plain[~whole] / 0.8, atol=1e-6)
-
-
 @pytest.mark.parametrize("rate", [0.0, 0.005])
 def test_distillation_is_zero_until_the_network_leaves_its_copy_and_ends(tiny_cfg, rate):
     keys = ["REPR.ENABLED", "False", "MODEL.RESNETS.NORM", "FrozenBN", "SOLVER.MAX_ITER", 6, "DATASETS.TEST", "()"]
@@ -119,31 +80,22 @@ def test_distillation_is_zero_until_the_network_leaves_its_copy_and_ends(tiny_cf
         assert found[4] == pytest.approx(0, abs=1e-6) if rate == 0 else found[4] > 1e-6
 
 
-def lines(*runs):
-    return "".join(json.dumps({"run": run, "AP": ap, "average": {"ema": {"AP": ap + 1}}}) + "\n" for run, ap in runs)
+def test_the_table_pairs_forms_with_the_baseline_of_the_same_setting(tmp_path):
+    def line(name, seed, ap, rate=0.04, **more):
+        cfg = {"SOLVER.BASE_LR": rate, "REPR.ENABLED": name == "repr"}
+        return json.dumps({"run": {"name": name, "seed": seed, "data": "bccd", "cfg": cfg, **more}, "AP": ap})
 
-
-def test_the_table_pairs_arms_with_the_baseline_of_the_same_setting(tmp_path):
-    rate = {"SOLVER.BASE_LR": 0.04}
-    on = {**rate, "REPR.ENABLED": True}
-    (tmp_path / "runs.jsonl").write_text(
-        lines(
-            ({"name": "base", "seed": 1, "data": "bccd", "cfg": rate}, 58.0),
-            ({"name": "base", "seed": 2, "data": "bccd", "cfg": rate}, 60.0),
-            ({"name": "other rate", "seed": 1, "data": "bccd", "cfg": {"SOLVER.BASE_LR": 0.02}}, 10.0),
-            ({"name": "longer", "seed": 1, "data": "bccd", "cfg": rate, "iterations": 2400}, 20.0),
-            ({"name": "repr", "seed": 1, "data": "bccd", "cfg": on}, 55.0),
-            ({"name": "repr", "seed": 2, "data": "bccd", "cfg": on}, 59.0),
-            ({"name": "repr", "seed": 3, "data": "bccd", "cfg": on}, 0.0),
-        )
-    )
-    found = report.lines(*report.read(tmp_path / "runs.jsonl", None))
-    (line,) = [line for line in found if line[1] == "repr"]
-    # -3 and -1: mean -2, t(0.975, 1) = 12.7062, sd 1.41421 / sqrt 2
-    assert line[2:] == ("3", "38.0 ± 33.0", "-2.0 (-14.7 .. +10.7, 2 pairs)")
+    file = tmp_path / "runs.jsonl"
+    lines = [line("base", 1, 58.0), line("base", 2, 60.0), line("other rate", 1, 10.0, rate=0.02)]
+    lines += [line("longer", 1, 20.0, iterations=2400)]
+    lines += [line("repr", 1, 55.0), line("repr", 2, 59.0), line("repr", 3, 0.0)]
+    file.write_text("\n".join(lines))
+    found = report.lines(*report.read(file, None))
     assert [line[1] for line in found] == ["**other rate**", "**base**", "repr", "**longer**"]
-    averaged = report.lines(*report.read(tmp_path / "runs.jsonl", "ema"))
-    assert next(line for line in averaged if line[1] == "**longer**")[3] == "21.0"
+    # -3 and -1: mean -2, t(0.975, 1) = 12.7062, sd 1.41421 / sqrt 2
+    assert found[2][2:] == ("3", "38.0 ± 33.0", "-2.0 (-14.7 .. +10.7, 2 pairs)")
+    file.write_text(json.dumps({**json.loads(lines[0]), "average": {"ema": {"AP": 59.0}}}))
+    assert report.lines(*report.read(file, "ema"))[0][3] == "59.0"
 
 
 def test_the_committed_runs_are_whole():
@@ -169,92 +121,83 @@ def cifar_run(row, seed, curve, train, **own):
 def test_a_repr_network_is_held_against_the_standard_one_where_it_fitted_as_well():
     rises = list(range(10, 110, 10))
     standard = cifar_run("standard", 0, [50, 56, 60, 62, 61, 60, 59, 58, 57, 56], rises)
-    repr_run = cifar_run(
-        "ortho", 0, [50, 56, 60, 40, 50, 59, 60, 60, 60, 61], [10, 20, 30, 10] + 6 * [40], s1=20, bf16=False
-    )
+    repr_run = cifar_run("ortho", 0, [50, 56, 60, 40, 50, 59, 60, 60, 60, 61], [10, 20, 30, 10] + 6 * [40], s1=20)
     other = cifar_run("ortho", 1, [0] * 10, rises)
     nothing_dropped = standard | {"settings": standard["settings"] | {"row": "redundant", "s1": 20}}
     assert fit.pairs([standard, repr_run, other, nothing_dropped]) == [(standard, repr_run)]
-    assert fit.line(standard, repr_run)[0] == "100 images, sgd"
-    more = {"lr": 0.01, "drop_ratio": 0.1, "max_drop_per_layer": 1.0, "skip_first": True, "warm_images": 50}
-    told = fit.line(standard, repr_run | {"settings": repr_run["settings"] | more})[0]
-    assert told == (
-        "100 images, sgd, lr 0.01, warm_images 50, 10 % dropped, at most 100 % of a layer, first conv not ranked"
-    )
-    assert fit.end(repr_run) == (40, 61, None) and fit.end(standard) == (100, 56, None)
+    # the standard network reached 40 at epoch 4, where it tested (60 + 62 + 61) / 3
+    expected = ["40.0, 61.0", "100.0, 56.0", "+5.0", "epoch 4: 61.0", "+0.0"]
+    assert fit.line(standard, repr_run) == ["100 images, sgd", "ortho", "0", *expected]
+    assert fit.first_at(standard, 99) is None
     longer = standard | {"curve_epochs": list(range(22, 42, 2)), "train_curve": list(range(1, 41))}
     assert fit.end(longer) == (40, 56, None)  # epoch 40 of 40, tested every other epoch
-    assert fit.end(longer | {"curve_epochs": list(range(31, 41))}) == (39.5, 56.5, None)  # 39 and 40
-    # the standard network reached 40 at epoch 4, where it tested (60 + 62 + 61) / 3
-    assert fit.first_at(standard, 40) == (40, 61, 4)
-    assert fit.first_at(standard, 99) is None
-    assert fit.line(standard, repr_run)[3:] == ["40.0, 61.0", "100.0, 56.0", "+5.0", "epoch 4: 61.0", "+0.0"]
+
+
+def test_pairs_with_planted_filters_do_not_count_for_the_verdict():
+    runs = [cifar_run("ortho", 0, [40] * 10, [101] * 10, s1=5)]  # the standard one never fits as well
+    for own in ({}, {"duplicates": 0.5}):
+        runs.append(cifar_run("standard", 0, [50] * 10, list(range(10, 110, 10)), **own))
+        runs += [cifar_run("ortho", 0, [test] * 10, [50] * 10, s1=s1, **own) for test, s1 in ((40, 20), (60, 10))]
+    assert fit.verdict(runs) == (1, 2)
 
 
 @pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
 def test_the_tables_of_the_pages_are_those_of_the_runs(page):
     text = page.read_text()
-    assert tables.renewed(text) == text, "docs/evidence/tables.py writes them anew"
+    assert tables.renewed(text) == text, "docs/evidence/tables.py rewrites them"
 
 
 def test_every_table_is_on_a_page_and_a_changed_cell_is_seen():
     pages = "".join(page.read_text() for page in tables.PAGES)
     assert sorted(name for _, name in tables.TABLE.findall(pages)) == sorted(tables.TABLES)
-    page = (ROOT / "docs" / "results_fine_tuning.md").read_text()
+    page = (FOLDER / "fine_tuning.md").read_text()
     assert tables.renewed(page.replace("**f4_base** | ", "**f4_base** | 1")) == page
 
 
 def test_the_verdict_at_equal_fit_is_what_the_texts_say():
     worse, pairs = fit.verdict(fit.runs())
-    for page in ("method.md", "results_classifiers.md"):
-        assert f"worse in {worse} of {pairs} pairs" in (ROOT / "docs" / page).read_text().replace("\n", " ")
-
-
-def test_pairs_with_planted_filters_do_not_count_for_the_verdict():
-    rises = list(range(10, 110, 10))
-    runs = []
-    for own in ({}, {"duplicates": 0.5}):
-        runs.append(cifar_run("standard", 0, [50] * 10, rises, **own))
-        runs.append(cifar_run("ortho", 0, [40] * 10, [50] * 10, s1=20, **own))
-        runs.append(cifar_run("ortho", 0, [60] * 10, [50] * 10, s1=10, **own))
-    runs.append(cifar_run("ortho", 0, [40] * 10, [101] * 10, s1=5))  # the standard one never fits as well
-    assert fit.verdict(runs) == (1, 2)
+    for page in (ROOT / "docs" / "results.md", FOLDER / "cifar10.md"):
+        assert f"worse in {worse} of {pairs} pairs" in " ".join(page.read_text().split())
 
 
 def test_a_line_of_the_cifar_tables_is_the_runs_of_its_options(tmp_path):
-    def lines(options, **final):
-        args = cifar10.parse([*options.split(), "--seeds", *(key[1:] for key in final)])
-        for settings, value in zip(cifar10.plan(args, "digest"), final.values(), strict=True):
-            record = {"final": value, "best": value + 1, "best_epoch": 3, "train": 2 * value}
-            record |= {"curve": [0, value], "curve_epochs": [1, 60], "settings": vars(settings)}
-            yield json.dumps(record)
+    def lines(options, *finals):
+        args = cifar10.parse([*options.split(), "--seeds", *map(str, range(len(finals)))])
+        for settings, value in zip(cifar10.plan(args, "digest"), finals, strict=True):
+            record = {
+                "final": value,
+                "best": value + 1,
+                "train": 2 * value,
+                "curve": [0, value],
+                "curve_epochs": [1, 60],
+            }
+            yield json.dumps({**record, "settings": vars(settings)}) + "\n"
 
     small, short = cifar10_tables.SMALL, cifar10_tables.SHORT
-    (tmp_path / "runs.jsonl").write_text(
-        "\n".join(
-            [
-                *lines(f"{small} --rows standard", s0=50.0, s1=51.0, s2=10.0),
-                *lines(f"{small} --rows ortho", s0=48.0, s1=47.0, s3=90.0),
-                *lines(f"{small} --rows ortho --drop-ratio 0.1", s0=50.0),
-                *lines(f"{small} --rows standard --distill 0.5", s0=30.0),
-                *lines(f"{small} --rows ortho --distill 0.5", s0=31.5),
-                *lines(f"{short} --rows standard --dead 0.75", s0=20.0, s1=21.0),
-                *lines(f"{short} --rows redundant --dead 0.75", s0=20.0, s1=21.0),
-            ]
-        )
-        + "\n"
-    )
+    with open(tmp_path / "runs.jsonl", "w") as file:
+        file.writelines(lines(f"{small} --rows standard", 50.0, 51.0))
+        file.writelines(lines(f"{small} --rows ortho", 48.0, 47.0, 90.0))
+        file.writelines(lines(f"{small} --rows ortho --drop-ratio 0.1", 50.0))
+        for row in ("standard", "redundant"):
+            file.writelines(lines(f"{short} --rows {row} --dead 0.75", 20.0, 21.0))
     study = cifar10_tables.Study(tmp_path / "runs.jsonl")
-    found = cifar10_tables.ablations(study).splitlines()
     # -2 and -4: mean -3, t(0.975, 1) = 12.7062, sd 1.41421 / sqrt 2
-    assert found[2:] == [
-        "| SGD with momentum, 30 % dropped | 37.0 ± 23.4 | 61.7 ± 24.5 | -3.0 (-15.7 .. +9.7, 2 pairs) | 74, 123 |",
-        "| 10 % dropped | | 50.0 | +0.0 (the same numbers, one pair) | 74, 100 |",
-        "| distillation from a larger network, weight 0.5 | 30.0 | 31.5 | +1.5 (one pair) | 60, 63 |",
+    assert cifar10_tables.ablations(study).splitlines()[2:] == [
+        "| SGD with momentum, 30 % dropped | 50.5 ± 0.7 | 61.7 ± 24.5 | -3.0 (-15.7 .. +9.7, 2 pairs) | 101, 123 |",
+        "| 10 % dropped | | 50.0 | +0.0 (the same numbers, one pair) | 101, 100 |",
     ]
-    dead = cifar10_tables.planted(study).splitlines()[-2:]
-    assert dead[0] == "| three quarters dead | standard | 2 | 20.5 ± 0.7 | |"
-    assert dead[1] == "| | redundant | 2 | 20.5 ± 0.7 | +0.0 (the same numbers, 2 pairs) |"
+    assert cifar10_tables.planted(study).splitlines()[-2:] == [
+        "| three quarters dead | standard | 2 | 20.5 ± 0.7 | |",
+        "| | redundant | 2 | 20.5 ± 0.7 | +0.0 (the same numbers, 2 pairs) |",
+    ]
+
+
+def test_a_run_of_the_search_takes_a_criterion_of_the_examples(tiny_cfg):
+    hooks = [
+        fine_tuning_search.repr_hook(tiny_cfg("REPR.ENABLED", "True", "REPR.CRITERION", name))
+        for name in ("taylor", "redundant")
+    ]
+    assert hooks[0].options.criterion is SALIENCY["taylor"] and hooks[1].options.criterion == "redundant"
 
 
 def test_planted_copies_are_a_narrower_block_and_stay_copies():
@@ -282,14 +225,8 @@ def test_planted_copies_are_a_narrower_block_and_stay_copies():
     for conv in (block.conv1, block.conv2):
         for copy, origin in enumerate([0, 1, 2, 0, 1, 2, 0, 1]):
             assert torch.allclose(conv.weight[copy], conv.weight[origin], atol=1e-4)
-
-
-def test_frozen_convs_get_no_copies():
-    block = BottleneckBlock(8, 16, bottleneck_channels=4)
-    block.conv1.weight.requires_grad_(False)
-    before = block.conv1.weight.clone()
-    assert fine_tuning_plant.plant_copies(block, 0.5) == 2
-    assert torch.equal(block.conv1.weight, before)
+    block.conv1.weight.requires_grad_(False)  # frozen convs get none
+    assert fine_tuning_plant.plant_copies(block, 0.5) == 4
 
 
 @pytest.mark.parametrize("remedy", [remedies.with_noise(0.1), remedies.new(), remedies.new(silent=False)])

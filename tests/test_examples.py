@@ -1,83 +1,184 @@
-"""examples/ as a user runs them, in a process of their own in which Detectron2 cannot be imported."""
+"""examples/ as starting points: each says what RePr did, prints a metric, and resumes in the sub-network phase."""
 
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from conftest import ROOT, assert_same_weights
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.resnet import BasicBlock, ResNet
+from torchvision.ops import MultiScaleRoIAlign
 
-SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "plain_pytorch.py"
+from repr_det import RePrSchedule
+from repr_det.datasets import CLASS_NAMES
+
+EXAMPLES = ROOT / "examples"
+STARTING_POINTS = (
+    "quickstart timm_training torchvision_detection lightning_callback huggingface_rtdetr ultralytics_yolo"
+)
 WITHOUT_DETECTRON2 = """
-import os, runpy, sys
+import runpy, sys
 sys.modules["detectron2"] = sys.modules["fvcore"] = None
-sys.argv = sys.argv[1:]
-sys.path.insert(0, os.path.dirname(sys.argv[0]))
-runpy.run_path(sys.argv[0], run_name="__main__")
+runpy.run_path(sys.argv[1], run_name="__main__")
 """
 
 
-def test_plain_pytorch_trains_both_arms_and_asks_the_oracle():
-    options = "--seeds 1 2 --epochs 15 --train-images 300 --lr 0.05 --oracle --norm BN --scheme scale=unit".split()
-    command = [sys.executable, "-c", WITHOUT_DETECTRON2, str(SCRIPT), *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+def example(name: str, needs: str) -> SimpleNamespace:
+    pytest.importorskip(needs, reason=f"{needs} is not installed")
+    return SimpleNamespace(**runpy.run_path(str(EXAMPLES / f"{name}.py")))
+
+
+@pytest.fixture
+def told(caplog):
+    caplog.set_level("INFO", "repr_det")
+
+    def events() -> list[tuple[str, int]]:
+        return [(event, int(step)) for event, step in re.findall(r"RePr (\w+) after iteration (\d+)", caplog.text)]
+
+    return events
+
+
+def test_starting_points_are_short():
+    assert all(len((EXAMPLES / f"{name}.py").read_text().splitlines()) < 60 for name in STARTING_POINTS.split())
+    assert len((EXAMPLES / "quickstart.py").read_text().splitlines()) <= 30
+
+
+def test_quickstart_without_detectron2():
+    command = [sys.executable, "-c", WITHOUT_DETECTRON2, str(EXAMPLES / "quickstart.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    seeds = dict(re.findall(r"seed (\d): test accuracy (.*) \(", done.stdout))
-    accuracy = {
-        seed: [float(x) for x in re.fullmatch(r"baseline ([\d.]+), RePr ([\d.]+)", both).groups()]
-        for seed, both in seeds.items()
-    }
-    assert set(accuracy) == {"1", "2"} and all(30 < x <= 100 for both in accuracy.values() for x in both)
-    for number, arm in enumerate(("baseline", "RePr")):
-        mean, deviation = map(float, re.search(rf"^{arm} .* ([\d.]+) \+- ([\d.]+)$", done.stdout, re.M).groups())
-        values = [accuracy[seed][number] for seed in ("1", "2")]
-        assert mean == pytest.approx(sum(values) / 2, abs=0.011)
-        assert deviation == pytest.approx(abs(values[0] - values[1]) / 2**0.5, abs=0.011)
-    difference = float(re.search(r"^RePr - baseline .* ([+-][\d.]+) \+-", done.stdout, re.M).group(1))
-    assert difference == pytest.approx(sum(b - a for a, b in accuracy.values()) / 2, abs=0.011)
-    table = done.stdout.partition("rank correlation with the oracle")[2]
-    for name in ("ortho", "apoz", "random"):
-        assert -1 <= float(re.search(rf"^{name} +([+-][\d.]+)", table, re.M).group(1)) <= 1
+    assert done.stderr.count("RePr drop after") == done.stderr.count("RePr restore after") == 3
+    assert float(re.search(r"test accuracy ([\d.]+) %", done.stdout).group(1)) > 80
 
 
-@pytest.mark.parametrize(
-    ("options", "line"),
-    [
-        ("--scheme criterion=nope", "criterion= must be one of apoz, "),
-        ("--scheme scale=long", "scale= must be one of kept, "),
-        (
-            "--scheme ratio=0.3",
-            "--scheme takes KEY=VALUE with a KEY of criterion, drop_ratio, max_drop_per_layer, scale, ",
-        ),
-        ("--scheme drop_ratio=some", "--scheme drop_ratio must be a number, got 'some'"),
-        ("--train-images 5000", "--train-images must be 50 to 1297, got 5000"),
-        ("--epochs 0", "--epochs must be at least 1, got 0"),
-        ("--epochs 1 --train-images 50", "s1_iters= must be an integer of at least 1, got 0"),
-    ],
-)
-def test_plain_pytorch_says_in_one_line_what_is_wrong(monkeypatch, capsys, options, line):
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *options.split(), "--seeds", "1"])
-    with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and line in error and error.count("\n") == 1
+def test_timm_training(tmp_path, told, capsys):
+    timm = example("timm_training", "timm")
+    file = tmp_path / "timm.pth"
+    wanted = timm.train(file, "test_resnet", steps=12, save_every=8).state_dict()
+    assert_stopped_in_the_sub_network(file, 8)
+    assert told()[-1] == ("restore", 8) and "test accuracy of the average" in capsys.readouterr().out
+    assert_same_weights(timm.train(file, "test_resnet", steps=12, save_every=8).state_dict(), wanted)
 
 
-def test_accuracy_with_bn_is_that_of_the_running_statistics():
-    script = runpy.run_path(str(SCRIPT))
-    training, _, test = script["digits"](100)
-    torch.manual_seed(0)
-    model = script["c3_32"]("BN")
-    for _ in range(3):
-        model(training[0])
-    mean = model[1].running_mean.clone()
-    script["accuracy"](model, test)
-    assert torch.equal(model[1].running_mean, mean)
-    assert model.training
+def test_torchvision_detection(tmp_path, told, capsys):
+    detection = example("torchvision_detection", "torchvision")
+    file = tmp_path / "detector.pth"
 
-    model.eval()
-    correct = sum(int(model(x[None]).argmax()) == int(y) for x, y in zip(*test, strict=True))
-    model.train()
-    assert script["accuracy"](model, test) == pytest.approx(100 * correct / len(test[0]), abs=1e-4)
+    def train() -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        body = ResNet(BasicBlock, [1, 1, 1, 1])
+        backbone = nn.Sequential(body.conv1, body.bn1, body.relu, body.maxpool, body.layer1)
+        backbone.out_channels = 64
+        options = dict(
+            rpn_anchor_generator=AnchorGenerator(((16,),), ((1.0,),)),
+            box_roi_pool=MultiScaleRoIAlign(["0"], 3, 2),
+            box_head=nn.Sequential(nn.Flatten(), nn.Linear(64 * 9, 1024)),
+            **dict(min_size=64, max_size=64, rpn_pre_nms_top_n_train=40, rpn_post_nms_top_n_train=20),
+        )
+        model = FasterRCNN(backbone, len(CLASS_NAMES) + 1, **options).train()
+        return detection.train(model, file, ["backbone.4.*"], steps=12, save_every=8).state_dict()
+
+    wanted = train()
+    assert_stopped_in_the_sub_network(file, 8)
+    assert told()[-1] == ("restore", 8) and "step 11: loss" in capsys.readouterr().out
+    assert_same_weights(train(), wanted)
+    assert "step 7: loss" not in capsys.readouterr().out
+
+
+def stop_after_four(trainer: Any, *_: Any) -> None:
+    """As EarlyStopping does."""
+    trainer.should_stop = trainer.global_step == 4
+
+
+def assert_stopped_in_the_sub_network(file: Path, steps: int) -> None:
+    state = torch.load(file, weights_only=True)
+    state = state.get("repr", state)
+    assert state["steps"] == steps and any(mask.any() for mask in state["scheme"]["masks"].values())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightning_callback(tmp_path, told):
+    script = example("lightning_callback", "lightning")
+    lightning = script.lightning
+    images = torch.randn(200, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    data = DataLoader(TensorDataset(images, torch.arange(200) % 10), 50)  # 4 steps an epoch
+
+    def fit(callback, epochs=3, resume=None, others=()) -> nn.Module:
+        lightning.seed_everything(0, verbose=False)
+        quiet = dict(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+        keep_all = lightning.pytorch.callbacks.ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+        callbacks = [keep_all, *([callback] if callback else []), *others]
+        model = script.Digits()
+        lightning.Trainer(max_epochs=epochs, callbacks=callbacks, **quiet).fit(model, data, ckpt_path=resume)
+        return model
+
+    def made() -> Any:
+        return script.RePrCallback(layers=["net.*"], schedule=RePrSchedule(3, 2, 2))  # out in steps 3, 4, 8 and 9
+
+    wanted = fit(made()).state_dict()
+    first = tmp_path / "epoch=0.ckpt"
+    saved = torch.load(first, weights_only=False)
+    (state,) = [value for key, value in saved["callbacks"].items() if "RePrCallback" in key]
+    assert saved["state_dict"]["net.0.weight"][state["scheme"]["masks"]["net.0"]].count_nonzero() == 0
+    assert_same_weights(fit(made(), resume=first).state_dict(), wanted)
+
+    early = made()
+    model = fit(early, others=[lightning.pytorch.callbacks.LambdaCallback(on_train_batch_end=stop_after_four)])
+    assert early.repr.phase == "full" and model.net[0].weight.flatten(1).any(1).all()
+
+    fit(None, epochs=1)
+    late = made()
+    fit(late, resume=tmp_path / "epoch=0-v1.ckpt")
+    assert late.repr.steps == 12 and told()[-2:] == [("drop", 7), ("restore", 9)]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_huggingface_rtdetr(tmp_path, told, capsys):
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    rtdetr = example("huggingface_rtdetr", "transformers")
+    options = dict(layers=["model.backbone.*"], schedule=RePrSchedule(2, 2, 1, 1))  # out in steps 3 and 4
+    wanted = rtdetr.train(str(tmp_path), rtdetr.RePrCallback(**options), steps=6, save_steps=4)
+    assert told() == [("drop", 2), ("restore", 4)] and "loss in evaluation" in capsys.readouterr().out
+    assert_stopped_in_the_sub_network(tmp_path / "checkpoint-4" / "repr.pt", 4)
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    found = rtdetr.train(str(tmp_path), rtdetr.RePrCallback(**options), steps=6, save_steps=4)
+    assert_same_weights(found.state_dict(), wanted.state_dict())
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    (tmp_path / "checkpoint-4" / "repr.pt").unlink()
+    late = rtdetr.RePrCallback(**options)
+    rtdetr.train(str(tmp_path), late, steps=6, save_steps=4)
+    assert late.repr.steps == 6 and late.repr.phase == "full"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_ultralytics_yolo(tmp_path, told, capsys, monkeypatch):
+    monkeypatch.setenv("YOLO_CONFIG_DIR", str(tmp_path))
+    monkeypatch.setenv("YOLO_OFFLINE", "True")
+    yolo = example("ultralytics_yolo", "ultralytics")
+    options = dict(layers=["model.?.*"], schedule=RePrSchedule(3, 3, 1))  # 4 steps an epoch; out in steps 3 to 5
+
+    class Stopped(Exception):
+        pass
+
+    def stop(self, trainer):
+        torch.save({name: part.state_dict() for name, part in self.parts.items()}, trainer.wdir / "repr.pt")
+        raise Stopped
+
+    save, yolo.RePrCallbacks.save = yolo.RePrCallbacks.save, stop
+    with pytest.raises(Stopped):
+        yolo.train(tmp_path, 2, **options)
+    assert_stopped_in_the_sub_network(tmp_path / "run" / "weights" / "repr.pt", 4)
+    yolo.RePrCallbacks.save = save
+    done = yolo.train(tmp_path, 2, **options)
+    assert done.steps == 8 and told() == [("drop", 2), ("restore", 5)]
+    assert "mAP50" in capsys.readouterr().out

@@ -15,7 +15,7 @@ from test_hook import SCHEDULE, trained
 from repr_det import RePr, Trainer
 from repr_det.commands.arguments import build_config
 from repr_det.detectron.config import options_of_config
-from repr_det.detectron.fine_tuning import MEASURED, SHORT, fine_tuning_warning
+from repr_det.detectron.fine_tuning import ADVICE, SHORT, fine_tuning_warning
 from repr_det.method.passes import TrainingPasses
 
 BACKBONE, FPN = "backbone.bottom_up.res3.0.conv1", "backbone.fpn_output2"
@@ -24,29 +24,32 @@ NEW = [FPN, "proposal_generator.rpn_head.conv", "roi_heads.box_head.conv1"]
 
 
 @pytest.mark.parametrize(
-    ("weights", "iterations", "spares", "names", "loud", "warns"),
+    ("weights", "iterations", "epochs", "spares", "names", "loud", "warns"),
     [
-        ("x.pkl", 800, False, [BACKBONE], [BACKBONE], True),
-        ("x.pkl", 800, False, [BACKBONE], [], True),
-        ("x.pkl", 800, False, [C4], [C4], True),
-        ("x.pkl", 800, False, [FPN, BACKBONE], [FPN, BACKBONE], True),
-        ("x.pkl", SHORT - 1, False, [BACKBONE], [BACKBONE], True),
-        ("x.pkl", SHORT, False, [BACKBONE], [BACKBONE], False),
-        ("", 800, False, [BACKBONE], [BACKBONE], False),
-        ("x.pkl", 800, False, NEW, NEW, False),
-        ("x.pkl", 800, True, [BACKBONE], [], False),
-        ("x.pkl", 800, True, [FPN, BACKBONE], [FPN], False),
-        ("x.pkl", 800, True, [BACKBONE], [BACKBONE], True),
+        ("x.pkl", 800, 12.0, False, [BACKBONE], [BACKBONE], True),
+        ("x.pkl", 800, 12.0, False, [BACKBONE], [], True),
+        ("x.pkl", 800, 12.0, False, [C4], [C4], True),
+        ("x.pkl", 800, 12.0, False, [FPN, BACKBONE], [FPN, BACKBONE], True),
+        ("x.pkl", SHORT - 1, None, False, [BACKBONE], [BACKBONE], True),
+        ("x.pkl", SHORT, None, False, [BACKBONE], [BACKBONE], False),
+        ("x.pkl", 90_000, 12.2, False, [BACKBONE], [BACKBONE], False),
+        ("x.pkl", 90_000, 1.5, False, [BACKBONE], [BACKBONE], True),  # the same schedule with 2 images a batch
+        ("", 800, 12.0, False, [BACKBONE], [BACKBONE], False),
+        ("x.pkl", 800, 12.0, False, NEW, NEW, False),
+        ("x.pkl", 800, 12.0, True, [BACKBONE], [], False),
+        ("x.pkl", 800, 12.0, True, [FPN, BACKBONE], [FPN], False),
+        ("x.pkl", 800, 12.0, True, [BACKBONE], [BACKBONE], True),
     ],
 )
-def test_who_is_warned(weights, iterations, spares, names, loud, warns):
+def test_who_is_warned(weights, iterations, epochs, spares, names, loud, warns):
     layers = [SimpleNamespace(name=name) for name in names]
     criterion, options = SimpleNamespace(spares=spares), SimpleNamespace(drop_ratio=0.3)
     scheme = SimpleNamespace(layers=layers, loud=loud, criterion=criterion, options=options)
-    warning = fine_tuning_warning(weights, iterations, scheme)
+    warning = fine_tuning_warning(weights, iterations, epochs, scheme)
     assert (warning is not None) == warns
     if warns:
-        assert f"{iterations} iterations from trained weights (x.pkl)" in warning and MEASURED in warning
+        length = f"{iterations} iterations" if epochs is None else f"{iterations} iterations ({epochs:.3g} epochs)"
+        assert f"{length} from trained weights (x.pkl)" in warning and ADVICE in warning
         assert f"30 % of the filters of {sum(name != FPN for name in names)} trained convs" in warning
 
 
@@ -55,14 +58,14 @@ def test_one_warning_before_the_first_step_and_none_on_resume(tiny_cfg, tmp_path
     cfg = tiny_cfg(*SCHEDULE, "MODEL.WEIGHTS", tmp_path / "trained.pth", "DATASETS.TEST", "()")
     with caplog.at_level(logging.WARNING, "repr_det.hook"):
         trained(Trainer, cfg)
-        warnings = [record for record in caplog.records if MEASURED in record.getMessage()]
+        warnings = [record for record in caplog.records if ADVICE in record.getMessage()]
         assert len(warnings) == 1
         caplog.clear()
         longer = cfg.clone()
         longer.defrost()
         longer.SOLVER.MAX_ITER = 10
         trained(Trainer, longer, resume=True)
-    assert not any(MEASURED in record.getMessage() for record in caplog.records)
+    assert not any(ADVICE in record.getMessage() for record in caplog.records)
 
 
 @pytest.mark.parametrize("depth", [50, 101])
@@ -87,5 +90,5 @@ def test_in_the_form_for_fine_tuning_no_conv_returns_loud(depth):
             found.prove(lambda: passes.loss([image]))
         assert {x.name for x in found.scheme.layers} == {name for name in names if name[-1] in convs}
         assert set(found.scheme.loud) == {name for name in names if name[-1] in loud}
-        assert (fine_tuning_warning("x.pkl", 800, found.scheme) is not None) == bool(loud)
+        assert (fine_tuning_warning("x.pkl", 800, 12.0, found.scheme) is not None) == bool(loud)
         found.close()

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from detectron2.engine import HookBase
+from torch import nn
 
 from repr_det import Trainer
-from repr_det.runs.guard import FiniteGuard, NonFiniteError, all_finite
+from repr_det.runs.guard import FiniteGuard, NonFiniteError, non_finite_gradient, non_finite_weight
 
 OPTS = "SOLVER.MAX_ITER 6 REPR.ENABLED True REPR.S1_ITERS 2 REPR.S2_ITERS 2 REPR.NUM_CYCLES 1 DATASETS.TEST ()".split()
 LAYER = "backbone.bottom_up.res4.0.conv2"
@@ -51,10 +52,15 @@ def test_stops_with_iteration_phase_and_layer(tiny_cfg, tmp_path, where, expecte
     assert all(torch.isfinite(t).all() for t in saved.values())
 
 
-def test_all_finite():
-    assert all_finite([torch.zeros(3), torch.full((2, 2), -1e30)])
-    assert not all_finite([torch.zeros(3), torch.tensor([1.0, float("-inf")])])
-    assert not all_finite([torch.tensor([float("nan")])])
+@pytest.mark.parametrize(
+    ("weight", "found"),
+    [(-3e38, ""), (float("-inf"), "the weight of fc.weight"), (float("nan"), "the weight of fc.weight")],
+)
+def test_the_first_that_is_not_finite(weight, found):
+    """A norm that overflows is no infinity in the weights."""
+    net = nn.ModuleDict({"fc": nn.Linear(2, 2)})
+    nn.init.constant_(net["fc"].weight, weight)
+    assert non_finite_weight(net) == found and non_finite_gradient(net) == ""
 
 
 def test_gradients_are_looked_at_on_the_cpu_or_when_asked_for(tiny_cfg, monkeypatch):
@@ -63,7 +69,7 @@ def test_gradients_are_looked_at_on_the_cpu_or_when_asked_for(tiny_cfg, monkeypa
     guard = next(hook for hook in trainer._hooks if isinstance(hook, FiniteGuard))
     assert guard.check_gradients
     looks = []
-    monkeypatch.setattr("repr_det.runs.guard.all_finite", lambda tensors: looks.append(trainer.iter) or True)
+    monkeypatch.setattr("repr_det.runs.guard.non_finite_weight", lambda model: looks.append(trainer.iter))
     guard.check_gradients = False
     trainer.train()
     assert looks == [1, 3, 5]  # before the drop, the restore and the last checkpoint

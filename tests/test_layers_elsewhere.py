@@ -11,24 +11,16 @@ from torch.distributed import fsdp
 from traced_nets import build, reasons, verdicts
 
 from repr_det.method.errors import UserError
-from repr_det.method.layers import find_filter_layers, zero_rows_
-from repr_det.method.participants import Participants
-
-# --- other models ---------------------------------------------------------------------------------------------------
+from repr_det.method.layers import find_filter_layers
 
 
-@pytest.mark.parametrize(
-    ("norm_layer", "kind"), [(nn.BatchNorm2d, "batch"), (torchvision.ops.FrozenBatchNorm2d, "frozen")]
-)
-@pytest.mark.parametrize(("depth", "blocks", "convs"), [("resnet18", (2, 2, 2, 2), 2), ("resnet50", (3, 4, 6, 3), 3)])
-def test_torchvision_resnets(depth, blocks, convs, norm_layer, kind):
-    model = getattr(torchvision.models, depth)(norm_layer=norm_layer)
+def test_torchvision_resnets():
+    model = torchvision.models.resnet50(norm_layer=torchvision.ops.FrozenBatchNorm2d)
     layers = find_filter_layers(model, ["layer*.conv*"])
-    assert names(layers) == [
-        f"layer{s + 1}.{b}.conv{c + 1}" for s in range(4) for b in range(blocks[s]) for c in range(convs)
-    ]
+    blocks = [(stage, block) for stage, number in enumerate((3, 4, 6, 3), 1) for block in range(number)]
+    assert names(layers) == [f"layer{stage}.{block}.conv{conv}" for stage, block in blocks for conv in (1, 2, 3)]
     for layer in layers:
-        assert layer.norm is model.get_submodule(layer.name.replace("conv", "bn")) and layer.kind == kind
+        assert layer.norm is model.get_submodule(layer.name.replace("conv", "bn")) and layer.kind == "frozen"
         assert layer.output_module() is layer.norm
 
 
@@ -70,12 +62,6 @@ def test_norms_that_the_caller_names():
     assert find_filter_layers(model, ["conv"])[0].norm is model.other
 
 
-def test_model_that_is_one_conv_and_grouped_convs():
-    model = nn.Sequential(nn.Conv2d(4, 8, 3, groups=4), nn.BatchNorm2d(8))
-    (layer,) = find_filter_layers(model, ["0"])
-    assert layer.weight.shape == (8, 1, 3, 3) and layer.num_filters == 8
-
-
 @pytest.mark.parametrize(
     ("net", "name"),
     [
@@ -104,9 +90,10 @@ def test_sharded_models_are_refused_by_name(how, tmp_path):
         dist.destroy_process_group()
 
 
-def test_a_module_under_two_names_is_one_layer():
-    conv = nn.Conv2d(4, 4, 1)
-    assert names(find_filter_layers(nn.ModuleDict({"a": conv, "b": conv}), ["*"])) == ["a"]
+def test_a_module_under_two_names_is_one_layer_and_groups_are_of_one():
+    conv = nn.Conv2d(4, 8, 3, groups=4)
+    (layer,) = find_filter_layers(nn.ModuleDict({"a": conv, "b": conv}), ["*"])
+    assert (layer.name, layer.num_filters, layer.weight.shape) == ("a", 8, (8, 1, 3, 3))
 
 
 def test_no_match_names_what_is_there():
@@ -121,47 +108,12 @@ def test_no_match_names_what_is_there():
     assert "matches no trainable Conv2d" in refused(model, [])
 
 
-def test_patterns_that_match_nothing_beside_one_that_does():
-    assert names(find_filter_layers(nn.Sequential(nn.Conv2d(3, 4, 1)), ["nothing", "0", "[0-9]"])) == ["0"]
-
-
-@pytest.mark.parametrize("patterns", ["*", [1], [None]])
-def test_patterns_must_be_a_list_of_strings(patterns):
+def test_patterns_beside_one_that_matches_and_such_as_are_no_list_of_strings():
     model = nn.Sequential(nn.Conv2d(3, 4, 1))
-    with pytest.raises(UserError, match=r"^layers= must be a list of patterns"):
-        find_filter_layers(model, patterns)
-    with pytest.raises(UserError, match=r"^exclude= must be a list of patterns"):
-        find_filter_layers(model, ["*"], patterns)
-
-
-# --- timm -----------------------------------------------------------------------------------------------------------
-
-# Convs that take part, of all, and the norms behind them. EfficientNet's gates stay out; its norms hold their
-# activation.
-TIMM = {"resnet18": (20, 20, {"BatchNorm2d"}), "efficientnet_b0": (65, 81, {"BatchNormAct2d", "NoneType"})}
-
-
-@pytest.mark.parametrize("name", TIMM)
-def test_timm_models(name):
-    timm = pytest.importorskip("timm", reason="timm is not installed")
-    takes_part, convs, norms = TIMM[name]
-    torch.manual_seed(0)
-    model = timm.create_model(name, pretrained=False)
-    participants = Participants(find_filter_layers(model, ["*"]), model)
-    model(torch.randn(2, 3, 32, 32))
-    layers = participants.agreed()
-    assert (len(layers), len(participants.candidates)) == (takes_part, convs)
-    assert {type(layer.norm).__name__ for layer in layers} == norms
-    outputs = {}
-    for layer in layers:
-        if layer.norm is not None:
-            nn.init.normal_(layer.norm.bias)
-        zero_rows_(layer.tensors().values(), torch.tensor([0, 3]))
-        layer.output_module().register_forward_hook(lambda _, __, out, name=layer.name: outputs.update({name: out}))
-    model(torch.randn(2, 3, 32, 32))
-    assert outputs.keys() == {layer.name for layer in layers}
-    for output in outputs.values():
-        assert output[:, [0, 3]].count_nonzero() == 0 and output.count_nonzero() > 0
+    assert names(find_filter_layers(model, ["nothing", "0", "[0-9]"])) == ["0"]
+    for key, patterns in (("layers", "*"), ("layers", [1]), ("exclude", "*"), ("exclude", [None])):
+        with pytest.raises(UserError, match=f"^{key}= must be a list of patterns"):
+            find_filter_layers(model, **{"include": ["*"], key.replace("layers", "include"): patterns})
 
 
 def test_norms_of_timm():

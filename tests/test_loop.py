@@ -242,6 +242,13 @@ def test_who_takes_part_is_said_once_it_is_known(caplog):
     assert "RePr drop after iteration 2 (cycle 1): 6 filters, mean O_f" in caplog.text
 
 
+@pytest.mark.parametrize("outputs", [3, 3000])
+def test_next_to_nothing_to_drop_is_warned_of(outputs, caplog):
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, outputs))
+    RePr(model, torch.optim.SGD(model.parameters(), 0.1), 12, sample=torch.randn(2, 1, 8, 8))
+    assert ("next to nothing to drop, 0.0 % of the trainable weights" in caplog.text) == (outputs == 3000)
+
+
 def test_a_sample_shows_who_takes_part_at_once_and_leaves_no_trace():
     model, optimizer = built()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -312,24 +319,54 @@ class Exponential:
             mine.lerp_(theirs, 0.1) if mine.is_floating_point() else mine.copy_(theirs)
 
 
-def test_averages_have_the_rows_that_a_transition_writes():
+def test_averages_begin_again_at_a_restore_and_stay_at_a_drop():
     model, optimizer = built()
     average = Exponential(model)
-    swa = torch.optim.swa_utils.AveragedModel(model)
+    swa = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
     one = RePr(model, optimizer, 12, schedule=SCHEDULE, averages=[average, swa])
 
     def after():
         average.update(model)
+        swa.update_parameters(model)
+        before = weights(average.module)
         done = one.step()
-        for name, rows in (done.dropped if done else {}).items():
-            for module in (name, *(["1"] if name == "0" else [])):
-                for key, value in model.get_submodule(module).state_dict().items():
-                    for other in (average.module, swa.module):
-                        mine = other.get_submodule(module).state_dict()[key]
-                        assert not value.dim() or torch.equal(mine[rows], value[rows])
+        if done is not None and done.event == "drop":
+            assert torch.equal(weights(average.module), before)
+        if done is not None and done.event == "restore":
+            assert all(torch.equal(weights(other.module), weights(model)) for other in (average, swa))
+            assert swa.n_averaged == 0
 
     train(model, optimizer, data(6), after)
-    assert (average.module[0].weight - model[0].weight).abs().max() > 0
+    assert one.scheme.cycle == 1 and not torch.equal(weights(average.module), weights(model))
+    before = weights(average.module)
+    train(model, optimizer, data(2), one.step)
+    one.finish("old")
+    assert torch.equal(weights(average.module), before)
+    one.close()
     with pytest.raises(UserError, match="averages= must be models with the parameters of the model"):
-        one.close()
         RePr(model, optimizer, 12, averages=[nn.Linear(1, 1)])
+
+
+@pytest.mark.parametrize(("given", "moves"), [(False, True), (False, False), (True, True)])
+def test_an_average_that_is_not_given_is_warned_of_once(caplog, given, moves):
+    model, optimizer = built()
+    average = Exponential(model)
+    one = RePr(model, optimizer, 12, schedule=SCHEDULE, averages=[average] if given else [])
+
+    def after():
+        if moves:
+            average.update(model)
+        one.step()
+
+    train(model, optimizer, data(10), after)
+    warned = caplog.text.count("a copy of the model (Sequential) is updated without gradients")
+    assert warned == (moves and not given)
+
+
+def test_what_lies_before_the_first_step_is_left_out():
+    for first_step, phases in ((3, ["full"] * 4 + ["sub"]), (5, ["full"] * 2 + ["sub"] * 2)):
+        model, optimizer = built()
+        one = RePr(model, optimizer, 12, schedule=SCHEDULE, first_step=first_step)
+        seen = []
+        train(model, optimizer, data(len(phases)), lambda one=one, seen=seen: seen.append((one.step(), one.phase)[1]))
+        assert seen == phases and one.steps == first_step + len(phases)

@@ -50,7 +50,7 @@ def test_image_that_goes_bad(tiny_cfg, tiny_data, tmp_path, workers):
     finally:
         path.write_bytes(whole)
     last_line = str(error.value).rstrip().rpartition("\n")[2]  # workers put a traceback before it
-    assert f"{path} cannot be read: " in last_line and "repair the file, then --resume" in last_line
+    assert f"{path} cannot be read and prepared for the model: " in last_line and "repair the file" in last_line
     assert_same_weights(end_of(cfg, resume=True), straight)
 
 

@@ -1,17 +1,17 @@
 """The options are described once: keyword arguments, config keys, what a resume compares and errors follow from it."""
 
 import dataclasses
-import os
-import shutil
-import subprocess
-import sys
+import re
 
 import pytest
 import torch
-from conftest import ROOT
+from detectron2.config import get_cfg
+from omegaconf import OmegaConf
 from plain_nets import loss_of, readable_net
 
-from repr_det import RePr, UserError
+from repr_det import RePr, RePrHook, UserError, add_repr_config
+from repr_det.detectron.config import markdown_table, options_of_config
+from repr_det.detectron.lazy import repr_cfg_from_lazy
 from repr_det.method.errors import OptionError
 from repr_det.method.options import CONFIG_KEYS, RePrOptions, about_option, option_names
 from repr_det.method.scheme import check_resumed
@@ -101,65 +101,21 @@ def test_options_cannot_change():
         RePrOptions().drop_ratio = 0.5
 
 
-ONE_MORE = """
-    patience: int = _option(4, "REINIT.PATIENCE", "Steps that a new filter waits.", least=1)
-
-    def __post_init__"""
-USES_IT = """
-from detectron2.config import LazyCall, get_cfg
-from omegaconf import OmegaConf
-from repr_det import RePr, RePrHook, UserError, add_repr_config, validate_repr_config
-from repr_det.detectron.lazy import repr_cfg_from_lazy
-from repr_det.method.options import RePrOptions
-from repr_det.method.scheme import check_resumed
-
-def said(call):
-    try:
-        call()
-    except UserError as error:
-        return str(error)
-
-cfg = get_cfg()
-add_repr_config(cfg)
-print(cfg.REPR.REINIT.PATIENCE)
-print(RePrOptions.of({"patience": 7}).patience)
-print(RePrHook(patience=5).options.patience)
-print(said(lambda: RePrOptions(patience=0)))
-cfg.merge_from_list(["REPR.ENABLED", True, "REPR.REINIT.PATIENCE", 0])
-print(said(lambda: validate_repr_config(cfg)))
-lazy = OmegaConf.create({"train": {"max_iter": 100}, "repr": {"REINIT": {"PATIENCE": 9}}})
-print(repr_cfg_from_lazy(lazy).REPR.REINIT.PATIENCE)
-print(said(lambda: check_resumed(RePrOptions().resumed(), RePrOptions(patience=6).resumed())))
-"""
-
-
-def test_a_new_option_is_one_edit(tmp_path):
-    """In a copy of the package: a field more, and everything else knows it."""
-    package = tmp_path / "repr_det"
-    shutil.copytree(ROOT / "repr_det", package, ignore=shutil.ignore_patterns("__pycache__"))
-    description = package / "method" / "options.py"
-    text = description.read_text()
-    assert text.count("\n    def __post_init__") == 1
-    description.write_text(text.replace("\n    def __post_init__", ONE_MORE))
-    (tmp_path / "uses_it.py").write_text(USES_IT)
-    done = subprocess.run(
-        [sys.executable, "uses_it.py"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
+@pytest.mark.parametrize("name", option_names())
+def test_an_option_is_described_once(name):
+    """What is written elsewhere follows: keyword, default and key of a config, LazyConfig, table of the pages."""
+    cfg = get_cfg()
+    add_repr_config(cfg)
+    default = getattr(options_of_config(cfg), name)
+    assert about_option(name).in_config is not None or default == getattr(RePrOptions(), name)
+    pair = PAIRS.get(name, {}) | {name: OTHERS[name]}
+    cfg.merge_from_list([part for one, value in pair.items() for part in (CONFIG_KEYS[one], value)])
+    assert getattr(options_of_config(cfg), name) == getattr(RePrHook(**pair).options, name) == OTHERS[name]
+    lazy = OmegaConf.create({"train": {"max_iter": 100}, "repr": {"_target_": "repr_det.RePrHook", **pair}})
+    assert repr_cfg_from_lazy(lazy).REPR == cfg.REPR | {"ENABLED": True}
+    assert re.search(
+        rf"^\| `{CONFIG_KEYS[name]}` \| `{name}` \| `{re.escape(repr(default))}` \|", markdown_table(), re.M
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [
-        "4",
-        "7",
-        "5",
-        "patience= must be an integer of at least 1, got 0",
-        "REPR.REINIT.PATIENCE must be an integer of at least 1, got 0",
-        "9",
-        "the checkpoint was trained with patience= 4, this run has 6: resume with that of the run that wrote it, or "
-        "start again elsewhere",
-    ]
 
 
 @pytest.mark.parametrize("names", [None, CONFIG_KEYS])

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import repr_det
+from repr_det.commands.config_files import CONFIGS, config_path
 from repr_det.commands.console import main
-from repr_det.commands.shipped import CONFIGS, config_path
 from repr_det.method.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,13 +22,11 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_shipped_configs_are_found_by_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert config_path("repr_r50_fpn.yaml") == str(CONFIGS / "repr_r50_fpn.yaml") and CONFIGS == ROOT / "configs"
-    assert config_path("lazy/repr_faster_rcnn_r50_fpn.py", ".py").endswith("configs/lazy/repr_faster_rcnn_r50_fpn.py")
+    assert config_path("lazy/repr_faster_rcnn_r50_fpn.py").endswith("configs/lazy/repr_faster_rcnn_r50_fpn.py")
     (tmp_path / "repr_r50_fpn.yaml").touch()
     assert config_path("repr_r50_fpn.yaml") == "repr_r50_fpn.yaml"  # one's own comes first
     with pytest.raises(UserError, match=r"^--config-file 'repr_r50\.yaml' is not a file, .*, repr_r50_fpn\.yaml"):
         config_path("repr_r50.yaml")
-    with pytest.raises(UserError, match=r"'repr_r50_fpn\.yaml' is not a \.py file, .*: lazy/repr_faster_rcnn_r50"):
-        config_path("repr_r50_fpn.yaml", ".py")
     with pytest.raises(UserError, match="--config-file is missing"):
         config_path("")
 
@@ -40,13 +38,9 @@ def test_shipped_configs_are_found_by_name(tmp_path, monkeypatch):
         ("trian", "repr-det: error: 'trian' is no command\nusage: repr-det COMMAND ..."),
         ("train", "repr-det train: error: --config-file is missing"),
         ("train --config-file nope.yaml", "repr-det train: error: --config-file 'nope.yaml' is not a file"),
-        ("train --config-file nope.py", "repr-det train: error: --config-file 'nope.py' is not a .py file"),
-        (
-            "compare --config-file nope.yaml --seeds 1",
-            "repr-det compare: error: --config-file 'nope.yaml' is not a file",
-        ),
+        ("train --config-file nope.py", "repr-det train: error: --config-file 'nope.py' is not a file, nor"),
+        ("compare --config-file nope.yaml --seeds 1", "repr-det compare: error: --config-file 'nope.yaml' is not a "),
         ("analyze nope.pth", "repr-det analyze: error: "),
-        ("benchmark --pairs 7", "repr-det benchmark is a program of the source tree now: python tools/benchmark.py"),
     ],
 )
 def test_commands_say_what_is_wrong(monkeypatch, capsys, arguments, line):

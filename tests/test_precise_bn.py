@@ -15,7 +15,7 @@ def stopped(cfg, iteration, resume=False):
         end_of(cfg, At(iteration, interrupt), resume=resume)
 
 
-@pytest.mark.parametrize(("workers", "grouping", "period"), [(0, True, 4), (2, False, 4), (2, True, 100)])
+@pytest.mark.parametrize(("workers", "grouping", "period"), [(0, True, 4), (2, False, 100)])
 def test_resumed_before_and_after_its_first_use_bit_for_bit(tiny_cfg, tmp_path, workers, grouping, period):
     opts = [*OPTS, "DATALOADER.NUM_WORKERS", workers, "DATALOADER.ASPECT_RATIO_GROUPING", grouping]
     opts += ["TEST.EVAL_PERIOD", period]

@@ -47,17 +47,34 @@ def stock(number=10, batch=3, grouping=True, workers=0, sampler=None, mapper=map
     )
 
 
+SAMPLERS = {
+    "plain": lambda: TrainingSampler(10, seed=4),
+    "subset": lambda: RandomSubsetTrainingSampler(10, 0.5),  # its seeds are drawn in every process
+    "repeat": lambda: RepeatFactorTrainingSampler(torch.linspace(1, 2.5, 10), seed=4),
+}
+
+
+def order_of(sampler, first, number):
+    sampler._rank, sampler._world_size = 0, 1
+    return list(itertools.islice(sampler, first, first + number))
+
+
 def ids(batches):
     return [[sample["image_id"] for sample in batch] for batch in batches]
 
 
-def before_train(loader, saved, iteration, caplog):
+def drawn(loader, batches):
+    return list(itertools.islice(loader, batches))
+
+
+def resumed(loader, saved, iteration, caplog):
     """What ExactResume does with a checkpoint of ``iteration`` iterations; the warnings."""
     hook = ExactResume(torch.nn.Linear(1, 1), [loader], 100, 0, "nowhere")
     storage = SimpleNamespace(iter=0)
     hook.trainer = SimpleNamespace(start_iter=iteration, max_iter=99, iter=iteration, storage=storage, _hooks=[hook])
     if saved is not None:
         hook.load_state_dict({"iteration": iteration - 1, "ranks": saved, "scalars": {}})
+    caplog.clear()
     with caplog.at_level(logging.WARNING, "repr_det.resume"):
         hook.before_train()
         hook.before_step()
@@ -66,41 +83,37 @@ def before_train(loader, saved, iteration, caplog):
 
 def states(loader, batches):
     """Of a run that has drawn so many batches, as its only rank."""
-    assert len(list(itertools.islice(loader, batches))) == batches
+    assert len(drawn(loader, batches)) == batches
     return [{"random": random_state(), "loaders": [loader.state_dict()]}]
 
 
-def sampler_of(kind, number=10):
-    if kind == "subset":
-        return RandomSubsetTrainingSampler(number, 0.5)  # seeds drawn anew in every process
-    if kind == "repeat":
-        return RepeatFactorTrainingSampler(torch.linspace(1, 2.5, number), seed=4)
-    return TrainingSampler(number)
-
-
 @pytest.mark.parametrize("grouping", [True, False])
-@pytest.mark.parametrize("kind", ["plain", "subset", "repeat"])
+@pytest.mark.parametrize("kind", SAMPLERS)
 def test_goes_on_exactly_where_nothing_changed(kind, grouping, caplog):
+    def loader():
+        return stock(grouping=grouping, sampler=SAMPLERS[kind]())
+
     np.random.seed(1)
-    saved = states(ResumableLoader(stock(grouping=grouping, sampler=sampler_of(kind))), 5)
+    saved = states(ResumableLoader(loader()), 5)
     np.random.seed(99)
-    resumed = ResumableLoader(stock(grouping=grouping, sampler=sampler_of(kind)))
-    assert before_train(resumed, saved, 5, caplog) == []
-    again = list(itertools.islice(resumed, 6))
+    again = ResumableLoader(loader())
+    assert resumed(again, saved, 5, caplog) == []
+    found = drawn(again, 6)
     np.random.seed(1)
-    undisturbed = list(itertools.islice(stock(grouping=grouping, sampler=sampler_of(kind)), 11))
-    assert again == undisturbed[5:]
+    assert found == drawn(loader(), 11)[5:]
 
 
 CHANGES = {
-    "batch size": (dict(batch=2), "number of images per process and batch was 6 and is 2"),
-    "larger batch": (dict(batch=7), "number of images per process and batch was 6 and is 7"),
-    "workers": (dict(workers=1), "DATALOADER.NUM_WORKERS was 0 and is 1"),
-    "grouping": (dict(grouping=False), "aspect-ratio grouping was True and is False"),
-    "fewer images": (dict(number=4), "number of training images was 10 and is 4"),
-    "more images": (dict(number=12), "number of training images was 10 and is 12"),
-    "mapper": (dict(mapper=other_mapper), "mapper was mapper and is other_mapper"),
+    "batch size": ({}, dict(batch=2), "number of images per process and batch was 6 and is 2"),
+    "larger batch": ({}, dict(batch=7), "number of images per process and batch was 6 and is 7"),
+    "workers": ({}, dict(workers=1), "DATALOADER.NUM_WORKERS was 0 and is 1"),
+    "grouping off": ({}, dict(grouping=False), "aspect-ratio grouping was True and is False"),
+    "grouping on": (dict(grouping=False), {}, "aspect-ratio grouping was False and is True"),
+    "fewer images": ({}, dict(number=4), "number of training images was 10 and is 4"),
+    "more images": ({}, dict(number=12), "number of training images was 10 and is 12"),
+    "mapper": ({}, dict(mapper=other_mapper), "mapper was mapper and is other_mapper"),
     "sampler": (
+        {},
         dict(sampler=RepeatFactorTrainingSampler(torch.ones(10), seed=3)),
         "sampler was TrainingSampler and is RepeatFactorTrainingSampler",
     ),
@@ -109,103 +122,65 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_goes_on_behind_what_was_drawn_if_something_changed(change, caplog):
-    np.random.seed(1)
-    saved = states(ResumableLoader(stock(batch=6)), 3)  # 18 images and 5 that wait
-    assert [len(bucket) for bucket in saved[0]["loaders"][0]["buckets"]] == [0, 5]
-    new, told = CHANGES[change]
+    old, new, told = CHANGES[change]
+    saved = states(ResumableLoader(stock(**{"batch": 6, **old})), 3)  # 18 images; and 5 that wait, if grouped
     made = {"number": 10, "batch": 6, **new}
-    resumed = ResumableLoader(stock(**made))
-    (warning,) = before_train(resumed, saved, 3, caplog)
+    again = ResumableLoader(stock(**made))
+    (warning,) = resumed(again, saved, 3, caplog)
     assert warning.startswith(told) and "the data order of this run is another one from here on" in warning
     number, batch = made["number"], made["batch"]
-    drawn = ids(itertools.islice(resumed, 3 * number // batch))  # neither hangs nor fails
-    assert all(len(x) == batch for x in drawn)
+    found = ids(drawn(again, 3 * number // batch))  # neither hangs nor fails
+    assert all(len(x) == batch for x in found)
     if change not in ("sampler", "workers"):
-        order = list(itertools.islice(TrainingSampler(number, seed=4), 23, 23 + 4 * batch))  # of the old sampler's seed
-        flat = list(itertools.chain.from_iterable(drawn))
-        assert set(flat[:batch]) <= set(order) and (made.get("grouping", True) or flat[:batch] == order[:batch])
+        order = order_of(TrainingSampler(number, seed=4), 18 if old else 23, 4 * batch)  # of the old sampler's seed
+        assert set(found[0]) <= set(order) and (made.get("grouping", True) or found[0] == order[:batch])
 
 
 def test_a_checkpoint_that_does_not_say_what_its_order_was_of(caplog):
-    saved = states(ResumableLoader(stock(batch=6, grouping=False)), 3)
-    del saved[0]["loaders"][0]["made_of"]
-    resumed = ResumableLoader(stock(batch=6, grouping=False))
-    assert "of an older version does not say" in before_train(resumed, saved, 3, caplog)[0]
-    assert ids(itertools.islice(resumed, 1))[0] == list(itertools.islice(TrainingSampler(10, seed=4), 18, 24))
-
-
-def test_grouping_switched_on(caplog):
-    saved = states(ResumableLoader(stock(grouping=False)), 4)
-    resumed = ResumableLoader(stock(grouping=True))
-    assert "aspect-ratio grouping was False and is True" in before_train(resumed, saved, 4, caplog)[0]
-    assert len(list(itertools.islice(resumed, 5))) == 5
+    old = states(ResumableLoader(stock(batch=6, grouping=False)), 3)
+    del old[0]["loaders"][0]["made_of"]
+    for saved, word, kind in ((old, "of an older version", "plain"), (None, "no random states", "repeat")):
+        again = ResumableLoader(stock(batch=6, grouping=False, sampler=SAMPLERS[kind]()))
+        assert word in resumed(again, saved, 3, caplog)[0]
+        assert ids(drawn(again, 1))[0] == order_of(SAMPLERS[kind](), 18, 6)
 
 
 @pytest.mark.parametrize(("old", "new"), [(2, 1), (1, 2)])
 def test_another_number_of_processes(old, new, caplog, monkeypatch):
-    def of_rank(rank, world, batch=4):
+    def of_rank(rank, world):
         monkeypatch.setattr(comm, "get_rank", lambda: rank)
         monkeypatch.setattr(comm, "get_world_size", lambda: world)
         monkeypatch.setattr("detectron2.data.build.get_world_size", lambda: world)
-        return ResumableLoader(stock(batch=batch, grouping=False))
+        return ResumableLoader(stock(batch=4, grouping=False))
 
     saved = [states(of_rank(rank, old), 6)[0] for rank in range(old)]  # 24 images of 10
     first = []
     for rank in range(new):
-        caplog.clear()
-        resumed = of_rank(rank, new)
-        (warning,) = before_train(resumed, saved, 6, caplog)
+        again = of_rank(rank, new)
+        (warning,) = resumed(again, saved, 6, caplog)
         assert f"number of processes was {old} and is {new}" in warning
-        first.append(ids(itertools.islice(resumed, 2)))
-    behind = list(itertools.islice(TrainingSampler.__iter__(_single(10)), 24, 32))
+        first.append(ids(drawn(again, 2)))
     mixed = list(itertools.chain(*zip(*(itertools.chain(*batches) for batches in first), strict=True)))
-    assert mixed == behind
-
-
-def _single(number):
-    sampler = TrainingSampler(number, seed=4)
-    sampler._rank, sampler._world_size = 0, 1
-    return sampler
+    assert mixed == order_of(TrainingSampler(10, seed=4), 24, 8)
 
 
 def test_a_run_that_started_over_is_resumed_exactly(caplog):
     saved = states(ResumableLoader(stock(batch=6)), 4)
     second = ResumableLoader(stock(batch=2))
-    before_train(second, saved, 4, caplog)
+    resumed(second, saved, 4, caplog)
     saved = states(second, 5)
     third = ResumableLoader(stock(batch=2))
-    caplog.clear()
-    assert before_train(third, saved, 9, caplog) == []
+    assert resumed(third, saved, 9, caplog) == []
     reference = ResumableLoader(stock(batch=2))
     reference.stream.skipped = second.stream.skipped
-    assert ids(itertools.islice(third, 6)) == ids(itertools.islice(reference, 11))[5:]
-
-
-def test_no_random_states_in_the_checkpoint(caplog):
-    resumed = ResumableLoader(stock(batch=2, grouping=False))
-    (warning,) = before_train(resumed, None, 12, caplog)  # 24 images of 10
-    assert "no random states" in warning
-    assert ids(itertools.islice(resumed, 1))[0] == list(itertools.islice(TrainingSampler(10, seed=4), 24, 26))
-
-
-def test_repeat_factors_go_on_behind_what_was_drawn(caplog):
-    order = list(itertools.islice(sampler_of("repeat"), 60))
-    saved = states(ResumableLoader(stock(batch=6, sampler=sampler_of("repeat"), grouping=False)), 7)
-    resumed = ResumableLoader(stock(batch=2, sampler=sampler_of("repeat"), grouping=False))
-    before_train(resumed, saved, 7, caplog)
-    assert ids(itertools.islice(resumed, 4)) == [order[i : i + 2] for i in (42, 44, 46, 48)]
-
-
-class Brightness:
-    def __init__(self, generator):
-        self.generator = generator
+    assert ids(drawn(third, 6)) == ids(drawn(reference, 11))[5:]
 
 
 class Mapper:
     """An augmentation of its own, and images that it cannot use."""
 
     def __init__(self, generator=None, unusable=()):
-        self.augmentations, self.unusable = [Brightness(generator)], unusable
+        self.augmentations, self.unusable = [SimpleNamespace(generator=generator)], unusable
 
     def __call__(self, record):
         return None if record["image_id"] in self.unusable else record
@@ -217,23 +192,15 @@ class Mapper:
 )
 def test_a_generator_that_no_checkpoint_holds_is_named(generator, caplog):
     resumable(stock(mapper=Mapper(generator)))
-    assert ("Brightness draws from a random generator of its own, which no" in caplog.text) == (generator is not None)
+    named = f"draws from a random generator of its own ({type(generator).__name__}), which no checkpoint holds"
+    assert (named in caplog.text) == (generator is not None)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("unusable", [(), (3, 4)])
+@pytest.mark.parametrize(("workers", "unusable"), [(0, ()), (0, (3, 4)), (1, (3, 4))])
 def test_a_mapper_that_gives_none_is_named_once(unusable, workers, caplog):
     loader = resumable(stock(mapper=Mapper(unusable=unusable), workers=workers))
-    assert len(list(itertools.islice(loader, 8))) == 8
+    assert len(drawn(loader, 8)) == 8
     assert caplog.text.count("The mapper returns None for some images") == bool(unusable)
-
-
-class Wrapper:
-    def __init__(self, loader):
-        self.dataset = loader
-
-    def __iter__(self):
-        return iter(self.dataset)
 
 
 class OwnSampler(TrainingSampler):
@@ -245,7 +212,6 @@ def collate(batch):
 
 
 OWN = {
-    "wrapper": lambda: Wrapper(stock()),
     "collate_fn": lambda: stock(collate_fn=collate),
     "collate_fn without grouping": lambda: stock(grouping=False, collate_fn=collate),
     "sampler": lambda: stock(sampler=OwnSampler(10)),
@@ -264,14 +230,11 @@ def test_a_loader_of_the_users_own_is_left_alone(kind, caplog):
 
 @pytest.mark.parametrize("grouping", [True, False])
 def test_other_batch_size_and_grouping_than_in_the_config_are_kept(grouping):
-    loader = resumable(stock(batch=5, grouping=grouping))
-    assert isinstance(loader, ResumableLoader)
-    drawn = ids(itertools.islice(loader, 8))
-    assert {len(batch) for batch in drawn} == {5}
-    assert any(len({i % 2 for i in batch}) > 1 for batch in drawn) is not grouping
+    found = ids(drawn(resumable(stock(batch=5, grouping=grouping)), 8))
+    assert {len(batch) for batch in found} == {5}
+    assert any(len({i % 2 for i in batch}) > 1 for batch in found) is not grouping
 
 
 def test_samples_need_not_be_dicts():
     loader = resumable(stock(grouping=False, mapper=lambda record: (record["image_id"], torch.zeros(2))))
-    batch = next(iter(loader))
-    assert [len(sample) for sample in batch] == [2, 2, 2]
+    assert [len(sample) for sample in next(iter(loader))] == [2, 2, 2]

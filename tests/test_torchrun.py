@@ -11,9 +11,8 @@ from pathlib import Path
 import forked
 import pytest
 import torch
-from conftest import ROOT, SMALL
+from conftest import ROOT
 from outcomes import assert_same, json_lines, outcome, train_words
-from test_lazy import SMALL as SMALL_LAZY
 
 OPTS = (
     "SOLVER.MAX_ITER 12 REPR.ENABLED True REPR.S1_ITERS 2 REPR.S2_ITERS 2 REPR.NUM_CYCLES 2 SOLVER.CHECKPOINT_PERIOD 3 "
@@ -31,14 +30,11 @@ def one_machine(processes=2):
 @pytest.fixture(scope="module")
 def train(tiny_data):
     """``train(folder, torchrun's words, resume=False, misbehave=(), opts=(), tell="")`` -> the started command; without
-    torchrun's words two processes by --num-gpus. ``lazy``: a LazyConfig instead of the yaml config."""
+    torchrun's words two processes by --num-gpus."""
     begun = []
 
-    def start(folder, torchrun=(), *, resume=False, misbehave=(), opts=(), tell="", lazy=None, **environment):
+    def start(folder, torchrun=(), *, resume=False, misbehave=(), opts=(), tell="", **environment):
         words = train_words(tiny_data, folder, *OPTS, *opts)
-        if lazy:
-            words = [*words[: words.index(SMALL[0])], f"train.output_dir={folder}", *opts]
-            words[3] = lazy
         words[2:2] = ["--resume"] * resume + ([] if torchrun else ["--num-gpus", 2])
         before = "misbehaviour:tell" if tell else "misbehaviour:signal_at" if misbehave else ""
         arguments = [*([tell] if tell else []), *((*misbehave, f"{folder}.once") if misbehave else ())]
@@ -62,13 +58,23 @@ def ended(command):
 @pytest.fixture(scope="module")
 def straight(train, tmp_path_factory):
     """The undisturbed run, of two processes by --num-gpus."""
-    return ended(train(tmp_path_factory.mktemp("straight") / "run"))
+    command = train(tmp_path_factory.mktemp("straight") / "run")
+    found = ended(command)
+    assert warned_early(command) == 1
+    return found
+
+
+EARLY = "--register tiny_val: no key names it"  # said before the run has a log
+
+
+def warned_early(command):
+    return (command.log.with_suffix("") / "log.txt").read_text().count(EARLY)
 
 
 def test_torchrun_is_num_gpus(train, straight, tmp_path):
     command = train(tmp_path / "run", one_machine())
     assert_same(ended(command), straight)
-    assert "World size: 2" in command.text
+    assert "World size: 2" in command.text and warned_early(command) == 1
 
 
 def test_srun_is_num_gpus(tiny_data, straight, tmp_path):
@@ -202,14 +208,3 @@ def order_from(drawn, seed, rank, size, number):
             batches.append(waiting[image % 2])
             waiting[image % 2] = []
     return batches[:number]
-
-
-def test_torchrun_is_num_gpus_with_a_lazy_config(train, tmp_path):
-    (tmp_path / "small.py").write_text(SMALL_LAZY + "del dataloader.evaluator\n")
-    results = []
-    for words in ((), one_machine()):
-        opts = ["dataloader.train.total_batch_size=2", "train.max_iter=4"]
-        command = train(tmp_path / f"run{len(results)}", words, lazy=tmp_path / "small.py", opts=opts)
-        results.append(ended(command))
-        assert "World size: 2" in command.text
-    assert_same(*results)

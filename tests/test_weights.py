@@ -11,20 +11,16 @@ from torch import nn
 from torchvision.models import resnet18, resnet50
 
 from repr_det.commands.arguments import build_config
-from repr_det.runs.checkpoints import AtomicCheckpointer
-from repr_det.runs.weights import fit_names, zero_filters
-
-
-def detectron2_resnet(depth: int) -> nn.Module:
-    opts = ["MODEL.RESNETS.DEPTH", str(depth), "MODEL.RESNETS.NORM", "BN", "MODEL.BACKBONE.FREEZE_AT", "0"]
-    opts += ["MODEL.RESNETS.STRIDE_IN_1X1", "False", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64" if depth == 18 else "256"]
-    cfg = build_config("configs/baseline_r50_fpn.yaml", opts)
-    return nn.ModuleDict({"bottom_up": build_resnet_backbone(cfg, ShapeSpec(channels=3))}).eval()
+from repr_det.runs.checkpoints import AtomicCheckpointer, fit_names, zero_filters
 
 
 @functools.cache
 def pair(depth: int) -> tuple[nn.Module, nn.Module]:
     """torchvision's ResNet, and Detectron2's."""
+    opts = ["MODEL.RESNETS.DEPTH", str(depth), "MODEL.RESNETS.NORM", "BN", "MODEL.BACKBONE.FREEZE_AT", "0"]
+    opts += ["MODEL.RESNETS.STRIDE_IN_1X1", "False", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64" if depth == 18 else "256"]
+    cfg = build_config("configs/baseline_r50_fpn.yaml", opts)
+    ours = nn.ModuleDict({"bottom_up": build_resnet_backbone(cfg, ShapeSpec(channels=3))}).eval()
     torch.manual_seed(0)
     theirs = {18: resnet18, 50: resnet50}[depth](num_classes=3).eval()
     for module in theirs.modules():
@@ -32,7 +28,7 @@ def pair(depth: int) -> tuple[nn.Module, nn.Module]:
             for tensor in (module.weight, module.bias, module.running_mean):
                 nn.init.normal_(tensor.data, std=0.3)
             nn.init.uniform_(module.running_var, 0.5, 2)
-    return theirs, detectron2_resnet(depth)
+    return theirs, ours
 
 
 WRAPPED = {
@@ -45,9 +41,9 @@ WRAPPED = {
 }
 
 
-@pytest.mark.parametrize(("depth", "form"), [(50, "torchvision"), *((18, form) for form in WRAPPED)])
-def test_the_same_features(tmp_path, caplog, depth, form):
-    theirs, ours = pair(depth)
+@pytest.mark.parametrize("form", WRAPPED)
+def test_the_same_features(tmp_path, caplog, form):
+    theirs, ours = pair(50 if form == "torchvision" else 18)
     torch.save(WRAPPED[form](dict(theirs.state_dict())), tmp_path / "weights.pth")
     for parameter in ours.parameters():
         nn.init.zeros_(parameter)
@@ -82,22 +78,26 @@ def test_what_is_not_known_is_left_alone(names):
     assert list(checkpoint["model"]) == names and "matching_heuristics" not in checkpoint
 
 
-def conv_bn(zero=(), bn_zero=None):
-    net = nn.ModuleDict({"conv1": nn.Conv2d(3, 6, 3, bias=False), "bn1": nn.BatchNorm2d(6)})
-    nn.init.normal_(net["bn1"].bias)
-    net["conv1"].weight.data[list(zero)] = 0
-    for tensor in (net["bn1"].weight, net["bn1"].bias):
-        tensor.data[list(zero if bn_zero is None else bn_zero)] = 0
+def conv_and_norm(rows=(), norm=()):
+    net = nn.Sequential()
+    net.conv = nn.Conv2d(3, 6, 3, bias=False)
+    net.conv.norm = nn.BatchNorm2d(6)
+    nn.init.normal_(net.conv.norm.bias)
+    for tensor, zeros in ((net.conv.weight, rows), (net.conv.norm.weight, norm), (net.conv.norm.bias, norm)):
+        tensor.data[list(zeros)] = 0
     return net.state_dict()
 
 
-def test_which_filters_are_switched_off():
-    assert zero_filters(conv_bn()) == {}
-    assert zero_filters(conv_bn([1, 4])) == {"conv1": [1, 4]}
-    assert zero_filters({k: v.numpy() for k, v in conv_bn([1, 4]).items()}) == {"conv1": [1, 4]}
-    assert zero_filters(conv_bn([1, 4], [4])) == {"conv1": [4]}
-    assert zero_filters(conv_bn([], range(6))) == {}  # zero_init_residual
-    assert zero_filters(conv_bn(range(6))) == {}
-    offsets = nn.Conv2d(3, 6, 3)
-    nn.init.zeros_(offsets.weight)
-    assert zero_filters({f"offset.{k}": v for k, v in offsets.state_dict().items()}) == {}
+@pytest.mark.parametrize(
+    ("rows", "norm", "expected"),
+    [
+        ((), (), {}),
+        ((1, 4), (1, 4), {"conv": [1, 4]}),
+        ((1, 4), (4,), {"conv": [4]}),
+        ((), range(6), {}),  # zero_init_residual
+        (range(6), range(6), {}),  # begins so, as deformable offsets do
+    ],
+)
+def test_which_filters_are_switched_off(rows, norm, expected):
+    weights = conv_and_norm(rows, norm)
+    assert zero_filters(weights) == zero_filters({k: v.numpy() for k, v in weights.items()}) == expected

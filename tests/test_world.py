@@ -4,129 +4,110 @@ import argparse
 import errno
 import os
 import signal
-import socket
 import sys
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import Mock, call
 
 import forked
 import pytest
 import torch
 from detectron2.engine import HookBase
-from detectron2.engine.train_loop import SimpleTrainer
-from torch import nn
+from small_loop import small_trainer
 
-from repr_det import UserError
-from repr_det.commands import processes
+from repr_det import Trainer, UserError
 from repr_det.commands.arguments import train_argument_parser
-from repr_det.commands.processes import _run, _take, may_continue, run_tool
+from repr_det.commands.checks import check_run
+from repr_det.commands.processes import _run, may_continue, run_tool
 from repr_det.commands.world import Launched, check_processes, dist_url, refuse_torchrun
-from repr_det.runs.lock import OWNER_FILE, RunLock, job_of
+from repr_det.runs.lock import RunLock, job_of
 from repr_det.runs.stopping import STATUS, StopAtSignal, Stopped, answer_signals
 
 TORCHRUN = dict(RANK="1", LOCAL_RANK="1", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
 TORCHRUN |= dict(MASTER_PORT="1", TORCHELASTIC_RUN_ID="job", TORCHELASTIC_RESTART_COUNT="0")
+SRUN = dict(SLURM_STEP_NUM_TASKS="4", SLURM_STEP_TASKS_PER_NODE="2(x2)", SLURM_PROCID="3", SLURM_LOCALID="1")
+SRUN |= dict(SLURM_JOB_ID="12", SLURM_STEP_ID="0", SLURM_STEP_NODELIST="node[07-08]")
+FOUR, UNEVEN = TORCHRUN | {"WORLD_SIZE": "4"}, SRUN | {"SLURM_STEP_TASKS_PER_NODE": "3,1"}
 
 
 @pytest.fixture
-def torchrun(monkeypatch):
-    """``torchrun(KEY=value)`` -> this process looks as if torchrun had started it."""
+def start_by(monkeypatch):
+    """``start_by(variables, KEY=value)`` -> this process looks as if a launcher with these variables had started it."""
 
-    def pretend(**changed):
-        for key, value in (TORCHRUN | changed).items():
+    def pretend(variables, **changed):
+        for key, value in (variables | changed).items():
             monkeypatch.setenv(key, value)
 
     return pretend
 
 
-def refused(cfg, *words):
-    with pytest.raises(UserError) as error:
-        check_processes(train_argument_parser().parse_args(words), cfg, cfg.MODEL)
-    assert "\n" not in str(error.value)
-    return str(error.value)
+def world_of(cfg, words=""):
+    world = check_processes(train_argument_parser().parse_args(words.split()))
+    check_run(cfg, world=world)
+    return world
+
+
+SYNC_BN = "stem.conv1.norm is SyncBN, which needs GPUs, and this run has 2 processes on the CPU: use naiveSyncBN"
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("launcher", "words", "opts", "message"),
     [
         (
-            ["--num-gpus", "2"],
-            "--num-gpus 2 beside torchrun, which starts the processes: leave it out and give torchrun --nproc",
+            TORCHRUN,
+            "--num-gpus 2",
+            "",
+            "--num-gpus 2 beside torchrun, which starts the processes: leave it out and give",
         ),
-        (["--num-machines", "2", "--machine-rank", "1"], "--num-machines 2 --machine-rank 1 beside torchrun"),
-    ],
-)
-def test_options_beside_torchrun(tiny_cfg, torchrun, words, message):
-    torchrun()
-    assert message in refused(tiny_cfg(), *words)
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
+        (TORCHRUN, "--num-machines 2 --machine-rank 1", "", "--num-machines 2 --machine-rank 1 beside torchrun"),
+        (SRUN, "--num-gpus 2", "SOLVER.IMS_PER_BATCH 4", "--num-gpus 2 beside srun, which starts the processes"),
+        (UNEVEN, "", "", "every machine must start as many processes, and this run has 4 (srun"),
+        ({}, "--num-machines 2", "", "--num-machines 2 needs --dist-url tcp://HOST:PORT with the name or address of"),
+        ({}, "--num-machines 2 --dist-url auto", "", "--num-machines 2 needs --dist-url tcp://HOST:PORT"),
+        ({}, "--num-machines 2 --machine-rank 2", "", "--machine-rank must be in 0 ... 1, got 2"),
+        ({}, "--num-machines 0", "", "--num-machines must be at least 1, got 0"),
+        ({}, "--num-gpus 2 --dist-url 10.0.0.1:29500", "", "--dist-url must be tcp://HOST:PORT"),
         (
-            ["--num-machines", "2"],
-            "--num-machines 2 needs --dist-url tcp://HOST:PORT with the name or address of machine 0",
-        ),
-        (["--num-machines", "2", "--dist-url", "auto"], "--num-machines 2 needs --dist-url tcp://HOST:PORT"),
-        (["--num-machines", "2", "--machine-rank", "2"], "--machine-rank must be in 0 ... 1, got 2"),
-        (["--num-machines", "0"], "--num-machines must be at least 1, got 0"),
-        (["--num-gpus", "2", "--dist-url", "10.0.0.1:29500"], "--dist-url must be tcp://HOST:PORT"),
-        (
-            ["--num-gpus", "3"],
+            {},
+            "--num-gpus 3",
+            "",
             "SOLVER.IMS_PER_BATCH 2 must be a multiple of the 3 processes of this run (--num-gpus 3)",
         ),
+        (
+            *({}, "--num-gpus 2 --num-machines 2 --dist-url tcp://a:1", "SOLVER.IMS_PER_BATCH 6"),
+            "6 must be a multiple of the 4 processes of this run (--num-gpus 2 --num-machines 2)",
+        ),
+        (
+            *(FOUR, "", "SOLVER.IMS_PER_BATCH 6"),
+            "6 must be a multiple of the 4 processes of this run (torchrun with 2 on this machine)",
+        ),
+        (TORCHRUN, "", "MODEL.RESNETS.NORM SyncBN", SYNC_BN),
     ],
 )
-def test_options(tiny_cfg, words, message):
-    assert message in refused(tiny_cfg(), *words)
+def test_refused(tiny_cfg, start_by, launcher, words, opts, message):
+    start_by(launcher)
+    with pytest.raises(UserError) as error:
+        world_of(tiny_cfg(*opts.split()), words)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_batch_of_all_machines(tiny_cfg, torchrun):
-    words = ["--num-gpus", "2", "--num-machines", "2", "--dist-url", "tcp://a:1"]
-    cfg = tiny_cfg("SOLVER.IMS_PER_BATCH", 6)
-    assert "6 must be a multiple of the 4 processes of this run (--num-gpus 2 --num-machines 2)" in refused(cfg, *words)
-    torchrun(WORLD_SIZE="4")
-    assert "6 must be a multiple of the 4 processes of this run (torchrun with 2 on this machine)" in refused(cfg)
-    scaled = tiny_cfg("SOLVER.IMS_PER_BATCH", 3, "SOLVER.REFERENCE_WORLD_SIZE", 1)  # 12 for four processes
-    assert check_processes(train_argument_parser().parse_args([]), scaled, scaled.MODEL).size == 4
-
-
-def test_sync_bn_on_the_cpu(tiny_cfg, torchrun):
-    cfg = tiny_cfg("MODEL.RESNETS.NORM", "SyncBN")
-    assert check_processes(train_argument_parser().parse_args([]), cfg, cfg.MODEL).size == 1
-    torchrun()
-    message = "MODEL.RESNETS.NORM SyncBN needs GPUs, and this run has 2 processes on the CPU: use naiveSyncBN"
-    assert refused(cfg) == message
-
-
-SRUN = dict(SLURM_STEP_NUM_TASKS="4", SLURM_STEP_TASKS_PER_NODE="2(x2)", SLURM_PROCID="3", SLURM_LOCALID="1")
-SRUN |= dict(SLURM_JOB_ID="12", SLURM_STEP_ID="0", SLURM_STEP_NODELIST="node[07-08]")
-
-
-def test_srun(tiny_cfg, monkeypatch):
-    for key, value in SRUN.items():
-        monkeypatch.setenv(key, value)
+def test_what_a_launcher_started(tiny_cfg, start_by):
+    assert world_of(tiny_cfg("MODEL.RESNETS.NORM", "SyncBN")).size == 1
+    start_by(SRUN)
     assert Launched.found() == Launched("srun", 3, 1, 4, 2, "slurm 12.0")
-    cfg = tiny_cfg("SOLVER.IMS_PER_BATCH", 4)
-    world = check_processes(train_argument_parser().parse_args([]), cfg, cfg.MODEL)
+    world = world_of(tiny_cfg("SOLVER.IMS_PER_BATCH", 4))
     assert (world.size, world.local_size) == (4, 2)
-    assert "--num-gpus 2 beside srun, which starts the processes" in refused(cfg, "--num-gpus", "2")
-    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "3,1")
-    assert "every machine must start as many processes, and this run has 4 (srun" in refused(cfg)
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    assert world_of(tiny_cfg("SOLVER.IMS_PER_BATCH", 3, "SOLVER.REFERENCE_WORLD_SIZE", 1)).size == 4  # 12 images
+    start_by(SRUN, SLURM_STEP_NUM_TASKS="1")
     assert Launched.found() is None
 
 
 @pytest.mark.parametrize(
     ("nodes", "first"), [("node[07-08]", "node07"), ("a,b", "a"), ("gpu-3", "gpu-3"), ("n[1,5-7],m2", "n1")]
 )
-def test_the_address_of_sruns_first_node(monkeypatch, nodes, first):
+def test_the_address_of_sruns_first_node(monkeypatch, start_by, nodes, first):
     joined = {}
-    for key, value in (SRUN | {"SLURM_STEP_NODELIST": nodes}).items():
-        monkeypatch.setenv(key, value)
+    start_by(SRUN, SLURM_STEP_NODELIST=nodes)
     for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
@@ -141,29 +122,29 @@ def test_the_address_of_sruns_first_node(monkeypatch, nodes, first):
     assert joined["WORLD_SIZE"] == "4" and joined["local"] == 2
 
 
-def test_compare_is_not_for_torchrun(torchrun):
+def test_compare_is_not_for_torchrun(start_by):
     refuse_torchrun("compare.py")
-    torchrun()
+    start_by(TORCHRUN)
     with pytest.raises(UserError, match=r"compare\.py starts its runs itself"):
         refuse_torchrun("compare.py")
 
 
-def test_who_may_continue(torchrun, tmp_path):
+def test_who_may_continue(start_by, tmp_path):
     """A restarted job goes on; another job that was given the folder of a run by mistake does not."""
-    args = argparse.Namespace(resume=False)
-    assert not may_continue(args, str(tmp_path))
-    torchrun(RANK="0", TORCHELASTIC_RESTART_COUNT="1")
-    assert not may_continue(args, str(tmp_path))  # the first start was refused
+
+    def may(**changed):
+        start_by(TORCHRUN, **changed)
+        return may_continue(argparse.Namespace(resume=False), str(tmp_path))
+
+    assert not may_continue(argparse.Namespace(resume=False), str(tmp_path))
+    assert not may(RANK="0", TORCHELASTIC_RESTART_COUNT="1")  # the first start was refused
     RunLock(tmp_path, "job").acquire()
-    assert may_continue(args, str(tmp_path))
-    torchrun(RANK="0", TORCHELASTIC_RUN_ID="another", TORCHELASTIC_RESTART_COUNT="1")
-    assert not may_continue(args, str(tmp_path))
-    torchrun(RANK="1", TORCHELASTIC_RUN_ID="another")
-    assert may_continue(args, str(tmp_path))  # rank 0 decides
-    torchrun(RANK="0", TORCHELASTIC_RUN_ID="none")
-    assert not may_continue(args, str(tmp_path))
+    assert may(RANK="0", TORCHELASTIC_RESTART_COUNT="1")
+    assert not may(RANK="0", TORCHELASTIC_RUN_ID="another", TORCHELASTIC_RESTART_COUNT="1")
+    assert may(RANK="1", TORCHELASTIC_RUN_ID="another")  # rank 0 decides
+    assert not may(RANK="0", TORCHELASTIC_RUN_ID="none")
     RunLock(tmp_path, Launched.found().job).acquire()
-    assert may_continue(args, str(tmp_path))
+    assert may(RANK="0", TORCHELASTIC_RUN_ID="none")
 
 
 def hold(folder, held):
@@ -188,55 +169,32 @@ def test_a_killed_run_leaves_no_lock(tmp_path):
     lock.release()
 
 
-class Saver:
-    """The checkpointer of a trainer without one."""
-
-    def __init__(self):
-        self.saved = []
-
-    def save(self, name, iteration):
-        self.saved.append((name, iteration))
-
-
 class SignalAt(HookBase):
     def __init__(self, number, iteration, where):
-        self.number, self.iteration, self.where = number, iteration, where
+        self.number, self.iteration = number, iteration
+        setattr(self, where, self.send)
 
-    def send(self, where):
-        if self.trainer.iter == self.iteration and where == self.where:
+    def send(self):
+        if self.trainer.iter == self.iteration:
             os.kill(os.getpid(), self.number)
 
-    def before_train(self):
-        self.send("before_train")
 
-    def before_step(self):
-        self.send("before_step")
-
-    def after_step(self):
-        self.send("after_step")
-
-    def after_train(self):
-        self.send("after_train")
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize(
     ("iteration", "where", "saved", "last"),
     [
-        (3, "before_step", [("model_0000003", 3)], 3),
+        (3, "before_step", [3], 3),
         (5, "before_step", [], 5),  # the periodic checkpoint of iteration 5 is there
         (5, "after_step", [], 5),  # in an evaluation after it
-        (4, "after_step", [("model_0000005", 5)], 5),  # in an evaluation after no checkpoint: with the next step
+        (4, "after_step", [5], 5),  # in an evaluation after no checkpoint: with the next step
         (0, "before_train", [], 0),
         (9, "before_step", [], 10),  # the last one: the final checkpoint is there, the evaluation is left out
         (10, "after_train", [], 10),  # in the evaluation after the last step
     ],
 )
-def test_signals(number, iteration, where, saved, last):
-    model = nn.Linear(1, 1)
-    loss = type("Loss", (nn.Module,), {"forward": lambda self, x: {"loss": model(x).sum()}})()
-    trainer = SimpleTrainer(loss, [torch.ones(1, 1)] * 20, torch.optim.SGD(model.parameters(), 0.1))
-    trainer.iter, trainer.checkpointer, prepared = 0, Saver(), []
+def test_signals(iteration, where, saved, last):
+    number = signal.SIGUSR1 if iteration == 3 else signal.SIGTERM
+    trainer, prepared = small_trainer(steps=10), []
+    trainer.iter, trainer.checkpointer = 0, Mock()
     stop = StopAtSignal(3 if iteration == 5 else 100, lambda: prepared.append(trainer.iter))
     trainer.register_hooks([stop, SignalAt(number, iteration, where)])
     if where == "before_step":
@@ -245,8 +203,8 @@ def test_signals(number, iteration, where, saved, last):
     with pytest.raises(Stopped) as stopped, answer_signals():
         trainer.train(0, 10)
     assert stopped.value.code == STATUS == 75 and stopped.value.asked == signal.Signals(number).name
-    assert trainer.checkpointer.saved == saved and prepared == [i for _, i in saved]
-    assert trainer.iter == last
+    assert trainer.checkpointer.save.call_args_list == [call(f"model_{i:07d}", iteration=i) for i in saved]
+    assert prepared == saved and trainer.iter == last
     assert signal.getsignal(number) is before
 
 
@@ -275,58 +233,11 @@ def test_runs_of_one_machine_meet_at_ports_of_their_own():
     assert dist_url(parse(["--num-gpus", "2", "--dist-url", "tcp://127.0.0.1:1234"])) == "tcp://127.0.0.1:1234"
 
 
-@pytest.mark.parametrize("resume", [False, True])
-@pytest.mark.parametrize("shared", [False, True])
-def test_a_folder_that_not_every_machine_sees(two_ranks, tmp_path, resume, shared):
-    """Two machines, each with a folder of its own under the same name; a copy of rank 0's files changes nothing."""
-    folders = [tmp_path / "a", tmp_path / "a" if shared else tmp_path / "b"]
-    for folder in set(folders):
-        folder.mkdir()
-        (folder / "last_checkpoint").write_text("model_0000002.pth")
-        (folder / OWNER_FILE).write_text('{"host": "h", "pid": 1, "job": ""}\n')
-    told = two_ranks(lambda rank: _take(argparse.Namespace(resume=resume, eval_only=False), str(folders[rank])))
-    if shared:
-        assert told == [None, None]
-        return
-    for rank in (0, 1):
-        assert isinstance(told[rank], UserError)
-        assert str(told[rank]) == (
-            f"OUTPUT_DIR {folders[rank]} is not one folder that every machine sees: rank(s) 1 "
-            f"({socket.gethostname()}) do not find there what rank 0 writes"
-        )
-
-
-@pytest.fixture
-def two_ranks(monkeypatch):
-    """``two_ranks(f)`` -> what ``f(rank)`` raised in two threads that gather from each other."""
-    this, told, barrier = threading.local(), [None, None], threading.Barrier(2)
-
-    def all_gather(mine):
-        told[this.rank] = mine
-        barrier.wait(10)
-        everything = list(told)
-        barrier.wait(10)
-        return everything
-
-    def started(rank, function):
-        this.rank = rank
-        try:
-            function(rank)
-        except UserError as error:
-            return error
-
-    comm = dict(all_gather=all_gather, is_main_process=lambda: this.rank == 0, get_rank=lambda: this.rank)
-    monkeypatch.setattr(processes, "comm", argparse.Namespace(**comm, get_world_size=lambda: 2))
-    monkeypatch.setattr(processes, "_FOR_A_FILE_TO_BE_SEEN", 0.1)
-    monkeypatch.setattr(processes, "_HELD", [])
-
-    def run(function):
-        with ThreadPoolExecutor(2) as pool:
-            return list(pool.map(started, (0, 1), (function, function)))
-
-    yield run
-    for lock in processes._HELD:
-        lock.release()
+def test_a_folder_that_not_every_machine_sees(tiny_cfg, monkeypatch):
+    trainer = Trainer(tiny_cfg())
+    monkeypatch.setattr("repr_det.detectron.engine.comm.all_gather", lambda mine: ["model_0000009.pth", mine])
+    with pytest.raises(UserError, match=r"model_0000009.pth for rank 0 and none for others; copy rank 0's folder"):
+        trainer.resume_or_load(resume=True)
 
 
 def test_a_file_system_without_locks_still_knows_the_job(tmp_path, monkeypatch, caplog):

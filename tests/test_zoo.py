@@ -1,14 +1,17 @@
-"""Detectron2's model zoo, and timm: what takes part in each model, and one cycle in a small version (docs/zoo.md).
+"""docs/zoo.md: what takes part in the models of Detectron2's zoo, and one cycle in a small version; other libraries.
 
 The models of the zoo are built on the meta device. The small ones have the same modules with fewer channels, blocks and
 proposals, random weights and BN, and see two synthetic images.
 """
 
 import math
-from pathlib import Path
+import re
+from collections.abc import Callable
 
 import pytest
 import torch
+import torchvision
+from conftest import ROOT
 from detectron2 import model_zoo
 from detectron2.config import instantiate
 from detectron2.layers import ShapeSpec
@@ -22,7 +25,7 @@ from repr_det import RePr, RePrSchedule, UserError, find_filter_layers
 from repr_det.method.options import DETECTRON2_LAYERS
 
 REGNET = ["backbone.bottom_up.s*.f.?"]
-TABLE = (Path(__file__).resolve().parents[1] / "docs" / "zoo.md").read_text()
+TABLE = (ROOT / "docs" / "zoo.md").read_text()
 SMALL = """
 MODEL.RESNETS.NORM BN MODEL.BACKBONE.FREEZE_AT 0 MODEL.RESNETS.STEM_OUT_CHANNELS 8 MODEL.RESNETS.RES2_OUT_CHANNELS 16
 MODEL.FPN.OUT_CHANNELS 8 MODEL.RPN.PRE_NMS_TOPK_TRAIN 40 MODEL.RPN.POST_NMS_TOPK_TRAIN 20
@@ -118,8 +121,8 @@ def test_what_takes_part(config):
 @pytest.mark.parametrize("config", ZOO)
 def test_one_cycle(config):
     model, batch = small(config), images(config)
-    named = find_filter_layers(model, patterns(config))
     optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
+    named = find_filter_layers(model, patterns(config))
     repr_training = RePr(model, optimizer, 4, layers=patterns(config), schedule=RePrSchedule(1, 2, 1))
     for step in range(4):
         with EventStorage(0):
@@ -128,17 +131,12 @@ def test_one_cycle(config):
         sum(losses.values()).backward()
         optimizer.step()
         assert all(math.isfinite(loss) for loss in losses.values())
-        transition = repr_training.step()
+        repr_training.step()  # looks at the channels that are out
         layers = repr_training.scheme.layers
-        if step == 0:
-            assert [(x.name, x.norm) for x in layers] == [(x.name, x.norm) for x in named]
-            assert sum(map(len, transition.dropped.values())) == math.floor(0.3 * sum(x.num_filters for x in layers))
-        if repr_training.phase == "sub":
-            for layer in layers:
-                gone = repr_training.scheme.masks[layer.name]
-                assert all(tensor[gone].count_nonzero() == 0 for tensor in layer.tensors().values())
-    assert transition is None and repr_training.phase == "full"
-    assert all(layer.weight.flatten(1).any(1).all() and layer.weight.isfinite().all() for layer in layers)
+        assert [(x.name, x.norm) for x in layers] == [(x.name, x.norm) for x in named]
+        assert repr_training.phase == ("sub" if step in (0, 1) else "full")
+        out = sum(int((layer.weight.flatten(1) == 0).all(1).sum()) for layer in layers)
+        assert out == (math.floor(0.3 * sum(x.num_filters for x in layers)) if step in (0, 1) else 0)
 
 
 def vit() -> nn.Module:
@@ -154,43 +152,123 @@ def mvit() -> nn.Module:
     return MViT(embed_dim=16, depth=4, num_heads=1, last_block_indexes=(0, 1, 2, 3), out_features=("scale2",))
 
 
-TRANSFORMERS = {"ViTDet": (vit, "Attention"), "Swin": (swin, "WindowAttention"), "MViT": (mvit, "MultiScaleAttention")}
+def of_detectron2(backbone: nn.Module) -> tuple[nn.Module, Callable]:
+    model = nn.ModuleDict({"backbone": backbone})
+    model.forward = lambda x: list(backbone(x).values())
+    return model, lambda: model.forward(torch.randn(2, 3, 64, 64))
 
 
-@pytest.mark.parametrize("name", TRANSFORMERS)
+# ---- other libraries: a row of docs/zoo.md is what RePr says of the model ----
+
+DETECTION = {"batch_idx": torch.tensor([0.0, 1.0]), "cls": torch.zeros(2, 1), "bboxes": torch.full((2, 4), 0.5)}
+LABELS = [{"class_labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.3, 0.3]])}] * 2
+
+
+def of_torchvision(name: str, **options) -> tuple[nn.Module, Callable]:
+    build = getattr(torchvision.models.detection, name)
+    model = build(weights=None, weights_backbone=None, num_classes=4, **options)
+    boxes = {"boxes": torch.tensor([[4.0, 4.0, 40.0, 44.0]]), "labels": torch.tensor([1])}
+    return model, lambda: model(list(torch.rand(2, 3, 64, 64)), [boxes, boxes])
+
+
+def of_timm(name: str, size: int = 64, **options) -> tuple[nn.Module, Callable]:
+    model = pytest.importorskip("timm", reason="timm is not installed").create_model(name, **options)
+    return model, lambda: model(torch.rand(2, 3, size, size))
+
+
+def of_transformers(name: str, **options) -> tuple[nn.Module, Callable]:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    config = getattr(transformers, f"{name}Config")(**options)
+    model = getattr(transformers, f"{name}ForObjectDetection")(config)
+    return model, lambda: model(pixel_values=torch.rand(2, 3, 64, 64), labels=LABELS).loss
+
+
+def of_ultralytics(name: str) -> tuple[nn.Module, Callable]:
+    pytest.importorskip("ultralytics", reason="ultralytics is not installed")
+    from ultralytics.cfg import get_cfg
+    from ultralytics.nn.tasks import DetectionModel, RTDETRDetectionModel
+
+    model = (RTDETRDetectionModel if "rtdetr" in name else DetectionModel)(f"{name}.yaml", verbose=False)
+    model.args, model.nc = get_cfg(), 80
+    return model, lambda: model({"img": torch.rand(2, 3, 64, 64), **DETECTION})
+
+
+RESNET = "backbone.body.layer*.conv*"
+FEW = dict(num_queries=20)
+DETR = dict(use_pretrained_backbone=False)
+OTHERS = {
+    ("torchvision `fasterrcnn_resnet50_fpn`", RESNET): (of_torchvision, dict(min_size=64)),
+    ("torchvision `retinanet_resnet50_fpn`", RESNET): (of_torchvision, dict(min_size=64)),
+    ("torchvision `ssdlite320_mobilenet_v3_large`", "backbone.features.*"): (of_torchvision, {}),
+    ("timm `resnet18`", "*"): (of_timm, {}),
+    ("timm `efficientnet_b0`", "*"): (of_timm, {}),
+    ("timm `convnext_atto`", "*"): (of_timm, {}),
+    ("transformers `RTDetr`", "*backbone*"): (of_transformers, FEW),
+    ("transformers `DFine`", "*backbone*"): (of_transformers, FEW),
+    ("transformers `Detr`", "*"): (of_transformers, DETR),
+    ("transformers `DeformableDetr`", "*backbone*"): (of_transformers, DETR),
+    ("Ultralytics `yolov8n`", "*"): (of_ultralytics, {}),
+    ("Ultralytics `yolo11n`", "*"): (of_ultralytics, {}),
+    ("Ultralytics `rtdetr-l`", "*"): (of_ultralytics, {}),
+}
+
+
+def said(caplog, model: nn.Module, run: Callable, layers: list[str]) -> str:
+    """What RePr says of a model, as cells of a row."""
+    optimizer = torch.optim.SGD(model.train().parameters(), 0.1)
+    repr_training = RePr(model, optimizer, 50, layers=layers, frozen_norm="keep")
+    repr_training.prove(run)
+    out = re.findall(
+        r"all filters stay of ([^(]+) \(.*(?:comes (\w+)|(predicts)).*\)$", "\n".join(caplog.messages), re.M
+    )
+    reasons = "; ".join(f"{len(names.split(', '))}: {operation or predicts}" for names, operation, predicts in out)
+    scheme = repr_training.scheme
+    candidates = len(scheme.participants.candidates)
+    filters = sum(layer.num_filters for layer in scheme.layers)
+    return f"{len(scheme.layers)} of {candidates} convs, {filters:,} filters | {reasons}"
+
+
+@pytest.mark.parametrize(("name", "layers"), OTHERS)
+def test_what_takes_part_in_models_of_other_libraries(name, layers, caplog):
+    caplog.set_level("INFO", "repr_det")
+    build, options = OTHERS[name, layers]
+    model, run = build(name.split("`")[1], **options)
+    start = f"| {name} | `{layers}` | "
+    (row,) = [line for line in TABLE.splitlines() if line.startswith(start)]
+    assert row == f"{start}{said(caplog, model, run, [layers])} |".replace("|  |", "| |")
+
+
+def frozen_detr() -> tuple[nn.Module, Callable]:
+    model, run = of_transformers("Detr", use_pretrained_backbone=False)
+    model.model.freeze_backbone()
+    return model, run
+
+
+NEXT_TO_NOTHING = {
+    "ViTDet": (lambda: of_detectron2(vit()), "Attention"),
+    "Swin": (lambda: of_detectron2(swin()), "WindowAttention"),
+    "MViT": (lambda: of_detectron2(mvit()), "MultiScaleAttention"),
+    "DETR with a frozen backbone": (frozen_detr, "DetrSelfAttention"),
+    "RF-DETR": (lambda: of_transformers("RfDetr", num_queries=4), "RfDetrDinov2"),
+    "timm's ViTs": (lambda: of_timm("vit_tiny_patch16_224", size=224, depth=1), "Attention"),
+}
+
+
+@pytest.mark.parametrize("name", NEXT_TO_NOTHING)
 def test_transformers_are_refused_with_a_reason(name):
-    build, attention = TRANSFORMERS[name]
-    model = nn.ModuleDict({"backbone": build()})
-    model.forward = lambda x: list(model["backbone"](x).values())
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    build, attention = NEXT_TO_NOTHING[name]
+    model, run = build()
+    optimizer = torch.optim.SGD(model.train().parameters(), 0.1)
 
-    def take(layers):
-        return RePr(model, optimizer, 50, layers=layers, sample=torch.randn(2, 3, 64, 64))
-
-    reason = f"This model has attention ({attention}): RePr drops output channels of convolutions, and most of its"
-    refused = [DETECTRON2_LAYERS] if name == "Swin" else [DETECTRON2_LAYERS, ["*"]]
-    for layers in refused:
+    def refused(layers):
         with pytest.raises(UserError) as error:
-            take(layers)
-        assert reason in str(error.value) and "\n" not in str(error.value)
-    if name == "Swin":
-        assert {layer.name.rstrip("0123456789") for layer in take(["*"]).scheme.layers} == {"backbone.fpn_lateral"}
-    assert "**ViTDet, Swin and MViT** are transformers" in TABLE
+            RePr(model, optimizer, 50, layers=layers).prove(run)
+        assert f"This model has attention ({attention}" in str(error.value) and "\n" not in str(error.value)
 
-
-@pytest.mark.parametrize(
-    ("name", "frozen"), [("resnet18", False), ("resnet18", True), ("efficientnet_b0", False), ("convnext_atto", False)]
-)
-def test_what_takes_part_in_timms_models(name, frozen):
-    timm = pytest.importorskip("timm", reason="timm is not installed")
-    model = timm.create_model(name).train()
-    if frozen:
-        model = timm.layers.freeze_batch_norm_2d(model)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    sample = torch.randn(2, 3, 64, 64)
-    layers = RePr(model, optimizer, 50, sample=sample, frozen_norm="keep").scheme.layers
-    convs = sum(isinstance(module, nn.Conv2d) for module in model.modules())
-    (line,) = [line for line in TABLE.splitlines() if f"timm `{name}`" in line]
-    assert f"| {len(layers)} of {convs} convs |" in line
-    if name == "resnet18":
-        assert {layer.kind for layer in layers} == {"frozen" if frozen else "batch"}
+    refused(DETECTRON2_LAYERS)
+    if name != "Swin":
+        refused(["*"])
+        return
+    one = RePr(model, optimizer, 50, layers=["*"])
+    one.prove(run)
+    assert {layer.name.rstrip("0123456789") for layer in one.scheme.layers} == {"backbone.fpn_lateral"}

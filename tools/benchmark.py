@@ -30,6 +30,7 @@ from detectron2.solver import build_optimizer
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.analysis import FlopCountAnalysis
 from detectron2.utils.events import EventStorage
+from tabulate import tabulate
 from torch.utils.benchmark import Timer, timer
 
 from repr_det import RePrHook, RePrScheme, UserError
@@ -107,7 +108,7 @@ def synthetic_batch(images: int, height: int, width: int, boxes: int = 5) -> lis
 
 
 def row(what: str, unit: str, values: Sequence[float], ratios: Sequence[float] = ()) -> dict[str, Any]:
-    """Returns median and quartiles of measurements, and of their ratios to stock Detectron2 if there are any."""
+    """Median and quartiles of measurements, and of their ratios to stock Detectron2 if there are any."""
     found: dict[str, Any] = {"what": what, "unit": unit, **spread(values)}
     if len(ratios):
         found["to_stock"] = spread(ratios)
@@ -115,7 +116,6 @@ def row(what: str, unit: str, values: Sequence[float], ratios: Sequence[float] =
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Returns median and quartiles."""
     return {name: float(np.percentile(values, q)) for name, q in (("median", 50), ("q1", 25), ("q3", 75))}
 
 
@@ -145,7 +145,7 @@ def measure(cfg: CfgNode, size: tuple[int, int], args: argparse.Namespace) -> It
 
 
 def take_turns(method: str, arms: dict[str, Detector], rounds: int, clock: Callable) -> dict[str, list[float]]:
-    """Returns arm -> seconds of ``method`` in every round, in which all arms run it, in an order that turns."""
+    """Arm -> seconds of ``method`` in every round, in which all arms run it, in an order that turns."""
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     names = list(arms)
     for number in range(rounds):
@@ -160,7 +160,7 @@ def take_turns(method: str, arms: dict[str, Detector], rounds: int, clock: Calla
 
 
 def compare(what: str, seconds: dict[str, list[float]]) -> list[dict]:
-    """Returns a row for every arm. Ratios are those of the rounds, so that a slow minute of the machine cancels out."""
+    """A row for every arm. Ratios are those of the rounds, so that a slow minute of the machine cancels out."""
     rows = []
     for name, values in seconds.items():
         ratios = [value / stock for value, stock in zip(values, seconds[STOCK], strict=True)]
@@ -169,7 +169,7 @@ def compare(what: str, seconds: dict[str, list[float]]) -> list[dict]:
 
 
 def time_transitions(scheme: RePrScheme, repeats: int, clock: Callable) -> dict[str, list[float]]:
-    """Returns "drop" and "restore" -> seconds with their passes over data, after one of each that does not count."""
+    """Transition -> seconds with their passes over data, after one of each that does not count."""
     seconds: dict[str, list[float]] = {"drop": [], "restore": []}
     for _ in range(repeats and repeats + 1):
         for name, transition in (("drop", scheme.drop), ("restore", scheme.restore)):
@@ -180,7 +180,7 @@ def time_transitions(scheme: RePrScheme, repeats: int, clock: Callable) -> dict[
 
 
 def transition_rows(seconds: dict[str, list[float]], stock_step: float, cycles: int) -> list[dict]:
-    """Returns drop and restore, in seconds and in stock steps, and their share of runs on COCO in percent."""
+    """Drop and restore, in seconds and in stock steps, and their share of runs on COCO in percent."""
     rows = [row(name, "s", values, [x / stock_step for x in values]) for name, values in seconds.items()]
     both = np.add(seconds["drop"], seconds["restore"])
     for name, iterations in COCO_ITERATIONS.items():
@@ -189,7 +189,7 @@ def transition_rows(seconds: dict[str, list[float]], stock_step: float, cycles: 
 
 
 def flop_rows(detector: Detector, dropped: dict[str, tuple[int, int]]) -> list[dict]:
-    """Returns multiply-adds of the convs for one image, as fvcore counts them, and the shares of them that belong to
+    """Multiply-adds of the convs for one image, as fvcore counts them, and the shares of them that belong to
     RePr's layers and to dropped filters (which S2 computes all the same)."""
     logging.getLogger("fvcore.nn.jit_analysis").setLevel(logging.ERROR)
     detector.model.eval()
@@ -204,7 +204,7 @@ def flop_rows(detector: Detector, dropped: dict[str, tuple[int, int]]) -> list[d
 
 
 def memory_rows(cfg: CfgNode, size: tuple[int, int]) -> list[dict]:
-    """Returns peak memory of steps and transitions; stock and RePr have a process of their own each."""
+    """Peak memory of steps and transitions; stock and RePr have a process of their own each."""
     os.environ.update(ALLOCATOR)
     peaks: dict[str, int] = {}
     for with_repr in (False, True):
@@ -215,7 +215,7 @@ def memory_rows(cfg: CfgNode, size: tuple[int, int]) -> list[dict]:
 
 
 def peak_memory(cfg: CfgNode, size: tuple[int, int], with_repr: bool, threads: int) -> dict[str, int]:
-    """Returns what -> bytes that this process, which must not have done anything else, held at once."""
+    """Stage -> bytes that this process, which must not have done anything else, held at once."""
     torch.set_num_threads(threads)
     detector = Detector(cfg, size, with_repr)
 
@@ -231,7 +231,7 @@ def peak_memory(cfg: CfgNode, size: tuple[int, int], with_repr: bool, threads: i
 
 
 def peak_of(run: Callable[[], object], device: str) -> int:
-    """Returns the bytes held at once during ``run``: allocated by torch on a GPU, resident in the process on a CPU."""
+    """The bytes held at once during ``run``: allocated by torch on a GPU, resident in the process on a CPU."""
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
         run()
@@ -242,7 +242,7 @@ def peak_of(run: Callable[[], object], device: str) -> int:
 
 
 def machine() -> dict[str, object]:
-    """Returns GPU or processor, threads, version of torch and load."""
+    """GPU or processor, threads, version of torch and load."""
     names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else ", ".join(names[:1]),
@@ -255,31 +255,27 @@ def machine() -> dict[str, object]:
 
 
 def table(results: dict) -> str:
-    """Returns everything that was measured as text."""
+    """Everything that was measured as text."""
     where = results["machine"]
-    lines = [
+    head = (
         f"{where['device']}, {where['threads']} threads of {where['cores']} cores ({where['instructions']}), "
-        f"torch {where['torch']}, load at the start {where['load']}",
-        results["case"],
-        "",
-        f"{'':33}{'median':>11}{'quartiles':>24}{'to stock':>13}{'quartiles':>24}",
-    ]
-    for entry in results["rows"]:
-        line = f"{entry['what']:28}{entry['unit']:>5}{in_words(entry, 11)}"
-        if "to_stock" in entry:
-            line += in_words(entry["to_stock"], 13)
-        lines.append(line.rstrip())
-    return "\n".join(lines) + "\n"
+        f"torch {where['torch']}, load at the start {where['load']}"
+    )
+    lines = [[x["what"], x["unit"], *in_words(x), *in_words(x.get("to_stock"))] for x in results["rows"]]
+    columns = ("", "", "median", "quartiles", "to stock", "quartiles")
+    return f"{head}\n{results['case']}\n\n{tabulate(lines, columns, disable_numparse=True)}\n"
 
 
-def in_words(found: dict[str, float], width: int) -> str:
-    """Returns the median, and the quartiles if they differ."""
+def in_words(found: dict[str, float] | None) -> tuple[str, str]:
+    """The median, and the quartiles if they differ."""
+    if found is None:
+        return "", ""
     quartiles = f"{found['q1']:.5g} to {found['q3']:.5g}" if found["q1"] < found["q3"] else ""
-    return f"{found['median']:{width}.5g}{quartiles:>24}"
+    return f"{found['median']:.5g}", quartiles
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command line."""
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(description="Measures what RePr costs beside stock Detectron2, without data.")
     parser.add_argument("--config-file", default="repr_r50_fpn.yaml", help="repr_r50_fpn.yaml")
     parser.add_argument("--size", help="of the images: 320 or 800x1333 (320; on a GPU the largest of INPUT)")
@@ -297,7 +293,7 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, CfgNode, tuple[int, int]]:
-    """Returns the arguments, the config and the size of the images.
+    """The arguments, the config and the size of the images.
 
     Raises:
         UserError: a value is wrong.

@@ -1,4 +1,4 @@
-"""What `make docs` adds to MkDocs: pages from elsewhere, links from file names, a check of docstrings."""
+"""Hooks of `make docs`: pages from elsewhere, links from file names, a check of docstrings."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ from mkdocs.exceptions import PluginError
 
 ROOT = Path(__file__).resolve().parents[1]
 # Pages whose text is a file of the repository's root.
-INCLUDED = {"contributing.md": "CONTRIBUTING.md", "changes.md": "CHANGELOG.md"}
+INCLUDED = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changes.md": "CHANGELOG.md"}
 
 
 def on_pre_build(**_: Any) -> None:
@@ -31,7 +31,9 @@ def on_pre_build(**_: Any) -> None:
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Fills in what comes from elsewhere, and makes links of names of pages (`docs/results.md`)."""
     if page.file.src_uri in INCLUDED:
-        markdown = (ROOT / INCLUDED[page.file.src_uri]).read_text()
+        markdown = (ROOT / INCLUDED[page.file.src_uri]).read_text().replace("](docs/", "](")
+        for name, source in INCLUDED.items():
+            markdown = markdown.replace(f"]({source})", f"]({name})")
     mine = page.file.src_uri
 
     def link(found: re.Match) -> str:

@@ -11,23 +11,19 @@ three measurements around that moment.
 
 import argparse
 import statistics
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from telling import markdown
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
-from cifar.records import Settings, read
-from cifar.report import group, tail_epochs
+from cifar.records import Settings, group, read, tail_epochs
 from cifar.training import OPTIMIZERS
 from cifar10 import DEFAULTS
+from telling import markdown
 
 RUNS = Path(__file__).with_name("cifar10.jsonl")
 AROUND = 1
-EARLY = 5  # percent of the training: a shorter S1 is told
-_TOLD = ("weight_decay", "dropout", "distill", "ortho_reg", "duplicates", "dead", "warm_images")
-# Field of RePr -> how it is told where it is not the paper's.
+EARLY = 5  # percent of the training: a shorter S1 is named
+_LABELLED = ("weight_decay", "dropout", "distill", "ortho_reg", "duplicates", "dead", "warm_images")
+# Field of RePr -> its label if it is not the paper's.
 _OF_REPR = {"drop_ratio": "{:g} % dropped", "max_drop_per_layer": "at most {:g} % of a layer"}
 
 
@@ -79,12 +75,12 @@ def pairs(runs: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, An
 
 def line(standard: dict[str, Any], run: dict[str, Any]) -> list[str]:
     settings = run["settings"]
-    more = [f"{k} {settings[k]:g}" for k in _TOLD if settings.get(k)]
+    more = [f"{k} {settings[k]:g}" for k in _LABELLED if settings.get(k)]
     if settings["lr"] != OPTIMIZERS[settings["optimizer"]][2]:
         more.insert(0, f"lr {settings['lr']:g}")
     released = settings.get("network", "3x3") == DEFAULTS["released"]["network"]
     usual = DEFAULTS["released" if released else "paper"]
-    more += [told.format(100 * settings[k]) for k, told in _OF_REPR.items() if settings.get(k, usual[k]) != usual[k]]
+    more += [label.format(100 * settings[k]) for k, label in _OF_REPR.items() if settings.get(k, usual[k]) != usual[k]]
     if settings.get("skip_first"):
         more.append("first conv not ranked")
     if not released and settings.get("s1", EARLY) < EARLY:
@@ -112,8 +108,10 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 
 def verdict(runs: list[dict[str, Any]]) -> tuple[int, int]:
-    """In how many of how many pairs RePr tests worse than the standard network did at the same fit. Pairs with planted
-    filters do not count, nor those whose standard network never fitted as well."""
+    """Counts the pairs in which RePr tests worse than the standard network did at the same fit, and all pairs.
+
+    Pairs with planted filters do not count, nor those whose standard network never fitted as well.
+    """
     unplanted = [run for run in runs if not (run["settings"].get("duplicates") or run["settings"].get("dead"))]
     differences = [float(found) for *_, found in (line(*pair) for pair in pairs(unplanted)) if found]
     return sum(found < 0 for found in differences), len(differences)

@@ -1,4 +1,4 @@
-"""What the runs of fine_tuning_search.py do besides stock training and RePrHook: each a Detectron2 hook."""
+"""Detectron2 hooks for what the runs of fine_tuning_search.py do besides stock training and RePrHook."""
 
 import fnmatch
 import math
@@ -10,19 +10,18 @@ from detectron2.engine import HookBase
 from detectron2.modeling import build_model
 from torch import Tensor, nn
 
-from repr_det.method.orthogonality import inter_filter_orthogonality, least_overlap_filters
+from repr_det.method.orthogonality import inter_filter_orthogonality
 
 
 class Cycle(HookBase):
     """Removes rows of convs and linear layers for ``s2`` iterations after every ``s1``, ``n`` times; brings them back.
 
     Args (of ``options``):
-        layers, exclude: fnmatch patterns on module names; linear layers too, which REPR.LAYERS does not reach.
-        s1, s2, n, start: the cycles; s1 0: another removal after every s2 iterations; s2 0: back at once.
+        layers: fnmatch patterns on module names; linear layers too, which REPR.LAYERS does not reach.
+        s1, s2, n: the cycles; s1 0: another removal after every s2 iterations; s2 0: back at once.
         ratio: share of the rows of every layer.
-        criterion: random, norm or ortho.
-        returns: "old" as they were, "new" directions of least overlap, "mix" of old and new by alpha, "shrink" by
-            alpha, "init" from a normal distribution with the layer's standard deviation at the start.
+        criterion: random or ortho.
+        returns: "old" as they were, "init" from a normal distribution with the layer's deviation at the start.
     """
 
     def __init__(self, options: dict[str, Any], seed: int) -> None:
@@ -40,9 +39,8 @@ class Cycle(HookBase):
             if isinstance(module, (nn.Conv2d, nn.Linear))
             and module.weight.requires_grad
             and any(fnmatch.fnmatch(name, p) for p in o["layers"])
-            and not any(fnmatch.fnmatch(name, p) for p in o.get("exclude", []))
         }
-        first = o.get("start", 0) + o["s1"] - 1
+        first = o["s1"] - 1
         self.drops = {first + cycle * (o["s1"] + o["s2"]) for cycle in range(o["n"])}
         self.restores = {iteration + o["s2"] for iteration in self.drops}
         self.spread = {name: module.weight.std().item() for name, module in self.layers.items()}
@@ -80,30 +78,15 @@ class Cycle(HookBase):
         self.rows = {}
 
     def _renew(self, name: str, module: nn.Module, rows: Tensor) -> None:
-        returns, alpha = self.options["returns"], self.options.get("alpha", 0.5)
-        weight, old = module.weight, self.old[name][0]
-        if returns in ("new", "mix"):
-            stays = torch.ones(len(weight), dtype=torch.bool)
-            stays[rows] = False
-            new = least_overlap_filters(weight[stays], old, self.generator).view_as(old)
-            if returns == "new":
-                weight[rows] = new * weight[stays].flatten(1).norm(dim=1).mean()
-            else:
-                norms = old.flatten(1).norm(dim=1).view(-1, *[1] * (old.dim() - 1))
-                weight[rows] = (1 - alpha) * old + alpha * norms * new
-        elif returns == "shrink":
-            weight[rows] = alpha * old
-        elif returns == "init":
-            weight[rows] = self.spread[name] * torch.randn(old.shape, generator=self.generator)
-        if returns in ("new", "init") and module.bias is not None:
-            module.bias[rows] = 0
+        if self.options["returns"] == "init":
+            shape = module.weight[rows].shape
+            module.weight[rows] = self.spread[name] * torch.randn(shape, generator=self.generator)
+            if module.bias is not None:
+                module.bias[rows] = 0
 
     def _score(self, weight: Tensor) -> Tensor:
-        criterion = self.options.get("criterion", "random")
-        if criterion == "ortho":
+        if self.options.get("criterion") == "ortho":
             return inter_filter_orthogonality(weight)
-        if criterion == "norm":
-            return -weight.flatten(1).norm(dim=1)
         return torch.rand(len(weight), generator=self.generator)
 
     def _forget(self, module: nn.Module, rows: Tensor) -> None:
@@ -117,35 +100,6 @@ class Cycle(HookBase):
         norm = getattr(module, "norm", None)
         found = [module.weight, module.bias]
         return [t for t in (*found, *((norm.weight, norm.bias) if norm is not None else ())) if t is not None]
-
-
-class ChannelDropout(HookBase):
-    """Leaves a share of the channels of every image out of a step and scales the others up.
-
-    DropBlock (arXiv 1810.12890) with a block of the whole map: no weight is touched, and the share grows linearly to
-    ``p`` at the end of training.
-
-    Args (of ``options``):
-        layers: fnmatch patterns on the names of convs (behind their norm) and linear layers.
-        p: share.
-    """
-
-    def __init__(self, options: dict[str, Any]) -> None:
-        self.options = options
-        self.share = 0.0
-
-    def before_train(self) -> None:
-        for name, module in self.trainer.model.named_modules():
-            if any(fnmatch.fnmatch(name, pattern) for pattern in self.options["layers"]):
-                module.register_forward_hook(self._drop)
-
-    def before_step(self) -> None:
-        self.share = self.options["p"] * self.trainer.iter / self.trainer.max_iter
-
-    def _drop(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
-        if not module.training:
-            return None
-        return F.dropout2d(output, self.share) if output.dim() == 4 else F.dropout(output, self.share)
 
 
 class Distillation(HookBase):

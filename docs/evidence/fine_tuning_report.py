@@ -21,15 +21,15 @@ RESULTS = Path(__file__).with_name("fine_tuning_search.jsonl")
 FORMS = {
     "b_lr04": "baseline",
     "f4_base": "baseline, fp32",
-    "b4_heads": "FPN and RPN convs alone, the layers that are new",
+    "b4_heads": "only FPN and RPN convs, the layers that are new",
     "b4_hearly": "the same, cycles in the first 180 iterations",
     "b4_old": "backbone, filters come back as they were",
     "b4_recycle": "backbone, the 10 % of conv1 and conv2 that matter least (Taylor), `function_preserving`",
-    "b4_fcnew": "the box head's fully connected layers begun anew twice (after RIFLE)",
+    "b4_fcnew": "the box head's fully connected layers restarted twice (after RIFLE)",
     "b4_small5": "backbone, 5 % at most 10 % of a layer, `ortho_calibrated`",
     "f4_distill_pub": "as published, distilled from the network before each drop; fp32, against the same without RePr",
-    "f4_redundant": "near-duplicates and dead filters alone (`redundant`, `function_preserving`); fp32",
-    "f5_redundant_no3": "the same in conv1 and conv2 alone; fp32",
+    "f4_redundant": "near-duplicates and dead filters only (`redundant`, `function_preserving`); fp32",
+    "f5_redundant_no3": "the same only in conv1 and conv2; fp32",
     "f5_redundant_no3_6c": "the same in six cycles; fp32",
     "f5_redundant_no3_warm": "the same in three, with a new warm-up after each restore (`repr_*_redundant.yaml`); fp32",
     "b4_pub": "backbone, as published",
@@ -38,21 +38,33 @@ FORMS = {
     "b_fcdrop_step": "at 0.01: 30 % of the box head left out, others in every step",
     "b_pub": "at 0.01: as published",
 }
+# The same for docs/results.md: data and iterations, form.
+SUMMARY = {
+    "b4_pub": ("BCCD, 800", "as published"),
+    "b4_pub_warm": ("", "as published, a new warm-up after each restore"),
+    "b4_heads": ("", "only FPN and RPN convs"),
+    "b4_old": ("", "filters come back as they were"),
+    "f5_redundant_no3_warm": ("", "`repr_r50_fpn_redundant.yaml`"),
+    "r_pub": ("raccoons, 800", "as published"),
+    "r_redundant_no3_warm": ("", "`repr_r50_fpn_redundant.yaml`"),
+    "b24_pub": ("BCCD, 2,400", "as published"),
+    "r24_pub": ("raccoons, 2,400", "as published"),
+}
 
 Run = dict[str, Any]
 Arms = dict[str, dict[int, float]]  # name -> seed -> AP
 
 
 def setting_of(run: Run) -> str:
-    """What an arm has in common with its baseline, as text."""
-    own = ("name", "seed", "cycle", "dropout", "average", "cfg")
+    """Everything that an arm has in common with its baseline, as text."""
+    own = ("name", "seed", "cycle", "average", "cfg")
     shared = {key: value for key, value in run.items() if key not in own}
     cfg = {key: value for key, value in run.get("cfg", {}).items() if not key.startswith("REPR.")}
     return json.dumps({"data": "raccoon", "iterations": 800} | shared | {"cfg": cfg}, sort_keys=True)
 
 
 def removes(run: Run) -> bool:
-    return "cycle" in run or "dropout" in run or bool(run.get("cfg", {}).get("REPR.ENABLED"))
+    return "cycle" in run or bool(run.get("cfg", {}).get("REPR.ENABLED"))
 
 
 def read(file: Path, average: str | None) -> tuple[dict[str, Arms], dict[str, Arms]]:
@@ -80,10 +92,10 @@ def lines(baselines: dict[str, Arms], forms: dict[str, Arms]) -> list[tuple[str,
     found = []
     for setting in sorted(set(baselines) | set(forms), key=_order):
         for name, arm in sorted(baselines.get(setting, {}).items()):
-            found.append((_told(setting), f"**{name}**", str(len(arm)), spread(arm.values()), ""))
+            found.append((_label(setting), f"**{name}**", str(len(arm)), spread(arm.values()), ""))
         for name, arm in sorted(forms.get(setting, {}).items()):
             d = difference(baselines.get(setting, {}), arm)
-            found.append((_told(setting), name, str(len(arm)), spread(arm.values()), interval(d)))
+            found.append((_label(setting), name, str(len(arm)), spread(arm.values()), interval(d)))
     return found
 
 
@@ -92,7 +104,7 @@ def _order(setting: str) -> tuple[str, int, str]:
     return values["data"], values["iterations"], setting
 
 
-def _told(setting: str) -> str:
+def _label(setting: str) -> str:
     values = json.loads(setting)
     parts = [values.pop("data"), f"{values.pop('iterations')}"]
     cfg = values.pop("cfg")
@@ -108,10 +120,19 @@ def table(file: Path = RESULTS, average: str | None = None) -> str:
 
 def forms(file: Path = RESULTS) -> str:
     """The arms of FORMS in words."""
-    told = {name.strip("*"): values for _, name, *values in lines(*read(file, None))}
+    label = {name.strip("*"): values for _, name, *values in lines(*read(file, None))}
     return markdown(
         ("run", "form, BCCD, rate 0.04, 800 iterations", "seeds", "AP", "form - baseline (95 % CI)"),
-        [[f"`{name}`", words, *told[name]] for name, words in FORMS.items()],
+        [[f"`{name}`", words, *label[name]] for name, words in FORMS.items()],
+    )
+
+
+def summary(file: Path = RESULTS) -> str:
+    """The arms of SUMMARY."""
+    label = {name: values for _, name, _, *values in lines(*read(file, None))}
+    return markdown(
+        ("data, iterations", "form", "AP", "RePr - baseline (95 % CI)"),
+        [[*words, *label[name]] for name, words in SUMMARY.items()],
     )
 
 

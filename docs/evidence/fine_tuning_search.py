@@ -5,7 +5,7 @@ docs/evidence/fine_tuning_search.py --data FOLDER --weights thin_resnet50.pkl --
 
 Every description is one run: a half-width R50-FPN with ImageNet weights and FrozenBN (stem and res2 frozen), about
 176 px, batch 4, SGD with warm-up and two steps, one thread, bf16 autocast in training unless the description says
-otherwise. A run that the results hold already is skipped, so a list that was killed goes on with the same command. What
+otherwise. A run that the results hold already is skipped, so a list that was killed resumes with the same command. What
 a description may say, besides name and seed:
 
     data         "raccoon" or "bccd": FOLDER/NAME/annotations/instances_{train,val}.json, FOLDER/NAME/{train,val}/;
@@ -18,17 +18,17 @@ a description may say, besides name and seed:
     noise        share of the training boxes that are removed (half of it) or shifted by up to 30 % (the other half)
     cfg          config keys, REPR among them
     cycle        removal by this file instead of RePrHook, see ``fine_tuning_hooks.Cycle``
-    dropout      removal of other channels in every step, kept ones scaled up: {"layers", "p"}, p reached linearly
     distill      {"at", "until", "weight"}: losses against the network of these iterations, see
                  ``fine_tuning_hooks.Distillation``
     average      name -> {"decay"} or {"start", "every"}: exponential or uniform averages of the weights, evaluated too
-    cosine       iterations at which a cosine rate begins anew, instead of the steps
+    cosine       iterations at which a cosine rate restarts, instead of the steps
 """
 
 import argparse
 import fcntl
 import json
 import logging
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -42,9 +42,12 @@ from detectron2.engine import DefaultTrainer, HookBase, hooks
 from detectron2.evaluation import COCOEvaluator, inference_on_dataset
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
-from fine_tuning_hooks import Average, ChannelDropout, CosineRestarts, Cycle, Distillation
+from fine_tuning_hooks import Average, CosineRestarts, Cycle, Distillation
 from fine_tuning_plant import plant_copies
 from torch import nn
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
+from saliency import SALIENCY
 
 from repr_det import RePrHook, add_repr_config
 from repr_det.datasets import register_builtin
@@ -134,11 +137,9 @@ def train(run: dict[str, Any], cfg: CfgNode) -> dict[str, Any]:
     if "distill" in run:
         trainer.register_hooks([Distillation(run["distill"])])
     if cfg.REPR.ENABLED:
-        trainer.register_hooks([RePrHook(cfg)])
+        trainer.register_hooks([repr_hook(cfg)])
     if "cycle" in run:
         trainer.register_hooks([Cycle(run["cycle"], run["seed"])])
-    if "dropout" in run:
-        trainer.register_hooks([ChannelDropout(run["dropout"])])
     averages = {name: Average(**options) for name, options in run.get("average", {}).items()}
     trainer.register_hooks(averages.values())
     trainer.train()
@@ -147,6 +148,17 @@ def train(run: dict[str, Any], cfg: CfgNode) -> dict[str, Any]:
         model.load_state_dict(average.state)
         found.setdefault("average", {})[name] = box_ap(cfg, model)
     return found | {"minutes": round((time.time() - start) / 60, 1)}
+
+
+def repr_hook(cfg: CfgNode) -> RePrHook:
+    """RePr of the config, whose criterion may be one of examples/saliency.py."""
+    criterion = cfg.REPR.CRITERION
+    if criterion not in SALIENCY:
+        return RePrHook(cfg)
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.REPR.CRITERION = "ortho"
+    return RePrHook(**RePrHook.from_config(cfg) | {"criterion": SALIENCY[criterion]})
 
 
 def channels_last(model: nn.Module, bf16: bool) -> None:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Writes the tables of docs/*.md and of this folder's pages anew that come from the runs in this folder.
+"""Rewrites the tables of docs/*.md and of this folder's pages that come from the runs in this folder.
 
 docs/evidence/tables.py [--check]
 
@@ -43,6 +43,7 @@ def of_transfer() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "cifar10-summary": of_cifar(cifar10_tables.summary),
     "cifar10-whole": of_cifar(cifar10_tables.whole),
     "cifar10-medium": of_cifar(cifar10_tables.medium),
     "cifar10-ablations": of_cifar(cifar10_tables.ablations),
@@ -50,6 +51,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cifar10-planted": of_cifar(cifar10_tables.planted),
     "cifar10-by-itself": of_cifar(cifar10_tables.by_itself),
     "cifar10-equal-fit": lambda: cifar10_equal_fit.table(cifar10_equal_fit.runs()),
+    "fine-tuning-summary": fine_tuning_report.summary,
     "fine-tuning": fine_tuning_report.table,
     "fine-tuning-forms": fine_tuning_report.forms,
     **{f"remedies-{name}": of_remedies(name) for name in remedies.STUDIES},
@@ -76,7 +78,7 @@ def main() -> None:
             if not check:
                 page.write_text(new, encoding="utf-8")
     if old:
-        print(f"{'out of date' if check else 'written anew'}: {', '.join(old)}")
+        print(f"{'out of date' if check else 'rewritten'}: {', '.join(old)}")
     sys.exit(check and bool(old))
 
 

@@ -1,4 +1,4 @@
-"""How the tables of the evidence tell values, differences and themselves."""
+"""Values, differences and tables of the evidence as text."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence

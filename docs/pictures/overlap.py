@@ -3,7 +3,7 @@
 
 docs/pictures/overlap.py        # a minute on a CPU; needs the extra `studies`
 
-The paper's C3(32) on 500 images of scikit-learn's digits (examples/plain_pytorch.py), five seeds, 60 epochs. The band
+The paper's C3(32) on 500 images of scikit-learn's digits (docs/evidence/digits.py), five seeds, 60 epochs. The band
 is from the smallest to the largest of them.
 """
 
@@ -19,7 +19,7 @@ from repr_det import RePr, RePrSchedule, find_filter_layers
 from repr_det.method.criteria import calibrated_overlap
 
 HERE = Path(__file__).parent
-EXAMPLE = runpy.run_path(str(HERE.parents[1] / "examples" / "plain_pytorch.py"))
+EXAMPLE = runpy.run_path(str(HERE.parent / "evidence" / "digits.py"))
 EPOCHS, SEEDS = 60, range(5)
 
 

@@ -3,14 +3,14 @@
 import argparse
 import os
 import re
+from collections.abc import Sequence
 
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_argument_parser
+from detectron2.engine.launch import DEFAULT_TIMEOUT
 
-from repr_det.commands.config_files import merge_config_file, naming_close_keys
+from repr_det.commands.config_files import config_path, merge_config_file, naming_close_keys
 from repr_det.commands.data import classes_of_run, register_data
-from repr_det.commands.shipped import config_path
-from repr_det.commands.world import add_process_arguments
 from repr_det.detectron.config import add_repr_config, as_user_error
 from repr_det.method.errors import UserError
 from repr_det.runs.checkpoints import find_checkpoint
@@ -21,7 +21,14 @@ def train_argument_parser() -> argparse.ArgumentParser:
     parser = default_argument_parser()
     parser.description = "Train a Detectron2 detector with RePr, or its baseline, and evaluate it with COCO AP."
     add_data_argument(parser)
-    add_process_arguments(parser)
+    parser.add_argument(
+        "--rendezvous-timeout",
+        type=float,
+        default=DEFAULT_TIMEOUT.total_seconds(),
+        metavar="SECONDS",
+        help="how long the processes of a run wait for each other, at its start and in every step (default "
+        "%(default).0f)",
+    )
     parser.add_argument(
         "--baseline",
         action="store_true",
@@ -40,6 +47,7 @@ def train_argument_parser() -> argparse.ArgumentParser:
 
 
 def add_data_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds --register."""
     parser.add_argument(
         "--register",
         nargs=3,
@@ -53,7 +61,7 @@ def add_data_argument(parser: argparse.ArgumentParser) -> None:
 def build_config(
     config_file: str,
     opts: list[str],
-    register: list[list[str]] | None = None,
+    register: Sequence[Sequence[str]] = (),
     baseline: bool = False,
     eval_only: bool = False,
     resume: bool = False,
@@ -72,37 +80,42 @@ def build_config(
     """
     cfg = get_cfg()
     add_repr_config(cfg)
-    config_file = config_path(config_file)
     if len(opts) % 2:
         raise UserError(f"options after the flags must be KEY VALUE pairs, got {len(opts)} words: {' '.join(opts)}")
-    merge_config_file(cfg, config_file)
+    merge_config_file(cfg, config_path(config_file))
     with naming_close_keys(cfg), as_user_error("command line"):
         cfg.merge_from_list(opts)
     given = set(opts[::2])
-    cfg.OUTPUT_DIR = output_folder(cfg.OUTPUT_DIR, "OUTPUT_DIR")
+    cfg.OUTPUT_DIR = output_folder(cfg.OUTPUT_DIR, "OUTPUT_DIR", baseline and "OUTPUT_DIR" not in given)
     if baseline:
         cfg.REPR.ENABLED = False
-        if "OUTPUT_DIR" not in given:
-            cfg.OUTPUT_DIR = cfg.OUTPUT_DIR.rstrip("/") + "_baseline"
-    register = register or []
-    register_data(register, cfg.DATASETS.TRAIN, cfg.DATASETS.TEST, eval_only)
-    folder = folder_of_checkpoint(cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS, resume)
-    classes = classes_of_run(cfg.DATASETS.TRAIN, cfg.DATASETS.TEST, eval_only, folder)
-    if register and classes:
-        for key in ("MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.RETINANET.NUM_CLASSES"):
-            if key not in given:
-                cfg.merge_from_list([key, len(classes)])
+    data = (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
+    classes = classes_of_data(register, *data, eval_only, resume, cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS)
+    for key in ("MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.RETINANET.NUM_CLASSES"):
+        if classes and key not in given:
+            cfg.merge_from_list([key, classes])
     cfg.freeze()
     return cfg
 
 
-def folder_of_checkpoint(output_dir: str, weights: str, resume: bool) -> str:
-    """Returns the folder of the checkpoint that a run begins with."""
-    return output_dir if resume and find_checkpoint(output_dir) else os.path.dirname(weights)
+def classes_of_data(
+    register: Sequence[Sequence[str]],
+    train: Sequence[str],
+    test: Sequence[str],
+    eval_only: bool,
+    resume: bool,
+    output_dir: str,
+    weights: str,
+) -> int:
+    """Registers the data of a run, numbers its classes, and returns their number; 0 if it does not follow from them."""
+    register_data(register, train, test, eval_only)
+    folder = output_dir if resume and find_checkpoint(output_dir) else os.path.dirname(weights)
+    classes = classes_of_run(train, test, eval_only, folder)
+    return len(classes or ()) if register else 0
 
 
-def output_folder(folder: str, key: str) -> str:
-    """``folder`` with ~ and variables of the environment in it put in.
+def output_folder(folder: str, key: str, beside: bool) -> str:
+    """``folder`` with ~ and variables of the environment in it put in; ``beside``: that of the baseline beside it.
 
     Raises:
         UserError: a variable is not set.
@@ -110,4 +123,4 @@ def output_folder(folder: str, key: str) -> str:
     expanded = os.path.expandvars(os.path.expanduser(folder))
     if unset := re.search(r"\$(\w+|\{\w+\})", expanded):
         raise UserError(f"{key} {folder!r}: the variable {unset.group(1).strip('{}')} is not set in the environment")
-    return expanded
+    return expanded.rstrip("/") + "_baseline" if beside else expanded

@@ -1,48 +1,49 @@
-"""Every check of a run that can be made before a file is written; the model is built for it without its numbers."""
+"""Every check of a run that can be made before a file is written.
+
+What Detectron2 checks is tried out, not checked again; the model is built without its numbers.
+"""
 
 import contextlib
 import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import torch
-from detectron2.config import CfgNode, get_cfg
-from detectron2.modeling import GeneralizedRCNN, build_model
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper
+from detectron2.data.detection_utils import convert_PIL_to_numpy
+from detectron2.modeling import GeneralizedRCNN
+from detectron2.solver import build_optimizer
+from PIL import Image
 from torch import nn
 
-from repr_det.commands.config_files import merge_config_file
 from repr_det.commands.data import check_same_classes
-from repr_det.commands.data_checks import check_datasets, local_file
-from repr_det.commands.key_checks import (
-    check_device,
-    check_evaluation,
-    check_input,
-    check_optimizer,
-    check_solver,
-    scaled_config,
-)
+from repr_det.commands.data_checks import check_datasets
+from repr_det.commands.world import World
 from repr_det.datasets import class_names
 from repr_det.detectron.config import (
-    add_repr_config,
     as_user_error,
     naming_keys,
     options_of_config,
-    schedule_from_config,
+    scale_to_world,
     validate_repr_config,
 )
+from repr_det.detectron.decay import decays_of_config
+from repr_det.detectron.engine import Trainer, check_same_arm
+from repr_det.detectron.hook import RePrHook
 from repr_det.method.errors import UserError
 from repr_det.method.layers import find_filter_layers
 from repr_det.method.selection import check_capacity
-from repr_det.runs.checkpoints import AtomicCheckpointer, check_last_checkpoint
+from repr_det.runs.checkpoints import AtomicCheckpointer, check_last_checkpoint, fit_names, zero_filters
 from repr_det.runs.files import run_traces
-from repr_det.runs.weights import fit_names, zero_filters
 
 logger = logging.getLogger(__name__)
+_SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler")
+_COUNTED_DETECTIONS = 100  # of an image, by COCO's AP
 
 
 def check_run(
@@ -50,68 +51,98 @@ def check_run(
     resume: bool = False,
     eval_only: bool = False,
     num_gpus: int = 1,
-    world_size: int | None = None,
-    build: Callable[[], nn.Module] | None = None,
+    world: World | None = None,
+    trainer: type[Trainer] = Trainer,
 ) -> None:
     """Everything that can be known to be wrong before a file is written.
 
     Args:
-        num_gpus: processes on this machine.
-        world_size: all of them, by default ``num_gpus``.
-        build: makes the model, where ``cfg`` does not say it (LazyConfig); called under ``torch.device("meta")`` first.
+        num_gpus: processes, all on this machine, unless ``world`` says more.
+        world: the processes of the run.
+        trainer: makes the model.
 
     Raises:
         UserError: naming the key, file or folder.
     """
-    check_device(cfg, num_gpus)
-    check_evaluation(cfg)
-    scaled = scaled_config(cfg, world_size or num_gpus)
+    world = world or World(num_gpus, num_gpus, f"--num-gpus {num_gpus}")
+    _check_device(cfg, world)
+    if cfg.TEST.DETECTIONS_PER_IMAGE > _COUNTED_DETECTIONS:
+        logger.warning(
+            "TEST.DETECTIONS_PER_IMAGE is %d, and COCO's AP counts the best %d of an image: the others change nothing",
+            *(cfg.TEST.DETECTIONS_PER_IMAGE, _COUNTED_DETECTIONS),
+        )
+    scaled = cfg
     if not eval_only:
-        check_solver(scaled, num_gpus)
+        with as_user_error(f"SOLVER.REFERENCE_WORLD_SIZE, SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH}"):
+            scaled = scale_to_world(cfg, world.size)
+        _check_solver(scaled, world)
         validate_repr_config(scaled)
-        if build is None:  # a LazyConfig makes its own from these
-            check_input(scaled)
-            check_optimizer(scaled)
-        check_output_folder(cfg, resume)
+        _check_output_folder(cfg, resume)
     check_datasets(cfg, eval_only)
+    if not eval_only:
+        _check_input(scaled)
     if not eval_only and resume:
         check_same_classes(class_names(cfg.DATASETS.TRAIN[0]), cfg.OUTPUT_DIR)
-    model = _model_of_shapes(cfg, build)
-    _check_augmentation(cfg, model)
-    if cfg.REPR.ENABLED and not eval_only:
-        check_layers(cfg, model)
-    _check_weights(cfg, model, resume, eval_only)
+    model = _model_of_shapes(cfg, trainer)
+    _check_model(cfg, model, eval_only, world)
+    _check_weights(scaled, model, resume, eval_only)
 
 
-def _check_augmentation(cfg: CfgNode, model: nn.Module) -> None:
-    if not cfg.TEST.AUG.ENABLED:
-        return
-    unfit = [
-        name
-        for name, is_so in (
-            (type(model).__name__, not isinstance(model, GeneralizedRCNN)),
-            ("MODEL.KEYPOINT_ON", cfg.MODEL.KEYPOINT_ON),
-            ("MODEL.LOAD_PROPOSALS", cfg.MODEL.LOAD_PROPOSALS),
-        )
-        if is_so
-    ]
-    if unfit:
+def _check_device(cfg: CfgNode, world: World) -> None:
+    device = str(cfg.MODEL.DEVICE)
+    with as_user_error(f"MODEL.DEVICE {device!r} is not a device, such as cuda or cpu"):
+        kind = torch.device(device).type
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"MODEL.DEVICE is {device!r} but torch sees no GPU: add MODEL.DEVICE cpu to the command line")
+    if kind == "cuda" and torch.cuda.device_count() < world.local_size:
         raise UserError(
-            "TEST.AUG.ENABLED is True, but Detectron2 has test-time augmentation for GeneralizedRCNN, not "
-            f"{unfit[0]}: set it to False"
+            f"{world.started}, but torch sees {torch.cuda.device_count()} GPU(s) here: start one process for each, or "
+            "add MODEL.DEVICE cpu"
+        )
+    if cfg.SOLVER.AMP.ENABLED and kind != "cuda":
+        raise UserError(f"SOLVER.AMP.ENABLED needs a GPU in Detectron2, MODEL.DEVICE is {device!r}: set it to False")
+
+
+def _check_solver(cfg: CfgNode, world: World) -> None:
+    """Detectron2 makes an optimizer and a learning-rate schedule of SOLVER, scaled as it trains."""
+    solver = cfg.SOLVER
+    for key in ("MAX_ITER", "IMS_PER_BATCH", "CHECKPOINT_PERIOD"):
+        if solver[key] < 1:
+            raise UserError(f"SOLVER.{key} must be at least 1, got {solver[key]}")
+    if solver.IMS_PER_BATCH % world.size:
+        raise UserError(
+            f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} must be a multiple of the {world.size} processes of this run "
+            f"({world.started}): such as {max(1, solver.IMS_PER_BATCH // world.size) * world.size}"
+        )
+    with as_user_error("SOLVER"):
+        build_optimizer(cfg, nn.Linear(1, 1))
+    settings = f"STEPS {tuple(solver.STEPS)}, MAX_ITER {solver.MAX_ITER}, LR_SCHEDULER_NAME {solver.LR_SCHEDULER_NAME}"
+    with as_user_error(f"SOLVER: no learning-rate schedule of {settings}"):
+        decays_of_config(cfg)
+    if solver.WARMUP_ITERS >= solver.MAX_ITER:
+        logger.warning(
+            "SOLVER.WARMUP_ITERS %d is no shorter than SOLVER.MAX_ITER %d: the learning rate never comes to "
+            "SOLVER.BASE_LR",
+            *(solver.WARMUP_ITERS, solver.MAX_ITER),
         )
 
 
-def check_layers(cfg: CfgNode, model: nn.Module) -> None:
-    """REPR.LAYERS matches trainable convs, and the caps leave room for REPR.DROP_RATIO."""
-    options = options_of_config(cfg)
-    with naming_keys():
-        layers = find_filter_layers(model, options.layers, options.exclude)
-        sizes = {layer.name: layer.num_filters for layer in layers}
-        check_capacity(sizes, options.drop_ratio, options.max_drop_per_layer)
+def _check_input(cfg: CfgNode) -> None:
+    """Detectron2 can read, change and draw images as INPUT and DATALOADER say."""
+    keys = ("FORMAT", "RANDOM_FLIP", "MIN_SIZE_TRAIN", "MAX_SIZE_TRAIN", "MIN_SIZE_TRAIN_SAMPLING")
+    settings = [f"{key} {cfg.INPUT[key]}" for key in keys]
+    if cfg.INPUT.CROP.ENABLED:
+        settings.append(f"CROP.TYPE {cfg.INPUT.CROP.TYPE}, CROP.SIZE {cfg.INPUT.CROP.SIZE}")
+    with as_user_error(f"INPUT: no images by {', '.join(settings)}"), _quiet():
+        DatasetMapper(cfg, True)
+        convert_PIL_to_numpy(Image.new("RGB", (1, 1)), cfg.INPUT.FORMAT)
+    if cfg.DATALOADER.SAMPLER_TRAIN not in _SAMPLERS:  # Detectron2 says so when all data are loaded
+        raise UserError(
+            f"DATALOADER.SAMPLER_TRAIN must be one of {', '.join(_SAMPLERS)}, got {cfg.DATALOADER.SAMPLER_TRAIN!r}"
+        )
 
 
-def check_output_folder(cfg: CfgNode, resume: bool) -> None:
+def _check_output_folder(cfg: CfgNode, resume: bool) -> None:
     """A new run gets a folder without another run's files; a resumed one the folder of the same run."""
     if not cfg.OUTPUT_DIR:
         raise UserError("OUTPUT_DIR is empty: give the folder that the run is to write to")
@@ -121,17 +152,11 @@ def check_output_folder(cfg: CfgNode, resume: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"OUTPUT_DIR {folder} is a file, not a folder")
     parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not parent.is_dir():
-        raise UserError(f"OUTPUT_DIR {folder} cannot be made: {parent} is a file")
     try:
         tempfile.TemporaryFile(dir=parent).close()
-    except OSError as error:  # read-only, full, a file system without room for files
+    except OSError as error:  # read-only, full, a file among its parents
         raise UserError(f"OUTPUT_DIR {folder} cannot be written ({error.strerror}): give another folder") from error
-    traces = run_traces(folder)
-    saved = folder / "config.yaml"
-    if resume and saved.exists():
-        _check_same_run(cfg, saved)
-    if not traces:
+    if not (traces := run_traces(folder)):
         return
     if not resume:
         raise UserError(
@@ -141,51 +166,51 @@ def check_output_folder(cfg: CfgNode, resume: bool) -> None:
     check_last_checkpoint(str(folder))
 
 
-def _check_same_run(cfg: CfgNode, saved: Path) -> None:
-    old = get_cfg()
-    add_repr_config(old)
-    try:
-        merge_config_file(old, str(saved))
-    except UserError:
-        return  # cut short by a crash; the checkpoint itself knows its schedule
-    if old.REPR.ENABLED != cfg.REPR.ENABLED:
-        raise UserError(
-            f"OUTPUT_DIR {saved.parent} holds a run with REPR.ENABLED {old.REPR.ENABLED}, this one has "
-            f"{cfg.REPR.ENABLED}: give another OUTPUT_DIR"
-        )
-    if cfg.REPR.ENABLED and schedule_from_config(old) != schedule_from_config(cfg):
-        raise UserError(
-            f"OUTPUT_DIR {saved.parent} holds a run with {schedule_from_config(old)}, this one has "
-            f"{schedule_from_config(cfg)}: resume with the same schedule or give another OUTPUT_DIR"
-        )
-
-
-def _model_of_shapes(cfg: CfgNode, build: Callable[[], nn.Module] | None) -> nn.Module:
+def _model_of_shapes(cfg: CfgNode, trainer: type[Trainer]) -> nn.Module:
     """The model on the meta device: every module and shape, no numbers. On the CPU where its making needs numbers."""
 
-    def from_config(device: str) -> nn.Module:
+    def build(device: str) -> nn.Module:
         own = cfg.clone()
         own.defrost()
         own.MODEL.DEVICE = device
-        return build_model(own)
+        with torch.device(device), _quiet():
+            return trainer.build_model(own)
 
     try:
-        with torch.device("meta"), _quiet():
-            return build() if build is not None else from_config("meta")
+        return build("meta")
     except Exception:  # either what is wrong with the config, which comes again, or .item() of a meta tensor
-        pass
-    try:
-        with as_user_error("MODEL"), _quiet():
-            return build() if build is not None else from_config("cpu")
-    except UserError:
-        raise
-    except Exception as error:  # a config can make anything fail
-        text = " ".join(str(error).split())
-        raise UserError(f"MODEL: the model cannot be built: {type(error).__name__}: {text}") from error
+        with as_user_error("MODEL"):
+            return build("cpu")
+
+
+def _check_model(cfg: CfgNode, model: nn.Module, eval_only: bool, world: World) -> None:
+    """Norms that work on the device, test-time augmentation that Detectron2 has, convs that REPR.LAYERS matches."""
+    if world.size > 1 and torch.device(cfg.MODEL.DEVICE).type != "cuda":
+        for name, module in model.named_modules():
+            if isinstance(module, nn.SyncBatchNorm):
+                raise UserError(
+                    f"the norm {name} is SyncBN, which needs GPUs, and this run has {world.size} processes on the CPU: "
+                    "use naiveSyncBN"
+                )
+    if cfg.TEST.AUG.ENABLED:
+        unfit = [f"MODEL.{key}" for key in ("KEYPOINT_ON", "LOAD_PROPOSALS") if cfg.MODEL[key]]
+        if not isinstance(model, GeneralizedRCNN):
+            unfit.insert(0, type(model).__name__)
+        if unfit:
+            raise UserError(
+                "TEST.AUG.ENABLED is True, but Detectron2 has test-time augmentation for GeneralizedRCNN, not "
+                f"{unfit[0]}: set it to False"
+            )
+    if cfg.REPR.ENABLED and not eval_only:
+        options = options_of_config(cfg)
+        with naming_keys():
+            layers = find_filter_layers(model, options.layers, options.exclude)
+            sizes = {layer.name: layer.num_filters for layer in layers}
+            check_capacity(sizes, options.drop_ratio, options.max_drop_per_layer)
 
 
 def _check_weights(cfg: CfgNode, model: nn.Module, resume: bool, eval_only: bool) -> None:
-    """Checks that the weights which the run begins with can be read and belong to this model."""
+    """The weights that the run begins with can be read and belong to this model."""
     trial = _TrialCheckpointer(model, cfg.OUTPUT_DIR, save_to_disk=False)
     resumed = resume and trial.has_checkpoint()
     path = trial.get_checkpoint_file() if resumed else cfg.MODEL.WEIGHTS
@@ -193,53 +218,52 @@ def _check_weights(cfg: CfgNode, model: nn.Module, resume: bool, eval_only: bool
         if eval_only:
             raise UserError("--eval-only needs a checkpoint: give MODEL.WEIGHTS, or --resume for that of OUTPUT_DIR")
         return
-    if not resumed:
-        path = _local(path)
     trial._resuming = resumed or eval_only  # every weight must be there
-    with _quiet(), as_user_error(path):
+    source = path if resumed else f"MODEL.WEIGHTS {path!r} cannot be read (give a file, or '' for random weights)"
+    with _quiet(), as_user_error(source):
         trial.load(path)
-    _check_for_sub_network(trial.weights, path, resumed, eval_only)
-
-
-def _check_for_sub_network(weights: Mapping[str, Any], path: str, resumed: bool, eval_only: bool) -> None:
-    if (resumed and not eval_only) or not (found := zero_filters(weights)):
+    if resumed and not eval_only:
+        if trial.hooks is not None:
+            _check_same_training(cfg, trial.hooks)
         return
-    name, filters = next(iter(found.items()))
+    if not (zeros := zero_filters(trial.weights)):
+        return
+    name = next(iter(zeros))
     what = (
-        f"{path} holds {sum(map(len, found.values()))} filters that are zero with their norm, {len(filters)} of them "
-        f"in {name}: a sub-network"
+        f"{path} holds {sum(map(len, zeros.values()))} filters that are zero with their norm, {len(zeros[name])} of "
+        f"them in {name}: a sub-network"
     )
-    if eval_only:
-        logger.warning("%s, whose AP is not that of the full network: evaluate a checkpoint after a restore", what)
-        return
-    raise UserError(
-        f"MODEL.WEIGHTS {what}, whose dropped filters would stay dead in a new run; give a checkpoint from outside the "
-        "sub-network phase, or continue that run with --resume"
-    )
+    if not eval_only:
+        raise UserError(
+            f"MODEL.WEIGHTS {what}, whose dropped filters would stay dead in a new run; give a checkpoint from outside "
+            "the sub-network phase, or continue that run with --resume"
+        )
+    logger.warning("%s, whose AP is not that of the full network: evaluate a checkpoint after a restore", what)
 
 
-def _local(weights: str) -> str:
-    """The local file of MODEL.WEIGHTS, with its query (?matching_heuristics=True)."""
-    url = urlparse(weights)
-    file = url._replace(query="").geturl()
-    local = local_file(file, "MODEL.WEIGHTS", ", or MODEL.WEIGHTS '' to train from random weights")
-    if url.query not in ("", "matching_heuristics=True"):
-        raise UserError(f"MODEL.WEIGHTS {weights!r}: after the file's name only ?matching_heuristics=True is known")
-    return f"{local}?{url.query}" if url.query else local
+def _check_same_training(cfg: CfgNode, hooks: dict[str, Any]) -> None:
+    """The checkpoint, whose state of hooks this is, is of the same arm, with the same options of RePr."""
+    check_same_arm(hooks, cfg.REPR.ENABLED, cfg.OUTPUT_DIR)
+    if cfg.REPR.ENABLED:
+        own = cfg.clone()
+        own.defrost()
+        own.SOLVER.REFERENCE_WORLD_SIZE = 0  # it is scaled already
+        RePrHook(own).load_state_dict(hooks[RePrHook.__qualname__])
 
 
 class _TrialCheckpointer(AtomicCheckpointer):
-    """Loads into the model of shapes, and keeps the weights."""
+    """Loads into the model of shapes, and keeps the weights and the state of the trainer's hooks."""
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         fit_names(checkpoint, self.model.state_dict())
         self.weights = dict(checkpoint["model"])
+        self.hooks = checkpoint.get("trainer", {}).get("hooks")
         return super()._load_model(checkpoint)
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the log lines and warnings of a model and weights that are only tried."""
+    """Without the log lines and warnings of what is only tried."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

@@ -1,6 +1,5 @@
-"""Config files in yaml: what Detectron2 reads, without running code that they hold."""
+"""Config files: those that come with the package, and yaml as Detectron2 reads it, without running code in it."""
 
-import ast
 import contextlib
 import difflib
 import os
@@ -10,25 +9,30 @@ from pathlib import Path
 
 import yaml
 from detectron2.config import CfgNode
+from detectron2.utils.file_io import PathManager
 
-from repr_det.commands.shipped import CONFIGS
 from repr_det.detectron.config import as_user_error
 from repr_det.method.errors import UserError
 
-_ARITHMETIC = (
-    ast.Expression,
-    ast.Constant,
-    ast.List,
-    ast.Tuple,
-    ast.BinOp,
-    ast.UnaryOp,
-    ast.operator,
-    ast.unaryop,
-    ast.ListComp,
-    ast.comprehension,
-    ast.Name,
-    ast.expr_context,
-)
+_PACKAGE = Path(__file__).resolve().parents[1]
+# In a wheel beside its modules, in a checkout in configs/.
+CONFIGS = next((x for x in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if x.is_dir()), _PACKAGE / "configs")
+_ARITHMETIC = re.compile(r"(for|in|x|[\d\s.,*/+()\[\]-])*")
+
+
+def config_path(name: str) -> str:
+    """The file that --config-file means: a path, or the name of a shipped config (repr_r50_fpn.yaml).
+
+    Raises:
+        UserError: there is no such file.
+    """
+    for path in (name, os.path.join(CONFIGS, name)):
+        if os.path.isfile(path):
+            return path
+    if not name:
+        raise UserError("--config-file is missing")
+    shipped = sorted(str(path.relative_to(CONFIGS)) for path in (*CONFIGS.glob("*.yaml"), *CONFIGS.glob("lazy/*.py")))
+    raise UserError(f"--config-file {name!r} is not a file, nor the name of a shipped config: {', '.join(shipped)}")
 
 
 def merge_config_file(cfg: CfgNode, file: str) -> None:
@@ -40,9 +44,9 @@ def merge_config_file(cfg: CfgNode, file: str) -> None:
     Raises:
         UserError: naming the file, and what is wrong with it.
     """
-    local = _check_config_file(file, cfg)
+    _check_config_file(file, cfg)
     with naming_close_keys(cfg), as_user_error(file):
-        cfg.merge_from_file(file, allow_unsafe=local)
+        cfg.merge_from_file(file, allow_unsafe=True)
 
 
 @contextlib.contextmanager
@@ -65,18 +69,11 @@ def _keys(node: CfgNode, path: str = "") -> Iterator[str]:
             yield from _keys(value, f"{path}{key}.")
 
 
-def _check_config_file(file: str, cfg: CfgNode, before: tuple[str, ...] = ()) -> bool:
-    """A yaml file, and those that it builds on, are mappings of keys.
-
-    Args:
-        cfg: the config with its defaults.
-        before: the files that build on this one.
-
-    Returns:
-        False where one of them is elsewhere (http), and so not checked.
-    """
+def _check_config_file(file: str, cfg: CfgNode, before: tuple[str, ...] = ()) -> None:
+    """A yaml file, and those that it builds on, are mappings of keys of ``cfg``; those ``before`` build on it."""
     with as_user_error(file):
-        text = Path(file).read_text(encoding="utf-8")
+        with PathManager.open(file) as opened:
+            text = opened.read()
         if re.search(r"^dataloader:$", text, re.M) and "_target_:" in text:
             raise UserError(
                 f"{file}: is what a run of a LazyConfig writes down of its config, to be read only: give the .py file "
@@ -90,22 +87,19 @@ def _check_config_file(file: str, cfg: CfgNode, before: tuple[str, ...] = ()) ->
         if value is None and isinstance(cfg.get(key), CfgNode):
             raise UserError(f"{file}: {key} is empty: give keys below it, or leave it out")
     bases = content.get("_BASE_", [])
-    local = True
     for base in bases if isinstance(bases, list) else [bases]:
         if not isinstance(base, str) or not base:
             raise UserError(f"{file}: _BASE_ must be the name of a config file, got {base!r}")
-        if base.startswith(("http://", "https://")):
-            local = False
-            continue
-        path = os.path.join(os.path.dirname(file), os.path.expanduser(base))
-        if not os.path.isfile(path):
-            shipped = CONFIGS / base
-            hint = f"; the one of this name that comes with repr_det is {shipped}" if shipped.is_file() else ""
-            raise UserError(f"{file}: _BASE_ {base!r} is not a file: it is looked for as {path}{hint}")
+        path = base
+        if not base.startswith(("http://", "https://")):
+            path = os.path.join(os.path.dirname(file), os.path.expanduser(base))
+            if not os.path.isfile(path):
+                shipped = CONFIGS / base
+                hint = f"; the one of this name that comes with repr_det is {shipped}" if shipped.is_file() else ""
+                raise UserError(f"{file}: _BASE_ {base!r} is not a file: it is looked for as {path}{hint}")
         if os.path.realpath(path) in map(os.path.realpath, (*before, file)):
             raise UserError(f"{file}: _BASE_ {base!r} builds on this file again")
-        local &= _check_config_file(path, cfg, (*before, file))
-    return local
+        _check_config_file(path, cfg, (*before, file))
 
 
 class _Loader(yaml.SafeLoader):
@@ -121,13 +115,9 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def arithmetic(self, node: yaml.Node) -> None:
-        """Checks one expression, whose value the check does not need."""
+        """Checks an expression, whose value the check does not need."""
         for text in self.construct_sequence(node):
-            try:
-                nodes = list(ast.walk(ast.parse(str(text), mode="eval")))
-            except SyntaxError:
-                nodes = [None]
-            if not all(isinstance(x, _ARITHMETIC) for x in nodes):
+            if not _ARITHMETIC.fullmatch(str(text)):
                 raise yaml.constructor.ConstructorError(None, None, f"{text!r} is not arithmetic", node.start_mark)
 
 

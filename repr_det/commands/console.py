@@ -2,21 +2,28 @@
 
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NoReturn
 
 import repr_det
 
-# Command -> module, function, what it does.
+_TOOL = ("repr_det.commands.processes", "run_tool")
+# Command -> module and function, what runs it and reports its errors, what it does.
 _COMMANDS = {
-    "train": ("repr_det.commands.train", "start", "train a detector with RePr, or its baseline, and evaluate it"),
-    "compare": ("repr_det.studies.comparison.command", "main", "both arms over several seeds, and a report"),
-    "analyze": ("repr_det.studies.analysis", "main", "how much the filters of a checkpoint overlap"),
+    "train": (
+        ("repr_det.commands.train", "start"),
+        _TOOL,
+        "train a detector with RePr, or its baseline, and evaluate it",
+    ),
+    "compare": (
+        ("repr_det.studies.comparison.command", "main"),
+        ("repr_det.studies.comparison.runner", "run_comparison_tool"),
+        "RePr and its baseline over several seeds, and a report",
+    ),
+    "analyze": (("repr_det.studies.analysis", "main"), _TOOL, "how much the filters of a checkpoint overlap"),
 }
-_STUDIES = ("jinja2", "matplotlib", "pandas", "rich", "tabulate")
-_USAGE = "usage: repr-det COMMAND ...\n\n" + "\n".join(
-    f"  {name:10} {what}" for name, (_, _, what) in _COMMANDS.items()
-)
+_STUDIES = ("jinja2", "matplotlib", "pandas", "tabulate")
+_USAGE = "usage: repr-det COMMAND ...\n\n" + "\n".join(f"  {name:10} {x[-1]}" for name, x in _COMMANDS.items())
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -29,38 +36,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     if command == "--version":
         print(f"repr_det {repr_det.__version__}")
         return
-    if command == "benchmark":
-        _stop("repr-det benchmark is a program of the source tree now: python tools/benchmark.py --help")
     if command not in _COMMANDS:
         _stop(f"{command!r} is no command" if command else "a command is missing", _USAGE)
     sys.argv = [f"repr-det {command}", *arguments[1:]]
-    run, start = _load(command, arguments)
-    run(start)
-
-
-def _load(
-    command: str, arguments: Sequence[str]
-) -> tuple[Callable[[Callable[[], object]], None], Callable[[], object]]:
-    """Returns the function that runs a command and reports its errors, and the command."""
-    module, function, _ = _COMMANDS[command]
     try:
         importlib.import_module("repr_det.commands")  # first: it silences warnings of what is imported next
-        found = getattr(importlib.import_module(module), function)
-        if command == "compare":
-            return importlib.import_module("repr_det.studies.comparison.runner").run_comparison_tool, found
-        return importlib.import_module("repr_det.commands.processes").run_tool, found
+        start, run = (getattr(importlib.import_module(module), name) for module, name in _COMMANDS[command][:2])
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing in ("", "repr_det"):
             raise
-        if missing in _STUDIES:
-            _stop(f"repr-det {command} needs {missing}: pip install 'repr_det[studies]'")
+        what = f"{missing}: pip install 'repr_det[studies]'"
         if missing in ("detectron2", "fvcore"):
-            _stop(
-                f"repr-det {command} needs Detectron2, which is not installed: "
-                "https://detectron2.readthedocs.io/en/latest/tutorials/install.html"
+            what = (
+                "Detectron2, which is not installed: https://detectron2.readthedocs.io/en/latest/tutorials/install.html"
             )
-        _stop(f"repr-det {command} needs {missing}: pip install {missing}")
+        _stop(f"repr-det {command} needs {what}")
+    run(start)
 
 
 def _stop(*lines: str) -> NoReturn:

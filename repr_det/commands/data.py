@@ -7,14 +7,7 @@ from pathlib import Path
 
 from detectron2.data import DatasetCatalog
 
-from repr_det.datasets import (
-    agree_on_classes,
-    any_mapped,
-    listed,
-    own_classes,
-    register_builtin,
-    register_coco_format,
-)
+from repr_det.datasets import agree_on_classes, any_mapped, listed, own_classes, register_builtin, register_coco_format
 from repr_det.method.errors import UserError
 from repr_det.runs.record import DATA_FILE
 
@@ -30,21 +23,16 @@ def register_data(
         UserError: a data set is bad, or other data than those of --register would be used.
     """
     register_builtin()
-    for name, json_file, image_root in register:
-        register_coco_format(name, json_file, image_root)
-    names = [name for name, *_ in register]
-    unused = [name for name in names if name not in (*train, *test)]
-    if not unused:
-        return
-    what = (
-        f"--register {unused[0]}: no key names it, the run trains on {listed(train)} and is evaluated on {listed(test)}"
-    )
-    if set(names).isdisjoint(test if eval_only else train):
-        raise UserError(
-            f"{what}: name it in DATASETS.TRAIN or DATASETS.TEST (in a LazyConfig dataloader.train.dataset.names or "
-            "dataloader.test.dataset.names)"
-        )
-    logger.warning(what)
+    for entry in register:
+        register_coco_format(*entry)
+    names = {name for name, *_ in register}
+    unused = sorted(names - {*train, *test})
+    if unused:
+        what = f"--register {unused[0]}: no key names it, the run trains on {listed(train)} and tests on {listed(test)}"
+        if names.isdisjoint(test if eval_only else train):
+            keys = "DATASETS.TRAIN or DATASETS.TEST (of a LazyConfig dataloader.train or .test, dataset.names)"
+            raise UserError(f"{what}: name it in {keys}")
+        logger.warning(what)
 
 
 def classes_of_run(
@@ -53,30 +41,25 @@ def classes_of_run(
     """Gives the data sets of a run one numbering of the classes, see ``datasets.agree_on_classes``.
 
     Args:
-        train, test: DATASETS.TRAIN and DATASETS.TEST; unknown names are left to ``checks.check_datasets``.
-        eval_only: nothing is trained: the classes are those of the checkpoint, as far as they are known.
-        folder: of the checkpoint that is evaluated.
+        train, test: DATASETS.TRAIN and DATASETS.TEST; unknown names are left to ``data_checks.check_datasets``.
+        eval_only: nothing is trained: the classes are those of the checkpoint in ``folder``, as far as they are known.
 
     Returns:
-        the classes in the order of the model's outputs; None where no data set can be mapped.
-
-    Raises:
-        UserError: a data set cannot be mapped.
+        the classes in the order of the model's outputs; None if no data set can be mapped.
     """
     train, test = ([name for name in names if name in DatasetCatalog] for names in (train, test))
     if not any_mapped((train, test)):
         return None
-    if not eval_only:
-        return agree_on_classes(train, test)
-    if (recorded := recorded_classes(folder)) is not None:
-        return agree_on_classes((), test, recorded)
-    trained = max(map(own_classes, train), key=len, default=())
-    covered = bool(test) and all(set(own_classes(name)) <= set(trained) for name in test)
-    return agree_on_classes(train, test) if covered else agree_on_classes((), test) if test else None
+    recorded = recorded_classes(folder) if eval_only else None
+    if eval_only:
+        trained = max(map(own_classes, train), key=len, default=())
+        if recorded or not all(set(own_classes(name)) <= set(trained) for name in test):
+            train = []
+    return agree_on_classes(train, test, recorded) if train or test else None
 
 
 def recorded_classes(folder: str | Path | None) -> tuple[str, ...] | None:
-    """The classes of the run in ``folder`` in the order of its model's outputs; None where it left no record."""
+    """The classes of the run in ``folder`` in the order of its model's outputs; None if it left no record."""
     try:
         known = json.loads((Path(folder) / DATA_FILE).read_text(encoding="utf-8"))
         lists = [tuple(dict.fromkeys(entry["classes"])) for entry in known.values()]
@@ -86,9 +69,9 @@ def recorded_classes(folder: str | Path | None) -> tuple[str, ...] | None:
 
 
 def check_same_classes(classes: Sequence[str], folder: str | Path) -> None:
-    """Raises UserError where the run in ``folder`` was trained on other classes, or on these in another order."""
+    """Refuses other classes than those of the run in ``folder``, or these in another order."""
     recorded = recorded_classes(folder)
-    if recorded is not None and recorded != tuple(classes):
+    if recorded not in (None, tuple(classes)):
         raise UserError(
             f"the run in {folder} was trained on the classes {listed(recorded, 20)}, in this order, and the data of "
             f"this one have {listed(classes, 20)}: give the data sets of that run, or another OUTPUT_DIR"

@@ -1,5 +1,6 @@
 """Checks of what the data sets of a run hold."""
 
+import itertools
 import logging
 import os
 
@@ -26,114 +27,94 @@ def check_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
     """Every data set of the run exists, is well formed, has what the model learns from, and the model's classes."""
     train, test = (() if eval_only else cfg.DATASETS.TRAIN), cfg.DATASETS.TEST
     mapped = any_mapped((train, test))  # refuses a name in place of names
-    for key, names, needed in (("TRAIN", train, not eval_only), ("TEST", test, eval_only)):
-        if needed and not names:
-            raise UserError(f"DATASETS.{key} is empty: name at least one registered data set")
+    key, needed = ("TEST", test) if eval_only else ("TRAIN", train)
+    if not needed:
+        raise UserError(f"DATASETS.{key} is empty: name at least one registered data set")
     summaries = {name: check_registered(name, for_evaluation=name in test) for name in dict.fromkeys((*train, *test))}
     if not (eval_only and mapped):  # those are mapped to the classes of the checkpoint
         agree_on_classes(train, test)
-    retina = cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
-    key = "MODEL.RETINANET.NUM_CLASSES" if retina else "MODEL.ROI_HEADS.NUM_CLASSES"
-    num_classes = cfg.MODEL.RETINANET.NUM_CLASSES if retina else cfg.MODEL.ROI_HEADS.NUM_CLASSES
-    for name in summaries:
-        if len(class_names(name)) != num_classes:
-            raise UserError(f"{key} is {num_classes}, but {name} has {len(class_names(name))} classes: set it to that")
+    head = "RETINANET" if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else "ROI_HEADS"
+    for name, summary in summaries.items():
+        number, classes = cfg.MODEL[head].NUM_CLASSES, len(class_names(name))
+        if classes != number:
+            raise UserError(f"MODEL.{head}.NUM_CLASSES is {number}, but {name} has {classes} classes: set it to that")
+        if summary and cfg.MODEL.MASK_ON:
+            _check_masks(cfg, name, summary, name in train, name in test)
+        if summary and cfg.MODEL.KEYPOINT_ON:
+            _check_keypoints(name, summary, name in train, name in test)
+        if summary and name in train and cfg.MODEL.META_ARCHITECTURE in _SEMANTIC:
+            raise UserError(
+                f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} learns from semantic segmentation, which "
+                f"{name} (COCO format) does not have: register it by Detectron2's register_coco_panoptic_separated"
+            )
     if cfg.MODEL.LOAD_PROPOSALS:
         _check_proposals(cfg, eval_only)
-    for name in train:
-        if summaries[name] is not None:
-            _check_targets(cfg, name, summaries[name])
-    for name in test:
-        if summaries[name] is not None:
-            _check_truth(cfg, name, summaries[name])
-            _warn_of_shared_images({n: s for n, s in summaries.items() if n in train and s}, name, summaries[name])
+    for trained, tested in itertools.product(train, test):
+        if summaries[trained] and summaries[tested]:
+            _warn_of_shared_images(trained, summaries[trained], tested, summaries[tested])
 
 
-def _warn_of_shared_images(train: dict[str, CocoSummary], name: str, summary: CocoSummary) -> None:
-    for trained, other in train.items():
-        pairs, compared = shared_images(other.files, summary.files)
-        if pairs:
-            logger.warning(
-                "%d of %d images of %s (DATASETS.TEST) that were compared are in %s (DATASETS.TRAIN) too, the first is "
-                "%s, there %s: AP of images that the model was trained on says nothing about new ones",
-                *(len(pairs), compared, name, trained, pairs[0][1], pairs[0][0]),
-            )
+def _warn_of_shared_images(trained: str, train: CocoSummary, tested: str, test: CocoSummary) -> None:
+    pairs, compared = shared_images(train.files, test.files)
+    if pairs:
+        logger.warning(
+            f"{len(pairs)} of {compared} images of {tested} (DATASETS.TEST) that were compared are in {trained} "
+            f"(DATASETS.TRAIN) too, the first is {pairs[0][1]}, there {pairs[0][0]}: AP of images that the model was "
+            "trained on says nothing about new ones"
+        )
+
+
+def _check_masks(cfg: CfgNode, name: str, summary: CocoSummary, train: bool, test: bool) -> None:
+    """Masks are there if they are learnt or evaluated, of crowd regions if they are evaluated."""
+    for purpose in ("masks", "crowd masks") if test else ("masks",):
+        _refuse("MODEL.MASK_ON", name, summary.gaps.get(purpose))
+    if train and "polygons" in summary.gaps and cfg.INPUT.MASK_FORMAT == "polygon":
+        gap = summary.gaps["polygons"][0]
+        raise UserError(f"INPUT.MASK_FORMAT is 'polygon', but in {name} {gap}: set it to bitmask")
+
+
+def _check_keypoints(name: str, summary: CocoSummary, train: bool, test: bool) -> None:
+    metadata, gaps = MetadataCatalog.get(name), []
+    wanted, found = 3 * len(metadata.get("keypoint_names") or ()), sorted(summary.keypoint_numbers)
+    if train and found != [wanted]:
+        gaps = [f"objects have {listed(found)} numbers as keypoints, and its keypoint_names ask for {wanted} of each"]
+    elif train and (not wanted or metadata.get("keypoint_flip_map") is None):
+        gaps = ["the metadata have no keypoint_names and keypoint_flip_map, which MetadataCatalog must get"]
+    _refuse("MODEL.KEYPOINT_ON", name, gaps or (test and summary.gaps.get("keypoints")))
+
+
+def _refuse(key: str, name: str, gaps: list[str] | None) -> None:
+    if gaps:
+        raise UserError(f"{key} is True, but in {name} {gaps[0]}: fix it, or set {key} to False")
 
 
 def _check_proposals(cfg: CfgNode, eval_only: bool) -> None:
     for which in ("TEST",) if eval_only else ("TRAIN", "TEST"):
-        files, names = cfg.DATASETS[f"PROPOSAL_FILES_{which}"], cfg.DATASETS[which]
-        if len(files) != len(names):
+        key, number, files = (
+            f"PROPOSAL_FILES_{which}",
+            len(cfg.DATASETS[which]),
+            cfg.DATASETS[f"PROPOSAL_FILES_{which}"],
+        )
+        if len(files) != number:
             raise UserError(
-                f"DATASETS.PROPOSAL_FILES_{which} must name a file for each of {len(names)} data sets, since "
-                f"MODEL.LOAD_PROPOSALS is True; got {tuple(files)}"
+                f"DATASETS.{key} must name a file for each of {number} data sets, since MODEL.LOAD_PROPOSALS is True; "
+                f"got {tuple(files)}"
             )
         for file in files:
-            local_file(file, f"DATASETS.PROPOSAL_FILES_{which}")
+            local_file(file, f"DATASETS.{key}")
 
 
 def local_file(path: str, key: str, otherwise: str = "") -> str:
-    """The local file of what a key names, downloaded where it is a URL.
+    """The local file of what a key names, downloaded if it is a URL.
 
     Raises:
         UserError: it cannot be read; ``otherwise`` says what else would be right.
     """
     try:
         local = PathManager.get_local_path(path)
-        found, reason = os.path.isfile(local), "it is not a file"
+        problem = "" if os.path.isfile(local) else "it is not a file"
     except Exception as error:  # whatever a download handler raises, the user needs the same line
-        found, reason = False, " ".join(str(error).split())
-    if not found:
-        raise UserError(f"{key} {path!r} cannot be read ({reason}): give the path of a local file{otherwise}")
+        problem = " ".join(str(error).split())
+    if problem:
+        raise UserError(f"{key} {path!r} cannot be read ({problem}): give the path of a local file{otherwise}")
     return local
-
-
-def _check_masks(name: str, summary: CocoSummary, masks: int, objects: int) -> None:
-    if masks < objects:
-        raise UserError(
-            f"MODEL.MASK_ON is True, but {objects - masks} of {objects} objects in {name} lack a segmentation: set it "
-            "to False, or give every object one"
-        )
-    if summary.mask_gap:
-        raise UserError(f"MODEL.MASK_ON is True, but in {name} {summary.mask_gap}: fix it, or set MASK_ON to False")
-
-
-def _check_truth(cfg: CfgNode, name: str, summary: CocoSummary) -> None:
-    """Masks and keypoints are there where they are evaluated, of crowd regions too."""
-    if cfg.MODEL.MASK_ON:
-        _check_masks(name, summary, summary.masks + summary.crowd_masks, summary.num_boxes)
-    if cfg.MODEL.KEYPOINT_ON and summary.keypoint_gap:
-        raise UserError(f"MODEL.KEYPOINT_ON is True, but in {name} {summary.keypoint_gap}: fix it, or set it to False")
-
-
-def _check_targets(cfg: CfgNode, name: str, summary: CocoSummary) -> None:
-    """Masks, keypoints and semantic segmentation are there where the model learns them."""
-    if cfg.MODEL.META_ARCHITECTURE in _SEMANTIC:
-        raise UserError(
-            f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} learns from semantic segmentation, which {name} "
-            "(COCO format) does not have: register it by Detectron2's register_coco_panoptic_separated, or take "
-            "GeneralizedRCNN"
-        )
-    objects = summary.num_boxes - summary.crowds
-    if cfg.MODEL.MASK_ON:
-        _check_masks(name, summary, summary.masks, objects)
-        if summary.rle_masks and cfg.INPUT.MASK_FORMAT == "polygon":
-            raise UserError(
-                f"INPUT.MASK_FORMAT is 'polygon', but {summary.rle_masks} of {objects} objects of {name} have RLE "
-                "masks: set it to bitmask"
-            )
-    if cfg.MODEL.KEYPOINT_ON:
-        metadata = MetadataCatalog.get(name)
-        if not summary.keypoints:
-            raise UserError(f"MODEL.KEYPOINT_ON is True, but no object of {name} has keypoints: set it to False")
-        if not metadata.get("keypoint_names") or metadata.get("keypoint_flip_map") is None:
-            raise UserError(
-                f"MODEL.KEYPOINT_ON is True, but the metadata of {name} have no keypoint_names and keypoint_flip_map, "
-                "which Detectron2 needs: set them by MetadataCatalog, or MODEL.KEYPOINT_ON to False"
-            )
-        if summary.keypoint_numbers != {3 * len(metadata.keypoint_names)}:
-            found, wanted = listed(sorted(summary.keypoint_numbers)), len(metadata.keypoint_names)
-            raise UserError(
-                f"MODEL.KEYPOINT_ON is True, but objects of {name} have keypoints of {found} numbers: give each object "
-                f"3 for each of the {wanted} keypoint_names, 0 if unlabelled"
-            )

@@ -1,45 +1,43 @@
-"""The training command for LazyConfigs."""
+"""The run of a LazyConfig, for the training command."""
 
-import argparse
 import copy
+import difflib
 import functools
-import logging
+import inspect
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import torch
-from detectron2.config import LazyConfig, instantiate
+from detectron2.config import LazyConfig
+from detectron2.utils.registry import locate
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from repr_det.commands.arguments import folder_of_checkpoint, output_folder, train_argument_parser
-from repr_det.commands.checks import check_run
-from repr_det.commands.data import classes_of_run, register_data
-from repr_det.commands.overrides import refuse_unknown_keys
-from repr_det.commands.processes import launch_processes, may_continue, setup_process
+from repr_det.commands.arguments import classes_of_data, output_folder
+from repr_det.commands.config_files import config_path
 from repr_det.commands.reads import Reads
-from repr_det.commands.shipped import config_path
-from repr_det.commands.train import run_trainer
-from repr_det.commands.world import check_processes
+from repr_det.commands.train import Run
+from repr_det.datasets import listed
+from repr_det.detectron.config import as_user_error
 from repr_det.detectron.lazy import (
+    KEYS,
     NUM_CLASSES,
     LazyTrainer,
     check_evaluator,
     data_set_names,
-    evaluate,
     naming_lazy_keys,
     repr_cfg_from_lazy,
 )
-from repr_det.detectron.trackers import check_wandb, tracked
 from repr_det.method.errors import UserError
-from repr_det.runs.checkpoints import AtomicCheckpointer
 from repr_det.runs.record import CONFIG_FILE
 
-logger = logging.getLogger(__name__)
+_NODES = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
 
 
 def load_lazy_config(
     config_file: str,
     overrides: list[str],
-    register: list[list[str]] | None = None,
+    register: Sequence[Sequence[str]] = (),
     baseline: bool = False,
     eval_only: bool = False,
     resume: bool = False,
@@ -49,89 +47,80 @@ def load_lazy_config(
     Raises:
         UserError: the file is missing, raises an error or lacks a node; an override is malformed; a data set is bad.
     """
-    config_file = config_path(config_file, ".py")
-    try:
+    config_file = config_path(config_file)
+    with as_user_error(config_file):
         cfg = LazyConfig.load(config_file)
-    except Exception as error:  # a config is a program
-        raise UserError(f"{config_file}: {type(error).__name__}: {' '.join(str(error).split())}") from error
-    try:
-        refuse_unknown_keys(cfg, overrides)
+    if missing := [node for node in _NODES if node not in cfg]:
+        raise UserError(f"{config_file} lacks {missing[0]}: define {', '.join(_NODES)}")
+    with as_user_error("overrides must be path.key=value"):
+        _refuse_unknown_keys(cfg, overrides)
         cfg = LazyConfig.apply_overrides(cfg, overrides)
-    except UserError:
-        raise
-    except Exception as error:  # whatever hydra's parser and omegaconf raise
-        raise UserError(f"overrides must be path.key=value: {' '.join(str(error).split())}") from error
-    if (folder := OmegaConf.select(cfg, "train.output_dir", default=None)) is not None:
-        cfg.train.output_dir = output_folder(folder, "train.output_dir")
-    missing = [key for key in ("model", "dataloader", "optimizer", "lr_multiplier", "train") if key not in cfg]
-    if missing:
-        raise UserError(
-            f"{config_file} lacks {missing[0]}: define model, dataloader, optimizer, lr_multiplier and train"
-        )
-    if baseline:
-        if "repr" in cfg:
-            cfg.repr.ENABLED = False
-        if not any(override.startswith("train.output_dir=") for override in overrides):
-            cfg.train.output_dir = cfg.train.output_dir.rstrip("/") + "_baseline"
-    train, test = (
-        data_set_names(OmegaConf.select(cfg, f"dataloader.{which}.dataset.names", default=()))
-        for which in ("train", "test")
-    )
-    register_data(register or [], train, test, eval_only)
+    given = {override.partition("=")[0] for override in overrides}
+    folder, key = OmegaConf.select(cfg, "train.output_dir", default="./output"), "train.output_dir"
+    cfg.train.output_dir = folder = output_folder(str(folder), key, baseline and key not in given)
+    if baseline and "repr" in cfg:
+        cfg.repr.ENABLED = False
+    data = [OmegaConf.select(cfg, f"dataloader.{x}.dataset.names", default=()) for x in ("train", "test")]
     weights = OmegaConf.select(cfg, "train.init_checkpoint", default="")
-    folder = folder_of_checkpoint(OmegaConf.select(cfg, "train.output_dir", default=""), weights, resume)
-    classes = classes_of_run(train, test, eval_only, folder)
-    for key in NUM_CLASSES if register and classes else ():
-        given = any(override.startswith(f"{key}=") for override in overrides)
-        if not given and OmegaConf.select(cfg, key, default=None) is not None:
-            OmegaConf.update(cfg, key, len(classes))
+    classes = classes_of_data(register, *map(data_set_names, data), eval_only, resume, folder, weights)
+    for key in NUM_CLASSES:
+        if classes and key not in given and OmegaConf.select(cfg, key) is not None:
+            OmegaConf.update(cfg, key, classes)
     return cfg
 
 
-def config_of(args: argparse.Namespace) -> DictConfig:
-    return load_lazy_config(args.config_file, args.opts, args.register, args.baseline, args.eval_only, args.resume)
-
-
-def main(args: argparse.Namespace) -> None:
-    """One process of a run: trains, or only evaluates."""
-    cfg = config_of(args)
+def lazy_run(config_file: str, overrides: list[str], *rest: object) -> Run:
+    """The run of a LazyConfig; the arguments are those of ``load_lazy_config``."""
+    cfg = load_lazy_config(config_file, overrides, *rest)
+    check_evaluator(cfg)
     write_config = functools.partial(_write_config, copy.deepcopy(cfg))
     reads = Reads(cfg)
-    yacs = repr_cfg_from_lazy(cfg)
-    benchmark = bool(OmegaConf.select(cfg, "train.cudnn_benchmark", default=False))
-    config = Path(args.config_file).read_text(encoding="utf-8")
-    if precision := OmegaConf.select(cfg, "train.float32_precision", default=""):
-        torch.set_float32_matmul_precision(precision)
-    setup_process(args, yacs.MODEL.DEVICE, yacs.OUTPUT_DIR, yacs.SEED, benchmark, config)
-    if args.eval_only:
-        model = instantiate(cfg.model).to(cfg.train.device)
-        AtomicCheckpointer(model, cfg.train.output_dir).resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
-        evaluate(cfg, model)
-        return
-    trainer = tracked(LazyTrainer, args.wandb)(cfg)
-    if unread := reads.unread():
-        logger.warning("Nothing reads %s of this config: without effect here", ", ".join(unread))
-    run_trainer(trainer, args, write_config)
+    settings = repr_cfg_from_lazy(cfg)
+    text = Path(config_path(config_file)).read_text(encoding="utf-8")
+    naming = functools.partial(naming_lazy_keys, cfg)
+    return Run(settings, LazyTrainer.of(cfg), text, write_config, reads.unread, naming)
 
 
 def _write_config(cfg: DictConfig, folder: Path) -> None:
     LazyConfig.save(cfg, str(folder / CONFIG_FILE))
 
 
-def start(argv: list[str] | None = None) -> None:
-    """Parses arguments, checks what can be checked, then launches the processes."""
-    args = train_argument_parser().parse_args(argv)
-    check_wandb(args.wandb)
-    start_with(args)
+def _refuse_unknown_keys(cfg: DictConfig, overrides: list[str]) -> None:
+    """A key that the config does not have is a typo, unless the override says that it is new (``+path.key=value``), or
+    the ``_target_`` of its node, Detectron2 or this package takes it. Keys of ``repr`` are checked where it is read.
+    """
+    plain = OmegaConf.to_container(cfg)
+    for override in OverridesParser.create().parse_overrides(overrides):
+        key = override.key_or_group
+        if override.is_add() or key in KEYS or key.startswith("repr"):
+            continue
+        node, parts = plain, key.split(".")
+        for depth, part in enumerate(parts):
+            children = _children(node)
+            if part in children:
+                node = children[part]
+                continue
+            if _takes(node, part):
+                break
+            where = ".".join(parts[:depth])
+            close = [".".join(filter(None, (where, k))) for k in difflib.get_close_matches(part, children, n=2)]
+            hint = f"did you mean {' or '.join(close)}?" if close else f"it has {listed(children)}"
+            raise UserError(
+                f"override {key}: the config has no {part!r} in {where or 'it'}; {hint} (+{key}=... adds a new key)"
+            )
 
 
-def start_with(args: argparse.Namespace) -> None:
-    """Starts with parsed arguments, see ``start``."""
-    cfg = config_of(args)
-    yacs = repr_cfg_from_lazy(cfg)
-    with naming_lazy_keys(cfg):
-        world = check_processes(args, yacs, {"model": cfg.model})
-        args.resume = may_continue(args, yacs.OUTPUT_DIR)
-        check_run(yacs, args.resume, args.eval_only, world.local_size, world.size, lambda: instantiate(cfg.model))
-    check_evaluator(cfg)
-    launch_processes(main, args, yacs.MODEL.DEVICE)
+def _children(node: Any) -> dict[str, Any]:
+    if isinstance(node, (dict, list)):
+        return {str(key): value for key, value in (node.items() if isinstance(node, dict) else enumerate(node))}
+    return {}
+
+
+def _takes(node: Any, name: str) -> bool:
+    """Tells whether the callable of a LazyCall has an argument of this name."""
+    target = node.get("_target_") if isinstance(node, dict) else None
+    try:
+        parameters = inspect.signature(locate(target) if isinstance(target, str) else target).parameters
+    except (TypeError, ValueError, ImportError):
+        return False
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())

@@ -6,11 +6,11 @@ import multiprocessing
 import os
 import re
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
 
@@ -28,23 +28,24 @@ from repr_det.commands.world import Launched, dist_url, nobody_came
 from repr_det.detectron.config import without_repr
 from repr_det.method.errors import UserError
 from repr_det.runs.files import advice_for, write_atomically
-from repr_det.runs.lock import RunLock, finds, job_of
-from repr_det.runs.parent import end_with_parent
+from repr_det.runs.lock import RunLock, job_of
 from repr_det.runs.record import CONFIG_FILE
-from repr_det.runs.stopping import STATUS, Stopped, answer_signals
+from repr_det.runs.stopping import STATUS, Stopped, answer_signals, end_with_parent
 
 STOCK_CONFIG_FILE = "config_detectron2.yaml"
 _FOR_THE_FIRST_TO_SPEAK = 5.0  # seconds
 _FOR_THE_LAST_TO_END = 30.0  # seconds that a resumed run waits for the one that it continues, which may be saving
-_FOR_A_FILE_TO_BE_SEEN = 60.0  # seconds that one machine's files may take to appear on another
 _HELD: list[RunLock] = []
+_EARLY = MemoryHandler(1000, flushLevel=logging.CRITICAL + 1)  # what is said before a run has a log of its own
+_EARLY.setLevel(logging.WARNING)
 
 
 def run_tool(main: Callable[[], Any]) -> None:
-    """Runs a tool; a UserError or a fault of the machine ends it with one line on stderr and status 2, a signal that
-    asks it to stop with status 75 (``stopping``)."""
+    """Runs a tool; a UserError or a fault of the machine ends it with one line on stderr and status 2, a signal to stop
+    with status 75."""
     launched = Launched.found()
     logging.basicConfig(format="%(levelname)s: %(message)s")  # until a run has logs of its own
+    logging.getLogger().addHandler(_EARLY)
     try:
         main()
         return
@@ -71,47 +72,55 @@ def _say(line: str) -> None:
     sys.stderr.flush()
 
 
-def setup(args: argparse.Namespace, cfg: CfgNode) -> None:
-    """Threads, logs and seeds of one process of a run."""
-    setup_process(args, str(cfg.MODEL.DEVICE), cfg.OUTPUT_DIR, cfg.SEED, cfg.CUDNN_BENCHMARK, cfg.dump())
-
-
 def write_configs(cfg: CfgNode, folder: Path) -> None:
-    """config.yaml, and the config that stock tools can read."""
+    """Writes config.yaml, and the config that stock tools can read."""
     write_atomically(folder / CONFIG_FILE, cfg.dump())
     write_atomically(folder / STOCK_CONFIG_FILE, without_repr(cfg).dump())
 
 
-def setup_process(
-    args: argparse.Namespace, device: str, folder: str, seed: int, cudnn_benchmark: bool, config: str
-) -> None:
-    """Lock, threads, logs and seeds of one process of a run, for a yaml config or a LazyConfig.
+def setup_process(args: argparse.Namespace, cfg: CfgNode, config: str) -> None:
+    """Lock, threads, logs and seeds of one process of a run.
 
     As Detectron2's ``default_setup``, but config.yaml is not written: it is the record of a run that trains, see
     ``runs.record``. ``args.resume`` becomes what rank 0 has found, see ``may_continue``.
 
+    Args:
+        config: the text of the config, for the log.
+
     Raises:
-        UserError: another process trains in ``folder``, or some machine does not see rank 0's files there.
+        UserError: another process trains in OUTPUT_DIR, or some machine does not see rank 0's files there.
     """
+    folder, rank = cfg.OUTPUT_DIR, comm.get_rank()
     _take(args, folder)
-    if device == "cpu" and comm.get_world_size() > 1 and "OMP_NUM_THREADS" not in os.environ:
+    if cfg.MODEL.DEVICE == "cpu" and comm.get_world_size() > 1 and "OMP_NUM_THREADS" not in os.environ:
         # Every process would take all cores for itself, and they would wait for each other most of the time.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // comm.get_local_size()))
-    rank = comm.get_rank()
     if comm.is_main_process() and folder:
         os.makedirs(folder, exist_ok=True)
     setup_logger(folder, distributed_rank=rank, name="fvcore")
     logger = setup_logger(folder, distributed_rank=rank)
     setup_logger(folder, distributed_rank=rank, name="repr_det", abbrev_name="repr")
+    _log_early_warnings(vars(args).pop("early", []))
     logging.getLogger("detectron2.engine.train_loop").addFilter(_one_line_for_user_errors)
     logger.info("Rank of current process: %d. World size: %d", rank, comm.get_world_size())
     logger.info("Environment info:\n%s", collect_env_info())
     logger.info("Command line arguments: %s", args)
     if comm.is_main_process():
         logger.info("Running with full config:\n%s", config)
-    seed_all_rng(None if seed < 0 else seed + rank)
-    if not getattr(args, "eval_only", False):  # its overhead is large beside the size of validation sets
-        torch.backends.cudnn.benchmark = cudnn_benchmark
+    seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + rank)
+    if precision := cfg.get("FLOAT32_PRECISION"):  # a key that Detectron2 reads and does not define
+        torch.set_float32_matmul_precision(precision)
+    if not args.eval_only:  # its overhead is large beside the size of validation sets
+        torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
+
+
+def _log_early_warnings(warnings: list[tuple[str, str]]) -> None:
+    """Writes into the log what stands on the terminal already."""
+    logging.getLogger().removeHandler(_EARLY)
+    for handler in logging.getLogger("repr_det").handlers:
+        if getattr(handler, "stream", None) is not sys.stdout:
+            for name, text in warnings:
+                handler.handle(logging.LogRecord(name, logging.WARNING, __file__, 0, text, None, None))
 
 
 def may_continue(args: argparse.Namespace, folder: str) -> bool:
@@ -127,43 +136,34 @@ def _take(args: argparse.Namespace, folder: str) -> None:
     """Rank 0 locks the folder; every rank learns whether it could, and whether the run is resumed."""
     if args.eval_only or not folder:
         return
-    trouble = mark = ""
+    trouble = ""
     if comm.is_main_process():
         launched = Launched.found()
         lock = RunLock(folder, "" if launched is None else launched.job)
         try:
             lock.acquire(_FOR_THE_LAST_TO_END if args.resume else 0.0)
             _HELD.append(lock)
-            mark = lock.mark
         except UserError as error:
             trouble = str(error)
-    trouble, args.resume, mark = comm.all_gather((trouble, args.resume, mark))[0]
+    trouble, args.resume = comm.all_gather((trouble, args.resume))[0]
     if trouble:
         raise UserError(trouble)
-    blind = not comm.is_main_process() and not finds(folder, mark, _FOR_A_FILE_TO_BE_SEEN)
-    hosts = comm.all_gather(socket.gethostname() if blind else "")
-    if any(hosts):
-        ranks = ", ".join(str(rank) for rank, host in enumerate(hosts) if host)
-        raise UserError(
-            f"OUTPUT_DIR {folder} is not one folder that every machine sees: rank(s) {ranks} "
-            f"({', '.join(sorted(set(hosts) - {''}))}) do not find there what rank 0 writes"
-        )
 
 
 def launch_processes(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace, device: str) -> None:
     """Runs ``main(args)`` in this process if a launcher started it, else in the processes that ``args`` asks for."""
+    args.early = [(record.name, record.getMessage()) for record in _EARLY.buffer]
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # several CPU processes talk by gloo, also on a machine with GPUs
     launched = Launched.found() if args.num_machines == 1 else None
+    if launched is None and args.num_gpus * args.num_machines > 1:
+        _launch(main, args)
+        return
     if launched is not None:
         end_with_parent()
         if launched.size > 1:
             launched.join(device, args.rendezvous_timeout)
-        _run(main, args)
-    elif args.num_gpus * args.num_machines == 1:
-        _run(main, args)
-    else:
-        _launch(main, args)
+    _run(main, args)
 
 
 def _launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
@@ -215,7 +215,7 @@ def _run(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) ->
 
 
 def _leave_the_group() -> None:
-    if dist.is_available() and dist.is_initialized():
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 

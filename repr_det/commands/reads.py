@@ -15,31 +15,26 @@ class Reads:
 
     def __init__(self, cfg: DictConfig) -> None:
         self._values: list[tuple[str, object]] = []
-        self._seen: set[str] = set()
+        self._used: set[str] = set()
         OmegaConf.register_new_resolver(_RESOLVER, self._read, replace=True, use_cache=False)
         for name in cfg:
             if name not in _CALLED and isinstance(cfg[name], DictConfig):
-                self._record(cfg[name], str(name))
+                for key in list(cfg[name]):
+                    self._record(cfg[name], key, f"{name}.{key}")
 
     def unread(self) -> list[str]:
         """The keys that were not read, such as train.clip_grad for all that lies below it."""
-        used = {_short(key) for key in self._seen}
-        return sorted({_short(key) for key, _ in self._values} - used)
+        return sorted({name for name, _ in self._values} - self._used)
 
-    def _record(self, node: DictConfig, path: str) -> None:
-        for key in list(node):
-            value = node[key]
-            if isinstance(value, DictConfig):
-                self._record(value, f"{path}.{key}")
-                continue
-            self._values.append((f"{path}.{key}", value))
-            node[key] = f"${{{_RESOLVER}:{len(self._values) - 1}}}"
+    def _record(self, node: DictConfig, key: str, name: str) -> None:
+        if isinstance(node[key], DictConfig):
+            for below in list(node[key]):
+                self._record(node[key], below, name)
+            return
+        self._values.append((name, node[key]))
+        node[key] = f"${{{_RESOLVER}:{len(self._values) - 1}}}"
 
     def _read(self, number: int) -> object:
-        key, value = self._values[number]
-        self._seen.add(key)
+        name, value = self._values[number]
+        self._used.add(name)
         return value
-
-
-def _short(key: str) -> str:
-    return ".".join(key.split(".")[:2])

@@ -8,31 +8,23 @@ import time
 import uuid
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser
 from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
 
-from repr_det.detectron.config import scale_to_world
 from repr_det.method.errors import UserError
 
 _KEY = "repr_det/meeting"
-_A_MOMENT = timedelta(seconds=5)
+_TRY_SECONDS = 5
+_OF_LAUNCHER = {"torchrun": "--nproc_per_node and --nnodes", "srun": "--ntasks-per-node and --nodes"}
 
 
-@dataclass(frozen=True)
-class World:
-    """The processes of one run.
-
-    Attributes:
-        size: all processes.
-        local_size: those on this machine.
-        started: how, in the user's words.
-    """
+class World(NamedTuple):
+    """The numbers of processes of a run: all of them, and those on this machine; and how they are started."""
 
     size: int
     local_size: int
@@ -77,7 +69,7 @@ class Launched:
         """Makes the process group, by torch's own variables of the environment.
 
         Raises:
-            UserError: the others did not come.
+            UserError: the others did not come within ``seconds``.
         """
         on_gpu = torch.device(device).type == "cuda"
         if on_gpu:
@@ -89,11 +81,11 @@ class Launched:
             os.environ |= {"RANK": str(self.rank), "WORLD_SIZE": str(self.size), "LOCAL_RANK": str(self.local_rank)}
         timeout = timedelta(seconds=seconds)
         try:
-            board, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-            store = _store_of_this_start(board, rank, timeout) if self.by == "torchrun" else board
-            dist.init_process_group(
-                "nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=size, timeout=timeout
-            )
+            store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+            if self.by == "torchrun":
+                store = _store_of_this_start(store, rank, timeout)
+            backend = "nccl" if on_gpu else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         except (RuntimeError, ValueError, OSError) as error:  # torch's own are RuntimeErrors
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise nobody_came(where, str(error)) from error
@@ -117,7 +109,7 @@ def _store_of_this_start(board: dist.Store, rank: int, timeout: timedelta) -> di
     while True:
         port, name = board.get(_KEY).decode().split()
         try:
-            store = dist.TCPStore(host, int(port), is_master=False, timeout=_A_MOMENT)
+            store = dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=_TRY_SECONDS))
             if store.get(_KEY).decode() == name:
                 store.set_timeout(timeout)
                 return store
@@ -135,74 +127,38 @@ def nobody_came(address: str, reason: str) -> UserError:
     )
 
 
-def add_process_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what Detectron2's parser lacks."""
-    parser.add_argument(
-        "--rendezvous-timeout",
-        type=float,
-        default=DEFAULT_TIMEOUT.total_seconds(),
-        metavar="SECONDS",
-        help="how long the processes of a run wait for each other, at its start and in every step (default "
-        f"{DEFAULT_TIMEOUT.total_seconds():.0f})",
-    )
-
-
 def dist_url(args: argparse.Namespace) -> str:
     """``--dist-url``; "auto" if it is not given, for Detectron2's default is the same port for all runs of a user."""
     default = default_argument_parser().get_default("dist_url")
     return "auto" if args.dist_url == default else args.dist_url
 
 
-def check_processes(args: argparse.Namespace, cfg: CfgNode, stated_norms: Any) -> World:
-    """The processes that ``args`` and a launcher ask for fit together and fit the run.
-
-    Args:
-        cfg: of the run; of a LazyConfig what ``repr_cfg_from_lazy`` makes of it.
-        stated_norms: the part of the config that names the model's norms, as nested mappings and lists.
+def check_processes(args: argparse.Namespace) -> World:
+    """Returns the processes that ``args`` or a launcher ask for.
 
     Raises:
-        UserError: naming the option or variable.
+        UserError: naming the option.
     """
     launched = Launched.found() if args.num_machines == 1 or "TORCHELASTIC_RUN_ID" in os.environ else None
-    if launched is not None:
-        _refuse_options(args, launched)
-        started = f"{launched.by} with {launched.local_size} on this machine"
-        world = World(launched.size, launched.local_size, started)
-    else:
+    if launched is None:
         _check_options(args)
-        started = f"--num-gpus {args.num_gpus}" + (f" --num-machines {args.num_machines}" * (args.num_machines > 1))
-        world = World(args.num_gpus * args.num_machines, args.num_gpus, started)
-    if world.size < 2:
-        return world
-    if world.local_size == 0 or world.size % world.local_size:
-        raise UserError(f"every machine must start as many processes, and this run has {world.size} ({started})")
-    on_gpu = torch.device(cfg.MODEL.DEVICE).type == "cuda"
-    if on_gpu and torch.cuda.device_count() < world.local_size:
+        started = f"--num-gpus {args.num_gpus}"
+        if args.num_machines > 1:
+            started += f" --num-machines {args.num_machines}"
+        return World(args.num_gpus * args.num_machines, args.num_gpus, started)
+    usual = {"num-gpus": 1, "num-machines": 1, "machine-rank": 0}
+    options = {name: getattr(args, name.replace("-", "_")) for name in usual}
+    if given := " ".join(f"--{name} {value}" for name, value in options.items() if value != usual[name]):
         raise UserError(
-            f"{started}, but torch sees {torch.cuda.device_count()} GPU(s) here: start one process for each, or add "
-            "MODEL.DEVICE cpu"
+            f"{given} beside {launched.by}, which starts the processes: leave it out and give {launched.by} "
+            f"{_OF_LAUNCHER[launched.by]}"
         )
-    batch = scale_to_world(cfg, world.size).SOLVER.IMS_PER_BATCH
-    if not args.eval_only and batch % world.size:
+    if launched.local_size == 0 or launched.size % launched.local_size:
         raise UserError(
-            f"SOLVER.IMS_PER_BATCH {batch} must be a multiple of the {world.size} processes of this run ({started}): "
-            f"such as {max(1, batch // world.size) * world.size}"
+            f"every machine must start as many processes, and this run has {launched.size} ({launched.by} with "
+            f"{launched.local_size or 'other numbers'} on this machine)"
         )
-    if not on_gpu and (key := _first_sync_bn(stated_norms)):
-        raise UserError(f"{key} SyncBN needs GPUs, and this run has {world.size} processes on the CPU: use naiveSyncBN")
-    return world
-
-
-def _refuse_options(args: argparse.Namespace, launched: Launched) -> None:
-    options = {"num-gpus": (args.num_gpus, 1), "num-machines": (args.num_machines, 1)}
-    options["machine-rank"] = (args.machine_rank, 0)
-    given = [f"--{name} {value}" for name, (value, default) in options.items() if value != default]
-    if given:
-        instead = "--nproc_per_node and --nnodes" if launched.by == "torchrun" else "--ntasks-per-node and --nodes"
-        raise UserError(
-            f"{' '.join(given)} beside {launched.by}, which starts the processes: leave it out and give {launched.by} "
-            f"{instead}"
-        )
+    return World(launched.size, launched.local_size, f"{launched.by} with {launched.local_size} on this machine")
 
 
 def _check_options(args: argparse.Namespace) -> None:
@@ -225,16 +181,3 @@ def refuse_torchrun(tool: str) -> None:
     """Raises UserError if a tool that starts runs itself was started several times."""
     if (launched := Launched.found()) is not None:
         raise UserError(f"{tool} starts its runs itself: call it without {launched.by} (--num-gpus N for each run)")
-
-
-def _first_sync_bn(node: Any, path: str = "MODEL") -> str:
-    """The key below which "SyncBN" stands, "" if there is none."""
-    if isinstance(node, str):
-        return path if node == "SyncBN" else ""
-    if hasattr(node, "items"):
-        inside = [(f"{path}.{key}", value) for key, value in node.items()]
-    elif isinstance(node, (list, tuple)):
-        inside = [(path, value) for value in node]
-    else:
-        return ""
-    return next((found for name, value in inside if (found := _first_sync_bn(value, name))), "")

@@ -11,12 +11,11 @@ from repr_det.datasets.image_files import shared_images
 from repr_det.datasets.registered import (
     check_registered,
     class_names,
-    num_classes,
     own_classes,
-    register_bccd,
+    register_builtin,
     register_coco_format,
 )
-from repr_det.datasets.shapes import CLASS_NAMES, build_shapes, generate_shapes, register_shapes
+from repr_det.datasets.shapes import CLASS_NAMES, build_shapes, generate_shapes
 
 __all__ = [
     "CLASS_NAMES",
@@ -31,17 +30,9 @@ __all__ = [
     "generate_shapes",
     "listed",
     "merge_aliases",
-    "num_classes",
     "own_classes",
     "register_bccd",
     "register_builtin",
     "register_coco_format",
-    "register_shapes",
     "shared_images",
 ]
-
-
-def register_builtin() -> None:
-    """Register shapes_train, shapes_train_75, shapes_val, bccd_train and bccd_val; Detectron2 has the coco_* names."""
-    register_shapes()
-    register_bccd()

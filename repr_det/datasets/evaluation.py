@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-from operator import itemgetter
 from typing import Any
 
 from detectron2.data import Metadata, MetadataCatalog
@@ -12,21 +11,20 @@ from pycocotools.coco import COCO
 
 class CocoEvaluator(COCOEvaluator):
     """Detectron2's, also for data sets that list a subset of the model's classes, number them otherwise, or give a
-    class two ids: AP is the mean over the classes that the data set lists, each under its own name, and detections of
-    the others do not count. For all other data sets it is Detectron2's to the letter, except that their json needs no
-    'info', for which pycocotools 2.0.9 and 2.0.10 ask."""
+    class two ids: AP is the mean over the classes that the data set lists, and detections of the others do not count.
+    No json needs the 'info' that pycocotools 2.0.9 and 2.0.10 ask for."""
 
     def __init__(self, dataset_name: str, *args: Any, **kwargs: Any) -> None:
         super().__init__(dataset_name, *args, **kwargs)
-        self._coco_api.dataset.setdefault("info", {})
         metadata = MetadataCatalog.get(dataset_name)
         own = metadata.get("own_classes")
         if own is None:
+            self._coco_api.dataset.setdefault("info", {})
             return
         merge_aliases(self._coco_api)
         numbers = dict(metadata.thing_dataset_id_to_contiguous_id)
         self._listed = set(numbers.values())
-        self._class_names = [metadata.thing_classes[numbers[i]] for i in sorted(numbers)]
+        self._class_names = list(own)
         # Detectron2 wants an id for every class of the model; those that are made up here are never written.
         absent = set(range(len(metadata.thing_classes))) - self._listed
         numbers |= {max(own.values()) + 1 + i: number for i, number in enumerate(sorted(absent))}
@@ -45,18 +43,16 @@ class CocoEvaluator(COCOEvaluator):
 
 
 def merge_aliases(truth: COCO) -> None:
-    """Leave the lowest id of several categories with one name, with the annotations of the others; in place.
-
-    A json without 'info' gets an empty one, for which pycocotools 2.0.9 and 2.0.10 ask.
-    """
+    """Leave, in place, the lowest id of several categories with one name; and add the 'info' that pycocotools needs."""
     truth.dataset.setdefault("info", {})
-    first: dict[str, int] = {}
-    categories = sorted(truth.dataset["categories"], key=itemgetter("id"))
-    lowest = {category["id"]: first.setdefault(category["name"], category["id"]) for category in categories}
-    if all(i == to for i, to in lowest.items()):
+    names = {category["id"]: category["name"] for category in truth.dataset["categories"]}
+    lowest = {name: min(i for i in names if names[i] == name) for name in names.values()}
+    if len(lowest) == len(names):
         return
-    truth.dataset["categories"] = [category for category in categories if lowest[category["id"]] == category["id"]]
+    truth.dataset["categories"] = [
+        category for category in truth.dataset["categories"] if category["id"] in lowest.values()
+    ]
     for annotation in truth.dataset["annotations"]:
-        annotation["category_id"] = lowest[annotation["category_id"]]
+        annotation["category_id"] = lowest[names[annotation["category_id"]]]
     with contextlib.redirect_stdout(io.StringIO()):
         truth.createIndex()

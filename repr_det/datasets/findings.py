@@ -1,27 +1,29 @@
-"""Findings about a data set: errors and warnings of one line that name its file."""
+"""Findings about data: errors and warnings of one line that name the file, and causes that a name or a file shows."""
 
 import logging
-import math
+import os
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
 
 from repr_det.method.errors import UserError
 
-MANY = 0.1  # share of entries from which on an oddity looks like a mistake of the whole file
-MAX_USELESS = 0.001  # share of faulty objects that passes with a warning: COCO's own train2017 has 2 in 860,001
-ONE_IN = 100  # in a data set of at least this many objects, one faulty object passes too
+_BEGINNINGS = {
+    b"version https://git-lfs": "is a Git LFS pointer, not the data: fetch them with 'git lfs pull'",
+    b"\x1f\x8b": "is compressed by gzip, which Detectron2 does not unpack: unpack it with 'gunzip'",
+    b"PK\x03\x04": "is a zip archive: unpack it",
+    b"\xef\xbb\xbf": "begins with a byte order mark, which Detectron2 cannot read: save it without",
+    b"\xff\xfe": "is UTF-16 text, which Detectron2 cannot read: save it as UTF-8",
+    b"\xfe\xff": "is UTF-16 text, which Detectron2 cannot read: save it as UTF-8",
+    b"<": "is an HTML or XML page, perhaps of a download that failed: fetch the file itself",
+}
 
 logger = logging.getLogger(__name__)
 
 
 class Findings:
-    """Reports on one annotation file.
-
-    Args:
-        json_file: the file that every line names.
-        name: the data set's name, if it has one.
-    """
+    """Reports on one annotation file of a data set, which has a name if it is registered."""
 
     def __init__(self, json_file: Path, name: str | None = None) -> None:
         self.json_file = json_file
@@ -32,25 +34,6 @@ class Findings:
 
     def warn(self, problem: str) -> None:
         logger.warning("%s%s: %s", self.prefix, self.json_file, problem)
-
-    def say(self, gap: str | None, doubt: str | None) -> None:
-        """Refuses a file for a gap, and warns of a doubt."""
-        if gap:
-            self.fail(gap)
-        if doubt:
-            self.warn(doubt)
-
-    def leave_aside(self, count: int, total: int, first: str, what: str) -> None:
-        """Warns of a few entries that Detectron2 does not use, and refuses more than a few."""
-        if count > allowed(total):
-            self.fail(first + (f" ({count} such {what})" if count > 1 else ""))
-        if count:
-            self.warn(f"{first}; {count} such {what} of {total} are left aside")
-
-
-def allowed(total: int) -> float:
-    """The number of faulty objects among ``total`` that are no reason to refuse a file."""
-    return max(MAX_USELESS * total, int(total >= ONE_IN))
 
 
 def listed(names: Iterable, limit: int = 8) -> str:
@@ -65,9 +48,26 @@ def shown(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def as_float(value: object) -> float:
-    """The number as a float, NaN if it is none."""
+def reason(error: Exception, path: str | os.PathLike) -> str:
+    """Says why a file cannot be read: what its first bytes show that it is, or else the error's own text."""
     try:
-        return float(value) if type(value) in (int, float) else math.nan
-    except OverflowError:
-        return math.inf
+        with open(path, "rb") as file:
+            head = file.read(64)
+    except OSError:
+        head = b""
+    for beginning, kind in _BEGINNINGS.items():
+        if head.startswith(beginning):
+            return f"it {kind}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def spelled_alike(name: str, names: Iterable[str]) -> str | None:
+    """Finds another one of ``names`` that is ``name`` but for case, blanks and Unicode form (NFC or NFD)."""
+    for other in names:
+        if other != name and _folded(other) == _folded(name):
+            return other
+    return None
+
+
+def _folded(name: str) -> str:
+    return "".join(unicodedata.normalize("NFKC", name).casefold().split())

@@ -1,6 +1,6 @@
 """The schema of a COCO json: the types that Detectron2 and pycocotools rely on.
 
-Numbers within the right type are left to ``numbers``, image files to ``image_files``.
+Numbers within the right type are left to ``objects``, image files to ``image_files``.
 """
 
 from typing import Annotated, Any, Literal
@@ -51,24 +51,6 @@ class Content(TypedDict):
 
 
 _CONTENT = TypeAdapter(Content)
-_SINGULAR = {"categories": "category", "images": "image", "annotations": "annotation"}
-_RIGHT = {
-    ("categories", "id"): "must have an integer id",
-    ("categories", "name"): "must have a name",
-    ("images", "id"): "must have an id (integer or string)",
-    ("images", "file_name"): "must have a file_name",
-    ("images", "width"): "must have a positive integer width",
-    ("images", "height"): "must have a positive integer height",
-    ("annotations", "id"): "must have an integer id (pycocotools needs it)",
-    ("annotations", "image_id"): "must have an image_id that is one of 'images' (an integer or a string)",
-    ("annotations", "category_id"): "must have an integer category_id that is one of 'categories'",
-    ("annotations", "bbox"): "must have a bbox of four finite numbers [x, y, width, height]",
-    ("annotations", "iscrowd"): "must have iscrowd 0 or 1",
-    ("annotations", "ignore"): "has 'ignore' set, which Detectron2 does not support: remove it or set iscrowd to 1",
-    ("annotations", "segmentation"): "must have a segmentation of polygons [[x, y, ...], ...] or RLE (size "
-    "[height, width], counts a list of lengths or a string), or none",
-    ("annotations", "keypoints"): "must have keypoints as one flat list of numbers [x, y, visibility, ...], or none",
-}
 
 
 def check_schema(content: dict[str, Any], findings: Findings) -> None:
@@ -80,9 +62,10 @@ def check_schema(content: dict[str, Any], findings: Findings) -> None:
     try:
         _CONTENT.validate_python(content, strict=True)
     except ValidationError as error:
-        section, *where = error.errors(include_url=False)[0]["loc"]
+        fault = error.errors(include_url=False)[0]
     else:
         return
+    section, *where = fault["loc"]
     if section not in content:
         findings.fail(
             f"has no '{section}' (COCO format has images, annotations and categories, found: {listed(content)})"
@@ -91,9 +74,5 @@ def check_schema(content: dict[str, Any], findings: Findings) -> None:
         findings.fail(f"'{section}' must be a list of objects")
     number, key = where[:2]
     entry = content[section][number]
-    label = f"{_SINGULAR[section]} {entry.get('id')!r}"
-    if key == "id":
-        label = f"{_SINGULAR[section]} number {number}"
-    elif section == "images" and key != "file_name":
-        label += f" ('{entry['file_name']}')"
-    findings.fail(f"{label} {_RIGHT[section, key]}, got {shown(entry.get(key))}")
+    name = f" (id {entry['id']!r})" if key != "id" else ""
+    findings.fail(f"entry {number} of '{section}'{name} has a wrong '{key}', {shown(entry.get(key))}: {fault['msg']}")

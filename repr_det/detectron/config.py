@@ -23,18 +23,14 @@ _SCALED = ("s1_iters", "s2_iters", "start_iter", "warmup_iters")  # with the num
 def add_repr_config(cfg: CfgNode) -> None:
     """Adds the node REPR with its defaults to a Detectron2 config: ENABLED, and a key for every option of
     ``RePrOptions``. Keys of earlier versions that have no effect any more are accepted with a warning."""
-    cfg.REPR = CfgNode()
-    cfg.REPR.ENABLED = False
+    cfg.REPR = CfgNode({"ENABLED": False})
     for name in option_names():
         about = about_option(name)
-        default = getattr(RePrOptions(), name) if about.in_config is None else about.in_config
         *nodes, last = about.key.split(".")
         node = cfg.REPR
         for part in nodes:
-            if part not in node:
-                node[part] = CfgNode()
-            node = node[part]
-        node[last] = default
+            node = node.setdefault(part, CfgNode())
+        node[last] = getattr(RePrOptions(), name) if about.in_config is None else about.in_config
     cfg.register_deprecated_key("REPR.SLIM")
 
 
@@ -94,8 +90,7 @@ def schedule_from_config(cfg: CfgNode) -> RePrSchedule:
 
 
 def first_decay(cfg: CfgNode) -> int | None:
-    """The iteration at which the learning rate of a config first decays; None if it does not, or if no schedule is
-    derived from it."""
+    """The iteration at which the learning rate of a config first decays; None if no schedule is derived from it."""
     if cfg.REPR.S1_ITERS:
         return None
     with as_user_error(f"SOLVER.LR_SCHEDULER_NAME {cfg.SOLVER.LR_SCHEDULER_NAME}"):
@@ -141,17 +136,16 @@ _ONE_FOR_A_TUPLE = re.compile(  # how yacs words it
 
 @contextlib.contextmanager
 def as_user_error(source: str) -> Iterator[None]:
-    """Config libraries raise KeyError, ValueError, AssertionError and yaml errors for what a user typed."""
+    """Turns whatever config libraries raise for what a user typed into a UserError of one line."""
     try:
         yield
     except UserError:
         raise
-    except (KeyError, ValueError, AssertionError, TypeError, AttributeError, OSError, yaml.YAMLError) as error:
+    except Exception as error:  # a config can make anything fail
         # str() of a KeyError is the repr of its message.
         text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
         text = " ".join((f"not valid YAML: {text}" if isinstance(error, yaml.YAMLError) else text).split())
-        one = _ONE_FOR_A_TUPLE.search(text)
-        if one:
+        if one := _ONE_FOR_A_TUPLE.search(text):
             value = repr(one["value"]) if one["kind"] == "str" else one["value"]
             text = f"{one['key']} must be a tuple, ({value},), got {value}"
         raise UserError(f"{source}: {text or type(error).__name__}") from error

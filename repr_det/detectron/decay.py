@@ -6,17 +6,17 @@ from collections.abc import Callable
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.solver import build_lr_scheduler
-from fvcore.common.param_scheduler import ParamScheduler
+from detectron2.solver import LRMultiplier, build_lr_scheduler
 
 _STEP = 0.9  # a rate that falls to this share or less from one iteration to the next has stepped
 _HALF = 0.5  # a rate that falls gradually has decayed when it is half of what it was
 
 
 def decays(multiplier: Callable[[float], float], max_iter: int) -> tuple[int, ...]:
-    """The iterations at which the rate steps down; where it falls gradually (cosine, linear, ...), the steps before it
-    has fallen to half of its largest value, and the iteration at which it has. Warm-up, and restarts that raise the
-    rate, are no decay.
+    """The iterations at which the rate steps down.
+
+    Where it falls gradually (cosine, linear, ...), they are the steps before it has fallen to half of its largest
+    value, and the iteration at which it has. Warm-up, and restarts that raise the rate, are no decay.
 
     Args:
         multiplier: fvcore's ParamScheduler: position in [0, 1) -> multiplier of the rates.
@@ -48,21 +48,16 @@ def _of_solver(solver: str) -> tuple[int, ...]:
     level = logger.level
     logger.setLevel(logging.ERROR)  # its warning of steps beyond MAX_ITER comes when the run builds its own
     try:
-        multiplier = build_lr_scheduler(cfg, optimizer)._multiplier
+        return decays(build_lr_scheduler(cfg, optimizer)._multiplier, cfg.SOLVER.MAX_ITER)
     finally:
         logger.setLevel(level)
-    return decays(multiplier, cfg.SOLVER.MAX_ITER)
 
 
-class DefinedAtItsEnd(ParamScheduler):
-    """A schedule that is asked for the rate after the last iteration, as torch does. Those of fvcore with a number of
-    equal steps know none, and a run with WarmupStepWithFixedGammaLR would end in an IndexError."""
+def defined_at_its_end(scheduler: LRMultiplier) -> LRMultiplier:
+    """Changes a scheduler so that it knows a rate after the last iteration, for which torch asks.
 
-    def __init__(self, inner: ParamScheduler) -> None:
-        self.inner = inner
-
-    def __call__(self, where: float) -> float:
-        try:
-            return self.inner(where)
-        except IndexError:
-            return self.inner(where - 1e-5)  # beyond fvcore's own tolerance of 1e-6
+    fvcore's with a number of equal steps know none: a run with WarmupStepWithFixedGammaLR would end in an IndexError.
+    """
+    multiplier = scheduler._multiplier
+    scheduler._multiplier = lambda where: multiplier(min(where, 1 - 1e-5))  # beyond fvcore's own tolerance of 1e-6
+    return scheduler

@@ -13,24 +13,24 @@ from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTraine
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import GeneralizedRCNNWithTTA
-from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
+from detectron2.utils.events import EventWriter
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from repr_det.datasets import agree_on_classes, any_mapped
 from repr_det.datasets.image_files import NamingMapper
 from repr_det.detectron.config import scale_to_world
-from repr_det.detectron.decay import DefinedAtItsEnd
+from repr_det.detectron.decay import defined_at_its_end
 from repr_det.detectron.evaluators import build_evaluator, check_evaluators
 from repr_det.detectron.hook import RePrHook, first_later_hook
+from repr_det.detectron.trackers import WandbWriter
 from repr_det.method.errors import UserError
-from repr_det.runs.checkpoints import AtomicCheckpointer, remove_unfinished_saves
-from repr_det.runs.files import FINAL_CHECKPOINT, keep_checkpoints
-from repr_det.runs.guard import FiniteGuard, NonFiniteError, describe, first_non_finite
+from repr_det.runs.checkpoints import AtomicCheckpointer
+from repr_det.runs.files import FINAL_CHECKPOINT, keep_checkpoints, remove_unfinished
+from repr_det.runs.guard import FiniteGuard, NonFiniteError, describe, non_finite_gradient, non_finite_weight
 from repr_det.runs.loader import resumable
-from repr_det.runs.resume import ExactResume
-from repr_det.runs.settings import apply_settings, check_same_optimizer, settings_of
+from repr_det.runs.resume import ExactResume, apply_settings, check_same_optimizer, settings_of
 from repr_det.runs.stopping import StopAtSignal
 
 logger = logging.getLogger("repr_det.resume")
@@ -39,13 +39,14 @@ logger = logging.getLogger("repr_det.resume")
 class Trainer(DefaultTrainer):
     """DefaultTrainer for configs with or without the node REPR.
 
-    With REPR.ENABLED False (or no such node) it trains bit for bit as stock Detectron2 does. Several processes work on
-    the CPU as well (gloo), and SOLVER.REFERENCE_WORLD_SIZE scales the schedule of REPR along with that of SOLVER.
-    Checkpoints are written atomically and hold what a resumed run needs to continue exactly (``resume.ExactResume``); a
-    run whose loss, gradients or weights are not finite stops before it saves them (``guard.FiniteGuard``).
+    With RePr off it trains bit for bit as stock Detectron2 does. Several processes work on the CPU too (gloo), and
+    SOLVER.REFERENCE_WORLD_SIZE scales REPR along with SOLVER. Checkpoints are written atomically and hold what a
+    resumed run needs (``resume.ExactResume``); a run whose loss, gradients or weights are not finite stops before it
+    saves them (``guard.FiniteGuard``).
 
     Args:
         cfg: a Detectron2 config, with ``add_repr_config`` applied for RePr.
+        wandb_project: of Weights & Biases; "" logs nothing there.
 
     Raises:
         UserError: REPR is wrong.
@@ -54,11 +55,12 @@ class Trainer(DefaultTrainer):
 
     _has_trained = False
 
-    def __init__(self, cfg: CfgNode) -> None:
+    def __init__(self, cfg: CfgNode, wandb_project: str = "") -> None:
         # Not DefaultTrainer.__init__: it wraps the model by create_ddp_model, which CPU modules cannot take.
         TrainerBase.__init__(self)
         cfg = scale_to_world(cfg, comm.get_world_size())
         self.cfg = cfg
+        self.wandb_project = wandb_project
         if all(_function(type(self), name) is _function(Trainer, name) for name in ("test", "build_evaluator")):
             check_evaluators(cfg.DATASETS.TEST)
         if any_mapped(names := (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)):
@@ -72,7 +74,7 @@ class Trainer(DefaultTrainer):
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         if comm.is_main_process():
-            remove_unfinished_saves(cfg.OUTPUT_DIR)
+            remove_unfinished(cfg.OUTPUT_DIR)
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.register_hooks(self.build_hooks())
@@ -107,12 +109,25 @@ class Trainer(DefaultTrainer):
             built.insert(first_later_hook(built), repr_hook)
         return built
 
+    def build_writers(self) -> list[EventWriter]:
+        """Detectron2's, and Weights & Biases if a project is given."""
+        more = [WandbWriter(self.cfg, project=self.wandb_project)] if self.wandb_project else []
+        return [*super().build_writers(), *more]
+
     def build_repr_hook(self, cfg: CfgNode) -> RePrHook | None:
         """None where the config has RePr off."""
         return RePrHook(cfg) if "REPR" in cfg and cfg.REPR.ENABLED else None
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """As in Detectron2; a run that was trained beyond SOLVER.MAX_ITER is refused."""
+        """As in Detectron2; refuses a run that was trained beyond SOLVER.MAX_ITER, or whose ranks see other files."""
+        if resume:
+            found = comm.all_gather(os.path.basename(self.checkpointer.get_checkpoint_file()))
+            if len(set(found)) > 1:
+                others = ", ".join(sorted({name or "none" for name in found[1:]}))
+                raise UserError(
+                    f"OUTPUT_DIR {self.cfg.OUTPUT_DIR} is not one folder that every machine sees: the checkpoint is "
+                    f"{found[0]} for rank 0 and {others} for others; copy rank 0's folder to every machine"
+                )
         super().resume_or_load(resume)
         if self.start_iter > self.max_iter:
             raise UserError(
@@ -139,7 +154,7 @@ class Trainer(DefaultTrainer):
         try:
             super().run_step()
         except FloatingPointError as error:
-            found = first_non_finite(self.model)
+            found = non_finite_weight(self.model) or non_finite_gradient(self.model)
             what = "the loss is not finite" + (f", nor is {found}" if found else "")
             raise NonFiniteError(describe(self, what)) from error
 
@@ -165,13 +180,8 @@ class Trainer(DefaultTrainer):
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Detectron2's; refuses the checkpoint of the other arm."""
-        saved = "RePrHook" in state_dict.get("hooks", {})
         enabled = any(isinstance(hook, RePrHook) for hook in self._hooks)
-        if saved != enabled:
-            raise UserError(
-                f"the checkpoint in {self.cfg.OUTPUT_DIR} was trained with RePr {'on' if saved else 'off'}, this run "
-                f"has it {'on' if enabled else 'off'}: resume with the same arm, or give another OUTPUT_DIR"
-            )
+        check_same_arm(state_dict.get("hooks", {}), enabled, self.cfg.OUTPUT_DIR)
         optimizer = self._trainer.optimizer
         check_same_optimizer(optimizer, state_dict["_trainer"]["optimizer"], self.cfg.OUTPUT_DIR)
         built = settings_of(optimizer)
@@ -193,10 +203,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
         """Detectron2's, which for WarmupStepWithFixedGammaLR fails after the last iteration."""
-        scheduler = super().build_lr_scheduler(cfg, optimizer)
-        if isinstance(scheduler, LRMultiplier):
-            scheduler._multiplier = DefinedAtItsEnd(scheduler._multiplier)
-        return scheduler
+        return defined_at_its_end(super().build_lr_scheduler(cfg, optimizer))
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Iterable:
@@ -212,6 +219,16 @@ class Trainer(DefaultTrainer):
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         """That of the data set's evaluator_type, COCO AP where it has none; its files go to OUTPUT_DIR/inference."""
         return build_evaluator(dataset_name, os.path.join(cfg.OUTPUT_DIR, "inference"))
+
+
+def check_same_arm(hooks: dict[str, Any], enabled: bool, folder: str) -> None:
+    """Raises UserError where a checkpoint with this state of hooks is of the other arm."""
+    saved = RePrHook.__qualname__ in hooks
+    if saved != enabled:
+        raise UserError(
+            f"the checkpoint in {folder} was trained with RePr {'on' if saved else 'off'}, this run has it "
+            f"{'on' if enabled else 'off'}: resume with the same arm, or give another OUTPUT_DIR"
+        )
 
 
 def _place_before(built: Sequence[HookBase], *kinds: type[HookBase]) -> int:

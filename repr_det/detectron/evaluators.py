@@ -10,23 +10,32 @@ from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from repr_det.datasets import CocoEvaluator
 from repr_det.method.errors import UserError
 
-_NEEDS = {
-    "lvis": "lvis",
-    "coco_panoptic_seg": "panopticapi",
-    "cityscapes_instance": "cityscapesscripts",
-    "cityscapes_sem_seg": "cityscapesscripts",
+# evaluator_type -> evaluators of a data set's name and a folder for their files.
+_EVALUATORS = {
+    "coco": (lambda name, folder: CocoEvaluator(name, output_dir=folder),),
+    "sem_seg": (lambda name, folder: evaluation.SemSegEvaluator(name, distributed=True, output_dir=folder),),
+    "pascal_voc": (lambda name, folder: evaluation.PascalVOCDetectionEvaluator(name),),
+    "lvis": (lambda name, folder: evaluation.LVISEvaluator(name, output_dir=folder),),
+    "cityscapes_instance": (lambda name, folder: evaluation.CityscapesInstanceEvaluator(name),),
+    "cityscapes_sem_seg": (lambda name, folder: evaluation.CityscapesSemSegEvaluator(name),),
 }
-_KINDS = ("coco", "sem_seg", "pascal_voc", *_NEEDS)
+_EVALUATORS["coco_panoptic_seg"] = (
+    *_EVALUATORS["sem_seg"],
+    *_EVALUATORS["coco"],
+    lambda name, folder: evaluation.COCOPanopticEvaluator(name, folder),
+)
+_NEEDS = {"lvis": "lvis", "coco_panoptic_seg": "panopticapi"}
+_NEEDS |= dict.fromkeys(("cityscapes_instance", "cityscapes_sem_seg"), "cityscapesscripts")
 
 
 def check_evaluators(names: Sequence[str]) -> None:
     """Raises UserError where a data set cannot be evaluated: its evaluator_type is unknown, or a package is missing."""
     for name in names:
         kind = _kind(name)
-        if kind not in _KINDS:
+        if kind not in _EVALUATORS:
             raise UserError(
-                f"DATASETS.TEST {name} has evaluator_type {kind!r}, which is none of {', '.join(_KINDS)}: override "
-                "Trainer.build_evaluator, or register it with one of these"
+                f"DATASETS.TEST {name} has evaluator_type {kind!r}, which is none of {', '.join(_EVALUATORS)}: "
+                "override Trainer.build_evaluator, or register it with one of these"
             )
         if kind in _NEEDS and importlib.util.find_spec(_NEEDS[kind]) is None:
             raise UserError(
@@ -35,28 +44,10 @@ def check_evaluators(names: Sequence[str]) -> None:
 
 
 def build_evaluator(name: str, folder: str) -> DatasetEvaluator:
-    """For a data set whose evaluator_type is one of Detectron2's; without one it is evaluated as COCO's.
-
-    Args:
-        name: a registered data set.
-        folder: for the files that the evaluator writes.
-    """
-    kind, found = _kind(name), []
-    if kind in ("sem_seg", "coco_panoptic_seg"):
-        found.append(evaluation.SemSegEvaluator(name, distributed=True, output_dir=folder))
-    if kind in ("coco", "coco_panoptic_seg"):
-        found.append(CocoEvaluator(name, output_dir=folder))
-    if kind == "coco_panoptic_seg":
-        found.append(evaluation.COCOPanopticEvaluator(name, folder))
-    if kind == "cityscapes_instance":
-        found.append(evaluation.CityscapesInstanceEvaluator(name))
-    if kind == "cityscapes_sem_seg":
-        found.append(evaluation.CityscapesSemSegEvaluator(name))
-    if kind == "pascal_voc":
-        found.append(evaluation.PascalVOCDetectionEvaluator(name))
-    if kind == "lvis":
-        found.append(evaluation.LVISEvaluator(name, output_dir=folder))
-    return found[0] if len(found) == 1 else DatasetEvaluators(found)
+    """For a registered data set whose evaluator_type is one of Detectron2's; without one it is evaluated as COCO's.
+    Files go to ``folder``."""
+    made = [make(name, folder) for make in _EVALUATORS[_kind(name)]]
+    return made[0] if len(made) == 1 else DatasetEvaluators(made)
 
 
 def _kind(name: str) -> str:

@@ -14,6 +14,7 @@ from fvcore.common.checkpoint import Checkpointer
 
 from repr_det.detectron.config import (
     NAMES,
+    as_user_error,
     first_decay,
     options_of_config,
     scale_to_world,
@@ -21,12 +22,12 @@ from repr_det.detectron.config import (
 )
 from repr_det.detectron.decay import decays
 from repr_det.detectron.fine_tuning import fine_tuning_warning
-from repr_det.detectron.passes import training_passes
+from repr_det.detectron.passes import epochs_of, training_passes
 from repr_det.method.criteria import get_criterion
-from repr_det.method.errors import UserError, spelling
+from repr_det.method.errors import OptionError, UserError, spelling
 from repr_det.method.holding import Transition
 from repr_det.method.loop import RePr, describe_schedule, schedule_of, unwrapped
-from repr_det.method.options import DETECTRON2_LAYERS, RePrOptions, check_resumed
+from repr_det.method.options import CONFIG_KEYS, DETECTRON2_LAYERS, RePrOptions, check_resumed
 from repr_det.method.schedule import RePrSchedule
 from repr_det.method.scheme import RePrScheme
 from repr_det.network.state import preserved_random_state
@@ -34,14 +35,7 @@ from repr_det.runs.files import EVENTS_FILE, OVERLAPS_FILE, truncate_log
 from repr_det.runs.resume import ExactResume
 from repr_det.runs.safe_pickle import load_checkpoint
 
-_LATER_HOOKS = (
-    hooks.PreciseBN,
-    ExactResume,
-    hooks.PeriodicCheckpointer,
-    hooks.BestCheckpointer,
-    hooks.EvalHook,
-    hooks.PeriodicWriter,
-)
+_LATER_HOOKS = (hooks.PreciseBN, ExactResume, hooks.EvalHook, hooks.PeriodicWriter)
 
 logger = logging.getLogger("repr_det.hook")
 
@@ -98,6 +92,7 @@ class RePrHook(HookBase):
         self.aspect_ratio_grouping = aspect_ratio_grouping
         self.weights = weights
         self.averages = averages
+        self.total_steps = total_steps
         self.schedule: RePrSchedule | None = None
         if total_steps is not None:
             with spelling(names):
@@ -141,12 +136,23 @@ class RePrHook(HookBase):
             raise UserError(
                 "RePrHook is registered twice in this trainer: leave one out (repr_det's Trainer brings its own)"
             )
+        if self.repr is not None and self._loaded is None and self.repr.steps != trainer.start_iter:
+            raise UserError(
+                f"this trainer has trained {self.repr.steps} iterations, and this training begins at iteration "
+                f"{trainer.start_iter}: make another one, on which resume_or_load(resume=True) resumes from the last "
+                "checkpoint"
+            )
         self._log_as_detectron2()
         self._move_into_place()
         if self.schedule is None:
             self.schedule = schedule_of(self.options, trainer.max_iter, self._first_decay())
             if self._loaded is not None:
                 self._compare(self._loaded["run"])
+        if self.total_steps is not None and trainer.max_iter <= self.schedule.end_iter < self.total_steps:
+            raise OptionError(
+                f"this trainer's max_iter is {trainer.max_iter}, but {{total_steps}} is {self.total_steps}, and the "
+                "schedules go by that: to train in pieces, stop a run and resume it in another trainer"
+            )
         self.schedule.check_fits(trainer.max_iter)
         if self.repr is None:
             if self._loaded is None and trainer.start_iter > 0:
@@ -211,14 +217,8 @@ class RePrHook(HookBase):
 
     def _fingerprint(self) -> dict[str, Any]:
         """Returns the values that a resumed run must have too, by config key."""
-        schedule = self.schedule
-        return {
-            "REPR.START_ITER": schedule.start_iter,
-            "REPR.S1_ITERS": schedule.s1_iters,
-            "REPR.S2_ITERS": schedule.s2_iters,
-            "REPR.NUM_CYCLES": schedule.num_cycles,
-            **self.options.resumed(),
-        }
+        phases = ("start_iter", "s1_iters", "s2_iters", "num_cycles")
+        return {CONFIG_KEYS[name]: getattr(self.schedule, name) for name in phases} | self.options.resumed()
 
     def _build(self) -> RePr:
         trainer = self.trainer
@@ -240,34 +240,28 @@ class RePrHook(HookBase):
     def _prove(self) -> None:
         """Shows who takes part by a pass over a batch of its own; where none can be drawn the first step shows it."""
         scheme = self.repr.scheme
-        if scheme.participants.known or self._ended():
+        if scheme.participants.known or self.trainer.start_iter > self.schedule.restore_iters[-1]:
             return
-        batch, reason = None, ""
+        what = "the criterion" if scheme.criterion.needs_data else "FrozenBN calibration"
+        missed = (
+            f"RePr: {what} looks at training batches, and none can be drawn (give DATASETS.TRAIN, or a data loader "
+            "that can be iterated again)"
+        )
         try:
-            batch = next(iter(scheme.passes.batches(1, 0)), None)
+            with as_user_error(missed):
+                batch = next(iter(scheme.passes.batches(1, 0)))
         except UserError:
             if scheme.needs_batches:
                 raise
-        except Exception as error:  # whatever a data set and its mapper raise
-            reason = f" ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
-        if batch is None:
-            if scheme.needs_batches:
-                what = "the criterion" if scheme.criterion.needs_data else "FrozenBN calibration"
-                raise UserError(
-                    f"RePr: {what} looks at training batches, and none can be drawn{reason}: give DATASETS.TRAIN, or a "
-                    "data loader that can be iterated again"
-                )
             return
         self.repr.prove(lambda: scheme.passes.loss(batch))
         self._warn_of_fine_tuning()
 
-    def _ended(self) -> bool:
-        return self.trainer.start_iter > self.schedule.restore_iters[-1]
-
     def _warn_of_fine_tuning(self) -> None:
         if self.trainer.start_iter == 0 and not self._warned:
             self._warned = True
-            if warning := fine_tuning_warning(self.weights, self.trainer.max_iter, self.repr.scheme):
+            epochs = epochs_of(self.trainer, self.images_per_batch)
+            if warning := fine_tuning_warning(self.weights, self.trainer.max_iter, epochs, self.repr.scheme):
                 logger.warning(warning)
 
     def _step(self, iteration: int) -> None:
@@ -279,21 +273,19 @@ class RePrHook(HookBase):
             self._write(iteration, done)
 
     def _write(self, iteration: int, transition: Transition) -> None:
-        line = {"iteration": iteration, **dataclasses.asdict(transition)}
-        overlap = {"overlap": line.pop("overlaps")}
-        self._append(OVERLAPS_FILE, {key: line[key] for key in ("iteration", "event", "cycle")} | overlap)
-        self._append(EVENTS_FILE, line)
-
-    def _append(self, name: str, line: dict[str, Any]) -> None:
-        with open(self._path(name), "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        event = {"iteration": iteration, **dataclasses.asdict(transition)}
+        overlap = {key: event[key] for key in ("iteration", "event", "cycle")}
+        overlap["overlap"] = event.pop("overlaps")
+        for name, line in ((OVERLAPS_FILE, overlap), (EVENTS_FILE, event)):
+            with open(self._path(name), "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
 
     def _path(self, name: str) -> str:
         os.makedirs(self.output_dir, exist_ok=True)
         return os.path.join(self.output_dir, name)
 
     def _log_as_detectron2(self) -> None:
-        """In a trainer whose log is Detectron2's, the lines of this package appear as well, wherever it writes."""
+        """Puts the lines of this package into the log of a stock trainer as well."""
         ours, theirs = logging.getLogger("repr_det"), logging.getLogger("detectron2")
         if theirs.handlers and not ours.handlers:
             for handler in theirs.handlers:
@@ -302,7 +294,6 @@ class RePrHook(HookBase):
             ours.propagate = theirs.propagate
 
     def _first_decay(self) -> int | None:
-        """The iteration at which the learning rate of the trainer first decays."""
         if self.first_lr_step is not None:
             return self.first_lr_step
         for hook in self.trainer._hooks:
@@ -333,7 +324,7 @@ class RePrHook(HookBase):
             )
 
     def _check_state(self, iteration: int) -> None:
-        """The scheme is where the schedule says that it is before ``iteration``."""
+        """Checks that the scheme is where the schedule says that it is before ``iteration``."""
         scheme, expected = self.repr.scheme, self.schedule.phase(iteration)
         cycles = sum(i < iteration for i in self.schedule.restore_iters)
         if (expected == "sub") != scheme.is_sub or scheme.cycle != cycles:
@@ -354,10 +345,11 @@ class RePrHook(HookBase):
 
 
 def first_later_hook(registered: Sequence[HookBase]) -> int:
-    """The place of RePrHook: before the first hook that must see the network after a transition, as everything does
-    that saves, evaluates, writes or keeps a checkpointer; the number of hooks where there is none."""
-    later = (i for i, x in enumerate(registered) if isinstance(x, _LATER_HOOKS) or _checkpointer_of(x) is not None)
-    return next(later, len(registered))
+    """The place of RePrHook: before the first hook that saves, evaluates or writes; else at the end."""
+    for index, hook in enumerate(registered):
+        if isinstance(hook, _LATER_HOOKS) or _checkpointer_of(hook) is not None:
+            return index
+    return len(registered)
 
 
 def _shared_seed() -> int:

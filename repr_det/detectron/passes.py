@@ -24,9 +24,8 @@ def training_passes(
 ) -> TrainingPasses:
     """Extra passes, from a loader of their own whose order depends on seed and cycle only.
 
-    The data set and its mapper are those of the trainer's own loader where that is Detectron2's, so that a large
-    annotation file is not read again; otherwise ``trainer.build_train_loader`` makes it, and where there is no such
-    method the trainer's loader is iterated again, from its beginning.
+    The data set and its mapper are those of the trainer's loader if that is Detectron2's. Else the trainer's
+    ``build_train_loader`` makes a loader, or the trainer's own is iterated again, from its beginning.
 
     Args:
         images_per_batch: over all ranks; None takes that of the trainer's loader.
@@ -74,6 +73,13 @@ def map_dataset(loader: Any) -> MapDataset | None:
     while loader is not None and not isinstance(loader, MapDataset):
         loader = getattr(loader, "dataset", None)
     return loader
+
+
+def epochs_of(trainer: Any, images_per_batch: int | None) -> float | None:
+    """Returns the epochs of a whole training; None if its loader does not tell its images."""
+    loader = getattr(getattr(trainer, "_trainer", trainer), "data_loader", None)
+    dataset, images = map_dataset(loader), images_per_batch or batch_size_of(loader)
+    return None if not dataset or images is None else trainer.max_iter * images / len(dataset)
 
 
 def calibration_batches(images_per_batch: int) -> int:

@@ -4,31 +4,29 @@ import importlib.util
 import json
 import os
 import uuid
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import yaml
 from detectron2.config import CfgNode
-from detectron2.engine import DefaultTrainer
 from detectron2.utils.events import EventWriter, get_event_storage
 
 from repr_det.method.errors import UserError
 from repr_det.runs.files import EVENTS_FILE, OVERLAPS_FILE, write_atomically
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 _ID_FILE = "wandb_id.txt"
 _SENT_FILE = "wandb_sent.txt"  # the iteration of the last transition that is in the run
 
 
 class WandbWriter(EventWriter):
-    """Logs config, all scalars, every drop and restore once, and the overlap of the filters after each.
+    """Logs config, all scalars, every drop and restore once, and a histogram of the filters' overlap at each.
 
-    W&B's own reading of TensorBoard's files (``sync_tensorboard``) is no substitute: it loses a drop that TensorBoard
-    had not flushed when the run was killed, and sends one again that a resumed run repeats.
+    W&B's ``sync_tensorboard`` is no substitute: it loses a drop that TensorBoard had not flushed when the run was
+    killed, and sends one again that a resumed run repeats.
 
-    Add it in ``build_writers`` of a trainer. A resumed run goes on in the run of its OUTPUT_DIR. Images and histograms
-    of the storage are left to the TensorBoard writer, which clears them.
+    Add it in ``build_writers`` of a trainer. A resumed run resumes the run of its OUTPUT_DIR. Images of the storage are
+    left to the TensorBoard writer, which clears them.
 
     Args:
         cfg: of the run.
@@ -50,8 +48,11 @@ class WandbWriter(EventWriter):
         self._folder = Path(cfg.OUTPUT_DIR)
         self._window_size = window_size
         self._last_write = -1
+        run_id = self._read(_ID_FILE) or uuid.uuid4().hex
+        write_atomically(self._folder / _ID_FILE, run_id)
+        options |= {"id": run_id, "resume": "allow", "config": yaml.safe_load(cfg.dump()), "dir": cfg.OUTPUT_DIR}
         try:
-            self._run = wandb.init(id=self._id(), resume="allow", config=_plain(cfg), dir=cfg.OUTPUT_DIR, **options)
+            self._run = wandb.init(**options)
         except wandb.Error as error:  # not logged in, no connection, no such project
             raise UserError(f"Weights & Biases: {error} WANDB_MODE=offline keeps everything on disk.") from error
 
@@ -61,8 +62,9 @@ class WandbWriter(EventWriter):
         latest = storage.latest_with_smoothing_hint(self._window_size)
         scalars = {name: value for name, (value, iteration) in latest.items() if iteration > self._last_write}
         self._last_write = max((iteration for _, iteration in latest.values()), default=self._last_write)
-        sent = self._sent()
-        for event, overlap in zip(self._lines(EVENTS_FILE), self._lines(OVERLAPS_FILE), strict=False):
+        sent = int(self._read(_SENT_FILE) or -1)
+        events, overlaps = (map(json.loads, self._read(name).splitlines()) for name in (EVENTS_FILE, OVERLAPS_FILE))
+        for event, overlap in zip(events, overlaps, strict=False):
             if event["iteration"] > sent:
                 self._log_transition(event, overlap["overlap"])
         if scalars:
@@ -75,7 +77,7 @@ class WandbWriter(EventWriter):
             f"{name}_filters": sum(map(len, event["dropped"].values())),
             f"{name}_overlap_before": event["overlap_before"],
             f"{name}_overlap_after": event["overlap_after"],
-            f"{name}_overlap": self._wandb.Image(draw_overlap(event, overlap)),
+            f"{name}_overlap": self._wandb.Histogram(list(chain(*overlap.values()))),
         }
         self._run.log(values, step=event["iteration"])
         write_atomically(self._folder / _SENT_FILE, str(event["iteration"]))
@@ -84,57 +86,12 @@ class WandbWriter(EventWriter):
         """Ends the run."""
         self._run.finish()
 
-    def _id(self) -> str:
-        file = self._folder / _ID_FILE
-        if not file.exists():
-            write_atomically(file, uuid.uuid4().hex)
-        return file.read_text().strip()
-
-    def _sent(self) -> int:
-        file = self._folder / _SENT_FILE
-        return int(file.read_text()) if file.exists() else -1
-
-    def _lines(self, name: str) -> list[dict[str, Any]]:
+    def _read(self, name: str) -> str:
         file = self._folder / name
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
-def tracked(trainer: type[DefaultTrainer], project: str) -> type[DefaultTrainer]:
-    """``trainer`` with a WandbWriter of this project among its writers; itself where there is no project."""
-    if not project:
-        return trainer
-
-    class Tracked(trainer):  # type: ignore[valid-type, misc]
-        def build_writers(self) -> list[EventWriter]:
-            return [*super().build_writers(), WandbWriter(self.cfg, project=project)]
-
-    return Tracked
+        return file.read_text() if file.exists() else ""
 
 
 def check_wandb(project: str) -> None:
     """Raises UserError where a project is given, but wandb is not installed."""
     if project and importlib.util.find_spec("wandb") is None:
         raise UserError(f"--wandb {project} needs wandb, which is not installed: pip install 'repr_det[wandb]'")
-
-
-def draw_overlap(event: dict[str, Any], overlap: dict[str, list[float]]) -> "Figure":
-    """O_f of the filters of every layer around a transition: the middle half as a box, dropped filters as dots."""
-    from matplotlib.figure import Figure  # a training that is not tracked need not wait for it
-
-    figure = Figure(figsize=(6, 1 + 0.18 * len(overlap)), layout="constrained")
-    axes = figure.add_subplot()
-    axes.boxplot(list(overlap.values()), orientation="horizontal", showfliers=False)
-    for place, (layer, values) in enumerate(overlap.items(), 1):
-        gone = [values[f] for f in event["dropped"].get(layer, ())]
-        axes.plot(gone, [place] * len(gone), ".", color="#c44e00", markersize=3)
-    axes.set_yticks(range(1, len(overlap) + 1), list(overlap), fontsize=6)
-    axes.invert_yaxis()
-    axes.set(xlabel="O_f", title=f"{event['event']} after iteration {event['iteration']}")
-    return figure
-
-
-def _plain(node: Any) -> Any:
-    """A config node as dicts, lists and values."""
-    if isinstance(node, dict):
-        return {key: _plain(value) for key, value in node.items()}
-    return list(node) if isinstance(node, tuple) else node

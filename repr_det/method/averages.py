@@ -1,17 +1,19 @@
-"""Averages of the weights (EMA, SWA) beside a model: dropped and returning filters are copied into them.
+"""Averages of the weights (EMA, SWA) beside a model: they begin again from the model at every restore.
 
-An average lags behind a drop and a restore: long after either it holds a mixture of a filter that is gone and one that
-is new, which is neither. The rows that a transition writes are the same in the average from then on.
+An average lags behind: long after a restore it holds a mixture of a filter that is gone and one that is new, which is
+neither. Measured against other ways in docs/evidence/averages.py.
 """
 
+import gc
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from repr_det.method.errors import UserError
-from repr_det.method.layers import FilterLayer
 
 # Where wrappers keep their model: torch's AveragedModel and timm's ModelEmaV3, Ultralytics' ModelEMA, hooks.
 _INNER = ("module", "ema", "model", "ema_model", "averaged_model", "average")
@@ -21,50 +23,57 @@ class Averages:
     """The averages that follow a model.
 
     Args:
-        models: modules with the parameters of ``model`` under the same names, or objects that hold one.
+        given: modules with the parameters of ``model`` under the same names, or objects that hold one.
         model: not wrapped.
 
     Raises:
         UserError: one of them holds no such module.
     """
 
-    def __init__(self, models: Sequence[Any], model: nn.Module) -> None:
-        self._names = {module: name for name, module in model.named_modules()}
-        self._models = [_module_in(one, model) for one in models]
-
-    def copy_rows(self, layer: FilterLayer, rows: Tensor) -> None:
-        """Makes rows (M,) of a layer, its norm and running statistics, those of the model."""
-        for average in self._models:
-            modules = dict(average.named_modules())
-            for module in (layer.conv, layer.norm):
-                if module is not None:
-                    _copy(module, modules[self._names[module]], rows)
+    def __init__(self, given: Sequence[Any], model: nn.Module) -> None:
+        self._model = model
+        self._given = list(given)
+        self._inside = [_module_in(one, model) for one in given]
+        self._trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        self._copies: list[tuple[weakref.ref, Tensor]] = []
 
     @torch.no_grad()
-    def copy_kernels(self, reader: nn.Module, within: slice, channels: Tensor) -> None:
-        """Makes the weights of some filters of a conv or linear layer for some inputs those of the model."""
-        for average in self._models:
-            weight = average.get_submodule(self._names[reader]).weight[within]
-            there = channels.to(weight.device)
-            weight.index_copy_(1, there, reader.weight[within].index_select(1, channels).to(weight))
+    def begin_again(self) -> None:
+        """Sets the averages to the model."""
+        values = self._model.state_dict()
+        for average in self._inside:
+            for name, value in average.state_dict().items():
+                if name in values and values[name].shape == value.shape:
+                    value.copy_(values[name])
+        for one in self._given:
+            if isinstance(one, AveragedModel):  # an average of equal weights begins again with its next update
+                one.n_averaged.zero_()
+
+    def not_given(self) -> str | None:
+        """The class of a copy of the model that has moved without gradients since the last call, as averages do."""
+        moved = None
+        for copy, before in self._copies:
+            module = copy()
+            if module is not None and not torch.equal(self._sample(module), before):
+                moved = type(module).__name__
+        others = [one for one in gc.get_objects() if type(one) is type(self._model) and one is not self._model]
+        wanted = _shapes(self._model)
+        copies = [one for one in others if _shapes(one) == wanted and not any(one is own for own in self._inside)]
+        without = [one for one in copies if all(parameter.grad is None for parameter in one.parameters())]
+        self._copies = [(weakref.ref(one), self._sample(one)) for one in without]
+        return moved
+
+    def _sample(self, module: nn.Module) -> Tensor:
+        return module.get_parameter(self._trained[0]).detach().clone()
 
 
-@torch.no_grad()
-def _copy(source: nn.Module, target: nn.Module, rows: Tensor) -> None:
-    own: Mapping[str, Tensor] = {
-        **dict(target.named_parameters(recurse=False)),
-        **dict(target.named_buffers(recurse=False)),
-    }
-    for name, tensor in own.items():
-        value = getattr(source, name, None)
-        if isinstance(value, Tensor) and value.dim() and value.shape == tensor.shape:
-            there = rows.to(tensor.device)
-            tensor.index_copy_(0, there, value.detach().index_select(0, rows).to(tensor))
+def _shapes(module: nn.Module) -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in module.named_parameters()}
 
 
 def _module_in(holder: Any, model: nn.Module) -> nn.Module:
     """The module of the same parameters: ``holder`` itself, or what it holds."""
-    wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
+    wanted = _shapes(model)
     waiting = [holder]
     for _ in range(4):
         found = []
@@ -80,6 +89,5 @@ def _module_in(holder: Any, model: nn.Module) -> nn.Module:
 
 
 def _has(module: nn.Module, wanted: Mapping[str, torch.Size]) -> bool:
-    own = {name: parameter.shape for name, parameter in module.named_parameters()}
-    own |= {name: buffer.shape for name, buffer in module.named_buffers()}
+    own = _shapes(module) | {name: buffer.shape for name, buffer in module.named_buffers()}
     return all(own.get(name) == shape for name, shape in wanted.items())

@@ -18,12 +18,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from repr_det.method.data_criteria import Scores, redundancy, share_of_zeros
+from repr_det.method.data_criteria import Scores, share_of_zeros
 from repr_det.method.distributed import to_cpu
 from repr_det.method.errors import OptionError, UserError
 from repr_det.method.layers import FilterLayer
 from repr_det.method.orthogonality import by_group, expected_overlap, inter_filter_orthogonality
 from repr_det.method.passes import TrainingPasses
+from repr_det.method.redundancy import redundancy
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from repr_det.method.errors import OptionError, UserError
 from repr_det.method.holding import Transition
-from repr_det.method.layers import FilterLayer, find_filter_layers
+from repr_det.method.layers import FilterLayer, find_filter_layers, what_attention_means
 from repr_det.method.options import RePrOptions
 from repr_det.method.passes import TrainingPasses, passes_over
 from repr_det.method.schedule import RePrSchedule
@@ -28,6 +28,8 @@ from repr_det.network.state import undisturbed, unwrapped
 from repr_det.network.steps import around_step, scale_rates, with_inner
 
 logger = logging.getLogger("repr_det.loop")
+
+LITTLE = 0.05  # of the trainable weights
 
 
 class RePr:
@@ -44,7 +46,9 @@ class RePr:
         passes: the same, for batches of another kind (``passes.TrainingPasses``).
         sample: what the model is called with once, now, to see who takes part: a batch of images, or a tuple of several
             arguments. None waits for the first training pass.
-        averages: averages of the weights that follow the model (EMA, SWA): modules, or objects that hold one.
+        averages: averages of the weights that follow the model (EMA, SWA): modules, or objects that hold one. They are
+            set to the model at every restore.
+        first_step: steps that were trained before RePr came in; drops and restores before it are left out.
         seed: all randomness comes from it and the cycle.
         options: of ``options.RePrOptions``: layers, exclude, criterion, drop_ratio, ...
 
@@ -70,6 +74,7 @@ class RePr:
         passes: TrainingPasses | None = None,
         sample: Any = None,
         averages: Sequence[Any] = (),
+        first_step: int = 0,
         seed: int = 0,
         **options: Any,
     ) -> None:
@@ -94,11 +99,11 @@ class RePr:
             seed=seed,
             chosen=self.options,
         )
-        self.steps = 0
+        self.steps = first_step
         self.logger = logger
-        self._announced = self._finished = self._overdue = False
-        if loader is not None and passes is not None and self.scheme.needs_batches:
-            self._try_batches(passes)
+        self._announced = self._finished = self._overdue = self._warned = False
+        if loader is not None and passes and self.scheme.needs_batches and not list(passes.batches(1, 0)):
+            raise UserError("loader= yields no batch, and transitions look at training batches")
         if self.warmup_iters:
             scale_rates(self.scheme.optimizers, self._share_of_rate)
         # Filters that are out when training ends are out of the model for good, unless a checkpoint is resumed.
@@ -144,7 +149,7 @@ class RePr:
         done = None
         if iteration in self.schedule.drop_iters:
             done = self.scheme.drop()
-        elif iteration in self.schedule.restore_iters:
+        elif iteration in self.schedule.restore_iters and self.scheme.is_sub:
             done = self.scheme.restore()
         self._tell(iteration, done)
         return done
@@ -229,7 +234,16 @@ class RePr:
         if self._announced or not self.scheme.participants.known:
             return
         self._announced = True
+        self._look_for_averages()
         self.logger.info(describe_layers(self.scheme.layers, self.options, self.scheme.criterion.spares))
+        trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        share = sum(layer.weight.numel() for layer in self.scheme.layers) / trained
+        if share < LITTLE:
+            self.logger.warning(
+                "RePr: there is next to nothing to drop, %.1f %% of the trainable weights%s",
+                100 * share,
+                what_attention_means(self.model),
+            )
         if self.logger is logger:  # the hook has said it before
             self.logger.info(describe_schedule(self.schedule))
 
@@ -237,6 +251,18 @@ class RePr:
         self._end["dropped"] = self.scheme.num_dropped
         if done is not None:
             self.logger.info(describe_transition(iteration, done))
+            self._look_for_averages()
+
+    def _look_for_averages(self) -> None:
+        averages = self.scheme.averages
+        found = averages.not_given() if averages is not None and not self._warned else None
+        if found is not None:
+            self._warned = True
+            self.logger.warning(
+                "RePr: a copy of the model (%s) is updated without gradients, as an average of the weights is: give it "
+                "as averages=, or it is a mixture of old and new filters long after a restore",
+                found,
+            )
 
     def _share_of_rate(self) -> float:
         """The share of the learning rate that the next step takes, while it warms up after a restore."""
@@ -244,10 +270,6 @@ class RePr:
         if not self.scheme.num_returned or not restored:
             return 1.0
         return min(1.0, (self.steps - restored[-1]) / (self.warmup_iters + 1))
-
-    def _try_batches(self, passes: TrainingPasses) -> None:
-        if not list(passes.batches(self.options.calibration_batches or passes.calibration_batches, 0)):
-            raise UserError("loader= yields no batch, and transitions look at training batches")
 
     def _prove_by(self, model: nn.Module, sample: Any) -> None:
         arguments = sample if isinstance(sample, tuple) else (sample,)

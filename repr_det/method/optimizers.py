@@ -138,14 +138,6 @@ def restart_optimizer_state_(
 
 
 @torch.no_grad()
-def renew_second_weights_(optimizers: Sequence[Optimizer], parameter: Tensor, rows: Tensor) -> None:
-    """Makes filters (M,) of the second sets of weights that optimizers keep those of ``parameter``."""
-    for key, tensor in optimizer_state(optimizers, parameter):
-        if key in _WEIGHTS:
-            tensor.index_copy_(0, rows, parameter.index_select(0, rows).to(tensor.dtype))
-
-
-@torch.no_grad()
 def raise_squares_of_inputs_(
     optimizers: Sequence[Optimizer], weight: Tensor, rows: Tensor, others: Tensor, within: slice
 ) -> None:

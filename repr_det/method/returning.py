@@ -4,6 +4,7 @@ Shape shorthand:
     J: filters of a layer        M: filters of it that return        K = J - M: filters that stayed
 """
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,10 +13,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from repr_det.method.distributed import to_devices
+from repr_det.method.holding import HeldFilters
 from repr_det.method.layers import FilterLayer
 from repr_det.method.optimizers import raise_squares_of_inputs_, restart_optimizer_state_
 from repr_det.method.orthogonality import least_overlap_filters, unit_filters
 from repr_det.network.norms import FROZEN, NONE
+
+logger = logging.getLogger("repr_det.scheme")
+Modules = Mapping[str, nn.Module]  # of the model, by name
 
 # What a filter is without a norm of its own, and what a new one begins with.
 _FRESH = {"bias": 0.0, "norm.weight": 1.0, "norm.bias": 0.0, "norm.running_mean": 0.0, "norm.running_var": 1.0}
@@ -125,61 +130,47 @@ class Kernels:
             yield slice(group * filters, (group + 1) * filters), returned, others
 
 
-def prepare_readers(
-    layer: FilterLayer, modules: Mapping[str, nn.Module], mask: Tensor, optimizers: Sequence[Optimizer]
-) -> None:
-    """The kernels that read returning channels do not step further than others."""
-    for reader in aligned_readers(layer, modules)[0]:
-        for within, returned, others in reader.of(mask):
-            raise_squares_of_inputs_(optimizers, reader.module.weight, returned, others, within)
-
-
-def can_be_silent(layer: FilterLayer, modules: Mapping[str, nn.Module]) -> bool:
+def can_be_silent(layer: FilterLayer, modules: Modules) -> bool:
     """Tells whether kernels or a gamma can keep a returned channel silent until they have learned it."""
     return _kernels_can_be_silent(layer, modules) or _has_gamma(layer)
 
 
 @torch.no_grad()
-def silence(
+def prepare_readers(
     layer: FilterLayer,
-    modules: Mapping[str, nn.Module],
-    mask: Tensor,
-    rows: Tensor,
+    modules: Modules,
+    held: HeldFilters,
     optimizers: Sequence[Optimizer],
-) -> int:
-    """Keeps returned channels from changing what comes after them, until they have learned ("function_preserving").
+    silent: bool,
+) -> None:
+    """Keeps what reads returned channels from stepping further than others, or, where they are to be ``silent``
+    ("function_preserving"), the channels from changing what comes after them until they have learned.
 
-    Where all that reads them are convs and linear layers, their weights for these channels become 0; else gamma does.
-
-    Args:
-        modules: of the model, by name.
-        mask: (J,) bool on the CPU, True = returned.
-        rows: (M,) the same as indices on the layer's device.
-
-    Returns:
-        The number of channels for which that is not possible: if ``can_be_silent`` says no, or where a filter of a
-        grouped reader would lose all of its kernels.
+    Where all that reads them are convs and linear layers, their weights for these channels become 0; else gamma does. A
+    filter of a grouped reader that would lose all of its kernels keeps them.
     """
-    if not _kernels_can_be_silent(layer, modules):
-        if not _has_gamma(layer):
-            return len(rows)
-        layer.norm.weight.index_fill_(0, rows, 0)
-        return 0
+    if silent and not _kernels_can_be_silent(layer, modules):
+        if _has_gamma(layer):
+            layer.norm.weight.index_fill_(0, held.rows[layer.name], 0)
+        return
     loud = 0
     for reader in aligned_readers(layer, modules)[0]:
         weight = reader.module.weight
-        for within, returned, others in reader.of(mask):
-            if not len(others):
+        for within, returned, others in reader.of(held.masks[layer.name]):
+            if not silent:
+                raise_squares_of_inputs_(optimizers, weight, returned, others, within)
+            elif not len(others):
                 loud += len(returned) // reader.span
-                continue
-            for tensor in (weight, weight.grad):
-                if tensor is not None:
-                    tensor[within].index_fill_(1, returned, 0)
-            restart_optimizer_state_(optimizers, weight, returned, others, 1, within)
-    return loud
+            else:
+                for tensor in (weight, weight.grad):
+                    if tensor is not None:
+                        tensor[within].index_fill_(1, returned, 0)
+                restart_optimizer_state_(optimizers, weight, returned, others, 1, within)
+    if loud:
+        logger.warning("RePr: %d filters of %s return as published: all channels of a group", loud, layer.name)
 
 
-def aligned_readers(layer: FilterLayer, modules: Mapping[str, nn.Module]) -> tuple[list[Kernels], bool]:
+def aligned_readers(layer: FilterLayer, modules: Modules) -> tuple[list[Kernels], bool]:
     """The convs and linear layers that read the channels of a layer alone, and whether these are all that read it."""
     found = []
     for reader in sorted(layer.readers, key=lambda reader: reader.name):
@@ -193,7 +184,7 @@ def aligned_readers(layer: FilterLayer, modules: Mapping[str, nn.Module]) -> tup
     return found, len(found) == len(layer.readers)
 
 
-def _kernels_can_be_silent(layer: FilterLayer, modules: Mapping[str, nn.Module]) -> bool:
+def _kernels_can_be_silent(layer: FilterLayer, modules: Modules) -> bool:
     readers, are_all = aligned_readers(layer, modules)
     can_spare = [x.module.weight.requires_grad and x.inputs > x.groups for x in readers]
     return bool(readers) and are_all and all(can_spare)

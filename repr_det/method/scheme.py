@@ -5,7 +5,7 @@ Scores, masks and new directions are found on the CPU, by rank 0 for all.
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,6 @@ from repr_det.method.layers import FilterLayer, Values, on_devices, values_of
 from repr_det.method.optimizers import (
     check_optimizer_state,
     check_optimizers,
-    renew_second_weights_,
     restart_optimizer_state_,
 )
 from repr_det.method.options import CONFIG_KEYS, RePrOptions, check_resumed
@@ -31,14 +30,13 @@ from repr_det.method.ownership import Learning, Owner
 from repr_det.method.participants import Participants
 from repr_det.method.passes import TrainingPasses
 from repr_det.method.returning import (
-    aligned_readers,
     can_be_silent,
     new_filters,
     prepare_readers,
     put_back,
-    silence,
 )
 from repr_det.method.selection import check_capacity, select_filters
+from repr_det.network.norms import restart_averaging
 from repr_det.network.state import generator_of
 from repr_det.network.steps import with_inner
 
@@ -185,8 +183,7 @@ class RePrScheme:
         self._held = held
         held.zero_()
         self._hold(held)
-        self._restart_averaging_norms()
-        self._copy_to_averages(held)
+        restart_averaging([layer.norm for layer in self.layers] if self.model is None else self.model.modules())
         return transition_of("drop", self.cycle, held, overlaps, kept, start)
 
     @torch.no_grad()
@@ -224,16 +221,19 @@ class RePrScheme:
             put_back(layer, held.rows[layer.name], back[layer.name])
             for parameter in layer.parameters():
                 restart_optimizer_state_(self.optimizers, parameter, held.rows[layer.name], held.kept[layer.name])
+        silent = self.options.returns == "function_preserving"
         for layer in renewed:
-            self._prepare_readers(layer, held)
+            prepare_readers(layer, self.participants.modules, held, self.optimizers, silent)
         for layer in renewed:
             # A filter may lie in the very kernels that have just been silenced: what reads it keeps it silent itself.
-            layer.weight.index_copy_(0, held.rows[layer.name], back[layer.name]["weight"])
-            renew_second_weights_(self.optimizers, layer.weight, held.rows[layer.name])
+            rows, others = held.rows[layer.name], held.kept[layer.name]
+            layer.weight.index_copy_(0, rows, back[layer.name]["weight"])
+            restart_optimizer_state_(self.optimizers, layer.weight, rows, others)
         moments = {name: old["moments"] for name, old in self._old.items() if "moments" in old}
         self._norms.after_return(held, renewed, moments, self.cycle)
-        self._restart_averaging_norms()
-        self._copy_to_averages(held)
+        restart_averaging([layer.norm for layer in self.layers] if self.model is None else self.model.modules())
+        if self.averages is not None and not as_they_were:
+            self.averages.begin_again()
         overlaps = self._overlaps(values_of(self.layers))
         done = transition_of("restore", self.cycle, held, overlaps, kept, start, cosines)
         self.num_returned = sum(len(held.rows[layer.name]) for layer in renewed)
@@ -380,18 +380,6 @@ class RePrScheme:
         broadcast_(list(found.values()), self._device)
         return found, cosines
 
-    def _prepare_readers(self, layer: FilterLayer, held: HeldFilters) -> None:
-        """Makes readers silent for returned channels if that is asked for; else they step no further than others."""
-        mask = held.masks[layer.name]
-        if self.options.returns != "function_preserving":
-            prepare_readers(layer, self.participants.modules, mask, self.optimizers)
-            return
-        loud = silence(layer, self.participants.modules, mask, held.rows[layer.name], self.optimizers)
-        if loud and can_be_silent(layer, self.participants.modules):
-            logger.warning("RePr: %d filters of %s return as published: all channels of a group", loud, layer.name)
-
-    # What both transitions need.
-
     @property
     def _device(self) -> torch.device:
         return self.layers[0].weight.device
@@ -406,24 +394,6 @@ class RePrScheme:
             else:
                 found[layer.name] = overlap_of_kept(weight, out[layer.name], groups)
         return found
-
-    def _restart_averaging_norms(self) -> None:
-        """BN that averages its statistics over all batches so far (momentum None) has seen another network."""
-        norms: Iterable[Any] = [x.norm for x in self.layers] if self.model is None else self.model.modules()
-        for norm in norms:
-            averages = isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.momentum is None
-            if averages and norm.num_batches_tracked is not None:
-                norm.num_batches_tracked.zero_()
-
-    def _copy_to_averages(self, held: HeldFilters) -> None:
-        if self.averages is None:
-            return
-        for layer in held.layers:
-            self.averages.copy_rows(layer, held.rows[layer.name])
-            if self.options.returns == "function_preserving":
-                for reader in aligned_readers(layer, self.participants.modules)[0]:
-                    for within, returned, _ in reader.of(held.masks[layer.name]):
-                        self.averages.copy_kernels(reader.module, within, returned)
 
     def _release(self) -> None:
         if self._held is not None:

@@ -1,6 +1,8 @@
 """Norms of channels, known by what they hold and do and not by their names."""
 
 import copy
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,3 +40,12 @@ def epsilon(norm: nn.Module) -> float:
                 getattr(probe, name).fill_(value)
         gain = probe(torch.ones(1, len(probe.weight), 1, 1, dtype=torch.float64)).flatten()[0].item()
     return 1 / gain**2
+
+
+def restart_averaging(modules: Iterable[Any]) -> None:
+    """Lets BN begin again that averages its statistics over all batches so far (momentum None): the network is another
+    one from now on."""
+    for module in modules:
+        averages = isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum is None
+        if averages and module.num_batches_tracked is not None:
+            module.num_batches_tracked.zero_()

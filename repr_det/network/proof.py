@@ -21,54 +21,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from repr_det.network.operations import (
+    CONVOLUTIONS,
+    COPIES,
+    ELEMENTWISE,
+    MOVES,
+    NORMS,
+    OF_CHANNELS,
+    PAD,
+    READS,
+    STEERED,
+    SUMS,
+)
 from repr_det.network.tracing import Operation, Trace, Value, values_in
 
-_CONVOLUTIONS = {"convolution", "_convolution", "cudnn_convolution", "mkldnn_convolution", "miopen_convolution"}
-# Sums of products: a channel that is 0 adds nothing.
-_READS = _CONVOLUTIONS | {
-    *("mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "addmv", "mv", "dot", "_scaled_dot_product_attention_math"),
-    *("_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu", "deform_conv2d"),
-    *("_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention", "_trilinear"),
-}
-# (input, weight, bias, ...)
-_NORMS = {
-    *("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm"),
-    *("_batch_norm_with_update", "_batch_norm_no_update", "miopen_batch_norm", "batch_norm_elemt", "native_group_norm"),
-}
-# Values stay what they are.
-_COPIES = {"_to_copy", "clone", "detach", "alias", "contiguous", "_conj", "_neg_view", "to_mkldnn"}
-# Every output is a sum, a copy or the largest of inputs of one channel, at their place or another.
-_OF_A_CHANNEL = _COPIES | {
-    *("max_pool2d", "max_pool2d_with_indices", "avg_pool2d", "adaptive_avg_pool2d", "_adaptive_avg_pool2d"),
-    *("adaptive_max_pool2d", "upsample_nearest2d", "_upsample_nearest_exact2d", "upsample_bilinear2d"),
-    *("upsample_bicubic2d", "_upsample_bilinear2d_aa", "native_dropout", "_fused_dropout", "reflection_pad2d"),
-    *("replication_pad2d", "grid_sampler_2d", "flip", "roi_align", "_roi_align", "roi_pool"),
-}
-# The same, but channels need not stay where they were.
-_OF_CHANNELS = {
-    *("cat", "stack", "view", "_unsafe_view", "_reshape_alias", "reshape", "permute", "transpose", "t", "expand"),
-    *(
-        "slice",
-        "select",
-        "split",
-        "split_with_sizes",
-        "unbind",
-        "squeeze",
-        "unsqueeze",
-        "as_strided",
-        "index",
-        "gather",
-    ),
-    *("index_select", "index_put", "slice_scatter", "select_scatter", "repeat", "unfold", "im2col", "roll", "diagonal"),
-    *("mean", "sum", "amax", "pixel_shuffle", "pixel_unshuffle", "native_channel_shuffle", "linalg_vector_norm"),
-}
-# How many of the arguments are data; the others say where to look.
-_STEERED = {"deform_conv2d": 2, "grid_sampler_2d": 1, "roi_align": 1, "_roi_align": 1, "roi_pool": 1}
-# Element by element, though torch does not tag them so.
-_ELEMENTWISE = {"hardswish", "_prelu_kernel", "rrelu_with_noise", "rrelu_with_noise_functional"}
-_SUMS = {"mean", "sum", "amax", "linalg_vector_norm"}
-_PAD = "constant_pad_nd"
-_MOVES = _OF_A_CHANNEL | _OF_CHANNELS | {_PAD}
 _STAND_INS = ((0.7, True), (-1.3, False))  # for values, and flags, that nothing is known of
 _ZEROS = ((0.0, True), (0.0, False))
 
@@ -169,7 +135,7 @@ class _Graph:
         while waiting:
             for place in self.users[waiting.pop()]:
                 operation = self.operations[place]
-                if operation.name in _COPIES:
+                if operation.name in COPIES:
                     new = set(operation.outputs) - found
                     found |= new
                     waiting += new
@@ -178,7 +144,7 @@ class _Graph:
     def readers_of(self, numbers: set[int]) -> list[Operation]:
         """The operations, other than copies, that read one of the values."""
         places = sorted({place for number in numbers for place in self.users[number]})
-        return [self.operations[place] for place in places if self.operations[place].name not in _COPIES]
+        return [self.operations[place] for place in places if self.operations[place].name not in COPIES]
 
 
 @dataclass(frozen=True)
@@ -232,7 +198,7 @@ class _Follow:
             self.found.ran = False
             raise _Refused("it has not run in a training pass, or computes with another weight than its own")
         for use in uses:
-            if use.name not in _CONVOLUTIONS or not self._is_weight(use, weight):
+            if use.name not in CONVOLUTIONS or not self._is_weight(use, weight):
                 raise _Refused(f"its weight goes through {use.name} before it is used")
             if use.modules[-1:] != (self.name,):
                 other = use.modules[-1] if use.modules else "another part of the network"
@@ -279,7 +245,7 @@ class _Follow:
             done.add(place)
             operation = self.graph.operations[place]
             state = self._after(operation)
-            if operation.name not in _COPIES:
+            if operation.name not in COPIES:
                 self._note_place(operation)
             for output in operation.outputs if state is not None else ():
                 self.states[output] = state
@@ -290,7 +256,7 @@ class _Follow:
 
     def _note_place(self, operation: Operation) -> None:
         around = self.found.norm or self.name
-        if around in operation.modules or (operation.modules[-1:] == (self.name,) and operation.name in _CONVOLUTIONS):
+        if around in operation.modules or (operation.modules[-1:] == (self.name,) and operation.name in CONVOLUTIONS):
             self.inside.update(operation.outputs)
         elif self.inside.intersection(operation.inputs):
             self.first.append(operation)
@@ -304,20 +270,20 @@ class _Follow:
         """Returns the state of the outputs; None where they do not depend on the channel any more."""
         inputs = {number: self.states[number] for number in operation.inputs if number in self.states}
         channels = {number: state for number, state in inputs.items() if number not in self.own}
-        if operation.name in _STEERED:
-            steering = {value.number for value in values_in(operation.arguments[_STEERED[operation.name] :])}
+        if operation.name in STEERED:
+            steering = {value.number for value in values_in(operation.arguments[STEERED[operation.name] :])}
             if steering.intersection(channels):
                 raise _Refused(f"it tells {operation.name} where to look")
-        if operation.name in _READS:
+        if operation.name in READS:
             return self._read(operation, channels)
-        if operation.name in _NORMS:
+        if operation.name in NORMS:
             return self._normalised(operation)
         if operation.name == "copy":  # into another tensor
             source = operation.arguments[1]
             return self.states.get(source.number) if isinstance(source, Value) else None
-        if operation.name in _MOVES:
+        if operation.name in MOVES:
             return self._moved(operation, inputs)
-        if torch.Tag.pointwise in operation.function.tags or operation.name in _ELEMENTWISE:
+        if torch.Tag.pointwise in operation.function.tags or operation.name in ELEMENTWISE:
             return self._elementwise(operation, inputs)
         if not operation.outputs or self.graph.constants.issuperset(operation.outputs):
             return None
@@ -330,7 +296,7 @@ class _Follow:
             name = operation.modules[-1] if operation.modules else ""
             self.found.readers.add(Reader(name, state.aligned, state.alone, state.span))
         weight, bias = [*operation.arguments[1:3], None][:2]
-        if operation.name not in _CONVOLUTIONS or not isinstance(weight, Value) or weight.number not in self.own:
+        if operation.name not in CONVOLUTIONS or not isinstance(weight, Value) or weight.number not in self.own:
             return None
         if isinstance(bias, Value) and bias.number not in self.own:
             return _State("the bias that is added to its output is not its own")
@@ -351,15 +317,15 @@ class _Follow:
 
     def _moved(self, operation: Operation, inputs: dict[int, _State]) -> _State:
         state = _merged(inputs, self.graph)
-        if operation.name == _PAD and len(operation.arguments) > 2 and operation.arguments[2]:
+        if operation.name == PAD and len(operation.arguments) > 2 and operation.arguments[2]:
             return replace(state, reason=f"it is padded with {operation.arguments[2]}")
-        if operation.name not in _OF_CHANNELS or _over_positions(operation):
+        if operation.name not in OF_CHANNELS or _over_positions(operation):
             return state
         if operation.name == "amax":
             return self._no_longer_zero(operation, inputs)  # where all others are below 0 it is the largest
         if (span := _flattened(operation)) is not None:
             return replace(state, span=state.span * span)
-        return replace(state, aligned=False, alone=state.alone and operation.name not in _SUMS)
+        return replace(state, aligned=False, alone=state.alone and operation.name not in SUMS)
 
     def _elementwise(self, operation: Operation, inputs: dict[int, _State]) -> _State:
         state = _merged({number: each for number, each in inputs.items() if not each.reason} or inputs, self.graph)
@@ -390,7 +356,7 @@ class _Follow:
 
 def _makes_zero(operation: Operation, value_of: Callable[[Value], float | bool]) -> bool:
     """Tells whether an elementwise operation gives 0, by running it on single numbers."""
-    if torch.Tag.pointwise not in operation.function.tags and operation.name not in _ELEMENTWISE:
+    if torch.Tag.pointwise not in operation.function.tags and operation.name not in ELEMENTWISE:
         return False
 
     def stand_in(argument: Any) -> Any:
@@ -423,7 +389,7 @@ def _merged(inputs: Mapping[int, _State], graph: _Graph) -> _State:
 
 def _over_positions(operation: Operation) -> bool:
     """Tells whether a mean or sum of (N, C, H, W) goes over height and width alone."""
-    if operation.name not in _SUMS or len(operation.arguments) < 2:
+    if operation.name not in SUMS or len(operation.arguments) < 2:
         return False
     dimensions = operation.arguments[1]
     return isinstance(dimensions, tuple) and bool(dimensions) and set(dimensions) <= {2, 3, -1, -2}

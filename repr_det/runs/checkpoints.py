@@ -1,30 +1,38 @@
-"""Checkpoints that are whole or absent, that run nothing, and that are found where ``last_checkpoint`` is lost."""
+"""Checkpoints that are whole or absent, that run nothing, and that are found if ``last_checkpoint`` is lost."""
 
 import logging
 import os
-import shutil
-import tempfile
-from contextlib import suppress
+import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from detectron2.checkpoint import DetectionCheckpointer
 
 from repr_det.method.errors import UserError
-from repr_det.runs.files import advice_for, write_atomically
+from repr_det.runs.files import FINAL_CHECKPOINT, advice_for, replacing, write_atomically
 from repr_det.runs.safe_pickle import load_checkpoint
-from repr_det.runs.weights import fit_names
 
 logger = logging.getLogger("repr_det.resume")
-_SAVING = ".saving-"
 _TAG = "last_checkpoint"
+_DICTS = ("state_dict", "model_state_dict", "model_state", "model")
+_PREFIXES = ("module.", "model.", "module.")  # taken off in this order, where all names have them
+_FIRST_BLOCK = "layer1.0.conv1.weight"  # of torchvision's and timm's ResNets
+_RENAMED = (
+    (r"^(conv1|bn1)\.", r"stem.\1."),
+    *((rf"^layer{stage}\.", f"res{stage + 1}.") for stage in (1, 2, 3, 4)),
+    (r"\bbn(\d)\.", r"conv\1.norm."),
+    (r"\bdownsample\.0\.", "shortcut."),
+    (r"\bdownsample\.1\.", "shortcut.norm."),
+)
 
 
 class AtomicCheckpointer(DetectionCheckpointer):
     """DetectionCheckpointer whose files are whole or absent: written beside their place and renamed into it.
 
     It executes nothing that a file contains: torch files are loaded as weights only, pickles by a restricted unpickler.
-    If ``last_checkpoint`` is missing, the newest whole checkpoint of the folder takes its place."""
+    If ``last_checkpoint`` is missing, the newest checkpoint of the folder takes its place."""
 
     _resuming = False
 
@@ -32,28 +40,28 @@ class AtomicCheckpointer(DetectionCheckpointer):
         """As DetectionCheckpointer.save; ``last_checkpoint`` changes only once the file is on the disk."""
         if not self.save_dir or not self.save_to_disk:
             return
-        final = self.save_dir
+        path = Path(self.save_dir) / f"{name}.pth"
+        states = {key: value.state_dict() for key, value in self.checkpointables.items()}
+        self.logger.info("Saving checkpoint to %s", path)
         try:
-            with tempfile.TemporaryDirectory(dir=final, prefix=_SAVING) as self.save_dir:
-                self._final = final
-                super().save(name, **kwargs)  # ends in tag_last_checkpoint
+            with replacing(path, "wb") as file:
+                torch.save({"model": self.model.state_dict(), **states, **kwargs}, file)
+            write_atomically(path.with_name(_TAG), path.name)
         except (OSError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # where torch writes its files
                 raise
-            while not isinstance(error, OSError) and error.__context__ is not None:
+            if isinstance(error.__context__, OSError):
                 error = error.__context__  # what the system said, which torch hides behind an error of its own
             raise UserError(
-                f"the checkpoint {name} could not be written to {final}: {str(error).splitlines()[0]}; the checkpoints "
-                f"before it are untouched: {advice_for(error)}, then --resume"
+                f"the checkpoint {name} could not be written to {self.save_dir}: {str(error).splitlines()[0]}; the "
+                f"checkpoints before it are untouched: {advice_for(error)}, then --resume"
             ) from error
-        finally:
-            self.save_dir = final
 
     def has_checkpoint(self) -> bool:
         return bool(self.get_checkpoint_file())
 
     def get_checkpoint_file(self) -> str:
-        """That of ``last_checkpoint``, else the newest whole one, else ''."""
+        """Returns that of ``find_checkpoint``, or ''."""
         return str(find_checkpoint(self.save_dir) or "") if self.save_dir else ""
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
@@ -61,24 +69,24 @@ class AtomicCheckpointer(DetectionCheckpointer):
         self._resuming = resume and self.has_checkpoint()
         if self._resuming and not (Path(self.save_dir) / _TAG).exists():
             name = os.path.basename(self.get_checkpoint_file())
-            logger.warning("%s has no %s: resuming from %s, its newest whole checkpoint", self.save_dir, _TAG, name)
+            logger.warning("%s has no %s: resuming from %s, its newest checkpoint", self.save_dir, _TAG, name)
         return super().resume_or_load(path, resume=resume)
 
     def _load_file(self, filename: str) -> dict[str, Any]:
-        if filename.endswith(".pyth"):  # pycls
-            weights = load_checkpoint(filename).get("model_state")
-            if not isinstance(weights, dict):
-                raise UserError(f"{filename}: weights of pycls (.pyth) lie under 'model_state', which it does not hold")
-            weights = {name: value for name, value in weights.items() if not name.endswith("num_batches_tracked")}
-            return {"model": weights, "__author__": "pycls", "matching_heuristics": True}
-        if not filename.endswith(".pkl"):
+        """As in Detectron2, which would run what a .pkl or .pyth names."""
+        if not filename.endswith((".pkl", ".pyth")):
             return super()._load_file(filename)
         data = load_checkpoint(filename)
-        if "model" in data and "__author__" in data:
+        if filename.endswith(".pyth"):
+            weights, author, left_out = data.get("model_state"), "pycls", "num_batches_tracked"
+            if not isinstance(weights, dict):
+                raise UserError(f"{filename}: weights of pycls (.pyth) lie under 'model_state', which it does not hold")
+        elif "model" in data and "__author__" in data:
             return data
-        weights = data.get("blobs", data)
-        weights = {name: value for name, value in weights.items() if not name.endswith("_momentum")}
-        return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
+        else:
+            weights, author, left_out = data.get("blobs", data), "Caffe2", "_momentum"
+        weights = {name: value for name, value in weights.items() if not name.endswith(left_out)}
+        return {"model": weights, "__author__": author, "matching_heuristics": True}
 
     def _torch_load(self, f: str) -> dict[str, Any]:
         return load_checkpoint(f)
@@ -96,52 +104,28 @@ class AtomicCheckpointer(DetectionCheckpointer):
             )
         return found
 
-    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        written = os.path.join(self.save_dir, last_filename_basename)
-        with open(written, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(written, os.path.join(self._final, last_filename_basename))
-        write_atomically(os.path.join(self._final, _TAG), last_filename_basename)
-
 
 def find_checkpoint(folder: str | Path) -> Path | None:
-    """The checkpoint that a resumed run continues from: the one that ``last_checkpoint`` names, else the newest whole
-    one; None if the folder holds none.
+    """Returns the checkpoint that ``last_checkpoint`` names, else the newest; None if there is none.
 
     Raises:
-        UserError: ``last_checkpoint`` names no file of the folder, or no checkpoint is whole.
+        UserError: ``last_checkpoint`` names no file of the folder.
     """
     folder = Path(folder)
     tag = folder / _TAG
     if tag.exists():
-        name = ""
-        with suppress(UnicodeDecodeError):
-            name = tag.read_text(encoding="utf-8").strip()
+        name = tag.read_text(encoding="utf-8", errors="replace").strip()
         if not name or not (folder / name).is_file():
             raise UserError(
                 f"{tag} names {name!r}, which is not there: write the name of a checkpoint in that folder into it"
             )
         return folder / name
-    iterations = {file: _iteration_of(file) for file in sorted(folder.glob("model_*.pth"))}
-    newest = max(iterations, key=iterations.__getitem__, default=None)
-    if newest is not None and iterations[newest] < 0:
-        names = ", ".join(file.name for file in list(iterations)[:3])
-        raise UserError(
-            f"{folder} has no {_TAG}, and none of its checkpoints is whole ({names}): give another OUTPUT_DIR"
-        )
-    return newest
-
-
-def _iteration_of(file: Path) -> int:
-    """-1 for a file from which no run can continue; its tensors are not read."""
-    try:
-        return int(load_checkpoint(file, map_location="meta")["iteration"])
-    except (UserError, KeyError, TypeError, ValueError):
-        return -1
+    found = [*sorted(folder.glob("model_[0-9]*.pth")), *folder.glob(FINAL_CHECKPOINT)]
+    return found[-1] if found else None
 
 
 def check_last_checkpoint(folder: str) -> None:
-    """Raises UserError where a run in ``folder`` cannot be resumed: see ``find_checkpoint``, or the file is damaged."""
+    """Raises UserError if a run in ``folder`` cannot be resumed: see ``find_checkpoint``, or the file is damaged."""
     path = find_checkpoint(folder)
     if path is None:
         return
@@ -151,7 +135,55 @@ def check_last_checkpoint(folder: str) -> None:
         raise UserError(f"{error}; to resume from an older one write its name into {Path(folder) / _TAG}") from error
 
 
-def remove_unfinished_saves(folder: str) -> None:
-    """Deletes what a killed ``AtomicCheckpointer.save`` left behind."""
-    for leftover in Path(folder).glob(f"{_SAVING}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+def fit_names(checkpoint: dict[str, Any], names: Collection[str]) -> None:
+    """Renames the weights in ``checkpoint``, {"model": weights, ...}, if none has one of the model's ``names``.
+
+    The dicts around the weights and common prefixes are taken off; names of torchvision's and timm's ResNets become
+    Detectron2's.
+    """
+    weights, names = checkpoint["model"], set(names)
+    if not isinstance(weights, dict) or checkpoint.get("matching_heuristics") or not names.isdisjoint(weights):
+        return
+    while inner := [key for key in _DICTS if isinstance(weights.get(key), dict)]:
+        weights = weights[inner[0]]
+    weights = {str(name): value for name, value in weights.items()}
+    for prefix in _PREFIXES:
+        if names.isdisjoint(weights) and weights and all(name.startswith(prefix) for name in weights):
+            weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+    roots = [name.removesuffix(_FIRST_BLOCK) for name in weights if name.endswith(_FIRST_BLOCK)]
+    # One ResNet with the usual stem.
+    if names.isdisjoint(weights) and len(roots) == 1 and f"{roots[0]}conv1.weight" in weights:
+        root = roots[0]
+        weights = {_renamed(name.removeprefix(root)): weights[name] for name in weights if name.startswith(root)}
+        checkpoint["matching_heuristics"] = True
+        logger.info(
+            "Names of a ResNet of torchvision or timm converted to Detectron2's: such weights expect INPUT.FORMAT RGB, "
+            "MODEL.PIXEL_MEAN [123.675, 116.28, 103.53], MODEL.PIXEL_STD [58.395, 57.12, 57.375] and "
+            "MODEL.RESNETS.STRIDE_IN_1X1 False"
+        )
+    checkpoint["model"] = weights
+
+
+def _renamed(name: str) -> str:
+    for pattern, replacement in _RENAMED:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def zero_filters(weights: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Returns, per conv, the filters whose row, bias and norm (by Detectron2's name) are 0, as a drop leaves them.
+
+    A conv whose filters are all zero is one that begins so (deformable offsets, a zero-initialised output), not one
+    that lost some.
+    """
+    found = {}
+    for name, value in weights.items():
+        if getattr(value, "ndim", 0) != 4:
+            continue
+        conv = name.removesuffix(".weight")
+        keys = (name, f"{conv}.bias", f"{conv}.norm.weight", f"{conv}.norm.bias")
+        parts = [torch.as_tensor(weights[key]) for key in keys if key in weights]
+        is_on = torch.stack([part.reshape(len(part), -1).any(1) for part in parts]).any(0)
+        if is_on.any() and not is_on.all():
+            found[conv] = (~is_on).nonzero().flatten().tolist()
+    return found

@@ -7,28 +7,33 @@ import math
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 EVENTS_FILE = "repr_events.jsonl"  # every drop and restore
 OVERLAPS_FILE = "repr_overlaps.jsonl"  # O_f of every filter before each drop and after each restore
 METRICS_FILE = "metrics.json"
 FINAL_CHECKPOINT = "model_final.pth"
+_UNFINISHED = ".saving-"
 _TRACES = ("last_checkpoint", METRICS_FILE, EVENTS_FILE)
 
 
 def run_traces(folder: str | Path) -> list[str]:
-    """The names in ``folder`` that say that a run has trained there; none where it stopped before its first step."""
+    """Returns the names in ``folder`` that show that a run has trained there; none if it made no step."""
     found = (p for p in Path(folder).glob("*") if p.name in _TRACES or p.suffix == ".pth")
     return sorted(p.name for p in found if p.stat().st_size)
 
 
-def write_atomically(path: str | Path, text: str) -> None:
-    """Replaces ``path`` by ``text`` (UTF-8); a crash leaves the old file or the new one."""
+@contextmanager
+def replacing(path: str | Path, mode: str = "w") -> Iterator[IO]:
+    """Opens a file that takes the place of ``path`` once it is whole and on the disk; a crash leaves the old one."""
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{_UNFINISHED}{path.name}-")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
@@ -38,30 +43,42 @@ def write_atomically(path: str | Path, text: str) -> None:
         raise
 
 
+def write_atomically(path: str | Path, text: str) -> None:
+    """Replaces ``path`` by ``text`` (UTF-8); a crash leaves the old file or the new one."""
+    with replacing(path) as file:
+        file.write(text)
+
+
+def remove_unfinished(folder: str | Path) -> None:
+    """Deletes what a killed ``replacing`` left behind."""
+    for leftover in Path(folder).glob(f"{_UNFINISHED}*"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()  # version 0.2.0 left folders
+
+
 def advice_for(error: BaseException | None) -> str:
     """Returns advice for an error of the machine, "" if it is none: the disk, its quota, the limits of the process."""
     number = error.errno if isinstance(error, OSError) else None
-    if isinstance(error, RuntimeError) and "Too many open files" in str(error):  # torch's, of loader workers
-        number = errno.EMFILE
-    if isinstance(error, EOFError):  # a loader worker could not hand an image over
-        number = errno.EMFILE
+    worker_failed = isinstance(error, RuntimeError) and "Too many open files" in str(error)
+    # EOFError: a loader worker could not hand an image over.
+    if worker_failed or isinstance(error, EOFError) or number in (errno.EMFILE, errno.ENFILE):
+        return "raise the limit of open files (ulimit -n) or lower DATALOADER.NUM_WORKERS"
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return "free space"
-    if number in (errno.EMFILE, errno.ENFILE):
-        return "raise the limit of open files (ulimit -n) or lower DATALOADER.NUM_WORKERS"
     if number in (errno.EBUSY, errno.ESTALE, errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS, errno.ETIMEDOUT):
         return "see to the file system"
     return ""
 
 
 def truncate_log(path: str | Path, start_iter: int) -> None:
-    """Takes the lines out of a file of one json object a line whose "iteration" is not before ``start_iter``, and those
-    that a crash cut short. Does nothing where there is no such file. A run that begins at iteration 0 continues none,
-    so it destroys nothing: the lines that are there are kept in ``<path>.1`` or under the next free number."""
+    """Removes the lines of json that a crash cut short or whose "iteration" is not before ``start_iter``.
+
+    A run that begins at iteration 0 destroys nothing: it keeps the lines in ``<path>.1``, or the next free number.
+    """
     if not os.path.exists(path):
         return
     if start_iter == 0 and last_logged(path) >= 0:
-        shutil.copyfile(path, next(x for n in itertools.count(1) if not os.path.exists(x := f"{path}.{n}")))
+        number = next(n for n in itertools.count(1) if not os.path.exists(f"{path}.{n}"))
+        shutil.copyfile(path, f"{path}.{number}")
     with open(path, "r+b") as file:  # in place: others hold it open for appending
         whole = file.read()
         kept = b"".join(line for line in whole.splitlines(keepends=True) if _iteration(line) < start_iter)
@@ -72,28 +89,23 @@ def truncate_log(path: str | Path, start_iter: int) -> None:
 
 
 def keep_checkpoints(folder: str | Path) -> list[str]:
-    """Renames the checkpoints of an earlier run, which a new one would overwrite: model_final.pth becomes
-    model_final.pth.1, or the next number that is free for all of them.
-
-    Returns:
-        their new names; [] where there is none.
-    """
+    """Renames the checkpoints of an earlier run, which a new one would overwrite, to model_final.pth.1, or the next
+    number that is free for all of them; returns the new names."""
     files = sorted((*Path(folder).glob("last_checkpoint"), *Path(folder).glob("model_*.pth")))
     number = next(n for n in itertools.count(1) if not any(Path(f"{file}.{n}").exists() for file in files))
     return [os.path.basename(shutil.move(file, f"{file}.{number}")) for file in files]
 
 
 def last_logged(path: str | Path) -> int:
-    """The largest "iteration" in such a file, -1 where there is none."""
+    """Returns the largest "iteration" in such a file, -1 if there is none."""
     if not os.path.exists(path):
         return -1
-    return max(
-        (int(i) for i in map(_iteration, Path(path).read_bytes().splitlines(keepends=True)) if i < math.inf), default=-1
-    )
+    iterations = map(_iteration, Path(path).read_bytes().splitlines(keepends=True))
+    return max((int(i) for i in iterations if i < math.inf), default=-1)
 
 
 def _iteration(line: bytes) -> float:
-    """Infinity for a line that is not whole."""
+    """Returns infinity for a line that is not whole."""
     try:
         return json.loads(line)["iteration"] if line.endswith(b"\n") else math.inf
     except (ValueError, KeyError, TypeError):

@@ -1,6 +1,6 @@
 """Stops a run whose numbers go wrong, before they reach a checkpoint."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from detectron2.engine import HookBase
@@ -17,12 +17,12 @@ class FiniteGuard(HookBase):
     """Stops the run with iteration, phase and layer if weights are not finite before a checkpoint or a RePr transition,
     or gradients after a step.
 
-    Comes before every hook that saves or uses the model, so the last checkpoint stays good. Under AMP a gradient may
-    overflow (GradScaler skips that step), so gradients are not looked at.
+    Comes before every hook that saves or uses the model, so the last checkpoint stays good.
 
     Args:
-        check_gradients: whether gradients are looked at, for which the host waits once a step; False under AMP.
-        weights_at: iteration -> whether the weights are looked at after it.
+        check_gradients: looks at gradients, for which the host waits once a step; False under AMP, where a gradient may
+            overflow (GradScaler skips that step).
+        weights_at: tells whether the weights are looked at after an iteration.
     """
 
     def __init__(self, check_gradients: bool, weights_at: Callable[[int], bool]) -> None:
@@ -30,48 +30,42 @@ class FiniteGuard(HookBase):
         self.weights_at = weights_at
 
     def after_step(self) -> None:
-        model = self.trainer.model
         if self.check_gradients:
-            self._check(_gradients(model), "gradient")
+            self._check(non_finite_gradient(self.trainer.model))
         if self.weights_at(self.trainer.iter):
             self.check_weights()
 
     def check_weights(self) -> None:
-        self._check(dict(self.trainer.model.named_parameters()), "weight")
+        self._check(non_finite_weight(self.trainer.model))
 
-    def _check(self, tensors: dict[str, Tensor], what: str) -> None:
-        if not tensors or all_finite(tensors.values()):
-            return
-        # A sum may overflow if every entry is finite: only an entry that is not stops the run.
-        if name := _first_not_finite(tensors):
-            raise NonFiniteError(describe(self.trainer, f"the {what} of {name} is not finite"))
+    def _check(self, found: str) -> None:
+        if found:
+            raise NonFiniteError(describe(self.trainer, f"{found} is not finite"))
 
 
-def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Tells whether the L1 norm of every tensor is finite."""
-    norms = [torch.linalg.vector_norm(tensor.detach(), 1).float() for tensor in tensors]
-    return bool(torch.isfinite(torch.stack(norms).sum()))
+def non_finite_weight(model: nn.Module) -> str:
+    """Returns the first parameter that is not finite, as "the weight of X"; "" if all are finite."""
+    return _first_non_finite("weight", dict(model.named_parameters()))
 
 
-def first_non_finite(model: nn.Module) -> str | None:
-    """The first parameter whose value, else whose gradient, is not finite."""
-    for what, tensors in (("weight", dict(model.named_parameters())), ("gradient", _gradients(model))):
-        if name := _first_not_finite(tensors):
-            return f"the {what} of {name}"
-    return None
+def non_finite_gradient(model: nn.Module) -> str:
+    """Returns the first parameter whose gradient is not finite, as "the gradient of X"; "" if all are finite."""
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return _first_non_finite("gradient", gradients)
 
 
-def _gradients(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-def _first_not_finite(tensors: dict[str, Tensor]) -> str | None:
-    found = (name for name, tensor in tensors.items() if not torch.isfinite(tensor).all())
-    return next((name.removeprefix("module.") for name in found), None)
+def _first_non_finite(what: str, tensors: dict[str, Tensor]) -> str:
+    norms = [torch.linalg.vector_norm(tensor.detach(), 1).float() for tensor in tensors.values()]
+    if not norms or torch.isfinite(torch.stack(norms).sum()):
+        return ""
+    for name, tensor in tensors.items():  # a sum may overflow if every entry is finite
+        if not torch.isfinite(tensor).all():
+            return f"the {what} of {name.removeprefix('module.')}"
+    return ""
 
 
 def describe(trainer: object, what: str) -> str:
-    """One line: what, iteration, phase, and what to do."""
+    """Returns one line: what, iteration, phase, and what to do."""
     scheme = next((h.scheme for h in trainer._hooks if hasattr(h, "scheme")), None)
     phase = "full-network" if scheme is None or not scheme.is_sub else "sub-network"
     return (

@@ -1,16 +1,19 @@
-"""The training loader whose position is part of a checkpoint, and what gives that position its meaning."""
+"""The training loader whose position is part of a checkpoint.
 
+The position: how many samples each loader worker has delivered, its random state before the last of them, and the
+samples that wait in the aspect-ratio buckets.
+"""
+
+import dataclasses
 import functools
 import hashlib
 import itertools
 import logging
 import operator
 import os
-import random
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from detectron2.data.build import trivial_batch_collator, worker_init_reset_seed
 from detectron2.data.common import AspectRatioGroupedDataset, DatasetFromList, MapDataset, ToIterableDataset
@@ -18,27 +21,24 @@ from detectron2.data.samplers import RandomSubsetTrainingSampler, RepeatFactorTr
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from repr_det.network.state import random_state, set_random_state
+from repr_det.network.state import generators_in, random_state, set_random_state
 
 logger = logging.getLogger("repr_det.resume")
 _SAMPLERS = (TrainingSampler, RandomSubsetTrainingSampler, RepeatFactorTrainingSampler)
-_IMPLIED = {  # what changes along with something that is easier to understand
-    "sampler": ("sampler's settings",),
-    "number of training images": ("sampler's settings", "digest of the training images"),
-}
+_DRAWN = ("_seed", "_indexes")  # what a sampler draws for itself
+_IMPLIED = ("sampler's settings", "digest of the training images")  # change along with what is easier to understand
+_OPTIONS = ("batch_size", "drop_last", "num_workers", "collate_fn", "worker_init_fn", "timeout", "prefetch_factor")
+_OPTIONS = (*_OPTIONS, "persistent_workers", "multiprocessing_context")  # of a DataLoader
 _LOOKED_AT = 64  # samples of a data set that its digest is made of, evenly spread
-_GENERATORS = (np.random.Generator, np.random.RandomState, random.Random, torch.Generator)
 
 
+@dataclasses.dataclass
 class _Marked:
-    """A sample and its origin: (stream, number in that stream, index, random state before).
+    """A sample and its origin: (stream, number in that stream, index, random state before)."""
 
-    Attributes:
-        replaced: whether the mapper has returned None for an image, in whose place Detectron2 takes others.
-    """
-
-    def __init__(self, sample: Any, origin: tuple, replaced: bool = False) -> None:
-        self.sample, self.origin, self.replaced = sample, origin, replaced
+    sample: Any
+    origin: tuple
+    replaced: bool = False  # the mapper has returned None for an image, in whose place Detectron2 takes others
 
     def __getitem__(self, key: str) -> Any:
         """Aspect-ratio grouping asks for "width" and "height"."""
@@ -53,7 +53,7 @@ class _Stream(IterableDataset):
     Attributes:
         skipped: indices of the sampler (of this process) that come before the beginning of all streams.
         consumed: stream -> samples delivered so far, random state before the last of them.
-        first: the stream of worker 0; torch asks its workers in turn, beginning with that one.
+        first: the stream of worker 0, which torch asks first.
     """
 
     def __init__(self, source: ToIterableDataset) -> None:
@@ -87,14 +87,10 @@ class _Stream(IterableDataset):
 
 
 class ResumableLoader:
-    """A loader of ``build_detection_train_loader`` whose position can be saved and taken up again.
-
-    Args:
-        loader: made by Detectron2 from a map-style data set, with nothing in it that is not Detectron2's own except the
-            data set and its mapper.
+    """A loader of ``build_detection_train_loader`` whose position can be saved and resumed.
 
     Raises:
-        TypeError: the loader is of another making; the reason.
+        TypeError: something in ``loader`` is not Detectron2's own, other than the map-style data set and its mapper.
     """
 
     def __init__(self, loader: Any) -> None:
@@ -104,32 +100,18 @@ class ResumableLoader:
         self.num_workers: int = inner.num_workers
         self.batch_size: int = loader.batch_size  # images of one batch of this process
         self.stream = _Stream(inner.dataset)
-        own = DataLoader(
-            self.stream,
-            batch_size=inner.batch_size,
-            drop_last=inner.drop_last,
-            num_workers=inner.num_workers,
-            collate_fn=inner.collate_fn,
-            worker_init_fn=inner.worker_init_fn,
-            timeout=inner.timeout,
-            prefetch_factor=inner.prefetch_factor,
-            persistent_workers=inner.persistent_workers,
-            multiprocessing_context=inner.multiprocessing_context,
-        )
+        own = DataLoader(self.stream, **{name: getattr(inner, name) for name in _OPTIONS})
         self.loader = AspectRatioGroupedDataset(own, loader.batch_size) if grouped else own
         self.dataset = self.stream  # so that others find the map-style data set as in Detectron2's own loaders
         self._per_delivery = 1 if grouped else self.batch_size  # samples that a worker hands over at a time
         self._last: dict[int, tuple] = {}
         self._replaced = False
 
-    @property
-    def was_read(self) -> bool:
-        """True if a batch has been taken from it, by this run or by the one that it continues."""
-        return bool(self._last)
-
     def start(self) -> None:
-        """Makes torch's iterator now instead of with the first batch: it draws from torch's random state and forks the
-        workers, which a resumed run has to do before its random state is put back."""
+        """Makes torch's iterator now, if the resumed run had made it: it draws from torch's random state and forks the
+        workers, which must come before that state is put back."""
+        if not self._last:
+            return
         if isinstance(self.loader, AspectRatioGroupedDataset):
             self.loader.dataset = iter(self.loader.dataset)
         else:
@@ -142,7 +124,7 @@ class ResumableLoader:
             yield [marked.sample for marked in batch]
 
     @functools.cached_property
-    def made_of(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """Everything that gives a saved position its meaning, by the name that a user knows it under."""
         sampler = self.stream.sampler
         return {
@@ -165,9 +147,8 @@ class ResumableLoader:
             if number >= last.get(stream, (-1, None))[0]:
                 last[stream] = (number, before)
         return {
-            "num_workers": self.num_workers,
-            "made_of": self.made_of,
-            "sampler": _sampler_state(self.stream.sampler),
+            "made_of": self.fingerprint,
+            "sampler": {name: value for name, value in vars(self.stream.sampler).items() if name.startswith(_DRAWN)},
             "skipped": self.stream.skipped,
             "consumed": {stream: [number + 1, before] for stream, (number, before) in last.items()},
             "buckets": [[list(origin) for origin in bucket] for bucket in buckets],
@@ -175,16 +156,15 @@ class ResumableLoader:
 
     def changes(self, state: dict[str, Any]) -> list[str]:
         """Lists what differs from the loader that ``state`` is of, as "x was 1 and is 2"; [] if it can resume."""
-        theirs = state.get("made_of")
+        theirs, own = state.get("made_of"), self.fingerprint
         if theirs is None:
             return ["the checkpoint of an older version does not say what its data order was made of"]
-        changed = [name for name, value in theirs.items() if value != self.made_of.get(name)]
-        implied = {name for known in changed for name in _IMPLIED.get(known, ())}
-        return [f"{x} was {theirs[x]} and is {self.made_of.get(x)}" for x in changed if x not in implied]
+        changed = [name for name, value in theirs.items() if value != own.get(name)]
+        shown = [name for name in changed if name not in _IMPLIED] or changed
+        return [f"{name} was {theirs[name]} and is {own.get(name)}" for name in shown]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues after the last batch that the saved loader gave out; before the first ``iter``. Only for a state of
-        which nothing has changed."""
+        """Resumes after the last batch that the saved loader gave out; before the first ``iter``."""
         self._load_sampler(state)
         self.stream.skipped = state.get("skipped", 0)
         self.stream.consumed = {stream: tuple(done) for stream, done in state["consumed"].items()}
@@ -200,8 +180,8 @@ class ResumableLoader:
         """Begins behind as many images as the run has drawn, in the order of its sampler if that was of the same kind.
 
         Args:
-            states: of all its processes; [] if they are not known.
-            iteration: the iterations that it has made, which tell the images if there is no state.
+            states: those of all its processes; [] if they are not known.
+            iteration: that it has come to, which says how many images it has drawn if there is no state.
         """
         if states:
             drawn = sum(s.get("skipped", 0) + sum(count for count, _ in s["consumed"].values()) for s in states)
@@ -211,11 +191,11 @@ class ResumableLoader:
         self.stream.skipped = len(range(comm.get_rank(), drawn, comm.get_world_size()))
 
     def _load_sampler(self, state: dict[str, Any]) -> None:
-        """The seeds of a sampler of the same kind; of a subset also its images, where they mean the same."""
-        made_of, sampler = state.get("made_of"), self.stream.sampler
-        if made_of is not None and made_of["sampler"] != type(sampler).__name__:
+        """Sets the seeds of a sampler of the same kind; of a subset also its images, if they mean the same."""
+        theirs, own, sampler = state.get("made_of", {}), self.fingerprint, self.stream.sampler
+        if theirs.get("sampler", own["sampler"]) != own["sampler"]:
             return
-        same_images = made_of is None or made_of["sampler's settings"] == _settings_of(sampler)
+        same_images = theirs.get("sampler's settings", own["sampler's settings"]) == own["sampler's settings"]
         for name, value in state["sampler"].items():
             if hasattr(sampler, name) and (same_images or name == "_seed"):
                 setattr(sampler, name, value)
@@ -236,17 +216,18 @@ class ResumableLoader:
 
 
 def resumable(loader: Iterable) -> Iterable:
-    """``loader`` as a ResumableLoader if it is wholly understood, else itself with a warning."""
+    """Returns ``loader`` as a ResumableLoader if it is wholly understood, else itself with a warning."""
     try:
         resumed = ResumableLoader(loader)
     except TypeError as error:
         logger.warning("The data order of a resumed run will start over: the training loader %s", error)
         return loader
-    for owner in _owners_of_generators(getattr(resumed.stream.dataset, "_map_func", None)):
+    mapper = getattr(resumed.stream.dataset, "_map_func", None)
+    if kinds := {type(generator).__name__ for generator in generators_in(mapper)}:
         logger.warning(
-            "%s draws from a random generator of its own, which no checkpoint holds: a resumed run differs there from "
-            "an undisturbed one; draw from np.random instead",
-            owner,
+            "The mapper draws from a random generator of its own (%s), which no checkpoint holds: a resumed run draws "
+            "other numbers; draw from np.random instead",
+            ", ".join(sorted(kinds)),
         )
     return resumed
 
@@ -269,16 +250,12 @@ def _check_understood(inner: Any, grouped: bool) -> None:
     need(type(source.sampler) in _SAMPLERS, f"has a {type(source.sampler).__name__}")
 
 
-def _sampler_state(sampler: Any) -> dict[str, Any]:
-    return {name: value for name, value in vars(sampler).items() if name.startswith(("_seed", "_indexes"))}
-
-
 def _settings_of(sampler: Any) -> str:
-    """Everything of a sampler but its seeds and its process."""
+    """Describes everything of a sampler but its seeds and its process."""
     settings = {
         name: hashlib.sha256(value.numpy().tobytes()).hexdigest()[:12] if torch.is_tensor(value) else value
         for name, value in sorted(vars(sampler).items())
-        if not name.startswith(("_seed", "_indexes", "_rank", "_world_size"))
+        if not name.startswith((*_DRAWN, "_rank", "_world_size"))
     }
     return ", ".join(f"{name.lstrip('_')} {value}" for name, value in settings.items())
 
@@ -288,13 +265,13 @@ def _digest(dataset: Any) -> str | None:
     entries = getattr(dataset, "_dataset", None)
     if type(dataset) is not MapDataset or type(entries) is not DatasetFromList:
         return None
-    digest = hashlib.sha256()
-    for i in range(min(_LOOKED_AT, len(entries))):
-        entry = entries[i * len(entries) // min(_LOOKED_AT, len(entries))]
+    number, digest = min(_LOOKED_AT, len(entries)), hashlib.sha256()
+    for i in range(number):
+        entry = entries[i * len(entries) // number]
         known = entry if isinstance(entry, dict) else {}
-        told = [known.get(key) for key in ("image_id", "height", "width")]
+        size = [known.get(key) for key in ("image_id", "height", "width")]
         name = os.path.basename(str(known.get("file_name")))
-        digest.update(repr((name, told, len(known.get("annotations", ())))).encode())
+        digest.update(repr((name, size, len(known.get("annotations", ())))).encode())
     return digest.hexdigest()[:12]
 
 
@@ -305,11 +282,8 @@ def _mapper_settings(dataset: Any) -> dict[str, str]:
 
 
 def _described(name: str, value: Any, depth: int = 0) -> Iterator[tuple[str, str]]:
-    """(name, what it is) of a mapper and of its attributes; never an address in memory."""
+    """Yields (name, text) of a mapper and of its attributes; never an address in memory."""
     value = getattr(value, "_obj", value)  # Detectron2's PicklableWrapper
-    if isinstance(value, (bool, int, float, str, type(None))):
-        yield name, repr(value)
-        return
     try:
         text = repr(value)
     except Exception:  # an augmentation that Detectron2's __repr__ cannot describe
@@ -321,14 +295,3 @@ def _described(name: str, value: Any, depth: int = 0) -> Iterator[tuple[str, str
     if depth < 3 and not callable(getattr(value, "__code__", None)):
         for key, inner in sorted(getattr(value, "__dict__", {}).items()):
             yield from _described(f"{name}'s {key}", inner, depth + 1)
-
-
-def _owners_of_generators(value: Any, depth: int = 0) -> set[str]:
-    """The classes below ``value``, through attributes and short lists, that keep a random generator."""
-    value = getattr(value, "_obj", value)  # Detectron2's PicklableWrapper
-    if isinstance(value, (list, tuple)):
-        inner = list(value[:100])
-    else:
-        inner = list(getattr(value, "__dict__", {}).values())
-    found = {type(value).__qualname__} if any(isinstance(x, _GENERATORS) for x in inner) else set()
-    return found.union(*(_owners_of_generators(x, depth + 1) for x in inner)) if depth < 5 else found

@@ -12,10 +12,7 @@ from filelock import FileLock, Timeout
 from repr_det.method.errors import UserError
 from repr_det.runs.files import write_atomically
 
-LOCK_FILE = ".running.lock"
 OWNER_FILE = ".running"
-_AGAIN_SECONDS = 0.2
-
 logger = logging.getLogger("repr_det.lock")
 
 
@@ -24,17 +21,14 @@ class RunLock:
 
     On a file system without locks there is a warning and no lock.
 
-    Attributes:
-        mark: the line that it writes into OWNER_FILE, different for every process and start.
-
     Args:
         folder: OUTPUT_DIR; made if it is not there.
         job: name of the elastic job that the process belongs to, see ``job_of``; "" for none.
     """
 
     def __init__(self, folder: str | Path, job: str = "") -> None:
-        self.folder, self.job, self.mark = Path(folder), job, ""
-        self._lock = FileLock(self.folder / LOCK_FILE, thread_local=False)
+        self.folder, self.job = Path(folder), job
+        self._lock = FileLock(self.folder / ".running.lock", thread_local=False)
 
     def acquire(self, wait: float = 0.0) -> None:
         """Locks the folder, or waits so many seconds for a run that is about to end.
@@ -47,7 +41,7 @@ class RunLock:
             self._lock.acquire(timeout=wait)
         except Timeout:
             owner = _owner(self.folder)
-            known = f" ({owner['pid']} on {owner['host']})" if {"pid", "host"} <= owner.keys() else ""
+            known = f" ({owner.get('pid')} on {owner.get('host')})" if owner else ""
             raise UserError(
                 f"OUTPUT_DIR {self.folder} is being trained by another process{known}: wait for it, end it, or give "
                 "another OUTPUT_DIR"
@@ -55,31 +49,19 @@ class RunLock:
         except OSError as error:
             logger.warning("%s cannot be locked (%s): start no second run there", self.folder, error.strerror)
         owner = {"host": socket.gethostname(), "pid": os.getpid(), "job": self.job, "started": time.time()}
-        self.mark = json.dumps(owner)
-        write_atomically(self.folder / OWNER_FILE, self.mark + "\n")
+        write_atomically(self.folder / OWNER_FILE, json.dumps(owner) + "\n")
 
     def release(self) -> None:
         self._lock.release()
 
 
 def job_of(folder: str | Path) -> str:
-    """The elastic job that last trained in ``folder``, "" if there is none."""
+    """Returns the elastic job that last trained in ``folder``, "" if there is none."""
     return str(_owner(Path(folder)).get("job", ""))
-
-
-def finds(folder: str | Path, mark: str, wait: float) -> bool:
-    """Tells whether another process's ``mark`` is, or comes within so many seconds, in ``folder``."""
-    deadline = time.monotonic() + wait
-    while json.dumps(_owner(Path(folder))) != mark:
-        if time.monotonic() >= deadline:
-            return False
-        time.sleep(_AGAIN_SECONDS)
-    return True
 
 
 def _owner(folder: Path) -> dict:
     try:
-        found = json.loads((folder / OWNER_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return dict(json.loads((folder / OWNER_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
         return {}
-    return found if isinstance(found, dict) else {}

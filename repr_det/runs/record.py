@@ -57,7 +57,7 @@ class RunRecord(HookBase):
 
 
 def describe_data_sets(names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Name -> file, SHA-256 of its content, folder of images, classes, number of images; null where it is not known."""
+    """Returns, by name, file, SHA-256 of its content, folder of images, classes, number of images; null if unknown."""
     return {name: _describe(name) for name in dict.fromkeys(names)}
 
 

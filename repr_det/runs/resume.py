@@ -1,67 +1,56 @@
 """Exact resume: a run that was killed and resumed ends with the weights of the run that was not.
 
 Stock Detectron2 restores model, optimizer and iteration, but starts the data order over and forgets every random state.
-Here a checkpoint also holds, of all ranks, the random states, the position of the training data stream (how many
-samples each loader worker has delivered, its random state before the last of them, and the samples that wait in the
-aspect-ratio buckets), and the numbers and tensors that modules keep in plain attributes. An undisturbed run sees
-exactly stock Detectron2's batches.
+Here a checkpoint also holds, of all ranks, the random states, the positions of the data streams (``loader``), and the
+numbers and tensors that modules keep in plain attributes. An undisturbed run sees exactly stock Detectron2's batches.
 
-If anything that gives the position its meaning has changed (ranks, workers, batch size, data, sampler, mapper), the run
-goes on behind as many images as it has drawn, in another order, with one warning that names what changed.
+If the data order has changed (ranks, workers, batch size, data, sampler, mapper), the run resumes behind as many images
+as it has drawn, in another order, with one warning that names what changed.
 """
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, JSONWriter
 from torch import nn
 
-from repr_det.network.hidden_state import HiddenState, is_plain
+from repr_det.method.errors import UserError
+from repr_det.network.hidden_state import HiddenState
 from repr_det.network.state import random_state, set_random_state
 from repr_det.runs.files import METRICS_FILE, last_logged, truncate_log
 from repr_det.runs.loader import ResumableLoader
 
 logger = logging.getLogger("repr_det.resume")
+_OF_THE_MACHINE = ("params", "lr", "foreach", "fused", "capturable", "differentiable")  # of a parameter group
 _WINDOW = 20  # Detectron2's writers smooth over so many iterations
 
 
 class ExactResume(HookBase):
     """Saves and restores what stock checkpoints lack. Belongs right before the PeriodicCheckpointer.
 
-    Where a checkpoint and an evaluation fall on the same iteration the checkpoint comes first, so a resumed run makes
-    that evaluation again: its result is not lost, and it draws the random numbers that it drew before.
-
-    The scalars of the last iterations come back as well, so that metrics.json goes on as if nothing had happened: what
-    was evaluated before the checkpoint and not yet written is written later.
-
-    Hooks of other people that count in attributes and have no ``state_dict`` are named in a warning of the resumed run;
-    Detectron2's BestCheckpointer, which is one, goes on from its best value.
+    If a checkpoint and an evaluation fall on the same iteration, the checkpoint comes first, and a resumed run makes
+    that evaluation again. The scalars of the last iterations come back, so that metrics.json has every row.
 
     Args:
         model: not wrapped in DistributedDataParallel.
         loaders: those that draw training images: the training loader, and others that hooks read while training.
-        checkpoint_period: SOLVER.CHECKPOINT_PERIOD.
-        eval_period: TEST.EVAL_PERIOD.
         folder: OUTPUT_DIR, whose logs forget what lies after the checkpoint.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        loaders: Sequence[ResumableLoader | Any],
-        checkpoint_period: int,
-        eval_period: int,
-        folder: str,
+        self, model: nn.Module, loaders: Sequence[Any], checkpoint_period: int, eval_period: int, folder: str
     ) -> None:
         self.hidden = HiddenState(model)
         self.loaders = loaders
         self.checkpoint_period = checkpoint_period
         self.eval_period = eval_period
         self.folder = folder
+        self._running = False
         self._saved: dict[str, Any] = {}
         self._loaded: dict[str, Any] | None = None
         self._random: dict[str, Any] | None = None  # of this rank, until the first step
@@ -79,7 +68,7 @@ class ExactResume(HookBase):
             )
             for loader in self._resumable():
                 loader.skip([], start)
-        self._counts = {hook: _plain(hook) for hook in self.trainer._hooks if _is_foreign(hook)}
+        self._running = True
         if comm.is_main_process():
             truncate_log(os.path.join(self.folder, METRICS_FILE), start)
         if self._resumed_exactly:
@@ -91,17 +80,14 @@ class ExactResume(HookBase):
         mine = ranks[comm.get_rank() if same_world else 0]
         if unknown := self.hidden.load(mine.get("attributes", {})):
             logger.warning("This model has no such attributes: %s; the checkpoint's are ignored", ", ".join(unknown))
-        if lost := loaded.get("forgotten"):
-            logger.warning("No checkpoint holds what these hooks count, so it begins anew: %s", ", ".join(lost))
         for hook, (metric, iteration) in zip(self._best(), loaded.get("best", ()), strict=False):
             hook.best_metric, hook.best_iter = metric, iteration
         self._random = mine["random"] if same_world else None
 
-        # A loader that the run did not have before, for TEST.PRECISE_BN was switched on, begins at its beginning.
         changes: dict[str, None] = {}
-        for number, loader in enumerate(self.loaders):
-            states = [rank["loaders"][number] for rank in ranks if number < len(rank["loaders"])]
-            if not isinstance(loader, ResumableLoader) or not states or None in states:
+        # A loader that the run did not have before (TEST.PRECISE_BN was switched on) begins at its beginning.
+        for loader, *states in zip(self.loaders, *(rank["loaders"] for rank in ranks), strict=False):
+            if not isinstance(loader, ResumableLoader) or None in states:
                 continue
             if changed := loader.changes(states[comm.get_rank() if same_world else 0]):
                 changes.update(dict.fromkeys(changed))
@@ -116,26 +102,25 @@ class ExactResume(HookBase):
             return
         self._resumed_exactly = False
         for loader in self._resumable():
-            if loader.was_read:
-                loader.start()
+            loader.start()
         if self._random is not None:
             set_random_state(self._random)
             self._random = None
-        iteration = self.trainer.iter
-        if self.eval_period > 0 and iteration % self.eval_period == 0:
-            self._evaluate_again(iteration - 1)
+        if self.eval_period > 0 and self.trainer.iter % self.eval_period == 0:
+            self._evaluate_again()
         self._write_what_was_due()
 
-    def _evaluate_again(self, iteration: int) -> None:
-        evaluation = next((h for h in self.trainer._hooks if isinstance(h, hooks.EvalHook)), None)
-        if evaluation is None:
-            return
+    def _evaluate_again(self) -> None:
+        """Makes the evaluation that comes after the checkpoint of the same iteration."""
         trainer = self.trainer
+        iteration = trainer.iter
+        trainer.iter = trainer.storage.iter = iteration - 1
+        evaluation = next((hook for hook in trainer._hooks if isinstance(hook, hooks.EvalHook)), None)
+        if evaluation is not None:
+            evaluation._do_eval()
+            for best in self._best():
+                best.after_step()
         trainer.iter = trainer.storage.iter = iteration
-        evaluation._do_eval()
-        for hook in self._best():  # it comes after the evaluation, so it had not seen it either
-            hook.after_step()
-        trainer.iter = trainer.storage.iter = iteration + 1
 
     def after_step(self) -> None:
         done = self.trainer.iter + 1
@@ -145,7 +130,7 @@ class ExactResume(HookBase):
             self.collect()
 
     def collect(self) -> None:
-        """Collects what a checkpoint of this moment needs; on every rank, and before evaluation."""
+        """Collects what a checkpoint of this moment needs, on every rank and before evaluation."""
         self._saved = self._state(comm.gather(self._of_this_rank()))
 
     def _of_this_rank(self) -> dict[str, Any]:
@@ -158,7 +143,6 @@ class ExactResume(HookBase):
             "ranks": ranks,
             "scalars": _scalars(self.trainer.storage),
             "best": [[hook.best_metric, hook.best_iter] for hook in self._best()],
-            "forgotten": [type(hook).__qualname__ for hook, counts in self._counts.items() if _plain(hook) != counts],
         }
 
     def _resumable(self) -> list[ResumableLoader]:
@@ -181,7 +165,7 @@ class ExactResume(HookBase):
             self._write_what_was_due()
 
     def _write_what_was_due(self) -> None:
-        """The run may have died between the checkpoint and the writers, which come after it."""
+        """Writes what a run did not that died between the checkpoint and the writers, which come after it."""
         start = self.trainer.start_iter
         for period, writer in self._json_writers():
             if start % period == 0 or start == self.trainer.max_iter:
@@ -192,10 +176,8 @@ class ExactResume(HookBase):
         return [(hook._period, x) for hook in periodic for x in hook._writers if isinstance(x, JSONWriter)]
 
     def state_dict(self) -> dict[str, Any]:
-        """Of the iteration that has just been made where that is known: one process can tell it at any time, several
-        only where all of them came by here (``after_step``)."""
-        running = hasattr(self.trainer, "storage") and hasattr(self, "_counts")
-        if running and comm.get_world_size() == 1 and self._saved.get("iteration") != self.trainer.iter:
+        """Returns the state of now if there is one process, else that of the last ``collect``."""
+        if self._running and comm.get_world_size() == 1 and self._saved.get("iteration") != self.trainer.iter:
             return self._state([self._of_this_rank()])
         return self._saved
 
@@ -204,7 +186,7 @@ class ExactResume(HookBase):
 
 
 def _scalars(storage: EventStorage) -> dict[str, list]:
-    """Name -> [whether it is smoothed, the last values with their iterations], as many as the writers look at."""
+    """Returns name -> [is it smoothed, the last values with their iterations], as many as the writers look at."""
     hints = storage.smoothing_hints()
     return {
         name: [hints[name], [[value, int(iteration)] for value, iteration in history.values()[-_WINDOW:]]]
@@ -213,13 +195,46 @@ def _scalars(storage: EventStorage) -> dict[str, list]:
     }
 
 
-def _is_foreign(hook: HookBase) -> bool:
-    """Tells whether it is neither Detectron2's nor ours and keeps nothing in a checkpoint."""
-    room = type(hook).__module__.partition(".")[0]
-    return room not in ("detectron2", "fvcore", "repr_det") and type(hook).state_dict is HookBase.state_dict
+def check_same_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], folder: str) -> None:
+    """Raises UserError if ``saved``, the optimizer's state in the checkpoint of ``folder``, is of another class or for
+    other parameters."""
+    own, theirs = optimizer.param_groups, saved["param_groups"]
+    same_parameters = [len(group["params"]) for group in own] == [len(group["params"]) for group in theirs]
+    if not same_parameters or not set(theirs[0]) <= set(own[0]) | set(_OF_THE_MACHINE):
+        raise UserError(
+            f"the checkpoint in {folder} is of another optimizer, {_describe(theirs)}; this run has {_describe(own)}: "
+            "resume with the same MODEL, MODEL.BACKBONE.FREEZE_AT and SOLVER, or give another OUTPUT_DIR"
+        )
 
 
-def _plain(hook: HookBase) -> dict[str, float]:
-    """The numbers in its attributes; what a tensor there holds, by its sum."""
-    found = {key: value for key, value in vars(hook).items() if is_plain(value)}
-    return {key: float(value.sum()) if hasattr(value, "sum") else value for key, value in found.items()}
+def _describe(groups: Sequence[Mapping[str, Any]]) -> str:
+    numbers, settings = [len(group["params"]) for group in groups], sorted(set(groups[0]).difference(_OF_THE_MACHINE))
+    return f"{sum(numbers)} parameters in {len(numbers)} groups with {', '.join(settings)}"
+
+
+def settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Returns the settings of every parameter group as the config built it, with the base rate as ``initial_lr``."""
+    return [
+        {key: value for key, value in group.items() if key not in _OF_THE_MACHINE} for group in optimizer.param_groups
+    ]
+
+
+def apply_settings(optimizer: torch.optim.Optimizer, scheduler: Any, built: list[dict[str, Any]]) -> list[str]:
+    """Puts what ``settings_of`` gave before a checkpoint was loaded over what the checkpoint brought, rates included.
+
+    Returns:
+        What changed, as "weight_decay 0.0001 -> 0.001", once for every pair of values.
+    """
+    changed: dict[str, None] = {}
+    for group, own in zip(optimizer.param_groups, built, strict=True):
+        for key, value in own.items():
+            old = group.get(key, value)
+            if old == value:
+                continue
+            changed[f"{key} {old} -> {value}"] = None
+            group[key] = value
+            if key == "initial_lr":  # lr as well, which the scheduler sets after the first step
+                group["lr"] *= value / old if old else 0.0
+    if changed and hasattr(scheduler, "base_lrs"):
+        scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
+    return list(changed)

@@ -1,8 +1,10 @@
 """Stopping with notice: SIGTERM or SIGUSR1, as schedulers send before they take a machine away, end a run with a
 checkpoint and a status that asks for another start."""
 
+import ctypes
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +14,13 @@ from detectron2.utils import comm
 
 STATUS = os.EX_TEMPFAIL  # 75: nothing is wrong, start it again
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_PRCTL = getattr(ctypes.CDLL(None), "prctl", None) if sys.platform == "linux" else None
+
+
+def end_with_parent() -> None:
+    """Asks for SIGTERM when the parent dies (Linux only; the lock on OUTPUT_DIR shows a child that lives)."""
+    if _PRCTL is not None:
+        _PRCTL(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 class Stopped(SystemExit):
@@ -19,7 +28,7 @@ class Stopped(SystemExit):
 
     Args:
         asked: name of the signal.
-        together: whether all ranks end at the same point, so that the process group can be left in order.
+        together: all ranks end at the same point, so that the process group can be left in order.
     """
 
     def __init__(self, asked: str, together: bool = False) -> None:
@@ -28,17 +37,11 @@ class Stopped(SystemExit):
 
 
 class _Notice:
-    """The state of stopping in this process.
+    """The state of stopping in this process."""
 
-    Attributes:
-        answered: whether signals come here, see ``answer_signals``.
-        asked: name of the signal that came, or "".
-        unsaved: whether steps have been made that no checkpoint holds.
-    """
-
-    answered = False
-    asked = ""
-    unsaved = False
+    answered = False  # signals come here, see ``answer_signals``
+    asked = ""  # name of the signal that came
+    unsaved = False  # steps have been made that no checkpoint holds
 
     def __call__(self, number: int, _: object) -> None:
         self.asked = signal.Signals(number).name
@@ -81,14 +84,13 @@ os.register_at_fork(after_in_child=_keep_out)
 
 
 class StopAtSignal(HookBase):
-    """At the end of a step in which any rank was signalled, every rank stops, with a checkpoint of that step.
+    """Stops every rank at the end of a step in which any of them was signalled, with a checkpoint of that step.
 
     Comes after the PeriodicCheckpointer and before evaluation. A signal during an evaluation right after a checkpoint
     ends the run at once; the resumed run makes the evaluation again.
 
     Args:
-        checkpoint_period: SOLVER.CHECKPOINT_PERIOD.
-        prepare: what every rank has to do before a checkpoint is written.
+        prepare: called on every rank before a checkpoint is written.
     """
 
     def __init__(self, checkpoint_period: int, prepare: Callable[[], None]) -> None:

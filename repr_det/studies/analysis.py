@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
+from matplotlib.figure import Figure
+from tabulate import tabulate
 from torch import Tensor, nn
 
 from repr_det.commands.arguments import add_data_argument, build_config
@@ -25,12 +27,12 @@ from repr_det.detectron.config import add_repr_config
 from repr_det.detectron.engine import Trainer
 from repr_det.detectron.passes import training_passes
 from repr_det.method.criteria import CRITERIA, Context, get_criterion
-from repr_det.method.data_criteria import NEAR_DUPLICATE
-from repr_det.method.errors import UserError
+from repr_det.method.errors import UserError, spelling
 from repr_det.method.layers import FilterLayer, find_filter_layers
 from repr_det.method.orthogonality import expected_overlap, inter_filter_orthogonality, unit_filters
 from repr_det.method.participants import Participants
 from repr_det.method.passes import TrainingPasses
+from repr_det.method.redundancy import NEAR_DUPLICATE
 from repr_det.method.selection import select_filters
 from repr_det.network.state import undisturbed
 from repr_det.runs.checkpoints import AtomicCheckpointer
@@ -50,15 +52,16 @@ COLUMNS = ("name", "filters", "dimension", "overlap_mean", "overlap_random", "ma
 
 
 def layers_of_model(path: Path, cfg: CfgNode) -> tuple[nn.Module, list[FilterLayer], int | None]:
-    """Builds the model of a config, loads a checkpoint as training does, and finds the layers of REPR.LAYERS.
+    """Builds the model of a config, loads a checkpoint as training does, and finds the layers that RePr applies to.
 
-    Returns model, layers, and the iteration of the training if the file has it.
+    Returns:
+        Model, layers, and the iteration of the training if the file has it.
 
     Raises:
         UserError: the checkpoint lacks a layer or has it in another shape.
     """
     model = build_model(cfg)
-    layers = _that_take_part(model, find_filter_layers(model, cfg.REPR.LAYERS.INCLUDE, cfg.REPR.LAYERS.EXCLUDE))
+    layers = _participants(model, find_filter_layers(model, cfg.REPR.LAYERS.INCLUDE, cfg.REPR.LAYERS.EXCLUDE))
     for layer in layers:
         nn.init.constant_(layer.weight, math.nan)
     iteration = load_checkpoint(path).get("iteration")
@@ -73,8 +76,8 @@ def layers_of_model(path: Path, cfg: CfgNode) -> tuple[nn.Module, list[FilterLay
     return model, layers, iteration
 
 
-def _that_take_part(model: nn.Module, candidates: Sequence[FilterLayer]) -> list[FilterLayer]:
-    """Returns the layers from which training would drop filters, as a prediction for a grey image shows."""
+def _participants(model: nn.Module, candidates: Sequence[FilterLayer]) -> list[FilterLayer]:
+    """The layers from which training would drop filters, as a prediction for a grey image shows."""
     participants = Participants(candidates, model)
     with undisturbed(model, trains=False), torch.enable_grad():
         model([{"image": torch.full((3, 128, 128), 128.0)}])
@@ -88,11 +91,11 @@ def layers_of_file(
 ) -> tuple[list[FilterLayer], int | None]:
     """Reads a checkpoint, official ``.pkl`` or state dict, and chooses 4-D weights by fnmatch patterns on their names.
 
-    Without ``include`` these are the defaults of REPR.LAYERS.INCLUDE, or everything in files with other names. Returns
-    the layers, and the iteration of the training if the file has it.
+    Args:
+        include: by default those of REPR.LAYERS.INCLUDE, or everything in files with other names.
 
-    Raises:
-        UserError: there is none, or as ``safe_pickle.load_checkpoint``.
+    Returns:
+        The layers, and the iteration of the training if the file has it.
     """
     loaded = load_checkpoint(path)
     keys = ("model", "state_dict", "model_state", "blobs")
@@ -101,7 +104,7 @@ def layers_of_file(
     for name, value in found.items():
         tensor = torch.from_numpy(value) if isinstance(value, np.ndarray) and value.dtype.kind == "f" else value
         if torch.is_tensor(tensor) and tensor.dim() == 4 and tensor.is_floating_point() and tensor.numel():
-            weights[str(name).removeprefix("module.").removesuffix(".weight")] = tensor
+            weights[str(name).removeprefix("module.").removesuffix(".weight")] = tensor.float()
     if not weights:
         shown = ", ".join(map(str, list(loaded)[:5])) or "nothing"
         raise UserError(f"{path}: no 4-D weights found; it holds {shown}, where a state dict or 'model' was expected")
@@ -117,7 +120,7 @@ def layers_of_file(
         if name not in excluded:
             filters, inputs, *kernel = weights[name].shape
             conv = nn.Conv2d(inputs, filters, tuple(kernel), bias=False, device="meta")
-            conv.weight = nn.Parameter(weights[name].float())
+            conv.weight = nn.Parameter(weights[name])
             layers.append(FilterLayer(name, conv))
     if not layers:
         raise UserError(
@@ -135,11 +138,7 @@ def analyze(
     passes: TrainingPasses | None = None,
     num_batches: int = 0,
 ) -> list[dict[str, Any]]:
-    """Looks at the weights of ``layers``, at what they do on training batches if there are ``passes``, and at the drop.
-
-    Raises:
-        UserError: an argument is wrong, or the criterion looks at data and there are no ``passes``.
-    """
+    """Describes layers by their weights, by their outputs on training batches (if ``passes``), and by the drop."""
     if get_criterion(criterion).needs_data and passes is None:
         raise UserError(f"criterion {criterion!r} looks at training batches: give --config-file and --batches")
     context = Context(torch.Generator().manual_seed(0), passes, num_batches)
@@ -156,7 +155,7 @@ def analyze(
 
 
 def _layer(layer: FilterLayer, zero: Tensor, idle: Tensor | None, dropped: Tensor) -> dict[str, Any]:
-    """Describes one layer as the json file does; filters are named by their index."""
+    """One layer as the json file has it; filters are named by their index."""
     rows, used = layer.weight.detach().flatten(1), ~zero
     norms = rows.norm(dim=1)
     near = cosines(layer).abs() > NEAR_DUPLICATE
@@ -183,7 +182,7 @@ def _layer(layer: FilterLayer, zero: Tensor, idle: Tensor | None, dropped: Tenso
 
 
 def cosines(layer: FilterLayer) -> Tensor:
-    """Returns (J, J) cosines of two filters of one group, above the diagonal; 0 elsewhere."""
+    """(J, J) cosines of two filters of one group, above the diagonal; 0 elsewhere."""
     units = unit_filters(layer.weight).chunk(layer.conv.groups)
     return torch.block_diag(*(unit @ unit.T for unit in units)).triu(diagonal=1)
 
@@ -193,7 +192,7 @@ def _indices(mask: Tensor) -> list[int]:
 
 
 def overlapping_pairs(layers: Sequence[FilterLayer], number: int) -> list[dict[str, Any]]:
-    """Returns the filters of one layer, two by two, with the largest |cosine|."""
+    """The ``number`` pairs of filters of one layer with the largest |cosine|."""
     pairs = []
     for layer in layers:
         matrix = cosines(layer)
@@ -204,12 +203,12 @@ def overlapping_pairs(layers: Sequence[FilterLayer], number: int) -> list[dict[s
 
 
 def total(layers: Sequence[dict], kind: str) -> int:
-    """Counts filters ("overlap" has all of them, "zero", "dead", ... some) over all layers."""
+    """The number of filters in all layers: "overlap" has all of them, "zero", "dead", ... some."""
     return sum(len(layer[kind] or ()) for layer in layers)
 
 
 def overlap_factor(layers: Sequence[dict]) -> float:
-    """Returns mean O_f of the filters that are not zero over that of random directions: 1 if nothing overlaps."""
+    """Mean O_f of the filters that are not zero over that of random directions: 1 if nothing overlaps."""
     expected = sum((layer["filters"] - len(layer["zero"])) * layer["overlap_random"] for layer in layers)
     return sum(sum(layer["overlap"]) for layer in layers) / expected if expected else 1.0
 
@@ -229,19 +228,8 @@ def verdict(layers: Sequence[dict], num_batches: int) -> str:
     return f"There is nothing to remove: {found}. A drop then follows the layers' dimensions, not redundancy."
 
 
-def describe_state(layers: Sequence[dict], iteration: int | None) -> str:
-    """Says in one line whether these are the weights of a full network or of a sub-network."""
-    when = "" if iteration is None else f"after iteration {iteration}, "
-    zero, filters = total(layers, "zero"), total(layers, "overlap")
-    if not zero:
-        return f"{when}full network: {filters} filters, none is zero"
-    return f"{when}sub-network: {zero} of {filters} filters are exactly zero (RePr's sub-network phase, or pruned)"
-
-
 def as_table(found: Mapping[str, Any]) -> str:
-    """Returns a row for every layer, and the pairs."""
-    from tabulate import tabulate
-
+    """A row for every layer, and the pairs."""
     layers = found["layers"]
     rows = [[len(layer[key]) if isinstance(layer[key], list) else layer[key] for key in COLUMNS] for layer in layers]
     sums = {key: total(layers, key) for key in COUNTS if layers[0][key] is not None}
@@ -257,8 +245,6 @@ def as_table(found: Mapping[str, Any]) -> str:
 
 def plot(path: Path, found: Mapping[str, Any]) -> None:
     """Draws O_f of the filters of every layer, with that of random directions, over the share that would be dropped."""
-    from matplotlib.figure import Figure
-
     layers, positions = found["layers"], range(len(found["layers"]))
     figure = Figure(figsize=(4 + 0.19 * len(layers), 6), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1.2])
@@ -277,7 +263,7 @@ def plot(path: Path, found: Mapping[str, Any]) -> None:
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command line."""
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(
         description="Shows how much the filters of a checkpoint overlap, and which ones RePr would drop. With a config "
         "the layers are those of REPR.LAYERS in its model; --batches then finds idle filters on DATASETS.TRAIN."
@@ -287,7 +273,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--include", nargs="+", metavar="PATTERN", help="go by names of weights, without a config")
     parser.add_argument("--exclude", nargs="+", metavar="PATTERN", help=f"default {' '.join(NOT_FILTERS)}")
     add_data_argument(parser)
-    parser.add_argument("--batches", type=int, default=0, help="how many training batches to run (0: weights alone)")
+    parser.add_argument("--batches", type=int, default=0, help="how many training batches to run (0: only the weights)")
     parser.add_argument("--criterion", help="default REPR.CRITERION, or ortho; some need --batches")
     parser.add_argument("--drop-ratio", type=float, help="default REPR.DROP_RATIO, or 0.3")
     parser.add_argument("--max-drop-per-layer", type=float, help="default REPR.MAX_DROP_PER_LAYER, or 0.5")
@@ -331,18 +317,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     criterion = args.criterion or (cfg.REPR.CRITERION if args.config_file or args.batches else "ortho")
     ratio = cfg.REPR.DROP_RATIO if args.drop_ratio is None else args.drop_ratio
     cap = cfg.REPR.MAX_DROP_PER_LAYER if args.max_drop_per_layer is None else args.max_drop_per_layer
-    analyzed = analyze(layers, criterion, ratio, cap, passes, args.batches)
+    with spelling({name: f"--{name.replace('_', '-')}" for name in ("criterion", "drop_ratio", "max_drop_per_layer")}):
+        analyzed = analyze(layers, criterion, ratio, cap, passes, args.batches)
+    zero, filters = total(analyzed, "zero"), total(analyzed, "overlap")
+    state = f"full network: {filters} filters, none is zero"
+    if zero:
+        state = f"sub-network: {zero} of {filters} filters are exactly zero (RePr's sub-network phase, or pruned)"
     found = {
         "checkpoint": str(args.checkpoint),
         "iteration": iteration,
-        "state": describe_state(analyzed, iteration),
-        "sub_network": total(analyzed, "zero") > 0,
+        "state": state if iteration is None else f"after iteration {iteration}, {state}",
+        "sub_network": zero > 0,
         "overlap_factor": overlap_factor(analyzed),
         "verdict": verdict(analyzed, args.batches),
         "criterion": criterion,
         "drop_ratio": ratio,
         "max_drop_per_layer": cap,
-        "filters": total(analyzed, "overlap"),
+        "filters": filters,
         "layers": analyzed,
         "pairs": overlapping_pairs(layers, args.pairs),
     }
@@ -355,14 +346,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def default_config() -> CfgNode:
-    """Returns Detectron2's config with the node REPR."""
+    """Detectron2's config with the node REPR."""
     cfg = get_cfg()
     add_repr_config(cfg)
     return cfg
 
 
 def config_beside(checkpoint: Path) -> str | None:
-    """Returns the config.yaml of the run that wrote a checkpoint; None if there is none, or that of a LazyConfig."""
+    """The config.yaml of the run that wrote a checkpoint; None if there is none, or that of a LazyConfig."""
     path = checkpoint.parent / CONFIG_FILE
     is_yacs = path.is_file() and re.search(r"^MODEL:", path.read_text(encoding="utf-8"), re.MULTILINE)
     return str(path) if is_yacs else None

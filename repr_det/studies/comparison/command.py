@@ -1,4 +1,4 @@
-"""The command tools/compare.py: from a config and seeds, or from finished folders, to results and report."""
+"""The command ``repr-det compare``: from a config and seeds, or from finished folders, to results and report."""
 
 import argparse
 import json
@@ -15,9 +15,9 @@ from repr_det.datasets import register_builtin, register_coco_format
 from repr_det.method.errors import UserError
 from repr_det.runs.files import write_atomically
 from repr_det.studies.comparison.plan import plan_study
+from repr_det.studies.comparison.records import read_json
 from repr_det.studies.comparison.report import write_report
-from repr_det.studies.comparison.results import compare, write_results
-from repr_det.studies.comparison.runner import run_all
+from repr_det.studies.comparison.runner import run_all, say
 from repr_det.studies.comparison.runs import (
     BASELINE,
     REPR,
@@ -26,26 +26,34 @@ from repr_det.studies.comparison.runs import (
     check_comparable,
     check_finished,
     check_pairs,
-    check_same_data,
-    check_seeds,
-    group_by_settings,
     run_from_folder,
 )
-from repr_det.studies.comparison.table import metrics_table
+from repr_det.studies.comparison.table import compare, metrics_table, write_results
 
-_SETTINGS_FILE = "comparison.json"  # how the comparison was asked for, so that the report alone can be made again
+_SETTINGS_FILE = "comparison.json"  # how the comparison was asked for, for --report-only
 _EVALUATIONS = 10
+_GONE = {  # flag of 0.2.0 -> what to do instead
+    "other_runs": "compare every other setting in a comparison of its own, --config-file A --against B",
+    "train_images": "python -m repr_det.train --eval-only --config-file RUN/config.yaml MODEL.WEIGHTS "
+    "RUN/model_final.pth DATASETS.TEST \"('TRAINING_SET',)\" OUTPUT_DIR DIR gives AP on training images",
+    "bootstrap": "the interval is that over seeds",
+}
 
-_DESCRIPTION = """Compares RePr with its baseline, or a config with another: both arms with the same seeds, data order
+# The arguments that go together: needed, possible.
+_WAYS = (
+    ({"config_file", "seeds"}, {"against", "output", "opts"}),
+    ({"baseline_runs", "repr_runs", "output"}, set()),
+    ({"report_only", "output"}, set()),
+)
+_TOGETHER = ("config_file", "seeds", "against", "opts", "baseline_runs", "repr_runs", "report_only", "output")
+
+_DESCRIPTION = """Compares RePr with its baseline, or a config with another: both with the same seeds, data order
 and iterations.
 
   from a config:          tools/compare.py --config-file configs/shapes_r18_fpn.yaml --seeds 1 2 3 [KEY VALUE ...]
   from two configs:       tools/compare.py --config-file A.yaml --against B.yaml --seeds 1 2 3 [KEY VALUE ...]
   from finished folders:  tools/compare.py --baseline-runs A1 A2 --repr-runs B1 B2 --output DIR
-  the report alone:       tools/compare.py --report-only --output DIR
-
---other-runs adds finished runs of other settings, such as a baseline with more weight decay or RePr with another
-criterion; they are grouped by how their config differs from that of their arm.
+  only the report:        tools/compare.py --report-only --output DIR
 
 The output folder gets report.html, results.json and results.csv. The same command continues a comparison that was
 stopped and skips finished runs. TEST.EVAL_PERIOD 0 becomes a tenth of MAX_ITER unless it is given as KEY VALUE.
@@ -53,22 +61,20 @@ stopped and skips finished runs. TEST.EVAL_PERIOD 0 becomes a tenth of MAX_ITER 
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """The arguments that _DESCRIPTION explains."""
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", default="", help="config of the RePr arm, or any with --against")
+    parser.add_argument("--config-file", default="", help="config with RePr, or any with --against")
     parser.add_argument("--against", default="", help="config of the reference (default: its baseline)")
     parser.add_argument("--seeds", nargs="+", default=[], metavar="SEED")
-    for flag, what in (("baseline", "finished"), ("repr", "finished"), ("other", "finished, of other settings")):
-        parser.add_argument(f"--{flag}-runs", type=Path, nargs="+", default=[], metavar="DIR", help=f"folders, {what}")
+    for arm in (BASELINE, REPR):
+        parser.add_argument(f"--{arm}-runs", type=Path, nargs="+", default=[], metavar="DIR", help="finished folders")
     parser.add_argument("--output", type=Path, help="default: OUTPUT_DIR of the config with the suffix _comparison")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once (default 1)")
     parser.add_argument("--num-gpus", type=int, default=1, help="GPUs of each run (default 1)")
-    parser.add_argument("--eval-images", type=int, default=6, help="validation images in the gallery (default 6)")
-    parser.add_argument(
-        "--train-images", type=int, default=100, help="training images for the train/val gap, 0 for none (default 100)"
-    )
-    parser.add_argument("--bootstrap", type=int, default=1000, help="resampled lists of images (default 1000)")
+    parser.add_argument("--eval-images", type=int, default=6, help="validation images in the report (default 6)")
     parser.add_argument("--report-only", action="store_true", help="train nothing, make the report of --output again")
+    for name in _GONE:
+        parser.add_argument(f"--{name.replace('_', '-')}", nargs="+", help=argparse.SUPPRESS)
     add_data_argument(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config KEY VALUE pairs for every run")
     return parser
@@ -93,60 +99,41 @@ def main(argv: list[str] | None = None) -> None:
     _check_arguments(args)
     if args.report_only:
         study, settings = _remembered(args.output)
-        args.other_runs = args.other_runs or [_placed(args.output, entry) for entry in settings["other_runs"]]
     else:
         study = _study(args)
         settings = _settings(args, study, sys.argv[1:] if argv is None else argv)
     check_pairs(study)
-    others = [run_from_folder(folder) for folder in args.other_runs]
-    check_seeds(others, study.seeds, "the comparison has")
-    check_finished(others)
-    settings["other_runs"] = [os.path.relpath(run.folder, args.output) for run in others]
-    if study.runs[0].flags and not args.report_only:
+    if study.runs[0].flags:
         _remember(args.output, settings)
-        _say(f"{len(study.runs)} runs of {study.runs[0].max_iter} iterations, {args.jobs} at once, in {args.output}")
+        say(f"{len(study.runs)} runs of {study.runs[0].max_iter} iterations, {args.jobs} at once, in {args.output}")
         run_all(study.runs, args.jobs, args.num_gpus)
     check_finished(study.runs)
     check_comparable(study)
-    check_same_data([run.folder for run in (*study.runs, *others)])
-    grouped = group_by_settings(others, study)
     _remember(args.output, settings)
-    comparison = compare(study, args.output / "train_ap.json", args.bootstrap, args.train_images, _say, grouped)
-    write_results(comparison, args.output)
-    _say("report")
+    comparison = compare(study)
     report = write_report(comparison, settings, args.output, args.eval_images)
     results = comparison.results
-    print(f"\n{metrics_table(results['metrics'])}\n\n{results['verdict']}")
+    write_results(comparison, args.output)
+    print(f"\n{metrics_table(results, study.arms)}\n\n{results['verdict']}")
     if results["power"]["sentence"]:
         print(results["power"]["sentence"])
-    for other in results["others"]:
-        print("\n".join(other[f"minus_{arm}"]["sentence"] for arm in study.arms))
     for note in results["notes"]:
         print(f"note: {note}")
     print(f"\nReport: {report}")
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
-    for name, least in (("jobs", 1), ("num_gpus", 1), ("eval_images", 0), ("train_images", 0), ("bootstrap", 0)):
+    for name, instead in _GONE.items():
+        if getattr(args, name):
+            raise UserError(f"--{name.replace('_', '-')} is gone: {instead}")
+    for name, least in (("jobs", 1), ("num_gpus", 1), ("eval_images", 0)):
         if getattr(args, name) < least:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
-    folders = bool(args.baseline_runs or args.repr_runs)
-    trains = bool(args.config_file or args.against or args.seeds)
-    if args.report_only:
-        if args.output is None:
-            raise UserError("--report-only needs --output, the folder of the comparison")
-        if folders or trains:
-            raise UserError("--report-only takes the runs from --output: leave --config-file, --seeds and folders out")
-    elif folders:
-        if trains or args.opts:
-            raise UserError("give either --config-file and --seeds, or --baseline-runs and --repr-runs")
-        if not (args.baseline_runs and args.repr_runs):
-            raise UserError("--baseline-runs and --repr-runs go together: give folders of both arms")
-        if args.output is None:
-            raise UserError("--output is missing: name the folder for the report")
-    elif not args.config_file or not args.seeds:
+    given = {name for name in _TOGETHER if getattr(args, name)}
+    if not any(needed <= given <= needed | possible for needed, possible in _WAYS):
         raise UserError(
-            "give --config-file and --seeds to train, or --baseline-runs and --repr-runs to compare folders"
+            "give --config-file and --seeds, or --baseline-runs, --repr-runs and --output, or --report-only and "
+            "--output; KEY VALUE and --against go with --config-file only"
         )
 
 
@@ -168,9 +155,9 @@ def _register(register: list[list[str]]) -> None:
 
 
 def _settings(args: argparse.Namespace, study: Study, argv: list[str]) -> dict[str, Any]:
+    program = sys.argv[0] if sys.argv[0].startswith("repr-det") else "python tools/compare.py"
     return {
-        "command": shlex.join(["tools/compare.py", *argv]),
-        "config_file": args.config_file,
+        "command": f"{program} {shlex.join(argv)}",
         "arms": study.arms,
         "any_config": study.any_config,
         "register": args.register,
@@ -199,24 +186,10 @@ def _remembered(output: Path) -> tuple[Study, dict[str, Any]]:
     path = output / _SETTINGS_FILE
     if not path.is_file():
         raise UserError(f"{path} is missing: {output} holds no comparison")
-    try:
-        settings = {"other_runs": [], "arms": (BASELINE, REPR), "any_config": False}  # of 0.2.0
-        settings |= json.loads(path.read_text(encoding="utf-8"))
-        runs = [
-            Run(entry["arm"], entry["seed"], _placed(output, entry["folder"]), entry["max_iter"])
-            for entry in settings["runs"]
-        ]
-        study = Study(tuple(settings["arms"]), tuple(runs), settings["any_config"])
-        register = settings["register"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error!r}): run the comparison again, finished runs are kept") from error
-    _register(register)
-    return study, settings
-
-
-def _placed(output: Path, folder: str) -> Path:
-    return Path(os.path.normpath(output / folder))
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(f"[compare] {text}\n")
+    settings = {"arms": (BASELINE, REPR), "any_config": False} | read_json(path)  # of 0.2.0, and of this version
+    runs = []
+    for run in settings["runs"]:
+        folder = Path(os.path.normpath(output / run["folder"]))
+        runs.append(Run(run["arm"], run["seed"], folder, run["max_iter"]))
+    _register(settings["register"])
+    return Study(tuple(settings["arms"]), tuple(runs), settings["any_config"]), settings

@@ -12,10 +12,19 @@ from repr_det.detectron.config import scale_to_world
 from repr_det.method.errors import UserError
 from repr_det.runs.files import run_traces
 from repr_det.studies.comparison.records import flatten, read_config
-from repr_det.studies.comparison.runs import BASELINE, REPR, Run, Study, differing_keys, is_finished, refuse_differences
+from repr_det.studies.comparison.runs import (
+    BASELINE,
+    REPR,
+    Run,
+    Study,
+    check_one_test_set,
+    differing_keys,
+    is_finished,
+    refuse_differences,
+)
 
 _OWN_KEYS = {"SEED": "--seeds", "OUTPUT_DIR": "--output", "REPR.ENABLED": "the arm"}
-_OWN_NAMES = ("seed", "images", "difference", "sentence")  # which results.json has beside the names of the arms
+_OWN_NAMES = ["difference", "sentence"]  # which results.json has beside the names of the arms
 
 
 def plan_study(
@@ -28,28 +37,24 @@ def plan_study(
     evaluations: int = 0,
     against: str = "",
 ) -> tuple[Study, Path]:
-    """Plans both arms for every seed, in folders of ``output``.
+    """Plans both arms for every seed, in folders of ``output``, ordered by seed, the reference first.
 
     Refuses whatever would stop one of the runs before its first step, two configs that share no data or iterations,
     and a folder that holds another run.
 
     Args:
         config_file: a config with REPR.ENABLED True; any config if there is another one ``against`` it.
-        output: by default OUTPUT_DIR of the config with the suffix _comparison.
+        output: by default OUTPUT_DIR of the config with the suffix _comparison; returned beside the study.
         opts: KEY VALUE pairs for every run.
         evaluations: if TEST.EVAL_PERIOD is 0 and not in ``opts``, about so many evaluations in a run.
         against: the config of the reference; "" takes the baseline of ``config_file``.
-
-    Returns:
-        The runs, ordered by seed, the reference first; and the output folder.
     """
     opts, register = list(opts), [list(words) for words in register]
     _check_request(seeds, opts)
     cfg = build_config(config_file, opts, register)
     if not against and not cfg.REPR.ENABLED:
         raise UserError(f"{config_file} has REPR.ENABLED False: give a config with RePr, or another one --against it")
-    if len(cfg.DATASETS.TEST) != 1:
-        raise UserError(f"DATASETS.TEST must name one data set for a comparison, got {list(cfg.DATASETS.TEST)}")
+    check_one_test_set(cfg.DATASETS.TEST)
     if cfg.TEST.EVAL_PERIOD == 0 and evaluations and "TEST.EVAL_PERIOD" not in opts[::2]:
         opts += ["TEST.EVAL_PERIOD", str(max(1, cfg.SOLVER.MAX_ITER // evaluations))]
     output = output or Path(cfg.OUTPUT_DIR.rstrip("/") + "_comparison")
@@ -58,11 +63,10 @@ def plan_study(
         arms, files = arm_names(against, config_file), (against, config_file)
         configs = [scale_to_world(build_config(file, opts, register), num_gpus) for file in files]
         refuse_differences({file: flatten(one) for file, one in zip(files, configs, strict=True)}, shared=True)
-    many = len(seeds) > 1 or evaluations
     runs = []
     for seed in seeds:
         for arm, file in zip(arms, files, strict=True):
-            folder = output / (f"{arm}_seed{seed}" if many else arm)
+            folder = output / f"{arm}_seed{seed}"
             own = [*opts, "SEED", str(seed), "OUTPUT_DIR", str(folder)]
             is_baseline = not against and arm == BASELINE
             own_cfg = build_config(file, own, register, is_baseline)
@@ -78,11 +82,10 @@ def arm_names(*config_files: str) -> tuple[str, ...]:
     names = [path.stem for path in paths]
     if len(set(names)) < len(names):
         names = [f"{path.parent.name}_{path.stem}" for path in paths]
-    unique: list[str] = []
+    taken = list(_OWN_NAMES)
     for name in names:
-        taken = name in unique or name in _OWN_NAMES
-        unique.append(f"{name}_{len(unique) + 1}" if taken else name)
-    return tuple(unique)
+        taken.append(f"{name}_2" if name in taken else name)
+    return tuple(taken[2:])
 
 
 def _check_request(seeds: Sequence[int], opts: Sequence[str]) -> None:
@@ -91,9 +94,8 @@ def _check_request(seeds: Sequence[int], opts: Sequence[str]) -> None:
             raise UserError(f"{key} on the command line: a comparison sets it itself, by {_OWN_KEYS[key]}")
     if len(set(seeds)) != len(seeds):
         raise UserError(f"--seeds must differ from each other, got {' '.join(map(str, seeds))}")
-    for seed in seeds:
-        if seed < 0:
-            raise UserError(f"--seeds must be 0 or more, got {seed}: a negative SEED is a random one")
+    if min(seeds) < 0:
+        raise UserError(f"--seeds must be 0 or more, got {min(seeds)}: a negative SEED is a random one")
 
 
 def _flags(config_file: str, is_baseline: bool, register: Sequence[Sequence[str]], num_gpus: int) -> tuple[str, ...]:
@@ -111,11 +113,7 @@ def _flags(config_file: str, is_baseline: bool, register: Sequence[Sequence[str]
 def _check_run(run: Run, cfg: CfgNode, num_gpus: int) -> None:
     """Refuses what would stop the run before its first step, and a folder that holds another run."""
     if (run.folder / "config.yaml").exists():
-        try:
-            found = read_config(run.folder)
-        except UserError:  # cut short by a crash: the run had not begun to train
-            found = cfg
-        held, wanted = flatten(found), flatten(cfg)
+        held, wanted = flatten(read_config(run.folder)), flatten(cfg)
         free = ("OUTPUT_DIR",) if cfg.REPR.ENABLED else ("OUTPUT_DIR", "REPR.")
         for key in differing_keys(held, wanted, free):
             raise UserError(

@@ -1,9 +1,7 @@
-"""Files that a run leaves in its folder: metrics.json, repr_events.jsonl, repr_overlaps.jsonl, log.txt, config.yaml."""
+"""Files that a run leaves in its folder."""
 
-import functools
 import json
 import re
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +10,31 @@ from detectron2.config import CfgNode, get_cfg
 from repr_det.commands.config_files import merge_config_file
 from repr_det.detectron.config import add_repr_config, scale_to_world
 from repr_det.method.errors import UserError
-from repr_det.runs.files import EVENTS_FILE, METRICS_FILE, OVERLAPS_FILE
+from repr_det.runs.files import EVENTS_FILE, METRICS_FILE
+from repr_det.runs.record import CONFIG_FILE
 
 Settings = dict[str, Any]  # a flat config
-_STAMPED = re.compile(r"\[(\d\d/\d\d \d\d:\d\d:\d\d)\](.*)")
-_YEAR = 366 * 86400.0  # of 2000, since stamps name no year
-_SESSION = re.compile(r"Rank of current process: \d+\. World size: (\d+)")
+DETECTIONS_FILE = Path("inference") / "coco_instances_results.json"
+_PROCESSES = re.compile(r"Rank of current process: \d+\. World size: (\d+)")
+
+
+def read_json(path: Path) -> Any:
+    """Reads a json file, and refuses one that is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file with one json object a line; lines that a crash cut short are left out, no file is []."""
-    if not path.is_file():
-        return []
+    """Reads a file of one json object a line, without lines that a crash cut short; [] if there is no file."""
     found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    for line in lines:
         try:
-            value = json.loads(line)
-        except json.JSONDecodeError:
+            found.append(json.loads(line))
+        except ValueError:
             continue
-        if isinstance(value, dict):
-            found.append(value)
     return found
 
 
@@ -39,8 +42,7 @@ def read_metrics(folder: Path) -> dict[int, dict[str, float]]:
     """Iteration -> everything logged for it, in order. A resumed run repeats iterations: the later line counts."""
     rows: dict[int, dict[str, float]] = {}
     for line in read_json_lines(folder / METRICS_FILE):
-        if isinstance(line.get("iteration"), int):
-            rows.setdefault(line["iteration"], {}).update(line)
+        rows.setdefault(line["iteration"], {}).update(line)
     return dict(sorted(rows.items()))
 
 
@@ -49,20 +51,24 @@ def read_events(folder: Path) -> list[dict[str, Any]]:
     return read_json_lines(folder / EVENTS_FILE)
 
 
-def read_overlaps(folder: Path) -> list[dict[str, Any]]:
-    """The O_f snapshots of a RePr run, one before each drop and after each restore: {"iteration", "event", "cycle",
-    "overlap": {layer: [O_f of every filter]}}; [] for runs of older versions."""
-    return [line for line in read_json_lines(folder / OVERLAPS_FILE) if isinstance(line.get("overlap"), dict)]
+def read_detections(folder: Path) -> list[dict[str, Any]] | None:
+    """The boxes of the last evaluation as COCO results; None if they were not saved."""
+    path = folder / DETECTIONS_FILE
+    return [one for one in read_json(path) if "bbox" in one] if path.is_file() else None
 
 
 def read_config(folder: Path) -> CfgNode:
     """The config of a run as it was given; keys of REPR that came after its version have their defaults."""
-    path = folder / "config.yaml"
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: give the OUTPUT_DIR of a run")
+    path = folder / CONFIG_FILE
     if not path.is_file():
         raise UserError(f"{path} is missing: {folder} does not hold a Detectron2 run")
-    return _read_config(str(path), path.stat().st_mtime_ns)
+    cfg = get_cfg()
+    add_repr_config(cfg)
+    merge_config_file(cfg, str(path))
+    cfg.freeze()
+    return cfg
 
 
 def read_settings(folder: Path) -> Settings:
@@ -70,7 +76,8 @@ def read_settings(folder: Path) -> Settings:
     cfg = read_config(folder)
     if not cfg.SOLVER.REFERENCE_WORLD_SIZE:
         return flatten(cfg)
-    sessions = _SESSION.findall(_read_log(folder))
+    log = folder / "log.txt"
+    sessions = _PROCESSES.findall(log.read_text(encoding="utf-8", errors="replace")) if log.is_file() else []
     if not sessions:
         raise UserError(
             f"{folder} was trained with SOLVER.REFERENCE_WORLD_SIZE {cfg.SOLVER.REFERENCE_WORLD_SIZE}, but no log.txt "
@@ -90,39 +97,5 @@ def flatten(cfg: CfgNode) -> Settings:
     return flat
 
 
-def read_wall_clock(folder: Path) -> tuple[float, float]:
-    """Seconds of all sessions of a run and of its evaluations, by the stamps of log.txt; 0 without a log."""
-    total = evaluation = 0.0
-    last, evaluates = None, False
-    for date, message in _STAMPED.findall(_read_log(folder)):
-        stamp = datetime.strptime(f"2000/{date}", "%Y/%m/%d %H:%M:%S")
-        begins = _SESSION.search(message) is not None
-        if last is not None and not begins:
-            passed = (stamp - last).total_seconds() % _YEAR
-            total += passed
-            evaluation += passed if evaluates else 0.0
-        if begins or "copypaste: AP" in message:
-            evaluates = False
-        elif "Start inference on" in message:
-            evaluates = True
-        last = stamp
-    return total, evaluation
-
-
-@functools.lru_cache(maxsize=256)
-def _read_config(path: str, written: int) -> CfgNode:
-    """The frozen config in a file that was ``written`` last at that time."""
-    cfg = get_cfg()
-    add_repr_config(cfg)
-    merge_config_file(cfg, path)
-    cfg.freeze()
-    return cfg
-
-
 def _without_tuples(value: Any) -> Any:
     return [_without_tuples(one) for one in value] if isinstance(value, (list, tuple)) else value
-
-
-def _read_log(folder: Path) -> str:
-    path = folder / "log.txt"
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""

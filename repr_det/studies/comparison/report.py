@@ -3,38 +3,24 @@
 import importlib
 import os
 import platform
-import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import torch
 
+from repr_det.commands.data_checks import check_datasets
+from repr_det.method.errors import UserError
 from repr_det.runs.files import write_atomically
-from repr_det.studies.comparison.detections import SCORE_THRESHOLD, gallery
-from repr_det.studies.comparison.figures import COLOURS, ap_figure, dropped_figure, overlap_figure
-from repr_det.studies.comparison.records import read_settings
-from repr_det.studies.comparison.results import Comparison
-from repr_det.studies.comparison.runs import FREE_WITHIN_REPR, title
-from repr_det.studies.comparison.statistics import interval, number
-from repr_det.studies.comparison.table import versus
+from repr_det.runs.record import CONFIG_FILE
+from repr_det.studies.comparison.figures import COLOURS, SCORE_THRESHOLD, all_figures, pictures
+from repr_det.studies.comparison.records import read_config, read_settings
+from repr_det.studies.comparison.runs import FREE_WITHIN_REPR, differing_keys, title
+from repr_det.studies.comparison.table import Comparison, heads, lines_of
 
 REPORT_FILE = "report.html"
-# What the page shows of the configs, beside REPR and every key in which the arms differ.
-_SETTINGS = """
-DATASETS.TRAIN DATASETS.TEST INPUT.MIN_SIZE_TRAIN MODEL.META_ARCHITECTURE MODEL.BACKBONE.NAME MODEL.BACKBONE.FREEZE_AT
-MODEL.RESNETS.DEPTH MODEL.RESNETS.NORM MODEL.WEIGHTS SOLVER.BASE_LR SOLVER.IMS_PER_BATCH SOLVER.MAX_ITER
-SOLVER.OPTIMIZER SOLVER.STEPS SOLVER.WEIGHT_DECAY TEST.EVAL_PERIOD
-""".split()
+_TABLES = {"": "metrics", "During training": "training", "AP by class": "classes"}
 _PACKAGES = ("repr_det", "torch", "detectron2", "numpy", "scipy", "pandas", "matplotlib")
-_TRAINING_ROWS = {
-    "best": "Best validation AP over training",
-    "lost": "Best minus final",
-    "train": "AP on training images",
-    "gap": "Train/val gap (AP)",
-    "final_loss": "Training loss at the end",
-}
 
 
 def write_report(comparison: Comparison, settings: dict[str, Any], output: Path, images: int) -> Path:
@@ -42,7 +28,7 @@ def write_report(comparison: Comparison, settings: dict[str, Any], output: Path,
 
     Args:
         settings: how the comparison was asked for, see ``command``.
-        images: validation images in the gallery.
+        images: validation images with detections.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("repr_det.studies.comparison", "."),
@@ -51,57 +37,40 @@ def write_report(comparison: Comparison, settings: dict[str, Any], output: Path,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters.update(
-        number=lambda value, digits=1, sign=False: _minus(number(value, digits, sign)),
-        interval=lambda found, digits=1: _minus(interval(found["low"], found["high"], digits)),
-        minus=_minus,
-    )
-    results, arms = comparison.results, comparison.study.arms
+    study, results = comparison.study, comparison.results
+    folders = [comparison.readings[arm][0].run.folder for arm in study.arms]
+    configs = [read_settings(folder) for folder in folders]
+    differing = differing_keys(*configs, free=FREE_WITHIN_REPR)
     page = environment.get_template("report.html.j2").render(
+        pictures=_pictures(comparison, folders[0], images),  # first: it may add a note to the results
         results=results,
         settings=settings,
-        any_config=comparison.study.any_config,
-        arms=arms,
-        titles=[title(arm) for arm in arms],
-        versus=versus(arms).rstrip(":") if comparison.study.any_config else "RePr against its baseline",
+        arms=study.arms,
+        titles=[title(arm) for arm in study.arms],
+        versus=f"{title(study.arms[1])} against {title(study.arms[0])}",
         colours=COLOURS,
-        iterations=comparison.study.runs[0].max_iter,
-        training_rows={key: name for key, name in _TRAINING_ROWS.items() if key in results["training"]},
-        figures=dict(ap=ap_figure(comparison), dropped=dropped_figure(comparison), overlap=overlap_figure(comparison)),
-        pictures=_gallery(comparison, images),
+        iterations=study.runs[0].max_iter,
+        tables={heading: lines_of(results[key], study.arms) for heading, key in _TABLES.items()},
+        heads=heads(study.arms),
+        figures=all_figures(comparison),
         threshold=SCORE_THRESHOLD,
-        keys=_settings_rows([read_settings(reading.run.folder) for reading in comparison.pairs[0]]),
+        differences={key: [config.get(key, "absent") for config in configs] for key in differing},
+        configs=[(folder / CONFIG_FILE).read_text(encoding="utf-8") for folder in folders],
         versions=_versions(),
     )
     path = output / REPORT_FILE
-    write_atomically(path, re.sub(r"\n\s*\n+", "\n", page) + "\n")
+    write_atomically(path, page)
     return path
 
 
-def _gallery(comparison: Comparison, images: int) -> list[dict[str, Any]]:
-    first, second = comparison.pairs[0]
-    if comparison.truth is None or first.detections is None or second.detections is None or not images:
-        return []
-    arms = {title(reading.run.arm): reading.detections for reading in (first, second)}
-    return gallery(comparison.truth, comparison.results["dataset"], arms, images)
-
-
-def _settings_rows(configs: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
-    """Key -> its value in both arms; once if it is the same."""
-    uses_repr = any(config.get("REPR.ENABLED") for config in configs)
-    rows = {}
-    for key in sorted({**configs[0], **configs[1]}):
-        values = [_value(config.get(key, "absent")) for config in configs]
-        differs = values[0] != values[1] and not key.startswith(FREE_WITHIN_REPR)
-        if differs or key in _SETTINGS or (uses_repr and key.startswith("REPR.")):
-            rows[key] = values if values[0] != values[1] else values[:1]
-    return rows
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        value = ", ".join(map(str, value))
-    return str(value) if value != "" else "(none)"
+def _pictures(comparison: Comparison, folder: Path, images: int) -> dict[str, str]:
+    try:
+        if images:
+            check_datasets(read_config(folder), eval_only=True)
+            return pictures(comparison, images)
+    except UserError as error:
+        comparison.results["notes"].append(f"No pictures of detections: {error}.")
+    return {}
 
 
 def _versions() -> str:
@@ -109,8 +78,3 @@ def _versions() -> str:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     machine = [f"Python {platform.python_version()}", platform.platform(), f"{os.cpu_count()} cores"]
     return ", ".join([*versions, *machine, *(gpus or ["no GPU"])])
-
-
-def _minus(text: str) -> str:
-    """Hyphens before digits become minus signs."""
-    return re.sub(r"(?<![\w.])-(?=\d)", "\N{MINUS SIGN}", text)

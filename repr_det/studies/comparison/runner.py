@@ -1,38 +1,38 @@
 """Trains runs as subprocesses: several at once, resumed where they stopped, with progress, ended with their parent."""
 
+import contextlib
+import math
 import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from repr_det.commands.processes import run_tool
-from repr_det.runs.files import run_traces
-from repr_det.runs.lock import RunLock
-from repr_det.runs.parent import end_with_parent
-from repr_det.studies.comparison.progress import Progress
+from repr_det.runs.files import METRICS_FILE, run_traces
+from repr_det.runs.stopping import end_with_parent
+from repr_det.studies.comparison.records import read_json_lines
 from repr_det.studies.comparison.runs import Run, is_finished
 
 OUTPUT_FILE = "stdout.txt"
 _SHOWN_LINES = 20
 _GRACE_SECONDS = 10.0
+_SECONDS_BETWEEN_READINGS = 1.0
+_STEP = 0.05  # share of all iterations between two lines of progress
 
 
 class RunFailed(RuntimeError):
     """A run ended without its final evaluation; the message holds the end of its output and the command."""
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, treated like Ctrl-C."""
-
-
 def _terminate(*_: object) -> None:
-    raise Terminated
+    raise KeyboardInterrupt("SIGTERM")
 
 
 def run_comparison_tool(main: Callable[[], Any]) -> None:
@@ -47,10 +47,14 @@ def run_comparison_tool(main: Callable[[], Any]) -> None:
         sys.exit(1)
     except KeyboardInterrupt as error:
         sys.stderr.write(f"{name}: stopped; the same command continues where it stopped\n")
-        sys.exit(143 if isinstance(error, Terminated) else 130)
+        sys.exit(143 if error.args else 130)  # SIGTERM, Ctrl-C
 
 
-def run_all(runs: Sequence[Run], jobs: int = 1, num_gpus: int = 1, progress: Progress | None = None) -> None:
+def say(text: str) -> None:
+    sys.stderr.write(f"[compare] {text}\n")
+
+
+def run_all(runs: Sequence[Run], jobs: int = 1, num_gpus: int = 1) -> None:
     """Trains the runs that are not finished yet, ``jobs`` at once.
 
     A run that had begun gets --resume. The output of each is appended to its folder's stdout.txt. Every child has
@@ -58,29 +62,30 @@ def run_all(runs: Sequence[Run], jobs: int = 1, num_gpus: int = 1, progress: Pro
 
     Raises:
         RunFailed: a run failed; the others were ended and continue when called again.
-        UserError: another process is training in one of the folders.
     """
     waiting = [run for run in runs if not is_finished(run)]
-    progress = progress or Progress(runs)
-    progress.skipped([run for run in runs if run not in waiting])
-    active: dict[int, _Job] = {}  # by slot
+    done = [run.name for run in runs if run not in waiting]
+    if done:
+        say(f"finished already: {', '.join(done)}")
+    progress = _Progress(waiting)
+    active: dict[int, tuple[Run, subprocess.Popen]] = {}  # by slot
     try:
         while waiting or active:
             for slot in range(jobs):
-                if slot in active and active[slot].process.poll() is not None:
-                    job = active.pop(slot)
-                    if job.process.returncode or not is_finished(job.run):
-                        raise RunFailed(_failure(job))
-                    progress.finished(job.run)
+                run, process = active.get(slot, (None, None))
+                if run and process.poll() is not None:
+                    del active[slot]
+                    if process.returncode or not is_finished(run):
+                        raise RunFailed(_failure(run, process))
+                    say(f"{run.name}: done")
                 if slot not in active and waiting:
                     run = waiting.pop(0)
-                    active[slot] = _start(run, _environment(slot, jobs, num_gpus))
-                    progress.started(run)
-            progress.show()
+                    active[slot] = run, _start(run, _environment(slot, jobs, num_gpus))
+                    say(f"{run.name}: started, output in {run.folder / OUTPUT_FILE}")
+            progress.show([run for run, _ in active.values()])
             time.sleep(0.2)
     finally:
-        _stop(active.values())
-        progress.close()
+        _stop([process for _, process in active.values()])
 
 
 def available_cores() -> int:
@@ -88,23 +93,52 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-@dataclass
-class _Job:
-    run: Run
-    command: list[str]
-    process: subprocess.Popen
+class _Progress:
+    """A line for every twentieth of the iterations of all runs: how far each is, its loss, and the time left."""
+
+    def __init__(self, runs: Sequence[Run]) -> None:
+        self.runs = list(runs)
+        self.total = sum(run.max_iter for run in runs)
+        self.at_start = self.said = sum(_last_iteration(run)[0] for run in runs)
+        self.start = self.last_reading = time.monotonic()
+
+    def show(self, active: Sequence[Run]) -> None:
+        """Writes a line if it is time to."""
+        now = time.monotonic()
+        if now - self.last_reading < _SECONDS_BETWEEN_READINGS:
+            return
+        self.last_reading = now
+        states = {run: _last_iteration(run) for run in self.runs}
+        trained = sum(iterations for iterations, _ in states.values())
+        if trained - self.said < _STEP * self.total:
+            return
+        self.said = trained
+        passed = now - self.start
+        left = passed / (trained - self.at_start) * (self.total - trained)
+        line = f"{100 * trained / self.total:.0f} % after {_duration(passed)}, about {_duration(left)} left"
+        for run in active:
+            line += f"; {run.name}: {states[run][0]} of {run.max_iter} iterations, loss {states[run][1]:.3f}"
+        say(line)
 
 
-def _start(run: Run, environment: dict[str, str]) -> _Job:
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def _last_iteration(run: Run) -> tuple[int, float]:
+    """The iterations that the run says it has trained, and its loss there."""
+    lines = [line for line in read_json_lines(run.folder / METRICS_FILE) if "total_loss" in line]
+    # The line written last, not the highest iteration: a resumed run repeats some.
+    return (min(lines[-1]["iteration"] + 1, run.max_iter), lines[-1]["total_loss"]) if lines else (0, math.nan)
+
+
+def _start(run: Run, environment: dict[str, str]) -> subprocess.Popen:
     command = run.command(resume=bool(run_traces(run.folder)))
     run.folder.mkdir(parents=True, exist_ok=True)
-    lock = RunLock(run.folder)  # the run locks its folder itself; here for a line of the comparison's own
-    lock.acquire()
-    lock.release()
     with (run.folder / OUTPUT_FILE).open("a", encoding="utf-8") as output:
         output.write(f"$ {shlex.join(command)}\n")
         output.flush()
-        process = subprocess.Popen(
+        return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -113,12 +147,9 @@ def _start(run: Run, environment: dict[str, str]) -> _Job:
             start_new_session=True,
             preexec_fn=end_with_parent,
         )
-    return _Job(run, command, process)
 
 
 def _environment(slot: int, jobs: int, num_gpus: int) -> dict[str, str]:
-    import torch
-
     environment = dict(os.environ, PYTHONUNBUFFERED="1")
     environment.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // jobs)))
     numbers = ",".join(map(str, range(torch.cuda.device_count())))
@@ -128,38 +159,33 @@ def _environment(slot: int, jobs: int, num_gpus: int) -> dict[str, str]:
     return environment
 
 
-def _stop(jobs: Iterable[_Job]) -> None:
-    """SIGTERM to the process groups of all jobs, SIGKILL to what is left after a grace period or a second Ctrl-C."""
-    jobs = list(jobs)
-    for job in jobs:
-        _signal_group(job, signal.SIGTERM)
+def _stop(processes: Sequence[subprocess.Popen]) -> None:
+    """SIGTERM to their process groups, SIGKILL to what is left after a grace period or a second Ctrl-C."""
+    for process in processes:
+        _signal_group(process, signal.SIGTERM)
     deadline = time.monotonic() + _GRACE_SECONDS
-    try:
-        for job in jobs:
-            job.process.wait(max(0.0, deadline - time.monotonic()))
-    except (subprocess.TimeoutExpired, KeyboardInterrupt):
-        pass
-    for job in jobs:
-        _signal_group(job, signal.SIGKILL)
-        job.process.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+        for process in processes:
+            process.wait(max(0.0, deadline - time.monotonic()))
+    for process in processes:
+        _signal_group(process, signal.SIGKILL)
+        process.wait()
 
 
-def _signal_group(job: _Job, number: int) -> None:
-    try:
-        os.killpg(job.process.pid, number)
-    except (ProcessLookupError, PermissionError):  # it has ended
-        pass
+def _signal_group(process: subprocess.Popen, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # it has ended
+        os.killpg(process.pid, number)
 
 
-def _failure(job: _Job) -> str:
-    code = job.process.returncode
+def _failure(run: Run, process: subprocess.Popen) -> str:
+    code = process.returncode
     if code < 0:
         how = f"was ended by signal {signal.Signals(-code).name}"
     elif code:
         how = f"ended with status {code}"
     else:
         how = "ended without an evaluation after its last iteration"
-    path = job.run.folder / OUTPUT_FILE
+    path = run.folder / OUTPUT_FILE
     lines = path.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()[-_SHOWN_LINES:]
     shown = "\n".join(f"  | {line}" for line in lines)
-    return f"the run {job.run.name} {how}. The end of {path}:\n{shown}\nTo repeat it:\n  {shlex.join(job.command)}"
+    return f"the run {run.name} {how}. The end of {path}:\n{shown}\nTo repeat it:\n  {shlex.join(process.args)}"

@@ -1,4 +1,4 @@
-"""Means, spreads and intervals over seeds, what a number of seeds can show, and all of it in words."""
+"""Means, spreads and intervals over seeds, the difference that a number of seeds can show, and all of it in words."""
 
 import bisect
 import math
@@ -18,12 +18,7 @@ _NO_SPREAD = 1e-9  # of differences, relative to their size: rounding
 
 @dataclass(frozen=True)
 class Summary:
-    """Mean and standard deviation (n - 1) over the seeds that have the value; NaN if there are too few.
-
-    Attributes:
-        values: one a seed, NaN if it has none.
-        n: number of values in mean and sd.
-    """
+    """Values of the seeds (NaN if there is none); of the finite ones mean, standard deviation (n - 1) and number."""
 
     values: tuple[float, ...]
     mean: float
@@ -32,29 +27,24 @@ class Summary:
 
 
 @dataclass(frozen=True)
-class Difference:
+class Difference(Summary):
     """One arm minus its reference, paired by seed.
 
     Attributes:
-        values: one a pair, NaN if either arm has none.
-        mean, sd: over the pairs that have one.
         low, high: 95 % confidence interval of the mean; NaN with fewer than two pairs, or if all are equal.
-        n: pairs that have one.
     """
 
-    values: tuple[float, ...]
-    mean: float
-    sd: float
     low: float
     high: float
-    n: int
 
     @property
     def verdict(self) -> str:
         """BETTER or WORSE if the interval excludes 0, OPEN if it does not, UNKNOWN see ``why_no_verdict``."""
         if self.why_no_verdict:
             return UNKNOWN
-        return BETTER if self.low > 0 else WORSE if self.high < 0 else OPEN
+        if self.low > 0:
+            return BETTER
+        return WORSE if self.high < 0 else OPEN
 
     @property
     def why_no_verdict(self) -> str:
@@ -73,15 +63,12 @@ class Difference:
 
 
 def summarize(values: Sequence[float], others: Sequence[float] | None = None) -> Summary:
-    """Summarizes the finite values.
-
-    Args:
-        others: those of the other arm: only the seeds of which both have the value count, as in ``paired_difference``.
-    """
-    both = np.asarray(values, dtype=float)
-    if others is not None:
-        both = np.where(np.isfinite(np.asarray(others, dtype=float)), both, math.nan)
-    return Summary(tuple(values), *_moments(both[np.isfinite(both)]))
+    """Summarizes the finite values; those of the seeds of which ``others``, the other arm, have the value too."""
+    there = np.isfinite(values) if others is None else np.isfinite(values) & np.isfinite(others)
+    found = np.asarray(values, dtype=float)[there]
+    mean = float(found.mean()) if len(found) else math.nan
+    sd = float(found.std(ddof=1)) if len(found) > 1 else math.nan
+    return Summary(tuple(values), mean, sd, len(found))
 
 
 def paired_difference(baseline: Sequence[float], repr_: Sequence[float]) -> Difference:
@@ -91,17 +78,16 @@ def paired_difference(baseline: Sequence[float], repr_: Sequence[float]) -> Diff
         baseline, repr_: one value a pair, in the same order; NaN if there is none.
     """
     values = np.asarray(repr_, dtype=float) - np.asarray(baseline, dtype=float)
+    found = summarize(values.tolist())
     there = values[np.isfinite(values)]
-    mean, sd, n = _moments(there)
     low = high = math.nan
-    if n > 1 and np.ptp(there) > _NO_SPREAD * max(1.0, np.abs(there).max()):
-        low, high = map(float, stats.t.interval(CONFIDENCE, n - 1, mean, sd / math.sqrt(n)))
-    return Difference(tuple(values.tolist()), mean, sd, low, high, n)
+    if found.n > 1 and np.ptp(there) > _NO_SPREAD * max(1.0, np.abs(there).max()):
+        low, high = map(float, stats.t.interval(CONFIDENCE, found.n - 1, found.mean, found.sd / math.sqrt(found.n)))
+    return Difference(found.values, found.mean, found.sd, found.n, low, high)
 
 
 def power(difference: float, sd: float, n: int) -> float:
-    """The probability that ``n`` pairs, whose differences have the deviation ``sd``, give a true difference its verdict
-    (paired t test)."""
+    """The probability that ``n`` pairs with the deviation ``sd`` give a true difference its verdict (paired t test)."""
     bound = stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)
     shift = min(difference / sd * math.sqrt(n), 100.0)  # beyond 100 the power is 1, and scipy's is NaN
     return float(stats.nct.sf(bound, n - 1, shift))
@@ -122,16 +108,6 @@ def seeds_needed(difference: Difference, size: float = 1.0) -> int | None:
         return None
     numbers = range(MIN_PAIRS, MOST_SEEDS + 1)
     return MIN_PAIRS + bisect.bisect_left(numbers, POWER, key=lambda n: power(size, difference.sd, n))
-
-
-def percentile_interval(samples: np.ndarray) -> tuple[float, float]:
-    """95 % percentile interval of bootstrap samples; NaN if there are none."""
-    there = samples[np.isfinite(samples)]
-    if not len(there):
-        return math.nan, math.nan
-    tail = 100 * (1 - CONFIDENCE) / 2
-    low, high = np.percentile(there, [tail, 100 - tail])
-    return float(low), float(high)
 
 
 def number(value: float | None, digits: int = 1, sign: bool = False) -> str:
@@ -172,10 +148,3 @@ def power_sentence(metric: str, difference: Difference) -> str:
         f"With this spread, {difference.n} seeds find a true difference of {number(detectable_difference(difference))} "
         f"{metric} in four of five comparisons; a difference of 1 {metric} needs {seeds} seeds"
     )
-
-
-def _moments(values: np.ndarray) -> tuple[float, float, int]:
-    """Mean, standard deviation (n - 1) and number of finite values."""
-    mean = float(values.mean()) if len(values) else math.nan
-    sd = float(values.std(ddof=1)) if len(values) > 1 else math.nan
-    return mean, sd, len(values)

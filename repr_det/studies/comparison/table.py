@@ -1,21 +1,36 @@
-"""Finished runs, read once into one table (seed, arm, metric, value), what follows from a metric, and both as text."""
+"""Finished runs, read once into one table (seed, arm, metric, value); what follows from it, as data and as text."""
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from tabulate import tabulate
 
-from repr_det.studies.comparison.detections import read_predictions
-from repr_det.studies.comparison.matches import METRICS
-from repr_det.studies.comparison.records import read_events, read_metrics, read_wall_clock
-from repr_det.studies.comparison.runs import BASELINE, REPR, Run, final_row, is_number, title
-from repr_det.studies.comparison.statistics import interval, number, paired_difference, summarize, verdict_sentence
+from repr_det.runs.files import OVERLAPS_FILE, write_atomically
+from repr_det.studies.comparison.records import read_config, read_detections, read_events, read_json_lines, read_metrics
+from repr_det.studies.comparison.runs import BASELINE, REPR, Run, Study, final_row, title
+from repr_det.studies.comparison.statistics import (
+    detectable_difference,
+    interval,
+    number,
+    paired_difference,
+    power_sentence,
+    seeds_needed,
+    summarize,
+    verdict_sentence,
+)
 
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+TRAINING = {
+    "best": "Best validation AP over training",
+    "lost": "Best minus final",
+    "final_loss": "Training loss at the end",
+}
 Row = dict[str, Any]
 
 
@@ -26,15 +41,15 @@ class Reading:
     Attributes:
         rows: metrics.json by iteration.
         events: drops and restores.
+        overlaps: O_f before each drop and after each restore.
         detections: of the last evaluation; None if they were not saved.
-        train_ap: AP on training images; NaN if it was not measured.
     """
 
     run: Run
     rows: dict[int, dict[str, float]]
     events: list[dict[str, Any]]
+    overlaps: list[dict[str, Any]]
     detections: list[dict[str, Any]] | None
-    train_ap: float = math.nan
 
     @property
     def final(self) -> dict[str, float]:
@@ -47,18 +62,24 @@ class Reading:
         return self.detections == []
 
     @property
-    def curve(self) -> list[tuple[int, float]]:
-        """(iterations trained, validation AP) of every evaluation."""
+    def curve(self) -> dict[int, float]:
+        """Iterations trained -> validation AP."""
         last = self.run.max_iter
         points = {min(i + 1, last): row["bbox/AP"] for i, row in self.rows.items() if "bbox/AP" in row}
-        if self.collapsed:
-            points[last] = self.ap("AP")
-        return [(i, ap) for i, ap in sorted(points.items()) if is_number(ap)]
+        points[last] = self.ap("AP")
+        return {i: ap for i, ap in sorted(points.items()) if ap >= 0}
 
     @property
-    def best(self) -> tuple[int, float]:
-        """(iterations trained, AP) of the best evaluation; the earliest of equals."""
-        return max(self.curve, key=lambda point: (point[1], -point[0]), default=(0, math.nan))
+    def first_overlap(self) -> dict[str, list[float]]:
+        """Layer -> O_f of its filters, in network order, of the layers that RePr applies to; {} for a baseline."""
+        return self.overlaps[0]["overlap"] if self.overlaps else {}
+
+    @property
+    def phases(self) -> list[tuple[int, int]]:
+        """[first, end) iterations of the sub-network, one a cycle."""
+        starts = [event["iteration"] + 1 for event in self.events if event["event"] == "drop"]
+        ends = [event["iteration"] + 1 for event in self.events if event["event"] == "restore"]
+        return list(zip(starts, [*ends, self.run.max_iter], strict=False))
 
     @property
     def final_loss(self) -> float:
@@ -73,51 +94,58 @@ class Reading:
 
     def ap(self, metric: str) -> float:
         """A metric of the last evaluation; NaN if the data hold no such object."""
-        value = self.final.get(f"bbox/{metric}")
-        return value if is_number(value) else 0.0 if self.collapsed else math.nan
+        if self.collapsed:
+            return 0.0
+        value = self.final.get(f"bbox/{metric}", math.nan)
+        return value if value >= 0 else math.nan  # COCO has -1 for "no such objects"
 
     def values(self, classes: Sequence[str]) -> dict[str, float]:
         """All numbers of the run: metric -> value."""
-        metrics = {metric: self.ap(metric) for metric in (*METRICS, *(f"AP-{name}" for name in classes))}
-        best = self.best[1] if len(self.curve) > 1 else math.nan
-        own = dict(final_loss=self.final_loss, best=best, lost=best - metrics["AP"])
-        return metrics | own | dict(train=self.train_ap, gap=self.train_ap - metrics["AP"])
+        found = {metric: self.ap(metric) for metric in (*METRICS, *(f"AP-{name}" for name in classes))}
+        best = max(self.curve.values()) if len(self.curve) > 1 else math.nan
+        return found | {"best": best, "lost": best - found["AP"], "final_loss": self.final_loss}
 
 
-def read_run(run: Run) -> Reading:
-    """Reads a finished run."""
-    return Reading(run, read_metrics(run.folder), read_events(run.folder), read_predictions(run.folder))
+@dataclass
+class Comparison:
+    """The runs read, and what follows from them.
 
-
-def sub_network_phases(events: Sequence[dict[str, Any]], max_iter: int) -> list[tuple[int, int]]:
-    """[first, end) iterations of the sub-network, one a cycle."""
-    phases, start = [], None
-    for event in events:
-        if event["event"] == "drop":
-            start = event["iteration"] + 1
-        elif start is not None:
-            phases.append((start, event["iteration"] + 1))
-            start = None
-    return phases if start is None else [*phases, (start, max_iter)]
-
-
-def phase_seconds(reading: Reading, phases: Sequence[tuple[int, int]]) -> dict[str, float]:
-    """Seconds in the full network up to the last restore, in the sub-network (see ``sub_network_phases``), in the full
-    network after it, in drops and restores, in evaluation (by the log), and the rest.
-
-    Those of a phase are its iterations times Detectron2's step time, its median over 20 iterations without hooks.
+    Attributes:
+        readings: arm -> its runs by ascending seed.
+        table: seed, arm, metric, value.
+        results: the content of results.json.
     """
-    logged = pd.Series({i: row["time"] for i, row in reading.rows.items() if "time" in row}, dtype=float)
-    steps = logged.reindex(range(reading.run.max_iter)).bfill()  # a row stands for the iterations since the one before
-    phase = np.full(len(steps), "full", dtype=object)
-    for start, stop in phases:
-        phase[start:stop] = "sub"
-    phase[phases[-1][1] if phases else 0 :] = "after"
-    seconds = {name: float(steps[phase == name].sum()) for name in ("full", "sub", "after")}
-    seconds["transitions"] = sum(event.get("seconds", 0.0) for event in reading.events)
-    total, seconds["evaluation"] = read_wall_clock(reading.run.folder)
-    seconds["rest"] = max(0.0, total - sum(seconds.values()))
-    return seconds
+
+    study: Study
+    readings: dict[str, list[Reading]]
+    table: pd.DataFrame
+    results: dict[str, Any]
+
+
+def compare(study: Study) -> Comparison:
+    """Reads finished, comparable runs and computes every number of the report."""
+    readings = {arm: list(map(_read, study.of(arm))) for arm in study.arms}
+    both = [reading for arm in study.arms for reading in readings[arm]]
+    table = tidy_table(both)
+    ap = metric_row(table, "AP", study.arms)
+    difference = paired_difference(*(ap[arm]["values"] for arm in study.arms))
+    classes = dict.fromkeys(name for reading in both for name in reading.classes)
+    training = {metric: metric_row(table, metric, study.arms, "direction") for metric in TRAINING}
+    results = {
+        "verdict": ap["sentence"],
+        "power": {
+            "detectable": detectable_difference(difference),
+            "seeds_for_1": seeds_needed(difference),
+            "sentence": power_sentence("AP", difference),
+        },
+        "dataset": read_config(both[0].run.folder).DATASETS.TEST[0],
+        "seeds": study.seeds,
+        "metrics": {metric: metric_row(table, metric, study.arms) for metric in METRICS},
+        "classes": {name: metric_row(table, f"AP-{name}", study.arms) for name in classes},
+        "training": {name: row for name, row in training.items() if row["difference"]["n"]},
+        "notes": _notes(both),
+    }
+    return Comparison(study, readings, table, results)
 
 
 def tidy_table(readings: Iterable[Reading]) -> pd.DataFrame:
@@ -132,31 +160,22 @@ def tidy_table(readings: Iterable[Reading]) -> pd.DataFrame:
     return pd.DataFrame(lines, columns=["seed", "arm", "metric", "value"])
 
 
-def values(table: pd.DataFrame, arm: str, metric: str, seeds: Sequence[int]) -> list[float]:
-    """The values of an arm, one a seed; NaN if it has none."""
-    chosen = table[(table["arm"] == arm) & (table["metric"] == metric)]
-    return chosen.set_index("seed")["value"].reindex(seeds).tolist()
-
-
-def metric_row(table: pd.DataFrame, metric: str, arms: tuple[str, str], seeds: Sequence[int], word: str = "") -> Row:
+def metric_row(table: pd.DataFrame, metric: str, arms: tuple[str, str], word: str = "verdict") -> Row:
     """Both arms over the seeds, and the second minus the first.
 
     Args:
-        word: attribute of ``Difference`` for the verdict: by default better or worse, for AP.
+        table: seed, arm, metric, value.
+        word: attribute of ``Difference`` for the verdict: better or worse for AP, else higher or lower ("direction").
     """
-    reference, other = (values(table, arm, metric, seeds) for arm in arms)
+    by_seed = table[table["metric"] == metric].pivot(index="seed", columns="arm", values="value")
+    reference, other = (by_seed[arm].tolist() for arm in arms)
     difference = paired_difference(reference, other)
     return {
         arms[0]: asdict(summarize(reference, other)),
         arms[1]: asdict(summarize(other, reference)),
-        "difference": {**asdict(difference), "verdict": getattr(difference, word or "verdict")},
+        "difference": {**asdict(difference), "verdict": getattr(difference, word)},
         "sentence": verdict_sentence(metric, difference, versus(arms)),
     }
-
-
-def metric_rows(table: pd.DataFrame, arms: tuple[str, str], seeds: Sequence[int]) -> dict[str, Row]:
-    """COCO's six metrics -> ``metric_row``."""
-    return {metric: metric_row(table, metric, arms, seeds) for metric in METRICS}
 
 
 def versus(arms: tuple[str, str]) -> str:
@@ -165,53 +184,51 @@ def versus(arms: tuple[str, str]) -> str:
     return other if arms == (BASELINE, REPR) else f"{other} against {reference}:"
 
 
-def metrics_table(metrics: Mapping[str, Row]) -> str:
-    """Rows the arms and their difference, columns the metrics, for a terminal."""
-    first, second = [name for name in next(iter(metrics.values())) if name not in ("difference", "sentence", "images")]
-    several = any(row[first]["n"] > 1 for row in metrics.values())
-    lines = [["", *metrics]]
-    for arm in (first, second):
-        lines.append([title(arm), *(_mean_and_sd(row[arm], several) for row in metrics.values())])
-    differences = [row["difference"] for row in metrics.values()]
-    lines.append([f"{title(second)} - {title(first)}", *(number(d["mean"], sign=True) for d in differences)])
-    if several:
-        lines.append(["95 % CI", *(interval(d["low"], d["high"]) for d in differences)])
-    columns = ["left"] + ["right"] * len(metrics)
-    return tabulate(lines, headers="firstrow", disable_numparse=True, colalign=columns)
-
-
-def csv_text(results: Row, arms: tuple[str, str]) -> str:
-    """One line a metric or class; "n/a" if there is no number."""
+def lines_of(rows: dict[str, Row], arms: tuple[str, str]) -> list[list[str]]:
+    """A line a metric for people: name, both arms, difference, interval, verdict."""
     lines = []
-    for name, row in [*results["metrics"].items(), *((f"AP-{c}", row) for c, row in results["classes"].items())]:
-        line: Row = {"name": name}
+    for name, row in rows.items():
+        digits = 3 if name == "final_loss" else 1
+        found = row["difference"]
+        line = [TRAINING.get(name, name)]
         for arm in arms:
-            line |= {f"{arm}_mean": row[arm]["mean"], f"{arm}_sd": row[arm]["sd"]}
-        found, images = row["difference"], row.get("images") or {}
-        line |= {"difference": found["mean"], "ci_low": found["low"], "ci_high": found["high"], "pairs": found["n"]}
-        line |= {"verdict": found["verdict"], "images_ci_low": images.get("low"), "images_ci_high": images.get("high")}
-        for arm in arms:
-            line |= {f"{arm}_seed_{seed}": v for seed, v in zip(results["seeds"], row[arm]["values"], strict=True)}
-        lines.append(line)
-    frame = pd.DataFrame(lines)
-    return frame.to_csv(index=False, float_format="%.4f", na_rep="n/a", lineterminator="\r\n")
+            spread = f" ± {number(row[arm]['sd'], digits)}" if row[arm]["n"] > 1 else ""
+            line.append(number(row[arm]["mean"], digits) + spread)
+        line += [number(found["mean"], digits, sign=True), interval(found["low"], found["high"], digits)]
+        lines.append([*line, found["verdict"] if found["n"] else "n/a"])
+    return lines
 
 
-def json_text(results: Row) -> str:
-    """The results as JSON, with null for every number that it has no word for."""
-    return json.dumps(_without_nan(results), indent=1, ensure_ascii=False)
+def heads(arms: tuple[str, str]) -> list[str]:
+    """The names of the columns of ``lines_of``."""
+    return ["", *map(title, arms), "difference", "95 % interval", "verdict"]
 
 
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(k): _without_nan(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+def metrics_table(results: Row, arms: tuple[str, str]) -> str:
+    """COCO's metrics for a terminal."""
+    alignment = ["left", "right", "right", "right", "right", "left"]
+    return tabulate(lines_of(results["metrics"], arms), heads(arms), disable_numparse=True, colalign=alignment)
 
 
-def _mean_and_sd(summary: Row, several: bool) -> str:
-    spread = f" ± {number(summary['sd'])}" if several and summary["n"] else ""
-    return number(summary["mean"]) + spread
+def write_results(comparison: Comparison, folder: Path) -> None:
+    """Writes results.csv, the tidy table, and results.json, with null if there is no number."""
+    write_atomically(folder / "results.csv", comparison.table.to_csv(index=False, float_format="%.4f", na_rep="n/a"))
+    without_nan = json.loads(json.dumps(comparison.results), parse_constant=lambda word: None)
+    write_atomically(folder / "results.json", json.dumps(without_nan, indent=1, ensure_ascii=False))
+
+
+def _read(run: Run) -> Reading:
+    folder = run.folder
+    overlaps = read_json_lines(folder / OVERLAPS_FILE)
+    return Reading(run, read_metrics(folder), read_events(folder), overlaps, read_detections(folder))
+
+
+def _notes(readings: Sequence[Reading]) -> list[str]:
+    notes = ["One seed says nothing about the spread between runs."] if len(readings) == 2 else []
+    for reading in readings:
+        if reading.collapsed:
+            notes.append(f"{reading.run.folder}: its last evaluation has no detections, so its AP is 0.")
+        elif math.isnan(reading.ap("AP")):
+            what = "are not at hand" if reading.detections is None else "are not empty"
+            notes.append(f"{reading.run.folder}: the AP of its last evaluation is NaN, its detections {what}.")
+    return notes

@@ -3,19 +3,22 @@
 import ctypes
 import dataclasses
 import math
-import signal
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from criteria import oracle
 from torch import Tensor, nn
+
+sys.path.append(str(Path(__file__).resolve().parents[3] / "examples"))
+from saliency import SALIENCY
 
 from cifar import network
 from cifar.data import Images
-from cifar.records import ORACLE, STANDARD, Settings
+from cifar.records import STANDARD, Settings
 from repr_det import RePrSchedule, RePrScheme, find_filter_layers
 from repr_det.method.passes import TrainingPasses
 
@@ -26,10 +29,10 @@ OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any], float]]
     "adam": (torch.optim.Adam, {}, 0.001),
     "rmsprop": (torch.optim.RMSprop, {}, 0.001),
 }
-_EVAL_BATCH = 100
+EVAL_BATCH = 100
 
 
-def prepare_process(dies_with_parent: bool = False) -> None:
+def prepare_process() -> None:
     """One thread, and memory of freed tensors kept for the next ones.
 
     glibc gives blocks of megabytes back to the kernel, which clears the pages when the next batch takes them again:
@@ -40,9 +43,6 @@ def prepare_process(dies_with_parent: bool = False) -> None:
     if hasattr(libc, "mallopt"):
         libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: the most it takes
         libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
-    if dies_with_parent and hasattr(libc, "prctl"):
-        libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too
 
 
 class Feed:
@@ -87,13 +87,13 @@ def schedule_of(settings: Settings) -> RePrSchedule | None:
 
 
 def scheme_of(settings: Settings, model: nn.Module, optimizer: torch.optim.Optimizer, feed: Feed) -> RePrScheme | None:
-    """RePr over all convs, or all but the first. Raises UserError for options that are out of range."""
+    """Returns RePr over all convs, or all but the first. Raises UserError for options that are out of range."""
     if settings.row == STANDARD:
         return None
     return RePrScheme(
         find_filter_layers(model, ["*"], ["0"] if settings.skip_first else []),
         optimizer,
-        criterion=oracle if settings.row == ORACLE else settings.row,
+        criterion=SALIENCY.get(settings.row, settings.row),
         drop_ratio=settings.drop_ratio,
         max_drop_per_layer=settings.max_drop_per_layer,
         scale=settings.scale,
@@ -117,7 +117,7 @@ def train(
     """Trains from new weights, or from those of ``start``.
 
     Args:
-        on_epoch: told the number of finished epochs and the last test accuracy in percent (NaN before the first).
+        on_epoch: gets the number of finished epochs and the last test accuracy in percent (NaN before the first).
 
     Returns:
         The model and the record of the run. Accuracies are in percent: "curve" on the test images after the epochs
@@ -220,8 +220,8 @@ def logits_of(model: nn.Module, feed: Feed, images: Images) -> Tensor:
     """(N, 10), in evaluation mode."""
     was_training = model.training
     model.eval()
-    starts = range(0, len(images), _EVAL_BATCH)
-    logits = [model(feed.batch(images, slice(first, first + _EVAL_BATCH))[0]) for first in starts]
+    starts = range(0, len(images), EVAL_BATCH)
+    logits = [model(feed.batch(images, slice(first, first + EVAL_BATCH))[0]) for first in starts]
     model.train(was_training)
     return torch.cat(logits)
 
@@ -231,45 +231,15 @@ def accuracy(model: nn.Module, feed: Feed, images: Images) -> float:
     return 100 * int((logits_of(model, feed, images).argmax(1) == images.classes).sum()) / len(images)
 
 
-@torch.no_grad()
-def influence(model: nn.Sequential, feed: Feed) -> dict[str, list[float]]:
-    """What each filter is worth: test accuracy of the network less that without the filter, in percentage points.
-
-    Args:
-        model: without norms: a filter that is removed is a channel that is zero after the ReLU.
-
-    Returns:
-        conv name -> one number a filter.
-    """
-    was_training = model.training
-    model.eval()
-    names = [name for name, module in model.named_children() if isinstance(module, nn.Conv2d)]
-    correct = {name: torch.zeros(model.get_submodule(name).out_channels + 1, dtype=torch.long) for name in names}
-    for first in range(0, len(feed.test), _EVAL_BATCH):
-        output, classes = feed.batch(feed.test, slice(first, first + _EVAL_BATCH))
-        for start in map(int, names):
-            # Conv, pooling, ReLU, and what comes after them.
-            output, rest = model[start : start + 3](output), model[start + 3 :]
-            for index in range(output.shape[1] + 1):  # the last time without removing any
-                removed = output.clone()
-                removed[:, index : index + 1] = 0
-                correct[str(start)][index] += (rest(removed).argmax(1) == classes).sum().cpu()
-    model.train(was_training)
-    return {name: (100 * (hits[-1] - hits[:-1]).double() / len(feed.test)).tolist() for name, hits in correct.items()}
-
-
 def _steps(settings: Settings) -> int:
     return settings.epochs * -(-settings.train_images // settings.batch_size)
 
 
 def _passes(model: nn.Module, feed: Feed, batch_size: int) -> TrainingPasses:
-    """How data-driven criteria look at training images: other ones in every cycle."""
+    """Training batches for criteria that look at data: other ones in every cycle."""
 
     def batches(number: int, cycle: int) -> list[tuple[Tensor, Tensor]]:
         order = torch.randperm(len(feed.train), generator=torch.Generator().manual_seed(cycle))
         return [feed.batch(feed.train, rows) for rows in order.to(feed.device).split(batch_size)[:number]]
 
-    def join(many: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        return torch.cat([x for x, _ in many]), torch.cat([y for _, y in many])
-
-    return TrainingPasses(model, batches, lambda batch: F.cross_entropy(model(batch[0]), batch[1]), join)
+    return TrainingPasses(model, batches, lambda batch: F.cross_entropy(model(batch[0]), batch[1]))

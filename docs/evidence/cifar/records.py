@@ -1,18 +1,19 @@
 """A run's settings, and finished runs as JSON lines that a killed study does not lose."""
 
-import contextlib
 import dataclasses
 import fcntl
 import hashlib
 import json
-from collections.abc import Iterator
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from repr_det import UserError
 
-STANDARD, ORACLE = "standard", "oracle"  # the rows that are no name of a criterion
+STANDARD = "standard"  # the row that is no criterion
+
+Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Settings:
         s1, s2, cycles: percent of the training with the full network and the sub-network in a cycle; how many cycles.
             These and what follows are None in "standard" runs.
         drop_ratio, max_drop_per_layer: shares.
-        skip_first: the first conv takes no part.
+        skip_first: the first conv keeps all its filters.
         scale: norm of a new filter, see RePrScheme.
         criterion_batches: training batches that a data-driven criterion looks at.
     """
@@ -79,12 +80,12 @@ class Settings:
     def key(self) -> str:
         """The same for the same settings, now and after fields have been added."""
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        told = {name: value for name, value in dataclasses.asdict(self).items() if value != defaults[name]}
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
+        changed = {name: value for name, value in dataclasses.asdict(self).items() if value != defaults[name]}
+        return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:12]
 
     @property
     def warm(self) -> "Settings | None":
-        """The run of the standard network on fewer images that this one goes on from, as when more data comes."""
+        """The run of the standard network on fewer images whose weights this one begins with."""
         if not self.warm_images:
             return None
         return dataclasses.replace(
@@ -106,7 +107,7 @@ REPR_FIELDS = (
 )  # fmt: skip
 
 
-def append(file: Path, record: dict[str, Any]) -> None:
+def append(file: Path, record: Record) -> None:
     """Adds one whole line; what a kill left of a line before it is taken out."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file, "a+b") as lines:
@@ -118,7 +119,7 @@ def append(file: Path, record: dict[str, Any]) -> None:
         lines.flush()
 
 
-def read(file: Path) -> list[tuple[Settings, dict[str, Any]]]:
+def read(file: Path) -> list[tuple[Settings, Record]]:
     """Settings and records of the finished runs, one a key, in the order of the lines.
 
     Raises:
@@ -139,23 +140,23 @@ def read(file: Path) -> list[tuple[Settings, dict[str, Any]]]:
     return list(found.values())
 
 
-def read_influence(output: Path) -> list[tuple[str, dict[str, list[float]]]]:
-    """(key of the run, conv name -> what each filter is worth) from influence.jsonl."""
-    file = output / "influence.jsonl"
-    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
-    found = [json.loads(line) for line in lines if line.endswith(b"\n")]
-    return [(entry["key"], entry["influence"]) for entry in found]
+def group(runs: list[tuple[Settings, Record]]) -> dict[Settings, dict[Settings, dict[int, Record]]]:
+    """Groups runs: settings of the standard network with seed 0 -> those of an arm (itself, RePr's) -> seed -> run."""
+    groups: dict[Settings, dict[Settings, dict[int, Record]]] = {}
+    for settings, record in runs:
+        way = dataclasses.replace(settings, row=STANDARD, seed=0, **dict.fromkeys(REPR_FIELDS))
+        arm = dataclasses.replace(settings, seed=0)
+        groups.setdefault(way, {}).setdefault(arm, {})[settings.seed] = record
+    return groups
 
 
-@contextlib.contextmanager
-def claimed(folder: Path, key: str, wait: bool = False) -> Iterator[bool]:
-    """Whether this process may train the run: no other one holds it, now or after a ``wait``. A killed process holds
-    nothing."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / f"{key}.lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
+def tail_epochs(record: Record) -> list[int]:
+    """Returns those of the last 5 % of the epochs after which the test accuracy is known."""
+    epochs = record["curve_epochs"]
+    return [epoch for epoch in epochs if epoch > 0.95 * epochs[-1]]
+
+
+def tail(record: Record) -> float:
+    """Mean test accuracy over the last 5 % of the epochs: at a constant rate one epoch's jumps by a point or two."""
+    last = tail_epochs(record)
+    return statistics.mean(a for epoch, a in zip(record["curve_epochs"], record["curve"], strict=True) if epoch in last)

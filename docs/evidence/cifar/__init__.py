@@ -1,0 +1,1 @@
+"""The parts of docs/evidence/cifar10.py: data, network, training, records."""

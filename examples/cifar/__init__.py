@@ -1,1 +1,0 @@
-"""The parts of examples/cifar10.py: data, network, training, records, report."""
