@@ -81,6 +81,8 @@ class RePr:
         self.options = RePrOptions.of(options)
         if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
             raise OptionError(f"{{total_steps}} must be an integer of at least 1, got {total_steps!r}")
+        if not isinstance(first_step, int) or not 0 <= first_step <= total_steps:
+            raise UserError(f"first_step= must be 0 to total_steps= {total_steps}, got {first_step!r}")
         if (loader is None) != (loss is None) or (loader is not None and passes is not None):
             raise UserError("give loader= and loss= together, or passes=, or none of them")
         model = unwrapped(model)
