@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import io
-import re
 import sys
 import zipfile
 from pathlib import Path
@@ -105,24 +104,15 @@ def test_folder_zip_and_torchvisions_files_are_the_same_images(folder, parts, tm
     assert all(torch.equal(held.train.pixels, parts["train"].pixels) for held in found)
     assert all(torch.equal(held.test.classes, parts["test"].classes) for held in found)
     assert len({held.digest for held in found}) == 1
-    monkeypatch.setattr(data, "_reader", None)
-    assert data.load(folder, tmp_path / "cache").digest == found[0].digest  # decoded once
-
-
-BROKEN = [
-    (lambda root: (root / "train/frog/0024.png").unlink(), "/train/frog must hold 4 images, got 3: unpack"),
-    (lambda root: (root / "test").rename(root / "tset"), "/test/airplane must hold 2 images, got 0: unpack"),
-    (lambda root: (root / "test/cat/0006.png").write_bytes(b"\x89PNG"), "0006.png cannot be read as an image of 32 x "),
-    (lambda root: root.rename(root.parent / "elsewhere"), "images does not exist: give a folder with train/ and test/"),
-]
-
-
-@pytest.mark.parametrize(("damage", "line"), BROKEN)
-def test_broken_data_are_named_in_one_line(folder, tmp_path, damage, line):
-    damage(folder)
-    with pytest.raises(UserError, match=re.escape(line)) as raised:
-        data.load(folder, tmp_path / "cache")
-    assert "\n" not in str(raised.value) and not (tmp_path / "cache").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "_reader", None)
+        assert data.load(folder, tmp_path / "cache").digest == found[0].digest  # decoded once
+    (folder / "test/cat/0006.png").write_bytes(b"\x89PNG")
+    with pytest.raises(UserError, match=r"^[^\n]*0006\.png cannot be read as an image of 32 x 32"):
+        data.load(folder, tmp_path / "other")
+    (folder / "train/frog/0024.png").unlink()
+    with pytest.raises(UserError, match=r"/train/frog must hold 4 images, got 3: unpack"):
+        data.load(folder, tmp_path / "other")
 
 
 def test_a_subset_has_equally_many_of_each_class(parts):
