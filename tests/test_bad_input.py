@@ -35,8 +35,7 @@ def weights(tiny_data) -> dict[str, torch.Tensor]:
     return build_model(build_config(CONFIG, SMALL)).state_dict()
 
 
-# ---- keys; every option of REPR in test_options ----
-
+# Every option of REPR in test_options.
 REPR = [
     ("REPR.DROP_RATIO 1.3", "REPR.DROP_RATIO must be in (0, 1), got 1.3"),
     ("REPR.DROP_RATIO float('nan')", "command line: "),
@@ -99,22 +98,16 @@ def test_keys(tiny_cfg, tmp_path, arm, opts, message):
     assert not (tmp_path / "run").exists()
 
 
-def test_numbers_of_processes(tiny_cfg):
-    """1 image for 1 process is 2 for 2."""
+def test_what_has_no_effect_is_said(tiny_cfg, caplog):
+    """And what is sound: 1 image for 1 process is 2 for 2."""
     scaled = ["SOLVER.REFERENCE_WORLD_SIZE", 2, "SOLVER.IMS_PER_BATCH", 2]
     check_run(tiny_cfg(*scaled), num_gpus=3)  # trains with a batch of 3
     assert scale_to_world(without_repr(tiny_cfg(*scaled, "SOLVER.MAX_ITER", 4)), 1).SOLVER.MAX_ITER == 8
-
-
-def test_what_has_no_effect_is_said(tiny_cfg, caplog):
-    check_run(tiny_cfg("SOLVER.WARMUP_ITERS", 9, "SOLVER.MAX_ITER", 10, "TEST.DETECTIONS_PER_IMAGE", 100))
-    assert "WARMUP_ITERS" not in caplog.text and "TEST.DETECTIONS" not in caplog.text
-    check_run(tiny_cfg("SOLVER.WARMUP_ITERS", 10, "SOLVER.MAX_ITER", 10, "TEST.DETECTIONS_PER_IMAGE", 400))
+    for warmup, boxes in ((9, 100), (10, 400)):
+        assert "WARMUP" not in caplog.text and "DETECTIONS" not in caplog.text
+        check_run(tiny_cfg("SOLVER.WARMUP_ITERS", warmup, "SOLVER.MAX_ITER", 10, "TEST.DETECTIONS_PER_IMAGE", boxes))
     assert "SOLVER.WARMUP_ITERS 10 is no shorter than SOLVER.MAX_ITER 10: the learning rate never comes" in caplog.text
     assert "TEST.DETECTIONS_PER_IMAGE is 400, and COCO's AP counts the best 100 of an image" in caplog.text
-
-
-# ---- config files ----
 
 
 @pytest.mark.parametrize(
@@ -162,9 +155,6 @@ def test_config_files_of_detectron2_are_read_as_it_reads_them(name):
     stock.merge_from_file(path)
     assert ours.MODEL.ANCHOR_GENERATOR == stock.MODEL.ANCHOR_GENERATOR
     assert ours.DATASETS == stock.DATASETS and ours.SOLVER == stock.SOLVER
-
-
-# ---- the folder ----
 
 
 def test_home_and_variables_in_output_dir(monkeypatch, tmp_path):
@@ -224,9 +214,6 @@ def test_output_folder_that_cannot_be_made(tiny_cfg, tmp_path):
         cases["/proc/self/run"] = "cannot be written"
     for folder, message in cases.items():
         assert message in refused(tiny_cfg, *ON, "OUTPUT_DIR", folder)
-
-
-# ---- the weights ----
 
 
 class Bomb:

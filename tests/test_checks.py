@@ -105,9 +105,7 @@ def test_area_is_needed_for_evaluation_only(mine):
     assert " no 'area', which COCO evaluation needs" in refused(mine())
 
 
-@pytest.mark.parametrize(
-    ("odd", "shown"), [("", ""), ([1, 2, 2] * 16, "48, 51"), ([1, 2] * 17, "34, 51"), (None, "0, 51")]
-)
+@pytest.mark.parametrize(("odd", "shown"), [("", ""), ([1, 2, 2] * 16, "48, 51"), (None, "0, 51")])
 def test_keypoints_need_metadata_and_one_number(mine, odd, shown):
     """Detectron2 stacks them, and would end in a ValueError at the first image that has both."""
 
@@ -172,11 +170,8 @@ def test_images_of_training_in_the_test_set_are_told(folder, catalogs, tmp_path,
     cfg = config(register, "OUTPUT_DIR", str(tmp_path / "run"))
     data_checks.check_datasets(cfg)
     (told,) = [record.getMessage() for record in caplog.records]
-    shared = "2 of 3" if copied else "3 of 3"
-    assert told.startswith(
-        f"{shared} images of v (DATASETS.TEST) that were compared are in t (DATASETS.TRAIN) too, the "
-    )
-    assert str(folder.images / "1.jpg") in told
+    shared = f"{2 if copied else 3} of 3 images of v (DATASETS.TEST) that were compared are in t (DATASETS.TRAIN) too, "
+    assert told.startswith(shared) and str(folder.images / "1.jpg") in told
     caplog.clear()
     data_checks.check_datasets(cfg, eval_only=True)
     assert not caplog.records

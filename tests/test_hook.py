@@ -70,9 +70,6 @@ def state_of(trainer):
     return {name: value.clone() for name, value in trainer.model.state_dict().items()}
 
 
-# ---- off, and before the first drop ----
-
-
 @pytest.mark.parametrize("how", ["off", "before the first drop", "plain arguments on a stock trainer"])
 @pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
 def test_changes_nothing_bit_for_bit(tiny_cfg, tmp_path, how, norm):
@@ -87,16 +84,6 @@ def test_changes_nothing_bit_for_bit(tiny_cfg, tmp_path, how, norm):
         trained(Trainer, cfg, seen[0])
     trained(DefaultTrainer, stock_cfg, seen[1])
     assert_same_weights(seen[0].found[3], seen[1].found[3])
-
-
-def test_a_hook_without_a_seed_draws_none_from_the_training():
-    np.random.seed(3)
-    trainer = small_trainer(RePrHook(**OPTIONS))
-    train(trainer, stop=2)
-    assert np.random.rand() == np.random.RandomState(3).rand()
-
-
-# ---- what it does ----
 
 
 def test_one_run(tiny_cfg, tmp_path):
@@ -196,9 +183,6 @@ def test_plain_arguments_are_those_of_a_config_bit_for_bit():
     assert_same_weights(*ends)
 
 
-# ---- what is refused ----
-
-
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     ("options", "steps", "message"),
@@ -249,14 +233,13 @@ def test_a_second_repr_on_a_model_is_refused():
     with pytest.raises(UserError, match="registered twice in this trainer"):
         train(trainer)
     trainer = small_trainer(hook)
+    np.random.seed(3)
     train(trainer)
+    assert np.random.rand() == np.random.RandomState(3).rand()  # a hook without a seed draws none from the training's
     with pytest.raises(UserError, match=r"backbone\.conv1 belongs to another RePr already: close\(\) that one first"):
         RePr(trainer.model, trainer.optimizer, 8, **OPTIONS)
     hook.repr.close()
     RePr(trainer.model, trainer.optimizer, 8, **OPTIONS)
-
-
-# ---- the rest ----
 
 
 def test_averages_begin_again_at_a_restore():

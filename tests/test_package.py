@@ -90,16 +90,26 @@ from repr_det.studies.comparison.report import write_report
 """
 USE_WITHOUT_DETECTRON2 = """
 import sys
-sys.modules.update(detectron2=None, fvcore=None, cv2=None, pycocotools=None)
+sys.modules.update(dict.fromkeys("detectron2 fvcore cv2 pycocotools yaml torchvision".split()))
 import torch, repr_det
 from repr_det import RePr
 from torch import nn
 model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1))
 one = RePr(model, torch.optim.SGD(model.parameters(), 0.1), 16, sample=torch.randn(2, 3, 9, 9))
 print([t.event for t in (one.step() for _ in range(16)) if t])
+try:
+    repr_det.RePrHook
+except ImportError as error:
+    print(error)
 import repr_det.commands.console as commands
 commands.main(["train", "--config-file", "repr_r50_fpn.yaml"])
 """
+
+
+def test_without_detectron2():
+    shown = run([sys.executable, "-c", USE_WITHOUT_DETECTRON2], ROOT, 2)
+    assert shown.startswith(f"{['drop', 'restore'] * 3}\nrepr_det.RePrHook needs Detectron2, which is not installed")
+    assert "repr-det: error: repr-det train needs Detectron2, which is not installed: https://" in shown
 
 
 @pytest.mark.slow
@@ -135,9 +145,7 @@ def test_the_wheel_from_another_folder(tmp_path):
     shown = run([python, "-c", USE_WITH_DETECTRON2], here)
     assert "conv1" in shown
     assert run([python.with_name("repr-det"), "--version"], here) == f"repr_det {repr_det.__version__}\n"
-    shown = run([python, "-c", USE_WITHOUT_DETECTRON2], here, 2)
-    assert shown.startswith(str(["drop", "restore"] * 3))
-    assert "repr-det: error: repr-det train needs Detectron2, which is not installed: https://" in shown
+    assert run([python, "-c", USE_WITHOUT_DETECTRON2], here, 2).startswith("['drop', 'restore', 'drop'")
 
 
 def run(command: list, folder: Path, status: int = 0) -> str:
