@@ -31,6 +31,17 @@ def plain_scheme(net: nn.Module | None = None, optimizer=None, **options):
     return net, optimizer, RePrScheme(find_filter_layers(net, ["*"]), optimizer, **options)
 
 
+def in_sub_network(net=None, optimizer=None, before: int = 3, during: int = 0, **options):
+    """The same after some steps, the drop and some steps of the sub-network; and the masks, which stay."""
+    net, optimizer, scheme = plain_scheme(net, optimizer, **options)
+    train(net, optimizer, steps=before)
+    scheme.check()
+    scheme.drop()
+    train(net, optimizer, steps=during)
+    assert largest_dropped(scheme) == 0
+    return net, optimizer, scheme, {name: mask.clone() for name, mask in scheme.masks.items()}
+
+
 def loss_of(net: nn.Module, images: torch.Tensor = IMAGES) -> torch.Tensor:
     return F.mse_loss(net(images), images.mean(1, keepdim=True).expand(-1, 16, -1, -1))
 

@@ -1,13 +1,19 @@
 """What each of two processes of a plain loop does in test_ranks.py: ranks that would choose differently."""
 
+import os
+import sys
 from pathlib import Path
 
-import forked
+if "SIMULATED_CUDA_DEVICES" in os.environ and __name__ == "__main__":
+    import simulated_cuda.plugin  # noqa: F401  (before torch)
+    from simulated_cuda import nccl
+
+    nccl.install()
+
 import torch
 import torch.distributed as dist
 from saliency import SALIENCY
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from repr_det import RePrScheme, find_filter_layers
 from repr_det.method.criteria import Context, get_criterion
@@ -20,12 +26,12 @@ CRITERIA = ["apoz", *SALIENCY]
 class Net(nn.Module):
     """A conv that predicts on rank 1 alone, and one with a norm whose statistics do not move."""
 
-    def __init__(self, rank: int, norm: type[nn.Module]) -> None:
+    def __init__(self, rank: int) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.first, self.norm = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
         self.second, self.third, self.last = nn.Conv2d(16, 16, 3), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 2, 1)
-        self.trained, self.rank = norm(16), rank
+        self.trained, self.rank = nn.BatchNorm2d(16), rank
         self.norm.requires_grad_(False)
 
     def train(self, mode: bool = True) -> nn.Module:
@@ -41,10 +47,10 @@ class Net(nn.Module):
 
 
 def main(rank: str, folder: str, backend: str) -> None:
-    """Keeps what it has found."""
+    """Keeps what it has found. The current device stays the first one; the weights are not contiguous."""
     number, place = int(rank), Path(folder)
-    device = torch.device("cuda", number) if backend == "nccl" else torch.device("cpu")
-    net = Net(number, nn.SyncBatchNorm if backend == "nccl" else nn.BatchNorm2d).to(device).train()
+    device = torch.device("cpu") if backend == "gloo" else torch.device("cuda", number)
+    net = Net(number).to(device).to(memory_format=torch.channels_last).train()
     images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(number)).to(device)
     passes = TrainingPasses(net, lambda number, cycle: [images], net)
 
@@ -54,7 +60,6 @@ def main(rank: str, folder: str, backend: str) -> None:
 
     found = {"alone": scores()}
     dist.init_process_group(backend, init_method=f"file://{place}/store", rank=number, world_size=2)
-    model = DistributedDataParallel(net, device_ids=[number] if backend == "nccl" else None)
     found["together"] = scores()
     optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 0.05, momentum=0.9)
     layers = find_filter_layers(net, ["*"], ["last"])
@@ -62,7 +67,11 @@ def main(rank: str, folder: str, backend: str) -> None:
 
     def step() -> dict[str, torch.Tensor]:
         optimizer.zero_grad()
-        model(images).backward()
+        net(images).backward()
+        for parameter in [p for p in net.parameters() if p.grad is not None]:
+            gradient = parameter.grad.contiguous()
+            dist.all_reduce(gradient)
+            parameter.grad.copy_(gradient / 2)
         optimizer.step()
         scheme.check()
         return {name: part.cpu().clone() for name, part in net.named_parameters()} | statistics()
@@ -99,9 +108,5 @@ def main(rank: str, folder: str, backend: str) -> None:
     dist.destroy_process_group()
 
 
-def both(folder: Path, backend: str) -> list[dict]:
-    """What two ranks found."""
-    commands = [forked.Command(["ranks:main", rank, folder, backend], folder / f"{rank}.log") for rank in (0, 1)]
-    for command in commands:
-        assert command.status(120) == 0, command.text
-    return [torch.load(folder / f"{rank}.pth", weights_only=True) for rank in (0, 1)]
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -9,7 +9,6 @@ from torch import nn
 from repr_det.method.criteria import CRITERIA, Context, get_criterion
 from repr_det.method.errors import UserError
 from repr_det.method.layers import FilterLayer, find_filter_layers
-from repr_det.method.selection import select_filters
 
 # (J, C_in / groups, kh, kw): one filter, fewer filters than d, as many, more, depth-wise, wide.
 SHAPES = [(1, 4, 3, 3), (8, 16, 3, 3), (36, 4, 3, 3), (64, 16, 1, 1), (12, 1, 3, 3), (16, 64, 3, 3)]
@@ -21,7 +20,7 @@ def make(shapes=SHAPES, seed: int = 0) -> list[FilterLayer]:
     for number, (filters, inputs, height, width) in enumerate(shapes):
         conv = nn.Conv2d(inputs, filters, (height, width))
         with torch.no_grad():
-            conv.weight.copy_(torch.randn(conv.weight.shape, generator=generator) * 10.0 ** (number % 6 - 2))
+            conv.weight.copy_(torch.randn(conv.weight.shape, generator=generator) * 10.0 ** (number - 2))
         model[f"conv{number}"] = conv
     return find_filter_layers(model, ["*"])
 
@@ -68,7 +67,7 @@ FORMULAS = {
 
 @pytest.mark.parametrize("name", FORMULAS)
 def test_a_criterion_is_its_formula(name):
-    """It leaves the weights alone and draws nothing; the smallest filters of "weight_norm" are dropped first."""
+    """It leaves the weights alone and draws nothing."""
     layers, (formula, tolerance) = make(), FORMULAS[name]
     state = torch.get_rng_state()
     for layer, found in zip(layers, scores(name, layers).values(), strict=True):
@@ -104,22 +103,6 @@ def test_scores_are_never_nan(name, bad, dtype):
     layers[2].weight.detach().fill_(bad)
     for layer_scores in scores(name, layers).values():
         assert not np.isnan(layer_scores).any()
-
-
-def test_an_untrained_network_is_ranked_by_dimension_unless_calibrated():
-    """As the residual convs of a ResNet-50, of which all 30 % fell in 17 of 48 layers: at a fourth of its widths."""
-    shapes, inputs = [], 16
-    for stage, blocks in enumerate((3, 4, 6, 3)):
-        width = 16 * 2**stage
-        for _ in range(blocks):
-            shapes += [(width, inputs, 1, 1), (width, width, 3, 3), (4 * width, width, 1, 1)]
-            inputs = 4 * width
-    layers = make(shapes)
-    touched = {}
-    for name in ("ortho", "ortho_calibrated"):
-        masks = select_filters({key: torch.tensor(value) for key, value in scores(name, layers).items()}, 0.3, 1.0)
-        touched[name] = sum(bool(mask.any()) for mask in masks.values())
-    assert touched["ortho"] <= 20 and touched["ortho_calibrated"] >= 40
 
 
 @pytest.mark.parametrize("name", ["orto", "", "ORTHO", None])

@@ -8,8 +8,7 @@ import pytest
 import torch
 from detectron2 import model_zoo
 from detectron2.data import DatasetCatalog
-from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer
-from detectron2.modeling import build_model
+from detectron2.engine import HookBase
 from detectron2.utils.env import seed_all_rng
 
 from repr_det import RePrHook, Trainer, find_filter_layers
@@ -102,30 +101,17 @@ class Watch(HookBase):
         self.losses.append(self.trainer.storage.latest()["total_loss"][0])
 
 
-def trainer_of(kind, cfg):
-    if kind is not SimpleTrainer:
-        return kind(cfg)
-    model = build_model(cfg).train()
-    loader, optimizer = DefaultTrainer.build_train_loader(cfg), DefaultTrainer.build_optimizer(cfg, model)
-    trainer = SimpleTrainer(model, loader, optimizer)
-    trainer.register_hooks([RePrHook(cfg)])
-    trainer.max_iter = cfg.SOLVER.MAX_ITER
-    return trainer
-
-
-@pytest.mark.parametrize(
-    ("detector", "kind"), [*((name, Trainer) for name in DETECTORS), ("RetinaNet with its head", SimpleTrainer)]
-)
-def test_drops_and_restores(tiny_cfg, tmp_path, tiny_masks, detector, kind):
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_drops_and_restores(tiny_cfg, tmp_path, tiny_masks, detector):
     config, opts, expected, number = DETECTORS[detector]
     backbone = ["MODEL.BACKBONE.NAME", model_zoo.get_config(config).MODEL.BACKBONE.NAME]
     cfg = tiny_cfg(*backbone, *SMALL_R50, *opts.split(), config=model_zoo.get_config_file(config))
     seed_all_rng(3)
-    trainer = trainer_of(kind, cfg)
+    trainer = Trainer(cfg)
     watch = Watch(find_filter_layers(trainer.model, cfg.REPR.LAYERS.INCLUDE))
     trainer._hooks.insert(0, watch)  # before RePrHook, whose own passes would be seen too
     watch.trainer = trainer
-    trainer.train(0, cfg.SOLVER.MAX_ITER) if kind is SimpleTrainer else trainer.train()
+    trainer.train()
     layers = next(hook for hook in trainer._hooks if isinstance(hook, RePrHook)).scheme.layers
     kinds = {layer.name: layer.kind for layer in layers}
     assert len(layers) == number and list(kinds) == [layer.name for layer in watch.layers]

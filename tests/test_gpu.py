@@ -1,10 +1,9 @@
 """What a GPU may do otherwise than the CPU: waits of the host, precision, kernels that are not deterministic.
 
 ``pytest -m gpu`` runs these, test_gpu_devices.py and the GPU cases of test_amp.py and test_ranks.py;
-test_simulated_cuda.py runs them, but for test_ranks.py, on simulated devices.
+test_simulated_cuda.py runs them on simulated devices.
 """
 
-import copy
 import statistics
 from collections import Counter
 
@@ -17,10 +16,7 @@ from conftest import GPU, assert_same_weights
 from detectron2.engine import HookBase
 from detectron2.utils.env import seed_all_rng
 from gpu_nets import BATCHES, Net, loss_of
-from small_loop import OPTIONS, TwoConvs
-from small_loop import batch as images_of
 from textbook import textbook_overlap
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torchvision.models import resnet18
@@ -148,13 +144,6 @@ def test_masks_zeros_and_directions_in_every_precision(precision, norm):
                 cosines = torch.cat([units[0] @ units[1].T, units[0] @ units[0].T - torch.eye(len(rows))], 1)
                 assert cosines.abs().max() <= 2 * ROUNDING.get(precision, 1e-6), name
     assert all(value.isfinite().all() for value in loop.net.state_dict().values())
-
-
-@pytest.mark.parametrize("precision", [name for name in PRECISIONS if name != "float32"])
-def test_masks_from_data_are_mostly_those_of_float32(precision):
-    expected = dropped_of(Loop("cpu", rate=1e-9, criterion="apoz").until("drop")[0])
-    found = dropped_of(Loop("cuda", rate=1e-9, criterion="apoz", **PRECISIONS[precision]).until("drop")[0])
-    assert len(found) == len(expected) and len(found & expected) >= 0.8 * len(expected)
 
 
 @pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
@@ -300,16 +289,6 @@ def test_a_detectors_steps_wait_as_often_as_without_repr_and_a_cycle_is_resumed(
         assert torch.allclose(value, end[key], rtol=1e-3, atol=1e-5), key
 
 
-def test_a_copy_of_the_net_in_the_sub_network_trains_by_itself():
-    loop = Loop()
-    loop.until("drop")
-    other = copy.deepcopy(loop.net)
-    loss_of(other, BATCHES[0]).backward()
-    dropped = next(name for name, mask in loop.training.scheme.masks.items() if mask.any())
-    assert isinstance(other.get_submodule(dropped), nn.Conv2d)
-    assert other.get_submodule(dropped).weight.grad.isfinite().all()
-
-
 def test_metric_and_new_filters_are_those_of_the_cpu():
     """512 x 512 x 3 x 3: the largest 3x3 layer of R50."""
     weight = torch.randn(512, 512, 3, 3, generator=torch.Generator().manual_seed(0))
@@ -324,12 +303,10 @@ def test_same_masks_and_filters_for_one_seed():
     """Of equal weights, whatever device they are on."""
     found = []
     for place in ("cpu", "cuda"):
-        torch.manual_seed(0)
-        model = TwoConvs().to(place)
-        optimizer = torch.optim.SGD(model.parameters(), 0.0)
-        repr_training = RePr(model, optimizer, 8, **OPTIONS, sample=images_of(0).to(place))
-        dropped = repr_training.scheme.drop().dropped
-        repr_training.scheme.restore()
-        found.append((dropped, {name: value.cpu() for name, value in model.named_parameters()}))
-    assert found[0][0] == found[1][0] and sum(map(len, found[0][0].values())) == 7
+        loop = Loop(place, rate=0.0)
+        loop.step()
+        dropped = loop.training.scheme.drop().dropped
+        loop.training.scheme.restore()
+        found.append((dropped, {name: value.cpu() for name, value in loop.net.named_parameters()}))
+    assert found[0][0] == found[1][0] and sum(map(len, found[0][0].values())) > 0
     assert_same_weights(found[0][1], found[1][1])

@@ -1,9 +1,4 @@
-"""Several devices: a model that is not on the current one, layers on two, DataParallel, ranks by NCCL's rules."""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""Several devices: a model that is not on the current one, layers on two, DataParallel."""
 
 import pytest
 import torch
@@ -98,23 +93,3 @@ def test_data_parallel_in_both_phases():
     net = Net().to("cuda:0")
     scheme = trained(nn.DataParallel(net, [0, 1])).scheme
     assert len(scheme.layers) == len([module for module in net.modules() if isinstance(module, nn.Conv2d)])
-
-
-def test_ranks_by_the_rules_of_nccl(tmp_path):
-    """The current device is the first one on every rank, and the weights are not contiguous."""
-    simulated = "SIMULATED_CUDA_DEVICES" in os.environ
-    backends = ["nccl", "cuda:nccl", "cpu:gloo,cuda:nccl", *(["cuda:xccl"] if simulated else [])]
-    script = Path(__file__).with_name("gpu_ranks.py")
-    ranks = [
-        subprocess.Popen([sys.executable, str(script), str(rank), "2", str(tmp_path), *backends]) for rank in (0, 1)
-    ]
-    assert [rank.wait(300) for rank in ranks] == [0, 0]
-    found = [[torch.load(tmp_path / f"{i} {rank}.pth") for rank in (0, 1)] for i in range(len(backends))]
-    for one, other in found:
-        assert one.keys() == other.keys()
-        for case in one:
-            assert any(mask.any() for mask in one[case]["masks"].values()) or "redundant" in case
-            for what in ("masks", "weights"):
-                for name, value in one[case][what].items():
-                    assert torch.equal(value, other[case][what][name]), (case, name)
-                    assert torch.equal(value, found[0][0][case][what][name]), (case, name)

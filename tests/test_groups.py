@@ -72,6 +72,7 @@ def test_new_filters_avoid_those_of_their_group(in_channels, share, whole):
         np.testing.assert_allclose(gram, np.eye(len(gram)), atol=1e-5)
     assert transition.max_cosine["0"] == pytest.approx(largest, abs=1e-6) and largest < 1e-5
     np.testing.assert_allclose(transition.overlaps["0"], textbook_overlap(new, GROUPS), atol=2e-6)
+    assert transition.overlap_after == pytest.approx(textbook_overlap(new, GROUPS).mean(), abs=1e-9)
     assert transition.overlap_before == pytest.approx(overlap_in_groups(old, ~mask).mean(), abs=1e-6)
     kept = old[~mask].flatten(1).norm(dim=1).mean()
     torch.testing.assert_close(new[mask].flatten(1).norm(dim=1), kept.expand(int(mask.sum())))

@@ -7,26 +7,11 @@ import weakref
 import pytest
 import torch
 from conftest import assert_same_weights
-from plain_nets import IMAGES, largest_dropped, loss_of, plain_net, plain_scheme, readable_net, train
+from plain_nets import IMAGES, in_sub_network, largest_dropped, loss_of, plain_net, plain_scheme, readable_net, train
 from torch import nn
 from traced_nets import Net
 
 from repr_det import RePrScheme, UserError, find_filter_layers
-
-
-def in_sub_network(**options):
-    net, opt, scheme = plain_scheme(**options)
-    train(net, opt)
-    scheme.drop()
-    return net, opt, scheme
-
-
-def watched_scheme(net, opt):
-    """A scheme that has seen a training pass of its model."""
-    scheme = RePrScheme(find_filter_layers(net, ["*"]), opt, model=net)
-    train(net, opt)
-    scheme.check()
-    return scheme
 
 
 @pytest.mark.parametrize("optimizer", ["SGD", "Adam", "AdamW", "RMSprop"])
@@ -46,43 +31,13 @@ def test_gradients_that_wait_at_the_drop_do_not_move_dropped_filters(optimizer):
             for layer in scheme.layers:
                 mask = scheme.masks[layer.name]
                 assert torch.equal(layer.weight.grad[~mask], kept[layer.name][~mask])
+        if micro_batch == 8:  # gradients wait, and a state is loaded
+            saved, scheme = scheme.state_dict(), plain_scheme(net, opt)[2]
+            for parameter in net.parameters():
+                parameter.grad += 1
+            scheme.load_state_dict(saved)
         assert not scheme.is_sub or largest_dropped(scheme) == 0
     scheme.restore()
-
-
-def test_gradients_that_wait_when_a_state_is_loaded():
-    net, opt, scheme = in_sub_network()
-    other = plain_scheme(net, opt)[2]
-    for parameter in net.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    other.load_state_dict(copy.deepcopy(scheme.state_dict()))
-    opt.step()
-    assert largest_dropped(other) == 0
-
-
-def called_twice(net, x):
-    return net.conv2(net.bn2(net.conv2(net.bn1(net.conv1(x)).relu())).relu())
-
-
-def read_past_its_norm(net, x):
-    """Its gradient is not zero where gamma is."""
-    raw = net.conv1(x)
-    return net.bn2(net.conv2(net.bn1(raw).relu())) + raw
-
-
-@pytest.mark.parametrize("forward", [called_twice, read_past_its_norm])
-@pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
-def test_convs_that_do_not_only_feed_their_norm(forward, optimizer):
-    convs = {"conv1": nn.Conv2d(3, 16, 3, padding=1), "conv2": nn.Conv2d(16, 16, 3, padding=1)}
-    net = Net(forward, **convs, bn1=nn.BatchNorm2d(16), bn2=nn.BatchNorm2d(16))
-    opt = getattr(torch.optim, optimizer)(net.parameters(), 0.01)
-    norms = {"conv1": net.bn1, "conv2": net.bn2}
-    scheme = RePrScheme(find_filter_layers(net, ["*"], norms=norms), opt)
-    train(net, opt)
-    scheme.drop()
-    for _ in range(3):
-        train(net, opt, steps=1)
-        assert largest_dropped(scheme) == 0
 
 
 def moved_by_hand(net, scheme):
@@ -96,7 +51,7 @@ def moved_by_loading(net, scheme):
 
 @pytest.mark.parametrize(("move", "names"), [(moved_by_hand, "3"), (moved_by_loading, "0")])
 def test_what_moved_dropped_filters_is_named_at_the_restore(move, names):
-    net, _, scheme = in_sub_network()
+    net, _, scheme, _ = in_sub_network()
     move(net, scheme)
     before = copy.deepcopy(net.state_dict())
     with pytest.raises(UserError, match=rf"dropped filters of {names} are not zero any more at the restore of cycle 1"):
@@ -350,10 +305,8 @@ def test_squares_of_kernels_on_returning_channels():
     """While a channel is zero, the squared gradients of the kernels that read it decay."""
     net = readable_net()
     opt = torch.optim.Adam(net.parameters(), 1e-3, betas=(0.9, 0.9))
-    scheme = watched_scheme(net, opt)
-    scheme.drop()
-    train(net, opt, steps=40)
-    returned, own = scheme.masks["0"].clone(), scheme.masks["3"].clone()
+    _, _, scheme, masks = in_sub_network(net, opt, 3, 40, model=net)
+    returned, own = masks["0"], masks["3"]
     squares = opt.state[net[3].weight]["exp_avg_sq"]
     before = squares.clone()
     assert before[~own][:, returned].mean() < 0.05 * before[~own][:, ~returned].mean()
@@ -398,20 +351,10 @@ def test_a_layer_that_is_frozen_while_filters_are_out_gets_its_old_ones():
     assert not torch.isclose(net[3].weight[masks["3"]], old["3.weight"][masks["3"]]).any()
 
 
-def test_filters_that_return_as_they_were():
-    """What ``finish("old")`` does: the network of before the drop, where nothing has been trained in between."""
-    net, opt, scheme = plain_scheme()
-    train(net, opt)
-    before = copy.deepcopy(net.state_dict())
-    scheme.drop()
-    assert not scheme.restore(as_they_were=True).max_cosine and scheme.cycle == 1
-    assert_same_weights(net.state_dict(), before)
-
-
 @pytest.mark.parametrize("steps", [1, 3, 7])
 def test_gradients_made_by_hand_are_seen_however_late_they_come(steps):
     """A GradScaler that skips the first steps, and gradients that nobody computed: looked at in steps 1, 2, 4, 8."""
-    net, opt, scheme = in_sub_network()
+    net, opt, scheme, _ = in_sub_network()
     last = 2 ** steps.bit_length()
     for step in range(1, last + 1):
         opt.zero_grad()
@@ -429,9 +372,7 @@ def test_gradients_made_by_hand_are_seen_however_late_they_come(steps):
 def test_channels_that_are_not_0_in_the_first_pass_of_the_sub_network_are_named():
     """Something that adds to a channel, which the traced pass of before the drop did not show."""
     net = readable_net()
-    opt = torch.optim.SGD(net.parameters(), 0.1)
-    scheme = watched_scheme(net, opt)
-    scheme.drop()
+    net, opt, scheme, _ = in_sub_network(net, model=net)
     net[4].forward = lambda x: nn.BatchNorm2d.forward(net[4], x) + 0.1
     train(net, opt, steps=1)
     with pytest.raises(UserError, match="dropped channels of 3 are not 0 in the sub-network's first pass"):
@@ -440,8 +381,7 @@ def test_channels_that_are_not_0_in_the_first_pass_of_the_sub_network_are_named(
 
 def test_an_optimizer_that_keeps_the_weights_elsewhere_is_seen_after_the_restore():
     """Master weights that no state shows put the returned filters back to zero."""
-    net, opt, scheme = in_sub_network()
-    train(net, opt)
+    net, _, scheme, _ = in_sub_network(during=3)
     scheme.check()
     masters = {name: value.clone() for name, value in net.state_dict().items()}
     scheme.restore()
@@ -467,9 +407,8 @@ def test_one_scheme_a_model():
     copy.deepcopy(net)(IMAGES)  # copies are free, and without hooks
     assert not first.participants.news
     first.close()
-    second = watched_scheme(net, opt)
+    _, _, second, _ = in_sub_network(net, opt, model=net)
     del first
-    second.drop()
     with pytest.raises(UserError, match="RePr cannot be copied"):
         copy.deepcopy(second)
     kept = weakref.ref(second)
@@ -480,9 +419,3 @@ def test_one_scheme_a_model():
     gc.collect()
     assert kept() is None  # one that is forgotten in the full phase is out of the way
     build()
-
-
-@pytest.mark.parametrize("name", ["readers", "slim_model", "slim", "apart"])
-def test_arguments_of_0_2_0_have_no_effect(name):
-    with pytest.warns(DeprecationWarning, match=f"RePr: {name}= has no effect since version 0.3.0"):
-        plain_scheme(**{name: None})

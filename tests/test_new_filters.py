@@ -104,59 +104,52 @@ def test_without_a_generator_the_default_one_is_drawn_from():
     assert torch.equal(new, least_overlap_filters(kept, dropped))
 
 
-# (K, M, d, rank of all rows): n + M > d, and yet M directions are free.
-RANK_DEFICIENT = [(20, 10, 32, 12), (60, 20, 32, 12), (40, 1, 16, 15), (3, 3, 8, 2)]
-
-
-@pytest.mark.parametrize(("kept", "dropped", "dimension", "rank"), RANK_DEFICIENT)
-@pytest.mark.parametrize("kind", ["combinations", "copies"])
-def test_dependent_filters_leave_a_null_space(kept, dropped, dimension, rank, kind):
+def dependent(kept, dropped, dimension, rank, kind):
+    """Rows of a lower rank: n + M > d, and yet M directions are free."""
     rng = np.random.default_rng(1)
-    source = rng.standard_normal((rank, dimension))
-    count = kept + dropped
+    source, count = rng.standard_normal((rank, dimension)), kept + dropped
     if kind == "combinations":
         rows = rng.standard_normal((count, rank)) @ source
     else:
         rows = source[np.arange(count) % rank] * rng.uniform(0.1, 10, (count, 1)) * rng.choice([-1, 1], (count, 1))
-    rows = torch.tensor(rows, dtype=torch.float32)
-    new = least_overlap_filters(rows[:kept], rows[kept:], generator(0))
-    assert_orthonormal(new)  # rounding to single precision tilts each row by at most about 1e-7
-    assert np.abs(unit_rows(rows) @ new.double().numpy().T).max() <= 1e-5
+    return torch.tensor(rows[:kept]).float(), torch.tensor(rows[kept:]).float()
 
 
-@pytest.mark.parametrize("difference", [1e-2, 1e-4, 1e-5, 1e-6, 1e-7])
-@pytest.mark.parametrize("copies", [0, 2, 500])
-def test_near_copies(difference, copies):
+def nearly_copies(difference, copies):
     """With room for all, or beside exact copies: rank 20 + 1 in 64 dimensions, 43 new filters are exactly the null
     space, with no room for the near copy's direction."""
     base = randn(20, 64, seed=1)
     if copies:
         near = base[:1] + difference * randn(1, 64, seed=2)
-        kept, dropped = torch.cat([base, near, base[1:2].repeat(copies, 1)]), base[2:3].repeat(43, 1)
-    else:
-        kept = torch.cat([base, base + difference * randn(20, 64, seed=2)])
-        dropped = base[:8] + difference * randn(8, 64, seed=3)
-    new = least_overlap_filters(kept, dropped, generator(0))
-    assert_orthonormal(new)
-    assert np.abs(unit_rows(kept, dropped) @ new.double().numpy().T).max() <= 1e-5
+        return torch.cat([base, near, base[1:2].repeat(copies, 1)]), base[2:3].repeat(43, 1)
+    kept = torch.cat([base, base + difference * randn(20, 64, seed=2)])
+    return kept, base[:8] + difference * randn(8, 64, seed=3)
 
 
-@pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf")], ids=str)
-@pytest.mark.parametrize(("kept", "dropped", "dimension"), [(6, 4, 32), (14, 1, 16), (20, 10, 16), (4, 20, 8)])
-def test_rows_without_a_direction_are_no_obstacle(bad, kept, dropped, dimension):
+def without_a_direction(kept, dropped, dimension, bad):
     kept, dropped = randn(kept, dimension, seed=1), randn(dropped, dimension, seed=2)
     for rows in (kept[::2], dropped[-1:]):
         rows[:, 0] = bad
         if bad == 0:
             rows.zero_()
+    return kept, dropped
+
+
+RANKS = [(20, 10, 32, 12), (60, 20, 32, 12), (40, 1, 16, 15), (3, 3, 8, 2)]
+ODD_SIZES = [(6, 4, 32), (14, 1, 16), (20, 10, 16), (4, 20, 8)]
+ODD = [
+    *((dependent, *sizes, kind) for sizes in RANKS for kind in ("combinations", "copies")),
+    *((nearly_copies, 10.0**-power, copies) for power in (2, 4, 5, 6, 7) for copies in (0, 2, 500)),
+    *((without_a_direction, *sizes, bad) for sizes in ODD_SIZES for bad in (0.0, float("nan"), float("inf"))),
+    *((lambda *sizes: (torch.zeros(sizes[0], 8), torch.zeros(sizes[1], 8)), *sizes) for sizes in [(0, 3), (9, 20)]),
+]
+
+
+@pytest.mark.parametrize("case", ODD, ids=lambda case: " ".join(map(str, case[1:])))
+def test_filters_that_depend_on_each_other_or_have_no_direction(case):
+    make, *arguments = case
+    kept, dropped = make(*arguments)
     assert_least(least_overlap_filters(kept, dropped, generator(0)), kept, dropped, rel=1e-4)
-
-
-@pytest.mark.parametrize(("kept", "dropped", "dimension"), [(0, 3, 8), (5, 8, 8), (9, 20, 8)])
-def test_nothing_but_zero_filters(kept, dropped, dimension):
-    new = least_overlap_filters(torch.zeros(kept, dimension), torch.zeros(dropped, dimension), generator(0))
-    for block in new.split(dimension):
-        assert_orthonormal(block)
 
 
 @pytest.mark.parametrize("gap", [1e-3, 1e-5])

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from plain_nets import IMAGES, largest_dropped, loss_of, plain_net, plain_scheme, readable_net, train
+from plain_nets import IMAGES, in_sub_network, largest_dropped, loss_of, plain_net, plain_scheme, readable_net, train
 from torch import nn
 
-from repr_det import RePr, RePrSchedule, RePrScheme, UserError, apply_repr, find_filter_layers
+from repr_det import RePr, RePrSchedule, UserError, apply_repr
 
 TIMM = {"MADGRAD": 1e-3, "AdaBelief": 1e-3, "Adan": 1e-3, "Lion": 1e-4, "Lamb": 1e-3, "NAdamW": 1e-3, "RMSpropTF": 1e-3}
 SHARES = (1, 1, 1, 1, 1, 1, 0.25, 0.5, 0.75, 1, 1, 1)  # of the rate, with a restore after step 6
@@ -140,13 +140,7 @@ class ScheduleFree(torch.optim.Optimizer):
 def test_weights_that_are_kept_as_state_return_with_the_filter(returns):
     net = readable_net(bias=True)
     optimizer = ScheduleFree(net.parameters(), lr=1e-3)
-    scheme = RePrScheme(find_filter_layers(net, ["*"]), optimizer, model=net, returns=returns)
-    train(net, optimizer, steps=10)
-    scheme.check()
-    scheme.drop()
-    train(net, optimizer, steps=5)
-    assert largest_dropped(scheme) == 0
-    masks = {name: mask.clone() for name, mask in scheme.masks.items()}
+    _, _, scheme, masks = in_sub_network(net, optimizer, 10, 5, model=net, returns=returns)
     kept = {p: optimizer.state[p]["z"].clone() for p in net.parameters()}
     scheme.restore()
     for layer in scheme.layers:
@@ -163,11 +157,8 @@ def test_rprop_moves_what_returned():
     """Its state ``step_size`` is how far an entry goes next: of 0 it would take forever to recover."""
     net = plain_net()
     optimizer = torch.optim.Rprop(net.parameters(), lr=1e-3)
-    _, _, scheme = plain_scheme(net, optimizer)
-    train(net, optimizer, steps=10)
-    scheme.drop()
-    train(net, optimizer, steps=5)
-    mask = scheme.masks["0"].clone()
+    _, _, scheme, masks = in_sub_network(net, optimizer, 10, 5)
+    mask = masks["0"]
     scheme.restore()
     sizes = optimizer.state[net[0].weight]["step_size"]
     torch.testing.assert_close(sizes[mask], sizes[~mask].mean().expand_as(sizes[mask]))
@@ -179,14 +170,7 @@ def test_optimizers_of_timm(kind):
     optim = pytest.importorskip("timm.optim", reason="timm is not installed")
     net = plain_net()
     optimizer = getattr(optim, kind)(net.parameters(), lr=TIMM[kind])
-    _, _, scheme = plain_scheme(net, optimizer)
-    train(net, optimizer, steps=10)
-    scheme.drop()
-    for _ in range(5):
-        train(net, optimizer, steps=1)
-        scheme.check()
-        assert largest_dropped(scheme) == 0
-    masks = {name: mask.clone() for name, mask in scheme.masks.items()}
+    _, _, scheme, masks = in_sub_network(net, optimizer, 10, 5)
     scheme.restore()
     given = {name: net.get_submodule(name).weight[mask].detach().flatten(1) for name, mask in masks.items()}
     train(net, optimizer, steps=1)

@@ -1,17 +1,36 @@
 """Two processes of a plain loop, with gloo on the CPU or NCCL on two GPUs: rank 0 decides, whatever the others would
 have chosen."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import forked
 import pytest
 import torch
 from conftest import GPU, assert_same_weights
-from ranks import CRITERIA, both
+from ranks import CRITERIA
 
 TWO_GPUS = [*GPU, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
+SIMULATED = pytest.mark.skipif("SIMULATED_CUDA_DEVICES" not in os.environ, reason="needs simulated devices")
+BACKENDS = ["gloo", *(pytest.param(name, marks=TWO_GPUS) for name in ("nccl", "cuda:nccl", "cpu:gloo,cuda:nccl"))]
 
 
-@pytest.fixture(scope="module", params=["gloo", pytest.param("nccl", marks=TWO_GPUS)])
+@pytest.fixture(scope="module", params=[*BACKENDS, pytest.param("cuda:xccl", marks=[*TWO_GPUS, SIMULATED])])
 def ranks(request, tmp_path_factory):
-    return both(tmp_path_factory.mktemp("ranks"), request.param)
+    """What each of the two found."""
+    folder, backend = tmp_path_factory.mktemp("ranks"), request.param
+    words = [[str(rank), str(folder), backend] for rank in (0, 1)]
+    if backend == "gloo":
+        commands = [forked.Command(["ranks:main", *own], folder / f"{own[0]}.log") for own in words]
+        assert [command.status(120) for command in commands] == [0, 0], commands[0].text + commands[1].text
+    else:
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        script = [sys.executable, str(Path(__file__).with_name("ranks.py"))]
+        processes = [subprocess.Popen([*script, *own], env=environment) for own in words]
+        assert [process.wait(300) for process in processes] == [0, 0]
+    return [torch.load(folder / f"{rank}.pth", weights_only=True) for rank in (0, 1)]
 
 
 def test_who_takes_part_is_what_all_ranks_have_shown(ranks):

@@ -11,7 +11,6 @@ from gpu_nets import BATCHES, Net, loss_of
 from saliency import SALIENCY
 from small_loop import OPTIONS, config, small_trainer
 from small_loop import train as train_hooked
-from textbook import textbook_overlap
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
@@ -174,18 +173,6 @@ def test_a_reader_whose_kernels_cannot_be_set_leaves_it_to_gamma(how):
     mask = scheme.masks["3.conv1"].clone()
     scheme.restore()
     assert (block.bn1.weight[mask] == (1 if how == "module" else 0)).all()
-
-
-@pytest.mark.parametrize(("build", "returns"), [(BasicBlock, "as_published"), (Bottleneck, "function_preserving")])
-def test_overlaps_told_after_a_restore_are_those_of_the_weights(build, returns):
-    _, scheme = in_sub_network(resnet(build), returns=returns)
-    kept = np.concatenate([textbook_overlap(x.weight[~scheme.masks[x.name]]) for x in scheme.layers])
-    transition = scheme.restore()
-    expected = np.concatenate([textbook_overlap(layer.weight) for layer in scheme.layers])
-    told = np.concatenate([transition.overlaps[layer.name] for layer in scheme.layers])
-    np.testing.assert_allclose(told, expected, atol=2e-6)  # told with 6 decimals
-    assert transition.overlap_after == pytest.approx(expected.mean(), abs=1e-9)
-    assert transition.overlap_before == pytest.approx(kept.mean(), abs=1e-9)
 
 
 @pytest.mark.parametrize("build", BUILDS)

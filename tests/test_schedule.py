@@ -8,12 +8,6 @@ from repr_det.method.errors import UserError
 from repr_det.method.schedule import RePrSchedule
 
 
-def test_the_published_setting():
-    schedule = RePrSchedule(20, 10, 3)
-    assert schedule.drop_iters == (19, 49, 79)
-    assert schedule.restore_iters == (29, 59, 89)
-
-
 @pytest.mark.parametrize(
     ("s1", "s2", "cycles", "start"), [(20, 10, 3, 0), (1, 1, 1, 0), (3, 5, 2, 7), (10, 1, 3, 1), (1, 10, 2, 100)]
 )
@@ -80,8 +74,3 @@ def test_what_is_no_schedule(make, arguments, told):
     with pytest.raises(UserError) as error:
         make(*arguments)
     assert told in str(error.value) and "\n" not in str(error.value)
-
-
-def test_a_schedule_cannot_change():
-    with pytest.raises(AttributeError):
-        RePrSchedule(20, 10, 3).s1_iters = 5
