@@ -372,3 +372,14 @@ def test_what_lies_before_the_first_step_is_left_out():
         seen = []
         train(model, optimizer, data(len(phases)), lambda one=one, seen=seen: seen.append((one.step(), one.phase)[1]))
         assert seen == phases and one.steps == first_step + len(phases)
+
+
+@pytest.mark.parametrize("every", [1, 19, 25])
+def test_a_call_once_an_epoch_is_warned_of_once(caplog, every):
+    model, optimizer = built()
+    one = RePr(model, optimizer, 100, schedule=SCHEDULE)
+    for number in range(1, 51):
+        train(model, optimizer, data(1), one.step if number % every == 0 else lambda: None)
+    one.close()
+    train(model, optimizer, data(30), lambda: None)
+    assert caplog.text.count("20 steps without a call of step()") == (every == 25)

@@ -29,6 +29,8 @@ from repr_det.network.steps import around_step, scale_rates, with_inner
 
 logger = logging.getLogger("repr_det.loop")
 
+_MISSED = 20  # steps of the optimizer after which a missing call of step() is no matter of accumulation
+
 LITTLE = 0.05  # of the trainable weights
 
 
@@ -102,6 +104,9 @@ class RePr:
         self.steps = first_step
         self.logger = logger
         self._announced = self._finished = self._overdue = self._warned = False
+        self._behind = 0  # steps of the optimizer since the last call of step()
+        me = weakref.ref(self)
+        self._watching = around_step(self.scheme.optimizers, after=lambda: _count(me()))
         if loader is not None and passes and self.scheme.needs_batches and not list(passes.batches(1, 0)):
             raise UserError("loader= yields no batch, and transitions look at training batches")
         if self.warmup_iters:
@@ -134,6 +139,7 @@ class RePr:
         """
         iteration = self.steps
         self.steps += 1
+        self._behind = 0
         self.scheme.check()
         self._announce()
         if self._finished:
@@ -193,6 +199,7 @@ class RePr:
     def close(self) -> None:
         """Lets go of the model, for another RePr to take it."""
         self._finished = True
+        self._watch_no_more()
         self.scheme.close()
 
     def state_dict(self) -> dict[str, Any]:
@@ -252,6 +259,10 @@ class RePr:
         if done is not None:
             self.logger.info(describe_transition(iteration, done))
             self._look_for_averages()
+
+    def _watch_no_more(self) -> None:
+        for handle in self._watching:
+            handle.remove()
 
     def _look_for_averages(self) -> None:
         averages = self.scheme.averages
@@ -342,6 +353,19 @@ def describe_transition(iteration: int, done: Transition) -> str:
 
 def _listed(iterations: Sequence[int]) -> str:
     return ", ".join(map(str, iterations))
+
+
+def _count(one: RePr | None) -> None:
+    if one is None or one._finished:
+        return
+    one._behind += 1
+    if one._behind == _MISSED:
+        one.logger.warning(
+            "RePr: the optimizer has made %d steps without a call of step(), which is what total_steps= and the "
+            "schedule count: call it after every step of the optimizer",
+            _MISSED,
+        )
+        one._watch_no_more()
 
 
 def _warn_of_sub_network(end: dict[str, int]) -> None:
