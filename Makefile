@@ -1,5 +1,6 @@
 # make install   .venv with torch, Detectron2 and this package (a second time: seconds)
 # make test      the test suite
+# make slow      tests that need a minute each: wheels, torchrun, simulated GPUs, many rounds
 # make demo      trains baseline and RePr on the embedded shapes on the CPU and prints their COCO AP
 # make portable  the numeric tests with the plainest kernels of torch and oneDNN: other CPUs round otherwise
 # make lint      ruff, mypy on the public API, and which room may import which (.importlinter)
@@ -14,13 +15,18 @@ PROCESSES ?= 2
 NUMERIC = $(addprefix tests/test_, $(addsuffix .py, orthogonality new_filters selection criteria data_criteria redundancy \
     scheme returning calibration held_filters groups proof optimizers rooms ranks))
 
-.PHONY: install test portable demo lint docs soak gpu-report clean
+.PHONY: install test slow portable demo lint docs soak gpu-report clean
 
 install:
 	@tools/install.sh
 
+PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n $(PROCESSES) --dist loadfile $(COVERAGE)
+
 test: install
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n $(PROCESSES) --dist loadfile tests
+	$(PYTEST) -m "not slow" tests
+
+slow: install
+	$(PYTEST) -m slow tests
 
 portable: install
 	OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 \

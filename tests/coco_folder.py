@@ -52,7 +52,7 @@ def folder(tmp_path):
 def catalogs(monkeypatch):
     """Detectron2's catalogs; what a test registers is gone afterwards."""
     for catalog in (DatasetCatalog, MetadataCatalog):
-        monkeypatch.setattr(catalog, "data", {k: v for k, v in catalog.data.items() if not k.startswith("bccd_")})
+        monkeypatch.setattr(catalog, "data", {k: v for k, v in catalog.data.items() if not k.startswith(("bccd_", "shapes_"))})
 
 
 def put(*where, **values):

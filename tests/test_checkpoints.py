@@ -32,8 +32,10 @@ class State:
 
 def test_resumes_from_the_newest_checkpoint_and_says_so(tmp_path, caplog):
     """Its tag is lost; files that no run wrote are no checkpoints of it."""
+    assert not AtomicCheckpointer(nn.Linear(1, 1), "").has_checkpoint()
     model, state = nn.Linear(2, 2), State()
     checkpointer = AtomicCheckpointer(model, str(tmp_path), trainer=state)
+    assert not checkpointer.has_checkpoint()
     for iteration in (9, 99, 100):
         state.iteration = iteration
         nn.init.constant_(model.weight, iteration)
@@ -58,12 +60,6 @@ def test_resumes_from_the_newest_checkpoint_and_says_so(tmp_path, caplog):
     (tmp_path / "last_checkpoint").write_bytes(b"\xff\x00")
     with pytest.raises(UserError, match="which is not there: write the name of a checkpoint in that folder into it"):
         check_last_checkpoint(str(tmp_path))
-
-
-def test_a_new_folder_has_no_checkpoint(tmp_path):
-    assert find_checkpoint(tmp_path) is None
-    assert not AtomicCheckpointer(nn.Linear(1, 1), str(tmp_path)).has_checkpoint()
-    assert not AtomicCheckpointer(nn.Linear(1, 1), "").has_checkpoint()
 
 
 def test_a_run_from_the_beginning_keeps_the_lines_of_another(tmp_path):
@@ -97,25 +93,9 @@ def test_the_checkpoints_of_an_earlier_run_are_kept(tmp_path):
     assert keep_checkpoints(tmp_path) == [] and (tmp_path / "pretrained.pth").exists()
 
 
-def test_a_script_that_trains_anew_in_a_used_folder_destroys_nothing(tiny_cfg, tmp_path, monkeypatch, caplog):
+def test_a_used_folder_is_resumed_with_the_same_model_or_kept_aside(tiny_cfg, tmp_path, monkeypatch, caplog):
     """Trainer without the command, as notebooks use it: cells are run again."""
     monkeypatch.setattr(DefaultTrainer, "before_train", lambda self: None)
-    cfg = tiny_cfg()
-    first = Trainer(cfg)
-    first.iter = 1
-    first.checkpointer.save("model_0000001", iteration=1)
-    before = {path.name: path.read_bytes() for path in (tmp_path / "run").glob("*") if path.stat().st_size}
-    second = Trainer(cfg)
-    second.resume_or_load(resume=False)
-    with caplog.at_level(logging.WARNING, "repr_det.resume"):
-        second.before_train()
-    assert "holds the checkpoints of an earlier run: kept as last_checkpoint.1, model_0000001.pth.1" in caplog.text
-    assert {path.name: path.read_bytes() for path in (tmp_path / "run").glob("*.1")} == {
-        f"{name}.1": content for name, content in before.items()
-    }
-
-
-def test_freeze_at_changed_on_resume_is_refused(tiny_cfg, tmp_path):
     first = Trainer(tiny_cfg())
     first.iter = 1
     first.checkpointer.save("model_0000001", iteration=1)
@@ -124,6 +104,13 @@ def test_freeze_at_changed_on_resume_is_refused(tiny_cfg, tmp_path):
     with pytest.raises(UserError, match=r"this run has \d+ parameters in \d+ groups .*: resume with the same MODEL"):
         other.resume_or_load(resume=True)
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").glob("*")} == before
+    other = Trainer(tiny_cfg())
+    other.resume_or_load(resume=False)
+    with caplog.at_level(logging.WARNING, "repr_det.resume"):
+        other.before_train()
+    assert "holds the checkpoints of an earlier run: kept as last_checkpoint.1, model_0000001.pth.1" in caplog.text
+    kept = {path.stem: path.read_bytes() for path in (tmp_path / "run").glob("*.1")}
+    assert len(kept) == 2 and kept.items() <= before.items()
 
 
 @pytest.mark.parametrize(
@@ -157,7 +144,6 @@ def test_a_rename_that_fails(tmp_path, monkeypatch, name, advice, file):
     ("old", "new", "told"),
     [
         (torch.optim.SGD, torch.optim.AdamW, "momentum.*; this run has 2 parameters in 1 groups with .*betas"),
-        (torch.optim.AdamW, torch.optim.SGD, "betas.*; this run has .*momentum"),
         (torch.optim.AdamW, torch.optim.RMSprop, "betas.*; this run has .*alpha"),
     ],
 )

@@ -56,23 +56,15 @@ def polygons(content, rle=0, **second):
     content["annotations"][1].update(second)
 
 
-def rle(counts):
-    return {"size": [30, 40], "counts": counts}
-
-
 def test_masks(mine):
     assert "segmentation" in refused(mine(lambda content: None, *MASK_ON))
     check_run(mine(polygons, *MASK_ON))
     message = refused(mine(lambda content: polygons(content, rle=2), *MASK_ON))
     assert message.startswith("INPUT.MASK_FORMAT is 'polygon', but ") and message.endswith(": set it to bitmask")
     check_run(mine(lambda content: polygons(content, rle=2), *MASK_ON, "INPUT.MASK_FORMAT", "bitmask"))
-
-    def wrong(content):
-        polygons(content)
-        content["annotations"][1]["segmentation"][0][2] = "4"
-
-    check_run(mine(wrong))
-    message = refused(mine(wrong, *MASK_ON))
+    wrong = [[1, 2, "3", 4, 5, 6]]
+    check_run(mine(lambda content: polygons(content, segmentation=wrong)))
+    message = refused(mine(lambda content: polygons(content, segmentation=wrong), *MASK_ON))
     assert message.startswith("MODEL.MASK_ON is True, but in mine annotation 2 has a polygon with ")
 
 
@@ -81,9 +73,9 @@ def test_masks(mine):
     [
         (None, "segmentation"),
         ({"segmentation": [], "iscrowd": 1}, "segmentation"),
-        ({"segmentation": rle("zzz")}, "annotation 2 has RLE whose counts are not of COCO's compressed form: 'zzz'"),
-        ({"segmentation": rle([0, 1300])}, "annotation 2 has RLE whose counts add up to 1300, not to the 1200 pix"),
-        ({"segmentation": rle(EYE)}, ""),
+        ({"segmentation": {"size": [30, 40], "counts": "zzz"}}, "annotation 2 has RLE whose counts are not of COCO's "),
+        ({"segmentation": {"size": [30, 40], "counts": [0, 1300]}}, "RLE whose counts add up to 1300, not to the 1200"),
+        ({"segmentation": {"size": [30, 40], "counts": EYE}}, ""),
     ],
 )
 def test_masks_that_are_only_evaluated(mine, folder, second, message):
@@ -132,9 +124,6 @@ def test_keypoints_need_metadata_and_one_number(mine, odd, shown):
         assert f"{shown} numbers" in refused(cfg)
     else:
         data_checks.check_datasets(cfg)
-
-
-# ---- several data sets, and their classes ----
 
 
 def two_files(folder: Folder, val_ids: dict[int, str]) -> list[list[str]]:
@@ -191,13 +180,6 @@ def test_images_of_training_in_the_test_set_are_told(folder, catalogs, tmp_path,
     caplog.clear()
     data_checks.check_datasets(cfg, eval_only=True)
     assert not caplog.records
-
-
-def test_one_name_in_place_of_a_tuple_of_names(tiny_cfg):
-    cfg = tiny_cfg().clone()
-    cfg.defrost()
-    cfg.DATASETS.TRAIN = "tiny_train"
-    assert "data sets must be a tuple of names, ('tiny_train',), got 'tiny_train'" in refused(cfg)
 
 
 def test_num_classes_are_those_of_the_run(folder, catalogs, tmp_path):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from types import SimpleNamespace
 
+import averages
 import cifar10
 import cifar10_equal_fit as fit
 import cifar10_tables
@@ -306,3 +307,13 @@ def test_a_study_trains_what_is_missing_and_tells_it_by_seed(study, monkeypatch,
     lines = study(tmp_path).table().splitlines()[2:]
     assert lines[0] == "| standard | 2 | 50.5 ± 0.7 | | 51.5 ± 0.7 | | 80 |"
     assert lines[1] == "| ortho | 2 | 52.5 ± 0.7 | +2.0 (2 pairs) | 53.5 ± 0.7 | +2.0 (2 pairs) | 80 |"
+
+
+def test_averages_end_as_the_page_says():
+    records = [json.loads(line) for line in averages.RUNS.read_text().splitlines()]
+    rows = [line.split("|") for line in averages.table(records).splitlines()]
+    last = {(row[1].strip(), row[2].strip()): float(row[5].split()[0]) for row in rows[2:]}
+    page = " ".join((ROOT / "docs" / "own_loop.md").read_text().split())
+    assert f"ends at {last['50 %', 'averages=']:.1f} % accuracy, otherwise at {last['50 %', 'not told']:.1f} %" in page
+    assert f"ends at {last['5 %', 'averages=']:.1f} % either way" in page
+    assert f"{last['5 %', 'not told']:.1f}" == f"{last['5 %', 'averages=']:.1f}"

@@ -43,6 +43,7 @@ def told(caplog):
     caplog.set_level("INFO", "repr_det")
 
     def events() -> list[tuple[str, int]]:
+        assert "a copy of the model" not in caplog.text  # an average that RePr was not given
         return [(event, int(step)) for event, step in re.findall(r"RePr (\w+) after iteration (\d+)", caplog.text)]
 
     return events

@@ -15,7 +15,7 @@ from detectron2.config import get_cfg
 from detectron2.engine import DefaultTrainer, HookBase, default_setup, hooks
 from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
-from small_loop import OPTIONS, config, hook_of, small_trainer, spelled, train
+from small_loop import OPTIONS, TwoConvs, config, hook_of, small_trainer, spelled, train
 
 from repr_det import RePr, RePrHook, Trainer, UserError, add_repr_config
 from repr_det.commands.processes import STOCK_CONFIG_FILE, write_configs
@@ -305,6 +305,15 @@ def test_averages_begin_again_at_a_restore():
     assert hook.scheme.is_sub and not torch.equal(own, others)
     train(trainer, 5, stop=6)
     assert not hook.scheme.is_sub and torch.equal(own, others)
+
+
+def test_modules_that_are_no_averages():
+    """One whose making failed, and one without numbers, as checks before a run leave them behind."""
+    unmade = TwoConvs.__new__(TwoConvs)
+    with torch.device("meta"):
+        shapes = TwoConvs()
+    train(small_trainer(RePrHook(**OPTIONS)))
+    assert not vars(unmade) and shapes.head.weight.is_meta
 
 
 def first_ones(layer):

@@ -1,5 +1,9 @@
 """Candidates in models that are not Detectron2's; what takes part of them: test_proof.py, too."""
 
+import importlib
+import re
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,6 +15,7 @@ from traced_nets import build, names, reasons, refused, verdicts
 
 from repr_det.method.errors import UserError
 from repr_det.method.layers import find_filter_layers
+from repr_det.network.norms import epsilon, norm_kind
 
 
 def test_torchvision_resnets():
@@ -127,3 +132,19 @@ def test_norms_of_timm():
         assert (found.reason, found.norm) == ("", "1"), norm
     standardised = build(layers.StdConv2d(3, 16, 3), nn.GroupNorm(8, 16), nn.ReLU())
     assert "its weight goes through" in reasons(standardised)["0"]
+
+
+def test_frozen_norms_of_transformers():
+    """By what they do: each has a class of its own, and an eps that it does not tell."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    sources = sorted(Path(transformers.__file__).parent.glob("models/*/modeling_*.py"))
+    found = {}
+    for file in sources:
+        for name in re.findall(r"^class (\w+FrozenBatchNorm2d)\(", file.read_text(), re.M):
+            module = importlib.import_module(f"transformers.models.{file.parent.name}.{file.stem}")
+            found[name] = getattr(module, name)(16)
+    assert len(found) > 10
+    for name, norm in found.items():
+        verdict = verdicts(build(nn.Conv2d(3, 16, 3), norm, nn.ReLU()))["0"]
+        assert (verdict.reason, verdict.norm, verdict.rectified, norm_kind(norm)) == ("", "1", True, "frozen"), name
+        assert epsilon(norm) == pytest.approx(1e-5), name

@@ -1,6 +1,5 @@
 """The options are described once: keyword arguments, config keys, what a resume compares and errors follow from it."""
 
-import dataclasses
 import re
 
 import pytest
@@ -54,18 +53,6 @@ def test_states_without_an_option_are_taken():
         check_resumed(saved, RePrOptions(scale="old").resumed())
 
 
-def smallest_first(layer):
-    return -layer.weight.flatten(1).norm(dim=1)
-
-
-def test_a_function_is_saved_by_its_name(tmp_path):
-    state = built(criterion=smallest_first).state_dict()
-    torch.save(state, tmp_path / "state.pth")
-    loaded = torch.load(tmp_path / "state.pth", weights_only=True)
-    assert loaded["scheme"]["options"]["REPR.CRITERION"] == f"{__name__}.smallest_first"
-    built(criterion=smallest_first).load_state_dict(loaded)
-
-
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -94,11 +81,6 @@ def test_errors_name_what_was_written(given, message):
 def test_what_is_no_option_is_refused_with_those_that_are():
     with pytest.raises(OptionError, match=rf"RePr has no option 'ratio': take one of {', '.join(option_names())}$"):
         RePrOptions.of({"drop_ratio": 0.2, "ratio": 0.3})
-
-
-def test_options_cannot_change():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        RePrOptions().drop_ratio = 0.5
 
 
 @pytest.mark.parametrize("name", option_names())

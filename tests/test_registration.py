@@ -1,8 +1,5 @@
 """Names of data sets: which can be registered, and what is said of those that cannot be used."""
 
-import os
-from pathlib import Path
-
 import pytest
 from coco_folder import Folder, annotation
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -75,22 +72,3 @@ def test_names_that_come_with_the_packages(catalogs, folder, tmp_path, monkeypat
         UserError, match=rf"bccd_val: .*_val\.json does not exist; .* DETECTRON2_DATASETS, .*{tmp_path}"
     ):
         datasets.check_registered("bccd_val")
-
-
-@pytest.mark.parametrize(
-    "name, images, boxes, classes",
-    [
-        ("coco/annotations/instances_train2017.json coco/train2017", 92, 829, 80),
-        ("coco/annotations/instances_val2017.json coco/val2017", 66, 560, 80),
-        ("bccd/annotations/instances_train.json bccd/train", 205, 2804, 3),
-        ("bccd/annotations/instances_val.json bccd/val", 87, 1137, 3),
-    ],
-)
-def test_real_data(name, images, boxes, classes):
-    json_file, image_root = (Path(os.getenv("DETECTRON2_DATASETS", "datasets")) / part for part in name.split())
-    if not json_file.exists():
-        pytest.skip(f"{json_file} is absent")
-    summary = datasets.check_coco_format(json_file, image_root)
-    if summary.num_images > 1000:
-        pytest.skip(f"{json_file} is not the small excerpt whose counts are known")
-    assert (summary.num_images, summary.num_boxes, len(summary.classes)) == (images, boxes, classes)

@@ -116,7 +116,7 @@ def correlations(model: nn.Module, held_out: Data, seed: int) -> dict[str, float
     passes = passes_over(model, held_out)
     layers = find_filter_layers(model, ["*"])
     context = Context(torch.Generator().manual_seed(seed), passes, num_batches=8)
-    harm = torch.cat(list(ablation(layers, passes, list(passes.batches(8, 0))).values()))
+    harm = torch.cat([ablation(layer, passes, list(passes.batches(8, 0))) for layer in layers])
     found = {}
     for name, criterion in sorted(CHOICES.items()):
         scores = torch.cat([score.double() for score in get_criterion(criterion).score(layers, context).values()])

@@ -56,15 +56,16 @@ class Averages:
             module = copy()
             if module is not None and not torch.equal(self._sample(module), before):
                 moved = type(module).__name__
-        others = [one for one in gc.get_objects() if type(one) is type(self._model) and one is not self._model]
+        same = [one for one in gc.get_objects() if type(one) is type(self._model) and one is not self._model]
+        others = [one for one in same if "_parameters" in vars(one)]  # not one whose __init__ has failed
         wanted = _shapes(self._model)
         copies = [one for one in others if _shapes(one) == wanted and not any(one is own for own in self._inside)]
-        without = [one for one in copies if all(parameter.grad is None for parameter in one.parameters())]
+        without = [one for one in copies if all(p.grad is None and not p.is_meta for p in one.parameters())]
         self._copies = [(weakref.ref(one), self._sample(one)) for one in without]
         return moved
 
     def _sample(self, module: nn.Module) -> Tensor:
-        return module.get_parameter(self._trained[0]).detach().clone()
+        return module.get_parameter(self._trained[0]).detach().to("cpu", copy=True)
 
 
 def _shapes(module: nn.Module) -> dict[str, torch.Size]:

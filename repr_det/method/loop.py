@@ -41,11 +41,9 @@ class RePr:
         total_steps: optimizer steps of the whole training.
         schedule: None derives it from the options s1_iters, s2_iters, num_cycles and start_iter.
         first_lr_step: the step at which the learning rate first decays; None if it does not.
-        loader, loss: training batches and ``loss(batch)`` -> scalar, for criteria that look at data and for FrozenBN,
-            see ``passes.passes_over``.
+        loader, loss: training batches and ``loss(batch)``, for criteria that look at data and for FrozenBN.
         passes: the same, for batches of another kind (``passes.TrainingPasses``).
-        sample: what the model is called with once, now, to see who takes part: a batch of images, or a tuple of several
-            arguments. None waits for the first training pass.
+        sample: a batch (or tuple of arguments) that shows at once who takes part, else the first training pass does.
         averages: averages of the weights that follow the model (EMA, SWA): modules, or objects that hold one. They are
             set to the model at every restore.
         first_step: steps that were trained before RePr came in; drops and restores before it are left out.
@@ -81,6 +79,8 @@ class RePr:
         self.options = RePrOptions.of(options)
         if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
             raise OptionError(f"{{total_steps}} must be an integer of at least 1, got {total_steps!r}")
+        if not isinstance(first_step, int) or not 0 <= first_step <= total_steps:
+            raise UserError(f"first_step= must be 0 to total_steps= {total_steps}, got {first_step!r}")
         if (loader is None) != (loss is None) or (loader is not None and passes is not None):
             raise UserError("give loader= and loss= together, or passes=, or none of them")
         model = unwrapped(model)
