@@ -51,10 +51,9 @@ def folder(tmp_path):
 @pytest.fixture
 def catalogs(monkeypatch):
     """Detectron2's catalogs; what a test registers is gone afterwards."""
+    own = ("bccd_", "shapes_")
     for catalog in (DatasetCatalog, MetadataCatalog):
-        monkeypatch.setattr(
-            catalog, "data", {k: v for k, v in catalog.data.items() if not k.startswith(("bccd_", "shapes_"))}
-        )
+        monkeypatch.setattr(catalog, "data", {k: v for k, v in catalog.data.items() if not k.startswith(own)})
 
 
 def put(*where, **values):

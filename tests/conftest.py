@@ -109,16 +109,8 @@ def tiny_data(tmp_path_factory) -> Path:
             w, h = (int(v) for v in rng.integers(12, 40, 2))
             x, y = int(rng.integers(0, width - w)), int(rng.integers(0, height - h))
             image[y : y + h, x : x + w, kind] = 220
-            annotations.append(
-                dict(
-                    id=len(annotations) + 1,
-                    image_id=number,
-                    category_id=kind + 1,
-                    bbox=[x, y, w, h],
-                    area=w * h,
-                    iscrowd=0,
-                )
-            )
+            own = dict(id=len(annotations) + 1, image_id=number, category_id=kind + 1)
+            annotations.append(dict(own, bbox=[x, y, w, h], area=w * h, iscrowd=0))
         cv2.imwrite(str(root / "images" / f"{number}.png"), image)
         images.append(dict(id=number, file_name=f"{number}.png", height=height, width=width))
     categories = [dict(id=1, name="blue"), dict(id=2, name="green")]

@@ -1,6 +1,5 @@
 """What goes wrong in a run, or is watched there: functions that a forked command calls before it begins."""
 
-import json
 import os
 import signal
 import threading
@@ -9,7 +8,6 @@ from pathlib import Path
 import torch
 from detectron2.engine import hooks
 from detectron2.evaluation import COCOEvaluator
-from detectron2.modeling import GeneralizedRCNN
 from detectron2.utils import comm
 
 import repr_det.method.holding
@@ -73,18 +71,16 @@ def kill_at(moment: str, iteration: int) -> None:
             file.flush()
             die()
 
-    if moment == "drop":
-        around(repr_det.method.holding, "zero_optimizer_state_", die_at_call(3))  # some layers, others not yet
-    elif moment == "restore":
-        around(repr_det.method.scheme, "put_back", die_at_call(3))
-    elif moment == "evaluation":
-        around(COCOEvaluator, "process", die_at_call(2))
-    elif moment == "tag":
-        around(repr_det.runs.checkpoints, "write_atomically", die_at_call(0))
-    elif moment == "final":
-        around(AtomicCheckpointer, "save", lambda _, name: die() if name == "model_final" else None)
-    elif moment == "save":
-        around(torch, "save", half)
+    calls = {
+        "drop": (repr_det.method.holding, "zero_optimizer_state_", die_at_call(3)),  # some layers, others not yet
+        "restore": (repr_det.method.scheme, "put_back", die_at_call(3)),
+        "evaluation": (COCOEvaluator, "process", die_at_call(2)),
+        "tag": (repr_det.runs.checkpoints, "write_atomically", die_at_call(0)),
+        "final": (AtomicCheckpointer, "save", lambda _, name: die() if name == "model_final" else None),
+        "save": (torch, "save", half),
+    }
+    if moment in calls:
+        around(*calls[moment])
 
 
 def signal_at(how: str, rank: str, iteration: int, seconds: float, once: str) -> None:
@@ -112,23 +108,15 @@ def signal_at(how: str, rank: str, iteration: int, seconds: float, once: str) ->
     around(Trainer, "run_step", begin)
 
 
-def tell(folder: str, *misbehave: object) -> None:
-    """Writes what a run begins with (start.pth) and the images that each rank trains on, a line an iteration."""
-    folder, training = Path(folder), []
+def tell(file: str, *misbehave: object) -> None:
+    """Rank 0 writes what a run begins with."""
 
     def begin(trainer):
-        training.append(trainer.iter)
         if trainer.iter == trainer.start_iter and comm.get_rank() == 0:
             model = getattr(trainer.model, "module", trainer.model).state_dict()
-            torch.save({"model": model, "trainer": trainer.state_dict()}, folder / "start.pth")
+            torch.save({"model": model, "trainer": trainer.state_dict()}, file)
 
-    def list_images(model, batch):
-        if training:  # extra passes are not the training's
-            with open(folder / f"rank{comm.get_rank()}.json", "a") as file:
-                file.write(json.dumps([image["image_id"] for image in batch]) + "\n")
-
-    around(Trainer, "run_step", begin, lambda trainer: training.clear())
-    around(GeneralizedRCNN, "forward", list_images)
+    around(Trainer, "run_step", begin)
     if misbehave:
         signal_at(*misbehave)
 

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import io
-import re
 import sys
 import zipfile
 from pathlib import Path
@@ -71,9 +70,8 @@ def study(tmp_path, folder, monkeypatch):
     monkeypatch.setattr(training, "prepare_process", lambda: None)  # it would outlive the test
 
     def run(*options):
-        monkeypatch.setattr(
-            sys, "argv", ["cifar10.py", "--data", str(folder), "--output", str(tmp_path), *TINY, *options]
-        )
+        words = ["cifar10.py", "--data", str(folder), "--output", str(tmp_path), *TINY, *options]
+        monkeypatch.setattr(sys, "argv", words)
         cifar10.main()
         return records.read(tmp_path / "runs.jsonl")
 
@@ -106,27 +104,15 @@ def test_folder_zip_and_torchvisions_files_are_the_same_images(folder, parts, tm
     assert all(torch.equal(held.train.pixels, parts["train"].pixels) for held in found)
     assert all(torch.equal(held.test.classes, parts["test"].classes) for held in found)
     assert len({held.digest for held in found}) == 1
-    monkeypatch.setattr(data, "_reader", None)
-    assert data.load(folder, tmp_path / "cache").digest == found[0].digest  # decoded once
-
-
-BROKEN = [
-    (lambda root: (root / "train/frog/0024.png").unlink(), "/train/frog must hold 4 images, got 3: unpack"),
-    (lambda root: (root / "test").rename(root / "tset"), "/test/airplane must hold 2 images, got 0: unpack"),
-    (
-        lambda root: (root / "test/cat/0006.png").write_bytes(b"\x89PNG"),
-        "0006.png cannot be read as an image of 32 x 32",
-    ),
-    (lambda root: root.rename(root.parent / "elsewhere"), "images does not exist: give a folder with train/ and test/"),
-]
-
-
-@pytest.mark.parametrize(("damage", "line"), BROKEN)
-def test_broken_data_are_named_in_one_line(folder, tmp_path, damage, line):
-    damage(folder)
-    with pytest.raises(UserError, match=re.escape(line)) as raised:
-        data.load(folder, tmp_path / "cache")
-    assert "\n" not in str(raised.value) and not (tmp_path / "cache").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "_reader", None)
+        assert data.load(folder, tmp_path / "cache").digest == found[0].digest  # decoded once
+    (folder / "test/cat/0006.png").write_bytes(b"\x89PNG")
+    with pytest.raises(UserError, match=r"^[^\n]*0006\.png cannot be read as an image of 32 x 32"):
+        data.load(folder, tmp_path / "other")
+    (folder / "train/frog/0024.png").unlink()
+    with pytest.raises(UserError, match=r"/train/frog must hold 4 images, got 3: unpack"):
+        data.load(folder, tmp_path / "other")
 
 
 def test_a_subset_has_equally_many_of_each_class(parts):
@@ -217,11 +203,7 @@ def test_a_step_minimises_the_loss_that_the_options_name(feed):
     loss += 0.3 * 16 * (np.exp(wanted) * (wanted - student)).sum(1).mean()
     loss += 0.01 * overlap([c.weight.detach().double().numpy() for c in network.convs(model)])
     assert record["loss_curve"] == [pytest.approx(loss, rel=1e-5)]
-
-
-def test_the_overlap_penalty_leaves_dropped_filters_alone():
-    model = network.build("3x3")
-    model[3].weight.data[5] = 0
+    model[3].weight.data[5] = 0  # dropped: left alone
     training.overlap_penalty(model).backward()
     assert model[3].weight.grad[5].count_nonzero() == 0 and model[3].weight.grad.isfinite().all()
 
@@ -230,9 +212,8 @@ def test_the_overlap_penalty_leaves_dropped_filters_alone():
 def test_standard_and_repr_train_the_same_until_the_first_drop(feed, options):
     plain, standard = training.train(settings(**options), feed)
     new, record = training.train(settings(row="ortho", **options), feed)
-    assert (
-        standard["loss_curve"][:2] == record["loss_curve"][:2] and standard["loss_curve"][2] != record["loss_curve"][2]
-    )
+    equal = [a == b for a, b in zip(standard["loss_curve"], record["loss_curve"], strict=True)]
+    assert equal[:3] == [True, True, False]
     assert [event["epoch"] for event in record["events"]] == [2, 3, 5, 6, 8, 9]
     assert sum(map(len, record["events"][0]["dropped"].values())) == 28
     for index, (stays, parted) in enumerate(zip(filters(plain), filters(new), strict=True)):

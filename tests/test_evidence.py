@@ -99,22 +99,9 @@ def test_the_table_pairs_forms_with_the_baseline_of_the_same_setting(tmp_path):
     assert report.lines(*report.read(file, "ema"))[0][3] == "59.0"
 
 
-def test_the_committed_runs_are_whole():
-    lines = (FOLDER / "fine_tuning_search.jsonl").read_text().splitlines()
-    runs = [json.loads(line)["run"] for line in lines]
-    assert len({(run["name"], run["seed"]) for run in runs}) == len(runs) > 20
-
-
 def cifar_run(row, seed, curve, train, **own):
-    settings = {
-        "row": row,
-        "seed": seed,
-        "train_images": 100,
-        "optimizer": "sgd",
-        "lr": 0.05,
-        "weight_decay": 0.0,
-        "s1": None,
-    }
+    settings = {"row": row, "seed": seed, "train_images": 100, "optimizer": "sgd", "lr": 0.05}
+    settings |= {"weight_decay": 0.0, "s1": None}
     epochs = list(range(1, len(curve) + 1))
     return {"settings": settings | own, "curve": curve, "train_curve": train, "curve_epochs": epochs}
 
@@ -165,13 +152,8 @@ def test_a_line_of_the_cifar_tables_is_the_runs_of_its_options(tmp_path):
     def lines(options, *finals):
         args = cifar10.parse([*options.split(), "--seeds", *map(str, range(len(finals)))])
         for settings, value in zip(cifar10.plan(args, "digest"), finals, strict=True):
-            record = {
-                "final": value,
-                "best": value + 1,
-                "train": 2 * value,
-                "curve": [0, value],
-                "curve_epochs": [1, 60],
-            }
+            record = {"final": value, "best": value + 1, "train": 2 * value}
+            record |= {"curve": [0, value], "curve_epochs": [1, 60]}
             yield json.dumps({**record, "settings": vars(settings)}) + "\n"
 
     small, short = cifar10_tables.SMALL, cifar10_tables.SHORT
@@ -194,11 +176,9 @@ def test_a_line_of_the_cifar_tables_is_the_runs_of_its_options(tmp_path):
 
 
 def test_a_run_of_the_search_takes_a_criterion_of_the_examples(tiny_cfg):
-    hooks = [
-        fine_tuning_search.repr_hook(tiny_cfg("REPR.ENABLED", "True", "REPR.CRITERION", name))
-        for name in ("taylor", "redundant")
-    ]
-    assert hooks[0].options.criterion is SALIENCY["taylor"] and hooks[1].options.criterion == "redundant"
+    for name, criterion in (("taylor", SALIENCY["taylor"]), ("redundant", "redundant")):
+        cfg = tiny_cfg("REPR.ENABLED", "True", "REPR.CRITERION", name)
+        assert fine_tuning_search.repr_hook(cfg).options.criterion == criterion
 
 
 def test_planted_copies_are_a_narrower_block_and_stay_copies():
@@ -217,12 +197,10 @@ def test_planted_copies_are_a_narrower_block_and_stay_copies():
         assert torch.allclose(block.train(mode)(images), narrow.train(mode)(images), atol=1e-5)
 
     optimizer = torch.optim.SGD(block.parameters(), 0.1, momentum=0.9, weight_decay=0.01)
-    before = block.conv1.weight.detach().clone()
     for _ in range(5):
         optimizer.zero_grad()
         block(torch.randn(4, 8, 6, 6)).square().mean().backward()
         optimizer.step()
-    assert (block.conv1.weight - before).abs().max() > 0.01
     for conv in (block.conv1, block.conv2):
         for copy, origin in enumerate([0, 1, 2, 0, 1, 2, 0, 1]):
             assert torch.allclose(conv.weight[copy], conv.weight[origin], atol=1e-4)
@@ -230,32 +208,33 @@ def test_planted_copies_are_a_narrower_block_and_stay_copies():
     assert fine_tuning_plant.plant_copies(block, 0.5) == 4
 
 
-@pytest.mark.parametrize("remedy", [remedies.with_noise(0.1), remedies.new(), remedies.new(silent=False)])
-def test_a_remedy_leaves_the_old_filters_and_parts_the_copies(remedy):
-    study = remedies.Study("digest")
-    row = remedies.Row(f"{remedies.COPIES} --rows standard", remedy)
-    settings = study.settings(row, 0)
-    begin, copies = (study.start(one, settings) for one in (row, dataclasses.replace(row, remedy=None)))
-    first = begin[0].weight.flatten(1)
-    assert torch.equal(first[:8], copies[0].weight.flatten(1)[:8])
-    assert torch.linalg.matrix_rank(copies[0].weight.flatten(1)) == 8
-    assert torch.linalg.matrix_rank(first) == 27  # of 27 inputs
-
-
-@pytest.mark.parametrize("remedy", [None, remedies.new()])
-def test_a_widened_network_is_the_narrow_one(remedy):
+@pytest.fixture
+def start():
+    """``start(options, remedy)`` -> the network that a row of the remedies begins with."""
     study = remedies.Study("digest")
     study._narrow[0] = network.build(network.NARROW)
-    row = remedies.Row(f"{remedies.GROWN} --rows standard", remedy, grown=True)
-    images = torch.randn(3, 3, 32, 32)
-    assert torch.allclose(study.start(row, study.settings(row, 0))(images), study._narrow[0](images), atol=1e-5)
+
+    def build(options, remedy, **own):
+        row = remedies.Row(f"{options} --rows standard", remedy, **own)
+        return study.start(row, study.settings(row, 0)), study._narrow[0]
+
+    return build
 
 
-def test_new_filters_in_place_of_dead_ones_change_nothing_where_their_readers_begin_at_0():
-    study = remedies.Study("digest")
-    rows = [remedies.Row(f"{remedies.DEAD} --rows standard", remedy) for remedy in (None, remedies.new(copies=False))]
+@pytest.mark.parametrize("remedy", [remedies.with_noise(0.1), remedies.new(), remedies.new(silent=False)])
+def test_a_remedy_leaves_the_old_filters_and_parts_the_copies(start, remedy):
+    first, copies = (start(remedies.COPIES, one)[0][0].weight.flatten(1) for one in (remedy, None))
+    assert torch.equal(first[:8], copies[:8])
+    assert torch.linalg.matrix_rank(copies) == 8 and torch.linalg.matrix_rank(first) == 27  # of 27 inputs
+
+
+def test_new_filters_whose_readers_begin_at_0_change_nothing(start):
+    """In a widened network, and in place of dead ones."""
     images = torch.randn(3, 3, 32, 32)
-    dead, alive = (study.start(row, study.settings(row, 0)) for row in rows)
+    for remedy in (None, remedies.new()):
+        wide, narrow = start(remedies.GROWN, remedy, grown=True)
+        assert torch.allclose(wide(images), narrow(images), atol=1e-5)
+    dead, alive = (start(remedies.DEAD, remedy)[0] for remedy in (None, remedies.new(copies=False)))
     assert torch.allclose(alive(images), dead(images), atol=1e-5)
     assert (alive[0](images) > 0).flatten(2).any(2).all(0).all() and not (dead[0](images)[:, 8:] > 0).any()
 

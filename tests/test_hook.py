@@ -9,19 +9,19 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import At, assert_same_weights
+from conftest import assert_same_weights
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.engine import DefaultTrainer, HookBase, default_setup, hooks
 from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
 from small_loop import OPTIONS, TwoConvs, config, hook_of, small_trainer, spelled, train
+from test_options import OTHERS
 
 from repr_det import RePr, RePrHook, Trainer, UserError, add_repr_config
 from repr_det.commands.processes import STOCK_CONFIG_FILE, write_configs
 from repr_det.detectron.config import options_of_config, without_repr
 from repr_det.detectron.passes import calibration_batches, training_passes
-from repr_det.method.options import option_names
 from repr_det.network.state import random_state
 
 SCHEDULE = "SOLVER.MAX_ITER 8 REPR.ENABLED True REPR.S1_ITERS 2 REPR.S2_ITERS 1 REPR.NUM_CYCLES 2".split()
@@ -183,18 +183,9 @@ def test_alone_in_a_simple_trainer_and_resumed_bit_for_bit(norm, stop):
     assert_same_weights(straight.model.state_dict(), resumed.model.state_dict())
 
 
-# Of every option another value than its default; a new option has to be added here.
-OTHERS = {
-    "s1_iters": 3, "s2_iters": 3, "num_cycles": 2, "start_iter": 1, "drop_ratio": 0.4, "max_drop_per_layer": 0.6,
-    "criterion": "weight_norm", "criterion_batches": 3, "layers": ["backbone.*"], "exclude": ["*.conv9"],
-    "scale": "old", "frozen_norm": "keep", "calibration_batches": 3, "returns": "function_preserving",
-    "warmup_iters": 2,
-}  # fmt: skip
-
-
 def test_plain_arguments_are_those_of_a_config_bit_for_bit():
     """With every option away from its default."""
-    chosen = OTHERS | {"layers": ["backbone.conv?"], "criterion": "apoz", "frozen_norm": "recalibrate"}
+    chosen = OTHERS | {"layers": ["backbone.conv?"], "criterion": "apoz", "frozen_norm": "recalibrate", "num_cycles": 2}
     ends = []
     for way in WAYS:
         hook = hook_of(way, 20, **chosen)
@@ -213,9 +204,6 @@ def test_plain_arguments_are_those_of_a_config_bit_for_bit():
     ("options", "steps", "message"),
     [
         ({}, 6, "{s2_iters} 2) = 6 iterations and then some of the full network, but {total_steps} is 6"),
-        ({"s2_iters": 0}, 8, "{s1_iters} is 4 and {s2_iters} 0: set both, or leave both 0"),
-        ({"drop_ratio": 1.3}, 8, "{drop_ratio} must be in (0, 1), got 1.3"),
-        ({"max_drop_per_layer": 0.1}, 8, "{max_drop_per_layer} must be at least {drop_ratio} 0.3, got 0.1"),
         ({"criterion": "orto"}, 8, "{criterion} must be one of apoz, "),
         ({"layers": ["nothing*"]}, 8, "{layers} ['nothing*'] matches no trainable Conv2d; the closest"),
         ({"layers": ["head"]}, 8, "no filter can be dropped of the convs that {layers} names: head (its channels le"),
@@ -227,37 +215,22 @@ def test_wrong_options_are_refused_before_the_first_step_by_the_names_that_were_
     assert spelled(message, way) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_detector_in_which_nothing_can_be_dropped_is_refused_before_the_first_step(tiny_cfg):
-    trainer = Trainer(tiny_cfg(*SCHEDULE, "MODEL.RESNETS.NORM", "LN", "DATASETS.TEST", "()"))
-    trainer.register_hooks([At(0, lambda: pytest.fail("a step"))])
-    with pytest.raises(UserError, match=r"no filter can be dropped of the convs that REPR\.LAYERS\.INCLUDE ") as error:
-        trainer.train()
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("way", "name"), [*(("config", name) for name in option_names()), ("plain", "s1_iters"), ("plain", "layers")]
-)
+@pytest.mark.parametrize("way", [*WAYS, "a schedule that is known in before_train"])
+@pytest.mark.parametrize("name", ["s1_iters", "drop_ratio", "layers"])
 def test_a_resumed_run_must_have_the_same_options(way, name):
-    hook = hook_of(way, 20, **OPTIONS)
-    trainer = small_trainer(hook, steps=20)
+    """Every option in test_options."""
+
+    def begun(**options):
+        return small_trainer(hook_of(way, 20, **OPTIONS | options) if way in WAYS else RePrHook(**OPTIONS | options))
+
+    trainer, other = begun(), begun(**{name: OTHERS[name]})
     train(trainer, stop=5)  # in the sub-network phase
-    other = small_trainer(hook_of(way, 20, **(OPTIONS | {name: OTHERS[name]})), steps=20)
     with pytest.raises(UserError) as error:
         other.load_state_dict(trainer.state_dict())
-    was = getattr(hook.options, name)
+        train(other, 5)
+    was = getattr(trainer._hooks[0].options, name)
     was = list(was) if isinstance(was, tuple) else was
     assert spelled(f"trained with {{{name}}} {was}, this run has {OTHERS[name]}", way) in str(error.value)
-
-
-def test_a_schedule_that_the_trainer_tells_is_compared_too():
-    """Without total_steps= it is known in before_train."""
-    trainer = small_trainer(RePrHook(**OPTIONS))
-    train(trainer, stop=3)
-    other = small_trainer(RePrHook(**OPTIONS | {"s1_iters": 3}))
-    other.load_state_dict(trainer.state_dict())
-    with pytest.raises(UserError, match="trained with s1_iters= 4, this run has 3"):
-        train(other, 3)
 
 
 def test_a_resumed_run_may_have_other_batches():
@@ -268,13 +241,6 @@ def test_a_resumed_run_may_have_other_batches():
     larger.load_state_dict(trainer.state_dict())
     train(larger, 5)
     assert larger._hooks[0].scheme.cycle == 1
-
-
-def test_resume_with_the_other_arm_is_refused(tiny_cfg):
-    trained(Trainer, tiny_cfg(*SCHEDULE, "SOLVER.CHECKPOINT_PERIOD", 2, "DATASETS.TEST", "()"))
-    baseline = Trainer(tiny_cfg("SOLVER.MAX_ITER", "8"))
-    with pytest.raises(UserError, match="trained with RePr on, this run has it off"):
-        baseline.resume_or_load(resume=True)
 
 
 def test_a_second_repr_on_a_model_is_refused():

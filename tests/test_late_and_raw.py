@@ -10,15 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import At, interrupt
+from conftest import At, assert_same_weights, interrupt
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase, SimpleTrainer, hooks
 from detectron2.solver import build_lr_scheduler
 from small_loop import TwoConvs, batch
+from small_loop import config as small_config
 from torch import nn
 
-from repr_det import RePrHook, UserError, add_repr_config
+from repr_det import RePrHook, UserError
 from repr_det.detectron import evaluators
 from repr_det.detectron.evaluators import build_evaluator, check_evaluators
 from repr_det.detectron.hook import first_later_hook
@@ -28,15 +29,9 @@ from repr_det.runs.resume import apply_settings, settings_of
 
 
 def config(folder, *opts):
-    cfg = get_cfg()
-    add_repr_config(cfg)
-    # Drops after iterations 1 and 5, restores after 3 and 7.
-    cfg.merge_from_list([
-        *("OUTPUT_DIR", str(folder), "SEED", 3, "SOLVER.MAX_ITER", 12, "SOLVER.IMS_PER_BATCH", 2),
-        *("REPR.ENABLED", True, "REPR.S1_ITERS", 2, "REPR.S2_ITERS", 2, "REPR.NUM_CYCLES", 2, "DATASETS.TRAIN", ()),
-        *("REPR.LAYERS.INCLUDE", ["backbone.conv*"], *opts),
-    ])  # fmt: skip
-    cfg.freeze()
+    """Drops after iterations 1 and 5, restores after 3 and 7."""
+    cfg = small_config(12, s1_iters=2, s2_iters=2, num_cycles=2, layers=["backbone.conv*"])
+    cfg.merge_from_list(["OUTPUT_DIR", str(folder), *opts])
     return cfg
 
 
@@ -84,11 +79,6 @@ def trained(folder, cfg, stop=12, resume=False, late=False, front=(), loader=Fro
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def assert_same(a, b):
-    for name, value in a.items():
-        assert torch.equal(value, b[name]), name
-
-
 def events(folder):
     lines = [json.loads(line) for line in (Path(folder) / "repr_events.jsonl").read_text().splitlines()]
     return [(line["iteration"], line["event"], line["cycle"]) for line in lines]
@@ -106,7 +96,7 @@ def straight(tmp_path):
 def test_hook_registered_after_the_checkpoint_was_loaded(tmp_path, straight, stop):
     cfg = config(tmp_path / "run")
     trained(tmp_path / "run", cfg, stop)
-    assert_same(trained(tmp_path / "run", cfg, resume=True, late=True), straight)
+    assert_same_weights(trained(tmp_path / "run", cfg, resume=True, late=True), straight)
     assert events(tmp_path / "run") == ALL
 
 
@@ -140,7 +130,7 @@ def test_saved_in_front_of_the_transition_of_the_same_iteration(tmp_path, straig
     cfg = config(tmp_path / "run")
     trained(tmp_path / "run", cfg, at + 1, front=[SaveInFront([at])])
     (tmp_path / "run" / "last_checkpoint").write_text(f"mine_{at}.pth")
-    assert_same(trained(tmp_path / "run", cfg, resume=True), straight)
+    assert_same_weights(trained(tmp_path / "run", cfg, resume=True), straight)
     assert events(tmp_path / "run") == ALL
 
 

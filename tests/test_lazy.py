@@ -108,31 +108,18 @@ def test_a_node_of_version_0_2_0_says_the_same(caplog):
     assert "REPR.SLIM" in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("overrides", "steps"),
-    [
-        ([], (600, 800)),  # milestones count in units of the last one
-        (
-            ["lr_multiplier.scheduler.num_updates=180000", "lr_multiplier.scheduler.milestones=[60000,80000]"],
-            (300, 400),
-        ),
-    ],
-)
-@pytest.mark.parametrize("bare", [False, True])
-def test_learning_rate_steps(overrides, steps, bare):
-    """Where the multiplier steps, with or without the warm-up around it."""
-    lazy = load_lazy_config(CONFIG, ["train.max_iter=900", *overrides])
-    scheduler = instantiate(lazy.lr_multiplier.scheduler)
-    if bare:
+def test_learning_rate_steps():
+    """Where the multiplier steps, with or without the warm-up around it; half of a cosine."""
+    updates = ["lr_multiplier.scheduler.num_updates=180000", "lr_multiplier.scheduler.milestones=[60000,80000]"]
+    for overrides, steps in (([], (600, 800)), (updates, (300, 400))):  # milestones count in units of the last one
+        lazy = load_lazy_config(CONFIG, ["train.max_iter=900", *overrides])
+        assert steps == repr_cfg_from_lazy(lazy).SOLVER.STEPS
+        scheduler = instantiate(lazy.lr_multiplier.scheduler)
+        assert all(scheduler(step / 900) < scheduler((step - 1) / 900) for step in steps)
         lazy.lr_multiplier = OmegaConf.to_container(lazy.lr_multiplier.scheduler)
-    assert repr_cfg_from_lazy(lazy).SOLVER.get("STEPS") == steps
-    for step in steps:
-        assert scheduler(step / 900) < scheduler((step - 1) / 900)
-
-
-def test_a_cosine():
-    lazy = load_lazy_config(CONFIG, ["repr.num_cycles=1", "train.max_iter=9000"])
+        assert steps == repr_cfg_from_lazy(lazy).SOLVER.STEPS
     lazy.lr_multiplier = {"_target_": CosineParamScheduler, "start_value": 1, "end_value": 0}
+    lazy.repr.num_cycles, lazy.train.max_iter = 1, 9000
     yacs = repr_cfg_from_lazy(lazy)
     assert yacs.SOLVER.STEPS == (4500,) and schedule_from_config(yacs).end_iter == 3375  # 3/4 of half the rate
 
@@ -189,11 +176,7 @@ def test_command_line(small_config, tmp_path):
         ("small", "repr.drop_ratio=many", "the node repr of the LazyConfig: Type mismatch"),
         ("small", "repr=3", "repr must be L(RePrHook)(...) or a dict with the keys of REPR, got"),
         ("small", "repr.s1_iters=50", "needs repr.start_iter 0 + repr.num_cycles 1 x (repr.s1_iters 50 + repr.s2"),
-        (
-            "small",
-            "repr.layers=['backbone.res4.*.conv2']",
-            "repr.layers ['backbone.res4.*.conv2'] matches no trainable",
-        ),
+        ("small", "repr.layers=['backbone.res4']", "repr.layers ['backbone.res4'] matches no trainable"),
         ("small", "repr.returns=median_gamma", "repr.returns median_gamma went in version 0.3.0"),
         ("old", "repr.NOPE=1", "the node repr of the LazyConfig: Non-existent config key: REPR.NO"),
         ("old", "repr.DROP_RATIO=1.5", "repr.DROP_RATIO must be in (0, 1), got 1.5"),
@@ -207,17 +190,12 @@ def test_command_line(small_config, tmp_path):
         ("small", "train.checkpointer.period=0", "train.checkpointer.period must be at least 1, got 0"),
         (
             "small",
-            "dataloader.evaluator.dataset_name=vv",
+            "dataloader.evaluator.dataset_name=v",
             "dataset_name must be that of dataloader.test (tiny_val), got",
         ),
-        (
-            "small",
-            "train.max_itr=5",
-            "override train.max_itr: the config has no 'max_itr' in train; did you mean train.max",
-        ),
+        ("small", "train.max_itr=5", "override train.max_itr: the config has no 'max_itr' in train; did you mean trai"),
         ("small", "optimzer.lr=0.1", "the config has no 'optimzer' in it; did you mean optimizer?"),
         ("small", "optimizer.learning_rate=0.1", "the config has no 'learning_rate' in optimizer; it has"),
-        ("small", "train.amp.enable=True", "did you mean train.amp.enabled?"),
         ("small", "model.backbone.out_chanels=3", "did you mean model.backbone.out_channels?"),
         ("small", "train.max_iter.x=3", "the config has no 'x' in train.max_iter"),
         ("small", f"{AUGMENTATIONS}.9.max_size=3", f"the config has no '9' in {AUGMENTATIONS}"),

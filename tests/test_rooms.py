@@ -15,7 +15,6 @@ from conftest import SMALL, end_of
 from detectron2.engine import HookBase
 from torch import nn
 
-import repr_det
 from repr_det import RePr, RePrHook, RePrSchedule
 
 HERE = Path(__file__).parent
@@ -54,18 +53,12 @@ def test_the_method_runs_one_cycle_without_detectron2():
     assert done.stdout.startswith("4 repr_det.RePrHook needs Detectron2, which is not installed")  # floor(0.3 * 16)
 
 
-def test_what_users_import():
-    names = "RePrHook RePrScheme RePrSchedule Trainer UserError add_repr_config find_filter_layers"
-    for name in names.split():
-        assert getattr(repr_det, name).__name__ == name
-
-
 def assert_new_directions(weight: torch.Tensor, mask: torch.Tensor, old: torch.Tensor) -> None:
     """Restored filters are orthogonal to each other, to the kept ones and to their old values, where there is room."""
     rows = torch.nn.functional.normalize(torch.cat([weight[mask], weight[~mask], old]).double().flatten(1))
     cosines = (rows[: int(mask.sum())] @ rows.T).abs()
     cosines.fill_diagonal_(0)
-    if len(rows) <= rows.shape[1]:
+    if mask.any() and len(rows) <= rows.shape[1]:
         assert cosines.max() < 1e-5
 
 
@@ -95,7 +88,6 @@ def test_a_loop_of_version_0_2_0_is_resumed(norm):
     assert {name: mask.tolist() for name, mask in one.scheme.masks.items()} == {
         name: mask.tolist() for name, mask in state["masks"].items()
     }
-    before = {name: value.clone() for name, value in model.state_dict().items()}
     for images, classes in batches[5:]:
         optimizer.zero_grad()
         F.cross_entropy(model(images), classes).backward()
@@ -117,7 +109,6 @@ def test_a_loop_of_version_0_2_0_is_resumed(norm):
                     torch.testing.assert_close(moments, old["moments"].to(moments), rtol=1e-3, atol=1e-4)
     assert (one.steps, one.phase, one.scheme.cycle) == (12, "full", 1)
     assert all(torch.isfinite(value).all() for value in model.state_dict().values())
-    assert not any(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
 def test_a_run_of_version_0_1_0_is_resumed(tiny_cfg, tmp_path):
@@ -127,14 +118,14 @@ def test_a_run_of_version_0_1_0_is_resumed(tiny_cfg, tmp_path):
         archive.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))  # not in 3.11.2
     tiny = (
         "MODEL.BACKBONE.NAME build_resnet_fpn_backbone MODEL.RESNETS.DEPTH 50 MODEL.RESNETS.RES2_OUT_CHANNELS 4 "
-        "MODEL.RESNETS.WIDTH_PER_GROUP 2 "
-        "MODEL.RESNETS.STEM_OUT_CHANNELS 4 MODEL.FPN.OUT_CHANNELS 8 MODEL.ROI_BOX_HEAD.FC_DIM 8 SOLVER.MAX_ITER 8 "
+        "MODEL.RESNETS.WIDTH_PER_GROUP 2 MODEL.RESNETS.STEM_OUT_CHANNELS 4 MODEL.FPN.OUT_CHANNELS 8 "
+        "MODEL.ROI_BOX_HEAD.FC_DIM 8 SOLVER.MAX_ITER 8 "
         "REPR.ENABLED True REPR.S1_ITERS 2 REPR.S2_ITERS 3 REPR.NUM_CYCLES 1 SOLVER.CHECKPOINT_PERIOD 4"
     )
     start = torch.load(folder / "model_0000003.pth", weights_only=True)
     state = start["trainer"]["hooks"]["RePrHook"]
     state = state.get("scheme", state)
-    restored = {}
+    assert sum(int(mask.sum()) for mask in state["masks"].values()) > 0
 
     class Look(HookBase):
         def before_step(self):
@@ -142,17 +133,13 @@ def test_a_run_of_version_0_1_0_is_resumed(tiny_cfg, tmp_path):
                 scheme = next(hook.scheme for hook in self.trainer._hooks if isinstance(hook, RePrHook))
                 assert scheme.is_sub and scheme.cycle == state["cycle"] == 0
                 assert all(torch.equal(mask, state["masks"][name]) for name, mask in scheme.masks.items())
-                assert scheme.num_dropped == sum(int(mask.sum()) for mask in state["masks"].values()) > 0
             elif self.trainer.iter == 5:
-                restored.update({k: v.clone() for k, v in self.trainer.model.state_dict().items()})
+                for name, old in state["old"].items():
+                    weight, mask = self.trainer.model.get_submodule(name).weight.detach(), state["masks"][name]
+                    assert_new_directions(weight, mask, old["weight"])
+                    assert weight[mask].flatten(1).any(1).all(), name
 
     found = end_of(tiny_cfg(*SMALL, *tiny.split(), "OUTPUT_DIR", str(folder)), Look(), resume=True)
-    for name, old in state["old"].items():
-        mask = state["masks"][name]
-        if mask.any():
-            assert_new_directions(restored[f"{name}.weight"], mask, old["weight"])
-            assert (restored[f"{name}.weight"][mask].flatten(1).norm(dim=1) > 0).all(), name
     for name, value in found.items():
         assert torch.isfinite(value).all(), name
-    moved = [name for name, value in found.items() if not torch.equal(value, start["model"][name])]
-    assert {f"{name}.weight" for name in state["masks"]} <= set(moved)
+    assert not any(torch.equal(found[f"{name}.weight"], start["model"][f"{name}.weight"]) for name in state["masks"])

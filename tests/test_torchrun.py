@@ -160,8 +160,8 @@ def test_two_agents_of_which_one_is_killed_and_comes_back(train, straight, tmp_p
 
 
 def test_another_number_of_ranks(train, tmp_path):
-    """Two ranks, stopped in the sub-network phase of the second cycle, go on as one; that one, stopped, as two: each
-    behind the images that had been drawn. 12 images: an epoch is 6 iterations."""
+    """Two ranks, stopped in the sub-network phase of the second cycle, resume as one; that one, stopped, as two. Their
+    images in test_resumable_loader."""
     folder, opts = tmp_path / "run", ["SOLVER.MAX_ITER", 17, "DATALOADER.NUM_WORKERS", 0]
     assert train(folder, one_machine(), misbehave=("term", "0", 6, 0), opts=opts).status() != 0
     for number, warning in (
@@ -169,14 +169,13 @@ def test_another_number_of_ranks(train, tmp_path):
         (2, "number of processes was 1 and is 2; number of images per process and batch was 2 and is 1"),
     ):
         Path(f"{folder}.once").unlink()
-        log_before, told = len(Path(f"{folder}.log").read_text()), tmp_path / f"told{number}"
-        told.mkdir()
+        told = tmp_path / f"told{number}.pth"
         saved = torch.load(folder / (folder / "last_checkpoint").read_text(), weights_only=True)
         misbehave = ("term", "0", 13, 0) if number == 1 else ()
         job = train(folder, one_machine(number), resume=True, misbehave=misbehave, opts=opts, tell=str(told))
         assert (job.status() == 0) == (number == 2), job.text[-4000:]
 
-        begun = torch.load(told / "start.pth", weights_only=True)
+        begun = torch.load(told, weights_only=True)
         hooks, hooks_saved = begun["trainer"]["hooks"], saved["trainer"]["hooks"]
         for name in ("RePrHook", "LRScheduler"):
             assert_same(hooks[name], hooks_saved[name])
@@ -184,27 +183,6 @@ def test_another_number_of_ranks(train, tmp_path):
         assert_same(begun["trainer"]["_trainer"], saved["trainer"]["_trainer"])
         assert_same(begun["model"], saved["model"])
 
-        log = job.text[log_before:]
-        assert log.count("the data order of this run is another one from here on") == 1
-        assert f"{warning}: the data order" in log
-        loaders = [rank["loaders"][0] for rank in hooks_saved["ExactResume"]["ranks"]]
-        drawn = sum(x["skipped"] + sum(count for count, _ in x["consumed"].values()) for x in loaders)
-        for rank in range(number):
-            batches = json_lines(told / f"rank{rank}.json")
-            assert batches == order_from(drawn, loaders[0]["sampler"]["_seed"], rank, number, len(batches))
+        assert job.text.count(f"{warning}: the data order of this run is another one from here on") == 1
     events = [(event["iteration"], event["event"]) for event in json_lines(folder / "repr_events.jsonl")]
     assert events == [(1, "drop"), (3, "restore"), (5, "drop"), (7, "restore")]
-
-
-def order_from(drawn, seed, rank, size, number):
-    """The first batches of one rank behind so many images; a batch of 2 is all wide or all upright (even, odd ids)."""
-    generator = torch.Generator().manual_seed(seed)
-    order = [i for _ in range(9) for i in torch.randperm(12, generator=generator).tolist()]
-    order = [image for position, image in enumerate(order) if position >= drawn and position % size == rank]
-    batches, waiting = [], {0: [], 1: []}
-    for image in order:
-        waiting[image % 2].append(image)
-        if len(waiting[image % 2]) == 2 // size:
-            batches.append(waiting[image % 2])
-            waiting[image % 2] = []
-    return batches[:number]
