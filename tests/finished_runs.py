@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, SMALL
 
 from repr_det.datasets import register_coco_format
@@ -60,8 +61,10 @@ def finished(named_data, tiny_cfg, tmp_path):
         logged = [dict(iteration=i, total_loss=loss + seed / 10, time=0.5) for i, loss in ((19, 2.0), (39, 1.0))]
         on_the_way = {"iteration": 19, "bbox/AP": final["bbox/AP"] + 1}
         write_metrics(folder, *logged, on_the_way, {"iteration": 40, **final})
+        layers = {"backbone.bottom_up.res2.0.conv1": 8, "backbone.bottom_up.res2.0.conv2": 300}
+        model = {f"{name}.weight": torch.randn(filters, 8, 3, 3) for name, filters in layers.items()}
+        torch.save({"model": model}, folder / "model_final.pth")
         for event, iteration in (("drop", 9), ("restore", 19)) if arm == "repr" else ():
-            layers = {"backbone.bottom_up.res2.0.conv1": 8, "backbone.bottom_up.res2.0.conv2": 300}
             line = dict(iteration=iteration, event=event, cycle=0)
             content = {
                 "repr_events.jsonl": dict(dropped={name: [0, seed, 5] for name in layers}, seconds=0.25),

@@ -47,7 +47,7 @@ def run(tmp_path, capsys):
 def test_numbers_table_and_plots(run, tmp_path):
     weights = random_weights()
     found, text = run({"model": weights, "iteration": 11, "optimizer": {}}, "--pairs", 3, "--plot", tmp_path / "x.svg")
-    assert found["iteration"] == 11 and found["filters"] == 16 and not found["sub_network"]
+    assert found["iteration"] == 11 and found["filters"] == 16
     for layer, name, d in zip(found["layers"], ("a", "b.conv"), (27, 10), strict=True):
         expected = overlaps(weights[f"{name}.weight"])
         assert (layer["name"], layer["filters"], layer["dimension"]) == (name, len(expected), d)
@@ -56,7 +56,7 @@ def test_numbers_table_and_plots(run, tmp_path):
     first = found["pairs"][0]
     assert (first["layer"], first["i"], first["j"]) == ("b.conv", 1, 4) and first["cosine"] < -0.99
     assert len(found["pairs"]) == 3 and abs(first["cosine"]) >= abs(found["pairs"][1]["cosine"])
-    assert text.startswith(found["verdict"]) and "after iteration 11, full network: 16 filters" in text
+    assert text.startswith(found["verdict"]) and ": iteration 11, full network, no filter is zero" in text
     assert next(line for line in text.splitlines() if line.startswith("all ")).split()[-1] == "4"
     assert (tmp_path / "x.svg").read_text().lstrip().startswith("<?xml")
     run(weights, "--plot", tmp_path / "x.png")
@@ -92,7 +92,7 @@ def test_grouped_convs_are_looked_at_in_each_group():
         used = [i for i in range(16 * group, 16 * group + 16) if i != 5]
         expected[used] = overlaps(weight[used])
     np.testing.assert_allclose(found["overlap"], expected, atol=1e-6)
-    assert found["zero"] == [5] and found["near_duplicates"] == [] and found["max_cosine"] < 0.5
+    assert found["zero"] == [5] and found["near_duplicates"] == []
     assert all(pair["i"] // 16 == pair["j"] // 16 for pair in analysis.overlapping_pairs([layer], 30))
     generator = torch.Generator().manual_seed(0)
     random = [overlaps(torch.randn(n, 144, generator=generator)).mean() for n in (15, 16, 16, 16) for _ in range(20)]
@@ -125,7 +125,7 @@ def test_the_verdict_counts_duplicates_dead_and_broken_filters(run):
     other = torch.randn(32, 288)
     saved = {"a.weight": weight.view(32, 32, 3, 3), "b.weight": other.view(32, 32, 3, 3)}
     found, text = run({"model": saved, "iteration": 4})
-    assert "after iteration 4, sub-network: 1 of 64 filters are exactly zero" in text and found["sub_network"]
+    assert "iteration 4, sub-network, 1 filters are zero" in text and found["filters"] == 64 and found["zero"] == 1
     assert found["layers"][0]["zero"] == [9]
     assert [layer["near_duplicates"] for layer in found["layers"]] == [[3, 5], []]
     assert [layer["dead"] for layer in found["layers"]] == [[7], []]
@@ -138,8 +138,6 @@ def test_the_verdict_counts_duplicates_dead_and_broken_filters(run):
     assert text.startswith("There is something to remove: mean O_f is 1.0")
     assert "of 63 filters 2 are near-duplicates (|cos| > 0.9), 1 dead" in found["verdict"]
     assert run({"b.weight": other.view(32, 32, 3, 3)})[1].startswith("There is nothing to remove: mean O_f is ")
-    other[3, 0] = float("nan")
-    assert run({"a.weight": other.view(32, 32, 3, 3)})[0]["layers"][0]["not_finite"] == [3]
 
 
 def test_the_config_beside_a_checkpoint(run, tmp_path, tiny_cfg):
@@ -156,7 +154,7 @@ def test_the_config_beside_a_checkpoint(run, tmp_path, tiny_cfg):
         np.testing.assert_allclose(layer["overlap"], overlaps(weight.detach()), atol=1e-6)
     assert len(run(saved, "--include", "*res5.0.conv1")[0]["layers"]) == 1
     with pytest.raises(
-        UserError, match=r"no backbone.bottom_up.res5.0.conv2.weight of \d+x\d+x3x3, as in the model of"
+        UserError, match=r"no backbone.bottom_up.res5.0.conv2.weight of \(\d+, \d+, 3, 3\) for the model"
     ):
         run({name: value for name, value in saved["model"].items() if "res5.0.conv2" not in name})
     (tmp_path / "config.yaml").write_text("model: {}\n")
@@ -209,7 +207,7 @@ def test_damaged_files_get_one_line(tmp_path, suffix, kind):
     with pytest.raises(UserError, match=r"w\.p(kl|th)") as error:
         main([str(path)])
     assert "\n" not in str(error.value) and len(str(error.value)) < 250 + len(str(path))
-    assert kind != "weightless" or "no 4-D weights found; it holds iteration" in str(error.value)
+    assert kind != "weightless" or "no 4-D weight matches" in str(error.value)
 
 
 @pytest.mark.parametrize(

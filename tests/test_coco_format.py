@@ -4,6 +4,7 @@ import gzip
 import itertools
 import json
 import math
+import os
 import unicodedata
 
 import cv2
@@ -141,6 +142,13 @@ NEARLY = [
     *(("é/1.jpg", "e\u0301/1.jpg"), ("s/b.jpg", "s\\b.jpg"), ("b.jpg", "C:\\b.jpg"), ("b.jpg", "https://x.org/b.jpg")),
 ]
 LOST = "annotation 3 has a segmentation without a polygon of 3 points or more, and Detectron2 leaves such an object out"
+
+
+def pipe(folder):
+    folder.content, folder.json = None, folder.images / "pipe.json"
+    os.mkfifo(folder.json)
+
+
 BOX = "(bbox [0, 0, 30, 40], area "
 ABSENT = "of 3 image files are missing or empty in "
 UNREADABLE = "cannot be read as an image: "
@@ -162,7 +170,8 @@ WRONG = [
     (raw(b"PK\x03\x04..."), "is a zip archive: unpack it"),
     (raw(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), "is a Git LFS pointer, not the data: fetch"),
     (lambda folder: vars(folder).update(content=None), f"{NOT_JSON}[Errno 2] No such file or directory"),
-    (lambda folder: vars(folder).update(content=None, json=folder.images), "[Errno 21] Is a directory"),
+    (lambda folder: vars(folder).update(content=None, json=folder.images), "images: is not a file"),
+    (pipe, "pipe.json: is not a file"),
     # its entries
     (put(images=...), "has no 'images' (COCO format has images, annotations and categories, found: annotations, cat"),
     *((put(**{key: []}), f"'{key}' is empty") for key in ("images", "annotations", "categories")),

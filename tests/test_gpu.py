@@ -28,7 +28,6 @@ pytestmark = GPU
 LOOKS = {1, 2, 4, 8, 16, 32, 64}  # steps of the sub-network after which dropped filters are looked at
 PRECISIONS = {
     "float32": {},
-    "tf32": {},
     "float16 autocast": {"autocast": torch.float16},
     "bfloat16 autocast": {"autocast": torch.bfloat16},
     "float16 weights": {"dtype": torch.float16},
@@ -36,19 +35,6 @@ PRECISIONS = {
 }
 # How much weights are off by rounding.
 ROUNDING = {"float16 weights": 2.0**-11, "bfloat16 weights": 2.0**-8}
-
-
-@pytest.fixture(autouse=True)
-def tf32(request):
-    """On where a test has it for its precision, off in all others."""
-    kinds = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [kind.allow_tf32 for kind in kinds]
-    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
-    for kind in kinds:
-        kind.allow_tf32 = parameters.get("precision") == "tf32"
-    yield
-    for kind, allowed in zip(kinds, before, strict=True):
-        kind.allow_tf32 = allowed
 
 
 class Loop:

@@ -8,8 +8,8 @@ from detectron2.layers import Conv2d, get_norm
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
-from found_layers import names, refused
 from torch import nn
+from traced_nets import names, refused
 
 from repr_det.method.layers import find_filter_layers, zero_rows_
 from repr_det.method.participants import Participants

@@ -9,10 +9,9 @@ import torch
 import torch.distributed as dist
 import torchvision
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
-from found_layers import names, refused
 from torch import nn
 from torch.distributed import fsdp
-from traced_nets import build, reasons, verdicts
+from traced_nets import build, names, reasons, refused, verdicts
 
 from repr_det.method.errors import UserError
 from repr_det.method.layers import find_filter_layers

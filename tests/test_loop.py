@@ -353,6 +353,7 @@ def test_an_average_that_is_not_given_is_warned_of_once(caplog, given, moves):
     model, optimizer = built()
     average = Exponential(model)
     half_made = object.__new__(type(model))  # what is left of a module whose __init__ has failed
+    lazy = nn.Sequential(nn.LazyLinear(3))  # somewhere in the program
     one = RePr(model, optimizer, 12, schedule=SCHEDULE, averages=[average] if given else [])
 
     def after():
@@ -362,7 +363,7 @@ def test_an_average_that_is_not_given_is_warned_of_once(caplog, given, moves):
 
     train(model, optimizer, data(10), after)
     warned = caplog.text.count("a copy of the model (Sequential) is updated without gradients")
-    assert warned == (moves and not given) and not vars(half_made)
+    assert warned == (moves and not given) and not vars(half_made) and len(lazy) == 1
 
 
 def test_what_lies_before_the_first_step_is_left_out():
@@ -372,3 +373,14 @@ def test_what_lies_before_the_first_step_is_left_out():
         seen = []
         train(model, optimizer, data(len(phases)), lambda one=one, seen=seen: seen.append((one.step(), one.phase)[1]))
         assert seen == phases and one.steps == first_step + len(phases)
+
+
+@pytest.mark.parametrize("every", [1, 19, 25])
+def test_a_call_once_an_epoch_is_warned_of_once(caplog, every):
+    model, optimizer = built()
+    one = RePr(model, optimizer, 100, schedule=SCHEDULE)
+    for number in range(1, 51):
+        train(model, optimizer, data(1), one.step if number % every == 0 else lambda: None)
+    one.close()
+    train(model, optimizer, data(30), lambda: None)
+    assert caplog.text.count("20 steps without a call of step()") == (every == 25)

@@ -2,12 +2,14 @@
 
 import copy
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from repr_det.method.layers import find_filter_layers
+from repr_det.method.errors import UserError
+from repr_det.method.layers import FilterLayer, find_filter_layers
 from repr_det.network.proof import Verdict
 from repr_det.network.tracing import tensors_in
 from repr_det.network.watch import Watch
@@ -117,3 +119,14 @@ def _seen(net, run):
     with torch.no_grad(), Readers() as readers:
         output = run(net)
     return [values for values, _ in readers.calls], output, [weight for _, weight in readers.calls]
+
+
+def names(layers: list[FilterLayer]) -> list[str]:
+    return [layer.name for layer in layers]
+
+
+def refused(model: nn.Module, include=("*",), exclude=(), **keys) -> str:
+    with pytest.raises(UserError) as error:
+        find_filter_layers(model, list(include), list(exclude), **keys)
+    assert "\n" not in str(error.value)
+    return str(error.value)

@@ -16,7 +16,7 @@ from pathlib import Path
 import repr_det.commands  # noqa: F401  (first: it silences warnings of what is imported next)
 from repr_det.method.errors import UserError
 from repr_det.studies.comparison.plan import plan_study
-from repr_det.studies.comparison.runner import available_cores, run_all, run_comparison_tool
+from repr_det.studies.comparison.runner import run_all, run_comparison_tool
 from repr_det.studies.comparison.runs import is_finished
 from repr_det.studies.comparison.statistics import number
 from repr_det.studies.comparison.table import compare, metrics_table
@@ -31,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(os.path.relpath(ROOT / "output" / "demo")))
     parser.add_argument("--fresh", action="store_true", help="delete the runs of an earlier demo and train again")
-    parser.add_argument("--jobs", type=int, default=min(2, available_cores()), help="runs at once")
+    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="runs at once")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config KEY VALUE pairs")
     args = parser.parse_args()
     if args.jobs < 1:

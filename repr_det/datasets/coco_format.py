@@ -96,6 +96,8 @@ def _check(findings: Findings, image_root: Path) -> CocoSummary:
 
 
 def _read_json(findings: Findings) -> dict[str, Any]:
+    if findings.json_file.exists() and not findings.json_file.is_file():
+        findings.fail("is not a file")  # to read a pipe would wait for ever
     try:
         content = from_json(findings.json_file.read_bytes())
     except (OSError, ValueError) as error:

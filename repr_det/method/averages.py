@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 
 from repr_det.method.errors import UserError
@@ -69,7 +70,8 @@ class Averages:
 
 
 def _shapes(module: nn.Module) -> dict[str, torch.Size]:
-    return {name: parameter.shape for name, parameter in module.named_parameters()}
+    """Those of its parameters; lazy ones have none yet."""
+    return {name: parameter.shape for name, parameter in module.named_parameters() if not is_lazy(parameter)}
 
 
 def _module_in(holder: Any, model: nn.Module) -> nn.Module:

@@ -1,12 +1,10 @@
 """Norm statistics for re-initialised channels of convs behind FrozenBN, or behind BN in eval mode.
 
-Such a norm never adapts, so a new filter behind it would be normalised with the statistics of the filter that is gone.
 At the drop the moments of a channel after the norm are measured; at the restore its running mean and variance are set
-so that the new channel has the same moments after the norm, on the same batches. A channel whose ReLU never opens would
-be as closed again: it gets the median moments of those of its layer that open.
+so that the new channel has the same moments, on the same batches. A channel whose ReLU never opens gets the median
+moments of those of its layer that open.
 
-All is found from what goes into the norm, y = (x - m) / sqrt(v + eps) * w + b, image by image: a batch runs by itself,
-without gradients, and needs less memory than a training step.
+All is found from what goes into the norm, y = (x - m) / sqrt(v + eps) * w + b, batch by batch.
 
 Shape shorthand:
     J: filters of a layer        M: filters of it that leave or return
@@ -108,8 +106,8 @@ class FrozenNorms:
         return {name: moments[:, held.masks[name]].float() for name, moments in after.items()}
 
     def can_renew(self, layers: Sequence[FilterLayer]) -> list[FilterLayer]:
-        """The layers whose new filters would get statistics of their own. A norm frozen since the drop has lost those
-        of the channel; without training batches it is not known what others would be right."""
+        """The layers whose new filters would get statistics of their own: not where a norm has been frozen since the
+        drop, and there are no batches."""
         lost = [] if self._passes is not None and self._recalibrates else self.of(layers)
         lost = [layer for layer in lost if layer.name not in self.at_drop]
         for layer in lost:
@@ -123,11 +121,8 @@ class FrozenNorms:
     def after_return(
         self, held: HeldFilters, renewed: Sequence[FilterLayer], moments: Mapping[str, Tensor], cycle: int
     ) -> None:
-        """Sets the statistics of new filters so that their channels have ``moments``.
-
-        What goes into a norm depends on the norms before it, so all are set and measured again until they settle: the
-        first norm at once, the second after that, and so on.
-        """
+        """Sets the statistics of new filters so that their channels have ``moments``. What goes into a norm depends on
+        the norms before it, so they are set and measured again until they settle."""
         wanted = {layer.name: moments[layer.name] for layer in renewed if layer.name in moments}
         for layer in self.of(renewed) if self._recalibrates else ():
             if layer.kind == BATCH and layer.name not in wanted:
@@ -201,8 +196,7 @@ def _of_image(image: Tensor) -> Tensor:
 
 
 def _joined(layers: Sequence[FilterLayer], seen: Mapping[str, list[Tensor]]) -> dict[str, Moments]:
-    """The moments over the images of all ranks, each of which counts the same; layers that none has reached are
-    missing."""
+    """The moments over the images of all ranks; layers that none has reached are missing."""
     reached = [layer for layer in layers if seen[layer.name]]
     stacked = to_cpu([torch.stack(seen[layer.name]) for layer in reached])
     own = {layer.name: images for layer, images in zip(reached, stacked, strict=True)}

@@ -5,12 +5,10 @@ Shape shorthand:
     P: positions of the output, H * W
 
 A criterion takes ``(layers, passes, num_batches, cycle)`` and returns layer name -> (J,) float32, the largest dropped
-first, averaged over the ranks. The output of a channel is what ``FilterLayer.output_module`` puts out. A layer that
-runs several times in a pass (a RetinaNet head, over the levels) counts all its positions; one that never runs scores 0
-with a warning, and so does a score that is not finite.
+first, averaged over the ranks. A layer that runs several times in a pass counts all its positions; one that never runs
+scores 0 with a warning.
 
-Training is left undisturbed (``network.state``), and gradients come from ``torch.autograd.grad``, so that neither
-``.grad`` nor DistributedDataParallel's reducer notices.
+Gradients come from ``torch.autograd.grad``: neither ``.grad`` nor DistributedDataParallel's reducer notices.
 """
 
 import logging

@@ -66,8 +66,7 @@ def transition_of(
 class HeldFilters:
     """The filters that are out of the network, from their drop to their return.
 
-    The gradient of their rows becomes 0 as soon as it is computed, before DDP, clipping and the optimizer see it: no
-    optimizer whose step is zero for a zero parameter, gradient and state moves what ``zero_`` has set to 0.
+    The gradient of their rows becomes 0 as soon as it is computed, before DDP, clipping and the optimizer see it.
 
     Attributes:
         masks: layer name -> (J,) bool, True = dropped, on the CPU.

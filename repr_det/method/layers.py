@@ -1,7 +1,6 @@
 """The convs that may take part in RePr, and what one filter of such a conv is.
 
-A filter is one output channel: its row of the conv weight, its entry of the bias and its entries of the norm's affine
-parameters (buffers for FrozenBN). Which convs take part is for ``network.proof`` to show.
+A filter is one output channel: its row of the conv weight and its entries of the bias and the norm's affine parameters.
 """
 
 import fnmatch
@@ -127,9 +126,8 @@ def find_filter_layers(
 ) -> list[FilterLayer]:
     """The trainable Conv2d modules whose names match, in the order of the model, with the norms that they seem to have.
 
-    The norm of a conv is ``norms[name]`` where given, else its attribute ``norm`` (Detectron2), else the module that
-    directly follows it in its parent if that is a norm of as many channels (torchvision's conv1, bn1 and
-    nn.Sequential(conv, bn, ...)). ``RePr`` and ``RePrHook`` go by what a training pass shows instead.
+    The norm of a conv is ``norms[name]`` where given, else its attribute ``norm``, else the next module in its parent
+    if that is a norm of as many channels. ``RePr`` and ``RePrHook`` go by what a training pass shows instead.
 
     Args:
         model: not wrapped in DistributedDataParallel.

@@ -29,6 +29,8 @@ from repr_det.network.steps import around_step, scale_rates, with_inner
 
 logger = logging.getLogger("repr_det.loop")
 
+_MISSED = 20  # steps of the optimizer after which a missing call of step() is no matter of accumulation
+
 LITTLE = 0.05  # of the trainable weights
 
 
@@ -41,11 +43,9 @@ class RePr:
         total_steps: optimizer steps of the whole training.
         schedule: None derives it from the options s1_iters, s2_iters, num_cycles and start_iter.
         first_lr_step: the step at which the learning rate first decays; None if it does not.
-        loader, loss: training batches and ``loss(batch)`` -> scalar, for criteria that look at data and for FrozenBN,
-            see ``passes.passes_over``.
+        loader, loss: training batches and ``loss(batch)``, for criteria that look at data and for FrozenBN.
         passes: the same, for batches of another kind (``passes.TrainingPasses``).
-        sample: what the model is called with once, now, to see who takes part: a batch of images, or a tuple of several
-            arguments. None waits for the first training pass.
+        sample: a batch (or tuple of arguments) that shows at once who takes part, else the first training pass does.
         averages: averages of the weights that follow the model (EMA, SWA): modules, or objects that hold one. They are
             set to the model at every restore.
         first_step: steps that were trained before RePr came in; drops and restores before it are left out.
@@ -104,6 +104,9 @@ class RePr:
         self.steps = first_step
         self.logger = logger
         self._announced = self._finished = self._overdue = self._warned = False
+        self._behind = 0  # steps of the optimizer since the last call of step()
+        me = weakref.ref(self)
+        self._watching = around_step(self.scheme.optimizers, after=lambda: _count(me()))
         if loader is not None and passes and self.scheme.needs_batches and not list(passes.batches(1, 0)):
             raise UserError("loader= yields no batch, and transitions look at training batches")
         if self.warmup_iters:
@@ -136,6 +139,7 @@ class RePr:
         """
         iteration = self.steps
         self.steps += 1
+        self._behind = 0
         self.scheme.check()
         self._announce()
         if self._finished:
@@ -195,6 +199,7 @@ class RePr:
     def close(self) -> None:
         """Lets go of the model, for another RePr to take it."""
         self._finished = True
+        self._watch_no_more()
         self.scheme.close()
 
     def state_dict(self) -> dict[str, Any]:
@@ -254,6 +259,10 @@ class RePr:
         if done is not None:
             self.logger.info(describe_transition(iteration, done))
             self._look_for_averages()
+
+    def _watch_no_more(self) -> None:
+        for handle in self._watching:
+            handle.remove()
 
     def _look_for_averages(self) -> None:
         averages = self.scheme.averages
@@ -344,6 +353,19 @@ def describe_transition(iteration: int, done: Transition) -> str:
 
 def _listed(iterations: Sequence[int]) -> str:
     return ", ".join(map(str, iterations))
+
+
+def _count(one: RePr | None) -> None:
+    if one is None or one._finished:
+        return
+    one._behind += 1
+    if one._behind == _MISSED:
+        one.logger.warning(
+            "RePr: the optimizer has made %d steps without a call of step(), which is what total_steps= and the "
+            "schedule count: call it after every step of the optimizer",
+            _MISSED,
+        )
+        one._watch_no_more()
 
 
 def _warn_of_sub_network(end: dict[str, int]) -> None:

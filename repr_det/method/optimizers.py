@@ -1,7 +1,6 @@
 """The state that optimizers keep for single filters.
 
-Of the state only what is understood is touched: momentum, squared gradients, second sets of weights, counters. A piece
-of another name that has an entry for every weight is refused before the first drop.
+Momentum, squared gradients, second sets of weights and counters are understood. Another name is refused at a drop.
 
 Shape shorthand:
     J: filters of a layer        M: filters of it that are dropped or return
@@ -141,8 +140,7 @@ def restart_optimizer_state_(
 def raise_squares_of_inputs_(
     optimizers: Sequence[Optimizer], weight: Tensor, rows: Tensor, others: Tensor, within: slice
 ) -> None:
-    """The same for a conv's kernels on input channels that were zero and return: while their gradients were 0 their
-    squares have decayed. Momentum and squares that are larger stay."""
+    """The same for a conv's kernels on input channels that return, whose squares have decayed; larger ones stay."""
     for key, whole in optimizer_state(optimizers, weight):
         tensor = whole[within]
         if key in _SCALES and len(others):

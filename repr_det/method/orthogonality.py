@@ -83,9 +83,9 @@ def least_overlap_filters(kept: Tensor, dropped: Tensor, generator: torch.Genera
     """Directions for M returning filters with the least overlap with the kept and with their own old values.
 
     With A (n, d) the unit rows of both arguments, the new rows are orthonormal and span the eigenvectors of the M
-    smallest eigenvalues of A^T A, so the sum of their squared cosines to A is minimal; where a null space of dimension
-    >= M exists (section 3 of the paper) they lie in it. Inside an eigenspace the directions are uniformly random. Where
-    M > d they are floor(M / d) randomly rotated orthonormal bases and the remainder from the smallest eigenvalues.
+    smallest eigenvalues of A^T A: the null space where it has M dimensions (section 3 of the paper). Inside an
+    eigenspace the directions are uniformly random. Where M > d they are floor(M / d) randomly rotated orthonormal bases
+    and the remainder from the smallest eigenvalues.
 
     Args:
         kept: (K, ...) current values of the filters that stayed; K may be 0.

@@ -20,8 +20,7 @@ class TrainingPasses:
 
     Attributes:
         model: the module, not wrapped in DistributedDataParallel.
-        batches: (number, cycle) -> that many training batches, the same ones whenever the arguments are the same, from
-            a loader of their own.
+        batches: (number, cycle) -> that many training batches, the same whenever the arguments are.
         loss: batch -> scalar loss of a forward pass in training mode.
         trains: whether ``model`` is in training mode while it trains.
         calibration_batches: how many batches a calibration of frozen norms looks at where no option says it.
@@ -42,7 +41,7 @@ def passes_over(
 
     Args:
         model: not wrapped in DistributedDataParallel.
-        loader: can be iterated more than once; its iterator is not the one that training uses (no persistent workers).
+        loader: can be iterated again beside the training (no persistent workers).
         loss: batch -> scalar loss of a forward pass of ``model`` in training mode.
 
     Raises:

@@ -34,8 +34,7 @@ def copies(weight: Tensor, idle: Tensor, threshold: Tensor) -> Tensor:
     """The likeness of each near-duplicate to the filter that stays for it.
 
     Two filters are alike by the cosine c of their weights, taken with the sign of their gammas, and by their thresholds
-    t, mean over standard deviation of what they put out, which bias and beta shift: c / sqrt(1 + (t1 - t2)^2), 1 where
-    one is a multiple of the other. Filters of opposite sign are no copies: behind a ReLU they say different things.
+    t, mean over standard deviation of what they put out: c / sqrt(1 + (t1 - t2)^2).
 
     From the largest norm down every filter stays, unless it is more like one that stays than NEAR_DUPLICATE. Filters
     that stay, and idle ones, score NEVER. Weights (J, ...) are those of one layer or group, on the CPU.

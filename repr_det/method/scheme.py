@@ -46,15 +46,14 @@ logger = logging.getLogger("repr_det.scheme")
 class RePrScheme:
     """The state machine full -> drop -> sub-network -> restore -> full.
 
-    While filters are dropped every entry of their ``FilterLayer.tensors()``, its gradient and its optimizer state are
-    exactly 0. ``check`` and the restore make sure that nothing has moved them.
+    While filters are dropped their ``FilterLayer.tensors()``, gradients and optimizer state are exactly 0.
 
     Args:
         layers: the candidates, in ranking order. Those that do not learn at a drop lose no filter then.
         optimizer: holds their parameters; a list where several do.
-        model: the module that holds the layers, not wrapped. Its first training pass shows which of them take part
-            (``network.proof``), and with which norm. None: all do, with the norms that they are given with.
-        passes: how to run training batches; needed by criteria that look at data, and where a norm is frozen.
+        model: holds the layers, not wrapped. Its first training pass shows which of them take part, with which norm;
+            None: all do, with the norms that they are given with.
+        passes: how to run training batches, for criteria that look at data and for frozen norms.
         averages: of the weights, see ``averages.Averages``.
         seed: all randomness comes from it and the cycle; the same on every rank.
         chosen: all options in one object; else ``options`` are keywords of ``RePrOptions``.
@@ -65,8 +64,7 @@ class RePrScheme:
         num_returned: how many filters came back at the last of them; 0 before the first.
 
     Raises:
-        UserError: an option is out of range, a trainable member of a filter is in no optimizer, or the model has a
-            RePrScheme already.
+        UserError: an option is wrong, an optimizer is missing, or the model has a RePrScheme already.
     """
 
     def __init__(
@@ -156,8 +154,7 @@ class RePrScheme:
         """Scores all filters, drops the worst and remembers their values. Collective.
 
         Raises:
-            UserError: nothing takes part, weights are not finite, or the state of an optimizer is not understood;
-                nothing is changed then.
+            UserError: nothing takes part, weights are not finite, or an optimizer is not understood.
         """
         if self._held is not None:
             raise RuntimeError("filters are dropped already: restore() comes before the next drop()")
@@ -194,7 +191,7 @@ class RePrScheme:
             as_they_were: with the values of before the drop, as layers that have been frozen meanwhile get them anyway.
 
         Raises:
-            UserError: dropped filters are not zero any more, or weights are not finite; nothing is changed then.
+            UserError: dropped filters are not zero any more, or weights are not finite.
         """
         if self._held is None:
             raise RuntimeError("no filters are dropped: drop() comes before restore()")

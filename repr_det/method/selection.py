@@ -44,8 +44,7 @@ def select_filters(scores: dict[str, Tensor], drop_ratio: float, max_drop_per_la
         scores: layer name -> (J,), larger is dropped earlier, minus infinity never. Ties go by the order of the layers,
             then by index.
         drop_ratio: share of all F filters, in (0, 1).
-        max_drop_per_layer: share of a layer that may be dropped, rounded up, in (0, 1]; one filter always stays. A cap
-            equal to ``drop_ratio`` ranks every layer by itself.
+        max_drop_per_layer: share of a layer that may be dropped, rounded up, in (0, 1]; one filter always stays.
 
     Returns:
         layer name -> (J,) bool on the device of the scores, True = drop.

@@ -32,21 +32,7 @@ from repr_det.studies.comparison.table import compare, metrics_table, write_resu
 
 _SETTINGS_FILE = "comparison.json"  # how the comparison was asked for, for --report-only
 _EVALUATIONS = 10
-_GONE = {  # flag of 0.2.0 -> what to do instead
-    "other_runs": "compare every other setting in a comparison of its own, --config-file A --against B",
-    "train_images": "python -m repr_det.train --eval-only --config-file RUN/config.yaml MODEL.WEIGHTS "
-    "RUN/model_final.pth DATASETS.TEST \"('TRAINING_SET',)\" OUTPUT_DIR DIR gives AP on training images",
-    "bootstrap": "the interval is that over seeds",
-}
-
-# The arguments that go together: needed, possible.
-_WAYS = (
-    ({"config_file", "seeds"}, {"against", "output", "opts"}),
-    ({"baseline_runs", "repr_runs", "output"}, set()),
-    ({"report_only", "output"}, set()),
-)
-_TOGETHER = ("config_file", "seeds", "against", "opts", "baseline_runs", "repr_runs", "report_only", "output")
-
+_GONE = ("other_runs", "train_images", "bootstrap")  # flags of 0.2.0
 _DESCRIPTION = """Compares RePr with its baseline, or a config with another: both with the same seeds, data order
 and iterations.
 
@@ -123,14 +109,18 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
-    for name, instead in _GONE.items():
+    for name in _GONE:
         if getattr(args, name):
-            raise UserError(f"--{name.replace('_', '-')} is gone: {instead}")
+            raise UserError(f"--{name.replace('_', '-')} is gone: CHANGELOG.md, 0.3.0, says what to use instead")
     for name, least in (("jobs", 1), ("num_gpus", 1), ("eval_images", 0)):
         if getattr(args, name) < least:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
-    given = {name for name in _TOGETHER if getattr(args, name)}
-    if not any(needed <= given <= needed | possible for needed, possible in _WAYS):
+    from_config = args.config_file and args.seeds
+    from_folders = args.baseline_runs and args.repr_runs and args.output
+    from_report = args.report_only and args.output
+    ways = [way for way in (args.config_file, args.baseline_runs or args.repr_runs, args.report_only) if way]
+    extra = args.seeds or args.against or args.opts
+    if len(ways) != 1 or not (from_config or from_folders or from_report) or (extra and not from_config):
         raise UserError(
             "give --config-file and --seeds, or --baseline-runs, --repr-runs and --output, or --report-only and "
             "--output; KEY VALUE and --against go with --config-file only"
@@ -156,21 +146,18 @@ def _register(register: list[list[str]]) -> None:
 
 def _settings(args: argparse.Namespace, study: Study, argv: list[str]) -> dict[str, Any]:
     program = sys.argv[0] if sys.argv[0].startswith("repr-det") else "python tools/compare.py"
+    runs = []
+    for run in study.runs:
+        command = shlex.join(["python", *run.command()[1:]]) if run.flags else ""
+        folder = os.path.relpath(run.folder, args.output)
+        known = {"arm": run.arm, "seed": run.seed, "folder": folder, "max_iter": run.max_iter}
+        runs.append(known | {"command": command})
     return {
         "command": f"{program} {shlex.join(argv)}",
         "arms": study.arms,
         "any_config": study.any_config,
         "register": args.register,
-        "runs": [
-            {
-                "arm": run.arm,
-                "seed": run.seed,
-                "folder": os.path.relpath(run.folder, args.output),
-                "max_iter": run.max_iter,
-                "command": shlex.join(["python", *run.command()[1:]]) if run.flags else "",
-            }
-            for run in study.runs
-        ],
+        "runs": runs,
     }
 
 

@@ -24,7 +24,7 @@ from repr_det.studies.comparison.runs import (
 )
 
 _OWN_KEYS = {"SEED": "--seeds", "OUTPUT_DIR": "--output", "REPR.ENABLED": "the arm"}
-_OWN_NAMES = ["difference", "sentence"]  # which results.json has beside the names of the arms
+_TAKEN = ("difference", "sentence")  # names that results.json has beside those of the arms
 
 
 def plan_study(
@@ -79,13 +79,12 @@ def plan_study(
 def arm_names(*config_files: str) -> tuple[str, ...]:
     """Names arms after their config files: the stem, with the folder's name if the stems are the same."""
     paths = [Path(file).resolve() for file in config_files]
-    names = [path.stem for path in paths]
-    if len(set(names)) < len(names):
-        names = [f"{path.parent.name}_{path.stem}" for path in paths]
-    taken = list(_OWN_NAMES)
-    for name in names:
-        taken.append(f"{name}_2" if name in taken else name)
-    return tuple(taken[2:])
+    names = tuple(path.stem for path in paths)
+    if names[0] == names[1]:
+        names = tuple(f"{path.parent.name}_{path.stem}" for path in paths)
+    if names[0] == names[1] or set(names) & set(_TAKEN):
+        raise UserError(f"{' and '.join(config_files)} give their names to the results: rename one of the files")
+    return names
 
 
 def _check_request(seeds: Sequence[int], opts: Sequence[str]) -> None:
@@ -103,8 +102,7 @@ def _flags(config_file: str, is_baseline: bool, register: Sequence[Sequence[str]
     if is_baseline:
         flags.append("--baseline")
     if num_gpus > 1:
-        # Detectron2 derives the default port from the user id, which two runs at once would share.
-        flags += ["--num-gpus", str(num_gpus), "--dist-url", "auto"]
+        flags += ["--num-gpus", str(num_gpus)]
     for words in register:
         flags += ["--register", *words]
     return tuple(flags)

@@ -1,10 +1,13 @@
 """Files that a run leaves in its folder."""
 
+import contextlib
 import json
 import re
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+import yaml
 from detectron2.config import CfgNode, get_cfg
 
 from repr_det.commands.config_files import merge_config_file
@@ -29,12 +32,10 @@ def read_json(path: Path) -> Any:
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """Reads a file of one json object a line, without lines that a crash cut short; [] if there is no file."""
     found = []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    for line in lines:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
     return found
 
 
@@ -88,14 +89,4 @@ def read_settings(folder: Path) -> Settings:
 
 def flatten(cfg: CfgNode) -> Settings:
     """SOLVER.MAX_ITER -> its value, as it stands in a yaml file."""
-    flat = {}
-    for key, value in cfg.items():
-        if isinstance(value, CfgNode):
-            flat.update({f"{key}.{below}": one for below, one in flatten(value).items()})
-        else:
-            flat[key] = _without_tuples(value)
-    return flat
-
-
-def _without_tuples(value: Any) -> Any:
-    return [_without_tuples(one) for one in value] if isinstance(value, (list, tuple)) else value
+    return pd.json_normalize(yaml.safe_load(cfg.dump())).to_dict("records")[0]

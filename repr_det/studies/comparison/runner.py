@@ -1,7 +1,6 @@
 """Trains runs as subprocesses: several at once, resumed where they stopped, with progress, ended with their parent."""
 
 import contextlib
-import math
 import os
 import shlex
 import signal
@@ -15,15 +14,14 @@ from typing import Any
 import torch
 
 from repr_det.commands.processes import run_tool
-from repr_det.runs.files import METRICS_FILE, run_traces
+from repr_det.runs.files import METRICS_FILE, last_logged, run_traces
 from repr_det.runs.stopping import end_with_parent
-from repr_det.studies.comparison.records import read_json_lines
 from repr_det.studies.comparison.runs import Run, is_finished
 
 OUTPUT_FILE = "stdout.txt"
 _SHOWN_LINES = 20
 _GRACE_SECONDS = 10.0
-_SECONDS_BETWEEN_READINGS = 1.0
+_SECONDS_BETWEEN_LOOKS = 1.0
 _STEP = 0.05  # share of all iterations between two lines of progress
 
 
@@ -82,54 +80,37 @@ def run_all(runs: Sequence[Run], jobs: int = 1, num_gpus: int = 1) -> None:
                     run = waiting.pop(0)
                     active[slot] = run, _start(run, _environment(slot, jobs, num_gpus))
                     say(f"{run.name}: started, output in {run.folder / OUTPUT_FILE}")
-            progress.show([run for run, _ in active.values()])
-            time.sleep(0.2)
+            progress.show()
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
     finally:
         _stop([process for _, process in active.values()])
 
 
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 class _Progress:
-    """A line for every twentieth of the iterations of all runs: how far each is, its loss, and the time left."""
+    """A line for every twentieth of the iterations of all runs: how far they are, and the time left."""
 
     def __init__(self, runs: Sequence[Run]) -> None:
         self.runs = list(runs)
         self.total = sum(run.max_iter for run in runs)
-        self.at_start = self.said = sum(_last_iteration(run)[0] for run in runs)
-        self.start = self.last_reading = time.monotonic()
+        self.at_start = self.said = self._trained()
+        self.start = time.monotonic()
 
-    def show(self, active: Sequence[Run]) -> None:
+    def show(self) -> None:
         """Writes a line if it is time to."""
-        now = time.monotonic()
-        if now - self.last_reading < _SECONDS_BETWEEN_READINGS:
-            return
-        self.last_reading = now
-        states = {run: _last_iteration(run) for run in self.runs}
-        trained = sum(iterations for iterations, _ in states.values())
+        trained = self._trained()
         if trained - self.said < _STEP * self.total:
             return
         self.said = trained
-        passed = now - self.start
+        passed = time.monotonic() - self.start
         left = passed / (trained - self.at_start) * (self.total - trained)
-        line = f"{100 * trained / self.total:.0f} % after {_duration(passed)}, about {_duration(left)} left"
-        for run in active:
-            line += f"; {run.name}: {states[run][0]} of {run.max_iter} iterations, loss {states[run][1]:.3f}"
-        say(line)
+        say(f"{100 * trained / self.total:.0f} % after {_duration(passed)}, about {_duration(left)} left")
+
+    def _trained(self) -> int:
+        return sum(min(last_logged(run.folder / METRICS_FILE) + 1, run.max_iter) for run in self.runs)
 
 
 def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
-
-
-def _last_iteration(run: Run) -> tuple[int, float]:
-    """The iterations that the run says it has trained, and its loss there."""
-    lines = [line for line in read_json_lines(run.folder / METRICS_FILE) if "total_loss" in line]
-    # The line written last, not the highest iteration: a resumed run repeats some.
-    return (min(lines[-1]["iteration"] + 1, run.max_iter), lines[-1]["total_loss"]) if lines else (0, math.nan)
 
 
 def _start(run: Run, environment: dict[str, str]) -> subprocess.Popen:
@@ -151,7 +132,7 @@ def _start(run: Run, environment: dict[str, str]) -> subprocess.Popen:
 
 def _environment(slot: int, jobs: int, num_gpus: int) -> dict[str, str]:
     environment = dict(os.environ, PYTHONUNBUFFERED="1")
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // jobs)))
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // jobs)))
     numbers = ",".join(map(str, range(torch.cuda.device_count())))
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", numbers).split(",")
     if jobs > 1 and all(gpus) and len(gpus) >= jobs * num_gpus:
@@ -161,30 +142,21 @@ def _environment(slot: int, jobs: int, num_gpus: int) -> dict[str, str]:
 
 def _stop(processes: Sequence[subprocess.Popen]) -> None:
     """SIGTERM to their process groups, SIGKILL to what is left after a grace period or a second Ctrl-C."""
-    for process in processes:
-        _signal_group(process, signal.SIGTERM)
     deadline = time.monotonic() + _GRACE_SECONDS
-    with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+    for number in (signal.SIGTERM, signal.SIGKILL):
         for process in processes:
-            process.wait(max(0.0, deadline - time.monotonic()))
-    for process in processes:
-        _signal_group(process, signal.SIGKILL)
-        process.wait()
-
-
-def _signal_group(process: subprocess.Popen, number: int) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):  # it has ended
-        os.killpg(process.pid, number)
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # it has ended
+                os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+            for process in processes:
+                process.wait(max(0.0, deadline - time.monotonic()))
 
 
 def _failure(run: Run, process: subprocess.Popen) -> str:
     code = process.returncode
+    how = f"ended with status {code}" if code else "ended without an evaluation after its last iteration"
     if code < 0:
         how = f"was ended by signal {signal.Signals(-code).name}"
-    elif code:
-        how = f"ended with status {code}"
-    else:
-        how = "ended without an evaluation after its last iteration"
     path = run.folder / OUTPUT_FILE
     lines = path.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()[-_SHOWN_LINES:]
     shown = "\n".join(f"  | {line}" for line in lines)

@@ -97,27 +97,26 @@ def run_from_folder(folder: Path, arm: str) -> Run:
 
 def check_pairs(study: Study) -> None:
     """Refuses a seed that occurs twice in an arm, or in one arm only."""
-    seeds: dict[str, dict[int, Run]] = {arm: {} for arm in study.arms}
+    found = {(run.arm, run.seed): run for run in study.runs}
     for run in study.runs:
-        other = seeds[run.arm].setdefault(run.seed, run)
+        other = found[run.arm, run.seed]
         if other is not run:
             raise UserError(f"{run.folder} and {other.folder} are both {run.name}: give one run for each seed")
-    for arm, partner in (study.arms, study.arms[::-1]):
-        for seed in seeds[arm].keys() - seeds[partner].keys():
-            known = ", ".join(map(str, sorted(seeds[partner])))
-            folder = seeds[arm][seed].folder
-            raise UserError(f"{folder} has SEED {seed}, but the {partner} runs have {known}: runs are paired by seed")
+        for arm in study.arms:
+            if (arm, run.seed) not in found:
+                known = ", ".join(str(one.seed) for one in study.of(arm))
+                raise UserError(
+                    f"{run.folder} has SEED {run.seed}, but the {arm} runs have {known}: runs are paired by seed"
+                )
 
 
 def check_finished(runs: Iterable[Run]) -> None:
     """Refuses a run without an evaluation after its last iteration."""
     for run in runs:
         if not is_finished(run):
-            trained = max((i + 1 for i, row in read_metrics(run.folder).items() if "total_loss" in row), default=0)
             raise UserError(
-                f"{run.folder} is not finished ({trained} of SOLVER.MAX_ITER {run.max_iter} iterations and no "
-                "evaluation after them): finish it with "
-                f"python -m repr_det.train --config-file {run.folder / CONFIG_FILE} --resume"
+                f"{run.folder} is not finished (no evaluation after SOLVER.MAX_ITER {run.max_iter} iterations): finish "
+                f"it with python -m repr_det.train --config-file {run.folder / CONFIG_FILE} --resume"
             )
 
 
@@ -157,13 +156,9 @@ def refuse_differences(configs: dict[Any, Settings], free: Sequence[str] = FREE,
 
 
 def differing_keys(a: Settings, b: Settings, free: Sequence[str] = FREE) -> list[str]:
-    """The keys whose values differ.
-
-    A key that only one of them has counts as a difference (another version of Detectron2 or of this package).
-    """
-    keys = sorted(key for key in {**a, **b} if not key.startswith(tuple(free)))
-    missing = object()
-    return [key for key in keys if a.get(key, missing) != b.get(key, missing)]
+    """The keys whose values differ, and those that only one has (of another version of Detectron2 or this package)."""
+    found = [key for key in {**a, **b} if key not in a or key not in b or a[key] != b[key]]
+    return sorted(key for key in found if not key.startswith(tuple(free)))
 
 
 def check_same_data(folders: Iterable[Path]) -> None:
@@ -178,14 +173,10 @@ def check_same_data(folders: Iterable[Path]) -> None:
     first: dict[str, tuple[Any, dict[str, Any]]] = {}
     for place, name, entry in used:
         other, known = first.setdefault(name, (place, entry))
-        if not _same_content(entry, known):
+        # One that is described before its file is there, as shapes are, has no hash.
+        keys = ("sha256",) if entry["sha256"] and known["sha256"] else ("classes", "images")
+        if any(entry[key] != known[key] for key in keys):
             raise UserError(
                 f"{other} and {place} cannot be compared: {name} was {known['file']} in the first and "
                 f"{entry['file']}, with other content, in the second"
             )
-
-
-def _same_content(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    """Compares SHA-256; classes and number of images if one was described before its file was there, as shapes are."""
-    keys = ("sha256",) if a["sha256"] and b["sha256"] else ("classes", "images")
-    return all(a[key] == b[key] for key in keys)

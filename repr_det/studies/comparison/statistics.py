@@ -56,11 +56,6 @@ class Difference(Summary):
             return f"fewer than {MIN_PAIRS} pairs of runs"
         return "" if math.isfinite(self.low) else "all differences are equal"
 
-    @property
-    def direction(self) -> str:
-        """``verdict`` for a value of which more is neither better nor worse: higher or lower."""
-        return {BETTER: "higher", WORSE: "lower"}.get(self.verdict, self.verdict)
-
 
 def summarize(values: Sequence[float], others: Sequence[float] | None = None) -> Summary:
     """Summarizes the finite values; those of the seeds of which ``others``, the other arm, have the value too."""
@@ -93,53 +88,51 @@ def power(difference: float, sd: float, n: int) -> float:
     return float(stats.nct.sf(bound, n - 1, shift))
 
 
-def detectable_difference(difference: Difference) -> float:
-    """The true difference that has POWER with as many pairs of the same spread; NaN without a spread."""
-    sd, n = difference.sd, difference.n
-    if n < MIN_PAIRS or not math.isfinite(difference.low):
+def detectable_difference(found: Difference) -> float:
+    """The true difference that has POWER with as many pairs of the same spread; NaN without a verdict."""
+    if found.why_no_verdict:
         return math.nan
-    return float(optimize.brentq(lambda size: power(size, sd, n) - POWER, 0.0, 100.0 * sd / math.sqrt(n)))
+    most = 100.0 * found.sd / math.sqrt(found.n)
+    return float(optimize.brentq(lambda size: power(size, found.sd, found.n) - POWER, 0.0, most))
 
 
-def seeds_needed(difference: Difference, size: float = 1.0) -> int | None:
-    """The pairs of the same spread with which a true difference of ``size`` has POWER; None without a spread,
+def seeds_needed(found: Difference, size: float = 1.0) -> int | None:
+    """The pairs of the same spread with which a true difference of ``size`` has POWER; None without a verdict,
     MOST_SEEDS + 1 if more than MOST_SEEDS are needed."""
-    if difference.n < MIN_PAIRS or not math.isfinite(difference.low):
+    if found.why_no_verdict:
         return None
     numbers = range(MIN_PAIRS, MOST_SEEDS + 1)
-    return MIN_PAIRS + bisect.bisect_left(numbers, POWER, key=lambda n: power(size, difference.sd, n))
+    return MIN_PAIRS + bisect.bisect_left(numbers, POWER, key=lambda n: power(size, found.sd, n))
 
 
-def number(value: float | None, digits: int = 1, sign: bool = False) -> str:
+def number(value: float, sign: bool = False) -> str:
     """The one form of a number for people: "41.3", "+0.8", "n/a"."""
-    if value is None or not math.isfinite(value):
+    if not math.isfinite(value):
         return "n/a"
-    return f"{value:{'+' if sign else ''}.{digits}f}"
+    return f"{value:{'+' if sign else ''}.1f}"
 
 
-def interval(low: float | None, high: float | None, digits: int = 1) -> str:
+def interval(low: float, high: float) -> str:
     """The one form of an interval for people: "-0.3 .. +1.9", "n/a"."""
-    if low is None or not math.isfinite(low):
+    if not math.isfinite(low):
         return "n/a"
-    return f"{number(low, digits, sign=True)} .. {number(high, digits, sign=True)}"
+    return f"{number(low, sign=True)} .. {number(high, sign=True)}"
 
 
 def verdict_sentence(metric: str, difference: Difference, name: str = "RePr") -> str:
     """ "RePr +0.8 AP, 95 % CI -0.3 .. +1.9, 5 seeds: not distinguishable"."""
     if difference.n == 0:
         return f"{metric}: n/a (no pair of runs has it)"
-    seeds = "1 seed" if difference.n == 1 else f"{difference.n} seeds"
-    head = f"{name} {number(difference.mean, sign=True)} {metric}"
-    if difference.n == 1 == len(difference.values):
-        return f"{head}, {seeds}: no interval over seeds from one pair of runs, so no verdict"
+    sentence = f"{name} {number(difference.mean, sign=True)} {metric}"
     if math.isfinite(difference.low):
-        head += f", {100 * CONFIDENCE:.0f} % CI {interval(difference.low, difference.high)}"
+        sentence += f", {100 * CONFIDENCE:.0f} % CI {interval(difference.low, difference.high)}"
+    sentence += f", {difference.n} seed{'s' if difference.n > 1 else ''}: {difference.verdict}"
     why = difference.why_no_verdict
-    return f"{head}, {seeds}: {difference.verdict}" + (f" ({why})" if why else "")
+    return f"{sentence} ({why})" if why else sentence
 
 
 def power_sentence(metric: str, difference: Difference) -> str:
-    """Says what these seeds could have shown and how many a difference of 1 needs; "" without a spread."""
+    """Says what these seeds could have shown and how many a difference of 1 needs; "" without a verdict."""
     needed = seeds_needed(difference)
     if needed is None:
         return ""

@@ -2,12 +2,11 @@
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from tabulate import tabulate
 
@@ -26,11 +25,6 @@ from repr_det.studies.comparison.statistics import (
 )
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-TRAINING = {
-    "best": "Best validation AP over training",
-    "lost": "Best minus final",
-    "final_loss": "Training loss at the end",
-}
 Row = dict[str, Any]
 
 
@@ -41,20 +35,15 @@ class Reading:
     Attributes:
         rows: metrics.json by iteration.
         events: drops and restores.
-        overlaps: O_f before each drop and after each restore.
+        filters: layer -> number of filters, in network order, of the layers that RePr applies to; {} for a baseline.
         detections: of the last evaluation; None if they were not saved.
     """
 
     run: Run
     rows: dict[int, dict[str, float]]
     events: list[dict[str, Any]]
-    overlaps: list[dict[str, Any]]
+    filters: dict[str, int]
     detections: list[dict[str, Any]] | None
-
-    @property
-    def final(self) -> dict[str, float]:
-        """The row of the evaluation after the last iteration."""
-        return final_row(self.rows, self.run.max_iter)
 
     @property
     def collapsed(self) -> bool:
@@ -62,17 +51,24 @@ class Reading:
         return self.detections == []
 
     @property
+    def final(self) -> dict[str, float]:
+        """The metrics of the evaluation after the last iteration, named as COCO does, with AP-<class> for each class.
+
+        NaN if the data hold no such object, for which COCO has -1.
+        """
+        row = final_row(self.rows, self.run.max_iter)
+        values = {key.removeprefix("bbox/"): value for key, value in row.items() if key.startswith("bbox/")}
+        if self.collapsed:
+            return dict.fromkeys(values, 0.0)
+        return {metric: value if value >= 0 else math.nan for metric, value in values.items()}
+
+    @property
     def curve(self) -> dict[int, float]:
         """Iterations trained -> validation AP."""
         last = self.run.max_iter
-        points = {min(i + 1, last): row["bbox/AP"] for i, row in self.rows.items() if "bbox/AP" in row}
-        points[last] = self.ap("AP")
-        return {i: ap for i, ap in sorted(points.items()) if ap >= 0}
-
-    @property
-    def first_overlap(self) -> dict[str, list[float]]:
-        """Layer -> O_f of its filters, in network order, of the layers that RePr applies to; {} for a baseline."""
-        return self.overlaps[0]["overlap"] if self.overlaps else {}
+        points = {min(i + 1, last): row["bbox/AP"] for i, row in self.rows.items() if row.get("bbox/AP", -1) >= 0}
+        points[last] = self.final["AP"]
+        return points
 
     @property
     def phases(self) -> list[tuple[int, int]]:
@@ -80,30 +76,6 @@ class Reading:
         starts = [event["iteration"] + 1 for event in self.events if event["event"] == "drop"]
         ends = [event["iteration"] + 1 for event in self.events if event["event"] == "restore"]
         return list(zip(starts, [*ends, self.run.max_iter], strict=False))
-
-    @property
-    def final_loss(self) -> float:
-        """Mean of the last tenth of the logged losses."""
-        losses = [row["total_loss"] for row in self.rows.values() if "total_loss" in row]
-        return float(np.mean(losses[-max(1, len(losses) // 10) :])) if losses else math.nan
-
-    @property
-    def classes(self) -> list[str]:
-        """Names of the classes with an AP, in the order in which they were logged."""
-        return [key.removeprefix("bbox/AP-") for key in self.final if key.startswith("bbox/AP-")]
-
-    def ap(self, metric: str) -> float:
-        """A metric of the last evaluation; NaN if the data hold no such object."""
-        if self.collapsed:
-            return 0.0
-        value = self.final.get(f"bbox/{metric}", math.nan)
-        return value if value >= 0 else math.nan  # COCO has -1 for "no such objects"
-
-    def values(self, classes: Sequence[str]) -> dict[str, float]:
-        """All numbers of the run: metric -> value."""
-        found = {metric: self.ap(metric) for metric in (*METRICS, *(f"AP-{name}" for name in classes))}
-        best = max(self.curve.values()) if len(self.curve) > 1 else math.nan
-        return found | {"best": best, "lost": best - found["AP"], "final_loss": self.final_loss}
 
 
 @dataclass
@@ -121,16 +93,24 @@ class Comparison:
     table: pd.DataFrame
     results: dict[str, Any]
 
+    @property
+    def all_readings(self) -> list[Reading]:
+        return [reading for arm in self.study.arms for reading in self.readings[arm]]
+
 
 def compare(study: Study) -> Comparison:
     """Reads finished, comparable runs and computes every number of the report."""
-    readings = {arm: list(map(_read, study.of(arm))) for arm in study.arms}
+    readings = {arm: [_read(run) for run in study.of(arm)] for arm in study.arms}
     both = [reading for arm in study.arms for reading in readings[arm]]
-    table = tidy_table(both)
+    classes = dict.fromkeys(metric for reading in both for metric in reading.final if metric.startswith("AP-"))
+    lines = []
+    for reading in both:
+        missing = 0.0 if reading.collapsed else math.nan
+        for metric in (*METRICS, *classes):
+            lines.append((reading.run.seed, reading.run.arm, metric, reading.final.get(metric, missing)))
+    table = pd.DataFrame(lines, columns=["seed", "arm", "metric", "value"])
     ap = metric_row(table, "AP", study.arms)
     difference = paired_difference(*(ap[arm]["values"] for arm in study.arms))
-    classes = dict.fromkeys(name for reading in both for name in reading.classes)
-    training = {metric: metric_row(table, metric, study.arms, "direction") for metric in TRAINING}
     results = {
         "verdict": ap["sentence"],
         "power": {
@@ -141,67 +121,45 @@ def compare(study: Study) -> Comparison:
         "dataset": read_config(both[0].run.folder).DATASETS.TEST[0],
         "seeds": study.seeds,
         "metrics": {metric: metric_row(table, metric, study.arms) for metric in METRICS},
-        "classes": {name: metric_row(table, f"AP-{name}", study.arms) for name in classes},
-        "training": {name: row for name, row in training.items() if row["difference"]["n"]},
+        "classes": {metric.removeprefix("AP-"): metric_row(table, metric, study.arms) for metric in classes},
         "notes": _notes(both),
     }
     return Comparison(study, readings, table, results)
 
 
-def tidy_table(readings: Iterable[Reading]) -> pd.DataFrame:
-    """Every number of every run, one a line: seed, arm, metric, value."""
-    readings = list(readings)
-    classes = list(dict.fromkeys(name for reading in readings for name in reading.classes))
-    lines = [
-        (reading.run.seed, reading.run.arm, metric, value)
-        for reading in readings
-        for metric, value in reading.values(classes).items()
-    ]
-    return pd.DataFrame(lines, columns=["seed", "arm", "metric", "value"])
-
-
-def metric_row(table: pd.DataFrame, metric: str, arms: tuple[str, str], word: str = "verdict") -> Row:
-    """Both arms over the seeds, and the second minus the first.
-
-    Args:
-        table: seed, arm, metric, value.
-        word: attribute of ``Difference`` for the verdict: better or worse for AP, else higher or lower ("direction").
-    """
+def metric_row(table: pd.DataFrame, metric: str, arms: tuple[str, str]) -> Row:
+    """Both arms over the seeds, and the second minus the first, from a table of seed, arm, metric, value."""
     by_seed = table[table["metric"] == metric].pivot(index="seed", columns="arm", values="value")
     reference, other = (by_seed[arm].tolist() for arm in arms)
     difference = paired_difference(reference, other)
+    name = title(arms[1])
+    if arms != (BASELINE, REPR):
+        name += f" against {title(arms[0])}:"
     return {
         arms[0]: asdict(summarize(reference, other)),
         arms[1]: asdict(summarize(other, reference)),
-        "difference": {**asdict(difference), "verdict": getattr(difference, word)},
-        "sentence": verdict_sentence(metric, difference, versus(arms)),
+        "difference": {**asdict(difference), "verdict": difference.verdict},
+        "sentence": verdict_sentence(metric, difference, name),
     }
 
 
-def versus(arms: tuple[str, str]) -> str:
-    """The second arm, with the first if that is no baseline."""
-    reference, other = map(title, arms)
-    return other if arms == (BASELINE, REPR) else f"{other} against {reference}:"
+def heads(arms: tuple[str, str]) -> list[str]:
+    """The names of the columns of ``lines_of``."""
+    return ["", *map(title, arms), "difference", "95 % interval", "verdict"]
 
 
 def lines_of(rows: dict[str, Row], arms: tuple[str, str]) -> list[list[str]]:
     """A line a metric for people: name, both arms, difference, interval, verdict."""
     lines = []
     for name, row in rows.items():
-        digits = 3 if name == "final_loss" else 1
         found = row["difference"]
-        line = [TRAINING.get(name, name)]
+        line = [name]
         for arm in arms:
-            spread = f" ± {number(row[arm]['sd'], digits)}" if row[arm]["n"] > 1 else ""
-            line.append(number(row[arm]["mean"], digits) + spread)
-        line += [number(found["mean"], digits, sign=True), interval(found["low"], found["high"], digits)]
+            spread = f" ± {number(row[arm]['sd'])}" if row[arm]["n"] > 1 else ""
+            line.append(number(row[arm]["mean"]) + spread)
+        line += [number(found["mean"], sign=True), interval(found["low"], found["high"])]
         lines.append([*line, found["verdict"] if found["n"] else "n/a"])
     return lines
-
-
-def heads(arms: tuple[str, str]) -> list[str]:
-    """The names of the columns of ``lines_of``."""
-    return ["", *map(title, arms), "difference", "95 % interval", "verdict"]
 
 
 def metrics_table(results: Row, arms: tuple[str, str]) -> str:
@@ -218,9 +176,9 @@ def write_results(comparison: Comparison, folder: Path) -> None:
 
 
 def _read(run: Run) -> Reading:
-    folder = run.folder
-    overlaps = read_json_lines(folder / OVERLAPS_FILE)
-    return Reading(run, read_metrics(folder), read_events(folder), overlaps, read_detections(folder))
+    overlaps = read_json_lines(run.folder / OVERLAPS_FILE)
+    filters = {layer: len(values) for layer, values in overlaps[0]["overlap"].items()} if overlaps else {}
+    return Reading(run, read_metrics(run.folder), read_events(run.folder), filters, read_detections(run.folder))
 
 
 def _notes(readings: Sequence[Reading]) -> list[str]:
@@ -228,7 +186,6 @@ def _notes(readings: Sequence[Reading]) -> list[str]:
     for reading in readings:
         if reading.collapsed:
             notes.append(f"{reading.run.folder}: its last evaluation has no detections, so its AP is 0.")
-        elif math.isnan(reading.ap("AP")):
-            what = "are not at hand" if reading.detections is None else "are not empty"
-            notes.append(f"{reading.run.folder}: the AP of its last evaluation is NaN, its detections {what}.")
+        elif math.isnan(reading.final["AP"]):
+            notes.append(f"{reading.run.folder}: the AP of its last evaluation is NaN.")
     return notes
