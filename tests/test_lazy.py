@@ -26,25 +26,10 @@ CONFIG = str(ROOT / "configs" / "lazy" / "repr_faster_rcnn_r50_fpn.py")
 SMALL = f"""
 from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig
-from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, ResNet
+from tiny_backbone import FEATURES, tiny_resnet
 
 globals().update(LazyConfig.load({CONFIG!r}))
-_widths = (8, 8, 12, 16, 24)
-model.backbone.bottom_up = L(ResNet)(
-    stem=L(BasicStem)(in_channels=3, out_channels=8, norm="BN"),
-    stages=[
-        L(ResNet.make_stage)(
-            block_class=BasicBlock,
-            num_blocks=1,
-            stride=1 if number == 0 else 2,
-            in_channels=_widths[number],
-            out_channels=_widths[number + 1],
-            norm="BN",
-        )
-        for number in range(4)
-    ],
-    out_features=["res2", "res3", "res4", "res5"],
-)
+model.backbone.bottom_up = L(tiny_resnet)(out_features=FEATURES)
 model.backbone.out_channels = 16
 model.proposal_generator.head.in_channels = 16
 model.proposal_generator.anchor_generator.sizes = [[8], [16], [32], [48], [64]]
@@ -220,7 +205,7 @@ def test_wrong_input_gets_one_line_before_the_first_step(small_config, tmp_path,
     [
         "train.seed=3",  # Detectron2 reads it, its own configs do not name it
         "optimizer.nesterov=True",  # an argument of the callable
-        "model.backbone.bottom_up.stages.0.anything=1",  # of a callable that takes everything
+        "model.backbone.bottom_up.anything=1",  # of a callable that takes everything
         f"{AUGMENTATIONS}.0.max_size=64",
         "+train.mine=3",
     ],

@@ -84,11 +84,14 @@ def test_what_a_launcher_started(tiny_cfg, start_by):
     assert world_of(tiny_cfg("MODEL.RESNETS.NORM", "SyncBN")).size == 1
     start_by(SRUN)
     assert Launched.found() == Launched("srun", 3, 1, 4, 2, "slurm 12.0")
+    with pytest.raises(UserError, match=r"compare\.py starts its runs itself"):
+        refuse_torchrun("compare.py")
     world = world_of(tiny_cfg("SOLVER.IMS_PER_BATCH", 4))
     assert (world.size, world.local_size) == (4, 2)
     assert world_of(tiny_cfg("SOLVER.IMS_PER_BATCH", 3, "SOLVER.REFERENCE_WORLD_SIZE", 1)).size == 4  # 12 images
     start_by(SRUN, SLURM_STEP_NUM_TASKS="1")
     assert Launched.found() is None
+    refuse_torchrun("compare.py")
 
 
 @pytest.mark.parametrize(
@@ -102,20 +105,11 @@ def test_the_address_of_sruns_first_node(monkeypatch, start_by, nodes, first):
         monkeypatch.delenv(name)
     monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: iter([(torch.distributed.HashStore(), 3, 4)]))
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: joined.update(os.environ))
-    monkeypatch.setattr(
-        "repr_det.commands.world.comm",
-        argparse.Namespace(create_local_process_group=lambda size: joined.update(local=size), synchronize=lambda: None),
-    )
+    meet = Mock(create_local_process_group=lambda size: joined.update(local=size))
+    monkeypatch.setattr("repr_det.commands.world.comm", meet)
     Launched.found().join("cpu")
     assert (joined["MASTER_ADDR"], joined["MASTER_PORT"], joined["RANK"]) == (first, "20012", "3")
     assert joined["WORLD_SIZE"] == "4" and joined["local"] == 2
-
-
-def test_compare_is_not_for_torchrun(start_by):
-    refuse_torchrun("compare.py")
-    start_by(TORCHRUN)
-    with pytest.raises(UserError, match=r"compare\.py starts its runs itself"):
-        refuse_torchrun("compare.py")
 
 
 def test_who_may_continue(start_by, tmp_path):
