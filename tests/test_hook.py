@@ -314,6 +314,10 @@ def test_batches_of_extra_passes_depend_on_seed_and_cycle_alone(tiny_cfg):
     assert files(3, 0) != files(4, 0)
     assert [len(batch) for batch in files(3, 0, 4)] == [4, 4]
     assert str(random_state()) == state
+    # Calibration of FrozenBN looks at eight images.
+    assert [calibration_batches(size) for size in (1, 2, 3, 8, 10)] == [8, 4, 3, 1, 1]
+    for images, batches in ((None, 4), (4, 2)):
+        assert training_passes(trainer.model, trainer, 0, images, True).calibration_batches == batches
 
 
 def test_a_network_that_diverges_is_named_as_such_at_a_transition(tiny_cfg):
@@ -330,10 +334,3 @@ def test_a_network_that_diverges_is_named_as_such_at_a_transition(tiny_cfg):
     with pytest.raises(UserError, match=r"that a transition looks at: .* has diverged\. Lower the") as error:
         trainer.train()
     assert "\n" not in str(error.value)
-
-
-def test_calibration_of_frozen_bn_looks_at_eight_images(tiny_cfg):
-    assert [calibration_batches(size) for size in (1, 2, 3, 8, 10)] == [8, 4, 3, 1, 1]
-    trainer = DefaultTrainer(tiny_cfg("SOLVER.IMS_PER_BATCH", 3))
-    for images, batches in ((None, 3), (4, 2)):
-        assert training_passes(trainer.model, trainer, 0, images, True).calibration_batches == batches

@@ -52,30 +52,23 @@ def test_the_same_features(tmp_path, caplog, form):
     assert len([r for r in caplog.records if "Names of a ResNet of torchvision or timm" in r.message]) == 1
     image = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        features = theirs.layer3(
-            theirs.layer2(theirs.layer1(theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(image))))))
-        )
+        features = nn.Sequential(*list(theirs.children())[:-3])(image)
         torch.testing.assert_close(ours["bottom_up"](image)["res4"], features)
 
 
-def test_own_names_are_left_alone():
-    """A model whose parameters do lie under "model." or "module."."""
+def test_own_and_unknown_names_are_left_alone():
+    """A model whose parameters do lie under "model." or "module."; a deep stem; two ResNets."""
     weights = {"model.conv.weight": torch.zeros(2)}
     checkpoint = {"model": dict(weights), "iteration": 3}
     fit_names(checkpoint, ["model.conv.weight", "model.conv.bias"])
     assert checkpoint == {"model": weights, "iteration": 3}
     fit_names(checkpoint, ["conv.weight"])
     assert list(checkpoint["model"]) == ["conv.weight"]
-
-
-@pytest.mark.parametrize(
-    "names", [["conv1.0.weight", "layer1.0.conv1.weight"], ["q.layer1.0.conv1.weight", "k.layer1.0.conv1.weight"]]
-)
-def test_what_is_not_known_is_left_alone(names):
-    """A deep stem; two ResNets."""
-    checkpoint = {"model": dict.fromkeys(names, torch.zeros(2))}
-    fit_names(checkpoint, ["stem.conv1.weight"])
-    assert list(checkpoint["model"]) == names and "matching_heuristics" not in checkpoint
+    deep_stem, two = ["conv1.0.weight", "layer1.0.conv1.weight"], ["q.layer1.0.conv1.weight", "k.layer1.0.conv1.weight"]
+    for unknown in (deep_stem, two):
+        checkpoint = {"model": dict.fromkeys(unknown, torch.zeros(2))}
+        fit_names(checkpoint, ["stem.conv1.weight"])
+        assert list(checkpoint["model"]) == unknown and "matching_heuristics" not in checkpoint
 
 
 def conv_and_norm(rows=(), norm=()):
