@@ -11,6 +11,7 @@ from conftest import ROOT, SMALL
 from detectron2.data import MetadataCatalog
 from PIL import Image
 from pycocotools import mask as mask_utils
+from test_classes import write
 
 from repr_det import UserError
 from repr_det.commands import checks, data_checks
@@ -126,17 +127,8 @@ def test_keypoints_need_metadata_and_one_number(mine, odd, shown):
 
 def two_files(folder: Folder, val_ids: dict[int, str]) -> list[list[str]]:
     """--register of t and v, which lists other classes."""
-    folder.check()
-    content = json.loads(folder.json.read_text())
-    ids = {c["name"]: c["id"] for c in content["categories"]}
-    content["categories"] = [{"id": i, "name": name} for i, name in val_ids.items()]
-    back = {ids[name]: i for i, name in val_ids.items() if name in ids}
-    content["annotations"] = [
-        a | {"category_id": back[a["category_id"]]} for a in content["annotations"] if a["category_id"] in back
-    ]
-    val = folder.json.with_name("val.json")
-    val.write_text(json.dumps(content))
-    return [["t", str(folder.json), str(folder.images)], ["v", str(val), str(folder.images)]]
+    files = {"t": {3: "cell", 7: "plate"}, "v": val_ids}
+    return [[name, str(write(folder, ids, name)), str(folder.images)] for name, ids in files.items()]
 
 
 def config(register, *opts, **options):
