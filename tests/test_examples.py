@@ -144,9 +144,11 @@ def test_lightning_callback(tmp_path, told):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_huggingface_rtdetr(tmp_path, told, capsys):
+def test_huggingface_rtdetr(tmp_path, told, capsys, monkeypatch):
     pytest.importorskip("accelerate", reason="accelerate is not installed")
     rtdetr = example("huggingface_rtdetr", "transformers")
+    # The folder of Detectron2's data, in the folder of the tests, looks like the package to transformers.
+    monkeypatch.setattr("transformers.trainer.is_datasets_available", lambda: False)
     options = dict(layers=["model.backbone.*"], schedule=RePrSchedule(2, 2, 1, 1))  # out in steps 3 and 4
     wanted = rtdetr.train(str(tmp_path), rtdetr.RePrCallback(**options), steps=6, save_steps=4)
     assert told() == [("drop", 2), ("restore", 4)] and "loss in evaluation" in capsys.readouterr().out

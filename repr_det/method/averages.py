@@ -21,11 +21,7 @@ _INNER = ("module", "ema", "model", "ema_model", "averaged_model", "average")
 
 
 class Averages:
-    """The averages that follow a model.
-
-    Args:
-        given: modules with the parameters of ``model`` under the same names, or objects that hold one.
-        model: not wrapped.
+    """The averages that follow a model: modules with its parameters under the same names, or objects that hold one.
 
     Raises:
         UserError: one of them holds no such module.

@@ -29,14 +29,8 @@ from repr_det.method.redundancy import redundancy
 
 @dataclass(frozen=True)
 class Context:
-    """The things that a criterion may look at besides the layers.
-
-    Attributes:
-        generator: source of randomness, of the CPU.
-        passes: how to run training batches; None if there is none.
-        num_batches: how many of them.
-        cycle: which batches.
-    """
+    """The things that a criterion may look at besides the layers: a generator of the CPU, and training batches (their
+    number, and the cycle that says which)."""
 
     generator: torch.Generator
     passes: TrainingPasses | None = None
