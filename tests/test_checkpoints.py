@@ -17,38 +17,25 @@ from repr_det.runs.files import keep_checkpoints, truncate_log
 from repr_det.runs.resume import check_same_optimizer
 
 
-class State:
-    """What a trainer is to its checkpointer."""
-
-    def __init__(self):
-        self.iteration = None
-
-    def state_dict(self):
-        return {"iteration": self.iteration}
-
-    def load_state_dict(self, state):
-        self.iteration = state["iteration"]
-
-
 def test_resumes_from_the_newest_checkpoint_and_says_so(tmp_path, caplog):
     """Its tag is lost; files that no run wrote are no checkpoints of it."""
     assert not AtomicCheckpointer(nn.Linear(1, 1), "").has_checkpoint()
-    model, state = nn.Linear(2, 2), State()
+    model, state = nn.Linear(2, 2), nn.BatchNorm1d(1)  # what a trainer is to its checkpointer
     checkpointer = AtomicCheckpointer(model, str(tmp_path), trainer=state)
     assert not checkpointer.has_checkpoint()
     for iteration in (9, 99, 100):
-        state.iteration = iteration
+        state.num_batches_tracked.fill_(iteration)
         nn.init.constant_(model.weight, iteration)
         checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
     for name in ("weights.pth", "model_best.pth"):
         torch.save({"model": model.state_dict()}, tmp_path / name)
     (tmp_path / "last_checkpoint").unlink()
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    model, state = nn.Linear(2, 2), State()
+    model, state = nn.Linear(2, 2), nn.BatchNorm1d(1)
     checkpointer = AtomicCheckpointer(model, str(tmp_path), trainer=state)
     with caplog.at_level(logging.WARNING, "repr_det.resume"):
         checkpointer.resume_or_load("", resume=True)
-    assert state.iteration == 100 and model.weight[0, 0] == 100
+    assert state.num_batches_tracked == 100 and model.weight[0, 0] == 100
     assert "has no last_checkpoint: resuming from model_0000100.pth" in caplog.text
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     damaged = tmp_path / "model_0000100.pth"

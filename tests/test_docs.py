@@ -8,6 +8,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import benchmark
 import cifar10
@@ -135,10 +136,8 @@ def test_plain_pytorch_snippets_run(name):
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     images = torch.randn(24, 2, 3, 8, 8)
     names = {"model": model, "optimizer": optimizer, "total_steps": 24, "batches": images, "epochs": 2}
-    names |= {
-        "loader": [(batch, None) for batch in images[:12]],
-        "loss_function": lambda output, _: output.square().mean(),
-    }
+    names["loader"] = [(batch, None) for batch in images[:12]]
+    names["loss_function"] = lambda output, _: output.square().mean()
     exec(textwrap.dedent(block).replace("... ", "model(batch).square().mean().backward()"), names)
     assert names["repr_training"].phase == "full" and names["repr_training"].scheme.cycle == 3
 
@@ -148,12 +147,8 @@ def test_detectron2_snippet_runs(tiny_cfg):
     section = page.partition("## A Detectron2 trainer\n")[2].partition("\n## ")[0]
     block = "\n".join(line for line in section.splitlines() if line.startswith("    "))
     hooks = []
-
-    class Registers:
-        def register_hooks(self, found):
-            hooks.extend(found)
-
+    trainer = SimpleNamespace(register_hooks=hooks.extend)
     block = block.replace("add_repr_config(cfg)  ", "pass  ")  # tiny_cfg has the node and values in it
-    exec(textwrap.dedent(block), {"cfg": tiny_cfg("REPR.ENABLED", "True"), "trainer": Registers()})
+    exec(textwrap.dedent(block), {"cfg": tiny_cfg("REPR.ENABLED", "True"), "trainer": trainer})
     plain, configured = hooks
     assert plain.options.resumed() == configured.options.resumed()

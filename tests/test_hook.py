@@ -323,13 +323,12 @@ def test_batches_of_extra_passes_depend_on_seed_and_cycle_alone(tiny_cfg):
 def test_a_network_that_diverges_is_named_as_such_at_a_transition(tiny_cfg):
     """Weights that are finite and whose boxes are not: Detectron2 raises FloatingPointError, here between two steps."""
 
-    class Blow(HookBase):
-        def after_step(self):
-            if self.trainer.iter == 1:
-                self.trainer.model.proposal_generator.rpn_head.anchor_deltas.weight.data.fill_(3e38)
+    def blow(trainer):
+        if trainer.iter == 1:
+            trainer.model.proposal_generator.rpn_head.anchor_deltas.weight.data.fill_(3e38)
 
     trainer = Trainer(tiny_cfg(*SCHEDULE, "REPR.CRITERION", "redundant", "DATASETS.TEST", "()"))
-    trainer.register_hooks([Blow()])
+    trainer.register_hooks([Seen(blow)])
     trainer._hooks.insert(0, trainer._hooks.pop())
     with pytest.raises(UserError, match=r"that a transition looks at: .* has diverged\. Lower the") as error:
         trainer.train()
