@@ -11,7 +11,7 @@ from repr_det.method.errors import UserError
 from repr_det.runs.record import describe_data_sets
 from repr_det.studies.comparison.command import main, parse
 from repr_det.studies.comparison.plan import arm_names, plan_study
-from repr_det.studies.comparison.runs import check_finished, check_same_data, differing_keys, run_from_folder
+from repr_det.studies.comparison.records import check_finished, check_same_data, differing_keys, run_from_folder
 
 # ---- finished folders ----
 
@@ -149,7 +149,6 @@ WAYS = "give --config-file and --seeds, or --baseline-runs, --repr-runs and --ou
         ("--config-file x.yaml --seeds 1 two", "--seeds must be integers, and KEY VALUE pairs may follow; got 1 two"),
         ("--config-file x.yaml --seeds SEED 2", "--seeds must be integers"),
         ("--jobs 0 --config-file x --seeds 1", "--jobs must be at least 1, got 0"),
-        ("--baseline-runs a --repr-runs b --output o --other-runs c d", "--other-runs is gone: CHANGELOG.md"),
     ],
 )
 def test_arguments_that_make_no_comparison(words, message):
@@ -178,7 +177,7 @@ def test_plan(named_data, tmp_path):
     for config, seeds, words, message in (
         (REPR_CONFIG, [1], ["SEED", "3"], "SEED on the command line"),
         (REPR_CONFIG, [1], ["OUTPUT_DIR", "x"], "OUTPUT_DIR on the command line"),
-        (REPR_CONFIG, [1, 1], [], "must differ"),
+        (REPR_CONFIG, [1, 1], [], "must be 0 or more and differ"),
         (REPR_CONFIG, [-1], [], "0 or more"),
         (BASELINE_CONFIG, [1], [], r"REPR\.ENABLED False: give a config with RePr, or another one --against it"),
     ):

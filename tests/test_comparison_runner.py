@@ -11,9 +11,8 @@ import time
 import pytest
 from finished_runs import write_metrics
 
-from repr_det.studies.comparison.records import read_metrics
+from repr_det.studies.comparison.records import Run, is_finished, read_metrics
 from repr_det.studies.comparison.runner import RunFailed, _environment, run_all, run_comparison_tool
-from repr_det.studies.comparison.runs import Run, is_finished
 
 FAKE = """
 import json, os, sys, time

@@ -118,7 +118,8 @@ def analyze(
 ) -> list[dict[str, Any]]:
     """Describes layers by their weights, by their outputs on training batches (if ``passes``), and by the drop.
 
-    The result is "layers" of the json file; filters are named by their index.
+    Returns:
+        "layers" of the json file; filters are named by their index.
     """
     if get_criterion(criterion).needs_data and passes is None:
         raise UserError(f"criterion {criterion!r} looks at training batches: give --config-file and --batches")
@@ -126,48 +127,49 @@ def analyze(
     scores = get_criterion(criterion).score(layers, context)
     redundancy = None if passes is None else CRITERIA["redundant"].score(layers, context)
     # As in a drop, filters that are zero go first.
-    zero = {layer.name: ~layer.weight.detach().flatten(1).any(1) for layer in layers}
-    ranked = {name: score.masked_fill(zero[name], math.inf) for name, score in scores.items()}
+    used = {layer.name: layer.weight.detach().flatten(1).any(1) for layer in layers}
+    ranked = {name: score.masked_fill(~used[name], math.inf) for name, score in scores.items()}
     dropped = select_filters(ranked, drop_ratio, max_drop_per_layer)
     found = []
     for layer in layers:
-        used = ~zero[layer.name]
-        idle = None if redundancy is None else _indices((redundancy[layer.name] == math.inf) & used)
-        lists = {"idle": idle, "zero": _indices(~used), "dropped": _indices(dropped[layer.name])}
-        found.append(_weights(layer, used) | lists)
+        masks = _conditions(layer, used[layer.name]) | {"zero": ~used[layer.name], "dropped": dropped[layer.name]}
+        if redundancy is not None:
+            masks["idle"] = (redundancy[layer.name] == math.inf) & used[layer.name]
+        lists = {name: mask.nonzero().flatten().tolist() for name, mask in masks.items()}
+        found.append(_overlap(layer, used[layer.name]) | lists)
     return found
 
 
-def _weights(layer: FilterLayer, used: Tensor) -> dict[str, Any]:
-    rows = layer.weight.detach().flatten(1)
-    norms = rows.norm(dim=1)
-    near = cosines(layer).abs() > NEAR_DUPLICATE
-    size = len(rows) // layer.conv.groups
-    counts = used.view(-1, size).sum(1)
-    # O_f among the filters in use: zero filters overlap with nothing, but O_f divides by their number too.
-    overlap = inter_filter_orthogonality(rows, layer.conv.groups) * (size / counts.clamp(min=1)).repeat_interleave(size)
-    expected = [number * expected_overlap(number, rows.shape[1]) for number in counts.tolist() if number]
+def _overlap(layer: FilterLayer, used: Tensor) -> dict[str, Any]:
+    """O_f among the filters in use: zero filters overlap with nothing, but O_f divides by their number too."""
+    groups, dimension = layer.conv.groups, layer.weight[0].numel()
+    size = len(used) // groups
+    counts = used.view(groups, size).sum(1)
+    overlap = inter_filter_orthogonality(layer.weight.detach(), groups).view(groups, size)
+    overlap = (overlap * size / counts.clamp(min=1).view(-1, 1)).flatten()
+    expected = [number * expected_overlap(number, dimension) for number in counts.tolist() if number]
     number_used = max(1, int(used.sum()))
     return {
         "name": layer.name,
-        "filters": len(rows),
-        "dimension": rows.shape[1],
-        "dead": _indices(used & (norms < DEAD * norms[used].nanmedian())) if used.any() else [],
-        "near_duplicates": _indices(near.any(0) | near.any(1)),
+        "filters": len(used),
+        "dimension": dimension,
         "overlap": [round(value, 7) for value in overlap.tolist()],
         "overlap_mean": overlap.sum().item() / number_used,
         "overlap_random": sum(expected) / number_used,
     }
 
 
+def _conditions(layer: FilterLayer, used: Tensor) -> dict[str, Tensor]:
+    norms = layer.weight.detach().flatten(1).norm(dim=1)
+    near = cosines(layer).abs() > NEAR_DUPLICATE
+    # nanmedian of nothing is NaN, below which nothing is.
+    return {"near_duplicates": near.any(0) | near.any(1), "dead": used & (norms < DEAD * norms[used].nanmedian())}
+
+
 def cosines(layer: FilterLayer) -> Tensor:
     """(J, J) cosines of two filters of one group, above the diagonal; 0 elsewhere."""
     units = unit_filters(layer.weight).chunk(layer.conv.groups)
     return torch.block_diag(*(unit @ unit.T for unit in units)).triu(diagonal=1)
-
-
-def _indices(mask: Tensor) -> list[int]:
-    return mask.nonzero().flatten().tolist()
 
 
 def overlapping_pairs(layers: Sequence[FilterLayer], number: int) -> list[dict[str, Any]]:
@@ -183,7 +185,7 @@ def overlapping_pairs(layers: Sequence[FilterLayer], number: int) -> list[dict[s
 
 def summary(layers: Sequence[dict[str, Any]], num_batches: int) -> dict[str, Any]:
     """Counts over all layers, and a sentence on whether there is anything to remove."""
-    counts = {key: sum(len(layer[key] or ()) for layer in layers) for key in COUNTS}
+    counts = {key: sum(len(layer[key]) for layer in layers) for key in COUNTS if key in layers[0]}
     counts["filters"] = sum(layer["filters"] for layer in layers)
     used = counts["filters"] - counts["zero"]
     expected = sum(layer["overlap_random"] * (layer["filters"] - len(layer["zero"])) for layer in layers)
@@ -195,7 +197,7 @@ def summary(layers: Sequence[dict[str, Any]], num_batches: int) -> dict[str, Any
     if num_batches:
         what += f", {counts['idle']} idle (no output above 0 and no gradient on {num_batches} training batches)"
     verdict = f"There is nothing to remove: {what}. A drop then follows the layers' dimensions, not redundancy."
-    if factor >= AS_RANDOM or counts["near_duplicates"] or counts["dead"] or counts["idle"]:
+    if factor >= AS_RANDOM or counts["near_duplicates"] or counts["dead"] or counts.get("idle"):
         verdict = f"There is something to remove: {what}."
     state = f"sub-network, {counts['zero']} filters are zero" if counts["zero"] else "full network, no filter is zero"
     return {"verdict": verdict, "state": state, "overlap_factor": factor, **counts}
@@ -223,14 +225,14 @@ def plot(path: Path, layers: Sequence[dict[str, Any]]) -> None:
     """Draws O_f of the filters of every layer, with that of random directions."""
     figure = Figure(figsize=(4 + 0.19 * len(layers), 5), layout="constrained")
     ax = figure.subplots()
-    used = [np.delete(layer["overlap"], layer["zero"]) for layer in layers]
-    ax.boxplot(used, positions=range(len(layers)), whis=(0, 100))
+    names = [layer["name"] for layer in layers]
+    ax.boxplot([np.delete(layer["overlap"], layer["zero"]) for layer in layers], positions=range(len(names)))
     ax.plot([layer["overlap_random"] for layer in layers], "x", label="random directions")
-    ax.set_xticks(range(len(layers)), [layer["name"] for layer in layers], rotation=90, fontsize=7)
+    ax.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
     ax.set_ylabel("inter-filter orthogonality $O_f$")
     ax.legend()
     try:
-        figure.savefig(path, dpi=150)
+        figure.savefig(path)
     except ValueError as error:  # matplotlib lists the formats that it knows
         raise UserError(f"--plot {path}: {error}") from error
 

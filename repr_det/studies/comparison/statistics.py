@@ -57,10 +57,9 @@ class Difference(Summary):
         return "" if math.isfinite(self.low) else "all differences are equal"
 
 
-def summarize(values: Sequence[float], others: Sequence[float] | None = None) -> Summary:
-    """Summarizes the finite values; those of the seeds of which ``others``, the other arm, have the value too."""
-    there = np.isfinite(values) if others is None else np.isfinite(values) & np.isfinite(others)
-    found = np.asarray(values, dtype=float)[there]
+def summarize(values: Sequence[float]) -> Summary:
+    """Summarizes the finite values."""
+    found = np.asarray(values, dtype=float)[np.isfinite(values)]
     mean = float(found.mean()) if len(found) else math.nan
     sd = float(found.std(ddof=1)) if len(found) > 1 else math.nan
     return Summary(tuple(values), mean, sd, len(found))
@@ -69,8 +68,7 @@ def summarize(values: Sequence[float], others: Sequence[float] | None = None) ->
 def paired_difference(baseline: Sequence[float], repr_: Sequence[float]) -> Difference:
     """Subtracts the baseline, with Student's t interval over the pairs (their differences taken as normal).
 
-    Args:
-        baseline, repr_: one value a pair, in the same order; NaN if there is none.
+    Both have one value a pair, in the same order; NaN if there is none.
     """
     values = np.asarray(repr_, dtype=float) - np.asarray(baseline, dtype=float)
     found = summarize(values.tolist())
