@@ -44,8 +44,8 @@ from repr_det.runs.safe_pickle import load_checkpoint
 # Transposed convs keep (C_in, C_out, kh, kw): their rows are no filters. What predicts keeps all its filters.
 NOT_FILTERS = ("*deconv*", "*objectness_logits*", "*anchor_deltas*", "*predictor*", "*cls_score*", "*bbox_pred*")
 DEAD = 0.02  # a filter is dead if its norm is below this share of the median of its layer
-# O_f over its expectation for random directions, below which nothing overlaps to speak of: 1.0 in networks trained from
-# random weights on hundreds of images, 1.1 to 3.1 in the layers of one trained on ImageNet.
+# Nothing overlaps to speak of if O_f over its expectation for random directions is less: it is 1.0 in networks trained
+# on hundreds of images, 1.1 to 3.1 in the layers of one trained on ImageNet.
 AS_RANDOM = 1.1
 # The columns of the table are keys of the json file; of a list of filters it shows the number.
 COUNTS = ("near_duplicates", "dead", "idle", "zero", "dropped")
@@ -118,8 +118,7 @@ def analyze(
 ) -> list[dict[str, Any]]:
     """Describes layers by their weights, by their outputs on training batches (if ``passes``), and by the drop.
 
-    Returns:
-        "layers" of the json file; filters are named by their index.
+    The result is "layers" of the json file; filters are named by their index.
     """
     if get_criterion(criterion).needs_data and passes is None:
         raise UserError(f"criterion {criterion!r} looks at training batches: give --config-file and --batches")
@@ -132,22 +131,25 @@ def analyze(
     dropped = select_filters(ranked, drop_ratio, max_drop_per_layer)
     found = []
     for layer in layers:
-        masks = _conditions(layer, used[layer.name]) | {"zero": ~used[layer.name], "dropped": dropped[layer.name]}
+        there = used[layer.name]
+        norms = layer.weight.detach().flatten(1).norm(dim=1)
+        near = cosines(layer).abs() > NEAR_DUPLICATE
+        masks = {"zero": ~there, "dropped": dropped[layer.name], "near_duplicates": near.any(0) | near.any(1)}
+        masks["dead"] = there & (norms < DEAD * norms[there].nanmedian())  # none if nothing is there
         if redundancy is not None:
-            masks["idle"] = (redundancy[layer.name] == math.inf) & used[layer.name]
+            masks["idle"] = there & (redundancy[layer.name] == math.inf)
         lists = {name: mask.nonzero().flatten().tolist() for name, mask in masks.items()}
-        found.append(_overlap(layer, used[layer.name]) | lists)
+        found.append(_weights(layer, there) | lists)
     return found
 
 
-def _overlap(layer: FilterLayer, used: Tensor) -> dict[str, Any]:
-    """O_f among the filters in use: zero filters overlap with nothing, but O_f divides by their number too."""
+def _weights(layer: FilterLayer, used: Tensor) -> dict[str, Any]:
     groups, dimension = layer.conv.groups, layer.weight[0].numel()
-    size = len(used) // groups
-    counts = used.view(groups, size).sum(1)
-    overlap = inter_filter_orthogonality(layer.weight.detach(), groups).view(groups, size)
-    overlap = (overlap * size / counts.clamp(min=1).view(-1, 1)).flatten()
-    expected = [number * expected_overlap(number, dimension) for number in counts.tolist() if number]
+    counts = used.view(groups, -1).sum(1).clamp(min=1)
+    # O_f among the filters in use: zero filters overlap with nothing, but O_f divides by their number too.
+    overlap = inter_filter_orthogonality(layer.weight.detach(), groups).view(groups, -1)
+    overlap = (overlap * overlap.shape[1] / counts[:, None]).flatten()
+    expected = sum(number * expected_overlap(number, dimension) for number in counts.tolist())
     number_used = max(1, int(used.sum()))
     return {
         "name": layer.name,
@@ -155,15 +157,8 @@ def _overlap(layer: FilterLayer, used: Tensor) -> dict[str, Any]:
         "dimension": dimension,
         "overlap": [round(value, 7) for value in overlap.tolist()],
         "overlap_mean": overlap.sum().item() / number_used,
-        "overlap_random": sum(expected) / number_used,
+        "overlap_random": expected / number_used,
     }
-
-
-def _conditions(layer: FilterLayer, used: Tensor) -> dict[str, Tensor]:
-    norms = layer.weight.detach().flatten(1).norm(dim=1)
-    near = cosines(layer).abs() > NEAR_DUPLICATE
-    # nanmedian of nothing is NaN, below which nothing is.
-    return {"near_duplicates": near.any(0) | near.any(1), "dead": used & (norms < DEAD * norms[used].nanmedian())}
 
 
 def cosines(layer: FilterLayer) -> Tensor:
@@ -199,8 +194,7 @@ def summary(layers: Sequence[dict[str, Any]], num_batches: int) -> dict[str, Any
     verdict = f"There is nothing to remove: {what}. A drop then follows the layers' dimensions, not redundancy."
     if factor >= AS_RANDOM or counts["near_duplicates"] or counts["dead"] or counts.get("idle"):
         verdict = f"There is something to remove: {what}."
-    state = f"sub-network, {counts['zero']} filters are zero" if counts["zero"] else "full network, no filter is zero"
-    return {"verdict": verdict, "state": state, "overlap_factor": factor, **counts}
+    return {"verdict": verdict, "overlap_factor": factor, **counts}
 
 
 def as_text(found: dict[str, Any]) -> str:
@@ -211,7 +205,7 @@ def as_text(found: dict[str, Any]) -> str:
         rows.append([len(cell) if isinstance(cell, list) else cell for cell in cells])
     parts = [
         found["verdict"],
-        f"{found['checkpoint']}, layers by {found['config'] or 'name'}: {found['state']}",
+        f"{found['checkpoint']}, iteration {found['iteration']}, layers by {found['config'] or 'name'}",
         tabulate(rows, COLUMNS, floatfmt=".4f"),
         "overlap: inter-filter orthogonality O_f (random: its value for random directions); dropped: by "
         f"{found['criterion']} at drop ratio {found['drop_ratio']:g}, cap {found['max_drop_per_layer']:g}",
@@ -243,18 +237,18 @@ def argument_parser() -> argparse.ArgumentParser:
         description="Shows how much the filters of a checkpoint overlap, and which ones RePr would drop. With a config "
         "the layers are those of REPR.LAYERS in its model; --batches then finds idle filters on DATASETS.TRAIN."
     )
-    parser.add_argument("checkpoint", type=Path, help=".pth of a training, or .pkl weights of Detectron2")
-    parser.add_argument("--config-file", help=f"of the run that wrote it (default: {CONFIG_FILE} beside it, if any)")
-    parser.add_argument("--include", nargs="+", metavar="PATTERN", help="go by names of weights, without a config")
+    parser.add_argument("checkpoint", type=Path, help=".pth of a training, or .pkl of Detectron2")
+    parser.add_argument("--config-file", help=f"of its run (default: {CONFIG_FILE} beside it)")
+    parser.add_argument("--include", nargs="+", metavar="PATTERN", help="names of weights, without a config")
     parser.add_argument("--exclude", nargs="+", metavar="PATTERN", help=f"default {' '.join(NOT_FILTERS)}")
     add_data_argument(parser)
-    parser.add_argument("--batches", type=int, default=0, help="training batches to run (0: only the weights)")
+    parser.add_argument("--batches", type=int, default=0, help="training batches to run (default 0)")
     parser.add_argument("--criterion", help="default REPR.CRITERION; some need --batches")
     parser.add_argument("--drop-ratio", type=float, help="default REPR.DROP_RATIO")
     parser.add_argument("--max-drop-per-layer", type=float, help="default REPR.MAX_DROP_PER_LAYER")
-    parser.add_argument("--pairs", type=int, default=10, help="how many of the most overlapping pairs (10)")
-    parser.add_argument("--json", type=Path, help="write all numbers to this file")
-    parser.add_argument("--plot", type=Path, help="write the plot to this .svg or .png file")
+    parser.add_argument("--pairs", type=int, default=10, help="most overlapping pairs to show (default 10)")
+    parser.add_argument("--json", type=Path, help="file for all numbers")
+    parser.add_argument("--plot", type=Path, help="file for a plot, .svg or .png")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config options, after -- behind a list")
     return parser
 
@@ -305,8 +299,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         "layers": analyzed,
         "pairs": overlapping_pairs(layers, args.pairs),
     }
-    if iteration is not None:
-        found["state"] = f"iteration {iteration}, {found['state']}"
     print(as_text(found))
     if args.json:
         write_atomically(args.json, json.dumps(found, indent=1) + "\n")
