@@ -99,32 +99,30 @@ def test_max_iter_is_that_of_the_scaled_config(finished):
 
 def test_runs_on_other_data_of_one_name_are_refused(finished, named_data, tmp_path):
     base, other = finished("baseline", 1), finished("repr", 1)
-    changed = dict(file="old.json", sha256="0" * 64)
 
     def recorded(folder, name="data_sets.json", **changed):
         record = describe_data_sets(("odd_train", "odd_val"))
         record["odd_val"] |= changed
         (folder / name).write_text(json.dumps(record))
 
-    recorded(base)
-    check_same_data([base, other])  # the second is of a version that kept no record
-    recorded(other, file="/elsewhere/odd.json")  # another place, the same content
+    recorded(base)  # the other is of a version that kept no record
     check_same_data([base, other])
-    recorded(other, sha256=None)  # described before its file was there, as the shapes are that are drawn on first use
-    check_same_data([base, other])
+    # Another place with the same content; and described before its file was there, as shapes are.
+    for changed in ({"file": "/elsewhere/odd.json"}, {"sha256": None}):
+        recorded(other, **changed)
+        check_same_data([base, other])
     recorded(other, sha256=None, images=3)
     with pytest.raises(UserError, match="odd_val was"):
         check_same_data([base, other])
     recorded(other)
-    recorded(other, "data_sets_until_0000019.json", **changed)  # before it was resumed
+    recorded(other, "data_sets_until_0000019.json", file="old.json", sha256="0" * 64)  # before it was resumed
     words = f"odd_val was {named_data[0]} in the first and old.json, with other content, in the second"
     with pytest.raises(UserError) as error:
         compare_folders(tmp_path, [base], [other])
     assert str(error.value) == f"{base} and {other} cannot be compared: {words}"
-    recorded(base, **changed)
-    recorded(other, **changed)
+    recorded(base, file="old.json", sha256="0" * 64)
     with pytest.raises(UserError, match=r"and this command cannot be compared: odd_val was old\.json in the first and"):
-        compare_folders(tmp_path, [base], [other])
+        check_same_data([base])
     assert not (tmp_path / "out").exists()
 
 
@@ -223,13 +221,9 @@ def test_folders_that_hold_runs_already(finished, named_data, tmp_path):
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
     study, _ = plan_study(REPR_CONFIG, [1], tmp_path, opts=OPTS, evaluations=10)
     assert [run.folder for run in study.runs] == folders
-    for key, value, message in (
-        ("SOLVER.BASE_LR", "0.5", r"baseline_seed1 holds a run with SOLVER.BASE_LR 0.005, but .* has 0.5"),
-        (
-            "REPR.REINIT.RETURN",
-            "function_preserving",
-            r"repr_seed1 holds a run with REPR.REINIT.RETURN as_published, but",
-        ),
+    for folder, key, held, wanted in (
+        ("baseline_seed1", "SOLVER.BASE_LR", "0.005", "0.5"),
+        ("repr_seed1", "REPR.REINIT.RETURN", "as_published", "function_preserving"),
     ):
-        with pytest.raises(UserError, match=message):
-            plan_study(REPR_CONFIG, [1], tmp_path, opts=[*OPTS, key, value], evaluations=10)
+        with pytest.raises(UserError, match=f"{folder} holds a run with {key} {held}, but .* has {wanted}: give"):
+            plan_study(REPR_CONFIG, [1], tmp_path, opts=[*OPTS, key, wanted], evaluations=10)
