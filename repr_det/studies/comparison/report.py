@@ -15,11 +15,11 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import torch
-from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.structures import BoxMode
-from detectron2.utils.visualizer import Visualizer
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 import repr_det
 from repr_det.commands.data_checks import check_datasets
@@ -112,23 +112,27 @@ def _pictures(comparison: Comparison, folder: Path, number: int) -> dict[str, st
                     category = to_class.get(one["category_id"], one["category_id"])
                     found.append({"bbox": one["bbox"], "bbox_mode": BoxMode.XYWH_ABS, "category_id": category})
             panels[f"{title(reading.run.arm)}, score ≥ {_SCORE_THRESHOLD}"] = found
-        drawn[os.path.basename(entry["file_name"])] = _picture(entry["file_name"], panels, metadata)
+        drawn[os.path.basename(entry["file_name"])] = _picture(entry["file_name"], panels, metadata.thing_classes)
     return drawn
 
 
-def _picture(path: str, panels: dict[str, list[dict[str, Any]]], metadata: Metadata) -> str:
+def _picture(path: str, panels: dict[str, list[dict[str, Any]]], classes: Sequence[str]) -> str:
     """The image once a panel, with its boxes: title -> annotations as Detectron2 has them."""
     image = read_image(path, "RGB")
+    height = _WIDTH / len(panels) * image.shape[0] / image.shape[1] + 0.25
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained", dpi=150, facecolor="#fdfcfa")
+    axes = figure.subplots(1, len(panels))
+    for ax, colour, (name, boxes) in zip(axes, ("#b58900", *_COLOURS), panels.items(), strict=True):
+        ax.imshow(image)
+        ax.set_axis_off()
+        ax.set_title(name, color=colour)
+        for box in boxes:
+            x0, y0, x1, y1 = BoxMode.convert(box["bbox"], box["bbox_mode"], BoxMode.XYXY_ABS)
+            ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour))
+            shade = {"facecolor": colour, "edgecolor": "none", "pad": 0.5}
+            ax.text(x0, y0, classes[box["category_id"]], color="white", fontsize=6, bbox=shade, clip_on=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # of a class name
-        height = _WIDTH / len(panels) * image.shape[0] / image.shape[1] + 0.25
-        figure = Figure(figsize=(_WIDTH, height), layout="constrained", dpi=150, facecolor="#fdfcfa")
-        for ax, (name, boxes) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
-            drawing = Visualizer(image, metadata, scale=max(1.0, 500 / image.shape[1]))
-            plain = [{key: box[key] for key in ("bbox", "bbox_mode", "category_id")} for box in boxes]
-            ax.imshow(drawing.draw_dataset_dict({"annotations": plain}).get_image())
-            ax.set_axis_off()
-            ax.set_title(name)
         return _data_uri(figure, "jpeg")
 
 
