@@ -53,10 +53,7 @@ COLUMNS = ("name", "filters", "dimension", "overlap_mean", "overlap_random", *CO
 
 
 def layers_of_model(path: Path, cfg: CfgNode) -> tuple[nn.Module, list[FilterLayer], int | None]:
-    """Builds the model of a config, loads a checkpoint as training does, and finds the layers that RePr applies to.
-
-    The third value is the iteration of the training if the file has it.
-    """
+    """Loads a checkpoint as training does, and finds the layers that RePr applies to; returns its iteration too."""
     model = build_model(cfg)
     candidates = find_filter_layers(model, cfg.REPR.LAYERS.INCLUDE, cfg.REPR.LAYERS.EXCLUDE)
     participants = Participants(candidates, model)
@@ -77,10 +74,9 @@ def layers_of_model(path: Path, cfg: CfgNode) -> tuple[nn.Module, list[FilterLay
 def layers_of_file(
     path: Path, include: Sequence[str] = (), exclude: Sequence[str] = NOT_FILTERS
 ) -> tuple[list[FilterLayer], int | None]:
-    """Reads a checkpoint, official ``.pkl`` or state dict, and chooses 4-D weights by fnmatch patterns on their names.
+    """Chooses the 4-D weights of a checkpoint by fnmatch patterns on their names; returns its iteration too.
 
-    ``include`` is by default Detectron2's backbones, or everything in files with other names. The second value is the
-    iteration of the training if the file has it.
+    ``include`` is by default Detectron2's backbones, or everything in files with other names.
     """
     loaded = load_checkpoint(path)
     keys = ("model", "state_dict", "model_state", "blobs")
@@ -116,10 +112,7 @@ def analyze(
     passes: TrainingPasses | None = None,
     num_batches: int = 0,
 ) -> list[dict[str, Any]]:
-    """Describes layers by their weights, by their outputs on training batches (if ``passes``), and by the drop.
-
-    The result is "layers" of the json file; filters are named by their index.
-    """
+    """Describes each layer by its weights, its outputs on training batches and the drop, filters by their index."""
     if get_criterion(criterion).needs_data and passes is None:
         raise UserError(f"criterion {criterion!r} looks at training batches: give --config-file and --batches")
     context = Context(torch.Generator().manual_seed(0), passes, num_batches)

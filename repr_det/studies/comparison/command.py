@@ -31,7 +31,6 @@ from repr_det.studies.comparison.runner import run_all, say
 from repr_det.studies.comparison.table import compare, metrics_table, write_results
 
 _SETTINGS_FILE = "comparison.json"  # how the comparison was asked for, for --report-only
-_EVALUATIONS = 10
 _DESCRIPTION = """Compares RePr with its baseline, or a config with another: same seeds, data order and iterations.
 
   from a config:          --config-file configs/shapes_r18_fpn.yaml --seeds 1 2 3 [KEY VALUE ...]
@@ -118,15 +117,15 @@ def _check_arguments(args: argparse.Namespace) -> None:
         right = args.baseline_runs and args.repr_runs and args.output and not for_config
     if not right:
         raise UserError(
-            "give --config-file and --seeds, or --baseline-runs, --repr-runs and --output, or --report-only and "
-            "--output; KEY VALUE and --against go with --config-file only"
+            "give --config-file and --seeds (and --against, KEY VALUE), or --baseline-runs, --repr-runs and --output, "
+            "or --report-only and --output"
         )
 
 
 def _study(args: argparse.Namespace) -> Study:
     if args.config_file:
         request = (args.config_file, args.seeds, args.output, args.register, args.opts, args.num_gpus)
-        study, args.output = plan_study(*request, evaluations=_EVALUATIONS, against=args.against)
+        study, args.output = plan_study(*request, evaluations=10, against=args.against)
         return study
     _register(args.register)
     runs = [run_from_folder(folder, BASELINE) for folder in args.baseline_runs]

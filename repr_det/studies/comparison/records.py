@@ -137,8 +137,7 @@ def read_settings(folder: Path) -> Settings:
     sessions = _PROCESSES.findall(log.read_text(encoding="utf-8", errors="replace")) if log.is_file() else []
     if not sessions:
         raise UserError(
-            f"{folder} was trained with SOLVER.REFERENCE_WORLD_SIZE {cfg.SOLVER.REFERENCE_WORLD_SIZE}, but no log.txt "
-            "in it says by how many processes, on which its SOLVER.MAX_ITER depends"
+            f"{folder} was trained with SOLVER.REFERENCE_WORLD_SIZE, but no log.txt in it says by how many processes"
         )
     return flatten(scale_to_world(cfg, int(sessions[-1])))
 
@@ -161,14 +160,12 @@ def is_finished(run: Run) -> bool:
 def run_from_folder(folder: Path, arm: str) -> Run:
     """A run that was trained already; refuses one of another arm than ``arm``, or without a seed."""
     config = read_settings(folder)
-    enabled = config["REPR.ENABLED"]
+    enabled, seed = config["REPR.ENABLED"], config["SEED"]
     if enabled != (arm == REPR):
         raise UserError(f"{folder} was trained with REPR.ENABLED {enabled}: it does not belong to --{arm}-runs")
-    if config["SEED"] < 0:
-        raise UserError(
-            f"{folder} was trained with SEED {config['SEED']}: runs are paired by seed, so it must be fixed"
-        )
-    return Run(arm, config["SEED"], folder, config["SOLVER.MAX_ITER"])
+    if seed < 0:
+        raise UserError(f"{folder} was trained with SEED {seed}: runs are paired by seed, so it must be fixed")
+    return Run(arm, seed, folder, config["SOLVER.MAX_ITER"])
 
 
 def check_pairs(study: Study) -> None:
@@ -190,9 +187,9 @@ def check_finished(runs: Iterable[Run]) -> None:
     """Refuses a run without an evaluation after its last iteration."""
     for run in runs:
         if not is_finished(run):
+            command = f"python -m repr_det.train --config-file {run.folder / CONFIG_FILE} --resume"
             raise UserError(
-                f"{run.folder} is not finished (no evaluation after SOLVER.MAX_ITER {run.max_iter} iterations): finish "
-                f"it with python -m repr_det.train --config-file {run.folder / CONFIG_FILE} --resume"
+                f"{run.folder} is not finished (no evaluation after SOLVER.MAX_ITER {run.max_iter}): run {command}"
             )
 
 
@@ -233,8 +230,8 @@ def differing_keys(a: Settings, b: Settings, free: Sequence[str] = FREE) -> list
 
 
 def check_same_data(folders: Iterable[Path]) -> None:
-    """Refuses a data set's name that stands for two contents: in two runs, in the part of a run before it was resumed
-    with other data, or in this process. Runs of versions that kept no record are taken as they are."""
+    """Refuses a data set's name that stands for two contents: in two runs, in one run before and after it was resumed,
+    or in this process. Runs of versions that kept no record are taken as they are."""
     used = []
     for folder in folders:
         for path in sorted(folder.glob(f"{Path(DATA_FILE).stem}*.json")):

@@ -30,17 +30,15 @@ from repr_det.runs.safe_pickle import load_checkpoint
 from repr_det.studies.comparison.records import FREE_WITHIN_REPR, differing_keys, read_config, read_settings, title
 from repr_det.studies.comparison.table import Comparison, heads, lines_of
 
-REPORT_FILE = "report.html"
 _COLOURS = ("#2c6aa0", "#d5622a")  # of the reference and of the other arm, as in the page
 _SCORE_THRESHOLD = 0.5
 _DROPPED = "Share of each layer that a drop took, in percent, over all drops and seeds"
 _OVERLAP = "Inter-filter orthogonality O_f in the final models: 0 if a filter is orthogonal to all others of its layer"
 _WIDTH = 7.2  # inches; the page shows them at about their size
 _STYLE = {
-    "svg.fonttype": "path",
     "text.parse_math": False,
     "font.size": 8.5,
-    "axes.titlesize": 8.5,
+    "axes.titlesize": "medium",
     "axes.titlelocation": "left",
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -58,16 +56,13 @@ def write_report(comparison: Comparison, settings: dict[str, Any], output: Path,
     differing = differing_keys(*configs, free=FREE_WITHIN_REPR)
     titles = [title(arm) for arm in study.arms]
     loader = jinja2.PackageLoader("repr_det.studies.comparison", ".")
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     with matplotlib.rc_context(_STYLE):
         page = environment.get_template("report.html.j2").render(
             pictures=_pictures(comparison, folders[0], images),  # first: it may add a note to the results
             results=results,
             settings=settings,
             titles=titles,
-            versus=f"{titles[1]} against {titles[0]}",
             iterations=study.runs[0].max_iter,
             tables=[lines_of(results[key], study.arms) for key in ("metrics", "classes")],
             heads=heads(study.arms),
@@ -76,19 +71,12 @@ def write_report(comparison: Comparison, settings: dict[str, Any], output: Path,
             differences={key: [config.get(key, "absent") for config in configs] for key in differing},
             versions=f"repr_det {repr_det.__version__}, Detectron2 {detectron2.__version__}, torch {torch.__version__}",
         )
-    path = output / REPORT_FILE
-    write_atomically(path, page)
-    return path
+    write_atomically(output / "report.html", page)
+    return output / "report.html"
 
 
 def _pictures(comparison: Comparison, folder: Path, number: int) -> dict[str, str]:
-    """Ground truth and the detections of the first seed side by side, on ``number`` validation images with objects.
-
-    They are spread evenly over the data set: chosen by place, not by result.
-
-    Returns:
-        Name of the image -> picture; {} if a run saved no detections.
-    """
+    """Name -> ground truth and detections of the first seed, on ``number`` images spread evenly over the data set."""
     readings = [comparison.readings[arm][0] for arm in comparison.study.arms]
     if not number or any(reading.detections is None for reading in readings):
         return {}
@@ -168,10 +156,9 @@ def _ap(comparison: Comparison) -> str:
 def _dropped(comparison: Comparison) -> str:
     lines = []
     for reading in comparison.all_readings:
-        for event in [event for event in reading.events if event["event"] == "drop"]:
-            for layer, filters in reading.filters.items():
-                share = 100 * len(event["dropped"].get(layer, [])) / filters
-                lines.append((reading.run.arm, layer, share))
+        drops = [event["dropped"] for event in reading.events if event["event"] == "drop"]
+        for layer, filters in reading.filters.items():
+            lines += [(reading.run.arm, layer, 100 * len(dropped.get(layer, ())) / filters) for dropped in drops]
     return _by_layer(comparison.study.arms, lines)
 
 

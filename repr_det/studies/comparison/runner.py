@@ -26,7 +26,7 @@ _STEP = 0.05  # share of all iterations between two lines of progress
 
 
 class RunFailed(RuntimeError):
-    """A run ended without its final evaluation; the message holds the end of its output and the command."""
+    """A run ended without its final evaluation."""
 
 
 def _terminate(*_: object) -> None:

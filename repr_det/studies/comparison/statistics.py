@@ -28,11 +28,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Difference(Summary):
-    """One arm minus its reference, paired by seed.
-
-    Attributes:
-        low, high: 95 % confidence interval of the mean; NaN with fewer than two pairs, or if all are equal.
-    """
+    """One arm minus its reference, paired by seed, and the 95 % confidence interval of its mean; else NaN."""
 
     low: float
     high: float
@@ -94,13 +90,13 @@ def detectable_difference(found: Difference) -> float:
     return float(optimize.brentq(lambda size: power(size, found.sd, found.n) - POWER, 0.0, most))
 
 
-def seeds_needed(found: Difference, size: float = 1.0) -> int | None:
-    """The pairs of the same spread with which a true difference of ``size`` has POWER; None without a verdict,
-    MOST_SEEDS + 1 if more than MOST_SEEDS are needed."""
+def seeds_needed(found: Difference) -> int | None:
+    """The pairs of the same spread with which a true difference of 1 has POWER, at most MOST_SEEDS + 1; None without a
+    verdict."""
     if found.why_no_verdict:
         return None
     numbers = range(MIN_PAIRS, MOST_SEEDS + 1)
-    return MIN_PAIRS + bisect.bisect_left(numbers, POWER, key=lambda n: power(size, found.sd, n))
+    return MIN_PAIRS + bisect.bisect_left(numbers, POWER, key=lambda n: power(1.0, found.sd, n))
 
 
 def number(value: float, sign: bool = False) -> str:

@@ -39,14 +39,8 @@ Row = dict[str, Any]
 
 @dataclass
 class Reading:
-    """A finished run, as its folder shows it.
-
-    Attributes:
-        rows: metrics.json by iteration.
-        events: drops and restores.
-        filters: layer -> number of filters, in network order, of the layers that RePr applies to; {} for a baseline.
-        detections: of the last evaluation; None if they were not saved.
-    """
+    """A finished run as its folder shows it: metrics by iteration, drops and restores, the numbers of filters of RePr's
+    layers, and the detections of the last evaluation (None if they were not saved)."""
 
     run: Run
     rows: dict[int, dict[str, float]]
