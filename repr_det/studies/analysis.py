@@ -196,9 +196,10 @@ def as_text(found: dict[str, Any]) -> str:
     for layer in [*found["layers"], {"name": "all", **found}]:
         cells = [layer.get(key) for key in COLUMNS]
         rows.append([len(cell) if isinstance(cell, list) else cell for cell in cells])
+    iteration = "unknown" if found["iteration"] is None else found["iteration"]
     parts = [
         found["verdict"],
-        f"{found['checkpoint']}, iteration {found['iteration']}, layers by {found['config'] or 'name'}",
+        f"{found['checkpoint']}, iteration {iteration}, layers by {found['config'] or 'name'}",
         tabulate(rows, COLUMNS, floatfmt=".4f"),
         "overlap: inter-filter orthogonality O_f (random: its value for random directions); dropped: by "
         f"{found['criterion']} at drop ratio {found['drop_ratio']:g}, cap {found['max_drop_per_layer']:g}",
