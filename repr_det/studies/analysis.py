@@ -256,11 +256,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("batches", "pairs"):
         if getattr(args, name) < 0:
             raise UserError(f"--{name} must be at least 0, got {getattr(args, name)}")
-    config_file = args.config_file or (None if args.include or args.exclude else _config_beside(args.checkpoint))
+    by_name = args.include or args.exclude
+    if args.config_file and by_name:
+        raise UserError("--include and --exclude go without --config-file; set REPR.LAYERS.INCLUDE, EXCLUDE")
+    config_file = args.config_file
+    beside = args.checkpoint.parent / CONFIG_FILE
+    if not config_file and not by_name and beside.is_file():
+        is_yacs = re.search(r"^MODEL:", beside.read_text(encoding="utf-8"), re.MULTILINE)
+        config_file = str(beside) if is_yacs else None  # else it is that of a LazyConfig
     passes = None
     if config_file:
-        if args.include or args.exclude:
-            raise UserError("--include and --exclude go without --config-file; set REPR.LAYERS.INCLUDE, EXCLUDE")
         # Nothing is evaluated, and what would be need not be there.
         cfg = build_config(config_file, [*args.opts, "MODEL.DEVICE", "cpu", "DATASETS.TEST", "()"], args.register)
         model, layers, iteration = layers_of_model(args.checkpoint, cfg)
@@ -298,10 +303,3 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_atomically(args.json, json.dumps(found, indent=1) + "\n")
     if args.plot:
         plot(args.plot, analyzed)
-
-
-def _config_beside(checkpoint: Path) -> str | None:
-    """The config.yaml of the run that wrote a checkpoint; None if there is none, or that of a LazyConfig."""
-    path = checkpoint.parent / CONFIG_FILE
-    is_yacs = path.is_file() and re.search(r"^MODEL:", path.read_text(encoding="utf-8"), re.MULTILINE)
-    return str(path) if is_yacs else None

@@ -116,11 +116,9 @@ def read_detections(folder: Path) -> list[dict[str, Any]] | None:
 
 def read_config(folder: Path) -> CfgNode:
     """The config of a run as it was given; keys of REPR that came after its version have their defaults."""
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder: give the OUTPUT_DIR of a run")
     path = folder / CONFIG_FILE
     if not path.is_file():
-        raise UserError(f"{path} is missing: {folder} does not hold a Detectron2 run")
+        raise UserError(f"{path} is missing: give the OUTPUT_DIR of a Detectron2 run")
     cfg = get_cfg()
     add_repr_config(cfg)
     merge_config_file(cfg, str(path))

@@ -148,7 +148,7 @@ def _ap(comparison: Comparison) -> str:
         right.plot(curves.dropna().mean(axis=1), "o-", color=colour, markersize=3, label=title(arm))
     right.set_title("validation AP")
     right.set_xlabel("iterations")
-    right.set_xlim(0, 1.02 * comparison.study.runs[0].max_iter)
+    right.set_xlim(left=0)
     figure.legend(loc="outside upper right", ncols=2)
     return _data_uri(figure, "svg")
 

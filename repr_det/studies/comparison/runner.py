@@ -83,7 +83,7 @@ def run_all(runs: Sequence[Run], jobs: int = 1, num_gpus: int = 1) -> None:
 
 
 class _Progress:
-    """A line for every twentieth of the iterations of all runs: how far they are, and the time left."""
+    """A line for every twentieth of the iterations of all runs."""
 
     def __init__(self, runs: Sequence[Run]) -> None:
         self.runs = list(runs)
@@ -92,7 +92,6 @@ class _Progress:
         self.start = time.monotonic()
 
     def show(self) -> None:
-        """Writes a line if it is time to."""
         trained = self._trained()
         if trained - self.said < _STEP * self.total:
             return

@@ -12,7 +12,6 @@ CONFIDENCE = 0.95
 POWER = 0.8  # the probability with which a difference of the stated size gets its verdict
 MIN_PAIRS = 3  # fewer say nothing: two equal differences have an interval without width
 MOST_SEEDS = 10_000
-BETTER, WORSE, OPEN, UNKNOWN = "better", "worse", "not distinguishable", "no verdict"
 _NO_SPREAD = 1e-9  # of differences, relative to their size: rounding
 
 
@@ -35,12 +34,12 @@ class Difference(Summary):
 
     @property
     def verdict(self) -> str:
-        """BETTER or WORSE if the interval excludes 0, OPEN if it does not, UNKNOWN see ``why_no_verdict``."""
+        """ "better" or "worse" if the interval excludes 0."""
         if self.why_no_verdict:
-            return UNKNOWN
+            return "no verdict"
         if self.low > 0:
-            return BETTER
-        return WORSE if self.high < 0 else OPEN
+            return "better"
+        return "worse" if self.high < 0 else "not distinguishable"
 
     @property
     def why_no_verdict(self) -> str:

@@ -71,7 +71,7 @@ class Reading:
 
 @dataclass
 class Comparison:
-    """The runs of each arm by ascending seed; seed, arm, metric and value in a table; the content of results.json."""
+    """The runs of each arm by ascending seed, the table of their values, and the content of results.json."""
 
     study: Study
     readings: dict[str, list[Reading]]
