@@ -44,8 +44,7 @@ from repr_det.runs.safe_pickle import load_checkpoint
 # Transposed convs keep (C_in, C_out, kh, kw): their rows are no filters. What predicts keeps all its filters.
 NOT_FILTERS = ("*deconv*", "*objectness_logits*", "*anchor_deltas*", "*predictor*", "*cls_score*", "*bbox_pred*")
 DEAD = 0.02  # a filter is dead if its norm is below this share of the median of its layer
-# Nothing overlaps to speak of if O_f over its expectation for random directions is less: it is 1.0 in networks trained
-# on hundreds of images, 1.1 to 3.1 in the layers of one trained on ImageNet.
+# O_f over that of random directions is 1.0 after training on hundreds of images, 1.1 to 3.1 after ImageNet.
 AS_RANDOM = 1.1
 # The columns of the table are keys of the json file; of a list of filters it shows the number.
 COUNTS = ("near_duplicates", "dead", "idle", "zero", "dropped")
@@ -74,10 +73,7 @@ def layers_of_model(path: Path, cfg: CfgNode) -> tuple[nn.Module, list[FilterLay
 def layers_of_file(
     path: Path, include: Sequence[str] = (), exclude: Sequence[str] = NOT_FILTERS
 ) -> tuple[list[FilterLayer], int | None]:
-    """Chooses the 4-D weights of a checkpoint by fnmatch patterns on their names; returns its iteration too.
-
-    ``include`` is by default Detectron2's backbones, or everything in files with other names.
-    """
+    """Chooses 4-D weights by name, by default Detectron2's backbones if there are any; returns the iteration too."""
     loaded = load_checkpoint(path)
     keys = ("model", "state_dict", "model_state", "blobs")
     found = next((loaded[key] for key in keys if isinstance(loaded.get(key), dict)), loaded)
@@ -228,8 +224,8 @@ def plot(path: Path, layers: Sequence[dict[str, Any]]) -> None:
 def argument_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
     parser = argparse.ArgumentParser(
-        description="Shows how much the filters of a checkpoint overlap, and which ones RePr would drop. With a config "
-        "the layers are those of REPR.LAYERS in its model; --batches then finds idle filters on DATASETS.TRAIN."
+        description="Shows how much the filters of a checkpoint overlap, and which ones RePr would drop: of the layers "
+        "in REPR.LAYERS if there is a config. --batches then finds idle filters on DATASETS.TRAIN."
     )
     parser.add_argument("checkpoint", type=Path, help=".pth of a training, or .pkl of Detectron2")
     parser.add_argument("--config-file", help=f"of its run (default: {CONFIG_FILE} beside it)")

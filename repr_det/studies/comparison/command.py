@@ -38,8 +38,8 @@ _DESCRIPTION = """Compares RePr with its baseline, or a config with another: sam
   from finished folders:  --baseline-runs A1 A2 --repr-runs B1 B2 --output DIR
   only the report:        --report-only --output DIR
 
-The output folder gets report.html, results.json and results.csv. The same command continues a comparison that was
-stopped and skips finished runs. TEST.EVAL_PERIOD 0 becomes a tenth of MAX_ITER unless it is given as KEY VALUE.
+The output folder gets report.html, results.json and results.csv; the same command continues what was stopped.
+TEST.EVAL_PERIOD 0 becomes a tenth of MAX_ITER unless it is given as KEY VALUE.
 """
 
 

@@ -40,8 +40,7 @@ def plan_study(
 ) -> tuple[Study, Path]:
     """Plans both arms for every seed, in folders of ``output``, ordered by seed, the reference first.
 
-    Refuses whatever would stop one of the runs before its first step, two configs that share no data or iterations,
-    and a folder that holds another run.
+    Refuses what would stop a run before its first step, and a folder that holds another run.
 
     Args:
         output: by default OUTPUT_DIR of the config with the suffix _comparison; returned beside the study.

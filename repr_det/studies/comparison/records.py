@@ -36,11 +36,7 @@ def title(arm: str) -> str:
 
 @dataclass(frozen=True)
 class Run:
-    """One training run.
-
-    Its command is ``flags`` (none if it was trained elsewhere), --resume or not, and KEY VALUE pairs. ``max_iter`` is
-    SOLVER.MAX_ITER scaled to the number of processes.
-    """
+    """One training run; ``flags``, --resume and ``opts`` are its command (none if it was trained elsewhere)."""
 
     arm: str
     seed: int
@@ -59,10 +55,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Study:
-    """The runs of two arms, the reference first.
-
-    They differ in REPR only; with ``any_config`` they are two configs that share what SHARED names.
-    """
+    """The runs of two arms, the reference first; ``any_config`` if they need to share only what SHARED names."""
 
     arms: tuple[str, str]
     runs: tuple[Run, ...]

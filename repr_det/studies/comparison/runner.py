@@ -1,4 +1,4 @@
-"""Trains runs as subprocesses: several at once, resumed where they stopped, with progress, ended with their parent."""
+"""Trains runs as subprocesses: several at once, resumed where they stopped, ended with their parent."""
 
 import contextlib
 import os

@@ -39,8 +39,7 @@ Row = dict[str, Any]
 
 @dataclass
 class Reading:
-    """A finished run as its folder shows it: metrics by iteration, drops and restores, the numbers of filters of RePr's
-    layers, and the detections of the last evaluation (None if they were not saved)."""
+    """A finished run: metrics by iteration, drops and restores, layer -> number of filters, and its last detections."""
 
     run: Run
     rows: dict[int, dict[str, float]]
