@@ -10,8 +10,8 @@ from conftest import ROOT, SMALL
 
 from repr_det.datasets import register_coco_format
 from repr_det.studies.comparison.command import main
-from repr_det.studies.comparison.table import METRICS
 
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 REPR_CONFIG, BASELINE_CONFIG = (str(ROOT / "configs" / f"{arm}_r50_fpn.yaml") for arm in ("repr", "baseline"))
 # KEY VALUE pairs of a comparison that takes the made-up runs for its own: those of SMALL but for its seed.
 _SEED = SMALL.index("SEED")

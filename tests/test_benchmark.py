@@ -1,5 +1,6 @@
 """tools/benchmark.py: its arithmetic against closed forms and counts, and the whole command on a tiny detector."""
 
+import collections
 import json
 import subprocess
 import sys
@@ -52,9 +53,8 @@ def test_ratios_are_those_of_a_round():
     machine = rng.uniform(1, 3, 11)  # a shared machine: each round is as slow as the others make it
     seconds = {STOCK: list(machine), S1: list(1.01 * machine), S2: list(rng.normal(1.1, 0.1, 11) * machine)}
     stock, first, second = benchmark.compare("step", seconds)
-    assert "to_stock" not in stock and [stock[key] for key in ("q1", "median", "q3")] == pytest.approx(
-        np.percentile(machine, [25, 50, 75])
-    )
+    quartiles = [stock[key] for key in ("q1", "median", "q3")]
+    assert "to_stock" not in stock and quartiles == pytest.approx(np.percentile(machine, [25, 50, 75]))
     assert first["to_stock"] == pytest.approx({"median": 1.01, "q1": 1.01, "q3": 1.01})
     assert second["to_stock"]["q3"] == pytest.approx(np.percentile(np.divide(seconds[S2], machine), 75))
 
@@ -85,14 +85,15 @@ def test_flops_are_those_of_every_output_of_every_conv():
     _, cfg, size = parse([*TINY])
     detector = Detector(cfg, size, with_repr=True)
     detector.step()
-    macs = {}
-    names = {module: name for name, module in detector.model.named_modules()}
+    macs = collections.Counter()
+    handles = []
+    for name, conv in detector.model.named_modules():
+        if isinstance(conv, torch.nn.Conv2d):
 
-    def count(conv, inputs, output):
-        name = names[conv]
-        macs[name] = macs.get(name, 0) + output.numel() * conv.weight[0].numel() / 1e9
+            def count(conv, inputs, output, name=name):
+                macs[name] += output.numel() * conv.weight[0].numel() / 1e9
 
-    handles = [m.register_forward_hook(count) for m in names if isinstance(m, torch.nn.Conv2d)]
+            handles.append(conv.register_forward_hook(count))
     detector.model.eval()
     detector.model([{"image": detector.batch[0]["image"]}])
     for handle in handles:

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from finished_runs import write_metrics
 
-from repr_det.studies.comparison.records import read_metrics
-from repr_det.studies.comparison.runs import Run, is_finished
+from repr_det.studies.comparison.records import Run, is_finished, read_metrics
 from repr_det.studies.comparison.statistics import (
     detectable_difference,
     interval,
@@ -26,10 +25,11 @@ NAN = math.nan
 
 def test_interval_over_seeds_is_the_t_interval_worked_by_hand():
     # Differences 0.5, 1.0, 0.3: mean 0.6, sum of squares 0.26, sd sqrt(0.13); t(0.975, 2) = 4.30265 from a table.
-    found = paired_difference([40.0, 41.0, 42.0], [40.5, 42.0, 42.3])
+    found = paired_difference([40.0, 41.0, 42.0, NAN], [40.5, 42.0, 42.3, 1.0])
     half = 4.30265273 * math.sqrt(0.13 / 3)
     assert (found.n, found.mean, found.sd) == (3, pytest.approx(0.6), pytest.approx(math.sqrt(0.13)))
     assert (found.low, found.high) == pytest.approx((0.6 - half, 0.6 + half), abs=1e-6)
+    assert math.isnan(summarize([3.0]).sd) and math.isnan(summarize([NAN]).mean)
 
 
 @pytest.mark.parametrize(
@@ -53,13 +53,6 @@ def test_verdict_in_words(values, sentence):
     if found.why_no_verdict:  # then nothing is said of seeds
         assert math.isnan(detectable_difference(found)) and seeds_needed(found) is None
         assert power_sentence("AP", found) == ""
-
-
-def test_summary_leaves_out_what_is_not_there():
-    found = summarize([1.0, NAN, 4.0])
-    assert (found.mean, found.sd, found.n) == (2.5, pytest.approx(math.sqrt(4.5)), 2)
-    assert summarize([1.0, 7.0, 4.0], [0.0, NAN, 1.0]).mean == 2.5  # the pairs of the difference
-    assert math.isnan(summarize([3.0]).sd) and math.isnan(summarize([NAN]).mean)
 
 
 # Pairs for a power of 0.8 of a two-sided paired t test at 5 %, by the size in standard deviations: tables of G*Power.
@@ -94,19 +87,19 @@ def test_metrics_of_a_resumed_run_count_once_and_a_torn_line_not_at_all(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("row", "finished"),
+    ("iteration", "key", "finished"),
     [
-        (None, False),
-        ({"iteration": 99, "total_loss": 1.0}, False),
-        ({"iteration": 49, "bbox/AP": 20.0}, False),  # an evaluation on the way
-        ({"iteration": 100, "bbox/AP": 20.0}, True),
-        ({"iteration": 101, "bbox/AP": 20.0}, True),  # resumed after the last step
-        ({"iteration": 100, "bbox/AP": NAN}, True),
+        (99, "total_loss", False),
+        (49, "bbox/AP", False),  # an evaluation on the way
+        (100, "bbox/AP", True),
+        (101, "bbox/AP", True),  # resumed after the last step
     ],
 )
-def test_finished_means_evaluated_after_the_last_iteration(tmp_path, row, finished):
-    write_metrics(tmp_path, *([row] if row else []))
-    assert is_finished(Run("repr", 1, tmp_path, 100)) == finished
+def test_finished_means_evaluated_after_the_last_iteration(tmp_path, iteration, key, finished):
+    run = Run("repr", 1, tmp_path, 100)
+    assert not is_finished(run)
+    write_metrics(tmp_path, {"iteration": iteration, key: NAN})
+    assert is_finished(run) == finished
 
 
 @pytest.mark.parametrize(("number", "phases"), [(2, [(10, 20)]), (3, [(10, 20), (30, 40)])])

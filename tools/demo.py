@@ -16,8 +16,8 @@ from pathlib import Path
 import repr_det.commands  # noqa: F401  (first: it silences warnings of what is imported next)
 from repr_det.method.errors import UserError
 from repr_det.studies.comparison.plan import plan_study
+from repr_det.studies.comparison.records import is_finished
 from repr_det.studies.comparison.runner import run_all, run_comparison_tool
-from repr_det.studies.comparison.runs import is_finished
 from repr_det.studies.comparison.statistics import number
 from repr_det.studies.comparison.table import compare, metrics_table
 

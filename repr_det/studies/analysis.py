@@ -44,8 +44,7 @@ from repr_det.runs.safe_pickle import load_checkpoint
 # Transposed convs keep (C_in, C_out, kh, kw): their rows are no filters. What predicts keeps all its filters.
 NOT_FILTERS = ("*deconv*", "*objectness_logits*", "*anchor_deltas*", "*predictor*", "*cls_score*", "*bbox_pred*")
 DEAD = 0.02  # a filter is dead if its norm is below this share of the median of its layer
-# O_f over its expectation for random directions, below which nothing overlaps to speak of: 1.0 in networks trained from
-# random weights on hundreds of images, 1.1 to 3.1 in the layers of one trained on ImageNet.
+# O_f over that of random directions is 1.0 after training on hundreds of images, 1.1 to 3.1 after ImageNet.
 AS_RANDOM = 1.1
 # The columns of the table are keys of the json file; of a list of filters it shows the number.
 COUNTS = ("near_duplicates", "dead", "idle", "zero", "dropped")
@@ -53,10 +52,7 @@ COLUMNS = ("name", "filters", "dimension", "overlap_mean", "overlap_random", *CO
 
 
 def layers_of_model(path: Path, cfg: CfgNode) -> tuple[nn.Module, list[FilterLayer], int | None]:
-    """Builds the model of a config, loads a checkpoint as training does, and finds the layers that RePr applies to.
-
-    The third value is the iteration of the training if the file has it.
-    """
+    """Loads a checkpoint as training does, and finds the layers that RePr applies to; returns its iteration too."""
     model = build_model(cfg)
     candidates = find_filter_layers(model, cfg.REPR.LAYERS.INCLUDE, cfg.REPR.LAYERS.EXCLUDE)
     participants = Participants(candidates, model)
@@ -77,11 +73,7 @@ def layers_of_model(path: Path, cfg: CfgNode) -> tuple[nn.Module, list[FilterLay
 def layers_of_file(
     path: Path, include: Sequence[str] = (), exclude: Sequence[str] = NOT_FILTERS
 ) -> tuple[list[FilterLayer], int | None]:
-    """Reads a checkpoint, official ``.pkl`` or state dict, and chooses 4-D weights by fnmatch patterns on their names.
-
-    ``include`` is by default Detectron2's backbones, or everything in files with other names. The second value is the
-    iteration of the training if the file has it.
-    """
+    """Chooses 4-D weights by name, by default Detectron2's backbones if there are any; returns the iteration too."""
     loaded = load_checkpoint(path)
     keys = ("model", "state_dict", "model_state", "blobs")
     found = next((loaded[key] for key in keys if isinstance(loaded.get(key), dict)), loaded)
@@ -116,47 +108,45 @@ def analyze(
     passes: TrainingPasses | None = None,
     num_batches: int = 0,
 ) -> list[dict[str, Any]]:
-    """Describes layers by their weights, by their outputs on training batches (if ``passes``), and by the drop.
-
-    The result is "layers" of the json file; filters are named by their index.
-    """
+    """Describes each layer by its weights, its outputs on training batches and the drop, filters by their index."""
     if get_criterion(criterion).needs_data and passes is None:
         raise UserError(f"criterion {criterion!r} looks at training batches: give --config-file and --batches")
     context = Context(torch.Generator().manual_seed(0), passes, num_batches)
     scores = get_criterion(criterion).score(layers, context)
     redundancy = None if passes is None else CRITERIA["redundant"].score(layers, context)
     # As in a drop, filters that are zero go first.
-    zero = {layer.name: ~layer.weight.detach().flatten(1).any(1) for layer in layers}
-    ranked = {name: score.masked_fill(zero[name], math.inf) for name, score in scores.items()}
+    used = {layer.name: layer.weight.detach().flatten(1).any(1) for layer in layers}
+    ranked = {name: score.masked_fill(~used[name], math.inf) for name, score in scores.items()}
     dropped = select_filters(ranked, drop_ratio, max_drop_per_layer)
     found = []
     for layer in layers:
-        used = ~zero[layer.name]
-        idle = None if redundancy is None else _indices((redundancy[layer.name] == math.inf) & used)
-        lists = {"idle": idle, "zero": _indices(~used), "dropped": _indices(dropped[layer.name])}
-        found.append(_weights(layer, used) | lists)
+        there = used[layer.name]
+        norms = layer.weight.detach().flatten(1).norm(dim=1)
+        near = cosines(layer).abs() > NEAR_DUPLICATE
+        masks = {"zero": ~there, "dropped": dropped[layer.name], "near_duplicates": near.any(0) | near.any(1)}
+        masks["dead"] = there & (norms < DEAD * norms[there].nanmedian())  # none if nothing is there
+        if redundancy is not None:
+            masks["idle"] = there & (redundancy[layer.name] == math.inf)
+        lists = {name: mask.nonzero().flatten().tolist() for name, mask in masks.items()}
+        found.append(_weights(layer, there) | lists)
     return found
 
 
 def _weights(layer: FilterLayer, used: Tensor) -> dict[str, Any]:
-    rows = layer.weight.detach().flatten(1)
-    norms = rows.norm(dim=1)
-    near = cosines(layer).abs() > NEAR_DUPLICATE
-    size = len(rows) // layer.conv.groups
-    counts = used.view(-1, size).sum(1)
+    groups, dimension = layer.conv.groups, layer.weight[0].numel()
+    counts = used.view(groups, -1).sum(1).clamp(min=1)
     # O_f among the filters in use: zero filters overlap with nothing, but O_f divides by their number too.
-    overlap = inter_filter_orthogonality(rows, layer.conv.groups) * (size / counts.clamp(min=1)).repeat_interleave(size)
-    expected = [number * expected_overlap(number, rows.shape[1]) for number in counts.tolist() if number]
+    overlap = inter_filter_orthogonality(layer.weight.detach(), groups).view(groups, -1)
+    overlap = (overlap * overlap.shape[1] / counts[:, None]).flatten()
+    expected = sum(number * expected_overlap(number, dimension) for number in counts.tolist())
     number_used = max(1, int(used.sum()))
     return {
         "name": layer.name,
-        "filters": len(rows),
-        "dimension": rows.shape[1],
-        "dead": _indices(used & (norms < DEAD * norms[used].nanmedian())) if used.any() else [],
-        "near_duplicates": _indices(near.any(0) | near.any(1)),
+        "filters": len(used),
+        "dimension": dimension,
         "overlap": [round(value, 7) for value in overlap.tolist()],
         "overlap_mean": overlap.sum().item() / number_used,
-        "overlap_random": sum(expected) / number_used,
+        "overlap_random": expected / number_used,
     }
 
 
@@ -164,10 +154,6 @@ def cosines(layer: FilterLayer) -> Tensor:
     """(J, J) cosines of two filters of one group, above the diagonal; 0 elsewhere."""
     units = unit_filters(layer.weight).chunk(layer.conv.groups)
     return torch.block_diag(*(unit @ unit.T for unit in units)).triu(diagonal=1)
-
-
-def _indices(mask: Tensor) -> list[int]:
-    return mask.nonzero().flatten().tolist()
 
 
 def overlapping_pairs(layers: Sequence[FilterLayer], number: int) -> list[dict[str, Any]]:
@@ -183,7 +169,7 @@ def overlapping_pairs(layers: Sequence[FilterLayer], number: int) -> list[dict[s
 
 def summary(layers: Sequence[dict[str, Any]], num_batches: int) -> dict[str, Any]:
     """Counts over all layers, and a sentence on whether there is anything to remove."""
-    counts = {key: sum(len(layer[key] or ()) for layer in layers) for key in COUNTS}
+    counts = {key: sum(len(layer[key]) for layer in layers) for key in COUNTS if key in layers[0]}
     counts["filters"] = sum(layer["filters"] for layer in layers)
     used = counts["filters"] - counts["zero"]
     expected = sum(layer["overlap_random"] * (layer["filters"] - len(layer["zero"])) for layer in layers)
@@ -195,10 +181,9 @@ def summary(layers: Sequence[dict[str, Any]], num_batches: int) -> dict[str, Any
     if num_batches:
         what += f", {counts['idle']} idle (no output above 0 and no gradient on {num_batches} training batches)"
     verdict = f"There is nothing to remove: {what}. A drop then follows the layers' dimensions, not redundancy."
-    if factor >= AS_RANDOM or counts["near_duplicates"] or counts["dead"] or counts["idle"]:
+    if factor >= AS_RANDOM or counts["near_duplicates"] or counts["dead"] or counts.get("idle"):
         verdict = f"There is something to remove: {what}."
-    state = f"sub-network, {counts['zero']} filters are zero" if counts["zero"] else "full network, no filter is zero"
-    return {"verdict": verdict, "state": state, "overlap_factor": factor, **counts}
+    return {"verdict": verdict, "overlap_factor": factor, **counts}
 
 
 def as_text(found: dict[str, Any]) -> str:
@@ -207,9 +192,10 @@ def as_text(found: dict[str, Any]) -> str:
     for layer in [*found["layers"], {"name": "all", **found}]:
         cells = [layer.get(key) for key in COLUMNS]
         rows.append([len(cell) if isinstance(cell, list) else cell for cell in cells])
+    iteration = "unknown" if found["iteration"] is None else found["iteration"]
     parts = [
         found["verdict"],
-        f"{found['checkpoint']}, layers by {found['config'] or 'name'}: {found['state']}",
+        f"{found['checkpoint']}, iteration {iteration}, layers by {found['config'] or 'name'}",
         tabulate(rows, COLUMNS, floatfmt=".4f"),
         "overlap: inter-filter orthogonality O_f (random: its value for random directions); dropped: by "
         f"{found['criterion']} at drop ratio {found['drop_ratio']:g}, cap {found['max_drop_per_layer']:g}",
@@ -223,14 +209,14 @@ def plot(path: Path, layers: Sequence[dict[str, Any]]) -> None:
     """Draws O_f of the filters of every layer, with that of random directions."""
     figure = Figure(figsize=(4 + 0.19 * len(layers), 5), layout="constrained")
     ax = figure.subplots()
-    used = [np.delete(layer["overlap"], layer["zero"]) for layer in layers]
-    ax.boxplot(used, positions=range(len(layers)), whis=(0, 100))
+    names = [layer["name"] for layer in layers]
+    ax.boxplot([np.delete(layer["overlap"], layer["zero"]) for layer in layers], positions=range(len(names)))
     ax.plot([layer["overlap_random"] for layer in layers], "x", label="random directions")
-    ax.set_xticks(range(len(layers)), [layer["name"] for layer in layers], rotation=90, fontsize=7)
+    ax.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
     ax.set_ylabel("inter-filter orthogonality $O_f$")
     ax.legend()
     try:
-        figure.savefig(path, dpi=150)
+        figure.savefig(path)
     except ValueError as error:  # matplotlib lists the formats that it knows
         raise UserError(f"--plot {path}: {error}") from error
 
@@ -238,21 +224,21 @@ def plot(path: Path, layers: Sequence[dict[str, Any]]) -> None:
 def argument_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
     parser = argparse.ArgumentParser(
-        description="Shows how much the filters of a checkpoint overlap, and which ones RePr would drop. With a config "
-        "the layers are those of REPR.LAYERS in its model; --batches then finds idle filters on DATASETS.TRAIN."
+        description="Shows how much the filters of a checkpoint overlap, and which ones RePr would drop: of the layers "
+        "in REPR.LAYERS if there is a config. --batches then finds idle filters on DATASETS.TRAIN."
     )
-    parser.add_argument("checkpoint", type=Path, help=".pth of a training, or .pkl weights of Detectron2")
-    parser.add_argument("--config-file", help=f"of the run that wrote it (default: {CONFIG_FILE} beside it, if any)")
-    parser.add_argument("--include", nargs="+", metavar="PATTERN", help="go by names of weights, without a config")
+    parser.add_argument("checkpoint", type=Path, help=".pth of a training, or .pkl of Detectron2")
+    parser.add_argument("--config-file", help=f"of its run (default: {CONFIG_FILE} beside it)")
+    parser.add_argument("--include", nargs="+", metavar="PATTERN", help="names of weights, without a config")
     parser.add_argument("--exclude", nargs="+", metavar="PATTERN", help=f"default {' '.join(NOT_FILTERS)}")
     add_data_argument(parser)
-    parser.add_argument("--batches", type=int, default=0, help="training batches to run (0: only the weights)")
+    parser.add_argument("--batches", type=int, default=0, help="training batches to run (default 0)")
     parser.add_argument("--criterion", help="default REPR.CRITERION; some need --batches")
     parser.add_argument("--drop-ratio", type=float, help="default REPR.DROP_RATIO")
     parser.add_argument("--max-drop-per-layer", type=float, help="default REPR.MAX_DROP_PER_LAYER")
-    parser.add_argument("--pairs", type=int, default=10, help="how many of the most overlapping pairs (10)")
-    parser.add_argument("--json", type=Path, help="write all numbers to this file")
-    parser.add_argument("--plot", type=Path, help="write the plot to this .svg or .png file")
+    parser.add_argument("--pairs", type=int, default=10, help="most overlapping pairs to show (default 10)")
+    parser.add_argument("--json", type=Path, help="file for all numbers")
+    parser.add_argument("--plot", type=Path, help="file for a plot, .svg or .png")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config options, after -- behind a list")
     return parser
 
@@ -266,11 +252,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("batches", "pairs"):
         if getattr(args, name) < 0:
             raise UserError(f"--{name} must be at least 0, got {getattr(args, name)}")
-    config_file = args.config_file or (None if args.include or args.exclude else _config_beside(args.checkpoint))
+    by_name = args.include or args.exclude
+    if args.config_file and by_name:
+        raise UserError("--include and --exclude go without --config-file; set REPR.LAYERS.INCLUDE, EXCLUDE")
+    config_file = args.config_file
+    beside = args.checkpoint.parent / CONFIG_FILE
+    if not config_file and not by_name and beside.is_file():
+        is_yacs = re.search(r"^MODEL:", beside.read_text(encoding="utf-8"), re.MULTILINE)
+        config_file = str(beside) if is_yacs else None  # else it is that of a LazyConfig
     passes = None
     if config_file:
-        if args.include or args.exclude:
-            raise UserError("--include and --exclude go without --config-file; set REPR.LAYERS.INCLUDE, EXCLUDE")
         # Nothing is evaluated, and what would be need not be there.
         cfg = build_config(config_file, [*args.opts, "MODEL.DEVICE", "cpu", "DATASETS.TEST", "()"], args.register)
         model, layers, iteration = layers_of_model(args.checkpoint, cfg)
@@ -303,17 +294,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "layers": analyzed,
         "pairs": overlapping_pairs(layers, args.pairs),
     }
-    if iteration is not None:
-        found["state"] = f"iteration {iteration}, {found['state']}"
     print(as_text(found))
     if args.json:
         write_atomically(args.json, json.dumps(found, indent=1) + "\n")
     if args.plot:
         plot(args.plot, analyzed)
-
-
-def _config_beside(checkpoint: Path) -> str | None:
-    """The config.yaml of the run that wrote a checkpoint; None if there is none, or that of a LazyConfig."""
-    path = checkpoint.parent / CONFIG_FILE
-    is_yacs = path.is_file() and re.search(r"^MODEL:", path.read_text(encoding="utf-8"), re.MULTILINE)
-    return str(path) if is_yacs else None

@@ -1,5 +1,5 @@
 """Two arms with the same seeds, the statistics of their difference, and the report.
 
-``plan`` and ``runner`` train ``runs``, ``records`` reads what they leave behind, ``table`` holds every value once,
-``statistics`` gives intervals and verdicts, ``figures`` and ``report`` show it.
+``plan`` and ``runner`` train, ``records`` reads what runs leave behind, ``table`` holds every value once,
+``statistics`` gives intervals and verdicts, ``report`` shows them.
 """

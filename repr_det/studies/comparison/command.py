@@ -15,10 +15,7 @@ from repr_det.datasets import register_builtin, register_coco_format
 from repr_det.method.errors import UserError
 from repr_det.runs.files import write_atomically
 from repr_det.studies.comparison.plan import plan_study
-from repr_det.studies.comparison.records import read_json
-from repr_det.studies.comparison.report import write_report
-from repr_det.studies.comparison.runner import run_all, say
-from repr_det.studies.comparison.runs import (
+from repr_det.studies.comparison.records import (
     BASELINE,
     REPR,
     Run,
@@ -26,23 +23,23 @@ from repr_det.studies.comparison.runs import (
     check_comparable,
     check_finished,
     check_pairs,
+    read_json,
     run_from_folder,
 )
+from repr_det.studies.comparison.report import write_report
+from repr_det.studies.comparison.runner import run_all, say
 from repr_det.studies.comparison.table import compare, metrics_table, write_results
 
 _SETTINGS_FILE = "comparison.json"  # how the comparison was asked for, for --report-only
-_EVALUATIONS = 10
-_GONE = ("other_runs", "train_images", "bootstrap")  # flags of 0.2.0
-_DESCRIPTION = """Compares RePr with its baseline, or a config with another: both with the same seeds, data order
-and iterations.
+_DESCRIPTION = """Compares RePr with its baseline, or a config with another: same seeds, data order and iterations.
 
-  from a config:          tools/compare.py --config-file configs/shapes_r18_fpn.yaml --seeds 1 2 3 [KEY VALUE ...]
-  from two configs:       tools/compare.py --config-file A.yaml --against B.yaml --seeds 1 2 3 [KEY VALUE ...]
-  from finished folders:  tools/compare.py --baseline-runs A1 A2 --repr-runs B1 B2 --output DIR
-  only the report:        tools/compare.py --report-only --output DIR
+  from a config:          --config-file configs/shapes_r18_fpn.yaml --seeds 1 2 3 [KEY VALUE ...]
+  from two configs:       --config-file A.yaml --against B.yaml --seeds 1 2 3 [KEY VALUE ...]
+  from finished folders:  --baseline-runs A1 A2 --repr-runs B1 B2 --output DIR
+  only the report:        --report-only --output DIR
 
-The output folder gets report.html, results.json and results.csv. The same command continues a comparison that was
-stopped and skips finished runs. TEST.EVAL_PERIOD 0 becomes a tenth of MAX_ITER unless it is given as KEY VALUE.
+The output folder gets report.html, results.json and results.csv; the same command continues what was stopped.
+TEST.EVAL_PERIOD 0 becomes a tenth of MAX_ITER unless it is given as KEY VALUE.
 """
 
 
@@ -59,8 +56,6 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--num-gpus", type=int, default=1, help="GPUs of each run (default 1)")
     parser.add_argument("--eval-images", type=int, default=6, help="validation images in the report (default 6)")
     parser.add_argument("--report-only", action="store_true", help="train nothing, make the report of --output again")
-    for name in _GONE:
-        parser.add_argument(f"--{name.replace('_', '-')}", nargs="+", help=argparse.SUPPRESS)
     add_data_argument(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config KEY VALUE pairs for every run")
     return parser
@@ -109,28 +104,28 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
-    for name in _GONE:
-        if getattr(args, name):
-            raise UserError(f"--{name.replace('_', '-')} is gone: CHANGELOG.md, 0.3.0, says what to use instead")
     for name, least in (("jobs", 1), ("num_gpus", 1), ("eval_images", 0)):
         if getattr(args, name) < least:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
-    from_config = args.config_file and args.seeds
-    from_folders = args.baseline_runs and args.repr_runs and args.output
-    from_report = args.report_only and args.output
-    ways = [way for way in (args.config_file, args.baseline_runs or args.repr_runs, args.report_only) if way]
-    extra = args.seeds or args.against or args.opts
-    if len(ways) != 1 or not (from_config or from_folders or from_report) or (extra and not from_config):
+    for_config = args.seeds or args.against or args.opts
+    for_folders = args.baseline_runs or args.repr_runs
+    if args.config_file:
+        right = args.seeds and not for_folders and not args.report_only
+    elif args.report_only:
+        right = args.output and not for_config and not for_folders
+    else:
+        right = args.baseline_runs and args.repr_runs and args.output and not for_config
+    if not right:
         raise UserError(
-            "give --config-file and --seeds, or --baseline-runs, --repr-runs and --output, or --report-only and "
-            "--output; KEY VALUE and --against go with --config-file only"
+            "give --config-file and --seeds (and --against, KEY VALUE), or --baseline-runs, --repr-runs and --output, "
+            "or --report-only and --output"
         )
 
 
 def _study(args: argparse.Namespace) -> Study:
     if args.config_file:
         request = (args.config_file, args.seeds, args.output, args.register, args.opts, args.num_gpus)
-        study, args.output = plan_study(*request, evaluations=_EVALUATIONS, against=args.against)
+        study, args.output = plan_study(*request, evaluations=10, against=args.against)
         return study
     _register(args.register)
     runs = [run_from_folder(folder, BASELINE) for folder in args.baseline_runs]
@@ -148,17 +143,11 @@ def _settings(args: argparse.Namespace, study: Study, argv: list[str]) -> dict[s
     program = sys.argv[0] if sys.argv[0].startswith("repr-det") else "python tools/compare.py"
     runs = []
     for run in study.runs:
-        command = shlex.join(["python", *run.command()[1:]]) if run.flags else ""
         folder = os.path.relpath(run.folder, args.output)
-        known = {"arm": run.arm, "seed": run.seed, "folder": folder, "max_iter": run.max_iter}
-        runs.append(known | {"command": command})
-    return {
-        "command": f"{program} {shlex.join(argv)}",
-        "arms": study.arms,
-        "any_config": study.any_config,
-        "register": args.register,
-        "runs": runs,
-    }
+        command = shlex.join(["python", *run.command()[1:]]) if run.flags else ""
+        runs.append({"arm": run.arm, "seed": run.seed, "folder": folder, "max_iter": run.max_iter, "command": command})
+    settings = {"command": f"{program} {shlex.join(argv)}", "arms": study.arms, "any_config": study.any_config}
+    return settings | {"register": args.register, "runs": runs}
 
 
 def _remember(output: Path, settings: dict[str, Any]) -> None:

@@ -11,15 +11,16 @@ from repr_det.commands.checks import check_run
 from repr_det.detectron.config import scale_to_world
 from repr_det.method.errors import UserError
 from repr_det.runs.files import run_traces
-from repr_det.studies.comparison.records import flatten, read_config
-from repr_det.studies.comparison.runs import (
+from repr_det.studies.comparison.records import (
     BASELINE,
     REPR,
     Run,
     Study,
     check_one_test_set,
     differing_keys,
+    flatten,
     is_finished,
+    read_config,
     refuse_differences,
 )
 
@@ -39,18 +40,19 @@ def plan_study(
 ) -> tuple[Study, Path]:
     """Plans both arms for every seed, in folders of ``output``, ordered by seed, the reference first.
 
-    Refuses whatever would stop one of the runs before its first step, two configs that share no data or iterations,
-    and a folder that holds another run.
+    Refuses what would stop a run before its first step, and a folder that holds another run.
 
     Args:
-        config_file: a config with REPR.ENABLED True; any config if there is another one ``against`` it.
         output: by default OUTPUT_DIR of the config with the suffix _comparison; returned beside the study.
-        opts: KEY VALUE pairs for every run.
         evaluations: if TEST.EVAL_PERIOD is 0 and not in ``opts``, about so many evaluations in a run.
         against: the config of the reference; "" takes the baseline of ``config_file``.
     """
     opts, register = list(opts), [list(words) for words in register]
-    _check_request(seeds, opts)
+    for key in opts[::2]:
+        if key in _OWN_KEYS:
+            raise UserError(f"{key} on the command line: a comparison sets it itself, by {_OWN_KEYS[key]}")
+    if len(set(seeds)) != len(seeds) or min(seeds) < 0:
+        raise UserError(f"--seeds must be 0 or more and differ from each other, got {' '.join(map(str, seeds))}")
     cfg = build_config(config_file, opts, register)
     if not against and not cfg.REPR.ENABLED:
         raise UserError(f"{config_file} has REPR.ENABLED False: give a config with RePr, or another one --against it")
@@ -71,13 +73,14 @@ def plan_study(
             is_baseline = not against and arm == BASELINE
             own_cfg = build_config(file, own, register, is_baseline)
             max_iter = scale_to_world(own_cfg, num_gpus).SOLVER.MAX_ITER
-            runs.append(Run(arm, seed, folder, max_iter, _flags(file, is_baseline, register, num_gpus), tuple(own)))
+            flags = _flags(file, is_baseline, register, num_gpus)
+            runs.append(Run(arm, seed, folder, max_iter, tuple(flags), tuple(own)))
             _check_run(runs[-1], own_cfg, num_gpus)
     return Study(arms, tuple(runs), any_config=bool(against)), output
 
 
 def arm_names(*config_files: str) -> tuple[str, ...]:
-    """Names arms after their config files: the stem, with the folder's name if the stems are the same."""
+    """The stems of the files, with their folders' names if the stems are the same."""
     paths = [Path(file).resolve() for file in config_files]
     names = tuple(path.stem for path in paths)
     if names[0] == names[1]:
@@ -87,17 +90,7 @@ def arm_names(*config_files: str) -> tuple[str, ...]:
     return names
 
 
-def _check_request(seeds: Sequence[int], opts: Sequence[str]) -> None:
-    for key in opts[::2]:
-        if key in _OWN_KEYS:
-            raise UserError(f"{key} on the command line: a comparison sets it itself, by {_OWN_KEYS[key]}")
-    if len(set(seeds)) != len(seeds):
-        raise UserError(f"--seeds must differ from each other, got {' '.join(map(str, seeds))}")
-    if min(seeds) < 0:
-        raise UserError(f"--seeds must be 0 or more, got {min(seeds)}: a negative SEED is a random one")
-
-
-def _flags(config_file: str, is_baseline: bool, register: Sequence[Sequence[str]], num_gpus: int) -> tuple[str, ...]:
+def _flags(config_file: str, is_baseline: bool, register: Sequence[Sequence[str]], num_gpus: int) -> list[str]:
     flags = [sys.executable, "-m", "repr_det.train", "--config-file", config_file]
     if is_baseline:
         flags.append("--baseline")
@@ -105,7 +98,7 @@ def _flags(config_file: str, is_baseline: bool, register: Sequence[Sequence[str]
         flags += ["--num-gpus", str(num_gpus)]
     for words in register:
         flags += ["--register", *words]
-    return tuple(flags)
+    return flags
 
 
 def _check_run(run: Run, cfg: CfgNode, num_gpus: int) -> None:

@@ -1,24 +1,73 @@
-"""Files that a run leaves in its folder."""
+"""The runs of a comparison: what they are, what they leave in their folders, and which may be compared."""
 
 import contextlib
 import json
 import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import yaml
 from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog
 
 from repr_det.commands.config_files import merge_config_file
 from repr_det.detectron.config import add_repr_config, scale_to_world
 from repr_det.method.errors import UserError
 from repr_det.runs.files import EVENTS_FILE, METRICS_FILE
-from repr_det.runs.record import CONFIG_FILE
+from repr_det.runs.record import CONFIG_FILE, DATA_FILE, describe_data_sets
 
-Settings = dict[str, Any]  # a flat config
-DETECTIONS_FILE = Path("inference") / "coco_instances_results.json"
+BASELINE, REPR = "baseline", "repr"
+# Where runs are and how often they are saved; nothing that a result depends on.
+FREE_WITHIN_REPR = ("OUTPUT_DIR", "SEED", "VERSION", "VIS_PERIOD", "SOLVER.CHECKPOINT_PERIOD")
+FREE = (*FREE_WITHIN_REPR, "REPR.")
+# What two configs must share, whatever else they differ in: data, their order, iterations, evaluations.
+SHARED = ("SOLVER.MAX_ITER", "DATASETS.", "DATALOADER.", "TEST.EVAL_PERIOD")
 _PROCESSES = re.compile(r"Rank of current process: \d+\. World size: (\d+)")
+Settings = dict[str, Any]  # a flat config
+
+
+def title(arm: str) -> str:
+    """The name of an arm for people."""
+    return "RePr" if arm == REPR else arm
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run; ``flags``, --resume and ``opts`` are its command (none if it was trained elsewhere)."""
+
+    arm: str
+    seed: int
+    folder: Path
+    max_iter: int
+    flags: tuple[str, ...] = ()
+    opts: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f"{title(self.arm)} seed {self.seed}"
+
+    def command(self, resume: bool = False) -> list[str]:
+        return [*self.flags, *(["--resume"] if resume else []), *self.opts]
+
+
+@dataclass(frozen=True)
+class Study:
+    """The runs of two arms, the reference first; ``any_config`` if they need to share only what SHARED names."""
+
+    arms: tuple[str, str]
+    runs: tuple[Run, ...]
+    any_config: bool = False
+
+    @property
+    def seeds(self) -> list[int]:
+        return sorted({run.seed for run in self.runs})
+
+    def of(self, arm: str) -> list[Run]:
+        """The runs of an arm by ascending seed."""
+        return sorted((run for run in self.runs if run.arm == arm), key=lambda run: run.seed)
 
 
 def read_json(path: Path) -> Any:
@@ -54,17 +103,15 @@ def read_events(folder: Path) -> list[dict[str, Any]]:
 
 def read_detections(folder: Path) -> list[dict[str, Any]] | None:
     """The boxes of the last evaluation as COCO results; None if they were not saved."""
-    path = folder / DETECTIONS_FILE
+    path = folder / "inference" / "coco_instances_results.json"
     return [one for one in read_json(path) if "bbox" in one] if path.is_file() else None
 
 
 def read_config(folder: Path) -> CfgNode:
     """The config of a run as it was given; keys of REPR that came after its version have their defaults."""
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder: give the OUTPUT_DIR of a run")
     path = folder / CONFIG_FILE
     if not path.is_file():
-        raise UserError(f"{path} is missing: {folder} does not hold a Detectron2 run")
+        raise UserError(f"{path} is missing: give the OUTPUT_DIR of a Detectron2 run")
     cfg = get_cfg()
     add_repr_config(cfg)
     merge_config_file(cfg, str(path))
@@ -81,8 +128,7 @@ def read_settings(folder: Path) -> Settings:
     sessions = _PROCESSES.findall(log.read_text(encoding="utf-8", errors="replace")) if log.is_file() else []
     if not sessions:
         raise UserError(
-            f"{folder} was trained with SOLVER.REFERENCE_WORLD_SIZE {cfg.SOLVER.REFERENCE_WORLD_SIZE}, but no log.txt "
-            "in it says by how many processes, on which its SOLVER.MAX_ITER depends"
+            f"{folder} was trained with SOLVER.REFERENCE_WORLD_SIZE, but no log.txt in it says by how many processes"
         )
     return flatten(scale_to_world(cfg, int(sessions[-1])))
 
@@ -90,3 +136,106 @@ def read_settings(folder: Path) -> Settings:
 def flatten(cfg: CfgNode) -> Settings:
     """SOLVER.MAX_ITER -> its value, as it stands in a yaml file."""
     return pd.json_normalize(yaml.safe_load(cfg.dump())).to_dict("records")[0]
+
+
+def final_row(rows: dict[int, dict[str, float]], max_iter: int) -> dict[str, float]:
+    """The evaluation after the last iteration, {} if the run is not finished. Its AP may be NaN."""
+    # A run that is resumed after its last step logs its evaluation one iteration later.
+    return next((row for i, row in reversed(rows.items()) if i >= max_iter and "bbox/AP" in row), {})
+
+
+def is_finished(run: Run) -> bool:
+    return bool(final_row(read_metrics(run.folder), run.max_iter))
+
+
+def run_from_folder(folder: Path, arm: str) -> Run:
+    """A run that was trained already; refuses one of another arm than ``arm``, or without a seed."""
+    config = read_settings(folder)
+    enabled, seed = config["REPR.ENABLED"], config["SEED"]
+    if enabled != (arm == REPR):
+        raise UserError(f"{folder} was trained with REPR.ENABLED {enabled}: it does not belong to --{arm}-runs")
+    if seed < 0:
+        raise UserError(f"{folder} was trained with SEED {seed}: runs are paired by seed, so it must be fixed")
+    return Run(arm, seed, folder, config["SOLVER.MAX_ITER"])
+
+
+def check_pairs(study: Study) -> None:
+    """Refuses a seed that occurs twice in an arm, or in one arm only."""
+    found = {(run.arm, run.seed): run for run in study.runs}
+    for run in study.runs:
+        other = found[run.arm, run.seed]
+        if other is not run:
+            raise UserError(f"{run.folder} and {other.folder} are both {run.name}: give one run for each seed")
+        for arm in study.arms:
+            if (arm, run.seed) not in found:
+                known = ", ".join(str(one.seed) for one in study.of(arm))
+                raise UserError(
+                    f"{run.folder} has SEED {run.seed}, but the {arm} runs have {known}: runs are paired by seed"
+                )
+
+
+def check_finished(runs: Iterable[Run]) -> None:
+    """Refuses a run without an evaluation after its last iteration."""
+    for run in runs:
+        if not is_finished(run):
+            command = f"python -m repr_det.train --config-file {run.folder / CONFIG_FILE} --resume"
+            raise UserError(
+                f"{run.folder} is not finished (no evaluation after SOLVER.MAX_ITER {run.max_iter}): run {command}"
+            )
+
+
+def check_comparable(study: Study) -> None:
+    """Refuses arms that differ in more than they may, and an arm whose runs differ in what a result depends on."""
+    configs = {run: read_settings(run.folder) for run in study.runs}
+    refuse_differences({run.folder: config for run, config in configs.items()}, shared=study.any_config)
+    for arm in study.arms:
+        own = {run.folder: configs[run] for run in study.of(arm)}
+        enabled = any(config["REPR.ENABLED"] for config in own.values())
+        refuse_differences(own, FREE_WITHIN_REPR if enabled else FREE)
+    check_one_test_set(configs[study.runs[0]]["DATASETS.TEST"])
+    check_same_data([run.folder for run in study.runs])
+
+
+def check_one_test_set(names: Sequence[str]) -> None:
+    if len(names) != 1:
+        raise UserError(f"DATASETS.TEST must name one data set for a comparison, got {list(names)}")
+
+
+def refuse_differences(configs: dict[Any, Settings], free: Sequence[str] = FREE, shared: bool = False) -> None:
+    """Refuses configs (name for the message -> config) that differ from the first one in keys that are not ``free``, if
+    ``shared`` only in those of SHARED."""
+    first, reference = next(iter(configs.items()))
+    for name, config in configs.items():
+        for key in differing_keys(reference, config, free):
+            if not shared or key.startswith(SHARED):
+                here, there = reference.get(key, "absent"), config.get(key, "absent")
+                raise UserError(
+                    f"{first} and {name} cannot be compared: {key} is {here} in the first and {there} in the second"
+                )
+
+
+def differing_keys(a: Settings, b: Settings, free: Sequence[str] = FREE) -> list[str]:
+    """The keys whose values differ, and those that only one has (of another version of Detectron2 or this package)."""
+    found = [key for key in {**a, **b} if key not in a or key not in b or a[key] != b[key]]
+    return sorted(key for key in found if not key.startswith(tuple(free)))
+
+
+def check_same_data(folders: Iterable[Path]) -> None:
+    """Refuses a data set's name that stands for two contents: in two runs, in one run before and after it was resumed,
+    or in this process. Runs of versions that kept no record are taken as they are."""
+    used = []
+    for folder in folders:
+        for path in sorted(folder.glob(f"{Path(DATA_FILE).stem}*.json")):
+            used += [(folder, name, entry) for name, entry in read_json(path).items()]
+    registered = [name for name in sorted({name for _, name, _ in used}) if name in DatasetCatalog]
+    used += [("this command", name, entry) for name, entry in describe_data_sets(registered).items()]
+    first: dict[str, tuple[Any, dict[str, Any]]] = {}
+    for place, name, entry in used:
+        other, known = first.setdefault(name, (place, entry))
+        # One that is described before its file is there, as shapes are, has no hash.
+        keys = ("sha256",) if entry["sha256"] and known["sha256"] else ("classes", "images")
+        if any(entry[key] != known[key] for key in keys):
+            raise UserError(
+                f"{other} and {place} cannot be compared: {name} was {known['file']} in the first and "
+                f"{entry['file']}, with other content, in the second"
+            )

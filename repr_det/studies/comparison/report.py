@@ -1,70 +1,204 @@
 """report.html: one self-contained page, verdict first; works without scripts and without a network."""
 
+import base64
+import io
+import math
+import os
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import detectron2
 import jinja2
+import matplotlib
+import numpy as np
+import pandas as pd
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.detection_utils import read_image
+from detectron2.structures import BoxMode
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 import repr_det
 from repr_det.commands.data_checks import check_datasets
 from repr_det.method.errors import UserError
-from repr_det.runs.files import write_atomically
-from repr_det.runs.record import CONFIG_FILE
-from repr_det.studies.comparison.figures import SCORE_THRESHOLD, all_figures, pictures
-from repr_det.studies.comparison.records import read_config, read_settings
-from repr_det.studies.comparison.runs import FREE_WITHIN_REPR, differing_keys, title
+from repr_det.method.orthogonality import inter_filter_orthogonality
+from repr_det.runs.files import FINAL_CHECKPOINT, write_atomically
+from repr_det.runs.safe_pickle import load_checkpoint
+from repr_det.studies.comparison.records import FREE_WITHIN_REPR, differing_keys, read_config, read_settings, title
 from repr_det.studies.comparison.table import Comparison, heads, lines_of
 
-REPORT_FILE = "report.html"
+_COLOURS = ("#2c6aa0", "#d5622a")  # of the reference and of the other arm, as in the page
+_SCORE_THRESHOLD = 0.5
+_DROPPED = "Share of each layer that a drop took, in percent, over all drops and seeds"
+_OVERLAP = "Inter-filter orthogonality O_f in the final models: 0 if a filter is orthogonal to all others of its layer"
+_WIDTH = 7.2  # inches; the page shows them at about their size
+_STYLE = {
+    "text.parse_math": False,
+    "font.size": 8.5,
+    "axes.titlesize": "medium",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#dcdad4",
+    "legend.frameon": False,
+}
 
 
 def write_report(comparison: Comparison, settings: dict[str, Any], output: Path, images: int) -> Path:
-    """Writes report.html in ``output``, and returns its path.
-
-    Args:
-        settings: how the comparison was asked for, see ``command``.
-        images: validation images with detections.
-    """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("repr_det.studies.comparison", "."),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
+    """Writes report.html in ``output``, and returns its path; ``settings`` say how the comparison was asked for."""
     study, results = comparison.study, comparison.results
     folders = [comparison.readings[arm][0].run.folder for arm in study.arms]
     configs = [read_settings(folder) for folder in folders]
     differing = differing_keys(*configs, free=FREE_WITHIN_REPR)
     titles = [title(arm) for arm in study.arms]
-    page = environment.get_template("report.html.j2").render(
-        pictures=_pictures(comparison, folders[0], images),  # first: it may add a note to the results
-        results=results,
-        settings=settings,
-        titles=titles,
-        versus=f"{titles[1]} against {titles[0]}",
-        iterations=study.runs[0].max_iter,
-        tables={"": lines_of(results["metrics"], study.arms), "AP by class": lines_of(results["classes"], study.arms)},
-        heads=heads(study.arms),
-        figures=all_figures(comparison),
-        threshold=SCORE_THRESHOLD,
-        differences={key: [config.get(key, "absent") for config in configs] for key in differing},
-        configs=[(folder / CONFIG_FILE).read_text(encoding="utf-8") for folder in folders],
-        versions=f"repr_det {repr_det.__version__}, Detectron2 {detectron2.__version__}, torch {torch.__version__}",
-    )
-    path = output / REPORT_FILE
-    write_atomically(path, page)
-    return path
+    loader = jinja2.PackageLoader("repr_det.studies.comparison", ".")
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
+    with matplotlib.rc_context(_STYLE):
+        page = environment.get_template("report.html.j2").render(
+            pictures=_pictures(comparison, folders[0], images),  # first: it may add a note to the results
+            results=results,
+            settings=settings,
+            titles=titles,
+            iterations=study.runs[0].max_iter,
+            tables=[lines_of(results[key], study.arms) for key in ("metrics", "classes")],
+            heads=heads(study.arms),
+            ap=_ap(comparison),
+            filters={_DROPPED: _dropped(comparison), _OVERLAP: _overlap(comparison)},
+            differences={key: [config.get(key, "absent") for config in configs] for key in differing},
+            versions=f"repr_det {repr_det.__version__}, Detectron2 {detectron2.__version__}, torch {torch.__version__}",
+        )
+    write_atomically(output / "report.html", page)
+    return output / "report.html"
 
 
-def _pictures(comparison: Comparison, folder: Path, images: int) -> dict[str, str]:
-    if not images:
+def _pictures(comparison: Comparison, folder: Path, number: int) -> dict[str, str]:
+    """Name -> ground truth and detections of the first seed, on ``number`` images spread evenly over the data set."""
+    readings = [comparison.readings[arm][0] for arm in comparison.study.arms]
+    if not number or any(reading.detections is None for reading in readings):
         return {}
     try:
         check_datasets(read_config(folder), eval_only=True)
     except UserError as error:
         comparison.results["notes"].append(f"No pictures of detections: {error}.")
         return {}
-    return pictures(comparison, images)
+    dataset = comparison.results["dataset"]
+    metadata = MetadataCatalog.get(dataset)
+    to_class = getattr(metadata, "thing_dataset_id_to_contiguous_id", {})
+    images = [image for image in DatasetCatalog.get(dataset) if image.get("annotations")]
+    places = np.linspace(0, len(images) - 1, min(number, len(images))).round().astype(int)
+    drawn = {}
+    for entry in [images[place] for place in np.unique(places)]:
+        panels = {"ground truth": entry["annotations"]}
+        for reading in readings:
+            found = []
+            for one in reading.detections:
+                if one["image_id"] == entry["image_id"] and one["score"] >= _SCORE_THRESHOLD:
+                    category = to_class.get(one["category_id"], one["category_id"])
+                    found.append({"bbox": one["bbox"], "bbox_mode": BoxMode.XYWH_ABS, "category_id": category})
+            panels[f"{title(reading.run.arm)}, score ≥ {_SCORE_THRESHOLD}"] = found
+        drawn[os.path.basename(entry["file_name"])] = _picture(entry["file_name"], panels, metadata.thing_classes)
+    return drawn
+
+
+def _picture(path: str, panels: dict[str, list[dict[str, Any]]], classes: Sequence[str]) -> str:
+    """The image once a panel, with its boxes: title -> annotations as Detectron2 has them."""
+    image = read_image(path, "RGB")
+    height = _WIDTH / len(panels) * image.shape[0] / image.shape[1] + 0.25
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained", dpi=150, facecolor="#fdfcfa")
+    axes = figure.subplots(1, len(panels))
+    for ax, colour, (name, boxes) in zip(axes, ("#b58900", *_COLOURS), panels.items(), strict=True):
+        ax.imshow(image)
+        ax.set_axis_off()
+        ax.set_title(name, color=colour)
+        for box in boxes:
+            x0, y0, x1, y1 = BoxMode.convert(box["bbox"], box["bbox_mode"], BoxMode.XYXY_ABS)
+            ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour))
+            shade = {"facecolor": colour, "edgecolor": "none", "pad": 0.5}
+            ax.text(x0, y0, classes[box["category_id"]], color="white", fontsize=6, bbox=shade, clip_on=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # of a class name
+        return _data_uri(figure, "jpeg")
+
+
+def _ap(comparison: Comparison) -> str:
+    """The difference in AP of every seed with its interval, and the AP of both arms over training."""
+    figure = Figure(figsize=(_WIDTH, 2.9), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1, 3))
+    difference = comparison.results["metrics"]["AP"]["difference"]
+    size = comparison.results["power"]["detectable"]
+    if math.isfinite(size):
+        left.axhspan(-size, size, color="#efe9dd", linewidth=0)
+    left.axhline(0, color="black", linewidth=0.8)
+    left.plot([0] * len(difference["values"]), difference["values"], "o", color="#6c7076")
+    left.vlines([1], [difference["low"]], [difference["high"]], color=_COLOURS[1])
+    left.plot([1], [difference["mean"]], "D", color=_COLOURS[1])
+    left.set_title("difference in AP")
+    left.set_xticks([0, 1], ["seeds", "mean"])
+    left.set_xlim(-0.6, 1.6)
+    for colour, arm in zip(_COLOURS, comparison.study.arms, strict=True):
+        readings = comparison.readings[arm]
+        for start, stop in readings[0].phases:
+            right.axvspan(start, stop, color=colour, alpha=0.13, linewidth=0)
+        curves = pd.DataFrame([reading.curve for reading in readings]).T.sort_index()
+        right.plot(curves, color=colour, linewidth=0.7, alpha=0.5)
+        right.plot(curves.dropna().mean(axis=1), "o-", color=colour, markersize=3, label=title(arm))
+    right.set_title("validation AP")
+    right.set_xlabel("iterations")
+    right.set_xlim(left=0)
+    figure.legend(loc="outside upper right", ncols=2)
+    return _data_uri(figure, "svg")
+
+
+def _dropped(comparison: Comparison) -> str:
+    lines = []
+    for reading in comparison.all_readings:
+        drops = [event["dropped"] for event in reading.events if event["event"] == "drop"]
+        for layer, filters in reading.filters.items():
+            lines += [(reading.run.arm, layer, 100 * len(dropped.get(layer, ())) / filters) for dropped in drops]
+    return _by_layer(comparison.study.arms, lines)
+
+
+def _overlap(comparison: Comparison) -> str:
+    lines = []
+    layers = dict.fromkeys(layer for reading in comparison.all_readings for layer in reading.filters)
+    for reading in comparison.all_readings:
+        path = reading.run.folder / FINAL_CHECKPOINT
+        model = load_checkpoint(path)["model"] if layers and path.is_file() else {}
+        for layer in layers:
+            if f"{layer}.weight" in model:
+                overlaps = inter_filter_orthogonality(model[f"{layer}.weight"].float())
+                lines += [(reading.run.arm, layer, overlap) for overlap in overlaps.tolist()]
+    return _by_layer(comparison.study.arms, lines)
+
+
+def _by_layer(arms: Sequence[str], lines: Sequence[tuple[str, str, float]]) -> str:
+    """A bar from the 5th to the 95th percentile of the values (arm, layer, value) of a layer, a tick at the median."""
+    if not lines:
+        return ""
+    values = pd.DataFrame(lines, columns=["arm", "layer", "value"])
+    layers = list(values["layer"].unique())
+    shared = os.path.commonprefix(layers).rpartition(".")[0] if len(layers) > 1 else ""  # noqa: RUF071 (dots)
+    figure = Figure(figsize=(_WIDTH, 0.9 + 0.18 * len(layers)), layout="constrained")
+    ax = figure.subplots()
+    for colour, offset, arm in zip(_COLOURS, (-0.18, 0.18), arms, strict=True):
+        of_arm = values[values["arm"] == arm]
+        if len(of_arm):
+            found = of_arm.groupby("layer")["value"].quantile([0.05, 0.5, 0.95]).unstack().reindex(layers)
+            rows = np.arange(len(layers)) + offset
+            ax.hlines(rows, found[0.05], found[0.95], color=colour, label=title(arm))
+            ax.plot(found[0.5], rows, "|", color=colour, markersize=7)
+    ax.set_yticks(range(len(layers)), [name.removeprefix(f"{shared}.") for name in layers])
+    ax.set_ylim(len(layers) - 0.5, -0.5)
+    figure.legend(loc="outside upper right", ncols=2)
+    return _data_uri(figure, "svg")
+
+
+def _data_uri(figure: Figure, kind: str) -> str:
+    content = io.BytesIO()
+    figure.savefig(content, format=kind, transparent=kind == "svg")
+    mime = "svg+xml" if kind == "svg" else kind
+    return f"data:image/{mime};base64," + base64.b64encode(content.getvalue()).decode()

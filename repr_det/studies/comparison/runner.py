@@ -1,4 +1,4 @@
-"""Trains runs as subprocesses: several at once, resumed where they stopped, with progress, ended with their parent."""
+"""Trains runs as subprocesses: several at once, resumed where they stopped, ended with their parent."""
 
 import contextlib
 import os
@@ -16,7 +16,7 @@ import torch
 from repr_det.commands.processes import run_tool
 from repr_det.runs.files import METRICS_FILE, last_logged, run_traces
 from repr_det.runs.stopping import end_with_parent
-from repr_det.studies.comparison.runs import Run, is_finished
+from repr_det.studies.comparison.records import Run, is_finished
 
 OUTPUT_FILE = "stdout.txt"
 _SHOWN_LINES = 20
@@ -26,7 +26,7 @@ _STEP = 0.05  # share of all iterations between two lines of progress
 
 
 class RunFailed(RuntimeError):
-    """A run ended without its final evaluation; the message holds the end of its output and the command."""
+    """A run ended without its final evaluation."""
 
 
 def _terminate(*_: object) -> None:
@@ -34,8 +34,7 @@ def _terminate(*_: object) -> None:
 
 
 def run_comparison_tool(main: Callable[[], Any]) -> None:
-    """Runs a tool that trains: status 2 for what the user gave wrong, 1 for a run that failed, 130 for Ctrl-C, 143 for
-    SIGTERM."""
+    """Runs a tool that trains: status 2 for a UserError, 1 for a run that failed, 130 for Ctrl-C, 143 for SIGTERM."""
     name = Path(sys.argv[0]).name
     signal.signal(signal.SIGTERM, _terminate)
     try:
@@ -55,11 +54,8 @@ def say(text: str) -> None:
 def run_all(runs: Sequence[Run], jobs: int = 1, num_gpus: int = 1) -> None:
     """Trains the runs that are not finished yet, ``jobs`` at once.
 
-    A run that had begun gets --resume. The output of each is appended to its folder's stdout.txt. Every child has
-    cores // jobs CPU threads (unless OMP_NUM_THREADS is set) and, if there are enough, GPUs of its own.
-
-    Raises:
-        RunFailed: a run failed; the others were ended and continue when called again.
+    A run that had begun gets --resume. The output of each is appended to its folder's stdout.txt. If one fails
+    (RunFailed), the others are ended.
     """
     waiting = [run for run in runs if not is_finished(run)]
     done = [run.name for run in runs if run not in waiting]
@@ -87,7 +83,7 @@ def run_all(runs: Sequence[Run], jobs: int = 1, num_gpus: int = 1) -> None:
 
 
 class _Progress:
-    """A line for every twentieth of the iterations of all runs: how far they are, and the time left."""
+    """A line for every twentieth of the iterations of all runs."""
 
     def __init__(self, runs: Sequence[Run]) -> None:
         self.runs = list(runs)
@@ -96,7 +92,6 @@ class _Progress:
         self.start = time.monotonic()
 
     def show(self) -> None:
-        """Writes a line if it is time to."""
         trained = self._trained()
         if trained - self.said < _STEP * self.total:
             return
@@ -131,6 +126,7 @@ def _start(run: Run, environment: dict[str, str]) -> subprocess.Popen:
 
 
 def _environment(slot: int, jobs: int, num_gpus: int) -> dict[str, str]:
+    """Its share of the CPU threads, unless OMP_NUM_THREADS is set, and GPUs of its own if there are enough."""
     environment = dict(os.environ, PYTHONUNBUFFERED="1")
     environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // jobs)))
     numbers = ",".join(map(str, range(torch.cuda.device_count())))

@@ -12,7 +12,6 @@ CONFIDENCE = 0.95
 POWER = 0.8  # the probability with which a difference of the stated size gets its verdict
 MIN_PAIRS = 3  # fewer say nothing: two equal differences have an interval without width
 MOST_SEEDS = 10_000
-BETTER, WORSE, OPEN, UNKNOWN = "better", "worse", "not distinguishable", "no verdict"
 _NO_SPREAD = 1e-9  # of differences, relative to their size: rounding
 
 
@@ -28,23 +27,19 @@ class Summary:
 
 @dataclass(frozen=True)
 class Difference(Summary):
-    """One arm minus its reference, paired by seed.
-
-    Attributes:
-        low, high: 95 % confidence interval of the mean; NaN with fewer than two pairs, or if all are equal.
-    """
+    """One arm minus its reference, paired by seed, and the 95 % confidence interval of its mean; else NaN."""
 
     low: float
     high: float
 
     @property
     def verdict(self) -> str:
-        """BETTER or WORSE if the interval excludes 0, OPEN if it does not, UNKNOWN see ``why_no_verdict``."""
+        """ "better" or "worse" if the interval excludes 0."""
         if self.why_no_verdict:
-            return UNKNOWN
+            return "no verdict"
         if self.low > 0:
-            return BETTER
-        return WORSE if self.high < 0 else OPEN
+            return "better"
+        return "worse" if self.high < 0 else "not distinguishable"
 
     @property
     def why_no_verdict(self) -> str:
@@ -57,10 +52,9 @@ class Difference(Summary):
         return "" if math.isfinite(self.low) else "all differences are equal"
 
 
-def summarize(values: Sequence[float], others: Sequence[float] | None = None) -> Summary:
-    """Summarizes the finite values; those of the seeds of which ``others``, the other arm, have the value too."""
-    there = np.isfinite(values) if others is None else np.isfinite(values) & np.isfinite(others)
-    found = np.asarray(values, dtype=float)[there]
+def summarize(values: Sequence[float]) -> Summary:
+    """Summarizes the finite values."""
+    found = np.asarray(values, dtype=float)[np.isfinite(values)]
     mean = float(found.mean()) if len(found) else math.nan
     sd = float(found.std(ddof=1)) if len(found) > 1 else math.nan
     return Summary(tuple(values), mean, sd, len(found))
@@ -69,8 +63,7 @@ def summarize(values: Sequence[float], others: Sequence[float] | None = None) ->
 def paired_difference(baseline: Sequence[float], repr_: Sequence[float]) -> Difference:
     """Subtracts the baseline, with Student's t interval over the pairs (their differences taken as normal).
 
-    Args:
-        baseline, repr_: one value a pair, in the same order; NaN if there is none.
+    Both have one value a pair, in the same order; NaN if there is none.
     """
     values = np.asarray(repr_, dtype=float) - np.asarray(baseline, dtype=float)
     found = summarize(values.tolist())
@@ -96,13 +89,13 @@ def detectable_difference(found: Difference) -> float:
     return float(optimize.brentq(lambda size: power(size, found.sd, found.n) - POWER, 0.0, most))
 
 
-def seeds_needed(found: Difference, size: float = 1.0) -> int | None:
-    """The pairs of the same spread with which a true difference of ``size`` has POWER; None without a verdict,
-    MOST_SEEDS + 1 if more than MOST_SEEDS are needed."""
+def seeds_needed(found: Difference) -> int | None:
+    """The pairs of the same spread with which a true difference of 1 has POWER, at most MOST_SEEDS + 1; None without a
+    verdict."""
     if found.why_no_verdict:
         return None
     numbers = range(MIN_PAIRS, MOST_SEEDS + 1)
-    return MIN_PAIRS + bisect.bisect_left(numbers, POWER, key=lambda n: power(size, found.sd, n))
+    return MIN_PAIRS + bisect.bisect_left(numbers, POWER, key=lambda n: power(1.0, found.sd, n))
 
 
 def number(value: float, sign: bool = False) -> str:
