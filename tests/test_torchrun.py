@@ -133,6 +133,7 @@ def test_a_stopped_job_goes_on_with_the_same_command(train, straight, tmp_path, 
     assert_same(ended(train(folder, words, resume=True)), straight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("round_", range(ROUNDS))
 def test_two_agents_of_which_one_is_killed_and_comes_back(train, straight, tmp_path, round_):
     """Two agents on the loopback address stand in for two machines; the one that keeps the rendezvous stays."""
