@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from unittest.mock import Mock, call
 
@@ -110,6 +111,26 @@ def test_the_address_of_sruns_first_node(monkeypatch, start_by, nodes, first):
     Launched.found().join("cpu")
     assert (joined["MASTER_ADDR"], joined["MASTER_PORT"], joined["RANK"]) == (first, "20012", "3")
     assert joined["WORLD_SIZE"] == "4" and joined["local"] == 2
+
+
+def test_the_board_lives_until_all_have_met(monkeypatch, start_by):
+    """Rank 0 may be its server, and others read later what rank 0 wrote there."""
+    start_by(TORCHRUN, RANK="0")
+    boards = [torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)]
+    port, read = boards[0].port, []
+
+    def meet(*_, **__):
+        yield boards.pop(), 0, 2
+
+    def read_as_another_rank(*_, **__):
+        board = torch.distributed.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=5))
+        read.append(board.get("repr_det/meeting"))
+
+    monkeypatch.setattr(torch.distributed, "rendezvous", meet)
+    monkeypatch.setattr(torch.distributed, "init_process_group", read_as_another_rank)
+    monkeypatch.setattr("repr_det.commands.world.comm", Mock())
+    Launched.found().join("cpu")
+    assert read
 
 
 def test_who_may_continue(start_by, tmp_path):

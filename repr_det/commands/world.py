@@ -81,9 +81,9 @@ class Launched:
             os.environ |= {"RANK": str(self.rank), "WORLD_SIZE": str(self.size), "LOCAL_RANK": str(self.local_rank)}
         timeout = timedelta(seconds=seconds)
         try:
-            store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-            if self.by == "torchrun":
-                store = _store_of_this_start(store, rank, timeout)
+            # The board must live until all have met: on rank 0 it may be the server that the others read.
+            board, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+            store = _store_of_this_start(board, rank, timeout) if self.by == "torchrun" else board
             backend = "nccl" if on_gpu else "gloo"
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         except (RuntimeError, ValueError, OSError) as error:  # torch's own are RuntimeErrors
