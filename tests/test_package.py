@@ -73,6 +73,21 @@ def test_a_missing_extra_is_named(monkeypatch, capsys):
     assert capsys.readouterr().err == wanted
 
 
+def test_another_missing_library_is_named(monkeypatch, capsys):
+    def lacking(module):
+        raise ModuleNotFoundError(name="scipy.stats")
+
+    monkeypatch.setattr("repr_det.commands.console.importlib.import_module", lacking)
+    monkeypatch.setattr(sys, "argv", ["repr-det"])
+    for command, wanted in (
+        ("train", "repr-det train needs scipy: pip install scipy"),
+        ("benchmark", "repr-det benchmark is a program of the source tree now: python tools/benchmark.py --help"),
+    ):
+        with pytest.raises(SystemExit):
+            main([command])
+        assert capsys.readouterr().err == f"repr-det: error: {wanted}\n"
+
+
 USE_WITH_DETECTRON2 = """
 import repr_det, sys, torch
 assert "site-packages" in repr_det.__file__, repr_det.__file__

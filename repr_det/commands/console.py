@@ -36,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if command == "--version":
         print(f"repr_det {repr_det.__version__}")
         return
+    if command == "benchmark":
+        _stop("repr-det benchmark is a program of the source tree now: python tools/benchmark.py --help")
     if command not in _COMMANDS:
         _stop(f"{command!r} is no command" if command else "a command is missing", _USAGE)
     sys.argv = [f"repr-det {command}", *arguments[1:]]
@@ -46,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         missing = (error.name or "").partition(".")[0]
         if missing in ("", "repr_det"):
             raise
-        what = f"{missing}: pip install 'repr_det[studies]'"
+        package = "'repr_det[studies]'" if missing in _STUDIES else missing
+        what = f"{missing}: pip install {package}"
         if missing in ("detectron2", "fvcore"):
             what = (
                 "Detectron2, which is not installed: https://detectron2.readthedocs.io/en/latest/tutorials/install.html"

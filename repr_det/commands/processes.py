@@ -88,7 +88,7 @@ def setup_process(args: argparse.Namespace, cfg: CfgNode, config: str) -> None:
         config: the text of the config, for the log.
 
     Raises:
-        UserError: another process trains in OUTPUT_DIR, or some machine does not see rank 0's files there.
+        UserError: another process trains in OUTPUT_DIR.
     """
     folder, rank = cfg.OUTPUT_DIR, comm.get_rank()
     _take(args, folder)

@@ -371,7 +371,7 @@ def _makes_zero(operation: Operation, value_of: Callable[[Value], float | bool])
     try:
         result = operation.function(*map(stand_in, operation.arguments), **keywords)
     except (RuntimeError, TypeError, NotImplementedError, IndexError):
-        return False
+        return False  # it does not take single numbers: nothing is shown, and the conv stays out
     results = [result] if isinstance(result, Tensor) else list(result)
     return not any(bool(part.any()) for part in results)
 

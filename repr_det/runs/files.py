@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -77,8 +77,7 @@ def truncate_log(path: str | Path, start_iter: int) -> None:
     if not os.path.exists(path):
         return
     if start_iter == 0 and last_logged(path) >= 0:
-        number = next(n for n in itertools.count(1) if not os.path.exists(f"{path}.{n}"))
-        shutil.copyfile(path, f"{path}.{number}")
+        shutil.copyfile(path, f"{path}.{_free_number([path])}")
     with open(path, "r+b") as file:  # in place: others hold it open for appending
         whole = file.read()
         kept = b"".join(line for line in whole.splitlines(keepends=True) if _iteration(line) < start_iter)
@@ -92,8 +91,13 @@ def keep_checkpoints(folder: str | Path) -> list[str]:
     """Renames the checkpoints of an earlier run, which a new one would overwrite, to model_final.pth.1, or the next
     number that is free for all of them; returns the new names."""
     files = sorted((*Path(folder).glob("last_checkpoint"), *Path(folder).glob("model_*.pth")))
-    number = next(n for n in itertools.count(1) if not any(Path(f"{file}.{n}").exists() for file in files))
+    number = _free_number(files)
     return [os.path.basename(shutil.move(file, f"{file}.{number}")) for file in files]
+
+
+def _free_number(paths: Sequence[str | Path]) -> int:
+    """Returns the first number that none of the files has a numbered copy of."""
+    return next(n for n in itertools.count(1) if not any(os.path.exists(f"{path}.{n}") for path in paths))
 
 
 def last_logged(path: str | Path) -> int:

@@ -1,6 +1,7 @@
 """Trains runs as subprocesses: several at once, resumed where they stopped, ended with their parent."""
 
 import contextlib
+import functools
 import os
 import shlex
 import signal
@@ -101,7 +102,16 @@ class _Progress:
         say(f"{100 * trained / self.total:.0f} % after {_duration(passed)}, about {_duration(left)} left")
 
     def _trained(self) -> int:
-        return sum(min(last_logged(run.folder / METRICS_FILE) + 1, run.max_iter) for run in self.runs)
+        return sum(min(_logged(run.folder / METRICS_FILE) + 1, run.max_iter) for run in self.runs)
+
+
+def _logged(path: Path) -> int:
+    return _logged_in(path, path.stat().st_size) if path.is_file() else -1
+
+
+@functools.lru_cache
+def _logged_in(path: Path, size: int) -> int:  # size: a file is read again only if it has changed
+    return last_logged(path)
 
 
 def _duration(seconds: float) -> str:
