@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).with_name("transition_memory.py")
-# Freed memory goes back to the system at once: what malloc would keep differs from machine to machine, by 10 % of a step.
+# Freed memory goes back to the system at once: what malloc keeps differs between machines, by 10 % of a step.
 GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
