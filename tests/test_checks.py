@@ -14,10 +14,10 @@ from pycocotools import mask as mask_utils
 from test_classes import write
 
 from repr_det import UserError
-from repr_det.commands import checks, data_checks
+from repr_det.commands import checks
 from repr_det.commands.arguments import build_config
 from repr_det.commands.checks import check_run
-from repr_det.commands.data import DATA_FILE
+from repr_det.commands.data import DATA_FILE, check_datasets
 from repr_det.datasets import class_names, register_coco_format
 
 CONFIG = str(ROOT / "configs" / "baseline_r50_fpn.yaml")
@@ -122,7 +122,7 @@ def test_keypoints_need_metadata_and_one_number(mine, odd, shown):
     if shown:
         assert f"{shown} numbers" in refused(cfg)
     else:
-        data_checks.check_datasets(cfg)
+        check_datasets(cfg)
 
 
 def two_files(folder: Folder, val_ids: dict[int, str]) -> list[list[str]]:
@@ -160,12 +160,12 @@ def test_images_of_training_in_the_test_set_are_told(folder, catalogs, tmp_path,
         Path(register[1][1]).write_text(json.dumps(content))
         register[1][2] = str(images)
     cfg = config(register, "OUTPUT_DIR", str(tmp_path / "run"))
-    data_checks.check_datasets(cfg)
+    check_datasets(cfg)
     (told,) = [record.getMessage() for record in caplog.records]
     shared = f"{2 if copied else 3} of 3 images of v (DATASETS.TEST) that were compared are in t (DATASETS.TRAIN) too, "
     assert told.startswith(shared) and str(folder.images / "1.jpg") in told
     caplog.clear()
-    data_checks.check_datasets(cfg, eval_only=True)
+    check_datasets(cfg, eval_only=True)
     assert not caplog.records
 
 
@@ -202,7 +202,7 @@ def test_evaluation_follows_the_classes_of_the_checkpoint(folder, catalogs, tmp_
     opts = ["MODEL.WEIGHTS", str(tmp_path / "model_final.pth")]
     cfg = config(register, *opts, eval_only=True)
     assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 3 and class_names("v") == ("cell", "drop", "plate")
-    data_checks.check_datasets(cfg, eval_only=True)
+    check_datasets(cfg, eval_only=True)
     assert class_names("v") == ("cell", "drop", "plate")
     (tmp_path / DATA_FILE).write_text(json.dumps({"t": {"classes": ["cell", "plates"]}}))
     with pytest.raises(UserError, match=r"v has .* checkpoint.* cell, plates: .*'plate'"):

@@ -14,11 +14,9 @@ from omegaconf import OmegaConf
 
 from repr_det import RePrHook, UserError, find_filter_layers
 from repr_det.commands.arguments import build_config
-from repr_det.commands.lazy_train import load_lazy_config
-from repr_det.commands.reads import Reads
+from repr_det.commands.lazy import LazyTrainer, instantiate, load_lazy_config, record_reads, repr_cfg_from_lazy
 from repr_det.commands.train import start
 from repr_det.detectron.config import schedule_from_config
-from repr_det.detectron.lazy import LazyTrainer, instantiate, repr_cfg_from_lazy
 from repr_det.studies.comparison.records import read_events
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -156,10 +154,10 @@ def test_command_line(small_config, tmp_path):
     ("file", "override", "message"),
     [
         ("nope", None, "--config-file 'nope.py' is not a file, nor the name of a shipped config: "),
-        ("small", "repr.NOPE=1", "the node repr has no option 'NOPE': take one of s1_iters, "),
+        ("small", "repr.NOPE=1", "the node repr of the LazyConfig: Non-existent key: REPR.NOPE"),
         ("small", "repr.drop_ratio=1.5", "repr.drop_ratio must be in (0, 1), got 1.5"),
         ("small", "repr.drop_ratio=many", "the node repr of the LazyConfig: Type mismatch"),
-        ("small", "repr=3", "repr must be L(RePrHook)(...) or a dict with the keys of REPR, got"),
+        ("small", "repr=3", "the node repr of the LazyConfig: "),
         ("small", "repr.s1_iters=50", "needs repr.start_iter 0 + repr.num_cycles 1 x (repr.s1_iters 50 + repr.s2"),
         ("small", "repr.layers=['backbone.res4']", "repr.layers ['backbone.res4'] matches no trainable"),
         ("small", "repr.returns=median_gamma", "repr.returns median_gamma went in version 0.3.0"),
@@ -223,6 +221,6 @@ def test_what_nothing_reads_is_found_by_the_reads(small_config, mine):
         cfg.train.update(clip_grad={"enabled": True, "params": {"max_norm": 0.1}}, model_ema={"enabled": True})
         cfg.ema = {"decay": 0.9}
     cfg.image_size = 3  # used while the file was read
-    reads = Reads(cfg)
+    unread = record_reads(cfg)
     LazyTrainer.of(cfg)(repr_cfg_from_lazy(cfg))
-    assert reads.unread() == (["ema.decay", "train.clip_grad", "train.model_ema"] if mine else [])
+    assert unread() == (["ema.decay", "train.clip_grad", "train.model_ema"] if mine else [])

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import repr_det
-from repr_det.commands.config_files import CONFIGS, config_path
+from repr_det.commands.arguments import CONFIGS, config_path
 from repr_det.commands.console import main
 from repr_det.method.errors import UserError
 
@@ -77,7 +77,7 @@ def test_another_missing_library_is_named(monkeypatch, capsys):
     def lacking(module):
         raise ModuleNotFoundError(name="scipy.stats")
 
-    monkeypatch.setattr("repr_det.commands.console.importlib.import_module", lacking)
+    monkeypatch.setattr("importlib.import_module", lacking)
     monkeypatch.setattr(sys, "argv", ["repr-det"])
     for command, wanted in (
         ("train", "repr-det train needs scipy: pip install scipy"),
@@ -95,7 +95,7 @@ from importlib import resources
 assert (resources.files("repr_det") / "py.typed").is_file()
 assert (resources.files("repr_det.studies.comparison") / "report.html.j2").is_file()
 from repr_det.commands.arguments import build_config
-from repr_det.commands.lazy_train import load_lazy_config
+from repr_det.commands.lazy import load_lazy_config
 cfg = build_config("repr_r50_fpn.yaml", [])
 assert cfg.REPR.ENABLED and cfg.SOLVER.MAX_ITER == 90000  # the second from its _BASE_
 assert load_lazy_config("lazy/repr_faster_rcnn_r50_fpn.py", []).repr._target_
@@ -125,7 +125,7 @@ commands.main(["train", "--config-file", "repr_r50_fpn.yaml"])
 def test_without_detectron2():
     shown = run([sys.executable, "-c", USE_WITHOUT_DETECTRON2], ROOT, 2)
     assert shown.startswith(f"{['drop', 'restore'] * 3}\nrepr_det.RePrHook needs Detectron2, which is not installed")
-    assert "repr-det: error: repr-det train needs Detectron2, which is not installed: https://" in shown
+    assert "repr-det: error: repr-det train needs detectron2: https://" in shown
 
 
 @pytest.mark.slow

@@ -77,21 +77,6 @@ def test_torchrun_is_num_gpus(train, straight, tmp_path):
     assert "World size: 2" in command.text and warned_early(command) == 1
 
 
-def test_srun_is_num_gpus(tiny_data, straight, tmp_path):
-    """Two tasks with the variables that srun gives them; nothing tells a task of the other."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        variables = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_STEP_NODELIST": "localhost"}
-        variables |= {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "MASTER_PORT": str(free.getsockname()[1])}
-    words = train_words(tiny_data, tmp_path / "run", *OPTS)
-    tasks = [
-        forked.Command(words, tmp_path / "run.log", environment={**variables, "SLURM_PROCID": x, "SLURM_LOCALID": x})
-        for x in "01"
-    ]
-    assert [task.status() for task in tasks] == [0, 0], tasks[0].text[-4000:]
-    assert_same(outcome(tmp_path / "run"), straight)
-
-
 @pytest.mark.slow
 def test_the_real_torchrun(tiny_data, straight, tmp_path):
     """Agent and workers are new interpreters, as for a user."""

@@ -16,14 +16,12 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 from detectron2.data.detection_utils import convert_PIL_to_numpy
-from detectron2.modeling import GeneralizedRCNN
+from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.solver import build_optimizer
 from PIL import Image
 from torch import nn
 
-from repr_det.commands.data import check_same_classes
-from repr_det.commands.data_checks import check_datasets
-from repr_det.commands.world import World
+from repr_det.commands.data import check_datasets, check_same_classes
 from repr_det.datasets import class_names
 from repr_det.detectron.config import (
     as_user_error,
@@ -42,7 +40,7 @@ from repr_det.runs.checkpoints import AtomicCheckpointer, check_last_checkpoint,
 from repr_det.runs.files import run_traces
 
 logger = logging.getLogger(__name__)
-_SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler")
+_SAMPLERS = "TrainingSampler, RepeatFactorTrainingSampler, RandomSubsetTrainingSampler"
 _COUNTED_DETECTIONS = 100  # of an image, by COCO's AP
 
 
@@ -51,31 +49,29 @@ def check_run(
     resume: bool = False,
     eval_only: bool = False,
     num_gpus: int = 1,
-    world: World | None = None,
+    num_machines: int = 1,
     trainer: type[Trainer] = Trainer,
 ) -> None:
     """Everything that can be known to be wrong before a file is written.
 
     Args:
-        num_gpus: processes, all on this machine, unless ``world`` says more.
-        world: the processes of the run.
+        num_gpus: processes on each machine, on the CPU too.
         trainer: makes the model.
 
     Raises:
         UserError: naming the key, file or folder.
     """
-    world = world or World(num_gpus, num_gpus, f"--num-gpus {num_gpus}")
-    _check_device(cfg, world)
+    processes, scaled = num_gpus * num_machines, cfg
+    _check_device(cfg, num_gpus)
     if cfg.TEST.DETECTIONS_PER_IMAGE > _COUNTED_DETECTIONS:
         logger.warning(
-            "TEST.DETECTIONS_PER_IMAGE is %d, and COCO's AP counts the best %d of an image: the others change nothing",
-            *(cfg.TEST.DETECTIONS_PER_IMAGE, _COUNTED_DETECTIONS),
+            f"TEST.DETECTIONS_PER_IMAGE is {cfg.TEST.DETECTIONS_PER_IMAGE}, and COCO's AP counts the best "
+            f"{_COUNTED_DETECTIONS} of an image"
         )
-    scaled = cfg
     if not eval_only:
         with as_user_error(f"SOLVER.REFERENCE_WORLD_SIZE, SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH}"):
-            scaled = scale_to_world(cfg, world.size)
-        _check_solver(scaled, world)
+            scaled = scale_to_world(cfg, processes)
+        _check_solver(scaled, processes)
         validate_repr_config(scaled)
         _check_output_folder(cfg, resume)
     check_datasets(cfg, eval_only)
@@ -84,35 +80,35 @@ def check_run(
     if not eval_only and resume:
         check_same_classes(class_names(cfg.DATASETS.TRAIN[0]), cfg.OUTPUT_DIR)
     model = _model_of_shapes(cfg, trainer)
-    _check_model(cfg, model, eval_only, world)
+    _check_model(cfg, model, eval_only, processes)
     _check_weights(scaled, model, resume, eval_only)
 
 
-def _check_device(cfg: CfgNode, world: World) -> None:
+def _check_device(cfg: CfgNode, num_gpus: int) -> None:
     device = str(cfg.MODEL.DEVICE)
     with as_user_error(f"MODEL.DEVICE {device!r} is not a device, such as cuda or cpu"):
         kind = torch.device(device).type
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"MODEL.DEVICE is {device!r} but torch sees no GPU: add MODEL.DEVICE cpu to the command line")
-    if kind == "cuda" and torch.cuda.device_count() < world.local_size:
+    found = torch.cuda.device_count()
+    if kind == "cuda" and found < num_gpus:
         raise UserError(
-            f"{world.started}, but torch sees {torch.cuda.device_count()} GPU(s) here: start one process for each, or "
-            "add MODEL.DEVICE cpu"
+            f"MODEL.DEVICE is {device!r} but torch sees {found or 'no'} GPU for the {num_gpus} process(es) here: start "
+            "one for each GPU, or add MODEL.DEVICE cpu"
         )
     if cfg.SOLVER.AMP.ENABLED and kind != "cuda":
         raise UserError(f"SOLVER.AMP.ENABLED needs a GPU in Detectron2, MODEL.DEVICE is {device!r}: set it to False")
 
 
-def _check_solver(cfg: CfgNode, world: World) -> None:
+def _check_solver(cfg: CfgNode, processes: int) -> None:
     """Detectron2 makes an optimizer and a learning-rate schedule of SOLVER, scaled as it trains."""
     solver = cfg.SOLVER
     for key in ("MAX_ITER", "IMS_PER_BATCH", "CHECKPOINT_PERIOD"):
         if solver[key] < 1:
             raise UserError(f"SOLVER.{key} must be at least 1, got {solver[key]}")
-    if solver.IMS_PER_BATCH % world.size:
+    if solver.IMS_PER_BATCH % processes:
+        right = max(1, solver.IMS_PER_BATCH // processes) * processes
         raise UserError(
-            f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} must be a multiple of the {world.size} processes of this run "
-            f"({world.started}): such as {max(1, solver.IMS_PER_BATCH // world.size) * world.size}"
+            f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} must be a multiple of the {processes} processes of this run: "
+            f"such as {right}"
         )
     with as_user_error("SOLVER"):
         build_optimizer(cfg, nn.Linear(1, 1))
@@ -121,9 +117,8 @@ def _check_solver(cfg: CfgNode, world: World) -> None:
         decays_of_config(cfg)
     if solver.WARMUP_ITERS >= solver.MAX_ITER:
         logger.warning(
-            "SOLVER.WARMUP_ITERS %d is no shorter than SOLVER.MAX_ITER %d: the learning rate never comes to "
-            "SOLVER.BASE_LR",
-            *(solver.WARMUP_ITERS, solver.MAX_ITER),
+            f"SOLVER.WARMUP_ITERS {solver.WARMUP_ITERS} is no shorter than SOLVER.MAX_ITER {solver.MAX_ITER}: the "
+            "learning rate never comes to SOLVER.BASE_LR"
         )
 
 
@@ -136,10 +131,8 @@ def _check_input(cfg: CfgNode) -> None:
     with as_user_error(f"INPUT: no images by {', '.join(settings)}"), _quiet():
         DatasetMapper(cfg, True)
         convert_PIL_to_numpy(Image.new("RGB", (1, 1)), cfg.INPUT.FORMAT)
-    if cfg.DATALOADER.SAMPLER_TRAIN not in _SAMPLERS:  # Detectron2 says so when all data are loaded
-        raise UserError(
-            f"DATALOADER.SAMPLER_TRAIN must be one of {', '.join(_SAMPLERS)}, got {cfg.DATALOADER.SAMPLER_TRAIN!r}"
-        )
+    if cfg.DATALOADER.SAMPLER_TRAIN not in _SAMPLERS.split(", "):  # Detectron2 says so when all data are loaded
+        raise UserError(f"DATALOADER.SAMPLER_TRAIN must be one of {_SAMPLERS}, got {cfg.DATALOADER.SAMPLER_TRAIN!r}")
 
 
 def _check_output_folder(cfg: CfgNode, resume: bool) -> None:
@@ -147,27 +140,23 @@ def _check_output_folder(cfg: CfgNode, resume: bool) -> None:
     if not cfg.OUTPUT_DIR:
         raise UserError("OUTPUT_DIR is empty: give the folder that the run is to write to")
     folder = Path(cfg.OUTPUT_DIR)
-    if folder.is_symlink() and not folder.exists():
-        raise UserError(f"OUTPUT_DIR {folder} is a link to {os.readlink(folder)}, which is not there")
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"OUTPUT_DIR {folder} is a file, not a folder")
-    parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     try:
-        tempfile.TemporaryFile(dir=parent).close()
-    except OSError as error:  # read-only, full, a file among its parents
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:  # read-only, full, a file, a link to nowhere
         raise UserError(f"OUTPUT_DIR {folder} cannot be written ({error.strerror}): give another folder") from error
-    if not (traces := run_traces(folder)):
-        return
-    if not resume:
+    traces = run_traces(folder)
+    if traces and not resume:
         raise UserError(
             f"OUTPUT_DIR {folder} holds another run ({', '.join(traces[:3])}): add --resume to continue it, or "
             "give another OUTPUT_DIR"
         )
-    check_last_checkpoint(str(folder))
+    if traces:
+        check_last_checkpoint(str(folder))
 
 
 def _model_of_shapes(cfg: CfgNode, trainer: type[Trainer]) -> nn.Module:
-    """The model on the meta device: every module and shape, no numbers. On the CPU where its making needs numbers."""
+    """The model on the meta device: all modules and shapes, no numbers; on the CPU where its making needs numbers."""
 
     def build(device: str) -> nn.Module:
         own = cfg.clone()
@@ -183,24 +172,15 @@ def _model_of_shapes(cfg: CfgNode, trainer: type[Trainer]) -> nn.Module:
             return build("cpu")
 
 
-def _check_model(cfg: CfgNode, model: nn.Module, eval_only: bool, world: World) -> None:
+def _check_model(cfg: CfgNode, model: nn.Module, eval_only: bool, processes: int) -> None:
     """Norms that work on the device, test-time augmentation that Detectron2 has, convs that REPR.LAYERS matches."""
-    if world.size > 1 and torch.device(cfg.MODEL.DEVICE).type != "cuda":
+    if processes > 1 and torch.device(cfg.MODEL.DEVICE).type != "cuda":
         for name, module in model.named_modules():
             if isinstance(module, nn.SyncBatchNorm):
-                raise UserError(
-                    f"the norm {name} is SyncBN, which needs GPUs, and this run has {world.size} processes on the CPU: "
-                    "use naiveSyncBN"
-                )
+                raise UserError(f"the norm {name} is SyncBN, which needs GPUs: several CPU processes need naiveSyncBN")
     if cfg.TEST.AUG.ENABLED:
-        unfit = [f"MODEL.{key}" for key in ("KEYPOINT_ON", "LOAD_PROPOSALS") if cfg.MODEL[key]]
-        if not isinstance(model, GeneralizedRCNN):
-            unfit.insert(0, type(model).__name__)
-        if unfit:
-            raise UserError(
-                "TEST.AUG.ENABLED is True, but Detectron2 has test-time augmentation for GeneralizedRCNN, not "
-                f"{unfit[0]}: set it to False"
-            )
+        with as_user_error("TEST.AUG.ENABLED True"):
+            GeneralizedRCNNWithTTA(cfg, model)
     if cfg.REPR.ENABLED and not eval_only:
         options = options_of_config(cfg)
         with naming_keys():
@@ -226,19 +206,14 @@ def _check_weights(cfg: CfgNode, model: nn.Module, resume: bool, eval_only: bool
         if trial.hooks is not None:
             _check_same_training(cfg, trial.hooks)
         return
-    if not (zeros := zero_filters(trial.weights)):
+    zeros = zero_filters(trial.weights)
+    if not zeros:
         return
     name = next(iter(zeros))
-    what = (
-        f"{path} holds {sum(map(len, zeros.values()))} filters that are zero with their norm, {len(zeros[name])} of "
-        f"them in {name}: a sub-network"
-    )
+    what = f"{path} holds a sub-network: {len(zeros[name])} filters of {name} are zero with their norm"
     if not eval_only:
-        raise UserError(
-            f"MODEL.WEIGHTS {what}, whose dropped filters would stay dead in a new run; give a checkpoint from outside "
-            "the sub-network phase, or continue that run with --resume"
-        )
-    logger.warning("%s, whose AP is not that of the full network: evaluate a checkpoint after a restore", what)
+        raise UserError(f"MODEL.WEIGHTS {what}; give a checkpoint after a restore, or continue that run with --resume")
+    logger.warning("%s; its AP is not that of the full network", what)
 
 
 def _check_same_training(cfg: CfgNode, hooks: dict[str, Any]) -> None:
@@ -252,7 +227,7 @@ def _check_same_training(cfg: CfgNode, hooks: dict[str, Any]) -> None:
 
 
 class _TrialCheckpointer(AtomicCheckpointer):
-    """Loads into the model of shapes, and keeps the weights and the state of the trainer's hooks."""
+    """Keeps the weights and the state of the trainer's hooks that it loads."""
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         fit_names(checkpoint, self.model.state_dict())

@@ -1,28 +1,31 @@
 """``repr-det COMMAND``: for an installed package, what tools/ is in a checkout. Studies are named, not imported."""
 
-import importlib
+import pkgutil
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 import repr_det
 
-_TOOL = ("repr_det.commands.processes", "run_tool")
-# Command -> module and function, what runs it and reports its errors, what it does.
+_TOOL = "repr_det.commands.processes:run_tool"
+# Command -> its function, what runs it and reports its errors, what it does.
 _COMMANDS = {
     "train": (
-        ("repr_det.commands.train", "start"),
+        "repr_det.commands.train:start",
         _TOOL,
         "train a detector with RePr, or its baseline, and evaluate it",
     ),
     "compare": (
-        ("repr_det.studies.comparison.command", "main"),
-        ("repr_det.studies.comparison.runner", "run_comparison_tool"),
+        "repr_det.studies.comparison.command:main",
+        "repr_det.studies.comparison.runner:run_comparison_tool",
         "RePr and its baseline over several seeds, and a report",
     ),
-    "analyze": (("repr_det.studies.analysis", "main"), _TOOL, "how much the filters of a checkpoint overlap"),
+    "analyze": ("repr_det.studies.analysis:main", _TOOL, "how much the filters of a checkpoint overlap"),
 }
-_STUDIES = ("jinja2", "matplotlib", "pandas", "tabulate")
+_INSTALLED_BY = dict.fromkeys(("jinja2", "matplotlib", "pandas", "tabulate"), "pip install 'repr_det[studies]'")
+_INSTALLED_BY |= dict.fromkeys(
+    ("detectron2", "fvcore"), "https://detectron2.readthedocs.io/en/latest/tutorials/install.html"
+)
 _USAGE = "usage: repr-det COMMAND ...\n\n" + "\n".join(f"  {name:10} {x[-1]}" for name, x in _COMMANDS.items())
 
 
@@ -42,19 +45,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         _stop(f"{command!r} is no command" if command else "a command is missing", _USAGE)
     sys.argv = [f"repr-det {command}", *arguments[1:]]
     try:
-        importlib.import_module("repr_det.commands")  # first: it silences warnings of what is imported next
-        start, run = (getattr(importlib.import_module(module), name) for module, name in _COMMANDS[command][:2])
+        start, run = map(pkgutil.resolve_name, _COMMANDS[command][:2])
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing in ("", "repr_det"):
             raise
-        package = "'repr_det[studies]'" if missing in _STUDIES else missing
-        what = f"{missing}: pip install {package}"
-        if missing in ("detectron2", "fvcore"):
-            what = (
-                "Detectron2, which is not installed: https://detectron2.readthedocs.io/en/latest/tutorials/install.html"
-            )
-        _stop(f"repr-det {command} needs {what}")
+        _stop(f"repr-det {command} needs {missing}: {_INSTALLED_BY.get(missing, f'pip install {missing}')}")
     run(start)
 
 

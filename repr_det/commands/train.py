@@ -15,10 +15,8 @@ from detectron2.utils import comm
 
 from repr_det.commands.arguments import build_config, train_argument_parser
 from repr_det.commands.checks import check_run
-from repr_det.commands.processes import launch_processes, may_continue, setup_process, write_configs
-from repr_det.commands.world import check_processes
+from repr_det.commands.processes import check_processes, launch_processes, may_continue, setup_process, write_configs
 from repr_det.detectron.engine import Trainer
-from repr_det.detectron.hook import RePrHook
 from repr_det.detectron.passes import epochs_of, map_dataset
 from repr_det.detectron.trackers import check_wandb
 from repr_det.runs.checkpoints import AtomicCheckpointer, find_checkpoint
@@ -33,8 +31,7 @@ class Run:
     """A run that a config file describes.
 
     Attributes:
-        cfg: what checks, hooks and loaders take; of a LazyConfig what it stands for.
-        trainer: builds model, optimizer, data and evaluation as the config says.
+        cfg: what checks, hooks and loaders take.
         text: the config as the log shows it.
         write_config: writes config.yaml, and other files, into a folder.
         unread: returns the keys that nothing has read.
@@ -53,7 +50,7 @@ def run_of(args: argparse.Namespace) -> Run:
     """Returns the run that ``args`` ask for."""
     given = (args.config_file, args.opts, args.register, args.baseline, args.eval_only, args.resume)
     if args.config_file.endswith(".py"):
-        return importlib.import_module("repr_det.commands.lazy_train").lazy_run(*given)
+        return importlib.import_module("repr_det.commands.lazy").lazy_run(*given)
     cfg = build_config(*given)
     return Run(cfg, Trainer, cfg.dump(), functools.partial(write_configs, cfg))
 
@@ -65,13 +62,11 @@ def start(argv: list[str] | None = None) -> None:
     run = run_of(args)
     cfg = run.cfg
     with run.naming():
-        world = check_processes(args)
+        processes = check_processes(args)
         args.resume = may_continue(args, cfg.OUTPUT_DIR)
-        check_run(cfg, args.resume, args.eval_only, world=world, trainer=run.trainer)
+        check_run(cfg, args.resume, args.eval_only, *processes, run.trainer)
     if args.eval_only and args.resume and "MODEL.WEIGHTS" in args.opts and find_checkpoint(cfg.OUTPUT_DIR):
-        logger.warning(
-            "--resume evaluates the checkpoint of OUTPUT_DIR: MODEL.WEIGHTS %s is not read", cfg.MODEL.WEIGHTS
-        )
+        logger.warning("--resume evaluates the checkpoint of OUTPUT_DIR, not MODEL.WEIGHTS %s", cfg.MODEL.WEIGHTS)
     launch_processes(main, args, str(cfg.MODEL.DEVICE))
 
 
@@ -115,7 +110,4 @@ def describe_run(trainer: Trainer) -> str:
     if epochs is not None:
         images = len(map_dataset(trainer._trainer.data_loader))
         line = f"{images} training images, {line}: {epochs:.3g} epochs"
-    hook = next((hook for hook in trainer._hooks if isinstance(hook, RePrHook)), None)
-    if hook is None:
-        return f"{line}; RePr is off: REPR.ENABLED True, or one of the configs repr_*.yaml, switches it on"
-    return f"{line}; RePr is on ({cfg.REPR.CRITERION}; REPR.ENABLED False switches it off)"
+    return f"{line}; RePr is {'on' if cfg.REPR.ENABLED else 'off'} (REPR.ENABLED {cfg.REPR.ENABLED})"
