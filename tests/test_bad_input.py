@@ -62,7 +62,7 @@ BOTH = [
     ("SOLVER.CHECKPOINT_PERIOD 0", "SOLVER.CHECKPOINT_PERIOD must be at least 1, got 0"),
     ("SOLVER.IMS_PER_BATCH 0", "SOLVER.IMS_PER_BATCH must be at least 1, got 0"),
     ("SOLVER.MAX_ITER 0", "SOLVER.MAX_ITER must be at least 1, got 0"),
-    ("TEST.AUG.ENABLED True MODEL.META_ARCHITECTURE ProposalNetwork", "TEST.AUG.ENABLED True: TTA is only supported on Gen"),
+    ("TEST.AUG.ENABLED True MODEL.META_ARCHITECTURE ProposalNetwork", "TEST.AUG.ENABLED True: TTA is only"),
     ("MODEL.KEYPOINT_ON True", "MODEL.KEYPOINT_ON is True, but "),
     ("MODEL.MASK_ON True", "segmentation"),
     ("MODEL.ANCHOR_GENERATOR.SIZES [[8],[16]]", "MODEL: "),
@@ -203,8 +203,11 @@ def test_resume_of_another_arm_or_with_other_options(tiny_cfg, tmp_path):
 def test_output_folder_that_cannot_be_made(tiny_cfg, tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    cases = {"": "OUTPUT_DIR is empty", tmp_path / "file": "cannot be written (Not a directory)"}
-    cases |= {tmp_path / "file" / "run": "cannot be written (Not a directory)", tmp_path / "link": "cannot be written ("}
+    cases = {"": "OUTPUT_DIR is empty", tmp_path / "file": "cannot be written ("}
+    cases |= {
+        tmp_path / "file" / "run": "cannot be written (Not a directory)",
+        tmp_path / "link": "cannot be written (",
+    }
     if os.path.isdir("/proc/self"):  # a folder that even root cannot write to
         cases["/proc/self/run"] = "cannot be written"
     for folder, message in cases.items():

@@ -19,7 +19,15 @@ from small_loop import small_trainer
 from repr_det import Trainer, UserError
 from repr_det.commands.arguments import train_argument_parser
 from repr_det.commands.checks import check_run
-from repr_det.commands.processes import Torchrun, _run, check_processes, may_continue, refuse_launchers, run_tool
+from repr_det.commands.processes import (
+    _run,
+    check_processes,
+    join_torchrun,
+    may_continue,
+    refuse_launchers,
+    run_tool,
+    torchrun_job,
+)
 from repr_det.runs.lock import RunLock, job_of
 from repr_det.runs.stopping import STATUS, StopAtSignal, Stopped, answer_signals
 
@@ -57,9 +65,9 @@ def processes_of(cfg, words=""):
         ({}, "--num-machines 2", "", "--num-machines 2 needs --dist-url tcp://HOST:PORT"),
         ({}, "--num-machines 2 --machine-rank 2", "", "--machine-rank must be in 0 ... 1, got 2"),
         ({}, "--num-machines 0", "", "--num-machines must be at least 1, got 0"),
-        ({}, "--num-gpus 3", "", "SOLVER.IMS_PER_BATCH 2 must be a multiple of the 3 processes of this run: such as 3"),
-        (SRUN, f"--num-gpus 2 {TWO}", "SOLVER.IMS_PER_BATCH 6", "6 must be a multiple of the 4 processes"),
-        (FOUR, "", "SOLVER.IMS_PER_BATCH 6", "6 must be a multiple of the 4 processes"),
+        ({}, "--num-gpus 3", "", "SOLVER.IMS_PER_BATCH 2 must be a multiple of 3 processes, such as 3"),
+        (SRUN, f"--num-gpus 2 {TWO}", "SOLVER.IMS_PER_BATCH 6", "6 must be a multiple of 4 processes"),
+        (FOUR, "", "SOLVER.IMS_PER_BATCH 6", "6 must be a multiple of 4 processes"),
         (TORCHRUN, "", "MODEL.RESNETS.NORM SyncBN", "stem.conv1.norm is SyncBN, which needs GPUs"),
     ],
 )
@@ -96,7 +104,7 @@ def test_the_board_lives_until_all_have_met(monkeypatch, start_by):
     monkeypatch.setattr(torch.distributed, "rendezvous", meet)
     monkeypatch.setattr(torch.distributed, "init_process_group", read_as_another_rank)
     monkeypatch.setattr("repr_det.commands.processes.comm", Mock())
-    Torchrun.found().join("cpu", 5)
+    join_torchrun("cpu", 5)
     assert read
 
 
@@ -114,7 +122,7 @@ def test_who_may_continue(start_by, tmp_path):
     assert not may(RANK="0", TORCHELASTIC_RUN_ID="another", TORCHELASTIC_RESTART_COUNT="1")
     assert may(RANK="1", TORCHELASTIC_RUN_ID="another")  # rank 0 decides
     assert not may(RANK="0", TORCHELASTIC_RUN_ID="none")
-    RunLock(tmp_path, Torchrun.found().job).acquire()
+    RunLock(tmp_path, torchrun_job()).acquire()
     assert may(RANK="0", TORCHELASTIC_RUN_ID="none")
 
 

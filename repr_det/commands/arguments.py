@@ -110,9 +110,7 @@ def folder_of_weights(output_dir: str, weights: str, resume: bool) -> str:
 def output_folder(folder: str, key: str, beside: bool) -> str:
     """``folder`` with ~ and variables of the environment in it put in; ``beside``: that of the baseline beside it.
 
-    Raises:
-        UserError: a variable is not set.
-    """
+    Raises UserError where a variable is not set."""
     expanded = os.path.expandvars(os.path.expanduser(folder))
     if unset := re.search(r"\$(\w+|\{\w+\})", expanded):
         raise UserError(f"{key} {folder!r}: the variable {unset.group(1).strip('{}')} is not set in the environment")
@@ -120,11 +118,7 @@ def output_folder(folder: str, key: str, beside: bool) -> str:
 
 
 def config_path(name: str) -> str:
-    """The file that --config-file means: a path, or the name of a shipped config (repr_r50_fpn.yaml).
-
-    Raises:
-        UserError: there is no such file.
-    """
+    """The file that --config-file means: a path, or the name of a shipped config; raises UserError if it is none."""
     for path in (name, os.path.join(CONFIGS, name)):
         if os.path.isfile(path):
             return path
@@ -135,14 +129,9 @@ def config_path(name: str) -> str:
 
 
 def merge_config_file(cfg: CfgNode, file: str) -> None:
-    """``cfg.merge_from_file`` with checked files.
+    """``cfg.merge_from_file`` of a file that runs nothing but arithmetic, as that of Detectron2's Base-RetinaNet.yaml.
 
-    Detectron2 falls back to ``yaml.unsafe_load``, which its own Base-RetinaNet.yaml needs for the sizes of its anchors
-    (``!!python/object/apply:eval`` of arithmetic). The files are held against that one use first.
-
-    Raises:
-        UserError: naming the file, and what is wrong with it.
-    """
+    Raises UserError naming the file, and what is wrong with it."""
     with naming_close_keys(cfg), as_user_error(file):
         try:
             _Checked.load_yaml_with_base(file)
@@ -172,7 +161,7 @@ def _keys(node: CfgNode, path: str = "") -> Iterator[str]:
 
 
 class _Checked(CfgNode):
-    """Looks at every file that is opened when Detectron2 reads one and those that it builds on."""
+    """Checks every file that Detectron2 opens: one, and those that it builds on."""
 
     @classmethod
     def _open_cfg(cls, filename: str) -> io.StringIO:
@@ -192,10 +181,9 @@ class _Checked(CfgNode):
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses what would run code, but for arithmetic, and a key that is given twice."""
+    """Refuses what would run code, but for arithmetic, and a key that is given twice, of which yaml takes the last."""
 
     def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict:
-        """As in yaml, which lets the last one win."""
         keys = [key.value for key, _ in node.value]
         if twice := [key for key in keys if keys.count(key) > 1]:
             raise yaml.constructor.ConstructorError(
@@ -204,7 +192,6 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def arithmetic(self, node: yaml.Node) -> list[str]:
-        """Checks expressions, whose values the check does not need."""
         texts = self.construct_sequence(node)
         for text in texts:
             if not _ARITHMETIC.fullmatch(str(text)):

@@ -41,7 +41,6 @@ from repr_det.runs.files import run_traces
 
 logger = logging.getLogger(__name__)
 _SAMPLERS = "TrainingSampler, RepeatFactorTrainingSampler, RandomSubsetTrainingSampler"
-_COUNTED_DETECTIONS = 100  # of an image, by COCO's AP
 
 
 def check_run(
@@ -63,11 +62,9 @@ def check_run(
     """
     processes, scaled = num_gpus * num_machines, cfg
     _check_device(cfg, num_gpus)
-    if cfg.TEST.DETECTIONS_PER_IMAGE > _COUNTED_DETECTIONS:
-        logger.warning(
-            f"TEST.DETECTIONS_PER_IMAGE is {cfg.TEST.DETECTIONS_PER_IMAGE}, and COCO's AP counts the best "
-            f"{_COUNTED_DETECTIONS} of an image"
-        )
+    boxes = cfg.TEST.DETECTIONS_PER_IMAGE
+    if boxes > 100:
+        logger.warning(f"TEST.DETECTIONS_PER_IMAGE is {boxes}, and COCO's AP counts the best 100 of an image")
     if not eval_only:
         with as_user_error(f"SOLVER.REFERENCE_WORLD_SIZE, SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH}"):
             scaled = scale_to_world(cfg, processes)
@@ -77,8 +74,8 @@ def check_run(
     check_datasets(cfg, eval_only)
     if not eval_only:
         _check_input(scaled)
-    if not eval_only and resume:
-        check_same_classes(class_names(cfg.DATASETS.TRAIN[0]), cfg.OUTPUT_DIR)
+        if resume:
+            check_same_classes(class_names(cfg.DATASETS.TRAIN[0]), cfg.OUTPUT_DIR)
     model = _model_of_shapes(cfg, trainer)
     _check_model(cfg, model, eval_only, processes)
     _check_weights(scaled, model, resume, eval_only)
@@ -99,17 +96,13 @@ def _check_device(cfg: CfgNode, num_gpus: int) -> None:
 
 
 def _check_solver(cfg: CfgNode, processes: int) -> None:
-    """Detectron2 makes an optimizer and a learning-rate schedule of SOLVER, scaled as it trains."""
-    solver = cfg.SOLVER
+    solver, batch = cfg.SOLVER, cfg.SOLVER.IMS_PER_BATCH
     for key in ("MAX_ITER", "IMS_PER_BATCH", "CHECKPOINT_PERIOD"):
         if solver[key] < 1:
             raise UserError(f"SOLVER.{key} must be at least 1, got {solver[key]}")
-    if solver.IMS_PER_BATCH % processes:
-        right = max(1, solver.IMS_PER_BATCH // processes) * processes
-        raise UserError(
-            f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} must be a multiple of the {processes} processes of this run: "
-            f"such as {right}"
-        )
+    if batch % processes:
+        right = max(1, batch // processes) * processes
+        raise UserError(f"SOLVER.IMS_PER_BATCH {batch} must be a multiple of {processes} processes, such as {right}")
     with as_user_error("SOLVER"):
         build_optimizer(cfg, nn.Linear(1, 1))
     settings = f"STEPS {tuple(solver.STEPS)}, MAX_ITER {solver.MAX_ITER}, LR_SCHEDULER_NAME {solver.LR_SCHEDULER_NAME}"
@@ -123,7 +116,6 @@ def _check_solver(cfg: CfgNode, processes: int) -> None:
 
 
 def _check_input(cfg: CfgNode) -> None:
-    """Detectron2 can read, change and draw images as INPUT and DATALOADER say."""
     keys = ("FORMAT", "RANDOM_FLIP", "MIN_SIZE_TRAIN", "MAX_SIZE_TRAIN", "MIN_SIZE_TRAIN_SAMPLING")
     settings = [f"{key} {cfg.INPUT[key]}" for key in keys]
     if cfg.INPUT.CROP.ENABLED:
@@ -173,7 +165,6 @@ def _model_of_shapes(cfg: CfgNode, trainer: type[Trainer]) -> nn.Module:
 
 
 def _check_model(cfg: CfgNode, model: nn.Module, eval_only: bool, processes: int) -> None:
-    """Norms that work on the device, test-time augmentation that Detectron2 has, convs that REPR.LAYERS matches."""
     if processes > 1 and torch.device(cfg.MODEL.DEVICE).type != "cuda":
         for name, module in model.named_modules():
             if isinstance(module, nn.SyncBatchNorm):
@@ -190,13 +181,12 @@ def _check_model(cfg: CfgNode, model: nn.Module, eval_only: bool, processes: int
 
 
 def _check_weights(cfg: CfgNode, model: nn.Module, resume: bool, eval_only: bool) -> None:
-    """The weights that the run begins with can be read and belong to this model."""
     trial = _TrialCheckpointer(model, cfg.OUTPUT_DIR, save_to_disk=False)
     resumed = resume and trial.has_checkpoint()
     path = trial.get_checkpoint_file() if resumed else cfg.MODEL.WEIGHTS
+    if not path and eval_only:
+        raise UserError("--eval-only needs a checkpoint: give MODEL.WEIGHTS, or --resume for that of OUTPUT_DIR")
     if not path:
-        if eval_only:
-            raise UserError("--eval-only needs a checkpoint: give MODEL.WEIGHTS, or --resume for that of OUTPUT_DIR")
         return
     trial._resuming = resumed or eval_only  # every weight must be there
     source = path if resumed else f"MODEL.WEIGHTS {path!r} cannot be read (give a file, or '' for random weights)"
@@ -217,7 +207,6 @@ def _check_weights(cfg: CfgNode, model: nn.Module, resume: bool, eval_only: bool
 
 
 def _check_same_training(cfg: CfgNode, hooks: dict[str, Any]) -> None:
-    """The checkpoint, whose state of hooks this is, is of the same arm, with the same options of RePr."""
     check_same_arm(hooks, cfg.REPR.ENABLED, cfg.OUTPUT_DIR)
     if cfg.REPR.ENABLED:
         own = cfg.clone()
@@ -227,8 +216,6 @@ def _check_same_training(cfg: CfgNode, hooks: dict[str, Any]) -> None:
 
 
 class _TrialCheckpointer(AtomicCheckpointer):
-    """Keeps the weights and the state of the trainer's hooks that it loads."""
-
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         fit_names(checkpoint, self.model.state_dict())
         self.weights = dict(checkpoint["model"])

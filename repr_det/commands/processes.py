@@ -12,7 +12,6 @@ import sys
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import timedelta
 from logging.handlers import MemoryHandler
 from pathlib import Path
@@ -46,50 +45,31 @@ _EARLY = MemoryHandler(1000, flushLevel=logging.CRITICAL + 1)  # what is said be
 _EARLY.setLevel(logging.WARNING)
 
 
-@dataclass(frozen=True)
-class Torchrun:
-    """What torchrun tells a process that it starts.
+def torchrun_job() -> str:
+    """The job of torchrun, the same after a restart; "" in a process that it did not start."""
+    job = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    # "none" is torchrun's default; then the agent itself is the job.
+    return f"{socket.gethostname()} {os.getppid()}" if job == "none" else job
 
-    Attributes:
-        job: the same after a restart; "" in a process that torchrun did not start.
-    """
 
-    rank: int = 0
-    local_rank: int = 0
-    size: int = 1
-    local_size: int = 1
-    job: str = ""
+def _number(key: str, otherwise: int) -> int:
+    return int(os.environ[key]) if torchrun_job() else otherwise
 
-    @classmethod
-    def found(cls) -> "Torchrun":
-        """Reads the environment."""
-        if not dist.is_torchelastic_launched():
-            return cls()
-        numbers = (int(os.environ[key]) for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-        job = os.environ["TORCHELASTIC_RUN_ID"]
-        if job == "none":  # torchrun's default; then the agent itself is the job
-            job = f"{socket.gethostname()} {os.getppid()}"
-        return cls(*numbers, job)
 
-    def join(self, device: str, seconds: float) -> None:
-        """Makes the process group.
-
-        Raises:
-            UserError: the others did not come within ``seconds``.
-        """
-        on_gpu = torch.device(device).type == "cuda"
-        if on_gpu:
-            torch.cuda.set_device(self.local_rank)
-        timeout = timedelta(seconds=seconds)
-        try:
-            # The board must live until all have met: on rank 0 it may be the server that the others read.
-            board, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-            store, backend = _store_of_this_start(board, rank, timeout), "nccl" if on_gpu else "gloo"
-            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-        except (RuntimeError, ValueError, OSError) as error:  # torch's own are RuntimeErrors
-            raise _nobody_came(f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", str(error)) from error
-        comm.create_local_process_group(self.local_size)
-        comm.synchronize()
+def join_torchrun(device: str, seconds: float) -> None:
+    """Makes the group of torchrun's processes; raises UserError if the others do not come within ``seconds``."""
+    on_gpu, timeout = torch.device(device).type == "cuda", timedelta(seconds=seconds)
+    if on_gpu:
+        torch.cuda.set_device(_number("LOCAL_RANK", 0))
+    try:
+        # The board must live until all have met: on rank 0 it may be the server that the others read.
+        board, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+        store, backend = _store_of_this_start(board, rank, timeout), "nccl" if on_gpu else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    except (RuntimeError, ValueError, OSError) as error:  # torch's own are RuntimeErrors
+        raise _nobody_came(f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", str(error)) from error
+    comm.create_local_process_group(_number("LOCAL_WORLD_SIZE", 1))
+    comm.synchronize()
 
 
 def _store_of_this_start(board: dist.Store, rank: int, timeout: timedelta) -> dist.Store:
@@ -128,18 +108,16 @@ def _nobody_came(address: str, reason: str) -> UserError:
 def check_processes(args: argparse.Namespace) -> tuple[int, int]:
     """Returns the numbers of processes on this machine and of machines, from ``args`` or torchrun.
 
-    Raises:
-        UserError: naming the option.
-    """
-    torchrun = Torchrun.found()
-    if not torchrun.job:
+    Raises UserError where they are wrong, naming the option."""
+    if not torchrun_job():
         _check_options(args)
         return args.num_gpus, args.num_machines
+    size, here = _number("WORLD_SIZE", 1), _number("LOCAL_WORLD_SIZE", 1)
     if (args.num_gpus, args.num_machines, args.machine_rank) != (1, 1, 0):
         raise UserError("torchrun takes --nproc_per_node and --nnodes: leave out --num-gpus and --num-machines")
-    if torchrun.size % torchrun.local_size:
-        raise UserError(f"{torchrun.local_size} of {torchrun.size} processes are here: start as many on every machine")
-    return torchrun.local_size, torchrun.size // torchrun.local_size
+    if size % here:
+        raise UserError(f"{here} of {size} processes are here: start as many on every machine")
+    return here, size // here
 
 
 def _check_options(args: argparse.Namespace) -> None:
@@ -163,7 +141,7 @@ def refuse_srun() -> None:
 
 def refuse_launchers(tool: str) -> None:
     """Raises UserError if a tool that starts runs itself was started several times."""
-    if dist.is_torchelastic_launched():
+    if torchrun_job():
         raise UserError(f"{tool} starts its runs itself: call it without torchrun (--num-gpus N for each run)")
     refuse_srun()
 
@@ -171,7 +149,6 @@ def refuse_launchers(tool: str) -> None:
 def run_tool(main: Callable[[], Any]) -> None:
     """Runs a tool; a UserError or a fault of the machine ends it with one line on stderr and status 2, a signal to stop
     with status 75."""
-    torchrun = Torchrun.found()
     logging.basicConfig(format="%(levelname)s: %(message)s")  # until a run has logs of its own
     logging.getLogger().addHandler(_EARLY)
     try:
@@ -185,10 +162,10 @@ def run_tool(main: Callable[[], Any]) -> None:
         text = str(error).split(". ")[0] or "a loader worker could not hand over its images"
         what = f"{text}: {advice}; a run goes on with --resume"
     except Stopped as stopped:
-        if torchrun.rank == 0:
+        if _number("RANK", 0) == 0:
             _say(f"stopped by {stopped.asked} with status {STATUS}; the same command with --resume continues")
         raise
-    if torchrun.local_rank > 0:
+    if _number("LOCAL_RANK", 0) > 0:
         # What the first process here says as well is said once: torchrun ends this one when that one has ended.
         time.sleep(_FOR_THE_FIRST_TO_SPEAK)
     _say(f"error: {what}")
@@ -196,8 +173,7 @@ def run_tool(main: Callable[[], Any]) -> None:
 
 
 def _say(line: str) -> None:
-    sys.stderr.write(f"{Path(sys.argv[0]).name}: {line}\n")
-    sys.stderr.flush()
+    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
 
 
 def _last_line(error: Exception) -> str:
@@ -215,13 +191,9 @@ def setup_process(args: argparse.Namespace, cfg: CfgNode, config: str) -> None:
     """Lock, threads, logs and seeds of one process of a run.
 
     As Detectron2's ``default_setup``, but config.yaml is not written: it is the record of a run that trains, see
-    ``runs.record``. ``args.resume`` becomes what rank 0 has found, see ``may_continue``.
+    ``runs.record``. ``args.resume`` becomes what rank 0 has found, see ``may_continue``. The log shows ``config``.
 
-    Args:
-        config: the text of the config, for the log.
-
-    Raises:
-        UserError: another process trains in OUTPUT_DIR.
+    Raises UserError where another process trains in OUTPUT_DIR.
     """
     folder, rank = cfg.OUTPUT_DIR, comm.get_rank()
     if not args.eval_only and folder:
@@ -229,8 +201,6 @@ def setup_process(args: argparse.Namespace, cfg: CfgNode, config: str) -> None:
     if cfg.MODEL.DEVICE == "cpu" and comm.get_world_size() > 1 and "OMP_NUM_THREADS" not in os.environ:
         # Every process would take all cores for itself, and they would wait for each other most of the time.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // comm.get_local_size()))
-    if comm.is_main_process() and folder:
-        os.makedirs(folder, exist_ok=True)
     setup_logger(folder, distributed_rank=rank, name="fvcore")
     logger = setup_logger(folder, distributed_rank=rank)
     setup_logger(folder, distributed_rank=rank, name="repr_det", abbrev_name="repr")
@@ -260,16 +230,15 @@ def may_continue(args: argparse.Namespace, folder: str) -> bool:
 
     Rank 0 decides; the others may, whatever they see, and get its decision in ``setup_process``.
     """
-    torchrun = Torchrun.found()
-    has_begun = torchrun.job != "" and job_of(folder) == torchrun.job
-    return args.resume or torchrun.rank > 0 or has_begun
+    has_begun = torchrun_job() != "" and job_of(folder) == torchrun_job()
+    return args.resume or _number("RANK", 0) > 0 or has_begun
 
 
 def _take(args: argparse.Namespace, folder: str) -> None:
     """Rank 0 locks the folder; every rank learns whether it could, and whether the run is resumed."""
     trouble = ""
     if comm.is_main_process():
-        lock = RunLock(folder, Torchrun.found().job)
+        lock = RunLock(folder, torchrun_job())
         try:
             lock.acquire(_FOR_THE_LAST_TO_END if args.resume else 0.0)
             _AT_THE_END.callback(lock.release)
@@ -285,19 +254,18 @@ def launch_processes(main: Callable[[argparse.Namespace], Any], args: argparse.N
     args.early = [(record.name, record.getMessage()) for record in _EARLY.buffer]
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # several CPU processes talk by gloo, also on a machine with GPUs
-    torchrun = Torchrun.found()
     if args.num_gpus * args.num_machines > 1:
         _launch(main, args)
         return
-    if torchrun.job:
+    if torchrun_job():
         end_with_parent()
-    if torchrun.size > 1:
-        torchrun.join(device, args.rendezvous_timeout)
+    if _number("WORLD_SIZE", 1) > 1:
+        join_torchrun(device, args.rendezvous_timeout)
     _run(main, args)
 
 
 def _launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
-    """Detectron2's launch; a signal reaches its processes, and what ends one of them ends all with one line."""
+    """Detectron2's launch; a signal reaches its processes, and what ends one ends all with one line."""
     asked = ""
 
     def pass_on(number: int, _: object) -> None:
