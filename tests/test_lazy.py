@@ -1,6 +1,7 @@
 """The LazyConfig route: the same schedule, layers and model as the yaml twin, and a short run with resume."""
 
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -62,13 +63,12 @@ def test_same_schedule_layers_and_model_as_the_yaml_twin():
     lazy = load_lazy_config(CONFIG, ["train.device=cpu", "train.init_checkpoint="])
     twin = build_config(str(ROOT / "configs/repr_r50_fpn.yaml"), ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""])
     yacs = repr_cfg_from_lazy(lazy)
-    assert yacs.REPR == twin.REPR and yacs.REPR.ENABLED
+    assert yacs.REPR == twin.REPR and yacs.REPR.ENABLED and yacs.DATALOADER.ASPECT_RATIO_GROUPING
     for key in ("IMS_PER_BATCH", "MAX_ITER", "STEPS", "LR_SCHEDULER_NAME", "REFERENCE_WORLD_SIZE"):
         assert yacs.SOLVER[key] == twin.SOLVER[key], key
-    assert schedule_from_config(yacs) == schedule_from_config(twin)
-    assert RePrHook(yacs).schedule.drop_iters == (9999, 24999, 39999)
+    assert RePrHook(yacs).schedule.drop_iters == RePrHook(twin).schedule.drop_iters == (9999, 24999, 39999)
     assert (yacs.DATASETS.TRAIN, yacs.DATASETS.TEST) == (twin.DATASETS.TRAIN, twin.DATASETS.TEST)
-    assert yacs.DATALOADER.ASPECT_RATIO_GROUPING and yacs.MODEL.ROI_HEADS.NUM_CLASSES == 80
+    assert yacs.MODEL.ROI_HEADS.NUM_CLASSES == 80
     twin.defrost()
     twin.MODEL.DEVICE = "meta"
     with torch.device("meta"):
@@ -107,9 +107,9 @@ def test_learning_rate_steps():
     assert yacs.SOLVER.STEPS == (4500,) and schedule_from_config(yacs).end_iter == 3375  # 3/4 of half the rate
 
 
-def trained(config: str, folder: Path, *overrides: str, resume: bool = False) -> LazyTrainer:
+def trained(config: str, folder: Path, resume: bool = False) -> LazyTrainer:
     seed_all_rng(5)
-    lazy = load_lazy_config(config, [f"train.output_dir={folder}", *overrides])
+    lazy = load_lazy_config(config, [f"train.output_dir={folder}"])
     trainer = LazyTrainer.of(lazy)(repr_cfg_from_lazy(lazy))
     trainer.resume_or_load(resume=resume)
     trainer.train()
@@ -123,14 +123,8 @@ def test_trains_evaluates_and_resumes_bit_for_bit(small_config, tmp_path):
     dropped = sum(map(len, events[0]["dropped"].values()))
     assert dropped == int(0.3 * sum(x.num_filters for x in find_filter_layers(straight.model, ["*res*.conv*"])))
     assert "AP" in straight._last_eval_results["bbox"]
-    sub = torch.load(tmp_path / "a" / "model_0000001.pth", weights_only=True)
-    name, rows = next(iter(events[0]["dropped"].items()))
-    assert not sub["model"][f"{name}.weight"][rows].any()
-
-    # The second half again, from the checkpoint in the middle of the sub-network phase.
     (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "model_0000001.pth").write_bytes((tmp_path / "a" / "model_0000001.pth").read_bytes())
-    (tmp_path / "b" / "last_checkpoint").write_text("model_0000001.pth")
+    shutil.copy(tmp_path / "a" / "model_0000001.pth", tmp_path / "b")  # in the sub-network phase
     resumed = trained(small_config, tmp_path / "b", resume=True)
     assert_same_weights(straight.model.state_dict(), resumed.model.state_dict())
 
@@ -154,8 +148,9 @@ def test_command_line(small_config, tmp_path):
     ("file", "override", "message"),
     [
         ("nope", None, "--config-file 'nope.py' is not a file, nor the name of a shipped config: "),
+        ("broken", None, "broken.py: name 'models' is not defined"),
+        ("empty", None, "empty.py lacks model: define model, dataloader"),
         ("small", "repr.NOPE=1", "the node repr of the LazyConfig: Non-existent key: REPR.NOPE"),
-        ("small", "repr.drop_ratio=1.5", "repr.drop_ratio must be in (0, 1), got 1.5"),
         ("small", "repr.drop_ratio=many", "the node repr of the LazyConfig: Type mismatch"),
         ("small", "repr=3", "the node repr of the LazyConfig: "),
         ("small", "repr.s1_iters=50", "needs repr.start_iter 0 + repr.num_cycles 1 x (repr.s1_iters 50 + repr.s2"),
@@ -168,23 +163,14 @@ def test_command_line(small_config, tmp_path):
         ("small", "+train.output_dir=7", "for config key: train.output_dir"),
         ("small", "train.init_checkpoint=gone.pth", "train.init_checkpoint 'gone.pth' cannot be read"),
         ("small", "model.roi_heads.num_classes=7", "model.roi_heads.num_classes is 7, but tiny_train has 2 classes"),
-        ("small", "dataloader.train.total_batch_size=0", "dataloader.train.total_batch_size must be at least 1, got 0"),
         ("small", "train.amp.enabled=True", "train.amp.enabled needs a GPU in Detectron2, train.device is 'cpu'"),
-        ("small", "train.checkpointer.period=0", "train.checkpointer.period must be at least 1, got 0"),
-        (
-            "small",
-            "dataloader.evaluator.dataset_name=v",
-            "dataset_name must be that of dataloader.test (tiny_val), got",
-        ),
+        ("small", "dataloader.evaluator.dataset_name=v", "must be that of dataloader.test ('tiny_val',), got 'v'"),
         ("small", "train.max_itr=5", "override train.max_itr: the config has no 'max_itr' in train; did you mean trai"),
         ("small", "optimzer.lr=0.1", "the config has no 'optimzer' in it; did you mean optimizer?"),
         ("small", "optimizer.learning_rate=0.1", "the config has no 'learning_rate' in optimizer; it has"),
-        ("small", "model.backbone.out_chanels=3", "did you mean model.backbone.out_channels?"),
         ("small", "train.max_iter.x=3", "the config has no 'x' in train.max_iter"),
         ("small", f"{AUGMENTATIONS}.9.max_size=3", f"the config has no '9' in {AUGMENTATIONS}"),
         ("small", f"{AUGMENTATIONS}.0.max_sise=3", f"did you mean {AUGMENTATIONS}.0.max_size?"),
-        ("broken", None, "broken.py: name 'models' is not defined"),
-        ("empty", None, "empty.py lacks model: define model, dataloader"),
     ],
 )
 def test_wrong_input_gets_one_line_before_the_first_step(small_config, tmp_path, monkeypatch, file, override, message):
@@ -215,7 +201,7 @@ def test_what_may_be_set(small_config, override):
 
 @pytest.mark.parametrize("mine", [False, True])
 def test_what_nothing_reads_is_found_by_the_reads(small_config, mine):
-    """detrex's keys in the node train, and a node of one's own; Detectron2's own are all read by one process."""
+    """detrex's keys, and a node of one's own; Detectron2's are all read."""
     cfg = load_lazy_config(small_config, [])
     if mine:
         cfg.train.update(clip_grad={"enabled": True, "params": {"max_norm": 0.1}}, model_ema={"enabled": True})

@@ -1,4 +1,4 @@
-"""The arguments of a training run, and the config that they stand for: its file, checked, and what is changed in it."""
+"""The arguments of a training run, and the config that they stand for, whose file is checked."""
 
 import argparse
 import contextlib
@@ -29,14 +29,14 @@ def train_argument_parser() -> argparse.ArgumentParser:
     """Stock Detectron2's arguments and this package's."""
     parser = default_argument_parser()
     parser.set_defaults(dist_url="auto")  # Detectron2's default is one port for all runs of a user
-    parser.description = "Train a Detectron2 detector with RePr, or its baseline, and evaluate it with COCO AP."
+    parser.description = "Train a detector with RePr, or its baseline, and evaluate it with COCO AP."
     add_data_argument(parser)
     parser.add_argument(
         "--rendezvous-timeout",
         type=float,
         default=DEFAULT_TIMEOUT.total_seconds(),
         metavar="SECONDS",
-        help="how long processes wait for each other, at the start and in every step (default %(default).0f)",
+        help="how long processes wait for each other, at the start and in a step (default %(default).0f)",
     )
     parser.add_argument(
         "--baseline", action="store_true", help="RePr off; OUTPUT_DIR, unless given here, gets the suffix _baseline"
@@ -44,7 +44,7 @@ def train_argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--check-gradients",
         action="store_true",
-        help="look for infinite and NaN gradients after every step on a GPU too, where it makes the host wait",
+        help="look for infinite and NaN gradients after every step on a GPU too; the host waits for it",
     )
     parser.add_argument("--wandb", default="", metavar="PROJECT", help="log to this project of Weights & Biases too")
     return parser
@@ -58,7 +58,7 @@ def add_data_argument(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar=("NAME", "JSON", "IMAGE_ROOT"),
-        help="register COCO-format data under NAME (repeatable); NUM_CLASSES follows from it unless given in opts",
+        help="register COCO-format data as NAME (repeatable); sets NUM_CLASSES unless opts give it",
     )
 
 
@@ -77,15 +77,15 @@ def build_config(
         opts: KEY VALUE pairs as on the command line.
         register: NAME, JSON, IMAGE_ROOT of COCO-format data sets.
         baseline: switch RePr off, see ``train_argument_parser``.
-        eval_only, resume: nothing is trained, a checkpoint in OUTPUT_DIR comes first: what the classes follow from.
+        eval_only, resume: nothing is trained, a checkpoint in OUTPUT_DIR comes first.
 
     Raises:
-        UserError: the file is missing or malformed, a key is unknown, a value has the wrong type, a data set is bad.
+        UserError: file, key, value or data set is wrong.
     """
     cfg = get_cfg()
     add_repr_config(cfg)
     if len(opts) % 2:
-        raise UserError(f"options after the flags must be KEY VALUE pairs, got {len(opts)} words: {' '.join(opts)}")
+        raise UserError(f"options after the flags must be KEY VALUE pairs, got {' '.join(opts)}")
     merge_config_file(cfg, config_path(config_file))
     with naming_close_keys(cfg), as_user_error("command line"):
         cfg.merge_from_list(opts)
@@ -108,12 +108,12 @@ def folder_of_weights(output_dir: str, weights: str, resume: bool) -> str:
 
 
 def output_folder(folder: str, key: str, beside: bool) -> str:
-    """``folder`` with ~ and variables of the environment in it put in; ``beside``: that of the baseline beside it.
+    """``folder`` without ~ and variables of the environment; ``beside``: that of the baseline beside it.
 
     Raises UserError where a variable is not set."""
     expanded = os.path.expandvars(os.path.expanduser(folder))
     if unset := re.search(r"\$(\w+|\{\w+\})", expanded):
-        raise UserError(f"{key} {folder!r}: the variable {unset.group(1).strip('{}')} is not set in the environment")
+        raise UserError(f"{key} {folder!r}: the variable {unset.group(1).strip('{}')} is not set")
     return expanded.rstrip("/") + "_baseline" if beside else expanded
 
 
@@ -124,8 +124,9 @@ def config_path(name: str) -> str:
             return path
     if not name:
         raise UserError("--config-file is missing")
-    shipped = sorted(str(path.relative_to(CONFIGS)) for path in (*CONFIGS.glob("*.yaml"), *CONFIGS.glob("lazy/*.py")))
-    raise UserError(f"--config-file {name!r} is not a file, nor the name of a shipped config: {', '.join(shipped)}")
+    shipped = [str(path.relative_to(CONFIGS)) for path in (*CONFIGS.glob("*.yaml"), *CONFIGS.glob("lazy/*.py"))]
+    listed = ", ".join(sorted(shipped))
+    raise UserError(f"--config-file {name!r} is not a file, nor the name of a shipped config: {listed}")
 
 
 def merge_config_file(cfg: CfgNode, file: str) -> None:

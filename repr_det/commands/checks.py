@@ -1,6 +1,6 @@
 """Every check of a run that can be made before a file is written.
 
-What Detectron2 checks is tried out, not checked again; the model is built without its numbers.
+What Detectron2 checks is tried out, not checked again.
 """
 
 import contextlib
@@ -88,11 +88,11 @@ def _check_device(cfg: CfgNode, num_gpus: int) -> None:
     found = torch.cuda.device_count()
     if kind == "cuda" and found < num_gpus:
         raise UserError(
-            f"MODEL.DEVICE is {device!r} but torch sees {found or 'no'} GPU for the {num_gpus} process(es) here: start "
-            "one for each GPU, or add MODEL.DEVICE cpu"
+            f"MODEL.DEVICE is {device!r} but torch sees {found or 'no'} GPU for {num_gpus} process(es) here: start one "
+            "for each, or add MODEL.DEVICE cpu"
         )
     if cfg.SOLVER.AMP.ENABLED and kind != "cuda":
-        raise UserError(f"SOLVER.AMP.ENABLED needs a GPU in Detectron2, MODEL.DEVICE is {device!r}: set it to False")
+        raise UserError(f"SOLVER.AMP.ENABLED needs a GPU in Detectron2, MODEL.DEVICE is {device!r}")
 
 
 def _check_solver(cfg: CfgNode, processes: int) -> None:
@@ -111,7 +111,7 @@ def _check_solver(cfg: CfgNode, processes: int) -> None:
     if solver.WARMUP_ITERS >= solver.MAX_ITER:
         logger.warning(
             f"SOLVER.WARMUP_ITERS {solver.WARMUP_ITERS} is no shorter than SOLVER.MAX_ITER {solver.MAX_ITER}: the "
-            "learning rate never comes to SOLVER.BASE_LR"
+            "learning rate never comes to BASE_LR"
         )
 
 
@@ -128,9 +128,8 @@ def _check_input(cfg: CfgNode) -> None:
 
 
 def _check_output_folder(cfg: CfgNode, resume: bool) -> None:
-    """A new run gets a folder without another run's files; a resumed one the folder of the same run."""
     if not cfg.OUTPUT_DIR:
-        raise UserError("OUTPUT_DIR is empty: give the folder that the run is to write to")
+        raise UserError("OUTPUT_DIR is empty: give a folder")
     folder = Path(cfg.OUTPUT_DIR)
     there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     try:
@@ -139,16 +138,14 @@ def _check_output_folder(cfg: CfgNode, resume: bool) -> None:
         raise UserError(f"OUTPUT_DIR {folder} cannot be written ({error.strerror}): give another folder") from error
     traces = run_traces(folder)
     if traces and not resume:
-        raise UserError(
-            f"OUTPUT_DIR {folder} holds another run ({', '.join(traces[:3])}): add --resume to continue it, or "
-            "give another OUTPUT_DIR"
-        )
+        held = ", ".join(traces[:3])
+        raise UserError(f"OUTPUT_DIR {folder} holds another run ({held}): add --resume, or give another folder")
     if traces:
         check_last_checkpoint(str(folder))
 
 
 def _model_of_shapes(cfg: CfgNode, trainer: type[Trainer]) -> nn.Module:
-    """The model on the meta device: all modules and shapes, no numbers; on the CPU where its making needs numbers."""
+    """The model on the meta device, without numbers; on the CPU where its making needs them."""
 
     def build(device: str) -> nn.Module:
         own = cfg.clone()
@@ -159,7 +156,7 @@ def _model_of_shapes(cfg: CfgNode, trainer: type[Trainer]) -> nn.Module:
 
     try:
         return build("meta")
-    except Exception:  # either what is wrong with the config, which comes again, or .item() of a meta tensor
+    except Exception:  # what is wrong with the config, which comes again, or .item() of a meta tensor
         with as_user_error("MODEL"):
             return build("cpu")
 
@@ -185,7 +182,7 @@ def _check_weights(cfg: CfgNode, model: nn.Module, resume: bool, eval_only: bool
     resumed = resume and trial.has_checkpoint()
     path = trial.get_checkpoint_file() if resumed else cfg.MODEL.WEIGHTS
     if not path and eval_only:
-        raise UserError("--eval-only needs a checkpoint: give MODEL.WEIGHTS, or --resume for that of OUTPUT_DIR")
+        raise UserError("--eval-only needs a checkpoint: give MODEL.WEIGHTS or --resume")
     if not path:
         return
     trial._resuming = resumed or eval_only  # every weight must be there

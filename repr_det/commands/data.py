@@ -33,18 +33,18 @@ _SEMANTIC = ("PanopticFPN", "SemanticSegmentor", "PanopticDeepLab")
 def prepare_data(
     register: Sequence[Sequence[str]], train: Sequence[str], test: Sequence[str], weights_in: str | None = None
 ) -> int:
-    """Registers the data sets that come with this package and those of --register, and numbers the classes of a run.
+    """Registers this package's data sets and those of --register, and numbers the classes of a run.
 
     Args:
         register: NAME, JSON, IMAGE_ROOT of each.
         train, test: DATASETS.TRAIN and DATASETS.TEST; unknown names are left to ``check_datasets``.
-        weights_in: nothing is trained, and the classes are those of the checkpoint in this folder, as far as known.
+        weights_in: folder of the checkpoint that is evaluated, whose classes come first, as far as they are known.
 
     Returns:
         the number of classes; 0 if it does not follow from --register.
 
     Raises:
-        UserError: a data set is bad, or none of --register would be used.
+        UserError: a data set is bad, or none of --register is used.
     """
     register_builtin()
     for entry in register:
@@ -68,13 +68,12 @@ def _check_used(names: set[str], train: Sequence[str], test: Sequence[str], need
     if unused:
         what = f"--register {unused[0]}: no key names it, the run trains on {listed(train)} and tests on {listed(test)}"
         if names.isdisjoint(needed):
-            keys = "DATASETS.TRAIN or DATASETS.TEST (of a LazyConfig dataloader.train or .test, dataset.names)"
-            raise UserError(f"{what}: name it in {keys}")
+            raise UserError(f"{what}: name it in DATASETS.TRAIN or TEST (LazyConfig: dataloader.*.dataset.names)")
         logger.warning(what)
 
 
 def recorded_classes(folder: str | Path) -> tuple[str, ...] | None:
-    """The classes of the run in ``folder`` in the order of its model's outputs; None if it left no record."""
+    """The classes of the run in ``folder``, in the order of its outputs; None if it left no record."""
     try:
         known = json.loads((Path(folder) / DATA_FILE).read_text(encoding="utf-8"))
         lists = [tuple(dict.fromkeys(entry["classes"])) for entry in known.values()]
@@ -88,8 +87,8 @@ def check_same_classes(classes: Sequence[str], folder: str | Path) -> None:
     recorded = recorded_classes(folder)
     if recorded not in (None, tuple(classes)):
         raise UserError(
-            f"the run in {folder} was trained on the classes {listed(recorded, 20)}, in this order, and the data of "
-            f"this one have {listed(classes, 20)}: give the data sets of that run, or another OUTPUT_DIR"
+            f"the run in {folder} has the classes {listed(recorded, 20)}, in this order, and these data have "
+            f"{listed(classes, 20)}: give its data sets, or another OUTPUT_DIR"
         )
 
 
@@ -116,7 +115,7 @@ def check_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
         if summary and name in train and cfg.MODEL.META_ARCHITECTURE in _SEMANTIC:
             raise UserError(
                 f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} learns from semantic segmentation, which "
-                f"{name} (COCO format) does not have: register it by Detectron2's register_coco_panoptic_separated"
+                f"{name} (COCO format) does not have: use register_coco_panoptic_separated"
             )
     if cfg.MODEL.LOAD_PROPOSALS:
         for which in ("TEST",) if eval_only else ("TRAIN", "TEST"):
@@ -131,13 +130,11 @@ def _warn_of_shared_images(trained: str, train: CocoSummary, tested: str, test: 
     if pairs:
         logger.warning(
             f"{len(pairs)} of {compared} images of {tested} (DATASETS.TEST) that were compared are in {trained} "
-            f"(DATASETS.TRAIN) too, the first is {pairs[0][1]}, there {pairs[0][0]}: AP of images that the model was "
-            "trained on says nothing about new ones"
+            f"(DATASETS.TRAIN) too, such as {pairs[0][1]}: AP of trained images says nothing about new ones"
         )
 
 
 def _check_masks(cfg: CfgNode, name: str, summary: CocoSummary, train: bool, test: bool) -> None:
-    """Masks are there if they are learnt or evaluated, of crowd regions if they are evaluated."""
     for purpose in ("masks", "crowd masks") if test else ("masks",):
         _refuse("MODEL.MASK_ON", name, summary.gaps.get(purpose))
     if train and "polygons" in summary.gaps and cfg.INPUT.MASK_FORMAT == "polygon":
@@ -149,9 +146,9 @@ def _check_keypoints(name: str, summary: CocoSummary, train: bool, test: bool) -
     metadata, gaps = MetadataCatalog.get(name), []
     wanted, found = 3 * len(metadata.get("keypoint_names") or ()), sorted(summary.keypoint_numbers)
     if train and found != [wanted]:
-        gaps = [f"objects have {listed(found)} numbers as keypoints, and its keypoint_names ask for {wanted} of each"]
+        gaps = [f"objects have {listed(found)} numbers as keypoints, and its keypoint_names ask for {wanted}"]
     elif train and (not wanted or metadata.get("keypoint_flip_map") is None):
-        gaps = ["the metadata have no keypoint_names and keypoint_flip_map, which MetadataCatalog must get"]
+        gaps = ["MetadataCatalog has no keypoint_names and keypoint_flip_map"]
     _refuse("MODEL.KEYPOINT_ON", name, gaps or (test and summary.gaps.get("keypoints")))
 
 
@@ -162,10 +159,7 @@ def _refuse(key: str, name: str, gaps: list[str] | None) -> None:
 
 def _check_proposals(key: str, datasets: CfgNode, number: int) -> None:
     if len(datasets[key]) != number:
-        raise UserError(
-            f"DATASETS.{key} must name a file for each of {number} data sets, since MODEL.LOAD_PROPOSALS is True; got "
-            f"{tuple(datasets[key])}"
-        )
+        raise UserError(f"DATASETS.{key} must name a file for each of {number} data sets, got {datasets[key]}")
     for path in datasets[key]:
         with as_user_error(f"DATASETS.{key} {path!r} cannot be read"):
             open(PathManager.get_local_path(path), "rb").close()

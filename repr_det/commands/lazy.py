@@ -1,4 +1,4 @@
-"""Runs of a LazyConfig: the yacs config that it stands for, and a Trainer that builds what it describes."""
+"""Runs of a LazyConfig: the yacs config that it stands for, and its Trainer."""
 
 import contextlib
 import copy
@@ -74,9 +74,7 @@ def lazy_run(config_file: str, overrides: list[str], *rest: object) -> Run:
 
     name, loaded = OmegaConf.select(cfg, "dataloader.evaluator.dataset_name"), _data_sets(cfg, "test")
     if name is not None and name not in loaded:
-        raise UserError(
-            f"dataloader.evaluator.dataset_name must be that of dataloader.test ({', '.join(loaded)}), got {name!r}"
-        )
+        raise UserError(f"dataloader.evaluator.dataset_name must be that of dataloader.test {loaded}, got {name!r}")
     unread = record_reads(cfg)
     settings = repr_cfg_from_lazy(cfg)
     text = Path(config_path(config_file)).read_text(encoding="utf-8")
@@ -94,7 +92,7 @@ def load_lazy_config(
     """A LazyConfig with overrides ``path.key=value``; the rest as in ``arguments.build_config``.
 
     Raises:
-        UserError: the file is missing, raises an error or lacks a node; an override is malformed; a data set is bad.
+        UserError: file, override or data set is wrong.
     """
     config_file = config_path(config_file)
     with as_user_error(config_file):
@@ -124,9 +122,8 @@ def _data_sets(cfg: DictConfig, which: str) -> tuple[str, ...]:
 
 
 def _refuse_unknown_keys(cfg: DictConfig, overrides: list[str]) -> None:
-    """A key that the config does not have is a typo, unless the override says that it is new (``+path.key=value``), or
-    the ``_target_`` of its node, Detectron2 or this package takes it. Keys of ``repr`` are checked where it is read.
-    """
+    """A key that the config lacks is a typo, unless the override says that it is new (``+path.key=value``), or the
+    ``_target_`` of its node, Detectron2 or this package takes it. Keys of ``repr`` are checked where it is read."""
     for override in OverridesParser.create().parse_overrides(overrides):
         key = override.key_or_group
         if override.is_add() or key in KEYS or key.startswith("repr"):
@@ -148,7 +145,7 @@ def _refuse_unknown_keys(cfg: DictConfig, overrides: list[str]) -> None:
 
 
 def _takes(node: Any, name: str) -> bool:
-    """Tells whether the callable of a LazyCall has an argument of this name."""
+    """Tells whether the callable of a LazyCall has this argument."""
     target = node.get("_target_") if isinstance(node, DictConfig) else None
     try:
         parameters = inspect.signature(locate(target) if isinstance(target, str) else target).parameters
@@ -158,7 +155,7 @@ def _takes(node: Any, name: str) -> bool:
 
 
 def record_reads(cfg: DictConfig) -> Callable[[], list[str]]:
-    """Makes each key of ``train``, and of other nodes that are not called, an interpolation that notes when it is read.
+    """Makes the keys of ``train``, and of other nodes that are not called, interpolations that note when they are read.
 
     Returns:
         a function that names the keys that have not been read.
@@ -180,11 +177,11 @@ def record_reads(cfg: DictConfig) -> Callable[[], list[str]]:
 
 
 def repr_cfg_from_lazy(cfg: DictConfig) -> CfgNode:
-    """The config that RePrHook, ResumableLoader and ``checks.check_run`` take, from a LazyConfig.
+    """The config that checks and RePrHook take, from a LazyConfig.
 
-    REPR comes from the node ``repr`` (L(RePrHook)(...), or the same keys as in yaml; RePr off if there is no such
-    node), the learning-rate steps from where ``lr_multiplier``, whatever it is, decays, the rest by ``KEYS``. What
-    these do not name keeps Detectron2's defaults and says nothing about the model.
+    REPR comes from the node ``repr`` (L(RePrHook)(...), or keys as in yaml; RePr off without it), the learning-rate
+    steps from where ``lr_multiplier`` decays, the rest by ``KEYS``. Other keys have Detectron2's defaults and say
+    nothing about the model.
 
     Raises:
         UserError: a key is unknown or of the wrong type, or ``train.max_iter`` is missing.
@@ -207,7 +204,7 @@ def repr_cfg_from_lazy(cfg: DictConfig) -> CfgNode:
     if found["MODEL.RETINANET.NUM_CLASSES"] is not None:
         yacs.MODEL.META_ARCHITECTURE = "RetinaNet"
     yacs.SOLVER.STEPS = ()
-    if "lr_multiplier" in cfg:  # a trainer of somebody's own may call it otherwise
+    if "lr_multiplier" in cfg:  # other trainers may call it otherwise
         with as_user_error("lr_multiplier"):
             yacs.SOLVER.STEPS = decays(instantiate(cfg.lr_multiplier), yacs.SOLVER.MAX_ITER)
     yacs.freeze()
@@ -227,7 +224,7 @@ def _merge_repr(yacs: CfgNode, node: Any) -> None:
 
 @contextlib.contextmanager
 def naming_lazy_keys(cfg: DictConfig) -> Iterator[None]:
-    """A UserError names the keys of a LazyConfig, not those of a yaml config that ``repr_cfg_from_lazy`` stands for."""
+    """A UserError names the keys of a LazyConfig, not those of ``repr_cfg_from_lazy``."""
     by_arguments = "_target_" in (cfg.get("repr") or {})
     names = {own: key for key, own in KEYS.items()}
     for option, own in CONFIG_KEYS.items():
@@ -241,8 +238,9 @@ def naming_lazy_keys(cfg: DictConfig) -> Iterator[None]:
 
 
 class LazyTrainer(Trainer):
-    """Trainer for a LazyConfig: model, optimizer, data, learning rate and evaluation are what it says, the rest (RePr,
-    atomic checkpoints, exact resume, guard) is Trainer's. ``LazyTrainer.of(lazy)(repr_cfg_from_lazy(lazy))`` makes one.
+    """Trainer whose model, optimizer, data, learning rate and evaluation are those of a LazyConfig.
+
+    ``LazyTrainer.of(lazy)(repr_cfg_from_lazy(lazy))`` makes one.
 
     Raises:
         UserError: ``repr`` is wrong for this model or schedule, or ``train.ddp`` asks for what Trainer does not do.

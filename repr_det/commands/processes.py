@@ -36,9 +36,8 @@ from repr_det.runs.stopping import STATUS, Stopped, answer_signals, end_with_par
 
 STOCK_CONFIG_FILE = "config_detectron2.yaml"
 _KEY = "repr_det/meeting"
-_TRY_SECONDS = 5
 _FOR_THE_FIRST_TO_SPEAK = 5.0  # seconds
-_FOR_THE_LAST_TO_END = 30.0  # seconds that a resumed run waits for the one that it continues, which may be saving
+_FOR_THE_LAST_TO_END = 30.0  # seconds; the run that is continued may be saving
 _USER_ERROR = re.compile(r"^repr_det\.[\w.]+Error: ")  # how a traceback ends
 _AT_THE_END = contextlib.ExitStack()
 _EARLY = MemoryHandler(1000, flushLevel=logging.CRITICAL + 1)  # what is said before a run has a log of its own
@@ -75,8 +74,8 @@ def join_torchrun(device: str, seconds: float) -> None:
 def _store_of_this_start(board: dist.Store, rank: int, timeout: timedelta) -> dist.Store:
     """A store that rank 0 opens anew; ``board`` only tells where.
 
-    torchrun's agents share one store over all restarts, with the addresses that dead processes have written there, and
-    count restarts each by itself: nothing in their environment names this start for all.
+    torchrun's agents share one store over all restarts, with addresses of dead processes, and each counts restarts by
+    itself: nothing in their environment names this start for all.
     """
     host, deadline = os.environ["MASTER_ADDR"], time.monotonic() + timeout.total_seconds()
     if rank == 0:
@@ -88,7 +87,7 @@ def _store_of_this_start(board: dist.Store, rank: int, timeout: timedelta) -> di
     while True:
         port, name = board.get(_KEY).decode().split()
         try:
-            store = dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=_TRY_SECONDS))
+            store = dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=5))
             store.get(name)
             store.set_timeout(timeout)
             return store
@@ -100,8 +99,8 @@ def _store_of_this_start(board: dist.Store, rank: int, timeout: timedelta) -> di
 
 def _nobody_came(address: str, reason: str) -> UserError:
     return UserError(
-        f"the processes of this run did not meet at {address} ({reason.splitlines()[0]}): start all of them, with the "
-        "same address, a port that is free and a host that each can reach"
+        f"the processes of this run did not meet at {address} ({reason.splitlines()[0]}): start all, with the same "
+        "address, a free port and a host that each can reach"
     )
 
 
@@ -147,8 +146,7 @@ def refuse_launchers(tool: str) -> None:
 
 
 def run_tool(main: Callable[[], Any]) -> None:
-    """Runs a tool; a UserError or a fault of the machine ends it with one line on stderr and status 2, a signal to stop
-    with status 75."""
+    """Runs a tool; a UserError or a fault of the machine ends it with one line and status 2, a signal with 75."""
     logging.basicConfig(format="%(levelname)s: %(message)s")  # until a run has logs of its own
     logging.getLogger().addHandler(_EARLY)
     try:
@@ -166,7 +164,7 @@ def run_tool(main: Callable[[], Any]) -> None:
             _say(f"stopped by {stopped.asked} with status {STATUS}; the same command with --resume continues")
         raise
     if _number("LOCAL_RANK", 0) > 0:
-        # What the first process here says as well is said once: torchrun ends this one when that one has ended.
+        # What the first process here says too is said once: torchrun then ends this one.
         time.sleep(_FOR_THE_FIRST_TO_SPEAK)
     _say(f"error: {what}")
     sys.exit(2)
@@ -177,7 +175,7 @@ def _say(line: str) -> None:
 
 
 def _last_line(error: Exception) -> str:
-    """The message; of an error from another process, whose message is a traceback, the one that ends it."""
+    """The message; of an error from another process, a traceback, the one that ends it."""
     return _USER_ERROR.sub("", str(error).rstrip().rpartition("\n")[2])
 
 
@@ -220,7 +218,7 @@ def setup_process(args: argparse.Namespace, cfg: CfgNode, config: str) -> None:
 
 
 def _one_line_for_user_errors(record: logging.LogRecord) -> bool:
-    """Detectron2 logs a traceback for whatever ends a run; what a user can act on is one line, printed by run_tool."""
+    """Detectron2 logs a traceback for whatever ends a run; run_tool prints one line for what a user can act on."""
     error = record.exc_info[1] if record.exc_info else None
     return not (isinstance(error, UserError) or advice_for(error))
 
@@ -253,7 +251,7 @@ def launch_processes(main: Callable[[argparse.Namespace], Any], args: argparse.N
     """Runs ``main(args)`` in this process if torchrun started it, else in the processes that ``args`` asks for."""
     args.early = [(record.name, record.getMessage()) for record in _EARLY.buffer]
     if device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # several CPU processes talk by gloo, also on a machine with GPUs
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # several CPU processes talk by gloo, beside GPUs too
     if args.num_gpus * args.num_machines > 1:
         _launch(main, args)
         return
@@ -265,7 +263,7 @@ def launch_processes(main: Callable[[argparse.Namespace], Any], args: argparse.N
 
 
 def _launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
-    """Detectron2's launch; a signal reaches its processes, and what ends one ends all with one line."""
+    """Detectron2's launch; a signal reaches all its processes, and what ends one ends all with one line."""
     asked = ""
 
     def pass_on(number: int, _: object) -> None:
@@ -291,12 +289,12 @@ def _launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace)
     except ProcessExitedException as error:
         if asked or error.exit_code == STATUS:
             raise Stopped(asked or "a signal to one of its processes") from None
-        raise UserError(f"{error}, so the run stops; what is saved is untouched: continue with --resume") from None
+        raise UserError(f"{error}, so the run stops; continue it with --resume") from None
 
 
 def _run(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
-    """Detectron2's processes exit as members of their group, and gloo's threads then abort some of them (SIGABRT). One
-    that fails does not leave: its peers may still wait for it."""
+    """Leaves the process group at the end: gloo's threads abort some processes that exit as members. One that fails
+    does not leave: its peers may still wait for it."""
     try:
         with _AT_THE_END, answer_signals():
             main(args)
