@@ -4,7 +4,6 @@ import argparse
 import errno
 import os
 import signal
-import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -20,21 +19,18 @@ from repr_det import Trainer, UserError
 from repr_det.commands.arguments import train_argument_parser
 from repr_det.commands.checks import check_run
 from repr_det.commands.processes import (
-    _run,
     check_processes,
     join_torchrun,
     may_continue,
     refuse_launchers,
-    run_tool,
     torchrun_job,
 )
 from repr_det.runs.lock import RunLock, job_of
 from repr_det.runs.stopping import STATUS, StopAtSignal, Stopped, answer_signals
 
 TORCHRUN = dict(RANK="1", LOCAL_RANK="1", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
-TORCHRUN |= dict(MASTER_PORT="1", TORCHELASTIC_RUN_ID="job", TORCHELASTIC_RESTART_COUNT="0")
+TORCHRUN |= dict(MASTER_PORT="1", TORCHELASTIC_RUN_ID="job")
 SRUN = dict(SLURM_STEP_NUM_TASKS="4")
-FOUR = TORCHRUN | {"WORLD_SIZE": "4"}
 TWO = "--num-machines 2 --dist-url tcp://a:1"
 
 
@@ -59,7 +55,6 @@ def processes_of(cfg, words=""):
     ("launcher", "words", "opts", "message"),
     [
         (TORCHRUN, "--num-gpus 2", "", "torchrun takes --nproc_per_node and --nnodes: leave out --num-gpus"),
-        (TORCHRUN, "--num-machines 2 --machine-rank 1", "", "torchrun takes --nproc_per_node and --nnodes"),
         (TORCHRUN | {"WORLD_SIZE": "3"}, "", "", "2 of 3 processes are here: start as many on every machine"),
         (SRUN, "", "", "srun starts 4 runs here: for one, srun torchrun --nnodes ... --nproc_per_node ..."),
         ({}, "--num-machines 2", "", "--num-machines 2 needs --dist-url tcp://HOST:PORT"),
@@ -67,7 +62,6 @@ def processes_of(cfg, words=""):
         ({}, "--num-machines 0", "", "--num-machines must be at least 1, got 0"),
         ({}, "--num-gpus 3", "", "SOLVER.IMS_PER_BATCH 2 must be a multiple of 3 processes, such as 3"),
         (SRUN, f"--num-gpus 2 {TWO}", "SOLVER.IMS_PER_BATCH 6", "6 must be a multiple of 4 processes"),
-        (FOUR, "", "SOLVER.IMS_PER_BATCH 6", "6 must be a multiple of 4 processes"),
         (TORCHRUN, "", "MODEL.RESNETS.NORM SyncBN", "stem.conv1.norm is SyncBN, which needs GPUs"),
     ],
 )
@@ -81,7 +75,7 @@ def test_refused(tiny_cfg, start_by, launcher, words, opts, message):
 def test_processes(tiny_cfg, start_by):
     assert processes_of(tiny_cfg("MODEL.RESNETS.NORM", "SyncBN")) == (1, 1)
     refuse_launchers("compare.py")
-    start_by(FOUR, SLURM_STEP_NUM_TASKS="2")
+    start_by(TORCHRUN, WORLD_SIZE="4", SLURM_STEP_NUM_TASKS="2")
     assert processes_of(tiny_cfg("SOLVER.IMS_PER_BATCH", 4)) == (2, 2)
     assert processes_of(tiny_cfg("SOLVER.IMS_PER_BATCH", 3, "SOLVER.REFERENCE_WORLD_SIZE", 1)) == (2, 2)  # 12 images
     with pytest.raises(UserError, match=r"compare\.py starts its runs itself"):
@@ -116,10 +110,10 @@ def test_who_may_continue(start_by, tmp_path):
         return may_continue(argparse.Namespace(resume=False), str(tmp_path))
 
     assert not may_continue(argparse.Namespace(resume=False), str(tmp_path))
-    assert not may(RANK="0", TORCHELASTIC_RESTART_COUNT="1")  # the first start was refused
+    assert not may(RANK="0")  # the first start was refused
     RunLock(tmp_path, "job").acquire()
-    assert may(RANK="0", TORCHELASTIC_RESTART_COUNT="1")
-    assert not may(RANK="0", TORCHELASTIC_RUN_ID="another", TORCHELASTIC_RESTART_COUNT="1")
+    assert may(RANK="0")
+    assert not may(RANK="0", TORCHELASTIC_RUN_ID="another")
     assert may(RANK="1", TORCHELASTIC_RUN_ID="another")  # rank 0 decides
     assert not may(RANK="0", TORCHELASTIC_RUN_ID="none")
     RunLock(tmp_path, torchrun_job()).acquire()
@@ -185,16 +179,6 @@ def test_signals(iteration, where, saved, last):
     assert trainer.checkpointer.save.call_args_list == [call(f"model_{i:07d}", iteration=i) for i in saved]
     assert prepared == saved and trainer.iter == last
     assert signal.getsignal(number) is before
-
-
-def test_a_stopped_tool_says_so(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["/x/train_net.py"])
-    with pytest.raises(SystemExit) as ended:
-        run_tool(lambda: _run(lambda args: os.kill(os.getpid(), signal.SIGTERM), argparse.Namespace()))
-    assert ended.value.code == 75
-    assert capsys.readouterr().err == (
-        "train_net.py: stopped by SIGTERM with status 75; the same command with --resume continues\n"
-    )
 
 
 def test_loader_workers_are_kept_out():
