@@ -51,7 +51,7 @@ def torchrun_job() -> str:
     return f"{socket.gethostname()} {os.getppid()}" if job == "none" else job
 
 
-def _number(key: str, otherwise: int) -> int:
+def _of_torchrun(key: str, otherwise: int) -> int:
     return int(os.environ[key]) if torchrun_job() else otherwise
 
 
@@ -59,7 +59,7 @@ def join_torchrun(device: str, seconds: float) -> None:
     """Makes the group of torchrun's processes; raises UserError if the others do not come within ``seconds``."""
     on_gpu, timeout = torch.device(device).type == "cuda", timedelta(seconds=seconds)
     if on_gpu:
-        torch.cuda.set_device(_number("LOCAL_RANK", 0))
+        torch.cuda.set_device(_of_torchrun("LOCAL_RANK", 0))
     try:
         # The board must live until all have met: on rank 0 it may be the server that the others read.
         board, rank, size = next(dist.rendezvous("env://", timeout=timeout))
@@ -67,7 +67,7 @@ def join_torchrun(device: str, seconds: float) -> None:
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     except (RuntimeError, ValueError, OSError) as error:  # torch's own are RuntimeErrors
         raise _nobody_came(f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", str(error)) from error
-    comm.create_local_process_group(_number("LOCAL_WORLD_SIZE", 1))
+    comm.create_local_process_group(_of_torchrun("LOCAL_WORLD_SIZE", 1))
     comm.synchronize()
 
 
@@ -111,7 +111,7 @@ def check_processes(args: argparse.Namespace) -> tuple[int, int]:
     if not torchrun_job():
         _check_options(args)
         return args.num_gpus, args.num_machines
-    size, here = _number("WORLD_SIZE", 1), _number("LOCAL_WORLD_SIZE", 1)
+    size, here = _of_torchrun("WORLD_SIZE", 1), _of_torchrun("LOCAL_WORLD_SIZE", 1)
     if (args.num_gpus, args.num_machines, args.machine_rank) != (1, 1, 0):
         raise UserError("torchrun takes --nproc_per_node and --nnodes: leave out --num-gpus and --num-machines")
     if size % here:
@@ -160,10 +160,10 @@ def run_tool(main: Callable[[], Any]) -> None:
         text = str(error).split(". ")[0] or "a loader worker could not hand over its images"
         what = f"{text}: {advice}; a run goes on with --resume"
     except Stopped as stopped:
-        if _number("RANK", 0) == 0:
+        if _of_torchrun("RANK", 0) == 0:
             _say(f"stopped by {stopped.asked} with status {STATUS}; the same command with --resume continues")
         raise
-    if _number("LOCAL_RANK", 0) > 0:
+    if _of_torchrun("LOCAL_RANK", 0) > 0:
         # What the first process here says too is said once: torchrun then ends this one.
         time.sleep(_FOR_THE_FIRST_TO_SPEAK)
     _say(f"error: {what}")
@@ -229,7 +229,7 @@ def may_continue(args: argparse.Namespace, folder: str) -> bool:
     Rank 0 decides; the others may, whatever they see, and get its decision in ``setup_process``.
     """
     has_begun = torchrun_job() != "" and job_of(folder) == torchrun_job()
-    return args.resume or _number("RANK", 0) > 0 or has_begun
+    return args.resume or _of_torchrun("RANK", 0) > 0 or has_begun
 
 
 def _take(args: argparse.Namespace, folder: str) -> None:
@@ -257,7 +257,7 @@ def launch_processes(main: Callable[[argparse.Namespace], Any], args: argparse.N
         return
     if torchrun_job():
         end_with_parent()
-    if _number("WORLD_SIZE", 1) > 1:
+    if _of_torchrun("WORLD_SIZE", 1) > 1:
         join_torchrun(device, args.rendezvous_timeout)
     _run(main, args)
 
