@@ -37,12 +37,7 @@ TWO = "--num-machines 2 --dist-url tcp://a:1"
 @pytest.fixture
 def start_by(monkeypatch):
     """``start_by(variables, KEY=value)`` -> this process looks as if a launcher with these variables had started it."""
-
-    def pretend(variables, **changed):
-        for key, value in (variables | changed).items():
-            monkeypatch.setenv(key, value)
-
-    return pretend
+    return lambda variables, **changed: [monkeypatch.setenv(*pair) for pair in (variables | changed).items()]
 
 
 def processes_of(cfg, words=""):

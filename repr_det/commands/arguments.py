@@ -109,7 +109,6 @@ def folder_of_weights(output_dir: str, weights: str, resume: bool) -> str:
 
 def output_folder(folder: str, key: str, beside: bool) -> str:
     """``folder`` without ~ and variables of the environment; ``beside``: that of the baseline beside it.
-
     Raises UserError where a variable is not set."""
     expanded = os.path.expandvars(os.path.expanduser(folder))
     if unset := re.search(r"\$(\w+|\{\w+\})", expanded):
@@ -131,7 +130,6 @@ def config_path(name: str) -> str:
 
 def merge_config_file(cfg: CfgNode, file: str) -> None:
     """``cfg.merge_from_file`` of a file that runs nothing but arithmetic, as that of Detectron2's Base-RetinaNet.yaml.
-
     Raises UserError naming the file, and what is wrong with it."""
     with naming_close_keys(cfg), as_user_error(file):
         try:

@@ -1,7 +1,4 @@
-"""Every check of a run that can be made before a file is written.
-
-What Detectron2 checks is tried out, not checked again.
-"""
+"""Every check of a run before a file is written; what Detectron2 checks is tried out, not checked again."""
 
 import contextlib
 import logging

@@ -61,7 +61,6 @@ KEYS = {
 }
 _NODES = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
 _CALLED = ("model", "dataloader", "optimizer", "lr_multiplier", "repr")  # their callables refuse what they do not take
-_RESOLVER = "repr_det.read"
 
 
 def lazy_run(config_file: str, overrides: list[str], *rest: object) -> Run:
@@ -167,12 +166,12 @@ def record_reads(cfg: DictConfig) -> Callable[[], list[str]]:
         used.add(key)
         return values[key]
 
-    OmegaConf.register_new_resolver(_RESOLVER, read, replace=True)
+    OmegaConf.register_new_resolver("repr_det.read", read, replace=True)
     for name in cfg:
         if name not in _CALLED and isinstance(cfg[name], DictConfig):
             for key in list(cfg[name]):
                 values[f"{name}.{key}"] = cfg[name][key]
-                cfg[name][key] = f"${{{_RESOLVER}:{name}.{key}}}"
+                cfg[name][key] = f"${{repr_det.read:{name}.{key}}}"
     return lambda: sorted(values.keys() - used)
 
 

@@ -105,9 +105,7 @@ def _nobody_came(address: str, reason: str) -> UserError:
 
 
 def check_processes(args: argparse.Namespace) -> tuple[int, int]:
-    """Returns the numbers of processes on this machine and of machines, from ``args`` or torchrun.
-
-    Raises UserError where they are wrong, naming the option."""
+    """Returns the numbers of processes here and of machines; raises UserError naming an option that is wrong."""
     if not torchrun_job():
         _check_options(args)
         return args.num_gpus, args.num_machines
@@ -190,7 +188,6 @@ def setup_process(args: argparse.Namespace, cfg: CfgNode, config: str) -> None:
 
     As Detectron2's ``default_setup``, but config.yaml is not written: it is the record of a run that trains, see
     ``runs.record``. ``args.resume`` becomes what rank 0 has found, see ``may_continue``. The log shows ``config``.
-
     Raises UserError where another process trains in OUTPUT_DIR.
     """
     folder, rank = cfg.OUTPUT_DIR, comm.get_rank()
