@@ -62,7 +62,7 @@ BOTH = [
     ("SOLVER.CHECKPOINT_PERIOD 0", "SOLVER.CHECKPOINT_PERIOD must be at least 1, got 0"),
     ("SOLVER.IMS_PER_BATCH 0", "SOLVER.IMS_PER_BATCH must be at least 1, got 0"),
     ("SOLVER.MAX_ITER 0", "SOLVER.MAX_ITER must be at least 1, got 0"),
-    ("TEST.AUG.ENABLED True MODEL.META_ARCHITECTURE ProposalNetwork", "for GeneralizedRCNN, not ProposalNetwork: set"),
+    ("TEST.AUG.ENABLED True MODEL.META_ARCHITECTURE ProposalNetwork", "TEST.AUG.ENABLED True: TTA is only"),
     ("MODEL.KEYPOINT_ON True", "MODEL.KEYPOINT_ON is True, but "),
     ("MODEL.MASK_ON True", "segmentation"),
     ("MODEL.ANCHOR_GENERATOR.SIZES [[8],[16]]", "MODEL: "),
@@ -120,12 +120,11 @@ def test_what_has_no_effect_is_said(tiny_cfg, caplog):
         ("REPR: 5\n", "REPR"),
         ("MODEL:\n  WEIGHTS: 5\n", "Type mismatch"),
         ("_BASE_: nowhere.yaml\n", "nowhere.yaml"),
-        ("_BASE_: repr_r50_fpn.yaml\n", "the one of this name that comes with repr_det is "),
         ("_BASE_: 'my config ü.yaml'\n", "builds on this file again"),
-        ("_BASE_:\n", "_BASE_ must be the name of a config file, got None"),
+        ("_BASE_:\n", "_BASE_ is empty: give what belongs to it, or leave it out"),
         ("", "must hold config keys with their values (MODEL: ...), got nothing"),
         ("1: 2\n", "must hold config keys"),
-        ("MODEL:\n", "MODEL is empty: give keys below it, or leave it out"),
+        ("MODEL:\n", "MODEL is empty: give what belongs to it, or leave it out"),
         (f"SEED: !!python/object/apply:os.system ['{BOMB}']\n", "not valid YAML: could not determine a"),
         ('SEED: !!python/object/apply:eval [\'open("executed", "w")\']\n', "is not arithmetic"),
         ("SEED: !!python/object/apply:eval ['().__class__']\n", "'().__class__' is not arithmetic"),
@@ -204,8 +203,11 @@ def test_resume_of_another_arm_or_with_other_options(tiny_cfg, tmp_path):
 def test_output_folder_that_cannot_be_made(tiny_cfg, tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    cases = {"": "OUTPUT_DIR is empty", tmp_path / "file": "is a file, not a folder"}
-    cases |= {tmp_path / "file" / "run": "cannot be written (Not a directory)", tmp_path / "link": "is a link to "}
+    cases = {"": "OUTPUT_DIR is empty", tmp_path / "file": "cannot be written ("}
+    cases |= {
+        tmp_path / "file" / "run": "cannot be written (Not a directory)",
+        tmp_path / "link": "cannot be written (",
+    }
     if os.path.isdir("/proc/self"):  # a folder that even root cannot write to
         cases["/proc/self/run"] = "cannot be written"
     for folder, message in cases.items():
@@ -279,11 +281,11 @@ def test_a_sub_network_is_no_start(tiny_cfg, tmp_path, weights, caplog):
         weights[f"{conv}.{key}"][[3, 5]] = 0
     torch.save({"model": weights}, tmp_path / "sub.pth")
     opts = ["MODEL.WEIGHTS", str(tmp_path / "sub.pth")]
-    what = f"sub.pth holds 2 filters that are zero with their norm, 2 of them in {conv}: a sub-network"
+    what = f"sub.pth holds a sub-network: 2 filters of {conv} are zero with their norm"
     for arm in ([], ON):
         assert what in refused(tiny_cfg, *arm, *opts)
     check_run(tiny_cfg(*opts), eval_only=True)
-    assert f"{what}, whose AP" in caplog.text
+    assert f"{what}; its AP" in caplog.text
     weights[f"{conv}.norm.bias"][:] = 1  # a channel that says something
     torch.save({"model": weights}, tmp_path / "sub.pth")
     check_run(tiny_cfg(*opts))

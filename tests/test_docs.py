@@ -21,8 +21,7 @@ from detectron2.config import get_cfg
 from torch import nn
 
 from repr_det import add_repr_config
-from repr_det.commands.arguments import train_argument_parser
-from repr_det.commands.config_files import config_path
+from repr_det.commands.arguments import config_path, train_argument_parser
 from repr_det.detectron.config import markdown_table
 from repr_det.method.options import CONFIG_KEYS
 from repr_det.studies.analysis import argument_parser as analysis_argument_parser

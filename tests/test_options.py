@@ -9,8 +9,8 @@ from omegaconf import OmegaConf
 from plain_nets import loss_of, readable_net
 
 from repr_det import RePr, RePrHook, UserError, add_repr_config
+from repr_det.commands.lazy import repr_cfg_from_lazy
 from repr_det.detectron.config import markdown_table, options_of_config
-from repr_det.detectron.lazy import repr_cfg_from_lazy
 from repr_det.method.errors import OptionError
 from repr_det.method.options import CONFIG_KEYS, RePrOptions, about_option, option_names
 from repr_det.method.scheme import check_resumed

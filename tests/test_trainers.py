@@ -13,7 +13,7 @@ from small_loop import TwoConvs, batch
 from torch import nn
 
 from repr_det import RePrHook, RePrSchedule, apply_repr
-from repr_det.detectron.lazy import repr_cfg_from_lazy
+from repr_det.commands.lazy import repr_cfg_from_lazy
 
 # --- After detrex's trainer: a loop class of its own with gradient clipping, an EMA hook, a LazyConfig, and a
 # checkpointer that saves the EMA beside the model.

@@ -4,7 +4,6 @@ import argparse
 import errno
 import os
 import signal
-import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -19,98 +18,63 @@ from small_loop import small_trainer
 from repr_det import Trainer, UserError
 from repr_det.commands.arguments import train_argument_parser
 from repr_det.commands.checks import check_run
-from repr_det.commands.processes import _run, may_continue, run_tool
-from repr_det.commands.world import Launched, check_processes, refuse_torchrun
+from repr_det.commands.processes import (
+    check_processes,
+    join_torchrun,
+    may_continue,
+    refuse_launchers,
+    torchrun_job,
+)
 from repr_det.runs.lock import RunLock, job_of
 from repr_det.runs.stopping import STATUS, StopAtSignal, Stopped, answer_signals
 
 TORCHRUN = dict(RANK="1", LOCAL_RANK="1", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
-TORCHRUN |= dict(MASTER_PORT="1", TORCHELASTIC_RUN_ID="job", TORCHELASTIC_RESTART_COUNT="0")
-SRUN = dict(SLURM_STEP_NUM_TASKS="4", SLURM_STEP_TASKS_PER_NODE="2(x2)", SLURM_PROCID="3", SLURM_LOCALID="1")
-SRUN |= dict(SLURM_JOB_ID="12", SLURM_STEP_ID="0", SLURM_STEP_NODELIST="node[07-08]")
-FOUR, UNEVEN = TORCHRUN | {"WORLD_SIZE": "4"}, SRUN | {"SLURM_STEP_TASKS_PER_NODE": "3,1"}
+TORCHRUN |= dict(MASTER_PORT="1", TORCHELASTIC_RUN_ID="job")
+SRUN = dict(SLURM_STEP_NUM_TASKS="4")
+TWO = "--num-machines 2 --dist-url tcp://a:1"
 
 
 @pytest.fixture
 def start_by(monkeypatch):
     """``start_by(variables, KEY=value)`` -> this process looks as if a launcher with these variables had started it."""
-
-    def pretend(variables, **changed):
-        for key, value in (variables | changed).items():
-            monkeypatch.setenv(key, value)
-
-    return pretend
+    return lambda variables, **changed: [monkeypatch.setenv(*pair) for pair in (variables | changed).items()]
 
 
-def world_of(cfg, words=""):
-    world = check_processes(train_argument_parser().parse_args(words.split()))
-    check_run(cfg, world=world)
-    return world
-
-
-TWO = "--num-machines 2 --dist-url tcp://a:1"
-SYNC_BN = "stem.conv1.norm is SyncBN, which needs GPUs, and this run has 2 processes on the CPU: use naiveSyncBN"
+def processes_of(cfg, words=""):
+    processes = check_processes(train_argument_parser().parse_args(words.split()))
+    check_run(cfg, False, False, *processes)
+    return processes
 
 
 @pytest.mark.parametrize(
     ("launcher", "words", "opts", "message"),
     [
-        (TORCHRUN, "--num-gpus 2", "", "--num-gpus 2 beside torchrun, which starts the processes: leave it out and "),
-        (TORCHRUN, "--num-machines 2 --machine-rank 1", "", "--num-machines 2 --machine-rank 1 beside torchrun"),
-        (SRUN, "--num-gpus 2", "SOLVER.IMS_PER_BATCH 4", "--num-gpus 2 beside srun, which starts the processes"),
-        (UNEVEN, "", "", "every machine must start as many processes, and this run has 4 (srun"),
-        ({}, "--num-machines 2 --dist-url auto", "", "--num-machines 2 needs --dist-url tcp://HOST:PORT with the name"),
+        (TORCHRUN, "--num-gpus 2", "", "torchrun takes --nproc_per_node and --nnodes: leave out --num-gpus"),
+        (TORCHRUN | {"WORLD_SIZE": "3"}, "", "", "2 of 3 processes are here: start as many on every machine"),
+        (SRUN, "", "", "srun starts 4 runs here: for one, srun torchrun --nnodes ... --nproc_per_node ..."),
+        ({}, "--num-machines 2", "", "--num-machines 2 needs --dist-url tcp://HOST:PORT"),
         ({}, "--num-machines 2 --machine-rank 2", "", "--machine-rank must be in 0 ... 1, got 2"),
         ({}, "--num-machines 0", "", "--num-machines must be at least 1, got 0"),
-        ({}, "--num-gpus 2 --dist-url 10.0.0.1:29500", "", "--dist-url must be tcp://HOST:PORT"),
-        (
-            {},
-            "--num-gpus 3",
-            "",
-            "SOLVER.IMS_PER_BATCH 2 must be a multiple of the 3 processes of this run (--num-gpus ",
-        ),
-        ({}, f"--num-gpus 2 {TWO}", "SOLVER.IMS_PER_BATCH 6", f"4 processes of this run (--num-gpus 2 {TWO[:16]})"),
-        (FOUR, "", "SOLVER.IMS_PER_BATCH 6", "4 processes of this run (torchrun with 2 on this machine)"),
-        (TORCHRUN, "", "MODEL.RESNETS.NORM SyncBN", SYNC_BN),
+        ({}, "--num-gpus 3", "", "SOLVER.IMS_PER_BATCH 2 must be a multiple of 3 processes, such as 3"),
+        (SRUN, f"--num-gpus 2 {TWO}", "SOLVER.IMS_PER_BATCH 6", "6 must be a multiple of 4 processes"),
+        (TORCHRUN, "", "MODEL.RESNETS.NORM SyncBN", "stem.conv1.norm is SyncBN, which needs GPUs"),
     ],
 )
 def test_refused(tiny_cfg, start_by, launcher, words, opts, message):
     start_by(launcher)
     with pytest.raises(UserError) as error:
-        world_of(tiny_cfg(*opts.split()), words)
+        processes_of(tiny_cfg(*opts.split()), words)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_what_a_launcher_started(tiny_cfg, start_by):
-    assert world_of(tiny_cfg("MODEL.RESNETS.NORM", "SyncBN")).size == 1
-    start_by(SRUN)
-    assert Launched.found() == Launched("srun", 3, 1, 4, 2, "slurm 12.0")
+def test_processes(tiny_cfg, start_by):
+    assert processes_of(tiny_cfg("MODEL.RESNETS.NORM", "SyncBN")) == (1, 1)
+    refuse_launchers("compare.py")
+    start_by(TORCHRUN, WORLD_SIZE="4", SLURM_STEP_NUM_TASKS="2")
+    assert processes_of(tiny_cfg("SOLVER.IMS_PER_BATCH", 4)) == (2, 2)
+    assert processes_of(tiny_cfg("SOLVER.IMS_PER_BATCH", 3, "SOLVER.REFERENCE_WORLD_SIZE", 1)) == (2, 2)  # 12 images
     with pytest.raises(UserError, match=r"compare\.py starts its runs itself"):
-        refuse_torchrun("compare.py")
-    world = world_of(tiny_cfg("SOLVER.IMS_PER_BATCH", 4))
-    assert (world.size, world.local_size) == (4, 2)
-    assert world_of(tiny_cfg("SOLVER.IMS_PER_BATCH", 3, "SOLVER.REFERENCE_WORLD_SIZE", 1)).size == 4  # 12 images
-    start_by(SRUN, SLURM_STEP_NUM_TASKS="1")
-    assert Launched.found() is None
-    refuse_torchrun("compare.py")
-
-
-@pytest.mark.parametrize(
-    ("nodes", "first"), [("node[07-08]", "node07"), ("a,b", "a"), ("gpu-3", "gpu-3"), ("n[1,5-7],m2", "n1")]
-)
-def test_the_address_of_sruns_first_node(monkeypatch, start_by, nodes, first):
-    joined = {}
-    start_by(SRUN, SLURM_STEP_NODELIST=nodes)
-    for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
-    monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: iter([(torch.distributed.HashStore(), 3, 4)]))
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: joined.update(os.environ))
-    meet = Mock(create_local_process_group=lambda size: joined.update(local=size))
-    monkeypatch.setattr("repr_det.commands.world.comm", meet)
-    Launched.found().join("cpu")
-    assert (joined["MASTER_ADDR"], joined["MASTER_PORT"], joined["RANK"]) == (first, "20012", "3")
-    assert joined["WORLD_SIZE"] == "4" and joined["local"] == 2
+        refuse_launchers("compare.py")
 
 
 def test_the_board_lives_until_all_have_met(monkeypatch, start_by):
@@ -128,8 +92,8 @@ def test_the_board_lives_until_all_have_met(monkeypatch, start_by):
 
     monkeypatch.setattr(torch.distributed, "rendezvous", meet)
     monkeypatch.setattr(torch.distributed, "init_process_group", read_as_another_rank)
-    monkeypatch.setattr("repr_det.commands.world.comm", Mock())
-    Launched.found().join("cpu")
+    monkeypatch.setattr("repr_det.commands.processes.comm", Mock())
+    join_torchrun("cpu", 5)
     assert read
 
 
@@ -141,13 +105,13 @@ def test_who_may_continue(start_by, tmp_path):
         return may_continue(argparse.Namespace(resume=False), str(tmp_path))
 
     assert not may_continue(argparse.Namespace(resume=False), str(tmp_path))
-    assert not may(RANK="0", TORCHELASTIC_RESTART_COUNT="1")  # the first start was refused
+    assert not may(RANK="0")  # the first start was refused
     RunLock(tmp_path, "job").acquire()
-    assert may(RANK="0", TORCHELASTIC_RESTART_COUNT="1")
-    assert not may(RANK="0", TORCHELASTIC_RUN_ID="another", TORCHELASTIC_RESTART_COUNT="1")
+    assert may(RANK="0")
+    assert not may(RANK="0", TORCHELASTIC_RUN_ID="another")
     assert may(RANK="1", TORCHELASTIC_RUN_ID="another")  # rank 0 decides
     assert not may(RANK="0", TORCHELASTIC_RUN_ID="none")
-    RunLock(tmp_path, Launched.found().job).acquire()
+    RunLock(tmp_path, torchrun_job()).acquire()
     assert may(RANK="0", TORCHELASTIC_RUN_ID="none")
 
 
@@ -210,16 +174,6 @@ def test_signals(iteration, where, saved, last):
     assert trainer.checkpointer.save.call_args_list == [call(f"model_{i:07d}", iteration=i) for i in saved]
     assert prepared == saved and trainer.iter == last
     assert signal.getsignal(number) is before
-
-
-def test_a_stopped_tool_says_so(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["/x/train_net.py"])
-    with pytest.raises(SystemExit) as ended:
-        run_tool(lambda: _run(lambda args: os.kill(os.getpid(), signal.SIGTERM), argparse.Namespace()))
-    assert ended.value.code == 75
-    assert capsys.readouterr().err == (
-        "train_net.py: stopped by SIGTERM with status 75; the same command with --resume continues\n"
-    )
 
 
 def test_loader_workers_are_kept_out():

@@ -1,4 +1,4 @@
-"""The commands: arguments, the checks before the first step, the processes, and the two training commands.
+"""The commands: arguments, checks before the first step, processes, and training by yaml or LazyConfig.
 
 May import every room but the studies.
 """

@@ -1,48 +1,52 @@
-"""The arguments of a training run, and the config that they stand for."""
+"""The arguments of a training run, and the config that they stand for, whose file is checked."""
 
 import argparse
+import contextlib
+import difflib
+import io
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
+import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_argument_parser
 from detectron2.engine.launch import DEFAULT_TIMEOUT
 
-from repr_det.commands.config_files import config_path, merge_config_file, naming_close_keys
-from repr_det.commands.data import classes_of_run, register_data
+from repr_det.commands.data import prepare_data
 from repr_det.detectron.config import add_repr_config, as_user_error
 from repr_det.method.errors import UserError
 from repr_det.runs.checkpoints import find_checkpoint
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+# In a wheel beside its modules, in a checkout in configs/.
+CONFIGS = next((x for x in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if x.is_dir()), _PACKAGE / "configs")
+_ARITHMETIC = re.compile(r"(for|in|x|[\d\s.,*/+()\[\]-])*")
 
 
 def train_argument_parser() -> argparse.ArgumentParser:
     """Stock Detectron2's arguments and this package's."""
     parser = default_argument_parser()
-    parser.description = "Train a Detectron2 detector with RePr, or its baseline, and evaluate it with COCO AP."
+    parser.set_defaults(dist_url="auto")  # Detectron2's default is one port for all runs of a user
+    parser.description = "Train a detector with RePr, or its baseline, and evaluate it with COCO AP."
     add_data_argument(parser)
     parser.add_argument(
         "--rendezvous-timeout",
         type=float,
         default=DEFAULT_TIMEOUT.total_seconds(),
         metavar="SECONDS",
-        help="how long the processes of a run wait for each other, at its start and in every step (default "
-        "%(default).0f)",
+        help="how long processes wait for each other, at the start and in a step (default %(default).0f)",
     )
     parser.add_argument(
-        "--baseline",
-        action="store_true",
-        help="the same run with RePr off; OUTPUT_DIR gets the suffix _baseline unless it is given on the command line",
+        "--baseline", action="store_true", help="RePr off; OUTPUT_DIR, unless given here, gets the suffix _baseline"
     )
     parser.add_argument(
         "--check-gradients",
         action="store_true",
-        help="look for infinite and NaN gradients after every step on a GPU as well, where it makes the host wait; "
-        "weights are looked at before every checkpoint in any case",
+        help="look for infinite and NaN gradients after every step on a GPU too; the host waits for it",
     )
-    parser.add_argument(
-        "--wandb", default="", metavar="PROJECT", help="log the training to this project of Weights & Biases as well"
-    )
+    parser.add_argument("--wandb", default="", metavar="PROJECT", help="log to this project of Weights & Biases too")
     return parser
 
 
@@ -54,7 +58,7 @@ def add_data_argument(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar=("NAME", "JSON", "IMAGE_ROOT"),
-        help="register COCO-format data under NAME (repeatable); NUM_CLASSES follows from it unless given in opts",
+        help="register COCO-format data as NAME (repeatable); sets NUM_CLASSES unless opts give it",
     )
 
 
@@ -73,15 +77,15 @@ def build_config(
         opts: KEY VALUE pairs as on the command line.
         register: NAME, JSON, IMAGE_ROOT of COCO-format data sets.
         baseline: switch RePr off, see ``train_argument_parser``.
-        eval_only, resume: nothing is trained, a checkpoint in OUTPUT_DIR comes first: what the classes follow from.
+        eval_only, resume: nothing is trained, a checkpoint in OUTPUT_DIR comes first.
 
     Raises:
-        UserError: the file is missing or malformed, a key is unknown, a value has the wrong type, a data set is bad.
+        UserError: file, key, value or data set is wrong.
     """
     cfg = get_cfg()
     add_repr_config(cfg)
     if len(opts) % 2:
-        raise UserError(f"options after the flags must be KEY VALUE pairs, got {len(opts)} words: {' '.join(opts)}")
+        raise UserError(f"options after the flags must be KEY VALUE pairs, got {' '.join(opts)}")
     merge_config_file(cfg, config_path(config_file))
     with naming_close_keys(cfg), as_user_error("command line"):
         cfg.merge_from_list(opts)
@@ -89,8 +93,8 @@ def build_config(
     cfg.OUTPUT_DIR = output_folder(cfg.OUTPUT_DIR, "OUTPUT_DIR", baseline and "OUTPUT_DIR" not in given)
     if baseline:
         cfg.REPR.ENABLED = False
-    data = (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
-    classes = classes_of_data(register, *data, eval_only, resume, cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS)
+    weights_in = folder_of_weights(cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS, resume) if eval_only else None
+    classes = prepare_data(register, cfg.DATASETS.TRAIN, cfg.DATASETS.TEST, weights_in)
     for key in ("MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.RETINANET.NUM_CLASSES"):
         if classes and key not in given:
             cfg.merge_from_list([key, classes])
@@ -98,29 +102,100 @@ def build_config(
     return cfg
 
 
-def classes_of_data(
-    register: Sequence[Sequence[str]],
-    train: Sequence[str],
-    test: Sequence[str],
-    eval_only: bool,
-    resume: bool,
-    output_dir: str,
-    weights: str,
-) -> int:
-    """Registers the data of a run, numbers its classes, and returns their number; 0 if it does not follow from them."""
-    register_data(register, train, test, eval_only)
-    folder = output_dir if resume and find_checkpoint(output_dir) else os.path.dirname(weights)
-    classes = classes_of_run(train, test, eval_only, folder)
-    return len(classes or ()) if register else 0
+def folder_of_weights(output_dir: str, weights: str, resume: bool) -> str:
+    """The folder of the checkpoint that is evaluated."""
+    return output_dir if resume and find_checkpoint(output_dir) else os.path.dirname(weights)
 
 
 def output_folder(folder: str, key: str, beside: bool) -> str:
-    """``folder`` with ~ and variables of the environment in it put in; ``beside``: that of the baseline beside it.
-
-    Raises:
-        UserError: a variable is not set.
-    """
+    """``folder`` without ~ and variables of the environment; ``beside``: that of the baseline beside it.
+    Raises UserError where a variable is not set."""
     expanded = os.path.expandvars(os.path.expanduser(folder))
     if unset := re.search(r"\$(\w+|\{\w+\})", expanded):
-        raise UserError(f"{key} {folder!r}: the variable {unset.group(1).strip('{}')} is not set in the environment")
+        raise UserError(f"{key} {folder!r}: the variable {unset.group(1).strip('{}')} is not set")
     return expanded.rstrip("/") + "_baseline" if beside else expanded
+
+
+def config_path(name: str) -> str:
+    """The file that --config-file means: a path, or the name of a shipped config; raises UserError if it is none."""
+    for path in (name, os.path.join(CONFIGS, name)):
+        if os.path.isfile(path):
+            return path
+    if not name:
+        raise UserError("--config-file is missing")
+    shipped = [str(path.relative_to(CONFIGS)) for path in (*CONFIGS.glob("*.yaml"), *CONFIGS.glob("lazy/*.py"))]
+    listed = ", ".join(sorted(shipped))
+    raise UserError(f"--config-file {name!r} is not a file, nor the name of a shipped config: {listed}")
+
+
+def merge_config_file(cfg: CfgNode, file: str) -> None:
+    """``cfg.merge_from_file`` of a file that runs nothing but arithmetic, as that of Detectron2's Base-RetinaNet.yaml.
+    Raises UserError naming the file, and what is wrong with it."""
+    with naming_close_keys(cfg), as_user_error(file):
+        try:
+            _Checked.load_yaml_with_base(file)
+        except RecursionError:
+            raise UserError(f"{file}: _BASE_ builds on this file again") from None
+        cfg.merge_from_file(file)
+
+
+@contextlib.contextmanager
+def naming_close_keys(cfg: CfgNode) -> Iterator[None]:
+    """A UserError of a key that ``cfg`` does not have names the ones that are closest to it."""
+    try:
+        yield
+    except UserError as error:
+        unknown = re.search(r"Non-existent (?:config )?key: ([\w.]+)", str(error))
+        known = {key.lower(): key for key in _keys(cfg)}
+        close = difflib.get_close_matches(unknown.group(1).lower(), known, n=2) if unknown else []
+        hint = f": did you mean {' or '.join(known[key] for key in close)}?" if close else ""
+        raise UserError(f"{error}{hint}") from error
+
+
+def _keys(node: CfgNode, path: str = "") -> Iterator[str]:
+    for key, value in node.items():
+        yield f"{path}{key}"
+        if isinstance(value, CfgNode):
+            yield from _keys(value, f"{path}{key}.")
+
+
+class _Checked(CfgNode):
+    """Checks every file that Detectron2 opens: one, and those that it builds on."""
+
+    @classmethod
+    def _open_cfg(cls, filename: str) -> io.StringIO:
+        with super()._open_cfg(filename) as opened:
+            text = opened.read()
+            if re.search(r"^dataloader:$", text, re.M) and "_target_:" in text:
+                raise UserError(f"{filename}: is the record of a LazyConfig: give the .py file that it was made from")
+            opened.seek(0)
+            content = yaml.load(opened, _Loader)  # errors name the file that they are in
+        if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+            found = "nothing" if content is None else str(content)[:40]
+            raise UserError(f"{filename}: must hold config keys with their values (MODEL: ...), got {found}")
+        for key, value in content.items():
+            if value is None:
+                raise UserError(f"{filename}: {key} is empty: give what belongs to it, or leave it out")
+        return io.StringIO(yaml.safe_dump(content))
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses what would run code, but for arithmetic, and a key that is given twice, of which yaml takes the last."""
+
+    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {twice[0]} stands there twice, put both blocks together", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+    def arithmetic(self, node: yaml.Node) -> list[str]:
+        texts = self.construct_sequence(node)
+        for text in texts:
+            if not _ARITHMETIC.fullmatch(str(text)):
+                raise yaml.constructor.ConstructorError(None, None, f"{text!r} is not arithmetic", node.start_mark)
+        return texts
+
+
+_Loader.add_constructor("tag:yaml.org,2002:python/object/apply:eval", _Loader.arithmetic)

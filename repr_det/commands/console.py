@@ -1,63 +1,47 @@
 """``repr-det COMMAND``: for an installed package, what tools/ is in a checkout. Studies are named, not imported."""
 
-import importlib
+import argparse
+import pkgutil
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 import repr_det
 
-_TOOL = ("repr_det.commands.processes", "run_tool")
-# Command -> module and function, what runs it and reports its errors, what it does.
+_TOOL = "repr_det.commands.processes:run_tool"
+# Command -> what it does, its function, and what runs that and reports its errors.
 _COMMANDS = {
-    "train": (
-        ("repr_det.commands.train", "start"),
-        _TOOL,
-        "train a detector with RePr, or its baseline, and evaluate it",
-    ),
+    "train": ("a detector with RePr, or its baseline", "repr_det.commands.train:start", _TOOL),
     "compare": (
-        ("repr_det.studies.comparison.command", "main"),
-        ("repr_det.studies.comparison.runner", "run_comparison_tool"),
-        "RePr and its baseline over several seeds, and a report",
+        "RePr and its baseline over several seeds",
+        "repr_det.studies.comparison.command:main",
+        "repr_det.studies.comparison.runner:run_comparison_tool",
     ),
-    "analyze": (("repr_det.studies.analysis", "main"), _TOOL, "how much the filters of a checkpoint overlap"),
+    "analyze": ("how much the filters of a checkpoint overlap", "repr_det.studies.analysis:main", _TOOL),
 }
-_STUDIES = ("jinja2", "matplotlib", "pandas", "tabulate")
-_USAGE = "usage: repr-det COMMAND ...\n\n" + "\n".join(f"  {name:10} {x[-1]}" for name, x in _COMMANDS.items())
+_INSTALLED_BY = dict.fromkeys(("jinja2", "matplotlib", "pandas", "tabulate"), "pip install 'repr_det[studies]'")
+_INSTALLED_BY |= dict.fromkeys(
+    ("detectron2", "fvcore"), "https://detectron2.readthedocs.io/en/latest/tutorials/install.html"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs a command; what the user gave wrong ends it with one line on stderr and status 2."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    command = arguments[0] if arguments else ""
-    if command in ("-h", "--help"):
-        print(f"{_USAGE}\n\nrepr-det COMMAND --help says more.")
-        return
-    if command == "--version":
-        print(f"repr_det {repr_det.__version__}")
-        return
-    if command == "benchmark":
-        _stop("repr-det benchmark is a program of the source tree now: python tools/benchmark.py --help")
-    if command not in _COMMANDS:
-        _stop(f"{command!r} is no command" if command else "a command is missing", _USAGE)
-    sys.argv = [f"repr-det {command}", *arguments[1:]]
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser("repr-det", epilog="repr-det COMMAND --help says more.")
+    parser.add_argument("--version", action="version", version=f"repr_det {repr_det.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (meaning, *_) in _COMMANDS.items():
+        commands.add_parser(name, help=meaning)
+    if words[:1] == ["benchmark"]:
+        parser.exit(2, "repr-det: error: benchmark is a program of the source tree: python tools/benchmark.py --help\n")
+    command = parser.parse_args(words[:1]).command
+    sys.argv = [f"repr-det {command}", *words[1:]]
     try:
-        importlib.import_module("repr_det.commands")  # first: it silences warnings of what is imported next
-        start, run = (getattr(importlib.import_module(module), name) for module, name in _COMMANDS[command][:2])
+        start, run = map(pkgutil.resolve_name, _COMMANDS[command][1:])
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing in ("", "repr_det"):
             raise
-        package = "'repr_det[studies]'" if missing in _STUDIES else missing
-        what = f"{missing}: pip install {package}"
-        if missing in ("detectron2", "fvcore"):
-            what = (
-                "Detectron2, which is not installed: https://detectron2.readthedocs.io/en/latest/tutorials/install.html"
-            )
-        _stop(f"repr-det {command} needs {what}")
+        how = _INSTALLED_BY.get(missing, f"pip install {missing}")
+        parser.exit(2, f"repr-det: error: repr-det {command} needs {missing}: {how}\n")
     run(start)
-
-
-def _stop(*lines: str) -> NoReturn:
-    sys.stderr.write("repr-det: error: " + "\n".join(lines) + "\n")
-    sys.exit(2)

@@ -1,65 +1,79 @@
-"""The data sets of a run: those of --register, and one numbering of the classes for all of them."""
+"""The data sets of a run: those of --register, one numbering of their classes, and checks of what they hold."""
 
+import itertools
 import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from detectron2.data import DatasetCatalog
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils.file_io import PathManager
 
-from repr_det.datasets import agree_on_classes, any_mapped, listed, own_classes, register_builtin, register_coco_format
+from repr_det.datasets import (
+    CocoSummary,
+    agree_on_classes,
+    any_mapped,
+    check_registered,
+    class_names,
+    listed,
+    own_classes,
+    register_builtin,
+    register_coco_format,
+    shared_images,
+)
+from repr_det.detectron.config import as_user_error
 from repr_det.method.errors import UserError
 from repr_det.runs.record import DATA_FILE
 
 logger = logging.getLogger(__name__)
+_SEMANTIC = ("PanopticFPN", "SemanticSegmentor", "PanopticDeepLab")
 
 
-def register_data(
-    register: Sequence[Sequence[str]], train: Sequence[str], test: Sequence[str], eval_only: bool = False
-) -> None:
-    """Registers the data sets that come with this package, and NAME, JSON, IMAGE_ROOT of --register.
+def prepare_data(
+    register: Sequence[Sequence[str]], train: Sequence[str], test: Sequence[str], weights_in: str | None = None
+) -> int:
+    """Registers this package's data sets and those of --register, and numbers the classes of a run.
+
+    Args:
+        register: NAME, JSON, IMAGE_ROOT of each.
+        train, test: DATASETS.TRAIN and DATASETS.TEST; unknown names are left to ``check_datasets``.
+        weights_in: folder of the checkpoint that is evaluated, whose classes come first, as far as they are known.
+
+    Returns:
+        the number of classes; 0 if it does not follow from --register.
 
     Raises:
-        UserError: a data set is bad, or other data than those of --register would be used.
+        UserError: a data set is bad, or none of --register is used.
     """
     register_builtin()
     for entry in register:
         register_coco_format(*entry)
-    names = {name for name, *_ in register}
-    unused = sorted(names - {*train, *test})
-    if unused:
-        what = f"--register {unused[0]}: no key names it, the run trains on {listed(train)} and tests on {listed(test)}"
-        if names.isdisjoint(test if eval_only else train):
-            keys = "DATASETS.TRAIN or DATASETS.TEST (of a LazyConfig dataloader.train or .test, dataset.names)"
-            raise UserError(f"{what}: name it in {keys}")
-        logger.warning(what)
-
-
-def classes_of_run(
-    train: Sequence[str], test: Sequence[str], eval_only: bool = False, folder: str | Path | None = None
-) -> tuple[str, ...] | None:
-    """Gives the data sets of a run one numbering of the classes, see ``datasets.agree_on_classes``.
-
-    Args:
-        train, test: DATASETS.TRAIN and DATASETS.TEST; unknown names are left to ``data_checks.check_datasets``.
-        eval_only: nothing is trained: the classes are those of the checkpoint in ``folder``, as far as they are known.
-
-    Returns:
-        the classes in the order of the model's outputs; None if no data set can be mapped.
-    """
+    _check_used({name for name, *_ in register}, train, test, train if weights_in is None else test)
     train, test = ([name for name in names if name in DatasetCatalog] for names in (train, test))
     if not any_mapped((train, test)):
-        return None
-    recorded = recorded_classes(folder) if eval_only else None
-    if eval_only:
+        return 0
+    recorded = None
+    if weights_in is not None:
+        recorded = recorded_classes(weights_in)
         trained = max(map(own_classes, train), key=len, default=())
         if recorded or not all(set(own_classes(name)) <= set(trained) for name in test):
             train = []
-    return agree_on_classes(train, test, recorded) if train or test else None
+    classes = agree_on_classes(train, test, recorded) if train or test else ()
+    return len(classes) if register else 0
 
 
-def recorded_classes(folder: str | Path | None) -> tuple[str, ...] | None:
-    """The classes of the run in ``folder`` in the order of its model's outputs; None if it left no record."""
+def _check_used(names: set[str], train: Sequence[str], test: Sequence[str], needed: Sequence[str]) -> None:
+    unused = sorted(names.difference(train, test))
+    if unused:
+        what = f"--register {unused[0]}: no key names it, the run trains on {listed(train)} and tests on {listed(test)}"
+        if names.isdisjoint(needed):
+            raise UserError(f"{what}: name it in DATASETS.TRAIN or TEST (LazyConfig: dataloader.*.dataset.names)")
+        logger.warning(what)
+
+
+def recorded_classes(folder: str | Path) -> tuple[str, ...] | None:
+    """The classes of the run in ``folder``, in the order of its outputs; None if it left no record."""
     try:
         known = json.loads((Path(folder) / DATA_FILE).read_text(encoding="utf-8"))
         lists = [tuple(dict.fromkeys(entry["classes"])) for entry in known.values()]
@@ -73,6 +87,79 @@ def check_same_classes(classes: Sequence[str], folder: str | Path) -> None:
     recorded = recorded_classes(folder)
     if recorded not in (None, tuple(classes)):
         raise UserError(
-            f"the run in {folder} was trained on the classes {listed(recorded, 20)}, in this order, and the data of "
-            f"this one have {listed(classes, 20)}: give the data sets of that run, or another OUTPUT_DIR"
+            f"the run in {folder} has the classes {listed(recorded, 20)}, in this order, and these data have "
+            f"{listed(classes, 20)}: give its data sets, or another OUTPUT_DIR"
         )
+
+
+def check_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
+    """Every data set of the run exists, is well formed, has what the model learns from, and the model's classes."""
+    train, test = (() if eval_only else cfg.DATASETS.TRAIN), cfg.DATASETS.TEST
+    mapped = any_mapped((train, test))  # refuses a name in place of names
+    key, needed = ("TEST", test) if eval_only else ("TRAIN", train)
+    if not needed:
+        raise UserError(f"DATASETS.{key} is empty: name at least one registered data set")
+    summaries = {name: check_registered(name, for_evaluation=name in test) for name in dict.fromkeys((*train, *test))}
+    if not (eval_only and mapped):  # those are mapped to the classes of the checkpoint
+        agree_on_classes(train, test)
+    head = "RETINANET" if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else "ROI_HEADS"
+    number = cfg.MODEL[head].NUM_CLASSES
+    for name, summary in summaries.items():
+        classes = len(class_names(name))
+        if classes != number:
+            raise UserError(f"MODEL.{head}.NUM_CLASSES is {number}, but {name} has {classes} classes: set it to that")
+        if summary and cfg.MODEL.MASK_ON:
+            _check_masks(cfg, name, summary, name in train, name in test)
+        if summary and cfg.MODEL.KEYPOINT_ON:
+            _check_keypoints(name, summary, name in train, name in test)
+        if summary and name in train and cfg.MODEL.META_ARCHITECTURE in _SEMANTIC:
+            raise UserError(
+                f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} learns from semantic segmentation, which "
+                f"{name} (COCO format) does not have: use register_coco_panoptic_separated"
+            )
+    if cfg.MODEL.LOAD_PROPOSALS:
+        for which in ("TEST",) if eval_only else ("TRAIN", "TEST"):
+            _check_proposals(f"PROPOSAL_FILES_{which}", cfg.DATASETS, len(cfg.DATASETS[which]))
+    for trained, tested in itertools.product(train, test):
+        if summaries[trained] and summaries[tested]:
+            _warn_of_shared_images(trained, summaries[trained], tested, summaries[tested])
+
+
+def _warn_of_shared_images(trained: str, train: CocoSummary, tested: str, test: CocoSummary) -> None:
+    pairs, compared = shared_images(train.files, test.files)
+    if pairs:
+        logger.warning(
+            f"{len(pairs)} of {compared} images of {tested} (DATASETS.TEST) that were compared are in {trained} "
+            f"(DATASETS.TRAIN) too, such as {pairs[0][1]}: AP of trained images says nothing about new ones"
+        )
+
+
+def _check_masks(cfg: CfgNode, name: str, summary: CocoSummary, train: bool, test: bool) -> None:
+    for purpose in ("masks", "crowd masks") if test else ("masks",):
+        _refuse("MODEL.MASK_ON", name, summary.gaps.get(purpose))
+    if train and "polygons" in summary.gaps and cfg.INPUT.MASK_FORMAT == "polygon":
+        gap = summary.gaps["polygons"][0]
+        raise UserError(f"INPUT.MASK_FORMAT is 'polygon', but in {name} {gap}: set it to bitmask")
+
+
+def _check_keypoints(name: str, summary: CocoSummary, train: bool, test: bool) -> None:
+    metadata, gaps = MetadataCatalog.get(name), []
+    wanted, found = 3 * len(metadata.get("keypoint_names") or ()), sorted(summary.keypoint_numbers)
+    if train and found != [wanted]:
+        gaps = [f"objects have {listed(found)} numbers as keypoints, and its keypoint_names ask for {wanted}"]
+    elif train and (not wanted or metadata.get("keypoint_flip_map") is None):
+        gaps = ["MetadataCatalog has no keypoint_names and keypoint_flip_map"]
+    _refuse("MODEL.KEYPOINT_ON", name, gaps or (test and summary.gaps.get("keypoints")))
+
+
+def _refuse(key: str, name: str, gaps: list[str] | None) -> None:
+    if gaps:
+        raise UserError(f"{key} is True, but in {name} {gaps[0]}: fix it, or set {key} to False")
+
+
+def _check_proposals(key: str, datasets: CfgNode, number: int) -> None:
+    if len(datasets[key]) != number:
+        raise UserError(f"DATASETS.{key} must name a file for each of {number} data sets, got {datasets[key]}")
+    for path in datasets[key]:
+        with as_user_error(f"DATASETS.{key} {path!r} cannot be read"):
+            open(PathManager.get_local_path(path), "rb").close()

@@ -1,13 +1,16 @@
-"""The processes of a tool: how it ends, how a run is set up in each, how several are launched."""
+"""The processes of a run, which Detectron2's launch or torchrun starts: how they meet, begin and end."""
 
 import argparse
+import contextlib
 import logging
 import multiprocessing
 import os
 import re
 import signal
+import socket
 import sys
 import time
+import uuid
 from collections.abc import Callable
 from datetime import timedelta
 from logging.handlers import MemoryHandler
@@ -24,7 +27,6 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
-from repr_det.commands.world import Launched, dist_url, nobody_came
 from repr_det.detectron.config import without_repr
 from repr_det.method.errors import UserError
 from repr_det.runs.files import advice_for, write_atomically
@@ -33,17 +35,116 @@ from repr_det.runs.record import CONFIG_FILE
 from repr_det.runs.stopping import STATUS, Stopped, answer_signals, end_with_parent
 
 STOCK_CONFIG_FILE = "config_detectron2.yaml"
+_KEY = "repr_det/meeting"
 _FOR_THE_FIRST_TO_SPEAK = 5.0  # seconds
-_FOR_THE_LAST_TO_END = 30.0  # seconds that a resumed run waits for the one that it continues, which may be saving
-_HELD: list[RunLock] = []
+_FOR_THE_LAST_TO_END = 30.0  # seconds; the run that is continued may be saving
+_USER_ERROR = re.compile(r"^repr_det\.[\w.]+Error: ")  # how a traceback ends
+_AT_THE_END = contextlib.ExitStack()
 _EARLY = MemoryHandler(1000, flushLevel=logging.CRITICAL + 1)  # what is said before a run has a log of its own
 _EARLY.setLevel(logging.WARNING)
 
 
+def torchrun_job() -> str:
+    """The job of torchrun, the same after a restart; "" in a process that it did not start."""
+    job = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    # "none" is torchrun's default; then the agent itself is the job.
+    return f"{socket.gethostname()} {os.getppid()}" if job == "none" else job
+
+
+def _of_torchrun(key: str, otherwise: int) -> int:
+    return int(os.environ[key]) if torchrun_job() else otherwise
+
+
+def join_torchrun(device: str, seconds: float) -> None:
+    """Makes the group of torchrun's processes; raises UserError if the others do not come within ``seconds``."""
+    on_gpu, timeout = torch.device(device).type == "cuda", timedelta(seconds=seconds)
+    if on_gpu:
+        torch.cuda.set_device(_of_torchrun("LOCAL_RANK", 0))
+    try:
+        # The board must live until all have met: on rank 0 it may be the server that the others read.
+        board, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+        store, backend = _store_of_this_start(board, rank, timeout), "nccl" if on_gpu else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    except (RuntimeError, ValueError, OSError) as error:  # torch's own are RuntimeErrors
+        raise _nobody_came(f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", str(error)) from error
+    comm.create_local_process_group(_of_torchrun("LOCAL_WORLD_SIZE", 1))
+    comm.synchronize()
+
+
+def _store_of_this_start(board: dist.Store, rank: int, timeout: timedelta) -> dist.Store:
+    """A store that rank 0 opens anew; ``board`` only tells where.
+
+    torchrun's agents share one store over all restarts, with addresses of dead processes, and each counts restarts by
+    itself: nothing in their environment names this start for all.
+    """
+    host, deadline = os.environ["MASTER_ADDR"], time.monotonic() + timeout.total_seconds()
+    if rank == 0:
+        name = uuid.uuid4().hex
+        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        store.set(name, "here")
+        board.set(_KEY, f"{store.port} {name}")
+        return store
+    while True:
+        port, name = board.get(_KEY).decode().split()
+        try:
+            store = dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=5))
+            store.get(name)
+            store.set_timeout(timeout)
+            return store
+        except RuntimeError:  # it was that of a rank 0 that is gone
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.2)
+
+
+def _nobody_came(address: str, reason: str) -> UserError:
+    return UserError(
+        f"the processes of this run did not meet at {address} ({reason.splitlines()[0]}): start all, with the same "
+        "address, a free port and a host that each can reach"
+    )
+
+
+def check_processes(args: argparse.Namespace) -> tuple[int, int]:
+    """Returns the numbers of processes here and of machines; raises UserError naming an option that is wrong."""
+    if not torchrun_job():
+        _check_options(args)
+        return args.num_gpus, args.num_machines
+    size, here = _of_torchrun("WORLD_SIZE", 1), _of_torchrun("LOCAL_WORLD_SIZE", 1)
+    if (args.num_gpus, args.num_machines, args.machine_rank) != (1, 1, 0):
+        raise UserError("torchrun takes --nproc_per_node and --nnodes: leave out --num-gpus and --num-machines")
+    if size % here:
+        raise UserError(f"{here} of {size} processes are here: start as many on every machine")
+    return here, size // here
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    if args.num_machines == 1:
+        refuse_srun()
+    for name in ("num_gpus", "num_machines"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    if not 0 <= args.machine_rank < args.num_machines:
+        raise UserError(f"--machine-rank must be in 0 ... {args.num_machines - 1}, got {args.machine_rank}")
+    if args.num_machines > 1 and args.dist_url == "auto":
+        raise UserError(f"--num-machines {args.num_machines} needs --dist-url tcp://HOST:PORT, HOST being machine 0")
+
+
+def refuse_srun() -> None:
+    """Raises UserError in one of several tasks of srun, each of which would train for itself."""
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if int(tasks) > 1:
+        raise UserError(f"srun starts {tasks} runs here: for one, srun torchrun --nnodes ... --nproc_per_node ...")
+
+
+def refuse_launchers(tool: str) -> None:
+    """Raises UserError if a tool that starts runs itself was started several times."""
+    if torchrun_job():
+        raise UserError(f"{tool} starts its runs itself: call it without torchrun (--num-gpus N for each run)")
+    refuse_srun()
+
+
 def run_tool(main: Callable[[], Any]) -> None:
-    """Runs a tool; a UserError or a fault of the machine ends it with one line on stderr and status 2, a signal to stop
-    with status 75."""
-    launched = Launched.found()
+    """Runs a tool; a UserError or a fault of the machine ends it with one line and status 2, a signal with 75."""
     logging.basicConfig(format="%(levelname)s: %(message)s")  # until a run has logs of its own
     logging.getLogger().addHandler(_EARLY)
     try:
@@ -57,19 +158,23 @@ def run_tool(main: Callable[[], Any]) -> None:
         text = str(error).split(". ")[0] or "a loader worker could not hand over its images"
         what = f"{text}: {advice}; a run goes on with --resume"
     except Stopped as stopped:
-        if launched is None or launched.rank == 0:
+        if _of_torchrun("RANK", 0) == 0:
             _say(f"stopped by {stopped.asked} with status {STATUS}; the same command with --resume continues")
         raise
-    if launched is not None and launched.local_rank > 0:
-        # What the first process here says as well is said once: torchrun ends this one when that one has ended.
+    if _of_torchrun("LOCAL_RANK", 0) > 0:
+        # What the first process here says too is said once: torchrun then ends this one.
         time.sleep(_FOR_THE_FIRST_TO_SPEAK)
     _say(f"error: {what}")
     sys.exit(2)
 
 
 def _say(line: str) -> None:
-    sys.stderr.write(f"{Path(sys.argv[0]).name}: {line}\n")
-    sys.stderr.flush()
+    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+
+
+def _last_line(error: Exception) -> str:
+    """The message; of an error from another process, a traceback, the one that ends it."""
+    return _USER_ERROR.sub("", str(error).rstrip().rpartition("\n")[2])
 
 
 def write_configs(cfg: CfgNode, folder: Path) -> None:
@@ -82,25 +187,20 @@ def setup_process(args: argparse.Namespace, cfg: CfgNode, config: str) -> None:
     """Lock, threads, logs and seeds of one process of a run.
 
     As Detectron2's ``default_setup``, but config.yaml is not written: it is the record of a run that trains, see
-    ``runs.record``. ``args.resume`` becomes what rank 0 has found, see ``may_continue``.
-
-    Args:
-        config: the text of the config, for the log.
-
-    Raises:
-        UserError: another process trains in OUTPUT_DIR.
+    ``runs.record``. ``args.resume`` becomes what rank 0 has found, see ``may_continue``. The log shows ``config``.
+    Raises UserError where another process trains in OUTPUT_DIR.
     """
     folder, rank = cfg.OUTPUT_DIR, comm.get_rank()
-    _take(args, folder)
+    if not args.eval_only and folder:
+        _take(args, folder)
     if cfg.MODEL.DEVICE == "cpu" and comm.get_world_size() > 1 and "OMP_NUM_THREADS" not in os.environ:
         # Every process would take all cores for itself, and they would wait for each other most of the time.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // comm.get_local_size()))
-    if comm.is_main_process() and folder:
-        os.makedirs(folder, exist_ok=True)
     setup_logger(folder, distributed_rank=rank, name="fvcore")
     logger = setup_logger(folder, distributed_rank=rank)
     setup_logger(folder, distributed_rank=rank, name="repr_det", abbrev_name="repr")
-    _log_early_warnings(vars(args).pop("early", []))
+    for name, warning in vars(args).pop("early", []):
+        logging.getLogger(name).warning(warning)
     logging.getLogger("detectron2.engine.train_loop").addFilter(_one_line_for_user_errors)
     logger.info("Rank of current process: %d. World size: %d", rank, comm.get_world_size())
     logger.info("Environment info:\n%s", collect_env_info())
@@ -114,35 +214,29 @@ def setup_process(args: argparse.Namespace, cfg: CfgNode, config: str) -> None:
         torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
 
 
-def _log_early_warnings(warnings: list[tuple[str, str]]) -> None:
-    """Writes into the log what stands on the terminal already."""
-    logging.getLogger().removeHandler(_EARLY)
-    for handler in logging.getLogger("repr_det").handlers:
-        if getattr(handler, "stream", None) is not sys.stdout:
-            for name, text in warnings:
-                handler.handle(logging.LogRecord(name, logging.WARNING, __file__, 0, text, None, None))
+def _one_line_for_user_errors(record: logging.LogRecord) -> bool:
+    """Detectron2 logs a traceback for whatever ends a run; run_tool prints one line for what a user can act on."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not (isinstance(error, UserError) or advice_for(error))
 
 
 def may_continue(args: argparse.Namespace, folder: str) -> bool:
-    """``--resume``, or that the job which a launcher starts again has begun the run in ``folder``.
+    """``--resume``, or that the job that torchrun restarts has begun the run in ``folder``.
 
     Rank 0 decides; the others may, whatever they see, and get its decision in ``setup_process``.
     """
-    launched = Launched.found()
-    return args.resume or (launched is not None and (launched.rank > 0 or job_of(folder) == launched.job))
+    has_begun = torchrun_job() != "" and job_of(folder) == torchrun_job()
+    return args.resume or _of_torchrun("RANK", 0) > 0 or has_begun
 
 
 def _take(args: argparse.Namespace, folder: str) -> None:
     """Rank 0 locks the folder; every rank learns whether it could, and whether the run is resumed."""
-    if args.eval_only or not folder:
-        return
     trouble = ""
     if comm.is_main_process():
-        launched = Launched.found()
-        lock = RunLock(folder, "" if launched is None else launched.job)
+        lock = RunLock(folder, torchrun_job())
         try:
             lock.acquire(_FOR_THE_LAST_TO_END if args.resume else 0.0)
-            _HELD.append(lock)
+            _AT_THE_END.callback(lock.release)
         except UserError as error:
             trouble = str(error)
     trouble, args.resume = comm.all_gather((trouble, args.resume))[0]
@@ -151,23 +245,22 @@ def _take(args: argparse.Namespace, folder: str) -> None:
 
 
 def launch_processes(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace, device: str) -> None:
-    """Runs ``main(args)`` in this process if a launcher started it, else in the processes that ``args`` asks for."""
+    """Runs ``main(args)`` in this process if torchrun started it, else in the processes that ``args`` asks for."""
     args.early = [(record.name, record.getMessage()) for record in _EARLY.buffer]
     if device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # several CPU processes talk by gloo, also on a machine with GPUs
-    launched = Launched.found() if args.num_machines == 1 else None
-    if launched is None and args.num_gpus * args.num_machines > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # several CPU processes talk by gloo, beside GPUs too
+    if args.num_gpus * args.num_machines > 1:
         _launch(main, args)
         return
-    if launched is not None:
+    if torchrun_job():
         end_with_parent()
-        if launched.size > 1:
-            launched.join(device, args.rendezvous_timeout)
+    if _of_torchrun("WORLD_SIZE", 1) > 1:
+        join_torchrun(device, args.rendezvous_timeout)
     _run(main, args)
 
 
 def _launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
-    """Detectron2's launch; a signal reaches its processes, and what ends one of them ends all with one line."""
+    """Detectron2's launch; a signal reaches all its processes, and what ends one ends all with one line."""
     asked = ""
 
     def pass_on(number: int, _: object) -> None:
@@ -179,28 +272,28 @@ def _launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace)
         for process in processes:
             os.kill(process.pid, number)
 
-    url, timeout = dist_url(args), timedelta(seconds=args.rendezvous_timeout)
+    timeout = timedelta(seconds=args.rendezvous_timeout)
     try:
         with answer_signals(pass_on):
-            launch(_run, args.num_gpus, args.num_machines, args.machine_rank, url, (main, args), timeout)
+            launch(_run, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, (main, args), timeout)
     except ProcessRaisedException as error:
-        text = str(error).rstrip()
-        if "init_process_group" in text:
-            raise nobody_came(url, text.rpartition("\n")[2]) from None
-        if not re.search(r"\nrepr_det\.[\w.]+Error: .*$", text):
+        last = str(error).rstrip().rpartition("\n")[2]
+        if "init_process_group" in str(error):
+            raise _nobody_came(args.dist_url, last) from None
+        if not _USER_ERROR.match(last):
             raise
         raise UserError(_last_line(error)) from None
     except ProcessExitedException as error:
         if asked or error.exit_code == STATUS:
             raise Stopped(asked or "a signal to one of its processes") from None
-        raise UserError(f"{error}, so the run stops; what is saved is untouched: continue with --resume") from None
+        raise UserError(f"{error}, so the run stops; continue it with --resume") from None
 
 
 def _run(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
-    """Detectron2's processes exit as members of their group, and gloo's threads then abort some of them (SIGABRT). One
-    that fails does not leave: its peers may still wait for it."""
+    """Leaves the process group at the end: gloo's threads abort some processes that exit as members. One that fails
+    does not leave: its peers may still wait for it."""
     try:
-        with answer_signals():
+        with _AT_THE_END, answer_signals():
             main(args)
     except Stopped as stopped:
         if dist.is_initialized() and not stopped.together:
@@ -208,23 +301,9 @@ def _run(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) ->
             os._exit(STATUS)  # in the middle of whatever its peers do
         _leave_the_group()
         raise
-    finally:
-        while _HELD:
-            _HELD.pop().release()
     _leave_the_group()
 
 
 def _leave_the_group() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _last_line(error: Exception) -> str:
-    """The message; of an error from another process, whose message is a traceback, the one that ends it."""
-    return re.sub(r"^repr_det\.[\w.]+Error: ", "", str(error).rstrip().rpartition("\n")[2])
-
-
-def _one_line_for_user_errors(record: logging.LogRecord) -> bool:
-    """Detectron2 logs a traceback for whatever ends a run; what a user can act on is one line, printed by run_tool."""
-    error = record.exc_info[1] if record.exc_info else None
-    return not (isinstance(error, UserError) or advice_for(error))

@@ -15,11 +15,9 @@ from detectron2.utils import comm
 
 from repr_det.commands.arguments import build_config, train_argument_parser
 from repr_det.commands.checks import check_run
-from repr_det.commands.processes import launch_processes, may_continue, setup_process, write_configs
-from repr_det.commands.world import check_processes
+from repr_det.commands.processes import check_processes, launch_processes, may_continue, setup_process, write_configs
 from repr_det.detectron.engine import Trainer
-from repr_det.detectron.hook import RePrHook
-from repr_det.detectron.passes import epochs_of, map_dataset
+from repr_det.detectron.passes import epochs_of
 from repr_det.detectron.trackers import check_wandb
 from repr_det.runs.checkpoints import AtomicCheckpointer, find_checkpoint
 from repr_det.runs.guard import FiniteGuard
@@ -33,8 +31,7 @@ class Run:
     """A run that a config file describes.
 
     Attributes:
-        cfg: what checks, hooks and loaders take; of a LazyConfig what it stands for.
-        trainer: builds model, optimizer, data and evaluation as the config says.
+        cfg: what checks, hooks and loaders take.
         text: the config as the log shows it.
         write_config: writes config.yaml, and other files, into a folder.
         unread: returns the keys that nothing has read.
@@ -53,7 +50,7 @@ def run_of(args: argparse.Namespace) -> Run:
     """Returns the run that ``args`` ask for."""
     given = (args.config_file, args.opts, args.register, args.baseline, args.eval_only, args.resume)
     if args.config_file.endswith(".py"):
-        return importlib.import_module("repr_det.commands.lazy_train").lazy_run(*given)
+        return importlib.import_module("repr_det.commands.lazy").lazy_run(*given)
     cfg = build_config(*given)
     return Run(cfg, Trainer, cfg.dump(), functools.partial(write_configs, cfg))
 
@@ -65,13 +62,11 @@ def start(argv: list[str] | None = None) -> None:
     run = run_of(args)
     cfg = run.cfg
     with run.naming():
-        world = check_processes(args)
+        processes = check_processes(args)
         args.resume = may_continue(args, cfg.OUTPUT_DIR)
-        check_run(cfg, args.resume, args.eval_only, world=world, trainer=run.trainer)
+        check_run(cfg, args.resume, args.eval_only, *processes, run.trainer)
     if args.eval_only and args.resume and "MODEL.WEIGHTS" in args.opts and find_checkpoint(cfg.OUTPUT_DIR):
-        logger.warning(
-            "--resume evaluates the checkpoint of OUTPUT_DIR: MODEL.WEIGHTS %s is not read", cfg.MODEL.WEIGHTS
-        )
+        logger.warning("--resume evaluates the checkpoint of OUTPUT_DIR, not MODEL.WEIGHTS %s", cfg.MODEL.WEIGHTS)
     launch_processes(main, args, str(cfg.MODEL.DEVICE))
 
 
@@ -103,19 +98,8 @@ def _train(run: Run, args: argparse.Namespace) -> dict | None:
     trainer.resume_or_load(resume=args.resume)
     data_sets = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
     trainer.register_hooks([RunRecord(cfg.OUTPUT_DIR, run.write_config, data_sets)])
-    logger.info(describe_run(trainer))
+    solver, epochs = trainer.cfg.SOLVER, epochs_of(trainer, None)
+    length = f"{solver.MAX_ITER} iterations of {solver.IMS_PER_BATCH} images"
+    length += "" if epochs is None else f", {epochs:.3g} epochs"
+    logger.info("%s; RePr is %s (REPR.ENABLED)", length, "on" if cfg.REPR.ENABLED else "off")
     return trainer.train()
-
-
-def describe_run(trainer: Trainer) -> str:
-    """One line: the images and epochs of a run, and whether RePr is on."""
-    cfg = trainer.cfg
-    line = f"{cfg.SOLVER.MAX_ITER} iterations of {cfg.SOLVER.IMS_PER_BATCH} images"
-    epochs = epochs_of(trainer, None)
-    if epochs is not None:
-        images = len(map_dataset(trainer._trainer.data_loader))
-        line = f"{images} training images, {line}: {epochs:.3g} epochs"
-    hook = next((hook for hook in trainer._hooks if isinstance(hook, RePrHook)), None)
-    if hook is None:
-        return f"{line}; RePr is off: REPR.ENABLED True, or one of the configs repr_*.yaml, switches it on"
-    return f"{line}; RePr is on ({cfg.REPR.CRITERION}; REPR.ENABLED False switches it off)"

@@ -22,7 +22,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from repr_det.commands.arguments import add_data_argument, build_config
-from repr_det.commands.data_checks import check_datasets
+from repr_det.commands.data import check_datasets
 from repr_det.detectron.config import options_of_config
 from repr_det.detectron.engine import Trainer
 from repr_det.detectron.passes import training_passes

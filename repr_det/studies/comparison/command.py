@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from repr_det.commands.arguments import add_data_argument
-from repr_det.commands.world import refuse_torchrun
+from repr_det.commands.processes import refuse_launchers
 from repr_det.datasets import register_builtin, register_coco_format
 from repr_det.method.errors import UserError
 from repr_det.runs.files import write_atomically
@@ -76,7 +76,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Runs the command; ``runner.run_comparison_tool`` reports what it raises."""
     args = parse(argv)
-    refuse_torchrun("compare.py")
+    refuse_launchers("compare.py")
     _check_arguments(args)
     if args.report_only:
         study, settings = _remembered(args.output)

@@ -13,7 +13,7 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog
 
-from repr_det.commands.config_files import merge_config_file
+from repr_det.commands.arguments import merge_config_file
 from repr_det.detectron.config import add_repr_config, scale_to_world
 from repr_det.method.errors import UserError
 from repr_det.runs.files import EVENTS_FILE, METRICS_FILE

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 import repr_det
-from repr_det.commands.data_checks import check_datasets
+from repr_det.commands.data import check_datasets
 from repr_det.method.errors import UserError
 from repr_det.method.orthogonality import inter_filter_orthogonality
 from repr_det.runs.files import FINAL_CHECKPOINT, write_atomically

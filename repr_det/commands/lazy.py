@@ -1,0 +1,301 @@
+"""Runs of a LazyConfig: the yacs config that it stands for, and its Trainer."""
+
+import contextlib
+import copy
+import difflib
+import functools
+import inspect
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
+from detectron2.engine import HookBase, hooks
+from detectron2.evaluation import COCOEvaluator, inference_on_dataset, print_csv_format
+from detectron2.solver import LRMultiplier
+from detectron2.utils import comm
+from detectron2.utils.registry import locate
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from torch import nn
+
+from repr_det.commands.arguments import config_path, folder_of_weights, naming_close_keys, output_folder
+from repr_det.commands.data import prepare_data
+from repr_det.commands.train import Run
+from repr_det.datasets import CocoEvaluator, listed
+from repr_det.detectron.config import add_repr_config, as_user_error
+from repr_det.detectron.decay import decays, defined_at_its_end
+from repr_det.detectron.engine import Trainer
+from repr_det.method.errors import UserError
+from repr_det.method.options import CONFIG_KEYS
+from repr_det.runs.record import CONFIG_FILE
+
+# Keys of a LazyConfig that are read, and those of a yaml config that mean the same.
+KEYS = {
+    "model.num_classes": "MODEL.RETINANET.NUM_CLASSES",
+    "model.roi_heads.num_classes": "MODEL.ROI_HEADS.NUM_CLASSES",
+    "dataloader.train.dataset.names": "DATASETS.TRAIN",
+    "dataloader.test.dataset.names": "DATASETS.TEST",
+    "dataloader.train.total_batch_size": "SOLVER.IMS_PER_BATCH",
+    "dataloader.train.num_workers": "DATALOADER.NUM_WORKERS",
+    "dataloader.train.aspect_ratio_grouping": "DATALOADER.ASPECT_RATIO_GROUPING",
+    "dataloader.train.mapper.use_instance_mask": "MODEL.MASK_ON",
+    "dataloader.train.mapper.use_keypoint": "MODEL.KEYPOINT_ON",
+    "dataloader.train.mapper.instance_mask_format": "INPUT.MASK_FORMAT",
+    "dataloader.evaluator.output_dir": "",
+    "train.max_iter": "SOLVER.MAX_ITER",
+    "train.amp.enabled": "SOLVER.AMP.ENABLED",
+    "train.checkpointer.period": "SOLVER.CHECKPOINT_PERIOD",
+    "train.checkpointer.max_to_keep": "",
+    "train.log_period": "",
+    "train.eval_period": "TEST.EVAL_PERIOD",
+    "train.seed": "SEED",
+    "train.output_dir": "OUTPUT_DIR",
+    "train.device": "MODEL.DEVICE",
+    "train.init_checkpoint": "MODEL.WEIGHTS",
+    "train.cudnn_benchmark": "CUDNN_BENCHMARK",
+    "train.float32_precision": "FLOAT32_PRECISION",
+}
+_NODES = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
+_CALLED = ("model", "dataloader", "optimizer", "lr_multiplier", "repr")  # their callables refuse what they do not take
+
+
+def lazy_run(config_file: str, overrides: list[str], *rest: object) -> Run:
+    """The run of a LazyConfig; the arguments are those of ``load_lazy_config``."""
+    cfg = load_lazy_config(config_file, overrides, *rest)
+    as_given = copy.deepcopy(cfg)
+
+    def write_config(folder: Path) -> None:
+        LazyConfig.save(as_given, str(folder / CONFIG_FILE))
+
+    name, loaded = OmegaConf.select(cfg, "dataloader.evaluator.dataset_name"), _data_sets(cfg, "test")
+    if name is not None and name not in loaded:
+        raise UserError(f"dataloader.evaluator.dataset_name must be that of dataloader.test {loaded}, got {name!r}")
+    unread = record_reads(cfg)
+    settings = repr_cfg_from_lazy(cfg)
+    text = Path(config_path(config_file)).read_text(encoding="utf-8")
+    return Run(settings, LazyTrainer.of(cfg), text, write_config, unread, functools.partial(naming_lazy_keys, cfg))
+
+
+def load_lazy_config(
+    config_file: str,
+    overrides: list[str],
+    register: Sequence[Sequence[str]] = (),
+    baseline: bool = False,
+    eval_only: bool = False,
+    resume: bool = False,
+) -> DictConfig:
+    """A LazyConfig with overrides ``path.key=value``; the rest as in ``arguments.build_config``.
+
+    Raises:
+        UserError: file, override or data set is wrong.
+    """
+    config_file = config_path(config_file)
+    with as_user_error(config_file):
+        cfg = LazyConfig.load(config_file)
+    if missing := [node for node in _NODES if node not in cfg]:
+        raise UserError(f"{config_file} lacks {missing[0]}: define {', '.join(_NODES)}")
+    with as_user_error("overrides must be path.key=value"):
+        _refuse_unknown_keys(cfg, overrides)
+        cfg = LazyConfig.apply_overrides(cfg, overrides)
+    given = {override.partition("=")[0] for override in overrides}
+    folder, key = OmegaConf.select(cfg, "train.output_dir", default="./output"), "train.output_dir"
+    cfg.train.output_dir = folder = output_folder(str(folder), key, baseline and key not in given)
+    if baseline and "repr" in cfg:
+        cfg.repr.ENABLED = False
+    weights = OmegaConf.select(cfg, "train.init_checkpoint", default="")
+    weights_in = folder_of_weights(folder, weights, resume) if eval_only else None
+    classes = prepare_data(register, _data_sets(cfg, "train"), _data_sets(cfg, "test"), weights_in)
+    for key, own in KEYS.items():
+        if classes and own.endswith("NUM_CLASSES") and key not in given and OmegaConf.select(cfg, key) is not None:
+            OmegaConf.update(cfg, key, classes)
+    return cfg
+
+
+def _data_sets(cfg: DictConfig, which: str) -> tuple[str, ...]:
+    names = OmegaConf.select(cfg, f"dataloader.{which}.dataset.names") or ()
+    return tuple(names) if isinstance(names, (list, tuple, ListConfig)) else (names,)
+
+
+def _refuse_unknown_keys(cfg: DictConfig, overrides: list[str]) -> None:
+    """A key that the config lacks is a typo, unless the override says that it is new (``+path.key=value``), or the
+    ``_target_`` of its node, Detectron2 or this package takes it. Keys of ``repr`` are checked where it is read."""
+    for override in OverridesParser.create().parse_overrides(overrides):
+        key = override.key_or_group
+        if override.is_add() or key in KEYS or key.startswith("repr"):
+            continue
+        where, _, name = key.rpartition(".")
+        while where and OmegaConf.select(cfg, where) is None:
+            where, _, name = where.rpartition(".")
+        node = OmegaConf.select(cfg, where) if where else cfg
+        children = list(node) if isinstance(node, DictConfig) else []
+        if isinstance(node, ListConfig):
+            children = [str(number) for number in range(len(node))]
+        if name in children or _takes(node, name):
+            continue
+        close = [f"{where}.{child}".lstrip(".") for child in difflib.get_close_matches(name, children, n=2)]
+        hint = f"did you mean {' or '.join(close)}?" if close else f"it has {listed(children)}"
+        raise UserError(
+            f"override {key}: the config has no {name!r} in {where or 'it'}; {hint} (+{key}=... adds a new key)"
+        )
+
+
+def _takes(node: Any, name: str) -> bool:
+    """Tells whether the callable of a LazyCall has this argument."""
+    target = node.get("_target_") if isinstance(node, DictConfig) else None
+    try:
+        parameters = inspect.signature(locate(target) if isinstance(target, str) else target).parameters
+    except (TypeError, ValueError, ImportError):
+        return False
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def record_reads(cfg: DictConfig) -> Callable[[], list[str]]:
+    """Makes the keys of ``train``, and of other nodes that are not called, interpolations that note when they are read.
+
+    Returns:
+        a function that names the keys that have not been read.
+    """
+    values: dict[str, Any] = {}
+    used: set[str] = set()
+
+    def read(key: str) -> Any:
+        used.add(key)
+        return values[key]
+
+    OmegaConf.register_new_resolver("repr_det.read", read, replace=True)
+    for name in cfg:
+        if name not in _CALLED and isinstance(cfg[name], DictConfig):
+            for key in list(cfg[name]):
+                values[f"{name}.{key}"] = cfg[name][key]
+                cfg[name][key] = f"${{repr_det.read:{name}.{key}}}"
+    return lambda: sorted(values.keys() - used)
+
+
+def repr_cfg_from_lazy(cfg: DictConfig) -> CfgNode:
+    """The config that checks and RePrHook take, from a LazyConfig.
+
+    REPR comes from the node ``repr`` (L(RePrHook)(...), or keys as in yaml; RePr off without it), the learning-rate
+    steps from where ``lr_multiplier`` decays, the rest by ``KEYS``. Other keys have Detectron2's defaults and say
+    nothing about the model.
+
+    Raises:
+        UserError: a key is unknown or of the wrong type, or ``train.max_iter`` is missing.
+    """
+    yacs = get_cfg()
+    add_repr_config(yacs)
+    yacs.FLOAT32_PRECISION = ""
+    yacs.SOLVER.WARMUP_ITERS = yacs.DATALOADER.NUM_WORKERS = 0
+    yacs.SOLVER.LR_SCHEDULER_NAME = "WarmupMultiStepLR"
+    with naming_close_keys(yacs), as_user_error("the node repr of the LazyConfig"):
+        _merge_repr(yacs, cfg.get("repr") or {})
+    found = {own: OmegaConf.select(cfg, key) for key, own in KEYS.items() if own}
+    found |= {"DATASETS.TRAIN": _data_sets(cfg, "train"), "DATASETS.TEST": _data_sets(cfg, "test")}
+    if found["SOLVER.MAX_ITER"] is None:
+        raise UserError("train.max_iter is missing: give the number of iterations")
+    with naming_lazy_keys(cfg), as_user_error("LazyConfig"):
+        for key, value in found.items():
+            if value is not None:
+                yacs.merge_from_list([key, value])
+    if found["MODEL.RETINANET.NUM_CLASSES"] is not None:
+        yacs.MODEL.META_ARCHITECTURE = "RetinaNet"
+    yacs.SOLVER.STEPS = ()
+    if "lr_multiplier" in cfg:  # other trainers may call it otherwise
+        with as_user_error("lr_multiplier"):
+            yacs.SOLVER.STEPS = decays(instantiate(cfg.lr_multiplier), yacs.SOLVER.MAX_ITER)
+    yacs.freeze()
+    return yacs
+
+
+def _merge_repr(yacs: CfgNode, node: Any) -> None:
+    """Sets the keys of REPR that the node ``repr`` sets: by name, or as arguments of L(RePrHook)."""
+    given = OmegaConf.to_container(OmegaConf.create(node), resolve=True)
+    if given.pop("_target_", None) is None:
+        yacs.merge_from_other_cfg(CfgNode({"REPR": given}))
+        return
+    yacs.REPR.ENABLED = True
+    for name, value in given.items():
+        yacs.merge_from_list([CONFIG_KEYS.get(name, f"REPR.{name}"), value])
+
+
+@contextlib.contextmanager
+def naming_lazy_keys(cfg: DictConfig) -> Iterator[None]:
+    """A UserError names the keys of a LazyConfig, not those of ``repr_cfg_from_lazy``."""
+    by_arguments = "_target_" in (cfg.get("repr") or {})
+    names = {own: key for key, own in KEYS.items()}
+    for option, own in CONFIG_KEYS.items():
+        names[own] = f"repr.{option}" if by_arguments else own.replace("REPR", "repr")
+    try:
+        yield
+    except UserError as error:
+        spelled = re.sub(r"(?<![\w./])[A-Z][\w.]*\w", lambda found: names.get(found[0], found[0]), str(error))
+        error.args = (spelled,)
+        raise
+
+
+class LazyTrainer(Trainer):
+    """Trainer whose model, optimizer, data, learning rate and evaluation are those of a LazyConfig.
+
+    ``LazyTrainer.of(lazy)(repr_cfg_from_lazy(lazy))`` makes one.
+
+    Raises:
+        UserError: ``repr`` is wrong for this model or schedule, or ``train.ddp`` asks for what Trainer does not do.
+    """
+
+    lazy: DictConfig
+
+    @classmethod
+    def of(cls, lazy: DictConfig) -> type["LazyTrainer"]:
+        """The trainer of one LazyConfig."""
+        return type(cls.__name__, (cls,), {"lazy": lazy})
+
+    def __init__(self, cfg: CfgNode, wandb_project: str = "") -> None:
+        for key in ("find_unused_parameters", "fp16_compression", "broadcast_buffers"):
+            if OmegaConf.select(self.lazy, f"train.ddp.{key}", default=False) and comm.get_world_size() > 1:
+                raise UserError(f"train.ddp.{key} must be False here, got True")
+        super().__init__(cfg, wandb_project)
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        return instantiate(cls.lazy.model).to(cfg.MODEL.DEVICE)
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        cls.lazy.optimizer.params.model = model
+        return instantiate(cls.lazy.optimizer)
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRMultiplier:
+        return defined_at_its_end(LRMultiplier(optimizer, instantiate(cls.lazy.lr_multiplier), cfg.SOLVER.MAX_ITER))
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Iterable:
+        return instantiate(cls.lazy.dataloader.train)
+
+    def build_hooks(self) -> list[HookBase]:
+        built = super().build_hooks()
+        for hook in built:
+            if isinstance(hook, hooks.PeriodicCheckpointer):
+                hook.max_to_keep = OmegaConf.select(self.lazy, "train.checkpointer.max_to_keep")
+            elif isinstance(hook, hooks.PeriodicWriter):
+                hook._period = OmegaConf.select(self.lazy, "train.log_period", default=hook._period)
+        return built
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> dict:
+        """Evaluates by ``dataloader.evaluator`` on ``dataloader.test``; {} if there is no evaluator."""
+        data = cls.lazy.dataloader
+        if "evaluator" not in data:
+            return {}
+        evaluator = data.evaluator.copy()
+        if "output_dir" not in evaluator and "dataset_name" in evaluator:
+            evaluator.output_dir = os.path.join(cfg.OUTPUT_DIR, "inference")
+        target = evaluator.get("_target_")
+        if (locate(target) if isinstance(target, str) else target) is COCOEvaluator:
+            evaluator._target_ = CocoEvaluator
+        results = inference_on_dataset(model, instantiate(data.test), instantiate(evaluator))
+        print_csv_format(results)
+        return results
