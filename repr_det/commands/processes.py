@@ -199,8 +199,7 @@ def setup_process(args: argparse.Namespace, cfg: CfgNode, config: str) -> None:
     setup_logger(folder, distributed_rank=rank, name="fvcore")
     logger = setup_logger(folder, distributed_rank=rank)
     setup_logger(folder, distributed_rank=rank, name="repr_det", abbrev_name="repr")
-    for name, warning in vars(args).pop("early", []):
-        logging.getLogger(name).warning(warning)
+    _log_early_warnings(vars(args).pop("early", []))
     logging.getLogger("detectron2.engine.train_loop").addFilter(_one_line_for_user_errors)
     logger.info("Rank of current process: %d. World size: %d", rank, comm.get_world_size())
     logger.info("Environment info:\n%s", collect_env_info())
@@ -212,6 +211,15 @@ def setup_process(args: argparse.Namespace, cfg: CfgNode, config: str) -> None:
         torch.set_float32_matmul_precision(precision)
     if not args.eval_only:  # its overhead is large beside the size of validation sets
         torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
+
+
+def _log_early_warnings(warnings: list[tuple[str, str]]) -> None:
+    """Writes into the log what stands on the terminal already."""
+    logging.getLogger().removeHandler(_EARLY)
+    for handler in logging.getLogger("repr_det").handlers:
+        if getattr(handler, "stream", None) is not sys.stdout:
+            for name, text in warnings:
+                handler.handle(logging.LogRecord(name, logging.WARNING, __file__, 0, text, None, None))
 
 
 def _one_line_for_user_errors(record: logging.LogRecord) -> bool:

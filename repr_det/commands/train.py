@@ -17,7 +17,7 @@ from repr_det.commands.arguments import build_config, train_argument_parser
 from repr_det.commands.checks import check_run
 from repr_det.commands.processes import check_processes, launch_processes, may_continue, setup_process, write_configs
 from repr_det.detectron.engine import Trainer
-from repr_det.detectron.passes import epochs_of
+from repr_det.detectron.passes import epochs_of, map_dataset
 from repr_det.detectron.trackers import check_wandb
 from repr_det.runs.checkpoints import AtomicCheckpointer, find_checkpoint
 from repr_det.runs.guard import FiniteGuard
@@ -98,8 +98,18 @@ def _train(run: Run, args: argparse.Namespace) -> dict | None:
     trainer.resume_or_load(resume=args.resume)
     data_sets = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
     trainer.register_hooks([RunRecord(cfg.OUTPUT_DIR, run.write_config, data_sets)])
-    solver, epochs = trainer.cfg.SOLVER, epochs_of(trainer, None)
-    length = f"{solver.MAX_ITER} iterations of {solver.IMS_PER_BATCH} images"
-    length += "" if epochs is None else f", {epochs:.3g} epochs"
-    logger.info("%s; RePr is %s (REPR.ENABLED)", length, "on" if cfg.REPR.ENABLED else "off")
+    logger.info(describe_run(trainer))
     return trainer.train()
+
+
+def describe_run(trainer: Trainer) -> str:
+    """One line: the images and epochs of a run, and whether RePr is on."""
+    cfg = trainer.cfg
+    line = f"{cfg.SOLVER.MAX_ITER} iterations of {cfg.SOLVER.IMS_PER_BATCH} images"
+    epochs = epochs_of(trainer, None)
+    if epochs is not None:
+        images = len(map_dataset(trainer._trainer.data_loader))
+        line = f"{images} training images, {line}: {epochs:.3g} epochs"
+    if cfg.REPR.ENABLED:
+        return f"{line}; RePr is on ({cfg.REPR.CRITERION}; REPR.ENABLED False switches it off)"
+    return f"{line}; RePr is off (REPR.ENABLED True, or a config repr_*.yaml, switches it on)"
