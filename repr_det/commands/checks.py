@@ -38,8 +38,8 @@ from repr_det.detectron.hook import RePrHook
 from repr_det.method.errors import UserError
 from repr_det.method.layers import find_filter_layers
 from repr_det.method.selection import check_capacity
-from repr_det.runs.checkpoints import AtomicCheckpointer, check_last_checkpoint, fit_names, zero_filters
-from repr_det.runs.files import run_traces
+from repr_det.runs.checkpoints import AtomicCheckpointer, zero_filters
+from repr_det.runs.files import refuse_used
 
 logger = logging.getLogger(__name__)
 _SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler")
@@ -156,14 +156,8 @@ def _check_output_folder(cfg: CfgNode, resume: bool) -> None:
         tempfile.TemporaryFile(dir=parent).close()
     except OSError as error:  # read-only, full, a file among its parents
         raise UserError(f"OUTPUT_DIR {folder} cannot be written ({error.strerror}): give another folder") from error
-    if not (traces := run_traces(folder)):
-        return
     if not resume:
-        raise UserError(
-            f"OUTPUT_DIR {folder} holds another run ({', '.join(traces[:3])}): add --resume to continue it, or "
-            "give another OUTPUT_DIR"
-        )
-    check_last_checkpoint(str(folder))
+        refuse_used(folder, "add --resume")
 
 
 def _model_of_shapes(cfg: CfgNode, trainer: type[Trainer]) -> nn.Module:
@@ -255,7 +249,6 @@ class _TrialCheckpointer(AtomicCheckpointer):
     """Loads into the model of shapes, and keeps the weights and the state of the trainer's hooks."""
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
-        fit_names(checkpoint, self.model.state_dict())
         self.weights = dict(checkpoint["model"])
         self.hooks = checkpoint.get("trainer", {}).get("hooks")
         return super()._load_model(checkpoint)

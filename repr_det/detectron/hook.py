@@ -3,8 +3,8 @@
 import dataclasses
 import json
 import logging
-import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode, configurable
@@ -12,14 +12,7 @@ from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 from fvcore.common.checkpoint import Checkpointer
 
-from repr_det.detectron.config import (
-    NAMES,
-    as_user_error,
-    first_decay,
-    options_of_config,
-    scale_to_world,
-    validate_repr_config,
-)
+from repr_det.detectron import config
 from repr_det.detectron.decay import decays
 from repr_det.detectron.fine_tuning import fine_tuning_warning
 from repr_det.detectron.passes import epochs_of, training_passes
@@ -33,7 +26,6 @@ from repr_det.method.scheme import RePrScheme
 from repr_det.network.state import preserved_random_state
 from repr_det.runs.files import EVENTS_FILE, OVERLAPS_FILE, truncate_log
 from repr_det.runs.resume import ExactResume
-from repr_det.runs.safe_pickle import load_checkpoint
 
 _LATER_HOOKS = (hooks.PreciseBN, ExactResume, hooks.EvalHook, hooks.PeriodicWriter)
 
@@ -44,10 +36,9 @@ class RePrHook(HookBase):
     """Applies RePr to a Detectron2 trainer.
 
     ``trainer.register_hooks([RePrHook(cfg)])``, or ``RePrHook(layers=[...], drop_ratio=0.3, ...)``, is all that a
-    DefaultTrainer, SimpleTrainer or AMPTrainer needs: in ``before_train`` the hook finds model and optimizer and moves
-    itself before PreciseBN, the checkpointer, evaluation and the writers, so that these see the network after a
-    transition. Drops and restores happen in ``after_step``. It may be registered before or after ``resume_or_load``:
-    what was loaded before it came is read from the checkpoint.
+    DefaultTrainer, SimpleTrainer or AMPTrainer needs. Register it before ``resume_or_load``. In ``before_train`` it
+    moves itself before PreciseBN, the checkpointer, evaluation and the writers, so that these see the network after a
+    transition. Drops and restores happen in ``after_step``.
 
     Args:
         output_dir: where repr_events.jsonl goes; "" writes none.
@@ -82,20 +73,18 @@ class RePrHook(HookBase):
     ) -> None:
         self.output_dir = output_dir
         self.names = names
-        options = {"layers": DETECTRON2_LAYERS, **options}
-        with spelling(names):
-            self.options = RePrOptions.of(options)
-            get_criterion(self.options.criterion)
         self.seed = seed
+        self.total_steps = total_steps
         self.first_lr_step = first_lr_step
         self.images_per_batch = images_per_batch
         self.aspect_ratio_grouping = aspect_ratio_grouping
         self.weights = weights
         self.averages = averages
-        self.total_steps = total_steps
         self.schedule: RePrSchedule | None = None
-        if total_steps is not None:
-            with spelling(names):
+        with spelling(names):
+            self.options = RePrOptions.of({"layers": DETECTRON2_LAYERS, **options})
+            get_criterion(self.options.criterion)
+            if total_steps is not None:
                 self.schedule = schedule_of(self.options, total_steps, first_lr_step)
         self.repr: RePr | None = None
         self._loaded: dict[str, Any] | None = None
@@ -104,20 +93,20 @@ class RePrHook(HookBase):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         """Arguments from a Detectron2 config with the node REPR; REPR.ENABLED must be True."""
-        cfg = scale_to_world(cfg, comm.get_world_size())
+        cfg = config.scale_to_world(cfg, comm.get_world_size())
         if not cfg.REPR.ENABLED:
             raise UserError("RePrHook needs REPR.ENABLED True, got False")
-        validate_repr_config(cfg)
+        config.validate_repr_config(cfg)
         return {
             "output_dir": cfg.OUTPUT_DIR,
             "seed": cfg.SEED,
             "total_steps": cfg.SOLVER.MAX_ITER,
-            "first_lr_step": first_decay(cfg),
+            "first_lr_step": config.first_decay(cfg),
             "images_per_batch": cfg.SOLVER.IMS_PER_BATCH,
             "aspect_ratio_grouping": cfg.DATALOADER.ASPECT_RATIO_GROUPING,
             "weights": cfg.MODEL.WEIGHTS,
-            "names": NAMES,
-            **vars(options_of_config(cfg)),
+            "names": config.NAMES,
+            **vars(config.options_of_config(cfg)),
         }
 
     @property
@@ -133,14 +122,11 @@ class RePrHook(HookBase):
     def _begin(self) -> None:
         trainer = self.trainer
         if any(isinstance(hook, RePrHook) and hook is not self for hook in trainer._hooks):
-            raise UserError(
-                "RePrHook is registered twice in this trainer: leave one out (repr_det's Trainer brings its own)"
-            )
+            raise UserError("RePrHook is registered twice in this trainer: leave one out (Trainer brings its own)")
         if self.repr is not None and self._loaded is None and self.repr.steps != trainer.start_iter:
             raise UserError(
                 f"this trainer has trained {self.repr.steps} iterations, and this training begins at iteration "
-                f"{trainer.start_iter}: make another one, on which resume_or_load(resume=True) resumes from the last "
-                "checkpoint"
+                f"{trainer.start_iter}: make another one and call resume_or_load(resume=True)"
             )
         self._log_as_detectron2()
         self._move_into_place()
@@ -150,13 +136,17 @@ class RePrHook(HookBase):
                 self._compare(self._loaded["run"])
         if self.total_steps is not None and trainer.max_iter <= self.schedule.end_iter < self.total_steps:
             raise OptionError(
-                f"this trainer's max_iter is {trainer.max_iter}, but {{total_steps}} is {self.total_steps}, and the "
-                "schedules go by that: to train in pieces, stop a run and resume it in another trainer"
+                f"this trainer's max_iter is {trainer.max_iter}, but {{total_steps}} is {self.total_steps}: to train "
+                "in pieces, stop a run and resume it in another trainer"
             )
         self.schedule.check_fits(trainer.max_iter)
         if self.repr is None:
-            if self._loaded is None and trainer.start_iter > 0:
-                self._find_state()
+            if self._loaded is None and self.schedule.drop_iters[0] < trainer.start_iter:
+                raise UserError(
+                    f"iteration {trainer.start_iter} comes after the first drop of RePr (iteration "
+                    f"{self.schedule.drop_iters[0]}), and no state of RePrHook was loaded: register it before "
+                    "resume_or_load, or start again in another OUTPUT_DIR"
+                )
             self.repr = self._build()
         if self._loaded is not None:
             saved, self._loaded = self._loaded["scheme"], None
@@ -170,7 +160,7 @@ class RePrHook(HookBase):
         self._check_state(self.repr.steps)
         if comm.is_main_process() and self.output_dir:
             for name in (EVENTS_FILE, OVERLAPS_FILE):  # transitions that this run, resumed, will make again
-                truncate_log(self._path(name), self.repr.steps)
+                truncate_log(Path(self.output_dir, name), self.repr.steps)
         logger.info(describe_schedule(self.schedule))
         if (left := trainer.max_iter - self.schedule.end_iter) < self.schedule.s1_iters:
             logger.warning(
@@ -206,7 +196,7 @@ class RePrHook(HookBase):
         return {"run": self._fingerprint(), "scheme": self.repr.scheme.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Keeps the state until ``before_train`` has the model; refuses that of another schedule or options."""
+        """Keeps the state for ``before_train``; refuses that of another schedule or options."""
         self._loaded = state
         if self.schedule is not None:
             self._compare(state["run"])
@@ -238,17 +228,14 @@ class RePrHook(HookBase):
         return built
 
     def _prove(self) -> None:
-        """Shows who takes part by a pass over a batch of its own; where none can be drawn the first step shows it."""
+        """Shows who participates by a pass over a batch; where none can be drawn the first step shows it."""
         scheme = self.repr.scheme
         if scheme.participants.known or self.trainer.start_iter > self.schedule.restore_iters[-1]:
             return
         what = "the criterion" if scheme.criterion.needs_data else "FrozenBN calibration"
-        missed = (
-            f"RePr: {what} looks at training batches, and none can be drawn (give DATASETS.TRAIN, or a data loader "
-            "that can be iterated again)"
-        )
+        missed = f"RePr: {what} looks at training batches, and none can be drawn"
         try:
-            with as_user_error(missed):
+            with config.as_user_error(f"{missed} (give a data loader that can be iterated again)"):
                 batch = next(iter(scheme.passes.batches(1, 0)))
         except UserError:
             if scheme.needs_batches:
@@ -276,16 +263,12 @@ class RePrHook(HookBase):
         event = {"iteration": iteration, **dataclasses.asdict(transition)}
         overlap = {key: event[key] for key in ("iteration", "event", "cycle")}
         overlap["overlap"] = event.pop("overlaps")
+        Path(self.output_dir).mkdir(parents=True, exist_ok=True)
         for name, line in ((OVERLAPS_FILE, overlap), (EVENTS_FILE, event)):
-            with open(self._path(name), "a", encoding="utf-8") as file:
+            with open(Path(self.output_dir, name), "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
-    def _path(self, name: str) -> str:
-        os.makedirs(self.output_dir, exist_ok=True)
-        return os.path.join(self.output_dir, name)
-
     def _log_as_detectron2(self) -> None:
-        """Puts the lines of this package into the log of a stock trainer as well."""
         ours, theirs = logging.getLogger("repr_det"), logging.getLogger("detectron2")
         if theirs.handlers and not ours.handlers:
             for handler in theirs.handlers:
@@ -302,26 +285,6 @@ class RePrHook(HookBase):
             if isinstance(hook, hooks.LRScheduler) and multiplier is not None:
                 return next(iter(decays(multiplier, self.trainer.max_iter)), None)
         return None
-
-    def _find_state(self) -> None:
-        """Reads from the checkpoint that the run continues what was loaded before this hook was registered."""
-        trainer, start = self.trainer, self.trainer.start_iter
-        for checkpointer in filter(None, map(_checkpointer_of, (trainer, *trainer._hooks))):
-            path = checkpointer.get_checkpoint_file()
-            if not path or not os.path.isfile(path):
-                continue
-            saved = load_checkpoint(path)
-            state = saved.get("trainer", {}).get("hooks", {}).get(type(self).__qualname__)
-            if state is not None and saved.get("iteration") == start - 1:
-                self.load_state_dict(state)
-                logger.info("RePr's state comes from %s", path)
-                return
-        if self.schedule.drop_iters[0] < start:
-            raise UserError(
-                f"iteration {start} comes after the first drop of RePr (iteration {self.schedule.drop_iters[0]}), and "
-                "no state of RePrHook was found: it was trained by another schedule or without RePr, or RePrHook was "
-                "registered after the checkpoint was loaded; register it before, or start again in another OUTPUT_DIR"
-            )
 
     def _check_state(self, iteration: int) -> None:
         """Checks that the scheme is where the schedule says that it is before ``iteration``."""
