@@ -17,7 +17,7 @@ from repr_det.commands.arguments import build_config
 from repr_det.commands.lazy_train import load_lazy_config
 from repr_det.commands.reads import Reads
 from repr_det.commands.train import start
-from repr_det.detectron.config import schedule_from_config
+from repr_det.detectron.config import validate_repr_config
 from repr_det.detectron.lazy import LazyTrainer, instantiate, repr_cfg_from_lazy
 from repr_det.studies.comparison.records import read_events
 
@@ -67,7 +67,7 @@ def test_same_schedule_layers_and_model_as_the_yaml_twin():
     assert yacs.REPR == twin.REPR and yacs.REPR.ENABLED
     for key in ("IMS_PER_BATCH", "MAX_ITER", "STEPS", "LR_SCHEDULER_NAME", "REFERENCE_WORLD_SIZE"):
         assert yacs.SOLVER[key] == twin.SOLVER[key], key
-    assert schedule_from_config(yacs) == schedule_from_config(twin)
+    assert validate_repr_config(yacs) == validate_repr_config(twin)
     assert RePrHook(yacs).schedule.drop_iters == (9999, 24999, 39999)
     assert (yacs.DATASETS.TRAIN, yacs.DATASETS.TEST) == (twin.DATASETS.TRAIN, twin.DATASETS.TEST)
     assert yacs.DATALOADER.ASPECT_RATIO_GROUPING and yacs.MODEL.ROI_HEADS.NUM_CLASSES == 80
@@ -106,7 +106,7 @@ def test_learning_rate_steps():
     lazy.lr_multiplier = {"_target_": CosineParamScheduler, "start_value": 1, "end_value": 0}
     lazy.repr.num_cycles, lazy.train.max_iter = 1, 9000
     yacs = repr_cfg_from_lazy(lazy)
-    assert yacs.SOLVER.STEPS == (4500,) and schedule_from_config(yacs).end_iter == 3375  # 3/4 of half the rate
+    assert yacs.SOLVER.STEPS == (4500,) and validate_repr_config(yacs).end_iter == 3375  # 3/4 of half the rate
 
 
 def trained(config: str, folder: Path, *overrides: str, resume: bool = False) -> LazyTrainer:

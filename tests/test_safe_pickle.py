@@ -111,7 +111,7 @@ def test_torch_and_pycls_files(tmp_path, monkeypatch):
     for name, content, message in (
         ("bad.pth", {"model": {"w": attack}}, "bad.pth: refused, it names .*system"),
         ("bad.pyth", {"model_state": {"w": attack}}, "bad.pyth: refused, it names .*system"),
-        ("other.pyth", {"something": 1}, "lie under 'model_state'"),
+        ("other.pyth", {"something": 1}, "other.pyth has no 'model_state'"),
     ):
         torch.save(content, name)
         with pytest.raises(UserError, match=message) as error:

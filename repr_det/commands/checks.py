@@ -26,8 +26,8 @@ from repr_det.commands.data_checks import check_datasets
 from repr_det.commands.world import World
 from repr_det.datasets import class_names
 from repr_det.detectron.config import (
+    NAMES,
     as_user_error,
-    naming_keys,
     options_of_config,
     scale_to_world,
     validate_repr_config,
@@ -35,7 +35,7 @@ from repr_det.detectron.config import (
 from repr_det.detectron.decay import decays_of_config
 from repr_det.detectron.engine import Trainer, check_same_arm
 from repr_det.detectron.hook import RePrHook
-from repr_det.method.errors import UserError
+from repr_det.method.errors import UserError, spelling
 from repr_det.method.layers import find_filter_layers
 from repr_det.method.selection import check_capacity
 from repr_det.runs.checkpoints import AtomicCheckpointer, zero_filters
@@ -197,7 +197,7 @@ def _check_model(cfg: CfgNode, model: nn.Module, eval_only: bool, world: World) 
             )
     if cfg.REPR.ENABLED and not eval_only:
         options = options_of_config(cfg)
-        with naming_keys():
+        with spelling(NAMES):
             layers = find_filter_layers(model, options.layers, options.exclude)
             sizes = {layer.name: layer.num_filters for layer in layers}
             check_capacity(sizes, options.drop_ratio, options.max_drop_per_layer)

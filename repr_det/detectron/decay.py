@@ -1,6 +1,5 @@
-"""When a learning-rate schedule really decays, whichever it is: found by asking it."""
+"""When a learning-rate schedule decays, whichever it is: found by asking it."""
 
-import functools
 import logging
 from collections.abc import Callable
 
@@ -13,10 +12,8 @@ _HALF = 0.5  # a rate that falls gradually has decayed when it is half of what i
 
 
 def decays(multiplier: Callable[[float], float], max_iter: int) -> tuple[int, ...]:
-    """The iterations at which the rate steps down.
-
-    Where it falls gradually (cosine, linear, ...), they are the steps before it has fallen to half of its largest
-    value, and the iteration at which it has. Warm-up, and restarts that raise the rate, are no decay.
+    """The iterations at which the rate steps down; where it falls gradually (cosine, linear, ...), also the first at
+    which it has fallen to half of its largest value, and none after that.
 
     Args:
         multiplier: fvcore's ParamScheduler: position in [0, 1) -> multiplier of the rates.
@@ -37,12 +34,6 @@ def decays(multiplier: Callable[[float], float], max_iter: int) -> tuple[int, ..
 
 def decays_of_config(cfg: CfgNode) -> tuple[int, ...]:
     """``decays`` of the scheduler that Detectron2 builds for SOLVER."""
-    return _of_solver(cfg.SOLVER.dump())
-
-
-@functools.lru_cache(maxsize=32)
-def _of_solver(solver: str) -> tuple[int, ...]:
-    cfg = CfgNode({"SOLVER": CfgNode.load_cfg(solver)})
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     logger = logging.getLogger("detectron2.solver.build")
     level = logger.level
@@ -54,10 +45,7 @@ def _of_solver(solver: str) -> tuple[int, ...]:
 
 
 def defined_at_its_end(scheduler: LRMultiplier) -> LRMultiplier:
-    """Changes a scheduler so that it knows a rate after the last iteration, for which torch asks.
-
-    fvcore's with a number of equal steps know none: a run with WarmupStepWithFixedGammaLR would end in an IndexError.
-    """
+    """Gives a scheduler a rate after the last iteration, which torch asks for and fvcore's equal steps do not have."""
     multiplier = scheduler._multiplier
     scheduler._multiplier = lambda where: multiplier(min(where, 1 - 1e-5))  # beyond fvcore's own tolerance of 1e-6
     return scheduler

@@ -14,7 +14,6 @@ from fvcore.common.checkpoint import Checkpointer
 
 from repr_det.detectron import config
 from repr_det.detectron.decay import decays
-from repr_det.detectron.fine_tuning import fine_tuning_warning
 from repr_det.detectron.passes import epochs_of, training_passes
 from repr_det.method.criteria import get_criterion
 from repr_det.method.errors import OptionError, UserError, spelling
@@ -28,7 +27,14 @@ from repr_det.runs.files import EVENTS_FILE, OVERLAPS_FILE, truncate_log
 from repr_det.runs.resume import ExactResume
 
 _LATER_HOOKS = (hooks.PreciseBN, ExactResume, hooks.EvalHook, hooks.PeriodicWriter)
-
+SHORT = 16_000  # iterations: COCO's 1x schedule has 90,000
+SHORT_EPOCHS = 2.0  # the same part of that schedule, which has 12: a small batch makes many iterations of few images
+# By Detectron2's names: what ImageNet weights reach.
+_TRAINED = ("backbone.bottom_up.", "backbone.stem.", "backbone.res", "roi_heads.res5.")
+ADVICE = (
+    "Such runs lost AP against the same runs without RePr (docs/method.md): take repr_r50_fpn_redundant.yaml, which "
+    "did not, train the baseline beside it (repr-det compare), or set REPR.ENABLED False"
+)
 logger = logging.getLogger("repr_det.hook")
 
 
@@ -44,7 +50,7 @@ class RePrHook(HookBase):
         output_dir: where repr_events.jsonl goes; "" writes none.
         seed: all randomness comes from it and the cycle; below 0 one that the ranks agree on.
         total_steps: iterations of the training; None takes the trainer's.
-        first_lr_step: the iteration at which the learning rate first decays; None finds it in the trainer's schedule.
+        first_lr_step: iteration of the first decay of the learning rate; None finds it in the trainer's schedule.
         images_per_batch: over all ranks; None takes that of the trainer's loader.
         aspect_ratio_grouping: of the extra passes, as in training.
         weights: the trained weights that training starts from, for a warning; "" for none.
@@ -53,7 +59,7 @@ class RePrHook(HookBase):
         options: of ``RePrOptions``; layers has the default of the configs.
 
     Raises:
-        UserError: an option is wrong, here where it shows by itself, in ``before_train`` where it takes the model.
+        UserError: an option is wrong; in ``before_train`` if only the model shows it.
     """
 
     @configurable
@@ -88,7 +94,6 @@ class RePrHook(HookBase):
                 self.schedule = schedule_of(self.options, total_steps, first_lr_step)
         self.repr: RePr | None = None
         self._loaded: dict[str, Any] | None = None
-        self._warned = False
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -171,22 +176,20 @@ class RePrHook(HookBase):
             self._step(last)
 
     def after_step(self) -> None:
-        """Logs phase and dropped filters; drops or restores where the schedule says so."""
-        # The phase of an iteration is the network that its forward pass saw, so it is logged before a transition.
+        """Logs phase and dropped filters that the forward pass saw; drops or restores by the schedule."""
         storage, scheme = self.trainer.storage, self.repr.scheme
         storage.put_scalar("repr/phase", float(scheme.is_sub), smoothing_hint=False)
         storage.put_scalar("repr/dropped_filters", scheme.num_dropped, smoothing_hint=False)
         self._step(self.trainer.iter)
 
     def after_train(self) -> None:
-        """Warns where training ends with filters dropped."""
+        """Warns if filters are dropped."""
         if self.repr is not None and self.repr.scheme.is_sub:
             self.repr.expect_no_more()
             logger.warning(
                 "Training stopped inside the sub-network phase: %d filters are dropped (zero) in this model until a "
-                "resumed run restores them after iteration %d",
+                "resumed run restores them",
                 self.repr.scheme.num_dropped,
-                next(i for i in self.schedule.restore_iters if i >= self.trainer.iter - 1),
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -242,20 +245,14 @@ class RePrHook(HookBase):
                 raise
             return
         self.repr.prove(lambda: scheme.passes.loss(batch))
-        self._warn_of_fine_tuning()
-
-    def _warn_of_fine_tuning(self) -> None:
-        if self.trainer.start_iter == 0 and not self._warned:
-            self._warned = True
+        if self.trainer.start_iter == 0:
             epochs = epochs_of(self.trainer, self.images_per_batch)
-            if warning := fine_tuning_warning(self.weights, self.trainer.max_iter, epochs, self.repr.scheme):
+            if warning := fine_tuning_warning(self.weights, self.trainer.max_iter, epochs, scheme):
                 logger.warning(warning)
 
     def _step(self, iteration: int) -> None:
         with spelling(self.names):
             done = self.repr.step()
-        if self.repr.scheme.participants.known:
-            self._warn_of_fine_tuning()
         if done is not None and comm.is_main_process() and self.output_dir:
             self._write(iteration, done)
 
@@ -300,8 +297,7 @@ class RePrHook(HookBase):
 
     def _move_into_place(self) -> None:
         registered = self.trainer._hooks
-        index = first_later_hook(registered)
-        mine = next(i for i, hook in enumerate(registered) if hook is self)
+        index, mine = first_later_hook(registered), registered.index(self)
         # Everything between shifts by one, so that Detectron2's own loop over the hooks neither skips nor repeats one.
         if index < mine:
             registered.insert(index, registered.pop(mine))
@@ -310,16 +306,34 @@ class RePrHook(HookBase):
 def first_later_hook(registered: Sequence[HookBase]) -> int:
     """The place of RePrHook: before the first hook that saves, evaluates or writes; else at the end."""
     for index, hook in enumerate(registered):
-        if isinstance(hook, _LATER_HOOKS) or _checkpointer_of(hook) is not None:
+        saves = any(isinstance(value, Checkpointer) for value in vars(hook).values())
+        if saves or isinstance(hook, _LATER_HOOKS):
             return index
     return len(registered)
 
 
+def fine_tuning_warning(weights: str, max_iter: int, epochs: float | None, scheme: RePrScheme) -> str | None:
+    """One sentence for a run that drops filters of a trained backbone and has few iterations to relearn them.
+
+    Args:
+        weights: that training starts from; "" for random ones.
+        epochs: those of the training; None if they are not known.
+
+    Returns:
+        None if the run is none of these, or only redundant filters go and all return silently.
+    """
+    trained = [layer.name for layer in scheme.layers if layer.name.startswith(_TRAINED)]
+    is_short = max_iter < SHORT or (epochs is not None and epochs < SHORT_EPOCHS)
+    is_silent = scheme.criterion.spares and not set(trained) & set(scheme.loud)
+    if not weights or not is_short or not trained or is_silent:
+        return None
+    length = f"{max_iter} iterations" if epochs is None else f"{max_iter} iterations ({epochs:.3g} epochs)"
+    return (
+        f"RePr: {length} from trained weights ({weights}), and every drop takes up to "
+        f"{100 * scheme.options.drop_ratio:g} % of the filters of {len(trained)} trained convs. {ADVICE}"
+    )
+
+
 def _shared_seed() -> int:
-    """A random seed that all ranks have, drawn beside the training's."""
     with preserved_random_state():
         return comm.shared_random_seed()
-
-
-def _checkpointer_of(holder: Any) -> Checkpointer | None:
-    return next((value for value in vars(holder).values() if isinstance(value, Checkpointer)), None)

@@ -67,7 +67,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         if filename.endswith(".pyth"):
             weights, author, left_out = data.get("model_state"), "pycls", "num_batches_tracked"
             if not isinstance(weights, dict):
-                raise UserError(f"{filename}: weights of pycls (.pyth) lie under 'model_state', which it does not hold")
+                raise UserError(f"{filename} has no 'model_state', where pycls (.pyth) keeps weights")
         elif "model" in data and "__author__" in data:
             return data
         else:

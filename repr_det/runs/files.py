@@ -4,7 +4,6 @@ import errno
 import json
 import math
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,11 +61,12 @@ def write_atomically(path: str | Path, text: str) -> None:
 def remove_unfinished(folder: str | Path) -> None:
     """Deletes what a killed ``replacing`` left behind."""
     for leftover in Path(folder).glob(f"{_UNFINISHED}*"):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()  # version 0.2.0 left folders
+        if leftover.is_file():  # version 0.2.0 left folders
+            leftover.unlink()
 
 
 def advice_for(error: BaseException | None) -> str:
-    """Returns advice for an error of the machine, "" if it is none: the disk, its quota, the limits of the process."""
+    """Returns advice for an error of the machine (disk, quota, limits of the process), "" if it is none."""
     number = error.errno if isinstance(error, OSError) else None
     worker_failed = isinstance(error, RuntimeError) and "Too many open files" in str(error)
     # EOFError: a loader worker could not hand an image over.

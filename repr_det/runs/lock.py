@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import socket
-import time
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -17,9 +16,7 @@ logger = logging.getLogger("repr_det.lock")
 
 
 class RunLock:
-    """The lock of one folder; the system takes it back when the process dies, however it dies.
-
-    On a file system without locks there is a warning and no lock.
+    """The lock of one folder, which ends with the process. On a file system without locks there is only a warning.
 
     Args:
         folder: OUTPUT_DIR; made if it is not there.
@@ -31,11 +28,7 @@ class RunLock:
         self._lock = FileLock(self.folder / ".running.lock", thread_local=False)
 
     def acquire(self, wait: float = 0.0) -> None:
-        """Locks the folder, or waits so many seconds for a run that is about to end.
-
-        Raises:
-            UserError: another process has it.
-        """
+        """Locks the folder; raises UserError if another process has it and keeps it for ``wait`` seconds."""
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire(timeout=wait)
@@ -43,12 +36,11 @@ class RunLock:
             owner = _owner(self.folder)
             known = f" ({owner.get('pid')} on {owner.get('host')})" if owner else ""
             raise UserError(
-                f"OUTPUT_DIR {self.folder} is being trained by another process{known}: wait for it, end it, or give "
-                "another OUTPUT_DIR"
+                f"OUTPUT_DIR {self.folder} is being trained by another process{known}: end it, or give another folder"
             ) from None
         except OSError as error:
             logger.warning("%s cannot be locked (%s): start no second run there", self.folder, error.strerror)
-        owner = {"host": socket.gethostname(), "pid": os.getpid(), "job": self.job, "started": time.time()}
+        owner = {"host": socket.gethostname(), "pid": os.getpid(), "job": self.job}
         write_atomically(self.folder / OWNER_FILE, json.dumps(owner) + "\n")
 
     def release(self) -> None:

@@ -30,7 +30,6 @@ def _dtype(code: str, *_: Any) -> np.dtype:
 
 
 def _array(content: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
-    """Makes an array of numbers from its bytes, which must be exactly as many as it takes."""
     content = content.encode("latin1") if isinstance(content, str) else content  # a pickle of Python 2
     sizes = isinstance(shape, tuple) and all(type(n) is int and n >= 0 for n in shape)
     if not (isinstance(content, (bytes, bytearray)) and isinstance(dtype, np.dtype) and sizes):
@@ -43,7 +42,7 @@ def _scalar(dtype: np.dtype, content: Any) -> Any:
 
 
 def _encode(text: str, encoding: str = "latin1") -> bytes:
-    """Stands for ``_codecs.encode``, by which Python 3 writes bytes into pickles that Python 2 reads."""
+    """``_codecs.encode``, by which early protocols write bytes."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"_codecs.encode with encoding {encoding!r}")
     return text.encode("latin1")
@@ -67,8 +66,6 @@ for _core in ("numpy.core", "numpy._core"):  # before and since NumPy 2
 # pickle.Unpickler, the public one, keeps its memo in an array as long as the largest number in the file: a damaged file
 # takes all memory. The one in Python, which is what Python falls back to, has a dict.
 class _Unpickler(pickle._Unpickler):
-    """Makes plain containers, and arrays from bytes of the file."""
-
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:
             raise _ForbiddenError(f"{module}.{name}")
@@ -112,11 +109,11 @@ def _check_plain(value: Any) -> None:
 def load_restricted(path: str | Path) -> Any:
     """Reads a pickle, such as Detectron2's official ``.pkl`` weights, without running anything that it names.
 
-    Only NumPy arrays and scalars of numbers, plain numbers, text, bytes, list, tuple, set, dict and OrderedDict come
-    out. Strings of Python 2 are read as latin1, as official files need.
+    Only NumPy arrays and scalars of numbers, plain numbers, text, bytes and containers come out. Strings of Python 2
+    are read as latin1, as official files need.
 
     Raises:
-        UserError: the file is missing, cut short, no pickle, or names anything else; one line.
+        UserError: the file is missing, cut short, no pickle, or names anything else.
     """
     path = _existing(path)
     try:
@@ -124,13 +121,11 @@ def load_restricted(path: str | Path) -> Any:
         _check_plain(value)
     except _ForbiddenError as error:
         raise UserError(
-            f"{path}: refused, it names {error}, and weights are NumPy arrays and plain containers only; the file was "
-            "not executed"
+            f"{path}: refused, it names {error}, and weights are NumPy arrays and plain containers only"
         ) from error
     except Exception as error:  # a damaged pickle can make the unpickler raise anything
-        raise UserError(
-            f"{path}: not a readable pickle of weights, perhaps cut short ({_one_line(error, str(error))})"
-        ) from error
+        reason = _one_line(error, str(error))
+        raise UserError(f"{path}: not a readable pickle of weights, perhaps cut short ({reason})") from error
     return value
 
 
@@ -154,14 +149,11 @@ def _load_torch(path: Path) -> Any:
     except Exception as error:
         if forbidden := re.search(r"GLOBAL (\S+) (?:was not an allowed|whose module)", str(error)):
             raise UserError(
-                f"{path}: refused, it names {forbidden.group(1)}, and weights are tensors and plain containers only; "
-                "the file was not executed"
+                f"{path}: refused, it names {forbidden.group(1)}, and weights are tensors and plain containers only"
             ) from error
         # torch explains at length how to load it anyway; what went wrong comes after.
-        reason = str(error).rpartition("WeightsUnpickler error: ")[2]
-        raise UserError(
-            f"{path}: not a readable torch checkpoint, perhaps cut short ({_one_line(error, reason)})"
-        ) from error
+        reason = _one_line(error, str(error).rpartition("WeightsUnpickler error: ")[2])
+        raise UserError(f"{path}: not a readable torch checkpoint, perhaps cut short ({reason})") from error
 
 
 def _existing(path: str | Path) -> Path:
@@ -174,6 +166,6 @@ def _existing(path: str | Path) -> Path:
     return path
 
 
-def _one_line(error: Exception, reason: str, most: int = 100) -> str:
+def _one_line(error: Exception, reason: str) -> str:
     sentence = " ".join(reason.split()).split(". ")[0]
-    return f"{type(error).__name__}: {sentence[:most]}".rstrip(": ")
+    return f"{type(error).__name__}: {sentence[:100]}".rstrip(": ")

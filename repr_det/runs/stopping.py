@@ -19,7 +19,7 @@ _PRCTL = getattr(ctypes.CDLL(None), "prctl", None) if sys.platform == "linux" el
 
 
 def end_with_parent() -> None:
-    """Asks for SIGTERM when the parent dies (Linux only; the lock on OUTPUT_DIR shows a child that lives)."""
+    """Asks for SIGTERM when the parent dies (Linux only)."""
     if _PRCTL is not None:
         _PRCTL(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
@@ -106,7 +106,7 @@ class StopAtSignal(HookBase):
         if self._stopping and not saved:
             self.prepare()
             self.trainer.checkpointer.save(f"model_{self.trainer.iter:07d}", iteration=self.trainer.iter)
-        if self._stopping and not last:  # after the last step there is only the evaluation, which after_train stops
+        if self._stopping and not last:  # after the last step after_train stops
             raise self._stopped()
         NOTICE.unsaved = not saved
 
