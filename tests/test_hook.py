@@ -217,6 +217,17 @@ def test_a_resumed_run_must_have_the_same_options(way, name):
     assert spelled(f"trained with {{{name}}} {was}, this run has {OTHERS[name]}", way) in str(error.value)
 
 
+def test_a_state_of_another_iteration_is_refused():
+    trainer, other = (small_trainer(RePrHook(**OPTIONS)) for _ in range(2))
+    train(trainer, stop=5)  # in the sub-network phase
+    other.model.load_state_dict(trainer.model.state_dict())
+    other.load_state_dict(trainer.state_dict())
+    with pytest.raises(
+        UserError, match="iteration 2 is not in cycle 0 of RePr, sub phase, as the state that was loaded"
+    ):
+        train(other, 2)
+
+
 def test_a_resumed_run_may_have_other_batches():
     """How many of them are looked at follows from their size, unless an option says it."""
     trainer, larger = (small_trainer(RePrHook(**OPTIONS, images_per_batch=n), norm="FrozenBN") for n in (4, 8))

@@ -108,7 +108,9 @@ def test_hook_registered_after_the_checkpoint_was_loaded(tmp_path, stop):
     cfg = config(tmp_path / "run")
     trained(tmp_path / "run", cfg, stop)
     before = events(tmp_path / "run")
-    with pytest.raises(UserError, match=r"first drop .*, and no state of RePrHook was loaded: register it before"):
+    with pytest.raises(
+        UserError, match="is not in cycle 0 of RePr, full phase, as the state that was loaded: register"
+    ):
         trained(tmp_path / "run", cfg, resume=True, late=True)
     assert events(tmp_path / "run") == before
 

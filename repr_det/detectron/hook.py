@@ -145,24 +145,22 @@ class RePrHook(HookBase):
                 "in pieces, stop a run and resume it in another trainer"
             )
         self.schedule.check_fits(trainer.max_iter)
+        is_missing = self.repr is None and self._loaded is None and self.schedule.drop_iters[0] < trainer.start_iter
         if self.repr is None:
-            if self._loaded is None and self.schedule.drop_iters[0] < trainer.start_iter:
-                raise UserError(
-                    f"iteration {trainer.start_iter} comes after the first drop of RePr (iteration "
-                    f"{self.schedule.drop_iters[0]}), and no state of RePrHook was loaded: register it before "
-                    "resume_or_load, or start again in another OUTPUT_DIR"
-                )
             self.repr = self._build()
         if self._loaded is not None:
             saved, self._loaded = self._loaded["scheme"], None
             self.repr.scheme.load_state_dict(saved)
         # A hook in front of this one may have saved before the transition of the same iteration: it is made now.
         scheme, last = self.repr.scheme, trainer.start_iter - 1
-        owed = (last in self.schedule.drop_iters and not scheme.is_sub) or (
-            last in self.schedule.restore_iters and scheme.is_sub
-        )
+        owed = last in (self.schedule.restore_iters if scheme.is_sub else self.schedule.drop_iters)
         self.repr.steps = trainer.start_iter - owed
-        self._check_state(self.repr.steps)
+        cycles = sum(i < self.repr.steps for i in self.schedule.restore_iters)
+        if is_missing or scheme.cycle != cycles or self.repr.phase != self.schedule.phase(self.repr.steps):
+            raise UserError(
+                f"iteration {trainer.start_iter} is not in cycle {scheme.cycle} of RePr, {self.repr.phase} phase, as "
+                "the state that was loaded: register RePrHook before resume_or_load, or take another OUTPUT_DIR"
+            )
         if comm.is_main_process() and self.output_dir:
             for name in (EVENTS_FILE, OVERLAPS_FILE):  # transitions that this run, resumed, will make again
                 truncate_log(Path(self.output_dir, name), self.repr.steps)
@@ -282,18 +280,6 @@ class RePrHook(HookBase):
             if isinstance(hook, hooks.LRScheduler) and multiplier is not None:
                 return next(iter(decays(multiplier, self.trainer.max_iter)), None)
         return None
-
-    def _check_state(self, iteration: int) -> None:
-        """Checks that the scheme is where the schedule says that it is before ``iteration``."""
-        scheme, expected = self.repr.scheme, self.schedule.phase(iteration)
-        cycles = sum(i < iteration for i in self.schedule.restore_iters)
-        if (expected == "sub") != scheme.is_sub or scheme.cycle != cycles:
-            held = "a sub-network" if scheme.is_sub else "the full network"
-            raise UserError(
-                f"iteration {iteration} belongs to the {expected} phase of this schedule of RePr after {cycles} "
-                f"cycles, but the checkpoint holds {held} after {scheme.cycle}: another schedule wrote it, or a run "
-                "without RePr; resume with that one, or start again in another OUTPUT_DIR"
-            )
 
     def _move_into_place(self) -> None:
         registered = self.trainer._hooks
