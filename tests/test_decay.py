@@ -6,8 +6,7 @@ from fvcore.common import param_scheduler as fvcore
 
 from repr_det import Trainer, UserError
 from repr_det.commands.arguments import build_config
-from repr_det.detectron.config import validate_repr_config
-from repr_det.detectron.decay import decays
+from repr_det.detectron.config import decays, validate_repr_config
 
 CONFIG = "configs/repr_r50_fpn.yaml"
 

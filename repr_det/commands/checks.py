@@ -28,11 +28,11 @@ from repr_det.datasets import class_names
 from repr_det.detectron.config import (
     NAMES,
     as_user_error,
+    decays_of_config,
     options_of_config,
     scale_to_world,
     validate_repr_config,
 )
-from repr_det.detectron.decay import decays_of_config
 from repr_det.detectron.engine import Trainer, check_same_arm
 from repr_det.detectron.hook import RePrHook
 from repr_det.method.errors import UserError, spelling

@@ -22,20 +22,21 @@ from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
+from filelock import FileLock
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from repr_det.commands.world import Launched, dist_url, nobody_came
 from repr_det.detectron.config import without_repr
 from repr_det.method.errors import UserError
 from repr_det.runs.files import advice_for, write_atomically
-from repr_det.runs.lock import RunLock, job_of
+from repr_det.runs.lock import job_of, lock_folder
 from repr_det.runs.record import CONFIG_FILE
 from repr_det.runs.stopping import STATUS, Stopped, answer_signals, end_with_parent
 
 STOCK_CONFIG_FILE = "config_detectron2.yaml"
 _FOR_THE_FIRST_TO_SPEAK = 5.0  # seconds
 _FOR_THE_LAST_TO_END = 30.0  # seconds that a resumed run waits for the one that it continues, which may be saving
-_HELD: list[RunLock] = []
+_HELD: list[FileLock] = []
 _EARLY = MemoryHandler(1000, flushLevel=logging.CRITICAL + 1)  # what is said before a run has a log of its own
 _EARLY.setLevel(logging.WARNING)
 
@@ -139,10 +140,9 @@ def _take(args: argparse.Namespace, folder: str) -> None:
     trouble = ""
     if comm.is_main_process():
         launched = Launched.found()
-        lock = RunLock(folder, "" if launched is None else launched.job)
+        job = "" if launched is None else launched.job
         try:
-            lock.acquire(_FOR_THE_LAST_TO_END if args.resume else 0.0)
-            _HELD.append(lock)
+            _HELD.append(lock_folder(folder, job, _FOR_THE_LAST_TO_END if args.resume else 0.0))
         except UserError as error:
             trouble = str(error)
     trouble, args.resume = comm.all_gather((trouble, args.resume))[0]

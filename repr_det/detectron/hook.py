@@ -13,7 +13,6 @@ from detectron2.utils import comm
 from fvcore.common.checkpoint import Checkpointer
 
 from repr_det.detectron import config
-from repr_det.detectron.decay import decays
 from repr_det.detectron.passes import epochs_of, training_passes
 from repr_det.method.criteria import get_criterion
 from repr_det.method.errors import OptionError, UserError, spelling
@@ -278,7 +277,7 @@ class RePrHook(HookBase):
             # Detectron2's LRMultiplier shows its multiplier nowhere else.
             multiplier = getattr(getattr(hook, "scheduler", None), "_multiplier", None)
             if isinstance(hook, hooks.LRScheduler) and multiplier is not None:
-                return next(iter(decays(multiplier, self.trainer.max_iter)), None)
+                return next(iter(config.decays(multiplier, self.trainer.max_iter)), None)
         return None
 
     def _move_into_place(self) -> None:

@@ -17,8 +17,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from repr_det.datasets import CocoEvaluator
-from repr_det.detectron.config import add_repr_config, as_user_error
-from repr_det.detectron.decay import decays, defined_at_its_end
+from repr_det.detectron.config import add_repr_config, as_user_error, decays, defined_at_its_end
 from repr_det.detectron.engine import Trainer
 from repr_det.method.errors import UserError
 from repr_det.method.options import CONFIG_KEYS
