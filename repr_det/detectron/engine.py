@@ -93,7 +93,7 @@ class Trainer(DefaultTrainer):
         model = unwrapped(self.model)
         exact = ExactResume(model, loaders, period, cfg.TEST.EVAL_PERIOD, cfg.OUTPUT_DIR)
         built.insert(_place_before(built, hooks.PeriodicCheckpointer, hooks.EvalHook), exact)
-        on_cpu = next(model.parameters()).device.type == "cpu"  # elsewhere the look makes the host wait in every step
+        on_cpu = next(model.parameters()).device.type == "cpu"  # elsewhere the host would wait in every step
         guard = FiniteGuard(on_cpu and not cfg.SOLVER.AMP.ENABLED, period, transitions)
         stop = StopAtSignal(period, lambda: (guard.check_weights(), exact.collect()))
         built.insert(_place_before(built, hooks.EvalHook), stop)

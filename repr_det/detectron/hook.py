@@ -119,7 +119,7 @@ class RePrHook(HookBase):
         return None if self.repr is None else self.repr.scheme
 
     def before_train(self) -> None:
-        """Finds model and optimizer, puts a resumed state back, checks schedule against phase, logs the plan."""
+        """Finds model and optimizer, puts a resumed state back, logs the plan."""
         with spelling(self.names):
             self._begin()
 
@@ -133,7 +133,10 @@ class RePrHook(HookBase):
                 f"{trainer.start_iter}: make another one and call resume_or_load(resume=True)"
             )
         self._log_as_detectron2()
-        self._move_into_place()
+        # Everything between shifts by one, so that Detectron2's own loop over the hooks neither skips nor repeats one.
+        index, mine = first_later_hook(trainer._hooks), trainer._hooks.index(self)
+        if index < mine:
+            trainer._hooks.insert(index, trainer._hooks.pop(mine))
         if self.schedule is None:
             self.schedule = schedule_of(self.options, trainer.max_iter, self._first_decay())
             if self._loaded is not None:
@@ -206,22 +209,22 @@ class RePrHook(HookBase):
             check_resumed(saved, self._fingerprint())
 
     def _fingerprint(self) -> dict[str, Any]:
-        """Returns the values that a resumed run must have too, by config key."""
         phases = ("start_iter", "s1_iters", "s2_iters", "num_cycles")
         return {CONFIG_KEYS[name]: getattr(self.schedule, name) for name in phases} | self.options.resumed()
 
     def _build(self) -> RePr:
         trainer = self.trainer
-        inner = getattr(trainer, "_trainer", trainer)
         model = unwrapped(trainer.model)
+        with preserved_random_state():
+            seed = self.seed if self.seed >= 0 else comm.shared_random_seed()
         built = RePr(
             model,
-            inner.optimizer,
+            getattr(trainer, "_trainer", trainer).optimizer,
             trainer.max_iter,
             schedule=self.schedule,
             passes=training_passes(model, trainer, self.seed, self.images_per_batch, self.aspect_ratio_grouping),
             averages=self.averages,
-            seed=self.seed if self.seed >= 0 else _shared_seed(),
+            seed=seed,
             **vars(self.options),
         )
         built.logger = logger
@@ -280,13 +283,6 @@ class RePrHook(HookBase):
                 return next(iter(config.decays(multiplier, self.trainer.max_iter)), None)
         return None
 
-    def _move_into_place(self) -> None:
-        registered = self.trainer._hooks
-        index, mine = first_later_hook(registered), registered.index(self)
-        # Everything between shifts by one, so that Detectron2's own loop over the hooks neither skips nor repeats one.
-        if index < mine:
-            registered.insert(index, registered.pop(mine))
-
 
 def first_later_hook(registered: Sequence[HookBase]) -> int:
     """The place of RePrHook: before the first hook that saves, evaluates or writes; else at the end."""
@@ -317,8 +313,3 @@ def fine_tuning_warning(weights: str, max_iter: int, epochs: float | None, schem
         f"RePr: {length} from trained weights ({weights}), and every drop takes up to "
         f"{100 * scheme.options.drop_ratio:g} % of the filters of {len(trained)} trained convs. {ADVICE}"
     )
-
-
-def _shared_seed() -> int:
-    with preserved_random_state():
-        return comm.shared_random_seed()

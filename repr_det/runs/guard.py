@@ -15,8 +15,9 @@ class NonFiniteError(UserError, FloatingPointError):
 
 
 class FiniteGuard(HookBase):
-    """Stops the run with iteration, phase and layer if weights are not finite before a checkpoint or a RePr transition,
-    or gradients after a step. Comes before every hook that saves or uses the model.
+    """Stops the run if weights are not finite before a checkpoint or a RePr transition, or gradients after a step.
+
+    Comes before every hook that saves or uses the model.
 
     Args:
         check_gradients: looks at gradients, for which the host waits once a step; False under AMP, where a gradient may

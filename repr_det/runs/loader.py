@@ -1,8 +1,5 @@
-"""The training loader whose position is part of a checkpoint.
-
-The position: how many samples each loader worker has delivered, its random state before the last of them, and the
-samples that wait in the aspect-ratio buckets.
-"""
+"""The training loader whose position is part of a checkpoint: how many samples each worker has delivered, its random
+state before the last of them, and the samples that wait in the aspect-ratio buckets."""
 
 import dataclasses
 import functools
@@ -47,19 +44,14 @@ class _Stream(IterableDataset):
     """ToIterableDataset that marks every sample with its origin and can start in the middle.
 
     A stream is the share of the sampler's indices that one loader worker is given (all of them without workers).
-
-    Attributes:
-        skipped: indices of the sampler (of this process) that come before the beginning of all streams.
-        consumed: stream -> samples delivered so far, random state before the last of them.
-        first: the stream of worker 0, which torch asks first.
     """
 
     def __init__(self, source: ToIterableDataset) -> None:
         self.dataset, self.sampler = source.dataset, source.sampler
         self.chunk = source.shard_chunk_size if source.shard_sampler else 0
-        self.skipped = 0
-        self.consumed: dict[int, tuple[int, dict]] = {}
-        self.first = 0
+        self.skipped = 0  # indices of this process's sampler that come before the beginning of all streams
+        self.consumed: dict[int, tuple[int, dict]] = {}  # stream -> samples delivered, random state before the last
+        self.first = 0  # the stream of worker 0, which torch asks first
 
     def __iter__(self) -> Iterator[_Marked]:
         info = get_worker_info()
@@ -80,15 +72,13 @@ class _Stream(IterableDataset):
                 continue
             before = random_state()
             yield _Marked(self.dataset[index], (mine, number, index, before))
-            if not warned and (warned := self._has_replaced()):
+            usable = getattr(self.dataset, "_fallback_candidates", ())
+            if 0 < len(usable) < len(self.dataset) and not warned:
+                warned = True
                 logger.warning(
                     "The mapper returns None for some images, and Detectron2 takes others at random: no checkpoint "
                     "holds which, so that a resumed run sees other images"
                 )
-
-    def _has_replaced(self) -> bool:
-        usable = getattr(self.dataset, "_fallback_candidates", ())
-        return 0 < len(usable) < len(self.dataset)
 
 
 class ResumableLoader:
@@ -108,7 +98,7 @@ class ResumableLoader:
         self._source: Iterable = DataLoader(self.stream, **{name: getattr(inner, name) for name in _OPTIONS})
         self._grouping = AspectRatioGroupedDataset(None, loader.batch_size) if grouped else None
         self._buckets: list[list[_Marked]] = [] if self._grouping is None else self._grouping._buckets
-        self._consumed: dict[int, tuple[int, dict]] = {}  # as that of the stream, which runs ahead in workers
+        self._consumed: dict[int, tuple[int, dict]] = {}
 
     def start(self) -> None:
         """Makes torch's iterator now, if the resumed run had made it: it draws from torch's random state and forks the
@@ -176,18 +166,13 @@ class ResumableLoader:
         deliveries = sum(count for count, _ in self._consumed.values()) // per_delivery
         self.stream.first = deliveries % max(1, self.num_workers)
         for bucket, origins in zip(self._buckets, state["buckets"], strict=True):
-            for origin in origins:
-                _, _, index, before = origin
+            for stream, number, index, before in origins:
                 set_random_state(before)
-                bucket.append(_Marked(self.stream.dataset[index], tuple(origin)))
+                bucket.append(_Marked(self.stream.dataset[index], (stream, number, index, before)))
 
     def skip(self, states: list[dict[str, Any]], iteration: int) -> None:
-        """Begins behind as many images as the run has drawn, in the order of its sampler if that was of the same kind.
-
-        Args:
-            states: those of all its processes; [] if they are not known.
-            iteration: that it has come to, which says how many images it has drawn if there is no state.
-        """
+        """Begins behind as many images as all processes had drawn by ``iteration``, in the order of their sampler if
+        that was of the same kind; without their ``states``, as many as batches of this size hold."""
         drawn = iteration * self.batch_size * comm.get_world_size()
         if states:
             drawn = sum(s.get("skipped", 0) + sum(count for count, _ in s["consumed"].values()) for s in states)
