@@ -220,9 +220,7 @@ def test_a_state_of_another_iteration_is_refused():
     train(trainer, stop=5)  # in the sub-network phase
     other.model.load_state_dict(trainer.model.state_dict())
     other.load_state_dict(trainer.state_dict())
-    with pytest.raises(
-        UserError, match="iteration 2 is not in cycle 0 of RePr, sub phase, as the state that was loaded"
-    ):
+    with pytest.raises(UserError, match="iteration 2 is not in cycle 0 of RePr, sub phase, where this trainer is"):
         train(other, 2)
 
 

@@ -97,7 +97,7 @@ def test_a_trainer_that_trains_again_goes_on_or_is_refused(tmp_path):
     trainer = SimpleTrainer(model, From(0), torch.optim.SGD(model.parameters(), 0.1))
     trainer.register_hooks([RePrHook(config(tmp_path))])
     trainer.train(0, 10)
-    with pytest.raises(UserError, match="has trained 10 iterations, and this training begins at iteration 0"):
+    with pytest.raises(UserError, match="iteration 0 is not in cycle 2 of RePr"):
         trainer.train(0, 10)
     trainer.train(10, 12)
     assert events(tmp_path) == ALL
@@ -109,7 +109,7 @@ def test_hook_registered_after_the_checkpoint_was_loaded(tmp_path, stop):
     trained(tmp_path / "run", cfg, stop)
     before = events(tmp_path / "run")
     with pytest.raises(
-        UserError, match="is not in cycle 0 of RePr, full phase, as the state that was loaded: register"
+        UserError, match="is not in cycle 0 of RePr, full phase, where this trainer is: load a checkpoint"
     ):
         trained(tmp_path / "run", cfg, resume=True, late=True)
     assert events(tmp_path / "run") == before

@@ -40,9 +40,9 @@ logger = logging.getLogger("repr_det.resume")
 class Trainer(DefaultTrainer):
     """DefaultTrainer for configs with or without the node REPR.
 
-    With RePr off it trains bit for bit as stock Detectron2 does. Several processes work on the CPU too (gloo), and
-    SOLVER.REFERENCE_WORLD_SIZE scales REPR along with SOLVER. Checkpoints are written atomically, and a killed run
-    resumes exactly; numbers that are not finite stop a run before it saves them. OUTPUT_DIR must hold no other run.
+    With RePr off it trains bit for bit as stock Detectron2. Several processes work on the CPU too (gloo), and
+    SOLVER.REFERENCE_WORLD_SIZE scales REPR along with SOLVER. A killed run resumes exactly; numbers that are not finite
+    stop a run before it saves them. OUTPUT_DIR must hold no other run.
 
     Args:
         cfg: a Detectron2 config, with ``add_repr_config`` applied for RePr.
@@ -133,11 +133,7 @@ class Trainer(DefaultTrainer):
             )
 
     def train(self) -> Any:
-        """Trains, once.
-
-        Raises:
-            UserError: this trainer has trained before, or OUTPUT_DIR holds another run.
-        """
+        """Trains, once. Raises UserError if this trainer has trained before, or OUTPUT_DIR holds another run."""
         if hasattr(self, "storage"):  # which training makes
             raise UserError("this trainer has trained before: make another one and call resume_or_load(resume=True)")
         if not self._resumes:
@@ -158,7 +154,7 @@ class Trainer(DefaultTrainer):
         super().before_train()
         final = os.path.join(self.cfg.OUTPUT_DIR, FINAL_CHECKPOINT)
         if self.start_iter == self.max_iter and comm.is_main_process() and not os.path.exists(final):
-            # The run died between its last periodic checkpoint and this one, and no step will come to write it.
+            # The run died between its last periodic checkpoint and this one.
             self.iter = self.max_iter - 1
             self.checkpointer.save(os.path.splitext(FINAL_CHECKPOINT)[0], iteration=self.max_iter - 1)
 
@@ -176,14 +172,12 @@ class Trainer(DefaultTrainer):
         built = [dict(group) for group in optimizer.param_groups]
         super().load_state_dict(state_dict)
         if changed := apply_settings(optimizer, self.scheduler, built):
-            logger.warning(
-                "The config's settings hold from iteration %d on: %s", state_dict["iteration"] + 1, ", ".join(changed)
-            )
+            start = state_dict["iteration"] + 1
+            logger.warning("The config's settings hold from iteration %d on: %s", start, ", ".join(changed))
 
     @classmethod
     def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> dict:
-        """Evaluation with test-time augmentation (TEST.AUG), whose results are named bbox_TTA and so on. The files of
-        the evaluators go to OUTPUT_DIR/inference_TTA."""
+        """Evaluates with test-time augmentation (TEST.AUG), as bbox_TTA and so on, into OUTPUT_DIR/inference_TTA."""
         folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
         evaluators = [build_evaluator(name, folder) for name in cfg.DATASETS.TEST]
         results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)

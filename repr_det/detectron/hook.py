@@ -55,7 +55,7 @@ class RePrHook(HookBase):
         weights: the trained weights that training starts from, for a warning; "" for none.
         averages: averages of the weights that follow the model.
         names: option -> how errors spell it; None spells keyword arguments.
-        options: of ``RePrOptions``; layers has the default of the configs.
+        options: of ``RePrOptions``.
 
     Raises:
         UserError: an option is wrong; in ``before_train`` if only the model shows it.
@@ -127,11 +127,6 @@ class RePrHook(HookBase):
         trainer = self.trainer
         if any(isinstance(hook, RePrHook) and hook is not self for hook in trainer._hooks):
             raise UserError("RePrHook is registered twice in this trainer: leave one out (Trainer brings its own)")
-        if self.repr is not None and self._loaded is None and self.repr.steps != trainer.start_iter:
-            raise UserError(
-                f"this trainer has trained {self.repr.steps} iterations, and this training begins at iteration "
-                f"{trainer.start_iter}: make another one and call resume_or_load(resume=True)"
-            )
         self._log_as_detectron2()
         # Everything between shifts by one, so that Detectron2's own loop over the hooks neither skips nor repeats one.
         index, mine = first_later_hook(trainer._hooks), trainer._hooks.index(self)
@@ -160,8 +155,8 @@ class RePrHook(HookBase):
         cycles = sum(i < self.repr.steps for i in self.schedule.restore_iters)
         if is_missing or scheme.cycle != cycles or self.repr.phase != self.schedule.phase(self.repr.steps):
             raise UserError(
-                f"iteration {trainer.start_iter} is not in cycle {scheme.cycle} of RePr, {self.repr.phase} phase, as "
-                "the state that was loaded: register RePrHook before resume_or_load, or take another OUTPUT_DIR"
+                f"iteration {trainer.start_iter} is not in cycle {scheme.cycle} of RePr, {self.repr.phase} phase, "
+                "where this trainer is: load a checkpoint of that iteration, and register RePrHook before that"
             )
         if comm.is_main_process() and self.output_dir:
             for name in (EVENTS_FILE, OVERLAPS_FILE):  # transitions that this run, resumed, will make again
@@ -176,7 +171,7 @@ class RePrHook(HookBase):
             self._step(last)
 
     def after_step(self) -> None:
-        """Logs phase and dropped filters that the forward pass saw; drops or restores by the schedule."""
+        """Logs phase and dropped filters of the forward pass; drops or restores by the schedule."""
         storage, scheme = self.trainer.storage, self.repr.scheme
         storage.put_scalar("repr/phase", float(scheme.is_sub), smoothing_hint=False)
         storage.put_scalar("repr/dropped_filters", scheme.num_dropped, smoothing_hint=False)
@@ -193,7 +188,7 @@ class RePrHook(HookBase):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Schedule and scheme state; no collective calls, for Detectron2 calls it on rank 0 alone."""
+        """No collective calls, for Detectron2 calls it on rank 0 alone."""
         if self.repr is None:
             return self._loaded or {}
         return {"run": self._fingerprint(), "scheme": self.repr.scheme.state_dict()}
@@ -231,7 +226,7 @@ class RePrHook(HookBase):
         return built
 
     def _prove(self) -> None:
-        """Shows who participates by a pass over a batch; where none can be drawn the first step shows it."""
+        """Shows who participates by a pass over a batch; if none can be drawn the first step shows it."""
         scheme = self.repr.scheme
         if scheme.participants.known or self.trainer.start_iter > self.schedule.restore_iters[-1]:
             return
@@ -294,15 +289,8 @@ def first_later_hook(registered: Sequence[HookBase]) -> int:
 
 
 def fine_tuning_warning(weights: str, max_iter: int, epochs: float | None, scheme: RePrScheme) -> str | None:
-    """One sentence for a run that drops filters of a trained backbone and has few iterations to relearn them.
-
-    Args:
-        weights: that training starts from; "" for random ones.
-        epochs: those of the training; None if they are not known.
-
-    Returns:
-        None if the run is none of these, or only redundant filters go and all return silently.
-    """
+    """One sentence for a run that drops filters of trained ``weights`` ("" for random ones) and has few iterations to
+    relearn them; None for others, and if only redundant filters go and all return silently."""
     trained = [layer.name for layer in scheme.layers if layer.name.startswith(_TRAINED)]
     is_short = max_iter < SHORT or (epochs is not None and epochs < SHORT_EPOCHS)
     is_silent = scheme.criterion.spares and not set(trained) & set(scheme.loud)

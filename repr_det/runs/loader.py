@@ -65,8 +65,7 @@ class _Stream(IterableDataset):
             number += 1
             if number < done:
                 if number == done - 1 and info is not None:
-                    # In a worker the augmentation of the last delivered sample leads to the state before the next one;
-                    # in the main process the checkpoint's own random state is that.
+                    # In a worker the augmentation of the last delivered sample leads to the state before the next.
                     set_random_state(state)
                     self.dataset[index]
                 continue
@@ -75,10 +74,7 @@ class _Stream(IterableDataset):
             usable = getattr(self.dataset, "_fallback_candidates", ())
             if 0 < len(usable) < len(self.dataset) and not warned:
                 warned = True
-                logger.warning(
-                    "The mapper returns None for some images, and Detectron2 takes others at random: no checkpoint "
-                    "holds which, so that a resumed run sees other images"
-                )
+                logger.warning("The mapper returns None for some images: a resumed run sees others than this one")
 
 
 class ResumableLoader:
@@ -101,8 +97,8 @@ class ResumableLoader:
         self._consumed: dict[int, tuple[int, dict]] = {}
 
     def start(self) -> None:
-        """Makes torch's iterator now, if the resumed run had made it: it draws from torch's random state and forks the
-        workers, which must come before that state is put back."""
+        """Makes torch's iterator, if the resumed run had made it, before the random state is put back: it draws from
+        that and forks the workers."""
         if self._consumed:
             self._source = iter(self._source)
 
@@ -124,7 +120,7 @@ class ResumableLoader:
 
     @functools.cached_property
     def fingerprint(self) -> dict[str, Any]:
-        """Everything that gives a saved position its meaning, by the name that a user knows it under."""
+        """Everything that gives a saved position its meaning, by names that a user knows."""
         sampler = self.stream.sampler
         return {
             "number of processes": comm.get_world_size(),
@@ -192,7 +188,7 @@ class ResumableLoader:
 
 
 def resumable(loader: Iterable) -> Iterable:
-    """Returns ``loader`` as a ResumableLoader if it is wholly understood, else itself with a warning."""
+    """Returns ``loader`` as a ResumableLoader if it is Detectron2's, else itself with a warning."""
     try:
         resumed = ResumableLoader(loader)
     except TypeError as error:
@@ -201,8 +197,7 @@ def resumable(loader: Iterable) -> Iterable:
     mapper = getattr(resumed.stream.dataset, "_map_func", None)
     if kinds := {type(generator).__name__ for generator in generators_in(mapper)}:
         logger.warning(
-            "The mapper draws from a random generator of its own (%s), which no checkpoint holds: a resumed run draws "
-            "other numbers; draw from np.random instead",
+            "The mapper draws from a random generator of its own (%s), which no checkpoint holds: draw from np.random",
             ", ".join(sorted(kinds)),
         )
     return resumed
