@@ -108,14 +108,14 @@ def test_torch_and_pycls_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     net, attack = nn.Linear(1, 1), Turned(os.system, ("touch executed",))
     for name, content, message in (
-        ("bad.pth", {"model": {"w": attack}}, "bad.pth: refused, it names .*system"),
-        ("bad.pyth", {"model_state": {"w": attack}}, "bad.pyth: refused, it names .*system"),
-        ("other.pyth", {"something": 1}, "other.pyth has no 'model_state'"),
+        ("bad.pth", {"model": {"w": attack}}, "^bad.pth: refused, it names .*system.*$"),
+        ("bad.pyth", {"model_state": {"w": attack}}, "^bad.pyth: refused, it names .*system.*$"),
+        ("other.pyth", {"something": 1}, "^other.pyth has no 'model_state'"),
     ):
         torch.save(content, name)
-        with pytest.raises(UserError, match=message) as error:
+        with pytest.raises(UserError, match=message):
             AtomicCheckpointer(net).load(name)
-        assert "\n" not in str(error.value) and not Path("executed").exists()
+        assert not Path("executed").exists()
     torch.save({"model_state": {"weight": torch.ones(1, 1), "bias": torch.ones(1)}}, "good.pyth")
     AtomicCheckpointer(net).load("good.pyth")
     assert net.weight.item() == net.bias.item() == 1

@@ -39,7 +39,7 @@ class ExactResume(HookBase):
 
     Args:
         model: not wrapped in DistributedDataParallel.
-        loaders: those that draw training images: the training loader, and others that hooks read while training.
+        loaders: the training loader, and others that hooks read while training.
         folder: OUTPUT_DIR, whose logs forget what lies after the checkpoint.
     """
 
@@ -47,7 +47,7 @@ class ExactResume(HookBase):
         self, model: nn.Module, loaders: Sequence[Any], checkpoint_period: int, eval_period: int, folder: str
     ) -> None:
         self.hidden = HiddenState(model)
-        self.loaders = loaders
+        self.loaders = [loader for loader in loaders if isinstance(loader, ResumableLoader)]
         self.checkpoint_period = checkpoint_period
         self.eval_period = eval_period
         self.folder = folder
@@ -66,7 +66,7 @@ class ExactResume(HookBase):
         elif start > 0:
             found = "no random states" if loaded is None else f"the random states of iteration {loaded['iteration']}"
             logger.warning("This checkpoint holds %s: the data order of this run is another one from here on", found)
-            for loader in self._resumable():
+            for loader in self.loaders:
                 loader.skip([], start)
         if comm.is_main_process():
             truncate_log(os.path.join(self.folder, METRICS_FILE), start)
@@ -86,7 +86,7 @@ class ExactResume(HookBase):
         changes: dict[str, None] = {}
         # A loader that the run did not have before (TEST.PRECISE_BN was switched on) begins at its beginning.
         for loader, *states in zip(self.loaders, *(one["loaders"] for one in ranks), strict=False):
-            if not isinstance(loader, ResumableLoader) or None in states:
+            if None in states:  # of an older version, which did not understand the loader
                 continue
             if changed := loader.changes(states[rank]):
                 changes.update(dict.fromkeys(changed))
@@ -100,7 +100,7 @@ class ExactResume(HookBase):
         if not self._resumed_exactly:
             return
         self._resumed_exactly = False
-        for loader in self._resumable():
+        for loader in self.loaders:
             loader.start()
         if self._random is not None:
             set_random_state(self._random)
@@ -129,7 +129,7 @@ class ExactResume(HookBase):
         self._saved = self._state()
 
     def _state(self) -> dict[str, Any]:
-        loaders = [x.state_dict() if isinstance(x, ResumableLoader) else None for x in self.loaders]
+        loaders = [loader.state_dict() for loader in self.loaders]
         of_this_rank = {"random": random_state(), "loaders": loaders, "attributes": self.hidden.changed()}
         return {
             "iteration": self.trainer.iter,
@@ -137,9 +137,6 @@ class ExactResume(HookBase):
             "scalars": _scalars(self.trainer.storage),
             "best": [[hook.best_metric, hook.best_iter] for hook in self._best()],
         }
-
-    def _resumable(self) -> list[ResumableLoader]:
-        return [loader for loader in self.loaders if isinstance(loader, ResumableLoader)]
 
     def _best(self) -> list[hooks.BestCheckpointer]:
         return [hook for hook in self.trainer._hooks if isinstance(hook, hooks.BestCheckpointer)]
