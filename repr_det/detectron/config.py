@@ -55,10 +55,10 @@ def validate_repr_config(cfg: CfgNode) -> RePrSchedule | None:
     """Checks every key of REPR that can be checked without a model.
 
     Returns:
-        The schedule, or None where REPR.ENABLED is False.
+        The schedule, or None if REPR.ENABLED is False.
 
     Raises:
-        UserError: naming the key, its value and what would be right.
+        UserError: a key is wrong.
     """
     if not cfg.REPR.ENABLED:
         return None

@@ -128,7 +128,7 @@ class RePrHook(HookBase):
         if any(isinstance(hook, RePrHook) and hook is not self for hook in trainer._hooks):
             raise UserError("RePrHook is registered twice in this trainer: leave one out (Trainer brings its own)")
         self._log_as_detectron2()
-        # Everything between shifts by one, so that Detectron2's own loop over the hooks neither skips nor repeats one.
+        # What is between shifts by one, so that Detectron2's loop over the hooks neither skips nor repeats one.
         index, mine = first_later_hook(trainer._hooks), trainer._hooks.index(self)
         if index < mine:
             trainer._hooks.insert(index, trainer._hooks.pop(mine))
@@ -159,7 +159,7 @@ class RePrHook(HookBase):
                 "where this trainer is: load a checkpoint of that iteration, and register RePrHook before that"
             )
         if comm.is_main_process() and self.output_dir:
-            for name in (EVENTS_FILE, OVERLAPS_FILE):  # transitions that this run, resumed, will make again
+            for name in (EVENTS_FILE, OVERLAPS_FILE):  # transitions that a resumed run makes again
                 truncate_log(Path(self.output_dir, name), self.repr.steps)
         logger.info(describe_schedule(self.schedule))
         if (left := trainer.max_iter - self.schedule.end_iter) < self.schedule.s1_iters:

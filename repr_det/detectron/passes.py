@@ -52,7 +52,7 @@ def training_passes(
             return list(itertools.islice(loader, number))
 
     def loss(batch: list[dict]) -> Tensor:
-        # Detectron2's models log scalars and images as they run; those of extra passes are not the training's.
+        # What Detectron2's models log in extra passes is not the training's.
         try:
             with EventStorage(0):
                 return sum(model(batch).values())

@@ -22,9 +22,8 @@ _SENT_FILE = "wandb_sent.txt"  # the iteration of the last transition that is in
 class WandbWriter(EventWriter):
     """Logs config, all scalars, every drop and restore once, and a histogram of the filters' overlap at each.
 
-    W&B's ``sync_tensorboard`` loses a drop that TensorBoard had not flushed when the run was killed, and sends one
-    again that a resumed run repeats. Add the writer in ``build_writers`` of a trainer; a resumed run resumes the run of
-    its OUTPUT_DIR.
+    W&B's ``sync_tensorboard`` loses transitions that TensorBoard had not flushed when the run was killed, and repeats
+    those that a resumed run does. Add the writer in ``build_writers``; a resumed run resumes that of its OUTPUT_DIR.
 
     Args:
         cfg: of the run.

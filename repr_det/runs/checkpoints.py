@@ -25,7 +25,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
     _resuming = False
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """As DetectionCheckpointer.save; ``last_checkpoint`` changes only once the file is on the disk."""
+        """As in Detectron2; ``last_checkpoint`` changes only once the file is on the disk."""
         if not self.save_dir or not self.save_to_disk:
             return
         path = Path(self.save_dir) / f"{name}.pth"

@@ -5,7 +5,7 @@ streams (``loader``), and the numbers and tensors in plain attributes of modules
 Detectron2's batches.
 
 If the data order has changed (ranks, workers, batch size, data, sampler, mapper), the run resumes behind as many images
-as it has drawn, in another order, with one warning that names what changed.
+as it has drawn, with one warning that names what changed.
 """
 
 import logging
@@ -86,7 +86,7 @@ class ExactResume(HookBase):
         changes: dict[str, None] = {}
         # A loader that the run did not have before (TEST.PRECISE_BN was switched on) begins at its beginning.
         for loader, *states in zip(self.loaders, *(one["loaders"] for one in ranks), strict=False):
-            if None in states:  # of an older version, which did not understand the loader
+            if None in states:  # of an older version
                 continue
             if changed := loader.changes(states[rank]):
                 changes.update(dict.fromkeys(changed))
@@ -203,11 +203,8 @@ def _describe(groups: Sequence[Mapping[str, Any]]) -> str:
 
 
 def apply_settings(optimizer: torch.optim.Optimizer, scheduler: Any, built: list[dict[str, Any]]) -> list[str]:
-    """Puts the settings of the config, copies of the groups before a checkpoint was loaded, over those that it brought.
-
-    Returns:
-        What changed, as "weight_decay 0.0001 -> 0.001", once for every pair of values.
-    """
+    """Puts the settings of ``built``, copies of the groups before a checkpoint was loaded, over those that it brought;
+    returns what changed, as "weight_decay 0.0001 -> 0.001", once for every pair of values."""
     changed: dict[str, None] = {}
     for group, own in zip(optimizer.param_groups, built, strict=True):
         for key, value in own.items():
