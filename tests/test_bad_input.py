@@ -56,7 +56,7 @@ BOTH = [
     ("SOLVER.AMP.ENABLED True", "SOLVER.AMP.ENABLED needs a GPU"),
     ("DATASETS.TRAIN ('tiny_trian',)", "tiny_trian"),
     ("DATASETS.TRAIN ()", "DATASETS.TRAIN is empty"),
-    ("DATASETS.TRAIN tiny_train", "command line: DATASETS.TRAIN must be a tuple, ('tiny_train',), got 'tiny_train'"),
+    ("DATASETS.TRAIN tiny_train", "vs. tiny_train) for config key: DATASETS.TRAIN"),
     ("MODEL.ROI_HEADS.NUM_CLASSES 80", "MODEL.ROI_HEADS.NUM_CLASSES is 80, but tiny_train has 2 classes"),
     ("MODEL.WEIGHTS nowhere/model.pth", "MODEL.WEIGHTS 'nowhere/model.pth' cannot be read"),
     ("SOLVER.CHECKPOINT_PERIOD 0", "SOLVER.CHECKPOINT_PERIOD must be at least 1, got 0"),

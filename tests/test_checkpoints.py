@@ -1,20 +1,23 @@
-"""Which checkpoint a resumed run continues from; nothing of a run is destroyed by one that does not continue it."""
+"""Which checkpoint a resumed run continues from; other files of weights; a run leaves another one's files alone."""
 
 import errno
 import logging
 import os
-from contextlib import nullcontext
 
 import pytest
 import torch
 from conftest import At, interrupt
-from detectron2.engine import DefaultTrainer
 from torch import nn
+from torchvision.models import resnet18
 
 from repr_det import Trainer, UserError
-from repr_det.runs.checkpoints import AtomicCheckpointer, check_last_checkpoint, find_checkpoint
-from repr_det.runs.files import keep_checkpoints, truncate_log
+from repr_det.runs.checkpoints import AtomicCheckpointer, find_checkpoint, zero_filters
+from repr_det.runs.files import truncate_log
 from repr_det.runs.resume import check_same_optimizer
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_resumes_from_the_newest_checkpoint_and_says_so(tmp_path, caplog):
@@ -30,74 +33,50 @@ def test_resumes_from_the_newest_checkpoint_and_says_so(tmp_path, caplog):
     for name in ("weights.pth", "model_best.pth"):
         torch.save({"model": model.state_dict()}, tmp_path / name)
     (tmp_path / "last_checkpoint").unlink()
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    model, state = nn.Linear(2, 2), nn.BatchNorm1d(1)
-    checkpointer = AtomicCheckpointer(model, str(tmp_path), trainer=state)
+    before = contents(tmp_path)
+    state.num_batches_tracked.fill_(0)
+    nn.init.constant_(model.weight, 0)
     with caplog.at_level(logging.WARNING, "repr_det.resume"):
         checkpointer.resume_or_load("", resume=True)
     assert state.num_batches_tracked == 100 and model.weight[0, 0] == 100
-    assert "has no last_checkpoint: resuming from model_0000100.pth" in caplog.text
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert "no last_checkpoint: resuming from the newest checkpoint, " in caplog.text
+    assert contents(tmp_path) == before
     damaged = tmp_path / "model_0000100.pth"
     damaged.write_bytes(damaged.read_bytes()[:-100])
-    with pytest.raises(UserError, match=r"model_0000100.pth: not a readable .* write its name into .*last_checkpoint"):
-        check_last_checkpoint(str(tmp_path))
-    (tmp_path / "last_checkpoint").write_text("model_0000099.pth")
-    check_last_checkpoint(str(tmp_path))
-    (tmp_path / "last_checkpoint").write_bytes(b"\xff\x00")
-    with pytest.raises(UserError, match="which is not there: write the name of a checkpoint in that folder into it"):
-        check_last_checkpoint(str(tmp_path))
+    for content, told in (
+        ("model_0000100.pth", r"model_0000100.pth: not a readable .* write its name into .*last_checkpoint"),
+        ("\xff\x00", "which is not there: write the name of a checkpoint into it"),
+    ):
+        (tmp_path / "last_checkpoint").write_text(content)
+        with pytest.raises(UserError, match=told):
+            checkpointer.resume_or_load("", resume=True)
 
 
-def test_a_run_from_the_beginning_keeps_the_lines_of_another(tmp_path):
+def test_lines_of_transitions_that_come_again_are_removed(tmp_path):
     path = tmp_path / "repr_events.jsonl"
-    first, second = ("".join(f'{{"iteration": {i}, "run": "{run}"}}\n' for i in range(3)) for run in "ab")
-    with open(path, "a") as held:  # as Detectron2's writer does
-        held.write(first)
-        held.flush()
-        truncate_log(path, 0)
-        held.write(second)
-        held.flush()
-        truncate_log(path, 2)
-    assert (tmp_path / "repr_events.jsonl.1").read_text() == first
-    assert path.read_text() == "".join(second.splitlines(keepends=True)[:2])
     truncate_log(path, 0)
-    assert (tmp_path / "repr_events.jsonl.2").exists() and path.read_text() == ""
-    truncate_log(path, 0)  # nothing to keep
-    assert not (tmp_path / "repr_events.jsonl.3").exists()
+    lines = [f'{{"iteration": {i}}}\n' for i in (0, 1, 3, 5)]
+    with open(path, "a") as held:  # as Detectron2's writer does
+        held.write("".join(lines) + '{"iteration": 2')  # cut short
+        held.flush()
+        truncate_log(path, 3)
+        assert path.read_text() == "".join(lines[:2])
+        held.write(lines[2])
+    assert path.read_text() == "".join(lines[:3])
 
 
-def test_the_checkpoints_of_an_earlier_run_are_kept(tmp_path):
-    names = {"model_0000001.pth": b"a", "model_final.pth": b"b", "last_checkpoint": b"model_final.pth"}
-    for number in (1, 2):
-        for name, content in names.items():
-            (tmp_path / name).write_bytes(content)
-        (tmp_path / "pretrained.pth").write_bytes(b"c")  # no run writes that
-        assert keep_checkpoints(tmp_path) == [f"{name}.{number}" for name in sorted(names)]
-        for name, content in names.items():
-            assert (tmp_path / f"{name}.{number}").read_bytes() == content
-            assert not (tmp_path / name).exists()
-    assert keep_checkpoints(tmp_path) == [] and (tmp_path / "pretrained.pth").exists()
-
-
-def test_a_used_folder_is_resumed_with_the_same_model_or_kept_aside(tiny_cfg, tmp_path, monkeypatch, caplog):
+def test_a_used_folder_is_resumed_with_the_same_model_or_refused(tiny_cfg, tmp_path):
     """Trainer without the command, as notebooks use it: cells are run again."""
-    monkeypatch.setattr(DefaultTrainer, "before_train", lambda self: None)
     first = Trainer(tiny_cfg())
-    first.iter = 1
     first.checkpointer.save("model_0000001", iteration=1)
-    before = {path.name: path.read_bytes() for path in (tmp_path / "run").glob("*")}
-    other = Trainer(tiny_cfg("MODEL.BACKBONE.FREEZE_AT", 2))
+    before = contents(tmp_path / "run")
     with pytest.raises(UserError, match=r"this run has \d+ parameters in \d+ groups .*: resume with the same MODEL"):
-        other.resume_or_load(resume=True)
-    assert {path.name: path.read_bytes() for path in (tmp_path / "run").glob("*")} == before
+        Trainer(tiny_cfg("MODEL.BACKBONE.FREEZE_AT", 2)).resume_or_load(resume=True)
     other = Trainer(tiny_cfg())
     other.resume_or_load(resume=False)
-    with caplog.at_level(logging.WARNING, "repr_det.resume"):
-        other.before_train()
-    assert "holds the checkpoints of an earlier run: kept as last_checkpoint.1, model_0000001.pth.1" in caplog.text
-    kept = {path.stem: path.read_bytes() for path in (tmp_path / "run").glob("*.1")}
-    assert len(kept) == 2 and kept.items() <= before.items()
+    with pytest.raises(UserError, match=r"holds another run \(last_ch.*\): resume_or_load\(resume=True\) to continue"):
+        other.train()
+    assert before.items() <= contents(tmp_path / "run").items()
 
 
 @pytest.mark.parametrize(
@@ -108,8 +87,7 @@ def test_a_rename_that_fails(tmp_path, monkeypatch, name, advice, file):
     """As on a network file system; what is there stays, and the next save goes well."""
     checkpointer = AtomicCheckpointer(nn.Linear(1, 1), str(tmp_path))
     checkpointer.save("model_0000000", iteration=0)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    replace = os.replace
+    before, replace = contents(tmp_path), os.replace
 
     def refuse(source, target):
         if os.path.basename(target) == file:
@@ -120,43 +98,73 @@ def test_a_rename_that_fails(tmp_path, monkeypatch, name, advice, file):
     with pytest.raises(UserError, match=f"model_0000001 could not be written .* untouched: {advice}, then --resume"):
         checkpointer.save("model_0000001", iteration=1)
     monkeypatch.undo()
-    left = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert left | before == left and left["last_checkpoint"] == b"model_0000000.pth"
-    assert not [name for name in left if name.startswith(".")]
+    left = contents(tmp_path)
+    assert before.items() <= left.items() and not [name for name in left if name.startswith(".")]
     checkpointer.save("model_0000001", iteration=1)
     assert find_checkpoint(tmp_path).name == "model_0000001.pth"
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "told"),
-    [
+def test_another_optimizer_is_refused():
+    parameters = nn.Linear(1, 1).parameters
+    for old, new, told in (
         (torch.optim.SGD, torch.optim.AdamW, "momentum.*; this run has 2 parameters in 1 groups with .*betas"),
         (torch.optim.AdamW, torch.optim.RMSprop, "betas.*; this run has .*alpha"),
-    ],
-)
-def test_another_optimizer_is_refused(old, new, told):
-    parameters = nn.Linear(1, 1).parameters
-    with pytest.raises(UserError, match=f"is of another optimizer, 2 parameters in 1 groups with .*{told}"):
-        check_same_optimizer(new(parameters()), old(parameters()).state_dict(), "folder")
-    check_same_optimizer(new(parameters()), new(parameters()).state_dict(), "folder")
+    ):
+        with pytest.raises(UserError, match=f"is of another optimizer, 2 parameters in 1 groups with .*{told}"):
+            check_same_optimizer(new(parameters()), old(parameters()).state_dict(), "folder")
+        check_same_optimizer(new(parameters()), new(parameters()).state_dict(), "folder")
 
 
 RUN = "SOLVER.MAX_ITER 4 DATASETS.TEST () REPR.ENABLED True REPR.S1_ITERS 1 REPR.S2_ITERS 1 REPR.NUM_CYCLES 1".split()
 
 
-@pytest.mark.parametrize("interrupted", [False, True])
-def test_one_trainer_trains_once(tiny_cfg, interrupted):
-    """As when a cell of a notebook is run again."""
-    trainer = Trainer(tiny_cfg(*RUN))
-    trainer.register_hooks([At(1, interrupt)] if interrupted else [])
-    with pytest.raises(KeyboardInterrupt) if interrupted else nullcontext():
+@pytest.mark.parametrize("enabled", [True, False])
+def test_one_trainer_trains_once(tiny_cfg, enabled):
+    trainer = Trainer(tiny_cfg(*RUN, "REPR.ENABLED", enabled))
+    trainer.register_hooks([At(1, interrupt)])
+    with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    with pytest.raises(UserError, match="this trainer has trained before: make another one, on which resume_or_load"):
+    with pytest.raises(UserError, match=r"this trainer has trained .*: make another one and call resume_or_load"):
         trainer.train()
 
 
 def test_training_in_pieces_is_told_its_cause(tiny_cfg):
     trainer = Trainer(tiny_cfg(*RUN))
     trainer.max_iter = 2
-    with pytest.raises(UserError, match=r"max_iter is 2, but SOLVER.MAX_ITER is 4, .* resume it in another trainer"):
+    with pytest.raises(UserError, match=r"max_iter is 2, but SOLVER.MAX_ITER is 4: .* resume it in another trainer"):
         trainer.train()
+
+
+@pytest.mark.parametrize("wrap", [lambda w: w, lambda w: {"model": {f"module.{k}": v for k, v in w.items()}}])
+def test_plain_and_ddp_weights(tmp_path, wrap):
+    source, model = nn.Linear(2, 2), nn.Linear(2, 2)
+    torch.save(wrap(source.state_dict()), tmp_path / "weights.pth")
+    AtomicCheckpointer(model).load(str(tmp_path / "weights.pth"))
+    assert torch.equal(model.weight, source.weight) and torch.equal(model.bias, source.bias)
+
+
+def test_weights_of_which_none_fits_are_refused(tmp_path):
+    torch.save(resnet18().state_dict(), tmp_path / "weights.pth")
+    with pytest.raises(UserError, match=r"not hold any weight of this model: weight is missing .* or rename its w"):
+        AtomicCheckpointer(nn.Linear(2, 2)).load(str(tmp_path / "weights.pth"))
+
+
+@pytest.mark.parametrize(
+    ("rows", "norm", "expected"),
+    [
+        ((), (), {}),
+        ((1, 4), (1, 4), {"conv": [1, 4]}),
+        ((1, 4), (4,), {"conv": [4]}),
+        ((), range(6), {}),  # zero_init_residual
+        (range(6), range(6), {}),  # begins so, as deformable offsets do
+    ],
+)
+def test_which_filters_are_switched_off(rows, norm, expected):
+    net = nn.Sequential()
+    net.conv = nn.Conv2d(3, 6, 3, bias=False)
+    net.conv.norm = nn.BatchNorm2d(6)
+    nn.init.normal_(net.conv.norm.bias)
+    for tensor, zeros in ((net.conv.weight, rows), (net.conv.norm.weight, norm), (net.conv.norm.bias, norm)):
+        tensor.data[list(zeros)] = 0
+    weights = net.state_dict()
+    assert zero_filters(weights) == zero_filters({k: v.numpy() for k, v in weights.items()}) == expected

@@ -160,7 +160,6 @@ def test_num_classes_are_those_of_the_run(folder, catalogs, tmp_path):
 def test_the_classes_of_the_checkpoint_hold(folder, catalogs, tmp_path, monkeypatch):
     """Same number of classes, other names or another order."""
     monkeypatch.setattr(checks, "_check_weights", lambda *args: None)
-    monkeypatch.setattr(checks, "check_last_checkpoint", lambda folder: None)
     (tmp_path / "model_0000003.pth").write_bytes(b"x")
     cfg = config(two_files(folder, {3: "cell", 7: "plate"}), "OUTPUT_DIR", tmp_path)
     for classes in (["cell", "plate"], ["plate", "cell"], ["cell", "plates"]):

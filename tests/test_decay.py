@@ -6,8 +6,7 @@ from fvcore.common import param_scheduler as fvcore
 
 from repr_det import Trainer, UserError
 from repr_det.commands.arguments import build_config
-from repr_det.detectron.config import schedule_from_config
-from repr_det.detectron.decay import decays
+from repr_det.detectron.config import decays, validate_repr_config
 
 CONFIG = "configs/repr_r50_fpn.yaml"
 
@@ -38,7 +37,7 @@ def rates(cfg):
 def test_restores_fall_at_the_full_rate(name, opts, first):
     solver = ["SOLVER.MAX_ITER", "1000", "SOLVER.WARMUP_ITERS", "20", "SOLVER.LR_SCHEDULER_NAME", name]
     cfg = build_config(CONFIG, [*solver, *opts, "MODEL.DEVICE", "cpu"])
-    schedule, found = schedule_from_config(cfg), rates(cfg)
+    schedule, found = validate_repr_config(cfg), rates(cfg)
     horizon = first or 1000
     assert horizon * 3 // 4 - 9 <= schedule.end_iter <= horizon * 3 // 4
     assert all(found[i] > 0.5 * max(found) for i in schedule.restore_iters)
@@ -47,7 +46,7 @@ def test_restores_fall_at_the_full_rate(name, opts, first):
 def test_an_unknown_scheduler_is_named():
     cfg = build_config(CONFIG, ["SOLVER.LR_SCHEDULER_NAME", "Warmup"])
     with pytest.raises(UserError, match=r"SOLVER\.LR_SCHEDULER_NAME Warmup: Unknown LR scheduler"):
-        schedule_from_config(cfg)
+        validate_repr_config(cfg)
 
 
 def composite(first, second, length, scaling):

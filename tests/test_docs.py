@@ -18,11 +18,11 @@ import setuptools
 import torch
 from conftest import ROOT
 from detectron2.config import get_cfg
+from option_table import markdown_table
 from torch import nn
 
 from repr_det import add_repr_config
 from repr_det.commands.arguments import config_path, train_argument_parser
-from repr_det.detectron.config import markdown_table
 from repr_det.method.options import CONFIG_KEYS
 from repr_det.studies.analysis import argument_parser as analysis_argument_parser
 from repr_det.studies.comparison.command import argument_parser as comparison_argument_parser
@@ -113,7 +113,7 @@ def test_the_package_page_has_no_dead_link(address, monkeypatch):
 def test_the_table_of_keys_is_that_of_the_options():
     page = (ROOT / "docs" / "configs.md").read_text()
     table = page.partition("<!-- keys of REPR -->\n\n")[2].partition("\n\n<!-- end of the keys -->")[0]
-    assert table == markdown_table(), "put what repr_det.detectron.config.markdown_table() returns into docs/configs.md"
+    assert table == markdown_table(), "put what option_table.markdown_table() returns into docs/configs.md"
     rows = [line.split("|")[1].strip() for line in table.splitlines()[3:]]
     assert rows == [f"`{key}`" for key in CONFIG_KEYS.values()]
 

@@ -15,7 +15,7 @@ from test_hook import SCHEDULE, trained
 from repr_det import RePr, Trainer
 from repr_det.commands.arguments import build_config
 from repr_det.detectron.config import options_of_config
-from repr_det.detectron.fine_tuning import ADVICE, SHORT, fine_tuning_warning
+from repr_det.detectron.hook import ADVICE, SHORT, fine_tuning_warning
 from repr_det.method.passes import TrainingPasses
 
 BACKBONE, FPN = "backbone.bottom_up.res3.0.conv1", "backbone.fpn_output2"

@@ -3,7 +3,6 @@
 import argparse
 import copy
 import json
-import logging
 import math
 
 import numpy as np
@@ -18,10 +17,10 @@ from detectron2.utils.env import seed_all_rng
 from small_loop import OPTIONS, TwoConvs, config, hook_of, small_trainer, spelled, train
 from test_options import OTHERS
 
-from repr_det import RePr, RePrHook, Trainer, UserError, add_repr_config
+from repr_det import RePrHook, Trainer, UserError
 from repr_det.commands.processes import STOCK_CONFIG_FILE, write_configs
 from repr_det.detectron.config import options_of_config, without_repr
-from repr_det.detectron.passes import calibration_batches, training_passes
+from repr_det.detectron.passes import training_passes
 from repr_det.network.state import random_state
 
 SCHEDULE = "SOLVER.MAX_ITER 8 REPR.ENABLED True REPR.S1_ITERS 2 REPR.S2_ITERS 1 REPR.NUM_CYCLES 2".split()
@@ -133,8 +132,7 @@ def test_one_run(tiny_cfg, tmp_path):
 
 
 def test_in_a_stock_trainer_it_moves_and_logs(tiny_cfg, tmp_path):
-    """As stock tools do: default_setup, DefaultTrainer, the hook registered last. Checkpoint and evaluation of the
-    iteration of the drop see the sub-network, and log.txt tells of it."""
+    """Checkpoint and evaluation of the iteration of the drop see the sub-network, and log.txt tells of it."""
     cfg = tiny_cfg(*SCHEDULE, "SOLVER.CHECKPOINT_PERIOD", 2, "TEST.EVAL_PERIOD", 2)
     layers = []
 
@@ -217,6 +215,15 @@ def test_a_resumed_run_must_have_the_same_options(way, name):
     assert spelled(f"trained with {{{name}}} {was}, this run has {OTHERS[name]}", way) in str(error.value)
 
 
+def test_a_state_of_another_iteration_is_refused():
+    trainer, other = (small_trainer(RePrHook(**OPTIONS)) for _ in range(2))
+    train(trainer, stop=5)  # in the sub-network phase
+    other.model.load_state_dict(trainer.model.state_dict())
+    other.load_state_dict(trainer.state_dict())
+    with pytest.raises(UserError, match="iteration 2 is not in cycle 0 of RePr, sub phase, where this trainer is"):
+        train(other, 2)
+
+
 def test_a_resumed_run_may_have_other_batches():
     """How many of them are looked at follows from their size, unless an option says it."""
     trainer, larger = (small_trainer(RePrHook(**OPTIONS, images_per_batch=n), norm="FrozenBN") for n in (4, 8))
@@ -227,33 +234,23 @@ def test_a_resumed_run_may_have_other_batches():
     assert larger._hooks[0].scheme.cycle == 1
 
 
-def test_a_second_repr_on_a_model_is_refused():
+def test_a_second_hook_is_refused_and_one_without_a_seed_draws_none_from_the_trainings():
     hook = RePrHook(**OPTIONS)
-    trainer = small_trainer(hook, RePrHook(**OPTIONS))
     with pytest.raises(UserError, match="registered twice in this trainer"):
-        train(trainer)
-    trainer = small_trainer(hook)
+        train(small_trainer(hook, RePrHook(**OPTIONS)))
     np.random.seed(3)
-    train(trainer)
-    assert np.random.rand() == np.random.RandomState(3).rand()  # a hook without a seed draws none from the training's
-    with pytest.raises(UserError, match=r"backbone\.conv1 belongs to another RePr already: close\(\) that one first"):
-        RePr(trainer.model, trainer.optimizer, 8, **OPTIONS)
-    hook.repr.close()
-    RePr(trainer.model, trainer.optimizer, 8, **OPTIONS)
+    train(small_trainer(hook))
+    assert np.random.rand() == np.random.RandomState(3).rand()
 
 
-def test_averages_begin_again_at_a_restore():
-    """By an argument beside a config."""
+def test_arguments_beside_a_config():
     trainer = small_trainer()
     average = copy.deepcopy(trainer.model)
     hook = RePrHook(config(**OPTIONS), averages=[average], scale="old")
-    assert hook.options.scale == "old"
     trainer.register_hooks([hook])
-    train(trainer, stop=5)
-    own, others = trainer.model.backbone.conv1.weight, average.backbone.conv1.weight
-    assert hook.scheme.is_sub and not torch.equal(own, others)
-    train(trainer, 5, stop=6)
-    assert not hook.scheme.is_sub and torch.equal(own, others)
+    train(trainer, stop=6)  # behind the restore, at which averages begin again
+    assert hook.options.scale == "old"
+    assert torch.equal(trainer.model.backbone.conv1.weight, average.backbone.conv1.weight)
 
 
 def test_modules_that_are_no_averages():
@@ -285,15 +282,6 @@ def test_a_function_as_criterion_and_a_state_of_plain_types(tmp_path):
         train(trainer, 5)
 
 
-def test_keys_of_earlier_versions(tmp_path, caplog):
-    cfg = get_cfg()
-    add_repr_config(cfg)
-    (tmp_path / "old.yaml").write_text("REPR:\n  ENABLED: True\n  SLIM: auto\n  DROP_RATIO: 0.2\n")
-    with caplog.at_level(logging.WARNING):
-        cfg.merge_from_file(str(tmp_path / "old.yaml"))
-    assert "REPR.SLIM" in caplog.text and cfg.REPR.DROP_RATIO == 0.2 and "SLIM" not in cfg.REPR
-
-
 def test_reference_world_size_scales_the_schedule(tiny_cfg):
     cfg = tiny_cfg(*SCHEDULE, "SOLVER.REFERENCE_WORLD_SIZE", "2", "SOLVER.IMS_PER_BATCH", "4", "REPR.START_ITER", "1")
     hook = RePrHook(cfg)
@@ -315,13 +303,12 @@ def test_batches_of_extra_passes_depend_on_seed_and_cycle_alone(tiny_cfg):
     assert [len(batch) for batch in files(3, 0, 4)] == [4, 4]
     assert str(random_state()) == state
     # Calibration of FrozenBN looks at eight images.
-    assert [calibration_batches(size) for size in (1, 2, 3, 8, 10)] == [8, 4, 3, 1, 1]
-    for images, batches in ((None, 4), (4, 2)):
+    for images, batches in ((None, 4), (1, 8), (3, 3), (8, 1), (10, 1)):
         assert training_passes(trainer.model, trainer, 0, images, True).calibration_batches == batches
 
 
 def test_a_network_that_diverges_is_named_as_such_at_a_transition(tiny_cfg):
-    """Weights that are finite and whose boxes are not: Detectron2 raises FloatingPointError, here between two steps."""
+    """Weights are finite, boxes are not: Detectron2 raises FloatingPointError, here between two steps."""
 
     def blow(trainer):
         if trainer.iter == 1:
@@ -330,6 +317,6 @@ def test_a_network_that_diverges_is_named_as_such_at_a_transition(tiny_cfg):
     trainer = Trainer(tiny_cfg(*SCHEDULE, "REPR.CRITERION", "redundant", "DATASETS.TEST", "()"))
     trainer.register_hooks([Seen(blow)])
     trainer._hooks.insert(0, trainer._hooks.pop())
-    with pytest.raises(UserError, match=r"that a transition looks at: .* has diverged\. Lower the") as error:
+    with pytest.raises(UserError, match=r"in a pass of a transition: .* has diverged\. Lower the") as error:
         trainer.train()
     assert "\n" not in str(error.value)

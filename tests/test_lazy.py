@@ -17,7 +17,7 @@ from repr_det import RePrHook, UserError, find_filter_layers
 from repr_det.commands.arguments import build_config
 from repr_det.commands.lazy import LazyTrainer, instantiate, load_lazy_config, record_reads, repr_cfg_from_lazy
 from repr_det.commands.train import start
-from repr_det.detectron.config import schedule_from_config
+from repr_det.detectron.config import validate_repr_config
 from repr_det.studies.comparison.records import read_events
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -100,7 +100,7 @@ def test_learning_rate_steps():
     lazy.lr_multiplier = {"_target_": CosineParamScheduler, "start_value": 1, "end_value": 0}
     lazy.repr.num_cycles, lazy.train.max_iter = 1, 9000
     yacs = repr_cfg_from_lazy(lazy)
-    assert yacs.SOLVER.STEPS == (4500,) and schedule_from_config(yacs).end_iter == 3375  # 3/4 of half the rate
+    assert yacs.SOLVER.STEPS == (4500,) and validate_repr_config(yacs).end_iter == 3375  # 3/4 of half the rate
 
 
 def test_trains_evaluates_and_resumes_bit_for_bit(small_config, tmp_path):

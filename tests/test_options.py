@@ -6,11 +6,12 @@ import pytest
 import torch
 from detectron2.config import get_cfg
 from omegaconf import OmegaConf
+from option_table import markdown_table
 from plain_nets import loss_of, readable_net
 
 from repr_det import RePr, RePrHook, UserError, add_repr_config
 from repr_det.commands.lazy import repr_cfg_from_lazy
-from repr_det.detectron.config import markdown_table, options_of_config
+from repr_det.detectron.config import options_of_config
 from repr_det.method.errors import OptionError
 from repr_det.method.options import CONFIG_KEYS, RePrOptions, about_option, option_names
 from repr_det.method.scheme import check_resumed

@@ -1,5 +1,5 @@
-"""Files of weights that nobody vouches for: arrays and plain containers come out, all else is one clear line by name;
-nothing is executed, and nothing ends the process."""
+"""Files of weights that nobody vouches for: arrays and plain containers come out, all else is one line by name; nothing
+is executed, and nothing ends the process."""
 
 import collections
 import os
@@ -17,7 +17,7 @@ from torch import nn
 
 from repr_det import UserError
 from repr_det.runs.checkpoints import AtomicCheckpointer
-from repr_det.runs.safe_pickle import load_checkpoint, load_restricted
+from repr_det.runs.safe_pickle import load_checkpoint
 
 GENUINE = {
     "model": collections.OrderedDict(
@@ -37,7 +37,7 @@ GENUINE = {
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_genuine_files_of_every_protocol(tmp_path, protocol):
     (tmp_path / "w.pkl").write_bytes(pickle.dumps(GENUINE, protocol=protocol))
-    found = load_restricted(tmp_path / "w.pkl")
+    found = load_checkpoint(tmp_path / "w.pkl")
     assert found["more"] == GENUINE["more"] and type(found["model"]) is collections.OrderedDict
     for name, value in GENUINE["model"].items():
         got = found["model"][name]
@@ -47,7 +47,7 @@ def test_genuine_files_of_every_protocol(tmp_path, protocol):
 
 
 def test_what_python_2_wrote(tmp_path):
-    """Protocol 2 of Python 2: the bytes of an array are a `str`."""
+    """The bytes of an array are a `str`."""
     data = np.array([1.5, -2.0, 1e30], dtype="<f4").tobytes()
 
     def text(value: bytes) -> bytes:
@@ -58,18 +58,17 @@ def test_what_python_2_wrote(tmp_path):
     array = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85" + text(b"b") + b"\x87R"
     array += b"(K\x01K\x03\x85" + dtype + b"\x89" + text(data) + b"tb"
     (tmp_path / "py2.pkl").write_bytes(b"\x80\x02}" + text(b"conv1_w") + array + b"s.")
-    assert load_restricted(tmp_path / "py2.pkl")["conv1_w"].tolist() == np.frombuffer(data, "<f4").tolist()
+    assert load_checkpoint(tmp_path / "py2.pkl")["conv1_w"].tolist() == np.frombuffer(data, "<f4").tolist()
 
 
 def test_containers_that_hold_themselves_or_one_another(tmp_path):
-    many = []
+    own = {"many": []}
     for _ in range(60):
-        many = [many, many]  # 2 ** 60 lists, if each were looked at
-    own = {"w": np.ones(2)}
+        own = {"many": [own, own]}  # 2 ** 60 dicts, if each were looked at
     own["itself"] = own
-    (tmp_path / "w.pkl").write_bytes(pickle.dumps({"own": own, "many": many}))
-    found = load_restricted(tmp_path / "w.pkl")
-    assert found["own"]["itself"] is found["own"] and len(found["many"]) == 2
+    (tmp_path / "w.pkl").write_bytes(pickle.dumps(own))
+    found = load_checkpoint(tmp_path / "w.pkl")
+    assert found["itself"] is found and len(found["many"]) == 2
 
 
 class Turned:
@@ -109,14 +108,14 @@ def test_torch_and_pycls_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     net, attack = nn.Linear(1, 1), Turned(os.system, ("touch executed",))
     for name, content, message in (
-        ("bad.pth", {"model": {"w": attack}}, "bad.pth: refused, it names .*system"),
-        ("bad.pyth", {"model_state": {"w": attack}}, "bad.pyth: refused, it names .*system"),
-        ("other.pyth", {"something": 1}, "lie under 'model_state'"),
+        ("bad.pth", {"model": {"w": attack}}, "^bad.pth: refused, it names .*system.*$"),
+        ("bad.pyth", {"model_state": {"w": attack}}, "^bad.pyth: refused, it names .*system.*$"),
+        ("other.pyth", {"something": 1}, "^other.pyth has no 'model_state'"),
     ):
         torch.save(content, name)
-        with pytest.raises(UserError, match=message) as error:
+        with pytest.raises(UserError, match=message):
             AtomicCheckpointer(net).load(name)
-        assert "\n" not in str(error.value) and not Path("executed").exists()
+        assert not Path("executed").exists()
     torch.save({"model_state": {"weight": torch.ones(1, 1), "bias": torch.ones(1)}}, "good.pyth")
     AtomicCheckpointer(net).load("good.pyth")
     assert net.weight.item() == net.bias.item() == 1
@@ -149,7 +148,7 @@ TURNED = {
 def load_each(*paths):
     for path in paths:
         try:
-            print("VALUE", load_restricted(path)["model"]["w"])
+            print("VALUE", load_checkpoint(path)["w"])
         except UserError as error:
             print(error)
 
@@ -158,7 +157,7 @@ def test_turned_files(tmp_path):
     """In a process of its own, so that a crash is seen."""
     paths = [tmp_path / f"{number}.pkl" for number in range(len(TURNED))]
     for path, (attack, _) in zip(paths, TURNED.values(), strict=True):
-        path.write_bytes(pickle.dumps({"model": {"w": attack}}, protocol=2))
+        path.write_bytes(pickle.dumps({"w": attack}, protocol=2))
     status, text = forked.run(["test_safe_pickle:load_each", *paths], tmp_path / "log")
     assert status == 0, text
     for path, (name, (_, value)), line in zip(paths, TURNED.items(), text.splitlines(), strict=True):
@@ -168,12 +167,11 @@ def test_turned_files(tmp_path):
 @pytest.mark.parametrize("size", [2**33, 2**40])
 @pytest.mark.parametrize("opcode", [pickle.BYTEARRAY8, pickle.BINBYTES8, pickle.BINUNICODE8])
 def test_a_length_that_the_file_does_not_have(tmp_path, opcode, size):
-    """Eight bytes of damage say that 8 GB follow: no memory is taken for them."""
     path = tmp_path / "long.pkl"
     path.write_bytes(pickle.PROTO + b"\x05" + opcode + size.to_bytes(8, "little") + b"abc.")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(UserError, match="not a readable pickle of weights, perhaps cut short"):
-        load_restricted(path)
+        load_checkpoint(path)  # takes no memory for them
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20
 
 
@@ -190,13 +188,9 @@ def mutated(genuine, rng):
     content = bytearray(genuine)
     for _ in range(rng.choice((1, 1, 2, 5))):
         at, size = rng.randrange(len(content)), rng.randrange(40)
-        changes = (
-            lambda part: bytes([rng.randrange(256)]) + part[1:],
-            lambda part: b"",
-            lambda part: part + part,
-            lambda part: bytes([rng.choice(b"Rb)}](.0122aesuq\x81\x93\x85\x8a\x94tlodc")]) + part,
-        )
-        content[at : at + size] = rng.choice(changes)(content[at : at + size])
+        part, opcode = content[at : at + size], rng.choice(b"Rb)}](.0122aesuq\x81\x93\x85\x8a\x94tlodc")
+        changes = (bytes([rng.randrange(256)]) + part[1:], b"", part + part, bytes([opcode]) + part)
+        content[at : at + size] = rng.choice(changes)
     return content[: rng.randrange(len(content))] if rng.random() < 0.1 else content
 
 

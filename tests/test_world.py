@@ -25,7 +25,7 @@ from repr_det.commands.processes import (
     refuse_launchers,
     torchrun_job,
 )
-from repr_det.runs.lock import RunLock, job_of
+from repr_det.runs.lock import job_of, lock_folder
 from repr_det.runs.stopping import STATUS, StopAtSignal, Stopped, answer_signals
 
 TORCHRUN = dict(RANK="1", LOCAL_RANK="1", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
@@ -106,18 +106,17 @@ def test_who_may_continue(start_by, tmp_path):
 
     assert not may_continue(argparse.Namespace(resume=False), str(tmp_path))
     assert not may(RANK="0")  # the first start was refused
-    RunLock(tmp_path, "job").acquire()
+    lock_folder(tmp_path, "job")
     assert may(RANK="0")
     assert not may(RANK="0", TORCHELASTIC_RUN_ID="another")
     assert may(RANK="1", TORCHELASTIC_RUN_ID="another")  # rank 0 decides
     assert not may(RANK="0", TORCHELASTIC_RUN_ID="none")
-    RunLock(tmp_path, torchrun_job()).acquire()
+    lock_folder(tmp_path, torchrun_job())
     assert may(RANK="0", TORCHELASTIC_RUN_ID="none")
 
 
 def hold(folder, held):
-    lock = RunLock(folder)
-    lock.acquire()
+    _lock = lock_folder(folder)
     if os.fork() == 0:  # as a loader worker does
         time.sleep(60)
         os._exit(0)
@@ -129,10 +128,9 @@ def test_a_killed_run_leaves_no_lock(tmp_path):
     holder = forked.Command(["test_world:hold", tmp_path, tmp_path / "held"], tmp_path / "log")
     forked.wait_until((tmp_path / "held").exists)
     with pytest.raises(UserError, match=rf"OUTPUT_DIR {tmp_path} is being trained by another process \(\d+ on "):
-        RunLock(tmp_path).acquire()
+        lock_folder(tmp_path)
     holder.kill()
-    lock = RunLock(tmp_path, "job")
-    lock.acquire(1)
+    lock = lock_folder(tmp_path, "job", 1)
     assert job_of(tmp_path) == "job"
     lock.release()
 
@@ -197,6 +195,6 @@ def test_a_file_system_without_locks_still_knows_the_job(tmp_path, monkeypatch, 
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr("filelock.FileLock.acquire", fail)
-    RunLock(tmp_path, "job").acquire()
+    lock_folder(tmp_path, "job")
     assert "cannot be locked (No locks available)" in caplog.text
     assert job_of(tmp_path) == "job"

@@ -21,20 +21,20 @@ from torch import nn
 from repr_det.commands.data import check_datasets, check_same_classes
 from repr_det.datasets import class_names
 from repr_det.detectron.config import (
+    NAMES,
     as_user_error,
-    naming_keys,
+    decays_of_config,
     options_of_config,
     scale_to_world,
     validate_repr_config,
 )
-from repr_det.detectron.decay import decays_of_config
 from repr_det.detectron.engine import Trainer, check_same_arm
 from repr_det.detectron.hook import RePrHook
-from repr_det.method.errors import UserError
+from repr_det.method.errors import UserError, spelling
 from repr_det.method.layers import find_filter_layers
 from repr_det.method.selection import check_capacity
-from repr_det.runs.checkpoints import AtomicCheckpointer, check_last_checkpoint, fit_names, zero_filters
-from repr_det.runs.files import run_traces
+from repr_det.runs.checkpoints import AtomicCheckpointer, zero_filters
+from repr_det.runs.files import refuse_used
 
 logger = logging.getLogger(__name__)
 _SAMPLERS = "TrainingSampler, RepeatFactorTrainingSampler, RandomSubsetTrainingSampler"
@@ -133,12 +133,8 @@ def _check_output_folder(cfg: CfgNode, resume: bool) -> None:
         tempfile.TemporaryFile(dir=there).close()
     except OSError as error:  # read-only, full, a file, a link to nowhere
         raise UserError(f"OUTPUT_DIR {folder} cannot be written ({error.strerror}): give another folder") from error
-    traces = run_traces(folder)
-    if traces and not resume:
-        held = ", ".join(traces[:3])
-        raise UserError(f"OUTPUT_DIR {folder} holds another run ({held}): add --resume, or give another folder")
-    if traces:
-        check_last_checkpoint(str(folder))
+    if not resume:
+        refuse_used(folder, "add --resume")
 
 
 def _model_of_shapes(cfg: CfgNode, trainer: type[Trainer]) -> nn.Module:
@@ -168,7 +164,7 @@ def _check_model(cfg: CfgNode, model: nn.Module, eval_only: bool, processes: int
             GeneralizedRCNNWithTTA(cfg, model)
     if cfg.REPR.ENABLED and not eval_only:
         options = options_of_config(cfg)
-        with naming_keys():
+        with spelling(NAMES):
             layers = find_filter_layers(model, options.layers, options.exclude)
             sizes = {layer.name: layer.num_filters for layer in layers}
             check_capacity(sizes, options.drop_ratio, options.max_drop_per_layer)
@@ -211,7 +207,6 @@ def _check_same_training(cfg: CfgNode, hooks: dict[str, Any]) -> None:
 
 class _TrialCheckpointer(AtomicCheckpointer):
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
-        fit_names(checkpoint, self.model.state_dict())
         self.weights = dict(checkpoint["model"])
         self.hooks = checkpoint.get("trainer", {}).get("hooks")
         return super()._load_model(checkpoint)

@@ -26,8 +26,7 @@ from repr_det.commands.arguments import config_path, folder_of_weights, naming_c
 from repr_det.commands.data import prepare_data
 from repr_det.commands.train import Run
 from repr_det.datasets import CocoEvaluator, listed
-from repr_det.detectron.config import add_repr_config, as_user_error
-from repr_det.detectron.decay import decays, defined_at_its_end
+from repr_det.detectron.config import add_repr_config, as_user_error, decays, defined_at_its_end
 from repr_det.detectron.engine import Trainer
 from repr_det.method.errors import UserError
 from repr_det.method.options import CONFIG_KEYS

@@ -30,7 +30,7 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from repr_det.detectron.config import without_repr
 from repr_det.method.errors import UserError
 from repr_det.runs.files import advice_for, write_atomically
-from repr_det.runs.lock import RunLock, job_of
+from repr_det.runs.lock import job_of, lock_folder
 from repr_det.runs.record import CONFIG_FILE
 from repr_det.runs.stopping import STATUS, Stopped, answer_signals, end_with_parent
 
@@ -241,9 +241,8 @@ def _take(args: argparse.Namespace, folder: str) -> None:
     """Rank 0 locks the folder; every rank learns whether it could, and whether the run is resumed."""
     trouble = ""
     if comm.is_main_process():
-        lock = RunLock(folder, torchrun_job())
         try:
-            lock.acquire(_FOR_THE_LAST_TO_END if args.resume else 0.0)
+            lock = lock_folder(folder, torchrun_job(), _FOR_THE_LAST_TO_END if args.resume else 0.0)
             _AT_THE_END.callback(lock.release)
         except UserError as error:
             trouble = str(error)

@@ -18,7 +18,7 @@ from repr_det.commands.checks import check_run
 from repr_det.commands.processes import check_processes, launch_processes, may_continue, setup_process, write_configs
 from repr_det.detectron.engine import Trainer
 from repr_det.detectron.passes import epochs_of, map_dataset
-from repr_det.detectron.trackers import check_wandb
+from repr_det.detectron.trackers import wandb_module
 from repr_det.runs.checkpoints import AtomicCheckpointer, find_checkpoint
 from repr_det.runs.guard import FiniteGuard
 from repr_det.runs.record import RunRecord
@@ -58,7 +58,8 @@ def run_of(args: argparse.Namespace) -> Run:
 def start(argv: list[str] | None = None) -> None:
     """Parses arguments, checks everything that can be checked, then launches the processes."""
     args = train_argument_parser().parse_args(argv)
-    check_wandb(args.wandb)
+    if args.wandb:
+        wandb_module()
     run = run_of(args)
     cfg = run.cfg
     with run.naming():

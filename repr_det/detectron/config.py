@@ -1,28 +1,32 @@
-"""The config node REPR, made from ``RePrOptions``: its keys, their checks and the schedule that they stand for."""
+"""The config node REPR, made from ``RePrOptions``: its keys, their checks and the schedule that they stand for; when a
+learning-rate schedule decays, whichever it is."""
 
 import contextlib
-import re
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 import yaml
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
+from detectron2.solver import LRMultiplier, build_lr_scheduler
 
-from repr_det.detectron.decay import decays_of_config
-from repr_det.method.criteria import CRITERIA, get_criterion
+from repr_det.method.criteria import get_criterion
 from repr_det.method.errors import UserError, spelling
 from repr_det.method.loop import schedule_of
 from repr_det.method.options import CONFIG_KEYS, RePrOptions, about_option, option_names
 from repr_det.method.schedule import RePrSchedule
 
 NAMES = CONFIG_KEYS | {"total_steps": "SOLVER.MAX_ITER"}
+_STEP = 0.9  # a rate that falls to this share or less from one iteration to the next has stepped
+_HALF = 0.5  # a rate that falls gradually has decayed when it is half of what it was
 _SCALED = ("s1_iters", "s2_iters", "start_iter", "warmup_iters")  # with the number of workers
 
 
 def add_repr_config(cfg: CfgNode) -> None:
     """Adds the node REPR with its defaults to a Detectron2 config: ENABLED, and a key for every option of
-    ``RePrOptions``. Keys of earlier versions that have no effect any more are accepted with a warning."""
+    ``RePrOptions``. Keys of earlier versions are accepted with a warning."""
     cfg.REPR = CfgNode({"ENABLED": False})
     for name in option_names():
         about = about_option(name)
@@ -34,59 +38,36 @@ def add_repr_config(cfg: CfgNode) -> None:
     cfg.register_deprecated_key("REPR.SLIM")
 
 
-def markdown_table() -> str:
-    """The keys of REPR with arguments, defaults, values and meanings, as in docs/configs.md."""
-    rows = ["| key | argument | default | values | |", "|---|---|---|---|---|"]
-    rows.append("| `REPR.ENABLED` | | `False` | True, False | RePr, or plain training. |")
-    cfg = CfgNode()
-    add_repr_config(cfg)
-    for name in option_names():
-        about = about_option(name)
-        values = f"one of {', '.join(sorted(CRITERIA))}" if name == "criterion" else about.range() or "a list"
-        default = _value_at(cfg.REPR, about.key)
-        rows.append(f"| `REPR.{about.key}` | `{name}` | `{default!r}` | {values} | {about.meaning} |")
-    return "\n".join(rows)
-
-
 def options_of_config(cfg: CfgNode) -> RePrOptions:
     """The options that the node REPR sets. Raises OptionError where one is out of range."""
-    with naming_keys():
-        return RePrOptions(**{name: _value_at(cfg.REPR, about_option(name).key) for name in option_names()})
+    with spelling(NAMES):
+        return RePrOptions(**{name: value_at(cfg.REPR, about_option(name).key) for name in option_names()})
 
 
-def _value_at(node: CfgNode, key: str) -> Any:
+def value_at(node: CfgNode, key: str) -> Any:
+    """The value of a key with dots."""
     for part in key.split("."):
         node = node[part]
     return node
-
-
-def naming_keys() -> contextlib.AbstractContextManager[None]:
-    """Errors about options name the keys of a config."""
-    return spelling(NAMES)
 
 
 def validate_repr_config(cfg: CfgNode) -> RePrSchedule | None:
     """Checks every key of REPR that can be checked without a model.
 
     Returns:
-        The schedule, or None where REPR.ENABLED is False.
+        The schedule, or None if REPR.ENABLED is False.
 
     Raises:
-        UserError: naming the key, its value and what would be right.
+        UserError: a key is wrong.
     """
     if not cfg.REPR.ENABLED:
         return None
-    with naming_keys():
-        get_criterion(options_of_config(cfg).criterion)
-        schedule = schedule_from_config(cfg)
+    with spelling(NAMES):
+        options = options_of_config(cfg)
+        get_criterion(options.criterion)
+        schedule = schedule_of(options, cfg.SOLVER.MAX_ITER, first_decay(cfg))
         schedule.check_fits(cfg.SOLVER.MAX_ITER)
     return schedule
-
-
-def schedule_from_config(cfg: CfgNode) -> RePrSchedule:
-    """The RePr schedule of a config, derived where S1_ITERS and S2_ITERS are 0."""
-    with naming_keys():
-        return schedule_of(options_of_config(cfg), cfg.SOLVER.MAX_ITER, first_decay(cfg))
 
 
 def first_decay(cfg: CfgNode) -> int | None:
@@ -98,11 +79,7 @@ def first_decay(cfg: CfgNode) -> int | None:
 
 
 def scale_to_world(cfg: CfgNode, world_size: int) -> CfgNode:
-    """Detectron2's ``auto_scale_workers`` (SOLVER.REFERENCE_WORLD_SIZE) for SOLVER and REPR alike.
-
-    Returns:
-        ``cfg`` itself where nothing has to be scaled, else a scaled copy.
-    """
+    """Detectron2's ``auto_scale_workers`` (SOLVER.REFERENCE_WORLD_SIZE) for SOLVER and REPR; a copy if it changes."""
     reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
     if reference in (0, world_size):
         return cfg
@@ -112,7 +89,7 @@ def scale_to_world(cfg: CfgNode, world_size: int) -> CfgNode:
     scaled.defrost()
     for name in _SCALED:
         key = about_option(name).key
-        value = _value_at(cfg.REPR, key)
+        value = value_at(cfg.REPR, key)
         if value > 0:
             scaled.merge_from_list([f"REPR.{key}", max(1, round(value * reference / world_size))])
     scaled.freeze()
@@ -128,10 +105,44 @@ def without_repr(cfg: CfgNode) -> CfgNode:
     return stock
 
 
-_ONE_FOR_A_TUPLE = re.compile(  # how yacs words it
-    r"Type mismatch \(<class 'tuple'> vs\. <class '(?P<kind>str|int|float)'>\) .* vs\. (?P<value>.+)\) for config key: "
-    r"(?P<key>\S+)"
-)
+def decays(multiplier: Callable[[float], float], max_iter: int) -> tuple[int, ...]:
+    """The iterations at which the rate steps down; where it falls gradually (cosine, linear, ...), also the first at
+    which it has fallen to half of its largest value, and none after that.
+
+    Args:
+        multiplier: fvcore's ParamScheduler: position in [0, 1) -> multiplier of the rates.
+    """
+    found: list[int] = []
+    peak = before = 0.0
+    for iteration in range(max_iter):
+        value = float(multiplier(iteration / max_iter))
+        stepped = before > 0 and value <= _STEP * before
+        halved = not found and peak > 0 and value <= _HALF * peak
+        if stepped or halved:
+            found.append(iteration)
+        if halved and not stepped:
+            break
+        peak, before = max(peak, value), value
+    return tuple(found)
+
+
+def decays_of_config(cfg: CfgNode) -> tuple[int, ...]:
+    """``decays`` of the scheduler that Detectron2 builds for SOLVER."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    logger = logging.getLogger("detectron2.solver.build")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # its warning of steps beyond MAX_ITER comes when the run builds its own
+    try:
+        return decays(build_lr_scheduler(cfg, optimizer)._multiplier, cfg.SOLVER.MAX_ITER)
+    finally:
+        logger.setLevel(level)
+
+
+def defined_at_its_end(scheduler: LRMultiplier) -> LRMultiplier:
+    """Gives a scheduler a rate after the last iteration, which torch asks for and fvcore's equal steps do not have."""
+    multiplier = scheduler._multiplier
+    scheduler._multiplier = lambda where: multiplier(min(where, 1 - 1e-5))  # beyond fvcore's own tolerance of 1e-6
+    return scheduler
 
 
 @contextlib.contextmanager
@@ -145,7 +156,4 @@ def as_user_error(source: str) -> Iterator[None]:
         # str() of a KeyError is the repr of its message.
         text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
         text = " ".join((f"not valid YAML: {text}" if isinstance(error, yaml.YAMLError) else text).split())
-        if one := _ONE_FOR_A_TUPLE.search(text):
-            value = repr(one["value"]) if one["kind"] == "str" else one["value"]
-            text = f"{one['key']} must be a tuple, ({value},), got {value}"
         raise UserError(f"{source}: {text or type(error).__name__}") from error

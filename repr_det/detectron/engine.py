@@ -4,6 +4,7 @@ import logging
 import os
 import weakref
 from collections.abc import Iterable, Sequence
+from inspect import getattr_static
 from typing import Any
 
 import torch
@@ -20,17 +21,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from repr_det.datasets import agree_on_classes, any_mapped
 from repr_det.datasets.image_files import NamingMapper
-from repr_det.detectron.config import scale_to_world
-from repr_det.detectron.decay import defined_at_its_end
+from repr_det.detectron.config import defined_at_its_end, scale_to_world
 from repr_det.detectron.evaluators import build_evaluator, check_evaluators
 from repr_det.detectron.hook import RePrHook, first_later_hook
 from repr_det.detectron.trackers import WandbWriter
 from repr_det.method.errors import UserError
+from repr_det.network.state import unwrapped
 from repr_det.runs.checkpoints import AtomicCheckpointer
-from repr_det.runs.files import FINAL_CHECKPOINT, keep_checkpoints, remove_unfinished
+from repr_det.runs.files import FINAL_CHECKPOINT, refuse_used, remove_unfinished
 from repr_det.runs.guard import FiniteGuard, NonFiniteError, describe, non_finite_gradient, non_finite_weight
 from repr_det.runs.loader import resumable
-from repr_det.runs.resume import ExactResume, apply_settings, check_same_optimizer, settings_of
+from repr_det.runs.resume import ExactResume, apply_settings, check_same_optimizer
 from repr_det.runs.stopping import StopAtSignal
 
 logger = logging.getLogger("repr_det.resume")
@@ -39,10 +40,9 @@ logger = logging.getLogger("repr_det.resume")
 class Trainer(DefaultTrainer):
     """DefaultTrainer for configs with or without the node REPR.
 
-    With RePr off it trains bit for bit as stock Detectron2 does. Several processes work on the CPU too (gloo), and
-    SOLVER.REFERENCE_WORLD_SIZE scales REPR along with SOLVER. Checkpoints are written atomically and hold what a
-    resumed run needs (``resume.ExactResume``); a run whose loss, gradients or weights are not finite stops before it
-    saves them (``guard.FiniteGuard``).
+    With RePr off it trains bit for bit as stock Detectron2. Several processes work on the CPU too (gloo), and
+    SOLVER.REFERENCE_WORLD_SIZE scales REPR along with SOLVER. A killed run resumes exactly; numbers that are not finite
+    stop a run before it saves them. OUTPUT_DIR must hold no other run.
 
     Args:
         cfg: a Detectron2 config, with ``add_repr_config`` applied for RePr.
@@ -53,7 +53,7 @@ class Trainer(DefaultTrainer):
         NonFiniteError: while training.
     """
 
-    _has_trained = False
+    _resumes = False
 
     def __init__(self, cfg: CfgNode, wandb_project: str = "") -> None:
         # Not DefaultTrainer.__init__: it wraps the model by create_ddp_model, which CPU modules cannot take.
@@ -61,7 +61,7 @@ class Trainer(DefaultTrainer):
         cfg = scale_to_world(cfg, comm.get_world_size())
         self.cfg = cfg
         self.wandb_project = wandb_project
-        if all(_function(type(self), name) is _function(Trainer, name) for name in ("test", "build_evaluator")):
+        if all(getattr_static(self, name) is getattr_static(Trainer, name) for name in ("test", "build_evaluator")):
             check_evaluators(cfg.DATASETS.TEST)
         if any_mapped(names := (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)):
             agree_on_classes(*names)
@@ -80,26 +80,22 @@ class Trainer(DefaultTrainer):
         self.register_hooks(self.build_hooks())
 
     def build_hooks(self) -> list[HookBase]:
-        """Detectron2's hooks, FiniteGuard, ExactResume, and RePrHook in its place."""
+        """Detectron2's hooks, FiniteGuard, ExactResume, StopAtSignal, and RePrHook in its place."""
         cfg, built = self.cfg, [hook for hook in super().build_hooks() if hook is not None]
+        period = cfg.SOLVER.CHECKPOINT_PERIOD
         repr_hook = self.build_repr_hook(cfg)
         transitions = () if repr_hook is None else (*repr_hook.schedule.drop_iters, *repr_hook.schedule.restore_iters)
-
-        def weights_matter(iteration: int) -> bool:
-            saved = (iteration + 1) % cfg.SOLVER.CHECKPOINT_PERIOD == 0 or iteration + 1 == cfg.SOLVER.MAX_ITER
-            return saved or iteration in transitions
-
         loaders = [self._trainer.data_loader]
         for hook in built:
             if isinstance(hook, hooks.PreciseBN) and not hook._disabled:
                 hook._data_loader = resumable(hook._data_loader)
                 loaders.append(hook._data_loader)
-        model = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
-        exact = ExactResume(model, loaders, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD, cfg.OUTPUT_DIR)
+        model = unwrapped(self.model)
+        exact = ExactResume(model, loaders, period, cfg.TEST.EVAL_PERIOD, cfg.OUTPUT_DIR)
         built.insert(_place_before(built, hooks.PeriodicCheckpointer, hooks.EvalHook), exact)
-        on_cpu = next(model.parameters()).device.type == "cpu"  # elsewhere the look makes the host wait in every step
-        guard = FiniteGuard(on_cpu and not cfg.SOLVER.AMP.ENABLED, weights_matter)
-        stop = StopAtSignal(cfg.SOLVER.CHECKPOINT_PERIOD, lambda: (guard.check_weights(), exact.collect()))
+        on_cpu = next(model.parameters()).device.type == "cpu"  # elsewhere the host would wait in every step
+        guard = FiniteGuard(on_cpu and not cfg.SOLVER.AMP.ENABLED, period, transitions)
+        stop = StopAtSignal(period, lambda: (guard.check_weights(), exact.collect()))
         built.insert(_place_before(built, hooks.EvalHook), stop)
         built.insert(0, guard)
         if cfg.TEST.AUG.ENABLED:
@@ -120,6 +116,7 @@ class Trainer(DefaultTrainer):
 
     def resume_or_load(self, resume: bool = True) -> None:
         """As in Detectron2; refuses a run that was trained beyond SOLVER.MAX_ITER, or whose ranks see other files."""
+        self._resumes = resume
         if resume:
             found = comm.all_gather(os.path.basename(self.checkpointer.get_checkpoint_file()))
             if len(set(found)) > 1:
@@ -136,17 +133,11 @@ class Trainer(DefaultTrainer):
             )
 
     def train(self) -> Any:
-        """Trains, once.
-
-        Raises:
-            UserError: this trainer has trained before: hooks, loader and schedule are somewhere in the middle.
-        """
-        if self._has_trained:
-            raise UserError(
-                "this trainer has trained before: make another one, on which resume_or_load(resume=True) goes on from "
-                "the last checkpoint"
-            )
-        self._has_trained = True
+        """Trains, once. Raises UserError if this trainer has trained before, or OUTPUT_DIR holds another run."""
+        if hasattr(self, "storage"):  # which training makes
+            raise UserError("this trainer has trained before: make another one and call resume_or_load(resume=True)")
+        if not self._resumes:
+            refuse_used(self.cfg.OUTPUT_DIR, "resume_or_load(resume=True)")
         return super().train()
 
     def run_step(self) -> None:
@@ -159,22 +150,16 @@ class Trainer(DefaultTrainer):
             raise NonFiniteError(describe(self, what)) from error
 
     def before_train(self) -> None:
-        """Detectron2's, writes the final checkpoint that a killed run did not, and keeps those of an earlier run."""
-        if self.start_iter == 0:
-            comm.synchronize()  # all have loaded MODEL.WEIGHTS, which may be one of them
-            if comm.is_main_process() and (kept := keep_checkpoints(self.cfg.OUTPUT_DIR)):
-                names = ", ".join(kept)
-                logger.warning("%s holds the checkpoints of an earlier run: kept as %s", self.cfg.OUTPUT_DIR, names)
+        """Detectron2's, and writes the final checkpoint that a killed run did not."""
         super().before_train()
         final = os.path.join(self.cfg.OUTPUT_DIR, FINAL_CHECKPOINT)
         if self.start_iter == self.max_iter and comm.is_main_process() and not os.path.exists(final):
-            # The run died between its last periodic checkpoint and this one, and no step will come to write it.
+            # The run died between its last periodic checkpoint and this one.
             self.iter = self.max_iter - 1
             self.checkpointer.save(os.path.splitext(FINAL_CHECKPOINT)[0], iteration=self.max_iter - 1)
 
     def after_train(self) -> None:
-        """Detectron2's, for a finished run that is resumed for its evaluation too."""
-        # A finished run that is resumed for its evaluation would count one iteration too many.
+        """Detectron2's, which counts one iteration too many where a finished run is resumed for its evaluation."""
         self.iter = min(self.iter, self.max_iter)
         super().after_train()
 
@@ -184,17 +169,15 @@ class Trainer(DefaultTrainer):
         check_same_arm(state_dict.get("hooks", {}), enabled, self.cfg.OUTPUT_DIR)
         optimizer = self._trainer.optimizer
         check_same_optimizer(optimizer, state_dict["_trainer"]["optimizer"], self.cfg.OUTPUT_DIR)
-        built = settings_of(optimizer)
+        built = [dict(group) for group in optimizer.param_groups]
         super().load_state_dict(state_dict)
         if changed := apply_settings(optimizer, self.scheduler, built):
-            logger.warning(
-                "The config's settings hold from iteration %d on: %s", state_dict["iteration"] + 1, ", ".join(changed)
-            )
+            start = state_dict["iteration"] + 1
+            logger.warning("The config's settings hold from iteration %d on: %s", start, ", ".join(changed))
 
     @classmethod
     def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> dict:
-        """Evaluation with test-time augmentation (TEST.AUG), as in Detectron2's own tools/train_net.py: the names of
-        its results end in _TTA. The files of the evaluators go to OUTPUT_DIR/inference_TTA."""
+        """Evaluates with test-time augmentation (TEST.AUG), as bbox_TTA and so on, into OUTPUT_DIR/inference_TTA."""
         folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
         evaluators = [build_evaluator(name, folder) for name in cfg.DATASETS.TEST]
         results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
@@ -217,7 +200,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        """That of the data set's evaluator_type, COCO AP where it has none; its files go to OUTPUT_DIR/inference."""
+        """That of ``evaluators.build_evaluator``; its files go to OUTPUT_DIR/inference."""
         return build_evaluator(dataset_name, os.path.join(cfg.OUTPUT_DIR, "inference"))
 
 
@@ -234,11 +217,6 @@ def check_same_arm(hooks: dict[str, Any], enabled: bool, folder: str) -> None:
 def _place_before(built: Sequence[HookBase], *kinds: type[HookBase]) -> int:
     """Returns the place of the first hook of one of ``kinds``; the end if there is none."""
     return next((i for i, hook in enumerate(built) if isinstance(hook, kinds)), len(built))
-
-
-def _function(owner: type, name: str) -> Any:
-    method = getattr(owner, name)
-    return getattr(method, "__func__", method)
 
 
 def _distributed(model: nn.Module) -> nn.Module:

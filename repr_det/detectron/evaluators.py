@@ -29,23 +29,21 @@ _NEEDS |= dict.fromkeys(("cityscapes_instance", "cityscapes_sem_seg"), "cityscap
 
 
 def check_evaluators(names: Sequence[str]) -> None:
-    """Raises UserError where a data set cannot be evaluated: its evaluator_type is unknown, or a package is missing."""
+    """Raises UserError if a data set's evaluator_type is unknown, or a package is missing."""
     for name in names:
         kind = _kind(name)
         if kind not in _EVALUATORS:
             raise UserError(
                 f"DATASETS.TEST {name} has evaluator_type {kind!r}, which is none of {', '.join(_EVALUATORS)}: "
-                "override Trainer.build_evaluator, or register it with one of these"
+                "register it with one of these, or override Trainer.build_evaluator"
             )
         if kind in _NEEDS and importlib.util.find_spec(_NEEDS[kind]) is None:
-            raise UserError(
-                f"DATASETS.TEST {name}: its evaluation ({kind}) needs the package {_NEEDS[kind]}: install it"
-            )
+            raise UserError(f"DATASETS.TEST {name}: its evaluation ({kind}) needs the package {_NEEDS[kind]}")
 
 
 def build_evaluator(name: str, folder: str) -> DatasetEvaluator:
-    """For a registered data set whose evaluator_type is one of Detectron2's; without one it is evaluated as COCO's.
-    Files go to ``folder``."""
+    """For a registered data set whose evaluator_type is one of Detectron2's, "coco" if it has none; files go to
+    ``folder``."""
     made = [make(name, folder) for make in _EVALUATORS[_kind(name)]]
     return made[0] if len(made) == 1 else DatasetEvaluators(made)
 

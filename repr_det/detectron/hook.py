@@ -3,8 +3,8 @@
 import dataclasses
 import json
 import logging
-import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode, configurable
@@ -12,16 +12,7 @@ from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 from fvcore.common.checkpoint import Checkpointer
 
-from repr_det.detectron.config import (
-    NAMES,
-    as_user_error,
-    first_decay,
-    options_of_config,
-    scale_to_world,
-    validate_repr_config,
-)
-from repr_det.detectron.decay import decays
-from repr_det.detectron.fine_tuning import fine_tuning_warning
+from repr_det.detectron import config
 from repr_det.detectron.passes import epochs_of, training_passes
 from repr_det.method.criteria import get_criterion
 from repr_det.method.errors import OptionError, UserError, spelling
@@ -33,10 +24,16 @@ from repr_det.method.scheme import RePrScheme
 from repr_det.network.state import preserved_random_state
 from repr_det.runs.files import EVENTS_FILE, OVERLAPS_FILE, truncate_log
 from repr_det.runs.resume import ExactResume
-from repr_det.runs.safe_pickle import load_checkpoint
 
 _LATER_HOOKS = (hooks.PreciseBN, ExactResume, hooks.EvalHook, hooks.PeriodicWriter)
-
+SHORT = 16_000  # iterations: COCO's 1x schedule has 90,000
+SHORT_EPOCHS = 2.0  # the same part of that schedule, which has 12: a small batch makes many iterations of few images
+# By Detectron2's names: what ImageNet weights reach.
+_TRAINED = ("backbone.bottom_up.", "backbone.stem.", "backbone.res", "roi_heads.res5.")
+ADVICE = (
+    "Such runs lost AP against the same runs without RePr (docs/method.md): take repr_r50_fpn_redundant.yaml, which "
+    "did not, train the baseline beside it (repr-det compare), or set REPR.ENABLED False"
+)
 logger = logging.getLogger("repr_det.hook")
 
 
@@ -44,25 +41,24 @@ class RePrHook(HookBase):
     """Applies RePr to a Detectron2 trainer.
 
     ``trainer.register_hooks([RePrHook(cfg)])``, or ``RePrHook(layers=[...], drop_ratio=0.3, ...)``, is all that a
-    DefaultTrainer, SimpleTrainer or AMPTrainer needs: in ``before_train`` the hook finds model and optimizer and moves
-    itself before PreciseBN, the checkpointer, evaluation and the writers, so that these see the network after a
-    transition. Drops and restores happen in ``after_step``. It may be registered before or after ``resume_or_load``:
-    what was loaded before it came is read from the checkpoint.
+    DefaultTrainer, SimpleTrainer or AMPTrainer needs. Register it before ``resume_or_load``. In ``before_train`` it
+    moves itself before PreciseBN, the checkpointer, evaluation and the writers, so that these see the network after a
+    transition. Drops and restores happen in ``after_step``.
 
     Args:
         output_dir: where repr_events.jsonl goes; "" writes none.
         seed: all randomness comes from it and the cycle; below 0 one that the ranks agree on.
         total_steps: iterations of the training; None takes the trainer's.
-        first_lr_step: the iteration at which the learning rate first decays; None finds it in the trainer's schedule.
+        first_lr_step: iteration of the first decay of the learning rate; None finds it in the trainer's schedule.
         images_per_batch: over all ranks; None takes that of the trainer's loader.
         aspect_ratio_grouping: of the extra passes, as in training.
         weights: the trained weights that training starts from, for a warning; "" for none.
         averages: averages of the weights that follow the model.
         names: option -> how errors spell it; None spells keyword arguments.
-        options: of ``RePrOptions``; layers has the default of the configs.
+        options: of ``RePrOptions``.
 
     Raises:
-        UserError: an option is wrong, here where it shows by itself, in ``before_train`` where it takes the model.
+        UserError: an option is wrong; in ``before_train`` if only the model shows it.
     """
 
     @configurable
@@ -82,42 +78,39 @@ class RePrHook(HookBase):
     ) -> None:
         self.output_dir = output_dir
         self.names = names
-        options = {"layers": DETECTRON2_LAYERS, **options}
-        with spelling(names):
-            self.options = RePrOptions.of(options)
-            get_criterion(self.options.criterion)
         self.seed = seed
+        self.total_steps = total_steps
         self.first_lr_step = first_lr_step
         self.images_per_batch = images_per_batch
         self.aspect_ratio_grouping = aspect_ratio_grouping
         self.weights = weights
         self.averages = averages
-        self.total_steps = total_steps
         self.schedule: RePrSchedule | None = None
-        if total_steps is not None:
-            with spelling(names):
+        with spelling(names):
+            self.options = RePrOptions.of({"layers": DETECTRON2_LAYERS, **options})
+            get_criterion(self.options.criterion)
+            if total_steps is not None:
                 self.schedule = schedule_of(self.options, total_steps, first_lr_step)
         self.repr: RePr | None = None
         self._loaded: dict[str, Any] | None = None
-        self._warned = False
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         """Arguments from a Detectron2 config with the node REPR; REPR.ENABLED must be True."""
-        cfg = scale_to_world(cfg, comm.get_world_size())
+        cfg = config.scale_to_world(cfg, comm.get_world_size())
         if not cfg.REPR.ENABLED:
             raise UserError("RePrHook needs REPR.ENABLED True, got False")
-        validate_repr_config(cfg)
+        config.validate_repr_config(cfg)
         return {
             "output_dir": cfg.OUTPUT_DIR,
             "seed": cfg.SEED,
             "total_steps": cfg.SOLVER.MAX_ITER,
-            "first_lr_step": first_decay(cfg),
+            "first_lr_step": config.first_decay(cfg),
             "images_per_batch": cfg.SOLVER.IMS_PER_BATCH,
             "aspect_ratio_grouping": cfg.DATALOADER.ASPECT_RATIO_GROUPING,
             "weights": cfg.MODEL.WEIGHTS,
-            "names": NAMES,
-            **vars(options_of_config(cfg)),
+            "names": config.NAMES,
+            **vars(config.options_of_config(cfg)),
         }
 
     @property
@@ -126,51 +119,48 @@ class RePrHook(HookBase):
         return None if self.repr is None else self.repr.scheme
 
     def before_train(self) -> None:
-        """Finds model and optimizer, puts a resumed state back, checks schedule against phase, logs the plan."""
+        """Finds model and optimizer, puts a resumed state back, logs the plan."""
         with spelling(self.names):
             self._begin()
 
     def _begin(self) -> None:
         trainer = self.trainer
         if any(isinstance(hook, RePrHook) and hook is not self for hook in trainer._hooks):
-            raise UserError(
-                "RePrHook is registered twice in this trainer: leave one out (repr_det's Trainer brings its own)"
-            )
-        if self.repr is not None and self._loaded is None and self.repr.steps != trainer.start_iter:
-            raise UserError(
-                f"this trainer has trained {self.repr.steps} iterations, and this training begins at iteration "
-                f"{trainer.start_iter}: make another one, on which resume_or_load(resume=True) resumes from the last "
-                "checkpoint"
-            )
+            raise UserError("RePrHook is registered twice in this trainer: leave one out (Trainer brings its own)")
         self._log_as_detectron2()
-        self._move_into_place()
+        # What is between shifts by one, so that Detectron2's loop over the hooks neither skips nor repeats one.
+        index, mine = first_later_hook(trainer._hooks), trainer._hooks.index(self)
+        if index < mine:
+            trainer._hooks.insert(index, trainer._hooks.pop(mine))
         if self.schedule is None:
             self.schedule = schedule_of(self.options, trainer.max_iter, self._first_decay())
             if self._loaded is not None:
                 self._compare(self._loaded["run"])
         if self.total_steps is not None and trainer.max_iter <= self.schedule.end_iter < self.total_steps:
             raise OptionError(
-                f"this trainer's max_iter is {trainer.max_iter}, but {{total_steps}} is {self.total_steps}, and the "
-                "schedules go by that: to train in pieces, stop a run and resume it in another trainer"
+                f"this trainer's max_iter is {trainer.max_iter}, but {{total_steps}} is {self.total_steps}: to train "
+                "in pieces, stop a run and resume it in another trainer"
             )
         self.schedule.check_fits(trainer.max_iter)
+        is_missing = self.repr is None and self._loaded is None and self.schedule.drop_iters[0] < trainer.start_iter
         if self.repr is None:
-            if self._loaded is None and trainer.start_iter > 0:
-                self._find_state()
             self.repr = self._build()
         if self._loaded is not None:
             saved, self._loaded = self._loaded["scheme"], None
             self.repr.scheme.load_state_dict(saved)
         # A hook in front of this one may have saved before the transition of the same iteration: it is made now.
         scheme, last = self.repr.scheme, trainer.start_iter - 1
-        owed = (last in self.schedule.drop_iters and not scheme.is_sub) or (
-            last in self.schedule.restore_iters and scheme.is_sub
-        )
+        owed = last in (self.schedule.restore_iters if scheme.is_sub else self.schedule.drop_iters)
         self.repr.steps = trainer.start_iter - owed
-        self._check_state(self.repr.steps)
+        cycles = sum(i < self.repr.steps for i in self.schedule.restore_iters)
+        if is_missing or scheme.cycle != cycles or self.repr.phase != self.schedule.phase(self.repr.steps):
+            raise UserError(
+                f"iteration {trainer.start_iter} is not in cycle {scheme.cycle} of RePr, {self.repr.phase} phase, "
+                "where this trainer is: load a checkpoint of that iteration, and register RePrHook before that"
+            )
         if comm.is_main_process() and self.output_dir:
-            for name in (EVENTS_FILE, OVERLAPS_FILE):  # transitions that this run, resumed, will make again
-                truncate_log(self._path(name), self.repr.steps)
+            for name in (EVENTS_FILE, OVERLAPS_FILE):  # transitions that a resumed run makes again
+                truncate_log(Path(self.output_dir, name), self.repr.steps)
         logger.info(describe_schedule(self.schedule))
         if (left := trainer.max_iter - self.schedule.end_iter) < self.schedule.s1_iters:
             logger.warning(
@@ -181,32 +171,30 @@ class RePrHook(HookBase):
             self._step(last)
 
     def after_step(self) -> None:
-        """Logs phase and dropped filters; drops or restores where the schedule says so."""
-        # The phase of an iteration is the network that its forward pass saw, so it is logged before a transition.
+        """Logs phase and dropped filters of the forward pass; drops or restores by the schedule."""
         storage, scheme = self.trainer.storage, self.repr.scheme
         storage.put_scalar("repr/phase", float(scheme.is_sub), smoothing_hint=False)
         storage.put_scalar("repr/dropped_filters", scheme.num_dropped, smoothing_hint=False)
         self._step(self.trainer.iter)
 
     def after_train(self) -> None:
-        """Warns where training ends with filters dropped."""
+        """Warns if filters are dropped."""
         if self.repr is not None and self.repr.scheme.is_sub:
             self.repr.expect_no_more()
             logger.warning(
                 "Training stopped inside the sub-network phase: %d filters are dropped (zero) in this model until a "
-                "resumed run restores them after iteration %d",
+                "resumed run restores them",
                 self.repr.scheme.num_dropped,
-                next(i for i in self.schedule.restore_iters if i >= self.trainer.iter - 1),
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Schedule and scheme state; no collective calls, for Detectron2 calls it on rank 0 alone."""
+        """No collective calls, for Detectron2 calls it on rank 0 alone."""
         if self.repr is None:
             return self._loaded or {}
         return {"run": self._fingerprint(), "scheme": self.repr.scheme.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Keeps the state until ``before_train`` has the model; refuses that of another schedule or options."""
+        """Keeps the state for ``before_train``; refuses that of another schedule or options."""
         self._loaded = state
         if self.schedule is not None:
             self._compare(state["run"])
@@ -216,59 +204,50 @@ class RePrHook(HookBase):
             check_resumed(saved, self._fingerprint())
 
     def _fingerprint(self) -> dict[str, Any]:
-        """Returns the values that a resumed run must have too, by config key."""
         phases = ("start_iter", "s1_iters", "s2_iters", "num_cycles")
         return {CONFIG_KEYS[name]: getattr(self.schedule, name) for name in phases} | self.options.resumed()
 
     def _build(self) -> RePr:
         trainer = self.trainer
-        inner = getattr(trainer, "_trainer", trainer)
         model = unwrapped(trainer.model)
+        with preserved_random_state():
+            seed = self.seed if self.seed >= 0 else comm.shared_random_seed()
         built = RePr(
             model,
-            inner.optimizer,
+            getattr(trainer, "_trainer", trainer).optimizer,
             trainer.max_iter,
             schedule=self.schedule,
             passes=training_passes(model, trainer, self.seed, self.images_per_batch, self.aspect_ratio_grouping),
             averages=self.averages,
-            seed=self.seed if self.seed >= 0 else _shared_seed(),
+            seed=seed,
             **vars(self.options),
         )
         built.logger = logger
         return built
 
     def _prove(self) -> None:
-        """Shows who takes part by a pass over a batch of its own; where none can be drawn the first step shows it."""
+        """Shows who participates by a pass over a batch; if none can be drawn the first step shows it."""
         scheme = self.repr.scheme
         if scheme.participants.known or self.trainer.start_iter > self.schedule.restore_iters[-1]:
             return
         what = "the criterion" if scheme.criterion.needs_data else "FrozenBN calibration"
-        missed = (
-            f"RePr: {what} looks at training batches, and none can be drawn (give DATASETS.TRAIN, or a data loader "
-            "that can be iterated again)"
-        )
+        missed = f"RePr: {what} looks at training batches, and none can be drawn"
         try:
-            with as_user_error(missed):
+            with config.as_user_error(f"{missed} (give a data loader that can be iterated again)"):
                 batch = next(iter(scheme.passes.batches(1, 0)))
         except UserError:
             if scheme.needs_batches:
                 raise
             return
         self.repr.prove(lambda: scheme.passes.loss(batch))
-        self._warn_of_fine_tuning()
-
-    def _warn_of_fine_tuning(self) -> None:
-        if self.trainer.start_iter == 0 and not self._warned:
-            self._warned = True
+        if self.trainer.start_iter == 0:
             epochs = epochs_of(self.trainer, self.images_per_batch)
-            if warning := fine_tuning_warning(self.weights, self.trainer.max_iter, epochs, self.repr.scheme):
+            if warning := fine_tuning_warning(self.weights, self.trainer.max_iter, epochs, scheme):
                 logger.warning(warning)
 
     def _step(self, iteration: int) -> None:
         with spelling(self.names):
             done = self.repr.step()
-        if self.repr.scheme.participants.known:
-            self._warn_of_fine_tuning()
         if done is not None and comm.is_main_process() and self.output_dir:
             self._write(iteration, done)
 
@@ -276,16 +255,12 @@ class RePrHook(HookBase):
         event = {"iteration": iteration, **dataclasses.asdict(transition)}
         overlap = {key: event[key] for key in ("iteration", "event", "cycle")}
         overlap["overlap"] = event.pop("overlaps")
+        Path(self.output_dir).mkdir(parents=True, exist_ok=True)
         for name, line in ((OVERLAPS_FILE, overlap), (EVENTS_FILE, event)):
-            with open(self._path(name), "a", encoding="utf-8") as file:
+            with open(Path(self.output_dir, name), "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
-    def _path(self, name: str) -> str:
-        os.makedirs(self.output_dir, exist_ok=True)
-        return os.path.join(self.output_dir, name)
-
     def _log_as_detectron2(self) -> None:
-        """Puts the lines of this package into the log of a stock trainer as well."""
         ours, theirs = logging.getLogger("repr_det"), logging.getLogger("detectron2")
         if theirs.handlers and not ours.handlers:
             for handler in theirs.handlers:
@@ -300,63 +275,29 @@ class RePrHook(HookBase):
             # Detectron2's LRMultiplier shows its multiplier nowhere else.
             multiplier = getattr(getattr(hook, "scheduler", None), "_multiplier", None)
             if isinstance(hook, hooks.LRScheduler) and multiplier is not None:
-                return next(iter(decays(multiplier, self.trainer.max_iter)), None)
+                return next(iter(config.decays(multiplier, self.trainer.max_iter)), None)
         return None
-
-    def _find_state(self) -> None:
-        """Reads from the checkpoint that the run continues what was loaded before this hook was registered."""
-        trainer, start = self.trainer, self.trainer.start_iter
-        for checkpointer in filter(None, map(_checkpointer_of, (trainer, *trainer._hooks))):
-            path = checkpointer.get_checkpoint_file()
-            if not path or not os.path.isfile(path):
-                continue
-            saved = load_checkpoint(path)
-            state = saved.get("trainer", {}).get("hooks", {}).get(type(self).__qualname__)
-            if state is not None and saved.get("iteration") == start - 1:
-                self.load_state_dict(state)
-                logger.info("RePr's state comes from %s", path)
-                return
-        if self.schedule.drop_iters[0] < start:
-            raise UserError(
-                f"iteration {start} comes after the first drop of RePr (iteration {self.schedule.drop_iters[0]}), and "
-                "no state of RePrHook was found: it was trained by another schedule or without RePr, or RePrHook was "
-                "registered after the checkpoint was loaded; register it before, or start again in another OUTPUT_DIR"
-            )
-
-    def _check_state(self, iteration: int) -> None:
-        """Checks that the scheme is where the schedule says that it is before ``iteration``."""
-        scheme, expected = self.repr.scheme, self.schedule.phase(iteration)
-        cycles = sum(i < iteration for i in self.schedule.restore_iters)
-        if (expected == "sub") != scheme.is_sub or scheme.cycle != cycles:
-            held = "a sub-network" if scheme.is_sub else "the full network"
-            raise UserError(
-                f"iteration {iteration} belongs to the {expected} phase of this schedule of RePr after {cycles} "
-                f"cycles, but the checkpoint holds {held} after {scheme.cycle}: another schedule wrote it, or a run "
-                "without RePr; resume with that one, or start again in another OUTPUT_DIR"
-            )
-
-    def _move_into_place(self) -> None:
-        registered = self.trainer._hooks
-        index = first_later_hook(registered)
-        mine = next(i for i, hook in enumerate(registered) if hook is self)
-        # Everything between shifts by one, so that Detectron2's own loop over the hooks neither skips nor repeats one.
-        if index < mine:
-            registered.insert(index, registered.pop(mine))
 
 
 def first_later_hook(registered: Sequence[HookBase]) -> int:
     """The place of RePrHook: before the first hook that saves, evaluates or writes; else at the end."""
     for index, hook in enumerate(registered):
-        if isinstance(hook, _LATER_HOOKS) or _checkpointer_of(hook) is not None:
+        saves = any(isinstance(value, Checkpointer) for value in vars(hook).values())
+        if saves or isinstance(hook, _LATER_HOOKS):
             return index
     return len(registered)
 
 
-def _shared_seed() -> int:
-    """A random seed that all ranks have, drawn beside the training's."""
-    with preserved_random_state():
-        return comm.shared_random_seed()
-
-
-def _checkpointer_of(holder: Any) -> Checkpointer | None:
-    return next((value for value in vars(holder).values() if isinstance(value, Checkpointer)), None)
+def fine_tuning_warning(weights: str, max_iter: int, epochs: float | None, scheme: RePrScheme) -> str | None:
+    """One sentence for a run that drops filters of trained ``weights`` ("" for random ones) and has few iterations to
+    relearn them; None for others, and if only redundant filters go and all return silently."""
+    trained = [layer.name for layer in scheme.layers if layer.name.startswith(_TRAINED)]
+    is_short = max_iter < SHORT or (epochs is not None and epochs < SHORT_EPOCHS)
+    is_silent = scheme.criterion.spares and not set(trained) & set(scheme.loud)
+    if not weights or not is_short or not trained or is_silent:
+        return None
+    length = f"{max_iter} iterations" if epochs is None else f"{max_iter} iterations ({epochs:.3g} epochs)"
+    return (
+        f"RePr: {length} from trained weights ({weights}), and every drop takes up to "
+        f"{100 * scheme.options.drop_ratio:g} % of the filters of {len(trained)} trained convs. {ADVICE}"
+    )

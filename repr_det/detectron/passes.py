@@ -16,16 +16,16 @@ from repr_det.method.errors import UserError
 from repr_det.method.passes import TrainingPasses
 from repr_det.network.state import preserved_random_state
 
-CALIBRATION_IMAGES = 8
+CALIBRATION_IMAGES = 8  # give a channel's standard deviation to about 3 %
 
 
 def training_passes(
     model: nn.Module, trainer: Any, seed: int, images_per_batch: int | None, grouped: bool
 ) -> TrainingPasses:
-    """Extra passes, from a loader of their own whose order depends on seed and cycle only.
+    """Extra passes, whose order depends on seed and cycle only.
 
-    The data set and its mapper are those of the trainer's loader if that is Detectron2's. Else the trainer's
-    ``build_train_loader`` makes a loader, or the trainer's own is iterated again, from its beginning.
+    Their loader has data set and mapper of the trainer's if that is Detectron2's. Else the trainer's
+    ``build_train_loader`` makes one, or its own is iterated again.
 
     Args:
         images_per_batch: over all ranks; None takes that of the trainer's loader.
@@ -52,24 +52,24 @@ def training_passes(
             return list(itertools.islice(loader, number))
 
     def loss(batch: list[dict]) -> Tensor:
-        # Detectron2's models log scalars and images as they run; those of extra passes are not the training's.
+        # What Detectron2's models log in extra passes is not the training's.
         try:
             with EventStorage(0):
                 return sum(model(batch).values())
         except FloatingPointError as error:  # Detectron2's, of boxes that are not finite
+            text = " ".join(str(error).split())
             raise UserError(
-                f"RePr, on the training batches that a transition looks at: {' '.join(str(error).split())} Lower the "
-                "learning rate or clip gradients, and resume from a checkpoint before that"
+                f"RePr, in a pass of a transition: {text} Lower the learning rate or clip gradients"
             ) from error
 
     passes = TrainingPasses(model, batches, loss)
     if images := images_per_batch or batch_size_of(getattr(inner, "data_loader", None)):
-        passes.calibration_batches = calibration_batches(images)
+        passes.calibration_batches = math.ceil(CALIBRATION_IMAGES / images)
     return passes
 
 
 def map_dataset(loader: Any) -> MapDataset | None:
-    """The map-style data set inside a loader that ``build_detection_train_loader`` made, or None."""
+    """The map-style data set inside a loader of ``build_detection_train_loader``, or None."""
     while loader is not None and not isinstance(loader, MapDataset):
         loader = getattr(loader, "dataset", None)
     return loader
@@ -80,14 +80,6 @@ def epochs_of(trainer: Any, images_per_batch: int | None) -> float | None:
     loader = getattr(getattr(trainer, "_trainer", trainer), "data_loader", None)
     dataset, images = map_dataset(loader), images_per_batch or batch_size_of(loader)
     return None if not dataset or images is None else trainer.max_iter * images / len(dataset)
-
-
-def calibration_batches(images_per_batch: int) -> int:
-    """Batches, each of ``images_per_batch`` over all ranks, that a calibration of FrozenBN looks at.
-
-    Eight images give a channel's standard deviation to about 3 %.
-    """
-    return math.ceil(CALIBRATION_IMAGES / images_per_batch)
 
 
 def batch_size_of(loader: Any) -> int | None:
@@ -108,7 +100,7 @@ def _own_loader(trainer: Any, inner: Any) -> Iterable:
         return build(cfg)
     if iter(inner.data_loader) is inner.data_loader:
         raise UserError(
-            "RePr: transitions look at training batches, and this trainer's data loader is an iterator, which "
-            "training would miss them from: give one that can be iterated again, such as a DataLoader or a list"
+            "RePr: transitions look at training batches, and this trainer's data loader is an iterator: give one that "
+            "can be iterated again, such as a DataLoader or a list"
         )
     return inner.data_loader

@@ -1,11 +1,11 @@
 """WandbWriter: a run in Weights & Biases, through Detectron2's interface for writers of events."""
 
-import importlib.util
+import importlib
 import json
-import os
 import uuid
 from itertools import chain
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import yaml
@@ -22,11 +22,8 @@ _SENT_FILE = "wandb_sent.txt"  # the iteration of the last transition that is in
 class WandbWriter(EventWriter):
     """Logs config, all scalars, every drop and restore once, and a histogram of the filters' overlap at each.
 
-    W&B's ``sync_tensorboard`` is no substitute: it loses a drop that TensorBoard had not flushed when the run was
-    killed, and sends one again that a resumed run repeats.
-
-    Add it in ``build_writers`` of a trainer. A resumed run resumes the run of its OUTPUT_DIR. Images of the storage are
-    left to the TensorBoard writer, which clears them.
+    W&B's ``sync_tensorboard`` loses transitions that TensorBoard had not flushed when the run was killed, and repeats
+    those that a resumed run does. Add the writer in ``build_writers``; a resumed run resumes that of its OUTPUT_DIR.
 
     Args:
         cfg: of the run.
@@ -34,18 +31,13 @@ class WandbWriter(EventWriter):
         options: of ``wandb.init``: project, name, mode="offline", ...
 
     Raises:
-        ImportError: wandb is not installed.
-        UserError: it cannot begin, such as without a login.
+        UserError: wandb is not installed, or cannot begin, such as without a login.
     """
 
     def __init__(self, cfg: CfgNode, window_size: int = 20, **options: Any) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise ImportError("WandbWriter needs wandb: pip install 'repr_det[wandb]'") from error
-        os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
-        self._wandb = wandb
+        self._wandb = wandb = wandb_module()
         self._folder = Path(cfg.OUTPUT_DIR)
+        self._folder.mkdir(parents=True, exist_ok=True)
         self._window_size = window_size
         self._last_write = -1
         run_id = self._read(_ID_FILE) or uuid.uuid4().hex
@@ -91,7 +83,9 @@ class WandbWriter(EventWriter):
         return file.read_text() if file.exists() else ""
 
 
-def check_wandb(project: str) -> None:
-    """Raises UserError where a project is given, but wandb is not installed."""
-    if project and importlib.util.find_spec("wandb") is None:
-        raise UserError(f"--wandb {project} needs wandb, which is not installed: pip install 'repr_det[wandb]'")
+def wandb_module() -> ModuleType:
+    """Imports wandb; raises UserError if it is not installed."""
+    try:
+        return importlib.import_module("wandb")
+    except ImportError as error:
+        raise UserError("Weights & Biases needs wandb: pip install 'repr_det[wandb]'") from error

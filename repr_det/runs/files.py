@@ -1,16 +1,16 @@
 """Files that are whole or absent: written beside their place and renamed into it."""
 
 import errno
-import itertools
 import json
 import math
 import os
-import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+from repr_det.method.errors import UserError
 
 EVENTS_FILE = "repr_events.jsonl"  # every drop and restore
 OVERLAPS_FILE = "repr_overlaps.jsonl"  # O_f of every filter before each drop and after each restore
@@ -24,6 +24,15 @@ def run_traces(folder: str | Path) -> list[str]:
     """Returns the names in ``folder`` that show that a run has trained there; none if it made no step."""
     found = (p for p in Path(folder).glob("*") if p.name in _TRACES or p.suffix == ".pth")
     return sorted(p.name for p in found if p.stat().st_size)
+
+
+def refuse_used(folder: str | Path, advice: str) -> None:
+    """Raises UserError with advice on how to resume if another run has trained in ``folder``."""
+    if traces := run_traces(folder):
+        raise UserError(
+            f"OUTPUT_DIR {folder} holds another run ({', '.join(traces[:3])}): {advice} to continue it, or give "
+            "another OUTPUT_DIR"
+        )
 
 
 @contextmanager
@@ -44,7 +53,7 @@ def replacing(path: str | Path, mode: str = "w") -> Iterator[IO]:
 
 
 def write_atomically(path: str | Path, text: str) -> None:
-    """Replaces ``path`` by ``text`` (UTF-8); a crash leaves the old file or the new one."""
+    """Puts ``text`` (UTF-8) there by ``replacing``."""
     with replacing(path) as file:
         file.write(text)
 
@@ -52,11 +61,12 @@ def write_atomically(path: str | Path, text: str) -> None:
 def remove_unfinished(folder: str | Path) -> None:
     """Deletes what a killed ``replacing`` left behind."""
     for leftover in Path(folder).glob(f"{_UNFINISHED}*"):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()  # version 0.2.0 left folders
+        if leftover.is_file():  # version 0.2.0 left folders
+            leftover.unlink()
 
 
 def advice_for(error: BaseException | None) -> str:
-    """Returns advice for an error of the machine, "" if it is none: the disk, its quota, the limits of the process."""
+    """Returns advice for an error of the machine (disk, quota, limits of the process), "" if it is none."""
     number = error.errno if isinstance(error, OSError) else None
     worker_failed = isinstance(error, RuntimeError) and "Too many open files" in str(error)
     # EOFError: a loader worker could not hand an image over.
@@ -70,14 +80,9 @@ def advice_for(error: BaseException | None) -> str:
 
 
 def truncate_log(path: str | Path, start_iter: int) -> None:
-    """Removes the lines of json that a crash cut short or whose "iteration" is not before ``start_iter``.
-
-    A run that begins at iteration 0 destroys nothing: it keeps the lines in ``<path>.1``, or the next free number.
-    """
+    """Removes the lines of json that a crash cut short or whose "iteration" is not before ``start_iter``."""
     if not os.path.exists(path):
         return
-    if start_iter == 0 and last_logged(path) >= 0:
-        shutil.copyfile(path, f"{path}.{_free_number([path])}")
     with open(path, "r+b") as file:  # in place: others hold it open for appending
         whole = file.read()
         kept = b"".join(line for line in whole.splitlines(keepends=True) if _iteration(line) < start_iter)
@@ -85,19 +90,6 @@ def truncate_log(path: str | Path, start_iter: int) -> None:
             file.seek(0)
             file.write(kept)
         file.truncate(len(kept))
-
-
-def keep_checkpoints(folder: str | Path) -> list[str]:
-    """Renames the checkpoints of an earlier run, which a new one would overwrite, to model_final.pth.1, or the next
-    number that is free for all of them; returns the new names."""
-    files = sorted((*Path(folder).glob("last_checkpoint"), *Path(folder).glob("model_*.pth")))
-    number = _free_number(files)
-    return [os.path.basename(shutil.move(file, f"{file}.{number}")) for file in files]
-
-
-def _free_number(paths: Sequence[str | Path]) -> int:
-    """Returns the first number that none of the files has a numbered copy of."""
-    return next(n for n in itertools.count(1) if not any(os.path.exists(f"{path}.{n}") for path in paths))
 
 
 def last_logged(path: str | Path) -> int:

@@ -1,12 +1,13 @@
 """Stops a run whose numbers go wrong, before they reach a checkpoint."""
 
-from collections.abc import Callable
+from collections.abc import Collection
 
 import torch
 from detectron2.engine import HookBase
 from torch import Tensor, nn
 
 from repr_det.method.errors import UserError
+from repr_det.runs.checkpoints import is_saved
 
 
 class NonFiniteError(UserError, FloatingPointError):
@@ -14,25 +15,25 @@ class NonFiniteError(UserError, FloatingPointError):
 
 
 class FiniteGuard(HookBase):
-    """Stops the run with iteration, phase and layer if weights are not finite before a checkpoint or a RePr transition,
-    or gradients after a step.
+    """Stops the run if weights are not finite before a checkpoint or a RePr transition, or gradients after a step.
 
-    Comes before every hook that saves or uses the model, so the last checkpoint stays good.
+    Comes before every hook that saves or uses the model.
 
     Args:
         check_gradients: looks at gradients, for which the host waits once a step; False under AMP, where a gradient may
             overflow (GradScaler skips that step).
-        weights_at: tells whether the weights are looked at after an iteration.
+        transitions: iterations of drops and restores.
     """
 
-    def __init__(self, check_gradients: bool, weights_at: Callable[[int], bool]) -> None:
+    def __init__(self, check_gradients: bool, checkpoint_period: int, transitions: Collection[int]) -> None:
         self.check_gradients = check_gradients
-        self.weights_at = weights_at
+        self.checkpoint_period = checkpoint_period
+        self.transitions = transitions
 
     def after_step(self) -> None:
         if self.check_gradients:
             self._check(non_finite_gradient(self.trainer.model))
-        if self.weights_at(self.trainer.iter):
+        if self.trainer.iter in self.transitions or is_saved(self.trainer, self.checkpoint_period):
             self.check_weights()
 
     def check_weights(self) -> None:
@@ -49,7 +50,7 @@ def non_finite_weight(model: nn.Module) -> str:
 
 
 def non_finite_gradient(model: nn.Module) -> str:
-    """Returns the first parameter whose gradient is not finite, as "the gradient of X"; "" if all are finite."""
+    """``non_finite_weight`` for gradients, as "the gradient of X"."""
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return _first_non_finite("gradient", gradients)
 

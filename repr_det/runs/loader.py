@@ -1,8 +1,5 @@
-"""The training loader whose position is part of a checkpoint.
-
-The position: how many samples each loader worker has delivered, its random state before the last of them, and the
-samples that wait in the aspect-ratio buckets.
-"""
+"""The training loader whose position is part of a checkpoint: how many samples each worker has delivered, its random
+state before the last of them, and the samples that wait in the aspect-ratio buckets."""
 
 import dataclasses
 import functools
@@ -26,7 +23,6 @@ from repr_det.network.state import generators_in, random_state, set_random_state
 logger = logging.getLogger("repr_det.resume")
 _SAMPLERS = (TrainingSampler, RandomSubsetTrainingSampler, RepeatFactorTrainingSampler)
 _DRAWN = ("_seed", "_indexes")  # what a sampler draws for itself
-_IMPLIED = ("sampler's settings", "digest of the training images")  # change along with what is easier to understand
 _OPTIONS = ("batch_size", "drop_last", "num_workers", "collate_fn", "worker_init_fn", "timeout", "prefetch_factor")
 _OPTIONS = (*_OPTIONS, "persistent_workers", "multiprocessing_context")  # of a DataLoader
 _LOOKED_AT = 64  # samples of a data set that its digest is made of, evenly spread
@@ -38,7 +34,6 @@ class _Marked:
 
     sample: Any
     origin: tuple
-    replaced: bool = False  # the mapper has returned None for an image, in whose place Detectron2 takes others
 
     def __getitem__(self, key: str) -> Any:
         """Aspect-ratio grouping asks for "width" and "height"."""
@@ -49,41 +44,37 @@ class _Stream(IterableDataset):
     """ToIterableDataset that marks every sample with its origin and can start in the middle.
 
     A stream is the share of the sampler's indices that one loader worker is given (all of them without workers).
-
-    Attributes:
-        skipped: indices of the sampler (of this process) that come before the beginning of all streams.
-        consumed: stream -> samples delivered so far, random state before the last of them.
-        first: the stream of worker 0, which torch asks first.
     """
 
     def __init__(self, source: ToIterableDataset) -> None:
         self.dataset, self.sampler = source.dataset, source.sampler
         self.chunk = source.shard_chunk_size if source.shard_sampler else 0
-        self.skipped = 0
-        self.consumed: dict[int, tuple[int, dict]] = {}
-        self.first = 0
+        self.skipped = 0  # indices of this process's sampler that come before the beginning of all streams
+        self.consumed: dict[int, tuple[int, dict]] = {}  # stream -> samples delivered, random state before the last
+        self.first = 0  # the stream of worker 0, which torch asks first
 
     def __iter__(self) -> Iterator[_Marked]:
         info = get_worker_info()
         workers = 1 if info is None else info.num_workers
         mine = 0 if info is None else (info.id + self.first) % workers
         done, state = self.consumed.get(mine, (0, None))
-        number = -1
+        number, warned = -1, False
         for position, index in enumerate(itertools.islice(self.sampler, self.skipped, None)):
             if self.chunk and (position // self.chunk) % workers != mine:
                 continue
             number += 1
             if number < done:
                 if number == done - 1 and info is not None:
-                    # In a worker the augmentation of the last delivered sample leads to the state before the next one;
-                    # in the main process the checkpoint's own random state is that.
+                    # In a worker the augmentation of the last delivered sample leads to the state before the next.
                     set_random_state(state)
                     self.dataset[index]
                 continue
             before = random_state()
-            sample = self.dataset[index]
+            yield _Marked(self.dataset[index], (mine, number, index, before))
             usable = getattr(self.dataset, "_fallback_candidates", ())
-            yield _Marked(sample, (mine, number, index, before), bool(usable) and len(usable) < len(self.dataset))
+            if 0 < len(usable) < len(self.dataset) and not warned:
+                warned = True
+                logger.warning("The mapper returns None for some images: a resumed run sees others than this one")
 
 
 class ResumableLoader:
@@ -99,124 +90,105 @@ class ResumableLoader:
         _check_understood(inner, grouped)
         self.num_workers: int = inner.num_workers
         self.batch_size: int = loader.batch_size  # images of one batch of this process
-        self.stream = _Stream(inner.dataset)
-        own = DataLoader(self.stream, **{name: getattr(inner, name) for name in _OPTIONS})
-        self.loader = AspectRatioGroupedDataset(own, loader.batch_size) if grouped else own
-        self.dataset = self.stream  # so that others find the map-style data set as in Detectron2's own loaders
-        self._per_delivery = 1 if grouped else self.batch_size  # samples that a worker hands over at a time
-        self._last: dict[int, tuple] = {}
-        self._replaced = False
+        self.dataset = self.stream = _Stream(inner.dataset)  # others look for the map-style data set in .dataset
+        self._source: Iterable = DataLoader(self.stream, **{name: getattr(inner, name) for name in _OPTIONS})
+        self._grouping = AspectRatioGroupedDataset(None, loader.batch_size) if grouped else None
+        self._buckets: list[list[_Marked]] = [] if self._grouping is None else self._grouping._buckets
+        self._consumed: dict[int, tuple[int, dict]] = {}
 
     def start(self) -> None:
-        """Makes torch's iterator now, if the resumed run had made it: it draws from torch's random state and forks the
-        workers, which must come before that state is put back."""
-        if not self._last:
-            return
-        if isinstance(self.loader, AspectRatioGroupedDataset):
-            self.loader.dataset = iter(self.loader.dataset)
-        else:
-            self.loader = iter(self.loader)
+        """Makes torch's iterator, if the resumed run had made it, before the random state is put back: it draws from
+        that and forks the workers."""
+        if self._consumed:
+            self._source = iter(self._source)
 
     def __iter__(self) -> Iterator[list]:
-        for batch in self.loader:
-            for marked in batch:
-                self._note(marked)
+        batches: Iterable = self._delivered()
+        if self._grouping is not None:
+            self._grouping.dataset = batches
+            batches = self._grouping
+        for batch in batches:
             yield [marked.sample for marked in batch]
+
+    def _delivered(self) -> Iterator[Any]:
+        """Yields what workers hand over, a sample if it is to be grouped, else a batch, and counts it."""
+        for delivery in self._source:
+            for marked in delivery if self._grouping is None else [delivery]:
+                stream, number, _, before = marked.origin
+                self._consumed[stream] = (number + 1, before)
+            yield delivery
 
     @functools.cached_property
     def fingerprint(self) -> dict[str, Any]:
-        """Everything that gives a saved position its meaning, by the name that a user knows it under."""
+        """Everything that gives a saved position its meaning, by names that a user knows."""
         sampler = self.stream.sampler
         return {
             "number of processes": comm.get_world_size(),
             "DATALOADER.NUM_WORKERS": self.num_workers,
             "number of images per process and batch": self.batch_size,
-            "aspect-ratio grouping": isinstance(self.loader, AspectRatioGroupedDataset),
+            "aspect-ratio grouping": self._grouping is not None,
             "sampler": type(sampler).__name__,
-            "sampler's settings": _settings_of(sampler),
             "number of training images": len(self.stream.dataset),
+            "sampler's settings": _settings_of(sampler),
             "digest of the training images": _digest(self.stream.dataset),
             **_mapper_settings(self.stream.dataset),
         }
 
     def state_dict(self) -> dict[str, Any]:
         """Loads under ``torch.load(weights_only=True)``."""
-        last = dict(self._last)
-        buckets = [[marked.origin for marked in bucket] for bucket in self._buckets()]
-        for stream, number, _, before in itertools.chain.from_iterable(buckets):
-            if number >= last.get(stream, (-1, None))[0]:
-                last[stream] = (number, before)
         return {
             "made_of": self.fingerprint,
             "sampler": {name: value for name, value in vars(self.stream.sampler).items() if name.startswith(_DRAWN)},
             "skipped": self.stream.skipped,
-            "consumed": {stream: [number + 1, before] for stream, (number, before) in last.items()},
-            "buckets": [[list(origin) for origin in bucket] for bucket in buckets],
+            "consumed": {stream: list(done) for stream, done in self._consumed.items()},
+            "buckets": [[list(marked.origin) for marked in bucket] for bucket in self._buckets],
         }
 
     def changes(self, state: dict[str, Any]) -> list[str]:
         """Lists what differs from the loader that ``state`` is of, as "x was 1 and is 2"; [] if it can resume."""
-        theirs, own = state.get("made_of"), self.fingerprint
+        own, theirs = self.fingerprint, state.get("made_of")
         if theirs is None:
             return ["the checkpoint of an older version does not say what its data order was made of"]
         changed = [name for name, value in theirs.items() if value != own.get(name)]
-        shown = [name for name in changed if name not in _IMPLIED] or changed
-        return [f"{name} was {theirs[name]} and is {own.get(name)}" for name in shown]
+        return [f"{name} was {theirs[name]} and is {own.get(name)}" for name in changed]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resumes after the last batch that the saved loader gave out; before the first ``iter``."""
         self._load_sampler(state)
         self.stream.skipped = state.get("skipped", 0)
-        self.stream.consumed = {stream: tuple(done) for stream, done in state["consumed"].items()}
-        deliveries = sum(count for count, _ in state["consumed"].values()) // self._per_delivery
+        self._consumed = {stream: tuple(done) for stream, done in state["consumed"].items()}
+        self.stream.consumed = dict(self._consumed)
+        per_delivery = 1 if self._grouping is not None else self.batch_size
+        deliveries = sum(count for count, _ in self._consumed.values()) // per_delivery
         self.stream.first = deliveries % max(1, self.num_workers)
-        self._last = {stream: (number - 1, before) for stream, (number, before) in state["consumed"].items()}
-        for bucket, origins in zip(self._buckets(), state["buckets"], strict=True):
+        for bucket, origins in zip(self._buckets, state["buckets"], strict=True):
             for stream, number, index, before in origins:
                 set_random_state(before)
                 bucket.append(_Marked(self.stream.dataset[index], (stream, number, index, before)))
 
     def skip(self, states: list[dict[str, Any]], iteration: int) -> None:
-        """Begins behind as many images as the run has drawn, in the order of its sampler if that was of the same kind.
-
-        Args:
-            states: those of all its processes; [] if they are not known.
-            iteration: that it has come to, which says how many images it has drawn if there is no state.
-        """
+        """Begins behind as many images as all processes had drawn by ``iteration``, in the order of their sampler if
+        that was of the same kind; without their ``states``, as many as batches of this size hold."""
+        drawn = iteration * self.batch_size * comm.get_world_size()
         if states:
             drawn = sum(s.get("skipped", 0) + sum(count for count, _ in s["consumed"].values()) for s in states)
             self._load_sampler(states[0])
-        else:
-            drawn = iteration * self.batch_size * comm.get_world_size()
         self.stream.skipped = len(range(comm.get_rank(), drawn, comm.get_world_size()))
 
     def _load_sampler(self, state: dict[str, Any]) -> None:
         """Sets the seeds of a sampler of the same kind; of a subset also its images, if they mean the same."""
-        theirs, own, sampler = state.get("made_of", {}), self.fingerprint, self.stream.sampler
-        if theirs.get("sampler", own["sampler"]) != own["sampler"]:
+        own = self.fingerprint
+        theirs = own | state.get("made_of", {})
+        if theirs["sampler"] != own["sampler"]:
             return
-        same_images = theirs.get("sampler's settings", own["sampler's settings"]) == own["sampler's settings"]
+        same_images = theirs["sampler's settings"] == own["sampler's settings"]
         for name, value in state["sampler"].items():
-            if hasattr(sampler, name) and (same_images or name == "_seed"):
-                setattr(sampler, name, value)
-
-    def _note(self, marked: _Marked) -> None:
-        stream, number, _, before = marked.origin
-        if marked.replaced and not self._replaced:
-            self._replaced = True
-            logger.warning(
-                "The mapper returns None for some images, and Detectron2 takes others at random: no checkpoint holds "
-                "which, so that a resumed run sees other images"
-            )
-        if number >= self._last.get(stream, (-1, None))[0]:
-            self._last[stream] = (number, before)
-
-    def _buckets(self) -> list[list[_Marked]]:
-        return self.loader._buckets if isinstance(self.loader, AspectRatioGroupedDataset) else []
+            if hasattr(self.stream.sampler, name) and (same_images or name == "_seed"):
+                setattr(self.stream.sampler, name, value)
 
 
 def resumable(loader: Iterable) -> Iterable:
-    """Returns ``loader`` as a ResumableLoader if it is wholly understood, else itself with a warning."""
+    """Returns ``loader`` as a ResumableLoader if it is Detectron2's, else itself with a warning."""
     try:
         resumed = ResumableLoader(loader)
     except TypeError as error:
@@ -225,8 +197,7 @@ def resumable(loader: Iterable) -> Iterable:
     mapper = getattr(resumed.stream.dataset, "_map_func", None)
     if kinds := {type(generator).__name__ for generator in generators_in(mapper)}:
         logger.warning(
-            "The mapper draws from a random generator of its own (%s), which no checkpoint holds: a resumed run draws "
-            "other numbers; draw from np.random instead",
+            "The mapper draws from a random generator of its own (%s), which no checkpoint holds: draw from np.random",
             ", ".join(sorted(kinds)),
         )
     return resumed

@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import socket
-import time
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -16,43 +15,33 @@ OWNER_FILE = ".running"
 logger = logging.getLogger("repr_det.lock")
 
 
-class RunLock:
-    """The lock of one folder; the system takes it back when the process dies, however it dies.
-
-    On a file system without locks there is a warning and no lock.
+def lock_folder(folder: str | Path, job: str = "", wait: float = 0.0) -> FileLock:
+    """Locks a folder until ``release()`` or the end of the process; on a file system without locks it only warns.
 
     Args:
         folder: OUTPUT_DIR; made if it is not there.
         job: name of the elastic job that the process belongs to, see ``job_of``; "" for none.
+        wait: seconds for a run that is about to end.
+
+    Raises:
+        UserError: another process has the folder.
     """
-
-    def __init__(self, folder: str | Path, job: str = "") -> None:
-        self.folder, self.job = Path(folder), job
-        self._lock = FileLock(self.folder / ".running.lock", thread_local=False)
-
-    def acquire(self, wait: float = 0.0) -> None:
-        """Locks the folder, or waits so many seconds for a run that is about to end.
-
-        Raises:
-            UserError: another process has it.
-        """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            self._lock.acquire(timeout=wait)
-        except Timeout:
-            owner = _owner(self.folder)
-            known = f" ({owner.get('pid')} on {owner.get('host')})" if owner else ""
-            raise UserError(
-                f"OUTPUT_DIR {self.folder} is being trained by another process{known}: wait for it, end it, or give "
-                "another OUTPUT_DIR"
-            ) from None
-        except OSError as error:
-            logger.warning("%s cannot be locked (%s): start no second run there", self.folder, error.strerror)
-        owner = {"host": socket.gethostname(), "pid": os.getpid(), "job": self.job, "started": time.time()}
-        write_atomically(self.folder / OWNER_FILE, json.dumps(owner) + "\n")
-
-    def release(self) -> None:
-        self._lock.release()
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".running.lock", thread_local=False)
+    try:
+        lock.acquire(timeout=wait)
+    except Timeout:
+        owner = _owner(folder)
+        known = f" ({owner.get('pid')} on {owner.get('host')})" if owner else ""
+        raise UserError(
+            f"OUTPUT_DIR {folder} is being trained by another process{known}: end it, or give another folder"
+        ) from None
+    except OSError as error:
+        logger.warning("%s cannot be locked (%s): start no second run there", folder, error.strerror)
+    owner = {"host": socket.gethostname(), "pid": os.getpid(), "job": job}
+    write_atomically(folder / OWNER_FILE, json.dumps(owner) + "\n")
+    return lock
 
 
 def job_of(folder: str | Path) -> str:

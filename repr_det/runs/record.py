@@ -1,4 +1,4 @@
-"""The record of a run: config.yaml and the data that it was trained on, written once it is sure that it will train."""
+"""The record of a run: config.yaml and the data that it was trained on."""
 
 import hashlib
 import json
@@ -21,10 +21,10 @@ DATA_FILE = "data_sets.json"
 
 
 class RunRecord(HookBase):
-    """Writes the record in ``before_train``; registered last, so that every check of trainer and hooks comes before it.
+    """Writes the record in ``before_train``; registered last, so that every check comes before it.
 
-    A run that has nothing left to train leaves the folder's record alone. One that is resumed with other settings keeps
-    the record of what was trained before as ``config_until_0000999.yaml``: in force up to iteration 999.
+    A run that is resumed with other settings keeps those in force up to iteration 999 as config_until_0000999.yaml; one
+    with nothing left to train leaves the record alone.
 
     Args:
         folder: OUTPUT_DIR; '' writes nothing.

@@ -1,11 +1,11 @@
 """Exact resume: a run that was killed and resumed ends with the weights of the run that was not.
 
-Stock Detectron2 restores model, optimizer and iteration, but starts the data order over and forgets every random state.
-Here a checkpoint also holds, of all ranks, the random states, the positions of the data streams (``loader``), and the
-numbers and tensors that modules keep in plain attributes. An undisturbed run sees exactly stock Detectron2's batches.
+Beside model, optimizer and iteration a checkpoint holds, of all ranks, the random states, the positions of the data
+streams (``loader``), and the numbers and tensors in plain attributes of modules. An undisturbed run sees exactly stock
+Detectron2's batches.
 
 If the data order has changed (ranks, workers, batch size, data, sampler, mapper), the run resumes behind as many images
-as it has drawn, in another order, with one warning that names what changed.
+as it has drawn, with one warning that names what changed.
 """
 
 import logging
@@ -22,6 +22,7 @@ from torch import nn
 from repr_det.method.errors import UserError
 from repr_det.network.hidden_state import HiddenState
 from repr_det.network.state import random_state, set_random_state
+from repr_det.runs.checkpoints import is_saved
 from repr_det.runs.files import METRICS_FILE, last_logged, truncate_log
 from repr_det.runs.loader import ResumableLoader
 
@@ -33,12 +34,12 @@ _WINDOW = 20  # Detectron2's writers smooth over so many iterations
 class ExactResume(HookBase):
     """Saves and restores what stock checkpoints lack. Belongs right before the PeriodicCheckpointer.
 
-    If a checkpoint and an evaluation fall on the same iteration, the checkpoint comes first, and a resumed run makes
-    that evaluation again. The scalars of the last iterations come back, so that metrics.json has every row.
+    A resumed run makes the evaluation again that came after the checkpoint of its iteration, and gets back the scalars
+    of the last iterations, so that metrics.json has every row.
 
     Args:
         model: not wrapped in DistributedDataParallel.
-        loaders: those that draw training images: the training loader, and others that hooks read while training.
+        loaders: the training loader, and others that hooks read while training.
         folder: OUTPUT_DIR, whose logs forget what lies after the checkpoint.
     """
 
@@ -46,29 +47,27 @@ class ExactResume(HookBase):
         self, model: nn.Module, loaders: Sequence[Any], checkpoint_period: int, eval_period: int, folder: str
     ) -> None:
         self.hidden = HiddenState(model)
-        self.loaders = loaders
+        self.loaders = [loader for loader in loaders if isinstance(loader, ResumableLoader)]
         self.checkpoint_period = checkpoint_period
         self.eval_period = eval_period
         self.folder = folder
         self._running = False
+        self._resumed_exactly = False  # until the first step
         self._saved: dict[str, Any] = {}
         self._loaded: dict[str, Any] | None = None
-        self._random: dict[str, Any] | None = None  # of this rank, until the first step
+        self._random: dict[str, Any] | None = None  # of this rank
 
     def before_train(self) -> None:
-        start = self.trainer.start_iter
-        loaded, self._loaded = self._loaded, None
+        self._running = True
+        start, loaded = self.trainer.start_iter, self._loaded
         self._resumed_exactly = loaded is not None and loaded["iteration"] == start - 1
         if self._resumed_exactly:
             self._bring_back(loaded)
         elif start > 0:
-            logger.warning(
-                "This checkpoint holds %s: the data order of this run is another one from here on",
-                "no random states" if loaded is None else f"the random states of iteration {loaded['iteration']}",
-            )
-            for loader in self._resumable():
+            found = "no random states" if loaded is None else f"the random states of iteration {loaded['iteration']}"
+            logger.warning("This checkpoint holds %s: the data order of this run is another one from here on", found)
+            for loader in self.loaders:
                 loader.skip([], start)
-        self._running = True
         if comm.is_main_process():
             truncate_log(os.path.join(self.folder, METRICS_FILE), start)
         if self._resumed_exactly:
@@ -77,23 +76,23 @@ class ExactResume(HookBase):
     def _bring_back(self, loaded: dict[str, Any]) -> None:
         ranks = loaded["ranks"]
         same_world = len(ranks) == comm.get_world_size()
-        mine = ranks[comm.get_rank() if same_world else 0]
-        if unknown := self.hidden.load(mine.get("attributes", {})):
+        rank = comm.get_rank() if same_world else 0
+        if unknown := self.hidden.load(ranks[rank].get("attributes", {})):
             logger.warning("This model has no such attributes: %s; the checkpoint's are ignored", ", ".join(unknown))
         for hook, (metric, iteration) in zip(self._best(), loaded.get("best", ()), strict=False):
             hook.best_metric, hook.best_iter = metric, iteration
-        self._random = mine["random"] if same_world else None
+        self._random = ranks[rank]["random"] if same_world else None
 
         changes: dict[str, None] = {}
         # A loader that the run did not have before (TEST.PRECISE_BN was switched on) begins at its beginning.
-        for loader, *states in zip(self.loaders, *(rank["loaders"] for rank in ranks), strict=False):
-            if not isinstance(loader, ResumableLoader) or None in states:
+        for loader, *states in zip(self.loaders, *(one["loaders"] for one in ranks), strict=False):
+            if None in states:  # of an older version
                 continue
-            if changed := loader.changes(states[comm.get_rank() if same_world else 0]):
+            if changed := loader.changes(states[rank]):
                 changes.update(dict.fromkeys(changed))
                 loader.skip(states, self.trainer.start_iter)
             else:
-                loader.load_state_dict(states[comm.get_rank()])
+                loader.load_state_dict(states[rank])
         if changes:
             logger.warning("%s: the data order of this run is another one from here on", "; ".join(changes))
 
@@ -101,52 +100,43 @@ class ExactResume(HookBase):
         if not self._resumed_exactly:
             return
         self._resumed_exactly = False
-        for loader in self._resumable():
+        for loader in self.loaders:
             loader.start()
         if self._random is not None:
             set_random_state(self._random)
-            self._random = None
         if self.eval_period > 0 and self.trainer.iter % self.eval_period == 0:
             self._evaluate_again()
         self._write_what_was_due()
 
     def _evaluate_again(self) -> None:
         """Makes the evaluation that comes after the checkpoint of the same iteration."""
-        trainer = self.trainer
-        iteration = trainer.iter
+        trainer, iteration = self.trainer, self.trainer.iter
         trainer.iter = trainer.storage.iter = iteration - 1
-        evaluation = next((hook for hook in trainer._hooks if isinstance(hook, hooks.EvalHook)), None)
-        if evaluation is not None:
-            evaluation._do_eval()
+        if evaluations := [hook for hook in trainer._hooks if isinstance(hook, hooks.EvalHook)]:
+            evaluations[0]._do_eval()
             for best in self._best():
                 best.after_step()
         trainer.iter = trainer.storage.iter = iteration
 
     def after_step(self) -> None:
-        done = self.trainer.iter + 1
         # BestCheckpointer saves after an evaluation, on rank 0 alone.
-        evaluated = self.eval_period > 0 and done % self.eval_period == 0
-        if done % self.checkpoint_period == 0 or done >= self.trainer.max_iter or evaluated:
+        evaluated = self.eval_period > 0 and (self.trainer.iter + 1) % self.eval_period == 0
+        if evaluated or is_saved(self.trainer, self.checkpoint_period):
             self.collect()
 
     def collect(self) -> None:
         """Collects what a checkpoint of this moment needs, on every rank and before evaluation."""
-        self._saved = self._state(comm.gather(self._of_this_rank()))
+        self._saved = self._state()
 
-    def _of_this_rank(self) -> dict[str, Any]:
-        loaders = [x.state_dict() if isinstance(x, ResumableLoader) else None for x in self.loaders]
-        return {"random": random_state(), "loaders": loaders, "attributes": self.hidden.changed()}
-
-    def _state(self, ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    def _state(self) -> dict[str, Any]:
+        loaders = [loader.state_dict() for loader in self.loaders]
+        of_this_rank = {"random": random_state(), "loaders": loaders, "attributes": self.hidden.changed()}
         return {
             "iteration": self.trainer.iter,
-            "ranks": ranks,
+            "ranks": comm.gather(of_this_rank),
             "scalars": _scalars(self.trainer.storage),
             "best": [[hook.best_metric, hook.best_iter] for hook in self._best()],
         }
-
-    def _resumable(self) -> list[ResumableLoader]:
-        return [loader for loader in self.loaders if isinstance(loader, ResumableLoader)]
 
     def _best(self) -> list[hooks.BestCheckpointer]:
         return [hook for hook in self.trainer._hooks if isinstance(hook, hooks.BestCheckpointer)]
@@ -178,7 +168,7 @@ class ExactResume(HookBase):
     def state_dict(self) -> dict[str, Any]:
         """Returns the state of now if there is one process, else that of the last ``collect``."""
         if self._running and comm.get_world_size() == 1 and self._saved.get("iteration") != self.trainer.iter:
-            return self._state([self._of_this_rank()])
+            return self._state()
         return self._saved
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -200,7 +190,7 @@ def check_same_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, A
     other parameters."""
     own, theirs = optimizer.param_groups, saved["param_groups"]
     same_parameters = [len(group["params"]) for group in own] == [len(group["params"]) for group in theirs]
-    if not same_parameters or not set(theirs[0]) <= set(own[0]) | set(_OF_THE_MACHINE):
+    if not same_parameters or not theirs[0].keys() <= own[0].keys() | set(_OF_THE_MACHINE):
         raise UserError(
             f"the checkpoint in {folder} is of another optimizer, {_describe(theirs)}; this run has {_describe(own)}: "
             "resume with the same MODEL, MODEL.BACKBONE.FREEZE_AT and SOLVER, or give another OUTPUT_DIR"
@@ -208,28 +198,18 @@ def check_same_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, A
 
 
 def _describe(groups: Sequence[Mapping[str, Any]]) -> str:
-    numbers, settings = [len(group["params"]) for group in groups], sorted(set(groups[0]).difference(_OF_THE_MACHINE))
-    return f"{sum(numbers)} parameters in {len(numbers)} groups with {', '.join(settings)}"
-
-
-def settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """Returns the settings of every parameter group as the config built it, with the base rate as ``initial_lr``."""
-    return [
-        {key: value for key, value in group.items() if key not in _OF_THE_MACHINE} for group in optimizer.param_groups
-    ]
+    parameters, settings = sum(len(group["params"]) for group in groups), set(groups[0]).difference(_OF_THE_MACHINE)
+    return f"{parameters} parameters in {len(groups)} groups with {', '.join(sorted(settings))}"
 
 
 def apply_settings(optimizer: torch.optim.Optimizer, scheduler: Any, built: list[dict[str, Any]]) -> list[str]:
-    """Puts what ``settings_of`` gave before a checkpoint was loaded over what the checkpoint brought, rates included.
-
-    Returns:
-        What changed, as "weight_decay 0.0001 -> 0.001", once for every pair of values.
-    """
+    """Puts the settings of ``built``, copies of the groups before a checkpoint was loaded, over those that it brought;
+    returns what changed, as "weight_decay 0.0001 -> 0.001", once for every pair of values."""
     changed: dict[str, None] = {}
     for group, own in zip(optimizer.param_groups, built, strict=True):
         for key, value in own.items():
             old = group.get(key, value)
-            if old == value:
+            if key in _OF_THE_MACHINE or old == value:
                 continue
             changed[f"{key} {old} -> {value}"] = None
             group[key] = value

@@ -19,18 +19,17 @@ _PLAIN = (bool, int, float, complex, str, bytes, bytearray, type(None), np.ndarr
 _NATIVE_ORDERS = ("=", "|", "<" if sys.byteorder == "little" else ">")
 
 
-class _ForbiddenError(pickle.UnpicklingError):
-    pass
+def _forbidden(name: str) -> pickle.UnpicklingError:
+    return pickle.UnpicklingError(f"GLOBAL {name} was not an allowed one")  # as torch words it
 
 
 def _dtype(code: str, *_: Any) -> np.dtype:
     if not isinstance(code, str) or np.dtype(code).kind not in "biufc":
-        raise _ForbiddenError(f"numpy.dtype {str(code)[:40]!r}, which is no kind of number")
+        raise _forbidden(f"numpy.dtype {str(code)[:40]!r}, which is no kind of number")
     return np.dtype(code)
 
 
 def _array(content: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
-    """Makes an array of numbers from its bytes, which must be exactly as many as it takes."""
     content = content.encode("latin1") if isinstance(content, str) else content  # a pickle of Python 2
     sizes = isinstance(shape, tuple) and all(type(n) is int and n >= 0 for n in shape)
     if not (isinstance(content, (bytes, bytearray)) and isinstance(dtype, np.dtype) and sizes):
@@ -38,12 +37,8 @@ def _array(content: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
     return np.frombuffer(content, dtype=dtype).reshape(shape, order=order).copy(order)
 
 
-def _scalar(dtype: np.dtype, content: Any) -> Any:
-    return _array(content, dtype, (1,), "C")[0]
-
-
 def _encode(text: str, encoding: str = "latin1") -> bytes:
-    """Stands for ``_codecs.encode``, by which Python 3 writes bytes into pickles that Python 2 reads."""
+    """``_codecs.encode``, by which early protocols write bytes."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"_codecs.encode with encoding {encoding!r}")
     return text.encode("latin1")
@@ -60,18 +55,16 @@ for _builtins in ("__builtin__", "builtins"):  # how early protocols write b"" a
     _ALLOWED[_builtins, "set"] = set
 for _core in ("numpy.core", "numpy._core"):  # before and since NumPy 2
     _ALLOWED[f"{_core}.multiarray", "_reconstruct"] = lambda *_: np.empty(0)
-    _ALLOWED[f"{_core}.multiarray", "scalar"] = _scalar
+    _ALLOWED[f"{_core}.multiarray", "scalar"] = lambda dtype, content: _array(content, dtype, (1,), "C")[0]
     _ALLOWED[f"{_core}.numeric", "_frombuffer"] = _array
 
 
 # pickle.Unpickler, the public one, keeps its memo in an array as long as the largest number in the file: a damaged file
 # takes all memory. The one in Python, which is what Python falls back to, has a dict.
 class _Unpickler(pickle._Unpickler):
-    """Makes plain containers, and arrays from bytes of the file."""
-
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:
-            raise _ForbiddenError(f"{module}.{name}")
+            raise _forbidden(f"{module}.{name}")
         return _ALLOWED[module, name]
 
     def load_build(self) -> None:
@@ -81,7 +74,7 @@ class _Unpickler(pickle._Unpickler):
             shape, dtype, fortran, content = state[-4:]
             made.__setstate__(_array(content, dtype, shape, "F" if fortran else "C").__reduce__()[2])
         elif not isinstance(made, np.dtype) or state[1] not in _NATIVE_ORDERS:  # which is all that is looked at
-            raise _ForbiddenError(f"a state for {str(made)[:40]!r}")
+            raise _forbidden(f"a state for {str(made)[:40]!r}")
 
     def load_bytearray8(self) -> None:
         """As in Python, which makes room for as many bytes as the file says before it looks how many there are."""
@@ -109,59 +102,39 @@ def _check_plain(value: Any) -> None:
             raise pickle.UnpicklingError(f"a {type(one).__name__} without its content")
 
 
-def load_restricted(path: str | Path) -> Any:
-    """Reads a pickle, such as Detectron2's official ``.pkl`` weights, without running anything that it names.
-
-    Only NumPy arrays and scalars of numbers, plain numbers, text, bytes, list, tuple, set, dict and OrderedDict come
-    out. Strings of Python 2 are read as latin1, as official files need.
-
-    Raises:
-        UserError: the file is missing, cut short, no pickle, or names anything else; one line.
-    """
-    path = _existing(path)
-    try:
-        value = _Unpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
-        _check_plain(value)
-    except _ForbiddenError as error:
-        raise UserError(
-            f"{path}: refused, it names {error}, and weights are NumPy arrays and plain containers only; the file was "
-            "not executed"
-        ) from error
-    except Exception as error:  # a damaged pickle can make the unpickler raise anything
-        raise UserError(
-            f"{path}: not a readable pickle of weights, perhaps cut short ({_one_line(error, str(error))})"
-        ) from error
-    return value
-
-
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Reads the dict that Detectron2 or torch wrote: ``.pkl`` (``load_restricted``), anything else as ``weights_only``.
+    """Reads the dict that Detectron2 or torch wrote, without running anything that it names.
+
+    Of a ``.pkl``, such as Detectron2's official weights, only NumPy arrays and scalars of numbers, plain numbers, text,
+    bytes and containers come out, with strings of Python 2 as latin1; anything else is read as ``weights_only``.
 
     Raises:
-        UserError: the file is missing, cut short, of another kind, or holds more than tensors and plain containers.
+        UserError: the file is missing, cut short, of another kind, or names more than that.
     """
     path = _existing(path)
     is_pickle = path.suffix == ".pkl" and not zipfile.is_zipfile(path)
-    loaded = load_restricted(path) if is_pickle else _load_torch(path)
+    try:
+        loaded = _load_pickle(path) if is_pickle else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can make an unpickler raise anything
+        if forbidden := re.search(r"GLOBAL (.+?) (?:was not an allowed|whose module)", str(error)):
+            raise UserError(
+                f"{path}: refused, it names {forbidden[1]}, and weights are arrays and plain containers only"
+            ) from error
+        # torch explains at length how to load it anyway; what went wrong comes after.
+        reason = " ".join(str(error).rpartition("WeightsUnpickler error: ")[2].split()).split(". ")[0]
+        kind = "pickle of weights" if is_pickle else "torch checkpoint"
+        raise UserError(
+            f"{path}: not a readable {kind}, perhaps cut short ({type(error).__name__}: {reason[:100]})"
+        ) from error
     if not isinstance(loaded, dict):
         raise UserError(f"{path}: expected a dict of weights, found {type(loaded).__name__}")
     return loaded
 
 
-def _load_torch(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        if forbidden := re.search(r"GLOBAL (\S+) (?:was not an allowed|whose module)", str(error)):
-            raise UserError(
-                f"{path}: refused, it names {forbidden.group(1)}, and weights are tensors and plain containers only; "
-                "the file was not executed"
-            ) from error
-        # torch explains at length how to load it anyway; what went wrong comes after.
-        reason = str(error).rpartition("WeightsUnpickler error: ")[2]
-        raise UserError(
-            f"{path}: not a readable torch checkpoint, perhaps cut short ({_one_line(error, reason)})"
-        ) from error
+def _load_pickle(path: Path) -> Any:
+    value = _Unpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
+    _check_plain(value)
+    return value
 
 
 def _existing(path: str | Path) -> Path:
@@ -172,8 +145,3 @@ def _existing(path: str | Path) -> Path:
     if path.stat().st_size < 1000 and path.read_bytes().startswith(b"version https://git-lfs"):
         raise UserError(f"{path} is a Git LFS pointer, not the file itself: git lfs pull fetches it")
     return path
-
-
-def _one_line(error: Exception, reason: str, most: int = 100) -> str:
-    sentence = " ".join(reason.split()).split(". ")[0]
-    return f"{type(error).__name__}: {sentence[:most]}".rstrip(": ")

@@ -1,5 +1,4 @@
-"""Stopping with notice: SIGTERM or SIGUSR1, as schedulers send before they take a machine away, end a run with a
-checkpoint and a status that asks for another start."""
+"""Stopping with notice: SIGTERM or SIGUSR1 end a run with a checkpoint and a status that asks for another start."""
 
 import ctypes
 import os
@@ -12,13 +11,15 @@ from contextlib import contextmanager
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 
+from repr_det.runs.checkpoints import is_saved
+
 STATUS = os.EX_TEMPFAIL  # 75: nothing is wrong, start it again
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _PRCTL = getattr(ctypes.CDLL(None), "prctl", None) if sys.platform == "linux" else None
 
 
 def end_with_parent() -> None:
-    """Asks for SIGTERM when the parent dies (Linux only; the lock on OUTPUT_DIR shows a child that lives)."""
+    """Asks for SIGTERM when the parent dies (Linux only)."""
     if _PRCTL is not None:
         _PRCTL(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
@@ -37,8 +38,6 @@ class Stopped(SystemExit):
 
 
 class _Notice:
-    """The state of stopping in this process."""
-
     answered = False  # signals come here, see ``answer_signals``
     asked = ""  # name of the signal that came
     unsaved = False  # steps have been made that no checkpoint holds
@@ -54,11 +53,7 @@ NOTICE = _Notice()
 
 @contextmanager
 def answer_signals(answer: Callable[[int, object], None] = NOTICE) -> Iterator[None]:
-    """Inside, SIGTERM and SIGUSR1 stop the run: at once if nothing is lost by it, else at the end of the step.
-
-    Loader workers are kept out: they leave the process group, for torchrun and others signal the whole group, and a
-    worker that dies would end the run before its checkpoint is written.
-    """
+    """Inside, SIGTERM and SIGUSR1 stop the run: at once if nothing is lost by it, else at the end of the step."""
     if threading.current_thread() is not threading.main_thread():
         yield  # Python allows no handlers here
         return
@@ -73,6 +68,8 @@ def answer_signals(answer: Callable[[int, object], None] = NOTICE) -> Iterator[N
 
 
 def _keep_out() -> None:
+    """Takes loader workers out of the process group, all of which torchrun and others signal: one that died would end
+    the run before its checkpoint is written."""
     if NOTICE.answered:
         NOTICE.answered = False
         os.setpgid(0, 0)
@@ -86,8 +83,7 @@ os.register_at_fork(after_in_child=_keep_out)
 class StopAtSignal(HookBase):
     """Stops every rank at the end of a step in which any of them was signalled, with a checkpoint of that step.
 
-    Comes after the PeriodicCheckpointer and before evaluation. A signal during an evaluation right after a checkpoint
-    ends the run at once; the resumed run makes the evaluation again.
+    Comes after the PeriodicCheckpointer and before evaluation.
 
     Args:
         prepare: called on every rank before a checkpoint is written.
@@ -104,14 +100,13 @@ class StopAtSignal(HookBase):
     def after_step(self) -> None:
         if not NOTICE.answered:
             return
-        done = self.trainer.iter + 1
-        last = done >= self.trainer.max_iter
-        saved = last or done % self.checkpoint_period == 0
+        last = self.trainer.iter + 1 >= self.trainer.max_iter
+        saved = is_saved(self.trainer, self.checkpoint_period)
         self._stopping = any(comm.all_gather(bool(NOTICE.asked)))
         if self._stopping and not saved:
             self.prepare()
             self.trainer.checkpointer.save(f"model_{self.trainer.iter:07d}", iteration=self.trainer.iter)
-        if self._stopping and not last:  # after the last step there is only the evaluation, which after_train stops
+        if self._stopping and not last:  # after the last step after_train stops
             raise self._stopped()
         NOTICE.unsaved = not saved
 
