@@ -156,4 +156,6 @@ def as_user_error(source: str) -> Iterator[None]:
         # str() of a KeyError is the repr of its message.
         text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
         text = " ".join((f"not valid YAML: {text}" if isinstance(error, yaml.YAMLError) else text).split())
+        if "<class 'tuple'> vs." in text:
+            text += ": a tuple with one entry is written (ENTRY,), a name in quotes"
         raise UserError(f"{source}: {text or type(error).__name__}") from error
