@@ -13,7 +13,6 @@ from torch import nn
 
 from repr_det import RePrScheme, UserError
 from repr_det.method.layers import FilterLayer
-from repr_det.studies import analysis
 from repr_det.studies.analysis import analyze, layers_of_model, main
 
 CONFIG = ["--config-file", str(ROOT / "configs" / "baseline_r50_fpn.yaml")]
@@ -69,7 +68,7 @@ def test_the_drop_is_that_of_training(criterion):
     convs["plain"].weight.data[[3, 11]] = 0
     convs["grouped"].weight.data[4:8] = convs["grouped"].weight.data[:4] + 0.1
     layers = [FilterLayer(name, conv) for name, conv in convs.items()]
-    found = analyze(layers, criterion)
+    found, _ = analyze(layers, criterion)
     optimizer = torch.optim.SGD([conv.weight for conv in convs.values()], 0.1)
     dropped = RePrScheme(layers, optimizer, criterion=criterion).drop().dropped
     assert {x["name"]: x["dropped"] for x in found if x["dropped"]} == {n: list(x) for n, x in dropped.items() if x}
@@ -84,14 +83,14 @@ def test_grouped_convs_are_looked_at_in_each_group():
     weight[16:20] = weight[:4]
     weight[5] = 0
     layer = FilterLayer("x", conv)
-    (found,) = analyze([layer])
+    (found,), pairs = analyze([layer], num_pairs=30)
     expected = np.zeros(64)
     for group in range(4):
         used = [i for i in range(16 * group, 16 * group + 16) if i != 5]
         expected[used] = overlaps(weight[used])
     np.testing.assert_allclose(found["overlap"], expected, atol=1e-6)
     assert found["zero"] == [5] and found["near_duplicates"] == []
-    assert all(pair["i"] // 16 == pair["j"] // 16 for pair in analysis.overlapping_pairs([layer], 30))
+    assert len(pairs) == 30 and all(pair["i"] // 16 == pair["j"] // 16 for pair in pairs)
     mean_cosine = np.sqrt(2 / (np.pi * 144))  # E|cos| up to terms of 1 / d
     assert found["overlap_random"] == pytest.approx(mean_cosine * (14 + 3 * 15) / 63, rel=0.01)
 

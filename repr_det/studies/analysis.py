@@ -30,7 +30,7 @@ from repr_det.method.criteria import CRITERIA, Context, get_criterion
 from repr_det.method.errors import UserError, spelling
 from repr_det.method.layers import FilterLayer, find_filter_layers
 from repr_det.method.options import DETECTRON2_LAYERS, RePrOptions
-from repr_det.method.orthogonality import expected_overlap, inter_filter_orthogonality, unit_filters
+from repr_det.method.orthogonality import expected_overlap, unit_filters
 from repr_det.method.participants import Participants
 from repr_det.method.passes import TrainingPasses
 from repr_det.method.redundancy import NEAR_DUPLICATE
@@ -54,8 +54,7 @@ COLUMNS = ("name", "filters", "dimension", "overlap_mean", "overlap_random", *CO
 def layers_of_model(path: Path, cfg: CfgNode) -> tuple[nn.Module, list[FilterLayer], int | None]:
     """Loads a checkpoint as training does, and finds the layers that RePr applies to; returns its iteration too."""
     model = build_model(cfg)
-    candidates = find_filter_layers(model, cfg.REPR.LAYERS.INCLUDE, cfg.REPR.LAYERS.EXCLUDE)
-    participants = Participants(candidates, model)
+    participants = Participants(find_filter_layers(model, cfg.REPR.LAYERS.INCLUDE, cfg.REPR.LAYERS.EXCLUDE), model)
     with undisturbed(model, trains=False), torch.enable_grad():
         model([{"image": torch.full((3, 128, 128), 128.0)}])
     layers = participants.hear()
@@ -76,9 +75,9 @@ def layers_of_file(
     """Chooses 4-D weights by name, by default Detectron2's backbones if there are any; returns the iteration too."""
     loaded = load_checkpoint(path)
     keys = ("model", "state_dict", "model_state", "blobs")
-    found = next((loaded[key] for key in keys if isinstance(loaded.get(key), dict)), loaded)
+    weights = next((loaded[key] for key in keys if isinstance(loaded.get(key), dict)), loaded)
     convs = {}
-    for name, value in found.items():
+    for name, value in weights.items():
         if getattr(value, "ndim", 0) == 4:
             filters, inputs, *kernel = value.shape
             conv = nn.Conv2d(inputs, filters, tuple(kernel), bias=False, device="meta")
@@ -92,11 +91,9 @@ def layers_of_file(
     excluded = matching([*exclude, "*_momentum"])
     layers = [FilterLayer(name, convs[name]) for name in matching(include) if name not in excluded]
     if not layers:
-        names = ", ".join(map(str, list(convs or loaded)[:8]))
-        raise UserError(
-            f"{path}: no 4-D weight matches --include {' '.join(include)} less --exclude {' '.join(exclude)}; it holds "
-            f"{names or 'nothing'}"
-        )
+        names = ", ".join(map(str, list(convs or loaded)[:8])) or "nothing"
+        patterns = f"--include {' '.join(include)} less --exclude {' '.join(exclude)}"
+        raise UserError(f"{path}: no 4-D weight matches {patterns}; it holds {names}")
     return layers, loaded.get("iteration")
 
 
@@ -107,8 +104,12 @@ def analyze(
     max_drop_per_layer: float = 0.5,
     passes: TrainingPasses | None = None,
     num_batches: int = 0,
-) -> list[dict[str, Any]]:
-    """Describes each layer by its weights, its outputs on training batches and the drop, filters by their index."""
+    num_pairs: int = 10,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Describes each layer by its weights, its outputs on training batches and the drop, filters by their index.
+
+    The second list has the pairs of filters of one layer with the largest |cosine|.
+    """
     if get_criterion(criterion).needs_data and passes is None:
         raise UserError(f"criterion {criterion!r} looks at training batches: give --config-file and --batches")
     context = Context(torch.Generator().manual_seed(0), passes, num_batches)
@@ -118,26 +119,35 @@ def analyze(
     used = {layer.name: layer.weight.detach().flatten(1).any(1) for layer in layers}
     ranked = {name: score.masked_fill(~used[name], math.inf) for name, score in scores.items()}
     dropped = select_filters(ranked, drop_ratio, max_drop_per_layer)
-    found = []
+    found, pairs = [], []
     for layer in layers:
-        there = used[layer.name]
+        there, cosines = used[layer.name], _cosines(layer)
         norms = layer.weight.detach().flatten(1).norm(dim=1)
-        near = cosines(layer).abs() > NEAR_DUPLICATE
-        masks = {"zero": ~there, "dropped": dropped[layer.name], "near_duplicates": near.any(0) | near.any(1)}
+        near = (cosines.abs() > NEAR_DUPLICATE).any(1)
+        masks = {"zero": ~there, "dropped": dropped[layer.name], "near_duplicates": near}
         masks["dead"] = there & (norms < DEAD * norms[there].nanmedian())  # none if nothing is there
         if redundancy is not None:
             masks["idle"] = there & (redundancy[layer.name] == math.inf)
         lists = {name: mask.nonzero().flatten().tolist() for name, mask in masks.items()}
-        found.append(_weights(layer, there) | lists)
-    return found
+        found.append(_overlap(layer, cosines, there) | lists)
+        upper = cosines.triu()
+        largest = upper.abs().flatten().topk(min(num_pairs, int(upper.count_nonzero()))).indices
+        for i, j in torch.stack(torch.unravel_index(largest, upper.shape), 1).tolist():
+            pairs.append({"layer": layer.name, "i": i, "j": j, "cosine": upper[i, j].item()})
+    return found, sorted(pairs, key=lambda pair: -abs(pair["cosine"]))[:num_pairs]
 
 
-def _weights(layer: FilterLayer, used: Tensor) -> dict[str, Any]:
+def _cosines(layer: FilterLayer) -> Tensor:
+    """(J, J) cosines of two filters of one group; 0 on the diagonal and elsewhere."""
+    units = unit_filters(layer.weight).chunk(layer.conv.groups)
+    return torch.block_diag(*(unit @ unit.T for unit in units)).fill_diagonal_(0)
+
+
+def _overlap(layer: FilterLayer, cosines: Tensor, used: Tensor) -> dict[str, Any]:
     groups, dimension = layer.conv.groups, layer.weight[0].numel()
+    # O_f among the filters in use: those that are zero overlap with nothing and are not counted.
     counts = used.view(groups, -1).sum(1).clamp(min=1)
-    # O_f among the filters in use: zero filters overlap with nothing, but O_f divides by their number too.
-    overlap = inter_filter_orthogonality(layer.weight.detach(), groups).view(groups, -1)
-    overlap = (overlap * overlap.shape[1] / counts[:, None]).flatten()
+    overlap = cosines.abs().sum(1) / counts.repeat_interleave(len(used) // groups)
     expected = sum(number * expected_overlap(number, dimension) for number in counts.tolist())
     number_used = max(1, int(used.sum()))
     return {
@@ -148,23 +158,6 @@ def _weights(layer: FilterLayer, used: Tensor) -> dict[str, Any]:
         "overlap_mean": overlap.sum().item() / number_used,
         "overlap_random": expected / number_used,
     }
-
-
-def cosines(layer: FilterLayer) -> Tensor:
-    """(J, J) cosines of two filters of one group, above the diagonal; 0 elsewhere."""
-    units = unit_filters(layer.weight).chunk(layer.conv.groups)
-    return torch.block_diag(*(unit @ unit.T for unit in units)).triu(diagonal=1)
-
-
-def overlapping_pairs(layers: Sequence[FilterLayer], number: int) -> list[dict[str, Any]]:
-    """The ``number`` pairs of filters of one layer with the largest |cosine|."""
-    pairs = []
-    for layer in layers:
-        matrix = cosines(layer)
-        largest = matrix.abs().flatten().topk(min(number, int(matrix.count_nonzero()))).indices
-        for i, j in torch.stack(torch.unravel_index(largest, matrix.shape), 1).tolist():
-            pairs.append({"layer": layer.name, "i": i, "j": j, "cosine": matrix[i, j].item()})
-    return sorted(pairs, key=lambda pair: -abs(pair["cosine"]))[:number]
 
 
 def summary(layers: Sequence[dict[str, Any]], num_batches: int) -> dict[str, Any]:
@@ -252,14 +245,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("batches", "pairs"):
         if getattr(args, name) < 0:
             raise UserError(f"--{name} must be at least 0, got {getattr(args, name)}")
-    by_name = args.include or args.exclude
-    if args.config_file and by_name:
-        raise UserError("--include and --exclude go without --config-file; set REPR.LAYERS.INCLUDE, EXCLUDE")
     config_file = args.config_file
-    beside = args.checkpoint.parent / CONFIG_FILE
-    if not config_file and not by_name and beside.is_file():
-        is_yacs = re.search(r"^MODEL:", beside.read_text(encoding="utf-8"), re.MULTILINE)
-        config_file = str(beside) if is_yacs else None  # else it is that of a LazyConfig
+    if args.include or args.exclude:
+        if config_file:
+            raise UserError("--include and --exclude go without --config-file; set REPR.LAYERS.INCLUDE, EXCLUDE")
+    elif not config_file:
+        config_file = _config_beside(args.checkpoint)
     passes = None
     if config_file:
         # Nothing is evaluated, and what would be need not be there.
@@ -284,7 +275,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.criterion is None and get_criterion(options["criterion"]).needs_data and not args.batches:
         options["criterion"] = "ortho"
     with spelling({name: f"--{name.replace('_', '-')}" for name in options}):
-        analyzed = analyze(layers, **options, passes=passes, num_batches=args.batches)
+        analyzed, pairs = analyze(layers, **options, passes=passes, num_batches=args.batches, num_pairs=args.pairs)
     found = {
         "checkpoint": str(args.checkpoint),
         "config": config_file,
@@ -292,10 +283,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         **summary(analyzed, args.batches),
         **options,
         "layers": analyzed,
-        "pairs": overlapping_pairs(layers, args.pairs),
+        "pairs": pairs,
     }
     print(as_text(found))
     if args.json:
         write_atomically(args.json, json.dumps(found, indent=1) + "\n")
     if args.plot:
         plot(args.plot, analyzed)
+
+
+def _config_beside(checkpoint: Path) -> str | None:
+    path = checkpoint.parent / CONFIG_FILE
+    is_yacs = path.is_file() and re.search(r"^MODEL:", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return str(path) if is_yacs else None  # else it is that of a LazyConfig

@@ -1,4 +1,4 @@
-"""The runs of a comparison: what they are, what they leave in their folders, and which may be compared."""
+"""The runs of a comparison: what they leave in their folders, and which may be compared."""
 
 import contextlib
 import json
@@ -20,13 +20,13 @@ from repr_det.runs.files import EVENTS_FILE, METRICS_FILE
 from repr_det.runs.record import CONFIG_FILE, DATA_FILE, describe_data_sets
 
 BASELINE, REPR = "baseline", "repr"
-# Where runs are and how often they are saved; nothing that a result depends on.
+# Keys on which no result depends, and those in which baseline and RePr differ.
 FREE_WITHIN_REPR = ("OUTPUT_DIR", "SEED", "VERSION", "VIS_PERIOD", "SOLVER.CHECKPOINT_PERIOD")
 FREE = (*FREE_WITHIN_REPR, "REPR.")
-# What two configs must share, whatever else they differ in: data, their order, iterations, evaluations.
+# What any two configs must share: data, their order, iterations, evaluations.
 SHARED = ("SOLVER.MAX_ITER", "DATASETS.", "DATALOADER.", "TEST.EVAL_PERIOD")
 _PROCESSES = re.compile(r"Rank of current process: \d+\. World size: (\d+)")
-Settings = dict[str, Any]  # a flat config
+Settings = dict[str, Any]  # a flat config: SOLVER.MAX_ITER -> its value
 
 
 def title(arm: str) -> str:
@@ -36,30 +36,29 @@ def title(arm: str) -> str:
 
 @dataclass(frozen=True)
 class Run:
-    """One training run; ``flags``, --resume and ``opts`` are its command (none if it was trained elsewhere)."""
+    """One training run; ``arguments`` are those of ``repr_det.train`` (none if it was trained elsewhere)."""
 
     arm: str
     seed: int
     folder: Path
     max_iter: int
-    flags: tuple[str, ...] = ()
-    opts: tuple[str, ...] = ()
+    arguments: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         return f"{title(self.arm)} seed {self.seed}"
-
-    def command(self, resume: bool = False) -> list[str]:
-        return [*self.flags, *(["--resume"] if resume else []), *self.opts]
 
 
 @dataclass(frozen=True)
 class Study:
     """The runs of two arms, the reference first; ``any_config`` if they need to share only what SHARED names."""
 
-    arms: tuple[str, str]
     runs: tuple[Run, ...]
     any_config: bool = False
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(run.arm for run in self.runs))
 
     @property
     def seeds(self) -> list[int]:
@@ -71,7 +70,7 @@ class Study:
 
 
 def read_json(path: Path) -> Any:
-    """Reads a json file, and refuses one that is damaged."""
+    """Reads a json file. UserError if it is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -79,7 +78,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Reads a file of one json object a line, without lines that a crash cut short; [] if there is no file."""
+    """The json objects of a file, one a line, without those that a crash cut short; [] if there is no file."""
     found = []
     if path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -101,10 +100,14 @@ def read_events(folder: Path) -> list[dict[str, Any]]:
     return read_json_lines(folder / EVENTS_FILE)
 
 
-def read_detections(folder: Path) -> list[dict[str, Any]] | None:
-    """The boxes of the last evaluation as COCO results; None if they were not saved."""
-    path = folder / "inference" / "coco_instances_results.json"
-    return [one for one in read_json(path) if "bbox" in one] if path.is_file() else None
+def final_row(rows: dict[int, dict[str, float]], max_iter: int) -> dict[str, float]:
+    """The evaluation after the last iteration, {} if the run is not finished. Its AP may be NaN."""
+    # A run that is resumed after its last step logs its evaluation one iteration later.
+    return next((row for i, row in reversed(rows.items()) if i >= max_iter and "bbox/AP" in row), {})
+
+
+def is_finished(run: Run) -> bool:
+    return bool(final_row(read_metrics(run.folder), run.max_iter))
 
 
 def read_config(folder: Path) -> CfgNode:
@@ -120,36 +123,24 @@ def read_config(folder: Path) -> CfgNode:
 
 
 def read_settings(folder: Path) -> Settings:
-    """The config of a run, flat, scaled to its number of processes if SOLVER.REFERENCE_WORLD_SIZE asks for it."""
+    """The config of a run, scaled to its number of processes if SOLVER.REFERENCE_WORLD_SIZE asks for it."""
     cfg = read_config(folder)
     if not cfg.SOLVER.REFERENCE_WORLD_SIZE:
         return flatten(cfg)
     log = folder / "log.txt"
     sessions = _PROCESSES.findall(log.read_text(encoding="utf-8", errors="replace")) if log.is_file() else []
     if not sessions:
-        raise UserError(
-            f"{folder} was trained with SOLVER.REFERENCE_WORLD_SIZE, but no log.txt in it says by how many processes"
-        )
+        raise UserError(f"{folder} has SOLVER.REFERENCE_WORLD_SIZE, but no log.txt in it says by how many processes")
     return flatten(scale_to_world(cfg, int(sessions[-1])))
 
 
 def flatten(cfg: CfgNode) -> Settings:
-    """SOLVER.MAX_ITER -> its value, as it stands in a yaml file."""
+    """The values of a config as they stand in a yaml file."""
     return pd.json_normalize(yaml.safe_load(cfg.dump())).to_dict("records")[0]
 
 
-def final_row(rows: dict[int, dict[str, float]], max_iter: int) -> dict[str, float]:
-    """The evaluation after the last iteration, {} if the run is not finished. Its AP may be NaN."""
-    # A run that is resumed after its last step logs its evaluation one iteration later.
-    return next((row for i, row in reversed(rows.items()) if i >= max_iter and "bbox/AP" in row), {})
-
-
-def is_finished(run: Run) -> bool:
-    return bool(final_row(read_metrics(run.folder), run.max_iter))
-
-
 def run_from_folder(folder: Path, arm: str) -> Run:
-    """A run that was trained already; refuses one of another arm than ``arm``, or without a seed."""
+    """A run that was trained already. UserError if it is of the other arm, or has no seed."""
     config = read_settings(folder)
     enabled, seed = config["REPR.ENABLED"], config["SEED"]
     if enabled != (arm == REPR):
@@ -159,55 +150,39 @@ def run_from_folder(folder: Path, arm: str) -> Run:
     return Run(arm, seed, folder, config["SOLVER.MAX_ITER"])
 
 
-def check_pairs(study: Study) -> None:
-    """Refuses a seed that occurs twice in an arm, or in one arm only."""
-    found = {(run.arm, run.seed): run for run in study.runs}
+def check_comparable(study: Study) -> None:
+    """Refuses runs that are not finished or not paired by seed, arms that differ in more than they may, and an arm
+    whose runs differ in what a result depends on."""
+    first: dict[tuple[str, int], Run] = {}
     for run in study.runs:
-        other = found[run.arm, run.seed]
+        other = first.setdefault((run.arm, run.seed), run)
         if other is not run:
             raise UserError(f"{run.folder} and {other.folder} are both {run.name}: give one run for each seed")
+    for seed in study.seeds:
         for arm in study.arms:
-            if (arm, run.seed) not in found:
-                known = ", ".join(str(one.seed) for one in study.of(arm))
-                raise UserError(
-                    f"{run.folder} has SEED {run.seed}, but the {arm} runs have {known}: runs are paired by seed"
-                )
-
-
-def check_finished(runs: Iterable[Run]) -> None:
-    """Refuses a run without an evaluation after its last iteration."""
-    for run in runs:
+            if (arm, seed) not in first:
+                raise UserError(f"no {arm} run has SEED {seed}: runs are paired by seed")
+    for run in study.runs:
         if not is_finished(run):
             command = f"python -m repr_det.train --config-file {run.folder / CONFIG_FILE} --resume"
             raise UserError(
-                f"{run.folder} is not finished (no evaluation after SOLVER.MAX_ITER {run.max_iter}): run {command}"
+                f"{run.folder} has no evaluation on one data set after SOLVER.MAX_ITER {run.max_iter}: run {command}"
             )
-
-
-def check_comparable(study: Study) -> None:
-    """Refuses arms that differ in more than they may, and an arm whose runs differ in what a result depends on."""
-    configs = {run: read_settings(run.folder) for run in study.runs}
-    refuse_differences({run.folder: config for run, config in configs.items()}, shared=study.any_config)
+    configs = {run.folder: read_settings(run.folder) for run in study.runs}
+    refuse_differences(configs, only_shared=study.any_config)
     for arm in study.arms:
-        own = {run.folder: configs[run] for run in study.of(arm)}
+        own = {run.folder: configs[run.folder] for run in study.of(arm)}
         enabled = any(config["REPR.ENABLED"] for config in own.values())
         refuse_differences(own, FREE_WITHIN_REPR if enabled else FREE)
-    check_one_test_set(configs[study.runs[0]]["DATASETS.TEST"])
-    check_same_data([run.folder for run in study.runs])
+    check_same_data(configs)
 
 
-def check_one_test_set(names: Sequence[str]) -> None:
-    if len(names) != 1:
-        raise UserError(f"DATASETS.TEST must name one data set for a comparison, got {list(names)}")
-
-
-def refuse_differences(configs: dict[Any, Settings], free: Sequence[str] = FREE, shared: bool = False) -> None:
-    """Refuses configs (name for the message -> config) that differ from the first one in keys that are not ``free``, if
-    ``shared`` only in those of SHARED."""
+def refuse_differences(configs: dict[Any, Settings], free: Sequence[str] = FREE, only_shared: bool = False) -> None:
+    """Refuses configs (name for the message -> config) that differ from the first one in keys that are not ``free``."""
     first, reference = next(iter(configs.items()))
     for name, config in configs.items():
         for key in differing_keys(reference, config, free):
-            if not shared or key.startswith(SHARED):
+            if not only_shared or key.startswith(SHARED):
                 here, there = reference.get(key, "absent"), config.get(key, "absent")
                 raise UserError(
                     f"{first} and {name} cannot be compared: {key} is {here} in the first and {there} in the second"
@@ -223,12 +198,12 @@ def differing_keys(a: Settings, b: Settings, free: Sequence[str] = FREE) -> list
 def check_same_data(folders: Iterable[Path]) -> None:
     """Refuses a data set's name that stands for two contents: in two runs, in one run before and after it was resumed,
     or in this process. Runs of versions that kept no record are taken as they are."""
-    used = []
+    used: list[tuple[Any, str, dict[str, Any]]] = []
     for folder in folders:
         for path in sorted(folder.glob(f"{Path(DATA_FILE).stem}*.json")):
             used += [(folder, name, entry) for name, entry in read_json(path).items()]
-    registered = [name for name in sorted({name for _, name, _ in used}) if name in DatasetCatalog]
-    used += [("this command", name, entry) for name, entry in describe_data_sets(registered).items()]
+    registered = {name for _, name, _ in used}.intersection(DatasetCatalog)
+    used += [("this command", name, entry) for name, entry in describe_data_sets(sorted(registered)).items()]
     first: dict[str, tuple[Any, dict[str, Any]]] = {}
     for place, name, entry in used:
         other, known = first.setdefault(name, (place, entry))
