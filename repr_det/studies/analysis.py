@@ -64,15 +64,15 @@ def layers_of_model(path: Path, cfg: CfgNode) -> tuple[nn.Module, list[FilterLay
     loaded = AtomicCheckpointer(model).load(str(path))
     for layer in layers:
         if layer.weight.isnan().all():
-            wanted = f"{layer.name}.weight of {tuple(layer.weight.shape)}"
-            raise UserError(f"{path}: no {wanted} for the model of the config: give --config-file of its own run")
+            shape = tuple(layer.weight.shape)
+            raise UserError(f"{path} has no {layer.name}.weight of {shape}: give --config-file of its own run")
     return model, layers, loaded.get("iteration")
 
 
 def layers_of_file(
     path: Path, include: Sequence[str] = (), exclude: Sequence[str] = NOT_FILTERS
 ) -> tuple[list[FilterLayer], int | None]:
-    """Chooses 4-D weights by name, by default Detectron2's backbones if there are any; returns the iteration too."""
+    """Chooses 4-D weights by name, by default Detectron2's backbone if there is one; returns the iteration too."""
     loaded = load_checkpoint(path)
     keys = ("model", "state_dict", "model_state", "blobs")
     weights = next((loaded[key] for key in keys if isinstance(loaded.get(key), dict)), loaded)
@@ -92,8 +92,7 @@ def layers_of_file(
     layers = [FilterLayer(name, convs[name]) for name in matching(include) if name not in excluded]
     if not layers:
         names = ", ".join(map(str, list(convs or loaded)[:8])) or "nothing"
-        patterns = f"--include {' '.join(include)} less --exclude {' '.join(exclude)}"
-        raise UserError(f"{path}: no 4-D weight matches {patterns}; it holds {names}")
+        raise UserError(f"{path}: no 4-D weight matches --include {' '.join(include)}; it holds {names}")
     return layers, loaded.get("iteration")
 
 
@@ -106,10 +105,7 @@ def analyze(
     num_batches: int = 0,
     num_pairs: int = 10,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Describes each layer by its weights, its outputs on training batches and the drop, filters by their index.
-
-    The second list has the pairs of filters of one layer with the largest |cosine|.
-    """
+    """Describes each layer, its filters by their index; and the pairs of its filters with the largest |cosine|."""
     if get_criterion(criterion).needs_data and passes is None:
         raise UserError(f"criterion {criterion!r} looks at training batches: give --config-file and --batches")
     context = Context(torch.Generator().manual_seed(0), passes, num_batches)
@@ -217,8 +213,8 @@ def plot(path: Path, layers: Sequence[dict[str, Any]]) -> None:
 def argument_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
     parser = argparse.ArgumentParser(
-        description="Shows how much the filters of a checkpoint overlap, and which ones RePr would drop: of the layers "
-        "in REPR.LAYERS if there is a config. --batches then finds idle filters on DATASETS.TRAIN."
+        description="How much the filters of a checkpoint overlap, and which ones RePr would drop. With a config, "
+        "--batches finds idle filters on DATASETS.TRAIN."
     )
     parser.add_argument("checkpoint", type=Path, help=".pth of a training, or .pkl of Detectron2")
     parser.add_argument("--config-file", help=f"of its run (default: {CONFIG_FILE} beside it)")
@@ -239,16 +235,16 @@ def argument_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses arguments, then reads the checkpoint and shows it."""
     args = argument_parser().parse_intermixed_args(argv)
-    for name, path in (("--json", args.json), ("--plot", args.plot)):
+    for path in (args.json, args.plot):
         if path is not None and not path.absolute().parent.is_dir():
-            raise UserError(f"{name} {path}: the folder {path.parent} does not exist")
+            raise UserError(f"{path}: the folder {path.parent} does not exist")
     for name in ("batches", "pairs"):
         if getattr(args, name) < 0:
             raise UserError(f"--{name} must be at least 0, got {getattr(args, name)}")
     config_file = args.config_file
     if args.include or args.exclude:
         if config_file:
-            raise UserError("--include and --exclude go without --config-file; set REPR.LAYERS.INCLUDE, EXCLUDE")
+            raise UserError("--include and --exclude go without --config-file: set REPR.LAYERS")
     elif not config_file:
         config_file = _config_beside(args.checkpoint)
     passes = None

@@ -40,13 +40,12 @@ from repr_det.studies.comparison.table import compare, metrics_table, write_resu
 _SETTINGS_FILE = "comparison.json"  # how the comparison was asked for, for --report-only
 _DESCRIPTION = """Compares RePr with its baseline, or a config with another: same seeds, data order and iterations.
 
-  from a config:          --config-file configs/shapes_r18_fpn.yaml --seeds 1 2 3 [KEY VALUE ...]
+  from a config:          --config-file shapes_r18_fpn.yaml --seeds 1 2 3 [KEY VALUE ...]
   from two configs:       --config-file A.yaml --against B.yaml --seeds 1 2 3 [KEY VALUE ...]
   from finished folders:  --baseline-runs A1 A2 --repr-runs B1 B2 --output DIR
   only the report:        --report-only --output DIR
 
-The output folder gets report.html, results.json and results.csv; the same command continues what was stopped.
-TEST.EVAL_PERIOD 0 becomes a tenth of MAX_ITER unless it is given as KEY VALUE.
+The same command continues what was stopped. TEST.EVAL_PERIOD 0 becomes a tenth of MAX_ITER unless it is a KEY VALUE.
 """
 # Arguments that each way needs, and those that it takes besides those of every way.
 _WAYS = (
@@ -56,7 +55,7 @@ _WAYS = (
 )
 _EVERY_WAY = {"output", "jobs", "num_gpus", "eval_images", "register"}
 _OWN_KEYS = {"SEED": "--seeds", "OUTPUT_DIR": "--output", "REPR.ENABLED": "the arm"}
-_TAKEN = ("difference", "sentence")  # names that results.json has beside those of the arms
+_TAKEN = {"difference", "sentence", "verdict"}  # names that results have beside those of the arms
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -143,26 +142,24 @@ def plan_study(
     num_gpus: int = 1,
     against: str = "",
 ) -> tuple[Study, Path]:
-    """Plans both arms for every seed, in folders of ``output``, ordered by seed, the reference first.
-
-    Refuses what would stop a run before its first step, and a folder that holds another run. If TEST.EVAL_PERIOD is 0
-    and not in ``opts``, a run evaluates ten times.
+    """Plans both arms for every seed, in folders of ``output``, which it returns too.
 
     Args:
-        output: by default OUTPUT_DIR of the config with the suffix _comparison; returned beside the study.
+        output: by default OUTPUT_DIR of the config with the suffix _comparison.
         against: the config of the reference; "" takes the baseline of ``config_file``.
+
+    Raises:
+        UserError: something would stop a run before its first step, or a folder holds another run.
     """
     opts = list(opts)
     for key in opts[::2]:
         if key in _OWN_KEYS:
-            raise UserError(f"{key} on the command line: a comparison sets it itself, by {_OWN_KEYS[key]}")
-    if len(set(seeds)) != len(seeds) or min(seeds) < 0:
-        raise UserError(f"--seeds must be 0 or more and differ from each other, got {' '.join(map(str, seeds))}")
+            raise UserError(f"{key} on the command line: a comparison sets it by {_OWN_KEYS[key]}")
     cfg = build_config(config_file, opts, register)
     if not against and not cfg.REPR.ENABLED:
-        raise UserError(f"{config_file} has REPR.ENABLED False: give a config with RePr, or another one --against it")
+        raise UserError(f"{config_file} has REPR.ENABLED False: give a config with RePr, or one --against it")
     if len(cfg.DATASETS.TEST) != 1:
-        raise UserError(f"DATASETS.TEST must name one data set for a comparison, got {list(cfg.DATASETS.TEST)}")
+        raise UserError(f"DATASETS.TEST must name one data set, got {list(cfg.DATASETS.TEST)}")
     if cfg.TEST.EVAL_PERIOD == 0 and "TEST.EVAL_PERIOD" not in opts[::2]:
         opts += ["TEST.EVAL_PERIOD", str(max(1, cfg.SOLVER.MAX_ITER // 10))]
     output = output or Path(cfg.OUTPUT_DIR.rstrip("/") + "_comparison")
@@ -194,13 +191,12 @@ def arm_names(*config_files: str) -> tuple[str, ...]:
     names = tuple(path.stem for path in paths)
     if names[0] == names[1]:
         names = tuple(f"{path.parent.name}_{path.stem}" for path in paths)
-    if names[0] == names[1] or set(names) & set(_TAKEN):
-        raise UserError(f"{' and '.join(config_files)} give their names to the results: rename one of the files")
+    if names[0] == names[1] or _TAKEN.intersection(names):
+        raise UserError(f"{' and '.join(config_files)} give their names to the arms: rename one")
     return names
 
 
 def _check_run(run: Run, cfg: CfgNode, num_gpus: int) -> None:
-    """Refuses what would stop the run before its first step, and a folder that holds another run."""
     if (run.folder / CONFIG_FILE).exists():
         free = ("OUTPUT_DIR",) if cfg.REPR.ENABLED else ("OUTPUT_DIR", "REPR.")
         refuse_differences({run.folder: flatten(read_config(run.folder)), "this command": flatten(cfg)}, free)
@@ -213,10 +209,13 @@ def _settings(args: argparse.Namespace, study: Study, argv: list[str]) -> dict[s
     runs = []
     for run in study.runs:
         folder = os.path.relpath(run.folder, args.output)
-        command = f"python -m repr_det.train {shlex.join(run.arguments)}" if run.arguments else ""
-        runs.append({"arm": run.arm, "seed": run.seed, "folder": folder, "max_iter": run.max_iter, "command": command})
-    settings = {"command": f"{program} {shlex.join(argv)}", "any_config": study.any_config}
-    return settings | {"register": args.register, "runs": runs}
+        runs.append({"arm": run.arm, "seed": run.seed, "folder": folder, "max_iter": run.max_iter})
+    return {
+        "command": f"{program} {shlex.join(argv)}",
+        "any_config": study.any_config,
+        "register": args.register,
+        "runs": runs,
+    }
 
 
 def _remember(output: Path, settings: dict[str, Any]) -> None:

@@ -51,10 +51,27 @@ class Run:
 
 @dataclass(frozen=True)
 class Study:
-    """The runs of two arms, the reference first; ``any_config`` if they need to share only what SHARED names."""
+    """The runs of two arms, the reference first; ``any_config`` if they need to share only what SHARED names.
+
+    Raises:
+        UserError: they are not paired by seed.
+    """
 
     runs: tuple[Run, ...]
     any_config: bool = False
+
+    def __post_init__(self) -> None:
+        first: dict[tuple[str, int], Run] = {}
+        for run in self.runs:
+            if run.seed < 0:
+                raise UserError(f"{run.folder} has SEED {run.seed}: runs are paired by seed, it must be 0 or more")
+            other = first.setdefault((run.arm, run.seed), run)
+            if other is not run:
+                raise UserError(f"{run.folder} and {other.folder} are both {run.name}: give one run for each seed")
+        for arm in self.arms:
+            for seed in self.seeds:
+                if (arm, seed) not in first:
+                    raise UserError(f"no {arm} run has SEED {seed}: runs are paired by seed")
 
     @property
     def arms(self) -> tuple[str, ...]:
@@ -78,7 +95,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The json objects of a file, one a line, without those that a crash cut short; [] if there is no file."""
+    """One json object a line, without lines that a crash cut short; [] if there is no file."""
     found = []
     if path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -130,7 +147,7 @@ def read_settings(folder: Path) -> Settings:
     log = folder / "log.txt"
     sessions = _PROCESSES.findall(log.read_text(encoding="utf-8", errors="replace")) if log.is_file() else []
     if not sessions:
-        raise UserError(f"{folder} has SOLVER.REFERENCE_WORLD_SIZE, but no log.txt in it says by how many processes")
+        raise UserError(f"{folder} has SOLVER.REFERENCE_WORLD_SIZE, but no log.txt says by how many processes")
     return flatten(scale_to_world(cfg, int(sessions[-1])))
 
 
@@ -140,28 +157,15 @@ def flatten(cfg: CfgNode) -> Settings:
 
 
 def run_from_folder(folder: Path, arm: str) -> Run:
-    """A run that was trained already. UserError if it is of the other arm, or has no seed."""
+    """A run that was trained already. UserError if it is of the other arm."""
     config = read_settings(folder)
-    enabled, seed = config["REPR.ENABLED"], config["SEED"]
-    if enabled != (arm == REPR):
-        raise UserError(f"{folder} was trained with REPR.ENABLED {enabled}: it does not belong to --{arm}-runs")
-    if seed < 0:
-        raise UserError(f"{folder} was trained with SEED {seed}: runs are paired by seed, so it must be fixed")
-    return Run(arm, seed, folder, config["SOLVER.MAX_ITER"])
+    if config["REPR.ENABLED"] != (arm == REPR):
+        raise UserError(f"{folder} has REPR.ENABLED {config['REPR.ENABLED']}: it does not belong to --{arm}-runs")
+    return Run(arm, config["SEED"], folder, config["SOLVER.MAX_ITER"])
 
 
 def check_comparable(study: Study) -> None:
-    """Refuses runs that are not finished or not paired by seed, arms that differ in more than they may, and an arm
-    whose runs differ in what a result depends on."""
-    first: dict[tuple[str, int], Run] = {}
-    for run in study.runs:
-        other = first.setdefault((run.arm, run.seed), run)
-        if other is not run:
-            raise UserError(f"{run.folder} and {other.folder} are both {run.name}: give one run for each seed")
-    for seed in study.seeds:
-        for arm in study.arms:
-            if (arm, seed) not in first:
-                raise UserError(f"no {arm} run has SEED {seed}: runs are paired by seed")
+    """Refuses runs that are not finished, arms that differ in more than they may, and an arm whose runs differ."""
     for run in study.runs:
         if not is_finished(run):
             command = f"python -m repr_det.train --config-file {run.folder / CONFIG_FILE} --resume"
@@ -178,15 +182,13 @@ def check_comparable(study: Study) -> None:
 
 
 def refuse_differences(configs: dict[Any, Settings], free: Sequence[str] = FREE, only_shared: bool = False) -> None:
-    """Refuses configs (name for the message -> config) that differ from the first one in keys that are not ``free``."""
+    """Refuses configs, by their names for the message, that differ from the first one in keys that are not ``free``."""
     first, reference = next(iter(configs.items()))
     for name, config in configs.items():
         for key in differing_keys(reference, config, free):
             if not only_shared or key.startswith(SHARED):
-                here, there = reference.get(key, "absent"), config.get(key, "absent")
-                raise UserError(
-                    f"{first} and {name} cannot be compared: {key} is {here} in the first and {there} in the second"
-                )
+                values = f"{reference.get(key, 'absent')} in the first and {config.get(key, 'absent')} in the second"
+                raise UserError(f"{first} and {name} cannot be compared: {key} is {values}")
 
 
 def differing_keys(a: Settings, b: Settings, free: Sequence[str] = FREE) -> list[str]:
@@ -210,7 +212,5 @@ def check_same_data(folders: Iterable[Path]) -> None:
         # One that is described before its file is there, as shapes are, has no hash.
         keys = ("sha256",) if entry["sha256"] and known["sha256"] else ("classes", "images")
         if any(entry[key] != known[key] for key in keys):
-            raise UserError(
-                f"{other} and {place} cannot be compared: {name} was {known['file']} in the first and "
-                f"{entry['file']}, with other content, in the second"
-            )
+            files = f"{known['file']} in the first and {entry['file']}, with other content, in the second"
+            raise UserError(f"{other} and {place} cannot be compared: {name} was {files}")

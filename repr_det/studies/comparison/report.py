@@ -38,7 +38,7 @@ from repr_det.studies.comparison.records import (
     read_settings,
     title,
 )
-from repr_det.studies.comparison.table import Comparison, heads, lines_of
+from repr_det.studies.comparison.table import Comparison, lines_of
 
 _COLOURS = ("#2c6aa0", "#d5622a")  # of the reference and of the other arm, as in the page
 _SCORE_THRESHOLD = 0.5
@@ -75,7 +75,6 @@ def write_report(comparison: Comparison, settings: dict[str, Any], output: Path,
             titles=[title(arm) for arm in study.arms],
             iterations=study.runs[0].max_iter,
             lines=lines_of(results["metrics"] | classes, study.arms),
-            heads=heads(study.arms),
             ap=_ap(comparison),
             filters=_filters(study),
             differences={key: [config.get(key, "absent") for config in configs] for key in differing},

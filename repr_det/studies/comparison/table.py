@@ -85,28 +85,25 @@ def metric_row(table: pd.DataFrame, metric: str, arms: Sequence[str]) -> Row:
     }
 
 
-def heads(arms: Sequence[str]) -> list[str]:
-    """The names of the columns of ``lines_of``."""
-    return ["", *map(title, arms), "difference", "95 % interval", "verdict"]
-
-
-def lines_of(rows: dict[str, Row], arms: Sequence[str]) -> list[list[str]]:
-    """A line a metric for people: name, both arms, difference, interval, verdict."""
+def lines_of(rows: dict[str, Row], arms: Sequence[str]) -> list[dict[str, str]]:
+    """A line a metric for people: column -> cell."""
     lines = []
     for name, row in rows.items():
-        found = row["difference"]
-        line = [name]
+        line = {"": name}
         for arm in arms:
             spread = f" ± {number(row[arm]['sd'])}" if row[arm]["n"] > 1 else ""
-            line.append(number(row[arm]["mean"]) + spread)
-        line += [number(found["mean"], sign=True), interval(found["low"], found["high"])]
-        lines.append([*line, found["verdict"] if found["n"] else "n/a"])
+            line[title(arm)] = number(row[arm]["mean"]) + spread
+        found = row["difference"]
+        line["difference"] = number(found["mean"], sign=True)
+        line["95 % interval"] = interval(found["low"], found["high"])
+        line["verdict"] = found["verdict"] if found["n"] else "n/a"
+        lines.append(line)
     return lines
 
 
 def metrics_table(results: Row, arms: Sequence[str]) -> str:
     """COCO's metrics for a terminal."""
-    return tabulate(lines_of(results["metrics"], arms), heads(arms), disable_numparse=True)
+    return tabulate(lines_of(results["metrics"], arms), headers="keys", disable_numparse=True)
 
 
 def write_results(comparison: Comparison, folder: Path) -> None:
