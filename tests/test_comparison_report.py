@@ -11,7 +11,7 @@ from finished_runs import METRICS, OPTS, REPR_CONFIG, compare_folders, results_o
 
 from repr_det.method.errors import UserError
 from repr_det.studies.comparison.command import main
-from repr_det.studies.comparison.table import metric_row
+from repr_det.studies.comparison.records import metric_row
 
 
 class Page:

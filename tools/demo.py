@@ -16,10 +16,9 @@ from pathlib import Path
 import repr_det.commands  # noqa: F401  (first: it silences warnings of what is imported next)
 from repr_det.method.errors import UserError
 from repr_det.studies.comparison.command import plan_study
-from repr_det.studies.comparison.records import is_finished
+from repr_det.studies.comparison.records import compare, is_finished, metrics_table
 from repr_det.studies.comparison.runner import run_all, run_comparison_tool
 from repr_det.studies.comparison.statistics import number
-from repr_det.studies.comparison.table import compare, metrics_table
 
 ROOT = Path(__file__).resolve().parents[1]
 SEED = 1

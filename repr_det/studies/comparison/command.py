@@ -26,16 +26,18 @@ from repr_det.studies.comparison.records import (
     Run,
     Study,
     check_comparable,
+    compare,
     flatten,
     is_finished,
+    metrics_table,
     read_config,
     read_json,
     refuse_differences,
     run_from_folder,
+    write_results,
 )
 from repr_det.studies.comparison.report import write_report
 from repr_det.studies.comparison.runner import run_all, say
-from repr_det.studies.comparison.table import compare, metrics_table, write_results
 
 _SETTINGS_FILE = "comparison.json"  # how the comparison was asked for, for --report-only
 _DESCRIPTION = """Compares RePr with its baseline, or a config with another: same seeds, data order and iterations.

@@ -8,19 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import detectron2
 import jinja2
 import matplotlib
 import numpy as np
 import pandas as pd
-import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.structures import BoxMode
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-import repr_det
 from repr_det.commands.data_checks import check_datasets
 from repr_det.method.errors import UserError
 from repr_det.method.orthogonality import inter_filter_orthogonality
@@ -28,9 +25,11 @@ from repr_det.runs.files import FINAL_CHECKPOINT, OVERLAPS_FILE, write_atomicall
 from repr_det.runs.safe_pickle import load_checkpoint
 from repr_det.studies.comparison.records import (
     FREE_WITHIN_REPR,
+    Comparison,
     Run,
     Study,
     differing_keys,
+    lines_of,
     read_config,
     read_events,
     read_json,
@@ -38,7 +37,6 @@ from repr_det.studies.comparison.records import (
     read_settings,
     title,
 )
-from repr_det.studies.comparison.table import Comparison, lines_of
 
 _COLOURS = ("#2c6aa0", "#d5622a")  # of the reference and of the other arm, as in the page
 _SCORE_THRESHOLD = 0.5
@@ -78,7 +76,6 @@ def write_report(comparison: Comparison, settings: dict[str, Any], output: Path,
             ap=_ap(comparison),
             filters=_filters(study),
             differences={key: [config.get(key, "absent") for config in configs] for key in differing},
-            versions=f"repr_det {repr_det.__version__}, Detectron2 {detectron2.__version__}, torch {torch.__version__}",
         )
     write_atomically(output / "report.html", page)
     return output / "report.html"
