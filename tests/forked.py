@@ -68,14 +68,9 @@ def _child(
     arguments: Sequence[object] = (),
     torchrun: Sequence[object] = (),
 ) -> None:
-    """Runs a command.
+    """Runs ``words``, "repr-det" or "module:function" and its arguments, by torchrun if there are words for it.
 
-    Args:
-        words: the command line: "repr-det" or "module:function", and its arguments.
-        log: the file that gets stdout and stderr; appended to.
-        environment: variables to add.
-        before: ``module:function`` that is called first, with ``arguments``: what the test changes there.
-        torchrun: words for torchrun, which then starts the command.
+    ``before`` is a "module:function" that is called first, with ``arguments``: what the test changes there.
     """
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for number in (1, 2):

@@ -19,11 +19,9 @@ CONFIG = ["--config-file", str(ROOT / "configs" / "baseline_r50_fpn.yaml")]
 
 
 def random_weights() -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    shapes = {"a.weight": (10, 3, 3, 3), "a.norm.weight": (10,), "b.conv.weight": (6, 10, 1, 1), "fc.weight": (5, 6)}
-    weights = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    weights["b.conv.weight"][4] = -2 * weights["b.conv.weight"][1] + 0.01  # nearly opposite
-    return weights
+    torch.manual_seed(0)
+    shapes = {"a.weight": (32, 32, 3, 3), "a.norm.weight": (32,), "b.conv.weight": (32, 32, 3, 3), "fc.weight": (5, 6)}
+    return {name: torch.randn(shape) for name, shape in shapes.items()}
 
 
 def overlaps(weight: torch.Tensor) -> np.ndarray:
@@ -44,20 +42,34 @@ def run(tmp_path, capsys):
     return analyzed
 
 
-def test_numbers_table_and_plots(run, tmp_path):
+def test_numbers_verdict_and_plot(run, tmp_path):
     weights = random_weights()
+    weight, other = (weights[name].flatten(1) for name in ("a.weight", "b.conv.weight"))
+    weight[5] = -2 * weight[3] + 0.01 * torch.randn(288)  # points the other way: a near-duplicate all the same
+    for row, share in ((7, 0.019), (8, 0.021)):
+        weight[row] *= share * weight.norm(dim=1).median() / weight[row].norm()
+    weight[9] = 0
     found, text = run({"model": weights, "iteration": 11, "optimizer": {}}, "--pairs", 3, "--plot", tmp_path / "x.svg")
-    for layer, name, d in zip(found["layers"], ("a", "b.conv"), (27, 10), strict=True):
-        expected = overlaps(weights[f"{name}.weight"])
-        assert (layer["name"], layer["filters"], layer["dimension"]) == (name, len(expected), d)
-        np.testing.assert_allclose(layer["overlap"], expected, atol=1e-6)
-        assert layer["overlap_mean"] == pytest.approx(expected.mean(), abs=1e-6)
-    first, second, _ = found["pairs"]
-    assert (first["layer"], first["i"], first["j"]) == ("b.conv", 1, 4) and first["cosine"] < -0.99
-    assert abs(first["cosine"]) >= abs(second["cosine"])
-    assert text.startswith(found["verdict"]) and ", iteration 11, layers by name" in text
-    assert re.search(r"^all +16 .* 4$", text, re.MULTILINE)  # filters, dropped
+    used = [i for i in range(32) if i != 9]
+    first, second = found["layers"]
+    assert [first[key] for key in ("name", "filters", "dimension")] == ["a", 32, 288] and second["name"] == "b.conv"
+    np.testing.assert_allclose(np.array(first["overlap"])[used], overlaps(weight[used]), atol=1e-6)
+    np.testing.assert_allclose(second["overlap"], overlaps(other), atol=1e-6)
+    assert second["overlap_mean"] == pytest.approx(overlaps(other).mean(), abs=1e-6)
+    assert [first[key] for key in ("zero", "near_duplicates", "dead")] == [[9], [3, 5], [7]]
+    assert not (second["zero"] or second["near_duplicates"] or second["dead"])
+    expected = np.sqrt(2 / (np.pi * 288))  # E|cos| up to terms of 1 / d
+    total = overlaps(weight[used]).sum() + overlaps(other).sum()
+    assert found["overlap_factor"] == pytest.approx(total / (30 * expected + 31 * expected), rel=0.01)
+    assert text.startswith("There is something to remove: mean O_f is 1.0") and ", iteration 11, layers by name" in text
+    assert "of 63 filters 2 are near-duplicates (|cos| > 0.9), 1 dead" in found["verdict"]
+    assert re.search(r"^all +64 .* 1 +19$", text, re.MULTILINE)  # filters, zero, dropped
+    pair, second, _ = found["pairs"]
+    assert (pair["layer"], pair["i"], pair["j"]) == ("a", 3, 5) and pair["cosine"] < -0.99
+    assert abs(pair["cosine"]) >= abs(second["cosine"])
     assert (tmp_path / "x.svg").read_text().lstrip().startswith("<?xml")
+    empty = {"b.weight": weights["b.conv.weight"], "c.weight": torch.zeros(4, 2, 1, 1)}
+    assert run(empty)[1].startswith("There is nothing to remove: mean O_f is ")
 
 
 @pytest.mark.parametrize("criterion", ["ortho", "weight_norm"])
@@ -90,7 +102,8 @@ def test_grouped_convs_are_looked_at_in_each_group():
         expected[used] = overlaps(weight[used])
     np.testing.assert_allclose(found["overlap"], expected, atol=1e-6)
     assert found["zero"] == [5] and found["near_duplicates"] == []
-    assert len(pairs) == 30 and all(pair["i"] // 16 == pair["j"] // 16 for pair in pairs)
+    assert len(pairs) == 30
+    assert all(pair["i"] // 16 == pair["j"] // 16 and pair["i"] < pair["j"] for pair in pairs)
     mean_cosine = np.sqrt(2 / (np.pi * 144))  # E|cos| up to terms of 1 / d
     assert found["overlap_random"] == pytest.approx(mean_cosine * (14 + 3 * 15) / 63, rel=0.01)
 
@@ -109,28 +122,8 @@ def test_names_choose_layers(run):
     assert names() == ["backbone.bottom_up.res2.0.conv1"]
 
 
-def test_the_verdict_counts_duplicates_and_dead_filters(run):
-    torch.manual_seed(0)
-    weight, other = torch.randn(32, 288), torch.randn(32, 288)
-    weight[5] = -2 * weight[3] + 0.01 * torch.randn(288)  # points the other way: a near-duplicate all the same
-    for row, share in ((7, 0.019), (8, 0.021)):
-        weight[row] *= share * weight.norm(dim=1).median() / weight[row].norm()
-    weight[9] = 0
-    found, text = run({"a.weight": weight.view(32, 32, 3, 3), "b.weight": other.view(32, 32, 3, 3)})
-    first, second = ([layer[key] for key in ("zero", "near_duplicates", "dead")] for layer in found["layers"])
-    assert first == [[9], [3, 5], [7]] and second == [[], [], []] and (found["filters"], found["zero"]) == (64, 1)
-    expected = np.sqrt(2 / (np.pi * 288))  # E|cos| up to terms of 1 / d
-    used = [i for i in range(32) if i != 9]
-    total = overlaps(weight[used]).sum() + overlaps(other).sum()
-    assert found["overlap_factor"] == pytest.approx(total / (30 * expected + 31 * expected), rel=0.01)
-    assert text.startswith("There is something to remove: mean O_f is 1.0")
-    assert "of 63 filters 2 are near-duplicates (|cos| > 0.9), 1 dead" in found["verdict"]
-    empty = {"b.weight": other.view(32, 32, 3, 3), "c.weight": torch.zeros(4, 2, 1, 1)}
-    assert run(empty)[1].startswith("There is nothing to remove: mean O_f is ")
-
-
 def test_the_config_beside_a_checkpoint(run, tmp_path, tiny_cfg):
-    """It names the layers; a LazyConfig's does not."""
+    """It names the layers, also of NumPy arrays under Caffe2's names as in the model zoo; a LazyConfig's does not."""
     cfg = tiny_cfg("REPR.LAYERS.INCLUDE", ["*res5.0.conv?"], "REPR.CRITERION", "redundant")
     saved = build_model(cfg).state_dict()
     (tmp_path / "config.yaml").write_text(cfg.dump())
@@ -139,21 +132,16 @@ def test_the_config_beside_a_checkpoint(run, tmp_path, tiny_cfg):
     assert found["criterion"] == "ortho" and str(tmp_path / "config.yaml") in text
     for layer in found["layers"]:
         np.testing.assert_allclose(layer["overlap"], overlaps(saved[f"{layer['name']}.weight"]), atol=1e-6)
+    wanted = [saved[f"backbone.bottom_up.res5.0.conv{c}.weight"] for c in (1, 2)]
+    weights = {f"res5_0_branch2{c}_w": weight.numpy() for c, weight in zip("ab", wanted, strict=True)}
+    (tmp_path / "R-18.pkl").write_bytes(pickle.dumps(weights, protocol=2))
+    layers = layers_of_model(tmp_path / "R-18.pkl", cfg)[1]
+    assert all(torch.equal(layer.weight, weight) for layer, weight in zip(layers, wanted, strict=True))
     assert len(run(saved, "--include", "*res5.0.conv1")[0]["layers"]) == 1
     with pytest.raises(UserError, match=r"has no backbone.bottom_up.res5.0.conv2.weight of \(\d+, \d+, 3, 3\): give"):
         run({name: value for name, value in saved.items() if "res5.0.conv2" not in name})
     (tmp_path / "config.yaml").write_text("model: {}\n")
     assert len(run(saved)[0]["layers"]) >= 8
-
-
-def test_official_pkl_weights_of_a_config(tmp_path, tiny_cfg):
-    """A file of the model zoo: NumPy arrays under Caffe2's names."""
-    cfg = tiny_cfg("REPR.LAYERS.INCLUDE", ["*res5.0.conv?"])
-    wanted = [build_model(cfg).get_submodule(f"backbone.bottom_up.res5.0.conv{c}").weight for c in (1, 2)]
-    weights = {f"res5_0_branch2{c}_w": weight.detach().numpy() for c, weight in zip("ab", wanted, strict=True)}
-    (tmp_path / "R-18.pkl").write_bytes(pickle.dumps(weights, protocol=2))
-    _, layers, _ = layers_of_model(tmp_path / "R-18.pkl", cfg)
-    assert all(torch.equal(layer.weight, weight) for layer, weight in zip(layers, wanted, strict=True))
 
 
 def test_training_batches_show_which_filters_are_idle(run, tiny_data, tiny_cfg):

@@ -11,7 +11,7 @@ from finished_runs import METRICS, OPTS, REPR_CONFIG, compare_folders, results_o
 
 from repr_det.method.errors import UserError
 from repr_det.studies.comparison.command import main
-from repr_det.studies.comparison.records import metric_row
+from repr_det.studies.comparison.records import Run, Study, compare, metric_row
 
 
 class Page:
@@ -105,6 +105,12 @@ def test_report_says_what_is_missing(finished, tmp_path):
     compare_folders(tmp_path, [base], [other], "--eval-images", "1")
     page = Page(tmp_path / "out")
     assert "Filters Bar" not in page.text and page.tags.count("img") == 1
+
+
+def test_ap_over_training(finished):
+    runs = (Run(arm, 1, finished(arm, 1, ap=ap), 40) for arm, ap in (("baseline", 30.0), ("repr", math.nan)))
+    curves = compare(Study(tuple(runs))).curves
+    assert curves["baseline"][1].to_dict() == {20: 31.0, 40: 30.0} and curves["repr"][1].isna().all()
 
 
 def test_a_pair_that_lacks_the_value_takes_no_part():

@@ -101,14 +101,18 @@ def main(argv: list[str] | None = None) -> None:
     """Runs the command; ``runner.run_comparison_tool`` reports what it raises."""
     args = parse(argv)
     refuse_torchrun("compare.py")
+    settings: dict[str, Any] = {}
     if args.report_only:
         study, settings = _remembered(args.output)
-    else:
-        study, args.output = _study(args)
-        settings = _settings(args, study, sys.argv[1:] if argv is None else argv)
-    if args.config_file:
+    elif args.config_file:
+        request = (args.config_file, args.seeds, args.output, args.register, args.opts, args.num_gpus, args.against)
+        study, args.output = plan_study(*request)
         say(f"{len(study.runs)} runs of {study.runs[0].max_iter} iterations, {args.jobs} at once, in {args.output}")
         run_all(study.runs, args.jobs, args.num_gpus)
+    else:
+        runs = [run_from_folder(folder, BASELINE) for folder in args.baseline_runs]
+        study = Study((*runs, *(run_from_folder(folder, REPR) for folder in args.repr_runs)))
+    settings = settings or _settings(args, study, sys.argv[1:] if argv is None else argv)
     register_builtin()
     for words in settings["register"]:
         register_coco_format(*words)
@@ -124,15 +128,6 @@ def main(argv: list[str] | None = None) -> None:
     for note in results["notes"]:
         print(f"note: {note}")
     print(f"\nReport: {report}")
-
-
-def _study(args: argparse.Namespace) -> tuple[Study, Path]:
-    if args.config_file:
-        request = (args.config_file, args.seeds, args.output, args.register, args.opts, args.num_gpus)
-        return plan_study(*request, against=args.against)
-    runs = [run_from_folder(folder, BASELINE) for folder in args.baseline_runs]
-    runs += [run_from_folder(folder, REPR) for folder in args.repr_runs]
-    return Study(tuple(runs)), args.output
 
 
 def plan_study(

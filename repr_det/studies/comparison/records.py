@@ -47,7 +47,7 @@ def title(arm: str) -> str:
 
 @dataclass(frozen=True)
 class Run:
-    """One training run; ``arguments`` are those of ``repr_det.train`` (none if it was trained elsewhere)."""
+    """A training run; ``arguments`` are those of ``repr_det.train`` (none if it was trained elsewhere)."""
 
     arm: str
     seed: int
@@ -62,11 +62,8 @@ class Run:
 
 @dataclass(frozen=True)
 class Study:
-    """The runs of two arms, the reference first; ``any_config`` if they need to share only what SHARED names.
-
-    Raises:
-        UserError: they are not paired by seed.
-    """
+    """The runs of two arms, the reference first, paired by seed (else UserError); ``any_config`` if they need to share
+    only SHARED."""
 
     runs: tuple[Run, ...]
     any_config: bool = False
@@ -203,14 +200,14 @@ def refuse_differences(configs: dict[Any, Settings], free: Sequence[str] = FREE,
 
 
 def differing_keys(a: Settings, b: Settings, free: Sequence[str] = FREE) -> list[str]:
-    """The keys whose values differ, and those that only one has (of another version of Detectron2 or this package)."""
+    """The keys whose values differ, and those that only one has."""
     found = [key for key in {**a, **b} if key not in a or key not in b or a[key] != b[key]]
     return sorted(key for key in found if not key.startswith(tuple(free)))
 
 
 def check_same_data(folders: Iterable[Path]) -> None:
-    """Refuses a data set's name that stands for two contents: in two runs, in one run before and after it was resumed,
-    or in this process. Runs of versions that kept no record are taken as they are."""
+    """Refuses a data set's name that stands for two contents: in two runs, in a resumed run, or in this process. Runs
+    of versions that kept no record are taken as they are."""
     used: list[tuple[Any, str, dict[str, Any]]] = []
     for folder in folders:
         for path in sorted(folder.glob(f"{Path(DATA_FILE).stem}*.json")):
@@ -220,7 +217,7 @@ def check_same_data(folders: Iterable[Path]) -> None:
     first: dict[str, tuple[Any, dict[str, Any]]] = {}
     for place, name, entry in used:
         other, known = first.setdefault(name, (place, entry))
-        # One that is described before its file is there, as shapes are, has no hash.
+        # What is described before its file is there, as shapes are, has no hash.
         keys = ("sha256",) if entry["sha256"] and known["sha256"] else ("classes", "images")
         if any(entry[key] != known[key] for key in keys):
             files = f"{known['file']} in the first and {entry['file']}, with other content, in the second"
@@ -243,19 +240,19 @@ class Comparison:
 
 
 def compare(study: Study) -> Comparison:
-    """Reads finished, comparable runs and computes every number of the report."""
+    """Computes every number of the report from finished, comparable runs."""
     lines, curves = [], {}
     notes = ["One seed says nothing about the spread between runs."] if len(study.seeds) == 1 else []
     for run in [run for arm in study.arms for run in study.of(arm)]:
         rows = read_metrics(run.folder)
-        final = {key: value for key, value in final_row(rows, run.max_iter).items() if key.startswith("bbox/")}
+        final = final_row(rows, run.max_iter)
         for key, value in final.items():
-            # COCO has -1 if there is no such object.
-            lines.append((run.seed, run.arm, key.removeprefix("bbox/"), value if value >= 0 else math.nan))
-        if not final["bbox/AP"] >= 0:
+            if key.startswith("bbox/"):
+                lines.append((run.seed, run.arm, key.removeprefix("bbox/"), value))
+        if math.isnan(final["bbox/AP"]):
             notes.append(f"{run.folder}: the AP of its last evaluation is NaN: no detections, or no objects.")
-        aps = {min(i + 1, run.max_iter): row.get("bbox/AP", -1) for i, row in rows.items()}
-        curves[run.arm, run.seed] = {iterations: ap for iterations, ap in aps.items() if ap >= 0}
+        evaluated = {i: row["bbox/AP"] for i, row in rows.items() if "bbox/AP" in row}
+        curves[run.arm, run.seed] = {min(i + 1, run.max_iter): ap for i, ap in evaluated.items()}
     table = pd.DataFrame(lines, columns=["seed", "arm", "metric", "value"])
     found = {metric: metric_row(table, metric, study.arms) for metric in table["metric"].unique()}
     results = {

@@ -57,7 +57,7 @@ _STYLE = {
 
 
 def write_report(comparison: Comparison, settings: dict[str, Any], output: Path, images: int) -> Path:
-    """Writes report.html in ``output``, and returns its path; ``settings`` say how the comparison was asked for."""
+    """Writes report.html; ``settings`` say how the comparison was asked for. Returns the path."""
     study, results = comparison.study, comparison.results
     firsts = [study.of(arm)[0] for arm in study.arms]
     configs = [read_settings(run.folder) for run in firsts]
@@ -82,7 +82,7 @@ def write_report(comparison: Comparison, settings: dict[str, Any], output: Path,
 
 
 def _pictures(runs: Sequence[Run], results: dict[str, Any], number: int) -> dict[str, str]:
-    """Name -> ground truth and what each run detects, on ``number`` images spread evenly over the data set."""
+    """Name -> truth and what each run detects, on ``number`` images spread evenly over the data set."""
     files = [run.folder / "inference" / "coco_instances_results.json" for run in runs]
     if not number or not all(file.is_file() for file in files):
         return {}
@@ -117,7 +117,7 @@ def _detections(file: Path, to_class: dict[int, int]) -> dict[int, list[dict[str
 
 
 def _picture(path: str, panels: dict[str, list[dict[str, Any]]], classes: Sequence[str]) -> str:
-    """The image once a panel, with its boxes: title -> annotations as Detectron2 has them."""
+    """The image once a panel, with the boxes of ``panels`` (title -> annotations)."""
     image = read_image(path, "RGB")
     height = _WIDTH / len(panels) * image.shape[0] / image.shape[1] + 0.25
     figure = Figure(figsize=(_WIDTH, height), layout="constrained", dpi=150, facecolor="#fdfcfa")

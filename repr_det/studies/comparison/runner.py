@@ -50,11 +50,8 @@ def say(text: str) -> None:
 
 
 def run_all(runs: Sequence[Run], jobs: int = 1, num_gpus: int = 1) -> None:
-    """Trains the runs that are not finished yet, ``jobs`` at once.
-
-    A run that had begun gets --resume. The output of each is appended to its folder's stdout.txt. If one fails
-    (RunFailed), the others are ended.
-    """
+    """Trains the runs that are not finished, ``jobs`` at once, resumes those that had begun, and appends the output of
+    each to its folder's stdout.txt. If one fails (RunFailed), the others are ended."""
     waiting = [run for run in runs if not is_finished(run)]
     done = [run.name for run in runs if run not in waiting]
     if done:
