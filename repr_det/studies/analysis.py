@@ -49,6 +49,7 @@ AS_RANDOM = 1.1
 # The columns of the table are keys of the json file; of a list of filters it shows the number.
 COUNTS = ("near_duplicates", "dead", "idle", "zero", "dropped")
 COLUMNS = ("name", "filters", "dimension", "overlap_mean", "overlap_random", *COUNTS)
+Patterns = Sequence[str] | None
 
 
 def layers_of_model(path: Path, cfg: CfgNode) -> tuple[nn.Module, list[FilterLayer], int | None]:
@@ -69,9 +70,7 @@ def layers_of_model(path: Path, cfg: CfgNode) -> tuple[nn.Module, list[FilterLay
     return model, layers, loaded.get("iteration")
 
 
-def layers_of_file(
-    path: Path, include: Sequence[str] = (), exclude: Sequence[str] = NOT_FILTERS
-) -> tuple[list[FilterLayer], int | None]:
+def layers_of_file(path: Path, include: Patterns, exclude: Patterns) -> tuple[list[FilterLayer], int | None]:
     """Chooses 4-D weights by name, by default Detectron2's backbone if there is one; returns the iteration too."""
     loaded = load_checkpoint(path)
     keys = ("model", "state_dict", "model_state", "blobs")
@@ -88,7 +87,7 @@ def layers_of_file(
         return [x for x in convs if any(fnmatch.fnmatch(x, pattern.removesuffix(".weight")) for pattern in patterns)]
 
     include = include or (DETECTRON2_LAYERS if matching(DETECTRON2_LAYERS) else ["*"])
-    excluded = matching([*exclude, "*_momentum"])
+    excluded = matching([*(exclude or NOT_FILTERS), "*_momentum"])
     layers = [FilterLayer(name, convs[name]) for name in matching(include) if name not in excluded]
     if not layers:
         names = ", ".join(map(str, list(convs or loaded)[:8])) or "nothing"
@@ -262,7 +261,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for flag, values in (("--batches", args.batches), ("--register", args.register), ("KEY VALUE", args.opts)):
             if values:
                 raise UserError(f"{flag} {values} needs --config-file")
-        layers, iteration = layers_of_file(args.checkpoint, args.include or (), args.exclude or NOT_FILTERS)
+        layers, iteration = layers_of_file(args.checkpoint, args.include, args.exclude)
         defaults = RePrOptions()
     options = {}
     for name in ("criterion", "drop_ratio", "max_drop_per_layer"):

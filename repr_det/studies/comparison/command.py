@@ -1,6 +1,7 @@
 """The command ``repr-det compare``: from a config and seeds, or from finished folders, to results and report."""
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -82,9 +83,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The arguments; argparse takes KEY VALUE pairs behind the seeds for seeds."""
     args = argument_parser().parse_args(argv)
     words = args.seeds
-    number = next((i for i, word in enumerate(words) if not re.fullmatch(r"-?\d+", word)), len(words))
-    args.seeds, behind = [int(word) for word in words[:number]], words[number:]
-    if behind and (not args.seeds or len(behind) % 2):
+    seeds = list(itertools.takewhile(re.compile(r"-?\d+").fullmatch, words))
+    args.seeds, behind = list(map(int, seeds)), words[len(seeds) :]
+    if behind and (not seeds or len(behind) % 2):
         raise UserError(f"--seeds must be integers, and KEY VALUE pairs may follow; got {' '.join(words)}")
     args.opts = behind + (args.opts[1:] if args.opts[:1] == ["--"] else args.opts)
     for name, least in (("jobs", 1), ("num_gpus", 1), ("eval_images", 0)):
@@ -93,7 +94,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     given = {name for name, value in vars(args).items() if value}
     if not any(needed <= given <= needed | more | _EVERY_WAY for needed, more in _WAYS):
         ways = "--config-file and --seeds, or --baseline-runs, --repr-runs and --output, or --report-only and --output"
-        raise UserError(f"give {ways}; see --help")
+        raise UserError(f"give {ways}")
     return args
 
 
