@@ -245,7 +245,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if config_file:
             raise UserError("--include and --exclude go without --config-file: set REPR.LAYERS")
     elif not config_file:
-        config_file = _config_beside(args.checkpoint)
+        beside = args.checkpoint.parent / CONFIG_FILE
+        # That of a LazyConfig has no MODEL.
+        if beside.is_file() and re.search(r"^MODEL:", beside.read_text(encoding="utf-8"), re.MULTILINE):
+            config_file = str(beside)
     passes = None
     if config_file:
         # Nothing is evaluated, and what would be need not be there.
@@ -285,9 +288,3 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_atomically(args.json, json.dumps(found, indent=1) + "\n")
     if args.plot:
         plot(args.plot, analyzed)
-
-
-def _config_beside(checkpoint: Path) -> str | None:
-    path = checkpoint.parent / CONFIG_FILE
-    is_yacs = path.is_file() and re.search(r"^MODEL:", path.read_text(encoding="utf-8"), re.MULTILINE)
-    return str(path) if is_yacs else None  # else it is that of a LazyConfig

@@ -37,7 +37,6 @@ FREE = (*FREE_WITHIN_REPR, "REPR.")
 SHARED = ("SOLVER.MAX_ITER", "DATASETS.", "DATALOADER.", "TEST.EVAL_PERIOD")
 _PROCESSES = re.compile(r"Rank of current process: \d+\. World size: (\d+)")
 Settings = dict[str, Any]  # a flat config: SOLVER.MAX_ITER -> its value
-Row = dict[str, Any]  # what results.json has of a metric
 
 
 def title(arm: str) -> str:
@@ -267,7 +266,7 @@ def compare(study: Study) -> Comparison:
     return Comparison(study, table, pd.DataFrame(curves).sort_index(), results)
 
 
-def metric_row(table: pd.DataFrame, metric: str, arms: Sequence[str]) -> Row:
+def metric_row(table: pd.DataFrame, metric: str, arms: Sequence[str]) -> dict[str, Any]:
     """Both arms over the seeds that both have, and the second minus the first."""
     by_seed = table[table["metric"] == metric].pivot(index="seed", columns="arm", values="value")
     by_seed = by_seed.reindex(columns=arms)
@@ -285,7 +284,7 @@ def metric_row(table: pd.DataFrame, metric: str, arms: Sequence[str]) -> Row:
     }
 
 
-def lines_of(rows: dict[str, Row], arms: Sequence[str]) -> list[dict[str, str]]:
+def lines_of(rows: dict[str, Any], arms: Sequence[str]) -> list[dict[str, str]]:
     """A line a metric for people: column -> cell."""
     lines = []
     for name, row in rows.items():
@@ -301,7 +300,7 @@ def lines_of(rows: dict[str, Row], arms: Sequence[str]) -> list[dict[str, str]]:
     return lines
 
 
-def metrics_table(results: Row, arms: Sequence[str]) -> str:
+def metrics_table(results: dict[str, Any], arms: Sequence[str]) -> str:
     """COCO's metrics for a terminal."""
     return tabulate(lines_of(results["metrics"], arms), headers="keys", disable_numparse=True)
 
