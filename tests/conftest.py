@@ -13,7 +13,6 @@ import tiny_backbone  # noqa: F401
 import torch
 from detectron2.engine import HookBase
 from detectron2.utils.env import seed_all_rng
-from pycocotools.coco import COCO
 
 from repr_det import Trainer
 from repr_det.commands.arguments import build_config
@@ -71,20 +70,9 @@ def end_of(cfg, *hooks, resume=False) -> dict:
     return {name: value.clone() for name, value in trainer.model.state_dict().items()}
 
 
-def coco_of(dataset: dict) -> COCO:
-    """The pycocotools object of a data set in memory."""
-    truth = COCO()
-    truth.dataset = dataset
-    truth.createIndex()
-    return truth
-
-
 @pytest.fixture(autouse=True)
 def loggers_as_they_were():
-    """Detectron2's setup_logger, which commands call, would hide lines from caplog in the tests after it.
-
-    The logger does not propagate, and its handlers shorten the names of records.
-    """
+    """Detectron2's setup_logger, which commands call, would hide lines from caplog in the tests after it."""
     yield
     for name in ("detectron2", "fvcore", "repr_det"):
         logger = logging.getLogger(name)

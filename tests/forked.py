@@ -1,11 +1,10 @@
 """Commands in processes of their own without their imports: one process imports torch, Detectron2 and repr_det once and
-forks a child for each command, with its own arguments, folder, environment and output. A child can be killed, and its
-exit status is that of the command."""
+forks a child for each command, with its own arguments, environment and output. A child can be killed, and its exit
+status is that of the command."""
 
 import importlib
 import multiprocessing
 import os
-import runpy
 import signal
 import sys
 import time
@@ -14,40 +13,26 @@ from multiprocessing import forkserver
 from pathlib import Path
 from unittest.mock import patch
 
+import tiny_backbone  # noqa: F401
+
+import repr_det.commands.console
+import repr_det.commands.lazy_train
+import repr_det.commands.train  # noqa: F401
+
 ROOT = Path(__file__).resolve().parents[1]
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["forked_imports"])
+_CONTEXT.set_forkserver_preload(["forked"])
 _PATHS = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
 
 
 class Command:
-    """A running command.
+    """A running command; see ``_child``."""
 
-    Args:
-        words: the command line: "repr-det", a script below the project's folder or "module:function" of a test, and its
-            arguments.
-        log: the file that gets stdout and stderr; appended to.
-        environment: variables to add.
-        before: ``module:function`` that the child calls first, with ``arguments``: what the test changes there.
-        torchrun: words for torchrun, which then starts the command.
-    """
-
-    def __init__(
-        self,
-        words: Sequence[object],
-        log: str | Path,
-        folder: str | Path = ROOT,
-        environment: dict[str, str] | None = None,
-        before: str = "",
-        arguments: Sequence[object] = (),
-        torchrun: Sequence[object] = (),
-    ) -> None:
+    def __init__(self, words: Sequence[object], log: str | Path, **options: object) -> None:
         self.log = Path(log)
         with patch.dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=_PATHS):
             forkserver.ensure_running()  # a no-op from the second time on
-        environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(environment or {})}
-        order = ([str(x) for x in words], str(log), str(folder), environment, before, tuple(arguments))
-        self.process = _CONTEXT.Process(target=_child, args=(*order, [str(x) for x in torchrun]))
+        self.process = _CONTEXT.Process(target=_child, args=([str(x) for x in words], str(log)), kwargs=options)
         self.process.start()
 
     @property
@@ -78,43 +63,47 @@ def run(words: Sequence[object], log: str | Path, **options: object) -> tuple[in
 def _child(
     words: list[str],
     log: str,
-    folder: str,
-    environment: dict[str, str],
-    before: str,
-    arguments: tuple,
-    torchrun: list[str],
+    environment: dict[str, str] | None = None,
+    before: str = "",
+    arguments: Sequence[object] = (),
+    torchrun: Sequence[object] = (),
 ) -> None:
+    """Runs ``words``, "repr-det" or "module:function" and its arguments, by torchrun if there are words for it.
+
+    ``before`` is a "module:function" that is called first, with ``arguments``: what the test changes there.
+    """
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for number in (1, 2):
         os.dup2(output, number)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
-    os.environ.update(environment)
-    os.chdir(folder)
+    os.environ.update({"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(environment or {})})
+    os.chdir(ROOT)
     multiprocessing.set_start_method("fork", force=True)  # of loader workers, as in a process of one's own
     # Detectron2's launch spawns, which would import everything again.
     start_processes = importlib.import_module("torch.multiprocessing.spawn").start_processes
     start_processes.__kwdefaults__ = None
     start_processes.__defaults__ = (*start_processes.__defaults__[:-1], "fork")
     if before:
-        function = getattr(importlib.import_module(before.partition(":")[0]), before.partition(":")[2])
-        function(*arguments)
+        _named(before)(*arguments)
     if torchrun:
-        _torchrun(torchrun, words)
+        _torchrun([str(x) for x in torchrun], words)
     else:
         _main(words)
 
 
+def _named(name: str) -> Callable:
+    module, _, function = name.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
 def _main(words: list[str]) -> None:
     sys.argv = words
-    for number in (signal.SIGTERM, signal.SIGINT):  # the agent's handlers, in its workers
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-    module, _, function = words[0].partition(":")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the agent has its own handlers, in its workers
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if words[0] == "repr-det":
-        importlib.import_module("repr_det.commands.console").main()
-    elif function:
-        getattr(importlib.import_module(module), function)(*words[1:])
+        _named("repr_det.commands.console:main")()
     else:
-        runpy.run_path(words[0], run_name="__main__")
+        _named(words[0])(*words[1:])
 
 
 def _torchrun(options: list[str], words: list[str]) -> None:
@@ -132,8 +121,3 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
     while not condition():
         assert time.monotonic() < deadline, "nothing came"
         time.sleep(0.05)
-
-
-def execute(*command: str) -> None:
-    """Becomes another program, for a test that needs new interpreters."""
-    os.execv(command[0], command)

@@ -129,19 +129,3 @@ def end_in(folder: str) -> None:
         torch.save(model, Path(folder) / f"rank{comm.get_rank()}.pth")
 
     around(Trainer, "after_train", after=end)
-
-
-def change_a_rank(layer: str) -> None:
-    """Other weights in rank 1 from iteration 1 on."""
-
-    def begin(trainer):
-        if trainer.iter == 1 and comm.get_rank() == 1:
-            with torch.no_grad():
-                getattr(trainer.model, "module", trainer.model).get_submodule(layer).weight.mul_(1.5)
-
-    around(Trainer, "run_step", begin)
-
-
-def channels_last(folder: str) -> None:
-    end_in(folder)
-    around(Trainer, "resume_or_load", lambda trainer, *_: trainer.model.to(memory_format=torch.channels_last))

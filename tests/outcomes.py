@@ -40,8 +40,6 @@ def assert_same(a, b, path=""):
         for key, value in b.items():
             assert_same(a[key], value, f"{path}/{key}")
     elif isinstance(b, (list, tuple)):
-        assert len(a) == len(b), path
-        for number, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same(x, y, f"{path}/{number}")
+        assert_same(dict(enumerate(a)), dict(enumerate(b)), path)
     else:
         assert a == b or (a != a and b != b), (path, a, b)  # AP is NaN if there are no such objects

@@ -8,34 +8,14 @@ from finished_runs import BASELINE_CONFIG, OPTS, REPR_CONFIG, compare_folders
 
 from repr_det.method.errors import UserError
 from repr_det.runs.record import describe_data_sets
-from repr_det.studies.comparison.command import main, parse
-from repr_det.studies.comparison.plan import arm_names, plan_study
-from repr_det.studies.comparison.records import check_finished, check_same_data, run_from_folder
-
-# ---- finished folders ----
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "difference"),
-    [
-        ("DATASETS.TRAIN", "('odd_val',)", "['odd_train'] in the first and ['odd_val'] in the second"),
-        ("INPUT.MIN_SIZE_TRAIN", "(64, 80)", "[64] in the first and [64, 80] in the second"),
-        ("SOLVER.MAX_ITER", "39", "40 in the first and 39 in the second"),
-    ],
-)
-def test_runs_of_different_settings_are_refused_with_both_values(finished, tmp_path, key, value, difference):
-    base, other = finished("baseline", 1), finished("repr", 1, key, value)
-    with pytest.raises(UserError) as error:
-        compare_folders(tmp_path, [base], [other])
-    assert str(error.value) == f"{base} and {other} cannot be compared: {key} is {difference}"
-    assert not (tmp_path / "out").exists()
+from repr_det.studies.comparison.command import arm_names, main, parse, plan_study
+from repr_det.studies.comparison.records import check_same_data, is_finished, run_from_folder
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("metrics.json", None, r"repr_1 is not finished \(no evaluation after SOLVER.MAX_ITER 40.* --resume"),
-        ("metrics.json", '{"iteration": 19, "total_loss": 1}', "repr_1 is not finished"),
+        ("metrics.json", None, r"repr_1 has no evaluation .* after SOLVER.MAX_ITER 40: run .*/config.yaml --resume"),
         ("config.yaml", None, "repr_1/config.yaml is missing: give the OUTPUT_DIR"),
         ("config.yaml", "a: [", "repr_1/config.yaml: "),
         ("config.yaml", "SEDE: 1", "repr_1/config.yaml: .*SEDE"),
@@ -43,44 +23,42 @@ def test_runs_of_different_settings_are_refused_with_both_values(finished, tmp_p
 )
 def test_what_is_no_finished_run_is_refused(finished, tmp_path, name, content, message):
     base, other = finished("baseline", 1), finished("repr", 1)
+    (other / name).unlink()
     if content:
         (other / name).write_text(content)
-    else:
-        (other / name).unlink()
     with pytest.raises(UserError, match=message) as error:
         compare_folders(tmp_path, [base], [other])
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
-def test_seeds_arms_and_schemes_must_fit(finished, tmp_path):
+def test_seeds_arms_and_settings_must_fit(finished, tmp_path):
     base, other, third = finished("baseline", 1), finished("repr", 1), finished("repr", 3)
     random, second = finished("baseline", -1), finished("baseline", 2)
-    scheme = finished("repr", 2, "REPR.DROP_RATIO", 0.25)
+    scheme, data = finished("repr", 2, "REPR.DROP_RATIO", 0.25), finished("repr", 4, "DATASETS.TRAIN", "('odd_val',)")
+    other_data = r"DATASETS.TRAIN is \['odd_train'\] in the first and \['odd_val'\] in the second"
     for bases, others, message in (
-        ([base], [other, third], r"repr_3 has SEED 3, but the baseline runs have 1: runs are paired"),
+        ([base], [other, third], r"no baseline run has SEED 3: runs are paired by seed"),
         ([base], [other, other], r"are both RePr seed 1"),
-        ([other], [other], r"repr_1 was trained with REPR.ENABLED True: it does not belong to --baseline-runs"),
-        ([random], [other], r"trained with SEED -1"),
+        ([other], [other], r"repr_1 has REPR.ENABLED True: it does not belong to --baseline-runs"),
+        ([random], [other], r"has SEED -1: .* must be 0 or more"),
         ([base, second], [other, scheme], r"REPR.DROP_RATIO is 0.3 in the first and 0.25 in the second"),
+        ([finished("baseline", 4)], [data], rf"baseline_4 and {data} cannot be compared: {other_data}"),
     ):
         with pytest.raises(UserError, match=message):
             compare_folders(tmp_path, bases, others)
+    assert not (tmp_path / "out").exists()
 
 
 def test_max_iter_is_that_of_the_scaled_config(finished):
     """SOLVER.REFERENCE_WORLD_SIZE 2 and one process: twice as many iterations."""
     folder = finished("baseline", 1, "SOLVER.REFERENCE_WORLD_SIZE", 2)  # evaluated after 40 of 80 iterations
-    with pytest.raises(UserError, match=r"no log\.txt in it says by how many processes"):
+    with pytest.raises(UserError, match=r"no log\.txt says by how many processes"):
         run_from_folder(folder, "baseline")
     stamp = "[11/26 10:00:00] detectron2 INFO: Rank of current process: 0. World size: "
     for processes, iterations in ((2, 40), (4, 20), (1, 80)):
         (folder / "log.txt").write_text(f"{stamp}8\nmore\n{stamp}{processes}\n")
         run = run_from_folder(folder, "baseline")
-        assert run.max_iter == iterations
-        if iterations <= 40:
-            check_finished([run])
-    with pytest.raises(UserError, match=r"is not finished .* SOLVER.MAX_ITER 80"):
-        check_finished([run])
+        assert run.max_iter == iterations and is_finished(run) == (iterations <= 40)
 
 
 def test_runs_on_other_data_of_one_name_are_refused(finished, named_data, tmp_path):
@@ -109,12 +87,11 @@ def test_runs_on_other_data_of_one_name_are_refused(finished, named_data, tmp_pa
     recorded(base, file="old.json", sha256="0" * 64)
     with pytest.raises(UserError, match=r"and this command cannot be compared: odd_val was old\.json in the first and"):
         check_same_data([base])
-    assert not (tmp_path / "out").exists()
 
 
 # ---- arguments and plans ----
 
-WAYS = r"give --config-file and --seeds \(and --against, KEY VALUE\), or --baseline-runs, --repr-runs and --output, or"
+WAYS = "give --config-file and --seeds, or --baseline-runs, --repr-runs and --output, or --report-only and --output"
 
 
 @pytest.mark.parametrize(
@@ -122,11 +99,7 @@ WAYS = r"give --config-file and --seeds \(and --against, KEY VALUE\), or --basel
     [
         ("", WAYS),
         ("--config-file x.yaml", WAYS),
-        ("--against x.yaml --seeds 1", WAYS),
-        ("--baseline-runs a --output o", WAYS),
-        ("--baseline-runs a --repr-runs b", WAYS),
         ("--baseline-runs a --repr-runs b --output o --against x", WAYS),
-        ("--report-only", WAYS),
         ("--report-only --output nowhere --against x", WAYS),
         ("--report-only --output nowhere", "holds no comparison"),
         ("--config-file x.yaml --seeds 1", "'x.yaml' is not a file"),
@@ -140,43 +113,45 @@ def test_arguments_that_make_no_comparison(words, message):
         main(words.split())
 
 
-@pytest.mark.parametrize("between", [[], ["--"], ["--jobs", "2"]])
+@pytest.mark.parametrize("between", ["", "-- ", "--jobs 2 "])
 def test_pairs_behind_the_seeds(between):
-    args = parse(["--config-file", "x.yaml", "--seeds", "1", "-2", "3", *between, "SOLVER.BASE_LR", "0.005"])
+    args = parse(f"--config-file x.yaml --seeds 1 -2 3 {between}SOLVER.BASE_LR 0.005".split())
     assert (args.seeds, args.opts) == ([1, -2, 3], ["SOLVER.BASE_LR", "0.005"])
 
 
+def planned(folder, *opts, seeds=(1,), config=REPR_CONFIG, against=""):
+    return plan_study(config, seeds, folder, opts=opts, against=against)[0]
+
+
 def test_plan(named_data, tmp_path):
-    runs = plan_study(REPR_CONFIG, [4, 2], tmp_path, opts=OPTS)[0].runs
+    runs = planned(tmp_path, *OPTS, seeds=[4, 2]).runs
     assert [run.folder.name for run in runs] == ["baseline_seed4", "repr_seed4", "baseline_seed2", "repr_seed2"]
-    assert all(run.opts[-4:] == ("SEED", str(run.seed), "OUTPUT_DIR", str(run.folder)) for run in runs)
-    assert [("--baseline" in run.flags) for run in runs] == [True, False, True, False]
-    resumed = runs[0].command(resume=True)
-    assert resumed[: len(runs[0].flags) + 1] == [*runs[0].flags, "--resume"]  # before KEY VALUE
-    scaled, _ = plan_study(REPR_CONFIG, [1], tmp_path, opts=[*OPTS, "SOLVER.REFERENCE_WORLD_SIZE", "2"])
+    assert all(run.arguments[-4:] == ("SEED", str(run.seed), "OUTPUT_DIR", str(run.folder)) for run in runs)
+    assert [("--baseline" in run.arguments) for run in runs] == [True, False, True, False]
+    scaled = planned(tmp_path, *OPTS, "SOLVER.REFERENCE_WORLD_SIZE", "2")
     assert [run.max_iter for run in scaled.runs] == [80, 80]  # one process, while the config is made for two
     never = OPTS.index("TEST.EVAL_PERIOD")
-    seldom, _ = plan_study(REPR_CONFIG, [1], tmp_path, opts=[*OPTS[:never], *OPTS[never + 2 :]], evaluations=10)
-    assert all(run.opts[-6:-4] == ("TEST.EVAL_PERIOD", "4") for run in seldom.runs)
+    seldom = planned(tmp_path, *OPTS[:never], *OPTS[never + 2 :])
+    assert all(run.arguments[-6:-4] == ("TEST.EVAL_PERIOD", "4") for run in seldom.runs)
     for config, seeds, words, message in (
         (REPR_CONFIG, [1], ["SEED", "3"], "SEED on the command line"),
-        (REPR_CONFIG, [1], ["OUTPUT_DIR", "x"], "OUTPUT_DIR on the command line"),
-        (REPR_CONFIG, [1, 1], [], "must be 0 or more and differ"),
+        (REPR_CONFIG, [1], ["DATASETS.TEST", "('odd_val', 'odd_train')"], "DATASETS.TEST must name one data set"),
+        (REPR_CONFIG, [1, 1], [], "are both baseline seed 1"),
         (REPR_CONFIG, [-1], [], "0 or more"),
-        (BASELINE_CONFIG, [1], [], r"REPR\.ENABLED False: give a config with RePr, or another one --against it"),
+        (BASELINE_CONFIG, [1], [], r"REPR\.ENABLED False: give a config with RePr, or one --against it"),
     ):
         with pytest.raises(UserError, match=message):
-            plan_study(config, seeds, tmp_path, opts=[*OPTS, *words])
+            planned(tmp_path, *OPTS, *words, seeds=seeds, config=config)
 
 
 def test_plan_of_two_configs(named_data, tmp_path):
     warm = tmp_path / "warm up.yaml"
     warm.write_text(f"_BASE_: {BASELINE_CONFIG}\nSOLVER: {{WARMUP_METHOD: constant}}\n")
-    study, output = plan_study(str(warm), [3, 1], opts=OPTS, against=REPR_CONFIG, evaluations=10)
+    study, output = plan_study(str(warm), [3, 1], opts=OPTS, against=REPR_CONFIG)
     assert study.arms == ("repr_r50_fpn", "warm up") and study.seeds == [1, 3] and study.any_config
     assert [run.folder.name for run in study.runs[:2]] == ["repr_r50_fpn_seed3", "warm up_seed3"]
-    assert [run.flags[4] for run in study.runs[:2]] == [REPR_CONFIG, str(warm)]
-    assert not any("--baseline" in run.flags for run in study.runs)
+    assert [run.arguments[1] for run in study.runs[:2]] == [REPR_CONFIG, str(warm)]
+    assert not any("--baseline" in run.arguments for run in study.runs)
     assert output.name == "baseline_r50_fpn_comparison"
     for change, message in (
         ("SOLVER: {MAX_ITER: 50}", "SOLVER.MAX_ITER is 90000 in the first and 50 in the second"),
@@ -185,16 +160,14 @@ def test_plan_of_two_configs(named_data, tmp_path):
     ):
         warm.write_text(f"_BASE_: {BASELINE_CONFIG}\n{change}\n")
         with pytest.raises(UserError, match=message) as error:
-            plan_study(str(warm), [1], tmp_path / "out", against=REPR_CONFIG)
+            planned(tmp_path / "out", config=str(warm), against=REPR_CONFIG)
         assert str(error.value).startswith(f"{REPR_CONFIG} and {warm} cannot be compared: ")
-    assert not (tmp_path / "out").exists()
 
 
 def test_arms_are_named_after_their_configs():
-    assert arm_names("a/x.yaml", "b/y.yaml") == ("x", "y")
     assert arm_names("a/config.yaml", "b/config.yaml") == ("a_config", "b_config")
     for files in (("a/x.yaml", "a/x.yml"), ("a/difference.yaml", "b/x.yaml")):
-        with pytest.raises(UserError, match="rename one of the files"):
+        with pytest.raises(UserError, match="rename one"):
             arm_names(*files)
 
 
@@ -205,11 +178,11 @@ def test_folders_that_hold_runs_already(finished, named_data, tmp_path):
         config = yaml.safe_load((folder / "config.yaml").read_text())
         del config["REPR"]["REINIT"]["RETURN"]
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    study, _ = plan_study(REPR_CONFIG, [1], tmp_path, opts=OPTS, evaluations=10)
-    assert [run.folder for run in study.runs] == folders
+    assert [run.folder for run in planned(tmp_path, *OPTS).runs] == folders
     for folder, key, held, wanted in (
         ("baseline_seed1", "SOLVER.BASE_LR", "0.005", "0.5"),
         ("repr_seed1", "REPR.REINIT.RETURN", "as_published", "function_preserving"),
     ):
-        with pytest.raises(UserError, match=f"{folder} holds a run with {key} {held}, but .* has {wanted}: give"):
-            plan_study(REPR_CONFIG, [1], tmp_path, opts=[*OPTS, key, wanted], evaluations=10)
+        message = f"{folder} and this command cannot be compared: {key} is {held} in the first and {wanted} in the"
+        with pytest.raises(UserError, match=message):
+            planned(tmp_path, *OPTS, key, wanted)

@@ -8,17 +8,19 @@ import signal
 import sys
 import time
 
+import forked
 import pytest
 from finished_runs import write_metrics
 
+from repr_det.studies.comparison import runner
 from repr_det.studies.comparison.records import Run, is_finished, read_metrics
-from repr_det.studies.comparison.runner import RunFailed, _environment, run_all, run_comparison_tool
+from repr_det.studies.comparison.runner import RunFailed, run_all, run_comparison_tool
 
 FAKE = """
 import json, os, sys, time
-folder, steps, pause, status = sys.argv[1], int(sys.argv[-3]), float(sys.argv[-2]), int(sys.argv[-1])
+folder, steps, pause, status = sys.argv[-4], int(sys.argv[-3]), float(sys.argv[-2]), int(sys.argv[-1])
 log = lambda **row: open(folder + "/metrics.json", "a").write(json.dumps(row) + chr(10))
-open(folder + "/calls.txt", "a").write(" ".join(sys.argv[2:-3]) + "|" + os.environ["OMP_NUM_THREADS"] + chr(10))
+open(folder + "/calls.txt", "a").write(" ".join(sys.argv[1:-4]) + "|" + os.environ["OMP_NUM_THREADS"] + chr(10))
 done = sum(1 for _ in open(folder + "/metrics.json")) if "--resume" in sys.argv else 0
 for step in range(done, steps):
     time.sleep(pause)
@@ -31,21 +33,16 @@ log(**{"iteration": steps, "bbox/AP": 33.0})
 """
 
 
-@pytest.fixture(autouse=True)
-def often(monkeypatch):
-    monkeypatch.setattr("repr_det.studies.comparison.runner._SECONDS_BETWEEN_LOOKS", 0.05)
-
-
 @pytest.fixture
-def fake(tmp_path):
-    """``fake(seed, steps, pause, status)`` -> a Run whose command is a script that writes metrics.json."""
-    script = tmp_path / "fake.py"
-    script.write_text(FAKE)
+def fake(tmp_path, monkeypatch):
+    """``fake(seed, steps, pause, status)`` -> a Run that is trained by a script that writes metrics.json."""
+    (tmp_path / "fake.py").write_text(FAKE)
+    monkeypatch.setattr(runner, "TRAIN", (sys.executable, str(tmp_path / "fake.py")))
+    monkeypatch.setattr(runner, "_SECONDS_BETWEEN_LOOKS", 0.05)
 
     def make(seed, steps=3, pause=0.02, status=0):
         folder = tmp_path / f"repr{seed}"
-        words = tuple(str(v) for v in (steps, pause, status))
-        return Run("repr", seed, folder, steps, (sys.executable, str(script), str(folder)), words)
+        return Run("repr", seed, folder, steps, tuple(map(str, (folder, steps, pause, status))))
 
     return make
 
@@ -65,31 +62,23 @@ def test_runs_at_once_their_progress_and_that_they_are_trained_once(fake, monkey
     assert [_calls(run) for run in runs] == calls and all(map(is_finished, runs))
     assert list(read_metrics(runs[1].folder)) == list(range(13))
     assert "step 2" in (runs[0].folder / "stdout.txt").read_text()
-    first, second = ([row["wall"] for row in read_metrics(run.folder).values() if "wall" in row] for run in runs[:2])
-    assert min(second) < max(first) and min(first) < max(second)
-    shown = capsys.readouterr().err.splitlines()
+    first, second = ([row.get("wall", 0) for row in read_metrics(run.folder).values()] for run in runs[:2])
+    assert second[2] < first[11] and first[0] < second[11]
+    shown = capsys.readouterr().err
     assert "[compare] RePr seed 3: done" in shown
-    progress = [line for line in shown if re.fullmatch(r"\[compare\] \d+ % after \d s, about \d s left", line)]
-    assert 4 <= len(progress) <= 20
+    assert 4 <= len(re.findall(r"\[compare\] \d+% after 0:00:\d\d, about 0:00:\d\d left\n", shown)) <= 20
     run_all(runs)
     assert "finished already: RePr seed 1, RePr seed 2, RePr seed 3" in capsys.readouterr().err
     assert [_calls(run) for run in runs] == calls
 
 
 @pytest.mark.parametrize(
-    ("visible", "jobs", "num_gpus", "expected"),
-    [
-        ("3,5", 2, 1, "3 5"),
-        ("0,1,2,3", 2, 2, "0,1 2,3"),
-        ("0", 2, 1, "0 0"),  # too few to share out: as given
-        ("4,6", 1, 1, "4,6"),
-        ("", 1, 1, ""),
-    ],
+    ("visible", "num_gpus", "expected"),
+    [("3,5", 1, ["3", "5"]), ("0,1,2,3", 2, ["0,1", "2,3"]), ("0", 1, ["0", "0"])],  # the last: too few to share out
 )
-def test_every_run_gets_gpus_of_its_own(monkeypatch, visible, jobs, num_gpus, expected):
+def test_every_run_gets_gpus_of_its_own(monkeypatch, visible, num_gpus, expected):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    found = [_environment(slot, jobs, num_gpus)["CUDA_VISIBLE_DEVICES"] for slot in range(jobs)]
-    assert " ".join(found) == expected
+    assert [runner._environment(slot, 2, num_gpus)["CUDA_VISIBLE_DEVICES"] for slot in (0, 1)] == expected
 
 
 def test_a_failure_shows_its_output_and_command_and_ends_the_rest(fake):
@@ -97,13 +86,12 @@ def test_a_failure_shows_its_output_and_command_and_ends_the_rest(fake):
     with pytest.raises(RunFailed) as error:
         run_all([good, bad], jobs=2)
     text = str(error.value)
-    for part in ("RePr seed 2 ended with status 3", "| Traceback: it broke", "| step 1"):
+    for part in ("error: RePr seed 2 ended with status 3", "| Traceback: it broke", "| step 1"):
         assert part in text
     assert text.endswith(f"{bad.folder} 2 0.02 3")
     assert not _alive(good) and not is_finished(good)
-    run = fake(3)
     with pytest.raises(RunFailed, match="ended without an evaluation"):
-        run_all([dataclasses.replace(run, max_iter=99)])  # the script makes 3 iterations
+        run_all([dataclasses.replace(fake(3), max_iter=99)])  # the script makes 3 iterations
 
 
 def _alive(run):
@@ -127,10 +115,7 @@ def test_a_stopped_comparison_leaves_no_child_and_continues(fake, tmp_path, numb
     run = fake(1, steps=40, pause=0.1)
     parent = multiprocessing.get_context("fork").Process(target=_comparison, args=(run, tmp_path / "errors"))
     parent.start()
-    deadline = time.monotonic() + 40
-    while not read_metrics(run.folder):
-        assert parent.is_alive() and time.monotonic() < deadline
-        time.sleep(0.05)
+    forked.wait_until(lambda: read_metrics(run.folder))
     os.kill(parent.pid, number)
     parent.join(15)
     assert parent.exitcode == status
@@ -139,6 +124,6 @@ def test_a_stopped_comparison_leaves_no_child_and_continues(fake, tmp_path, numb
     assert not _alive(run)
     steps = len(read_metrics(run.folder))
     assert 0 < steps < 40
-    short = dataclasses.replace(run, max_iter=steps + 2, opts=(str(steps + 2), "0.01", "0"))
+    short = fake(1, steps=steps + 2)
     run_all([short])
     assert _calls(run)[-1].startswith("--resume|") and is_finished(short)

@@ -77,7 +77,7 @@ def test_the_real_torchrun(tiny_data, straight, tmp_path):
     )
     words = train_words(tiny_data, tmp_path / "run", *OPTS)[1:]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, *words]
-    status, text = forked.run(["forked:execute", *command], tmp_path / "log")
+    status, text = forked.run(["os:execlp", command[0], *command], tmp_path / "log")
     assert status == 0, text[-4000:]
     assert_same(outcome(tmp_path / "run"), straight)
 

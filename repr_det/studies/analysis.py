@@ -30,7 +30,7 @@ from repr_det.method.criteria import CRITERIA, Context, get_criterion
 from repr_det.method.errors import UserError, spelling
 from repr_det.method.layers import FilterLayer, find_filter_layers
 from repr_det.method.options import DETECTRON2_LAYERS, RePrOptions
-from repr_det.method.orthogonality import expected_overlap, inter_filter_orthogonality, unit_filters
+from repr_det.method.orthogonality import expected_overlap, unit_filters
 from repr_det.method.participants import Participants
 from repr_det.method.passes import TrainingPasses
 from repr_det.method.redundancy import NEAR_DUPLICATE
@@ -49,13 +49,13 @@ AS_RANDOM = 1.1
 # The columns of the table are keys of the json file; of a list of filters it shows the number.
 COUNTS = ("near_duplicates", "dead", "idle", "zero", "dropped")
 COLUMNS = ("name", "filters", "dimension", "overlap_mean", "overlap_random", *COUNTS)
+Patterns = Sequence[str] | None
 
 
 def layers_of_model(path: Path, cfg: CfgNode) -> tuple[nn.Module, list[FilterLayer], int | None]:
     """Loads a checkpoint as training does, and finds the layers that RePr applies to; returns its iteration too."""
     model = build_model(cfg)
-    candidates = find_filter_layers(model, cfg.REPR.LAYERS.INCLUDE, cfg.REPR.LAYERS.EXCLUDE)
-    participants = Participants(candidates, model)
+    participants = Participants(find_filter_layers(model, cfg.REPR.LAYERS.INCLUDE, cfg.REPR.LAYERS.EXCLUDE), model)
     with undisturbed(model, trains=False), torch.enable_grad():
         model([{"image": torch.full((3, 128, 128), 128.0)}])
     layers = participants.hear()
@@ -65,20 +65,18 @@ def layers_of_model(path: Path, cfg: CfgNode) -> tuple[nn.Module, list[FilterLay
     loaded = AtomicCheckpointer(model).load(str(path))
     for layer in layers:
         if layer.weight.isnan().all():
-            wanted = f"{layer.name}.weight of {tuple(layer.weight.shape)}"
-            raise UserError(f"{path}: no {wanted} for the model of the config: give --config-file of its own run")
+            shape = tuple(layer.weight.shape)
+            raise UserError(f"{path} has no {layer.name}.weight of {shape}: give --config-file of its own run")
     return model, layers, loaded.get("iteration")
 
 
-def layers_of_file(
-    path: Path, include: Sequence[str] = (), exclude: Sequence[str] = NOT_FILTERS
-) -> tuple[list[FilterLayer], int | None]:
-    """Chooses 4-D weights by name, by default Detectron2's backbones if there are any; returns the iteration too."""
+def layers_of_file(path: Path, include: Patterns, exclude: Patterns) -> tuple[list[FilterLayer], int | None]:
+    """Chooses 4-D weights by name, by default Detectron2's backbone if there is one; returns the iteration too."""
     loaded = load_checkpoint(path)
     keys = ("model", "state_dict", "model_state", "blobs")
-    found = next((loaded[key] for key in keys if isinstance(loaded.get(key), dict)), loaded)
+    weights = next((loaded[key] for key in keys if isinstance(loaded.get(key), dict)), loaded)
     convs = {}
-    for name, value in found.items():
+    for name, value in weights.items():
         if getattr(value, "ndim", 0) == 4:
             filters, inputs, *kernel = value.shape
             conv = nn.Conv2d(inputs, filters, tuple(kernel), bias=False, device="meta")
@@ -89,14 +87,11 @@ def layers_of_file(
         return [x for x in convs if any(fnmatch.fnmatch(x, pattern.removesuffix(".weight")) for pattern in patterns)]
 
     include = include or (DETECTRON2_LAYERS if matching(DETECTRON2_LAYERS) else ["*"])
-    excluded = matching([*exclude, "*_momentum"])
+    excluded = matching([*(exclude or NOT_FILTERS), "*_momentum"])
     layers = [FilterLayer(name, convs[name]) for name in matching(include) if name not in excluded]
     if not layers:
-        names = ", ".join(map(str, list(convs or loaded)[:8]))
-        raise UserError(
-            f"{path}: no 4-D weight matches --include {' '.join(include)} less --exclude {' '.join(exclude)}; it holds "
-            f"{names or 'nothing'}"
-        )
+        names = ", ".join(map(str, list(convs or loaded)[:8])) or "nothing"
+        raise UserError(f"{path}: no 4-D weight matches --include {' '.join(include)}; it holds {names}")
     return layers, loaded.get("iteration")
 
 
@@ -107,8 +102,9 @@ def analyze(
     max_drop_per_layer: float = 0.5,
     passes: TrainingPasses | None = None,
     num_batches: int = 0,
-) -> list[dict[str, Any]]:
-    """Describes each layer by its weights, its outputs on training batches and the drop, filters by their index."""
+    num_pairs: int = 10,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Describes each layer, its filters by their index; and the pairs of its filters with the largest |cosine|."""
     if get_criterion(criterion).needs_data and passes is None:
         raise UserError(f"criterion {criterion!r} looks at training batches: give --config-file and --batches")
     context = Context(torch.Generator().manual_seed(0), passes, num_batches)
@@ -118,26 +114,35 @@ def analyze(
     used = {layer.name: layer.weight.detach().flatten(1).any(1) for layer in layers}
     ranked = {name: score.masked_fill(~used[name], math.inf) for name, score in scores.items()}
     dropped = select_filters(ranked, drop_ratio, max_drop_per_layer)
-    found = []
+    found, pairs = [], []
     for layer in layers:
-        there = used[layer.name]
+        there, cosines = used[layer.name], _cosines(layer)
         norms = layer.weight.detach().flatten(1).norm(dim=1)
-        near = cosines(layer).abs() > NEAR_DUPLICATE
-        masks = {"zero": ~there, "dropped": dropped[layer.name], "near_duplicates": near.any(0) | near.any(1)}
+        near = (cosines.abs() > NEAR_DUPLICATE).any(1)
+        masks = {"zero": ~there, "dropped": dropped[layer.name], "near_duplicates": near}
         masks["dead"] = there & (norms < DEAD * norms[there].nanmedian())  # none if nothing is there
         if redundancy is not None:
             masks["idle"] = there & (redundancy[layer.name] == math.inf)
         lists = {name: mask.nonzero().flatten().tolist() for name, mask in masks.items()}
-        found.append(_weights(layer, there) | lists)
-    return found
+        found.append(_overlap(layer, cosines, there) | lists)
+        upper = cosines.triu()
+        largest = upper.abs().flatten().topk(min(num_pairs, int(upper.count_nonzero()))).indices
+        for i, j in torch.stack(torch.unravel_index(largest, upper.shape), 1).tolist():
+            pairs.append({"layer": layer.name, "i": i, "j": j, "cosine": upper[i, j].item()})
+    return found, sorted(pairs, key=lambda pair: -abs(pair["cosine"]))[:num_pairs]
 
 
-def _weights(layer: FilterLayer, used: Tensor) -> dict[str, Any]:
+def _cosines(layer: FilterLayer) -> Tensor:
+    """(J, J) cosines of two filters of one group; 0 on the diagonal and elsewhere."""
+    units = unit_filters(layer.weight).chunk(layer.conv.groups)
+    return torch.block_diag(*(unit @ unit.T for unit in units)).fill_diagonal_(0)
+
+
+def _overlap(layer: FilterLayer, cosines: Tensor, used: Tensor) -> dict[str, Any]:
     groups, dimension = layer.conv.groups, layer.weight[0].numel()
+    # O_f among the filters in use: those that are zero overlap with nothing and are not counted.
     counts = used.view(groups, -1).sum(1).clamp(min=1)
-    # O_f among the filters in use: zero filters overlap with nothing, but O_f divides by their number too.
-    overlap = inter_filter_orthogonality(layer.weight.detach(), groups).view(groups, -1)
-    overlap = (overlap * overlap.shape[1] / counts[:, None]).flatten()
+    overlap = cosines.abs().sum(1) / counts.repeat_interleave(len(used) // groups)
     expected = sum(number * expected_overlap(number, dimension) for number in counts.tolist())
     number_used = max(1, int(used.sum()))
     return {
@@ -148,23 +153,6 @@ def _weights(layer: FilterLayer, used: Tensor) -> dict[str, Any]:
         "overlap_mean": overlap.sum().item() / number_used,
         "overlap_random": expected / number_used,
     }
-
-
-def cosines(layer: FilterLayer) -> Tensor:
-    """(J, J) cosines of two filters of one group, above the diagonal; 0 elsewhere."""
-    units = unit_filters(layer.weight).chunk(layer.conv.groups)
-    return torch.block_diag(*(unit @ unit.T for unit in units)).triu(diagonal=1)
-
-
-def overlapping_pairs(layers: Sequence[FilterLayer], number: int) -> list[dict[str, Any]]:
-    """The ``number`` pairs of filters of one layer with the largest |cosine|."""
-    pairs = []
-    for layer in layers:
-        matrix = cosines(layer)
-        largest = matrix.abs().flatten().topk(min(number, int(matrix.count_nonzero()))).indices
-        for i, j in torch.stack(torch.unravel_index(largest, matrix.shape), 1).tolist():
-            pairs.append({"layer": layer.name, "i": i, "j": j, "cosine": matrix[i, j].item()})
-    return sorted(pairs, key=lambda pair: -abs(pair["cosine"]))[:number]
 
 
 def summary(layers: Sequence[dict[str, Any]], num_batches: int) -> dict[str, Any]:
@@ -224,8 +212,8 @@ def plot(path: Path, layers: Sequence[dict[str, Any]]) -> None:
 def argument_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
     parser = argparse.ArgumentParser(
-        description="Shows how much the filters of a checkpoint overlap, and which ones RePr would drop: of the layers "
-        "in REPR.LAYERS if there is a config. --batches then finds idle filters on DATASETS.TRAIN."
+        description="How much the filters of a checkpoint overlap, and which ones RePr would drop. With a config, "
+        "--batches finds idle filters on DATASETS.TRAIN."
     )
     parser.add_argument("checkpoint", type=Path, help=".pth of a training, or .pkl of Detectron2")
     parser.add_argument("--config-file", help=f"of its run (default: {CONFIG_FILE} beside it)")
@@ -246,20 +234,21 @@ def argument_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses arguments, then reads the checkpoint and shows it."""
     args = argument_parser().parse_intermixed_args(argv)
-    for name, path in (("--json", args.json), ("--plot", args.plot)):
+    for path in (args.json, args.plot):
         if path is not None and not path.absolute().parent.is_dir():
-            raise UserError(f"{name} {path}: the folder {path.parent} does not exist")
+            raise UserError(f"{path}: the folder {path.parent} does not exist")
     for name in ("batches", "pairs"):
         if getattr(args, name) < 0:
             raise UserError(f"--{name} must be at least 0, got {getattr(args, name)}")
-    by_name = args.include or args.exclude
-    if args.config_file and by_name:
-        raise UserError("--include and --exclude go without --config-file; set REPR.LAYERS.INCLUDE, EXCLUDE")
     config_file = args.config_file
-    beside = args.checkpoint.parent / CONFIG_FILE
-    if not config_file and not by_name and beside.is_file():
-        is_yacs = re.search(r"^MODEL:", beside.read_text(encoding="utf-8"), re.MULTILINE)
-        config_file = str(beside) if is_yacs else None  # else it is that of a LazyConfig
+    if args.include or args.exclude:
+        if config_file:
+            raise UserError("--include and --exclude go without --config-file: set REPR.LAYERS")
+    elif not config_file:
+        beside = args.checkpoint.parent / CONFIG_FILE
+        # That of a LazyConfig has no MODEL.
+        if beside.is_file() and re.search(r"^MODEL:", beside.read_text(encoding="utf-8"), re.MULTILINE):
+            config_file = str(beside)
     passes = None
     if config_file:
         # Nothing is evaluated, and what would be need not be there.
@@ -275,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for flag, values in (("--batches", args.batches), ("--register", args.register), ("KEY VALUE", args.opts)):
             if values:
                 raise UserError(f"{flag} {values} needs --config-file")
-        layers, iteration = layers_of_file(args.checkpoint, args.include or (), args.exclude or NOT_FILTERS)
+        layers, iteration = layers_of_file(args.checkpoint, args.include, args.exclude)
         defaults = RePrOptions()
     options = {}
     for name in ("criterion", "drop_ratio", "max_drop_per_layer"):
@@ -284,7 +273,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.criterion is None and get_criterion(options["criterion"]).needs_data and not args.batches:
         options["criterion"] = "ortho"
     with spelling({name: f"--{name.replace('_', '-')}" for name in options}):
-        analyzed = analyze(layers, **options, passes=passes, num_batches=args.batches)
+        analyzed, pairs = analyze(layers, **options, passes=passes, num_batches=args.batches, num_pairs=args.pairs)
     found = {
         "checkpoint": str(args.checkpoint),
         "config": config_file,
@@ -292,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         **summary(analyzed, args.batches),
         **options,
         "layers": analyzed,
-        "pairs": overlapping_pairs(layers, args.pairs),
+        "pairs": pairs,
     }
     print(as_text(found))
     if args.json:

@@ -1,5 +1,5 @@
 """Two arms with the same seeds, the statistics of their difference, and the report.
 
-``plan`` and ``runner`` train, ``records`` reads what runs leave behind, ``table`` holds every value once,
-``statistics`` gives intervals and verdicts, ``report`` shows them.
+``command`` plans, ``runner`` trains, ``records`` reads what runs leave behind into one table, ``statistics`` gives
+intervals and verdicts, ``report`` shows them.
 """

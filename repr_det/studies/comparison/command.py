@@ -1,46 +1,64 @@
 """The command ``repr-det compare``: from a config and seeds, or from finished folders, to results and report."""
 
 import argparse
+import itertools
 import json
 import os
 import re
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from repr_det.commands.arguments import add_data_argument
+from detectron2.config import CfgNode
+
+from repr_det.commands.arguments import add_data_argument, build_config
+from repr_det.commands.checks import check_run
 from repr_det.commands.processes import refuse_launchers
 from repr_det.datasets import register_builtin, register_coco_format
+from repr_det.detectron.config import scale_to_world
 from repr_det.method.errors import UserError
-from repr_det.runs.files import write_atomically
-from repr_det.studies.comparison.plan import plan_study
+from repr_det.runs.files import run_traces, write_atomically
+from repr_det.runs.record import CONFIG_FILE
 from repr_det.studies.comparison.records import (
     BASELINE,
     REPR,
     Run,
     Study,
     check_comparable,
-    check_finished,
-    check_pairs,
+    compare,
+    flatten,
+    is_finished,
+    metrics_table,
+    read_config,
     read_json,
+    refuse_differences,
     run_from_folder,
+    write_results,
 )
 from repr_det.studies.comparison.report import write_report
 from repr_det.studies.comparison.runner import run_all, say
-from repr_det.studies.comparison.table import compare, metrics_table, write_results
 
 _SETTINGS_FILE = "comparison.json"  # how the comparison was asked for, for --report-only
 _DESCRIPTION = """Compares RePr with its baseline, or a config with another: same seeds, data order and iterations.
 
-  from a config:          --config-file configs/shapes_r18_fpn.yaml --seeds 1 2 3 [KEY VALUE ...]
+  from a config:          --config-file shapes_r18_fpn.yaml --seeds 1 2 3 [KEY VALUE ...]
   from two configs:       --config-file A.yaml --against B.yaml --seeds 1 2 3 [KEY VALUE ...]
   from finished folders:  --baseline-runs A1 A2 --repr-runs B1 B2 --output DIR
   only the report:        --report-only --output DIR
 
-The output folder gets report.html, results.json and results.csv; the same command continues what was stopped.
-TEST.EVAL_PERIOD 0 becomes a tenth of MAX_ITER unless it is given as KEY VALUE.
+The same command continues what was stopped. TEST.EVAL_PERIOD 0 becomes a tenth of MAX_ITER unless it is a KEY VALUE.
 """
+# Arguments that each way needs, and those that it takes besides those of every way.
+_WAYS = (
+    ({"config_file", "seeds"}, {"against", "opts"}),
+    ({"baseline_runs", "repr_runs", "output"}, set()),
+    ({"report_only", "output"}, set()),
+)
+_EVERY_WAY = {"output", "jobs", "num_gpus", "eval_images", "register"}
+_OWN_KEYS = {"SEED": "--seeds", "OUTPUT_DIR": "--output", "REPR.ENABLED": "the arm"}
+_TAKEN = {"difference", "sentence", "verdict"}  # names that results have beside those of the arms
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -65,11 +83,18 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The arguments; argparse takes KEY VALUE pairs behind the seeds for seeds."""
     args = argument_parser().parse_args(argv)
     words = args.seeds
-    number = next((i for i, word in enumerate(words) if not re.fullmatch(r"-?\d+", word)), len(words))
-    args.seeds, behind = [int(word) for word in words[:number]], words[number:]
-    if behind and (not args.seeds or len(behind) % 2):
+    seeds = list(itertools.takewhile(re.compile(r"-?\d+").fullmatch, words))
+    args.seeds, behind = list(map(int, seeds)), words[len(seeds) :]
+    if behind and (not seeds or len(behind) % 2):
         raise UserError(f"--seeds must be integers, and KEY VALUE pairs may follow; got {' '.join(words)}")
     args.opts = behind + (args.opts[1:] if args.opts[:1] == ["--"] else args.opts)
+    for name, least in (("jobs", 1), ("num_gpus", 1), ("eval_images", 0)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
+    given = {name for name, value in vars(args).items() if value}
+    if not any(needed <= given <= needed | more | _EVERY_WAY for needed, more in _WAYS):
+        ways = "--config-file and --seeds, or --baseline-runs, --repr-runs and --output, or --report-only and --output"
+        raise UserError(f"give {ways}")
     return args
 
 
@@ -77,18 +102,21 @@ def main(argv: list[str] | None = None) -> None:
     """Runs the command; ``runner.run_comparison_tool`` reports what it raises."""
     args = parse(argv)
     refuse_launchers("compare.py")
-    _check_arguments(args)
+    settings: dict[str, Any] = {}
     if args.report_only:
         study, settings = _remembered(args.output)
-    else:
-        study = _study(args)
-        settings = _settings(args, study, sys.argv[1:] if argv is None else argv)
-    check_pairs(study)
-    if study.runs[0].flags:
-        _remember(args.output, settings)
+    elif args.config_file:
+        request = (args.config_file, args.seeds, args.output, args.register, args.opts, args.num_gpus, args.against)
+        study, args.output = plan_study(*request)
         say(f"{len(study.runs)} runs of {study.runs[0].max_iter} iterations, {args.jobs} at once, in {args.output}")
         run_all(study.runs, args.jobs, args.num_gpus)
-    check_finished(study.runs)
+    else:
+        runs = [run_from_folder(folder, BASELINE) for folder in args.baseline_runs]
+        study = Study((*runs, *(run_from_folder(folder, REPR) for folder in args.repr_runs)))
+    settings = settings or _settings(args, study, sys.argv[1:] if argv is None else argv)
+    register_builtin()
+    for words in settings["register"]:
+        register_coco_format(*words)
     check_comparable(study)
     _remember(args.output, settings)
     comparison = compare(study)
@@ -103,40 +131,75 @@ def main(argv: list[str] | None = None) -> None:
     print(f"\nReport: {report}")
 
 
-def _check_arguments(args: argparse.Namespace) -> None:
-    for name, least in (("jobs", 1), ("num_gpus", 1), ("eval_images", 0)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
-    for_config = args.seeds or args.against or args.opts
-    for_folders = args.baseline_runs or args.repr_runs
-    if args.config_file:
-        right = args.seeds and not for_folders and not args.report_only
-    elif args.report_only:
-        right = args.output and not for_config and not for_folders
-    else:
-        right = args.baseline_runs and args.repr_runs and args.output and not for_config
-    if not right:
-        raise UserError(
-            "give --config-file and --seeds (and --against, KEY VALUE), or --baseline-runs, --repr-runs and --output, "
-            "or --report-only and --output"
-        )
+def plan_study(
+    config_file: str,
+    seeds: Sequence[int],
+    output: Path | None = None,
+    register: Sequence[Sequence[str]] = (),
+    opts: Sequence[str] = (),
+    num_gpus: int = 1,
+    against: str = "",
+) -> tuple[Study, Path]:
+    """Plans both arms for every seed, in folders of ``output``, which it returns too.
+
+    Args:
+        output: by default OUTPUT_DIR of the config with the suffix _comparison.
+        against: the config of the reference; "" takes the baseline of ``config_file``.
+
+    Raises:
+        UserError: something would stop a run before its first step, or a folder holds another run.
+    """
+    opts = list(opts)
+    for key in opts[::2]:
+        if key in _OWN_KEYS:
+            raise UserError(f"{key} on the command line: a comparison sets it by {_OWN_KEYS[key]}")
+    cfg = build_config(config_file, opts, register)
+    if not against and not cfg.REPR.ENABLED:
+        raise UserError(f"{config_file} has REPR.ENABLED False: give a config with RePr, or one --against it")
+    if len(cfg.DATASETS.TEST) != 1:
+        raise UserError(f"DATASETS.TEST must name one data set, got {list(cfg.DATASETS.TEST)}")
+    if cfg.TEST.EVAL_PERIOD == 0 and "TEST.EVAL_PERIOD" not in opts[::2]:
+        opts += ["TEST.EVAL_PERIOD", str(max(1, cfg.SOLVER.MAX_ITER // 10))]
+    output = output or Path(cfg.OUTPUT_DIR.rstrip("/") + "_comparison")
+    arms = {BASELINE: config_file, REPR: config_file}
+    if against:
+        files = (against, config_file)
+        arms = dict(zip(arm_names(*files), files, strict=True))
+        configs = {file: scale_to_world(build_config(file, opts, register), num_gpus) for file in files}
+        refuse_differences({file: flatten(cfg) for file, cfg in configs.items()}, only_shared=True)
+    runs = []
+    for seed in seeds:
+        for arm, file in arms.items():
+            folder = output / f"{arm}_seed{seed}"
+            own = [*opts, "SEED", str(seed), "OUTPUT_DIR", str(folder)]
+            baseline = not against and arm == BASELINE
+            own_cfg = build_config(file, own, register, baseline)
+            flags = ["--config-file", file, *(["--baseline"] if baseline else []), "--num-gpus", str(num_gpus)]
+            for words in register:
+                flags += ["--register", *words]
+            max_iter = scale_to_world(own_cfg, num_gpus).SOLVER.MAX_ITER
+            runs.append(Run(arm, seed, folder, max_iter, (*flags, *own)))
+            _check_run(runs[-1], own_cfg, num_gpus)
+    return Study(tuple(runs), any_config=bool(against)), output
 
 
-def _study(args: argparse.Namespace) -> Study:
-    if args.config_file:
-        request = (args.config_file, args.seeds, args.output, args.register, args.opts, args.num_gpus)
-        study, args.output = plan_study(*request, evaluations=10, against=args.against)
-        return study
-    _register(args.register)
-    runs = [run_from_folder(folder, BASELINE) for folder in args.baseline_runs]
-    runs += [run_from_folder(folder, REPR) for folder in args.repr_runs]
-    return Study((BASELINE, REPR), tuple(runs))
+def arm_names(*config_files: str) -> tuple[str, ...]:
+    """The stems of the files, with their folders' names if the stems are the same."""
+    paths = [Path(file).resolve() for file in config_files]
+    names = tuple(path.stem for path in paths)
+    if names[0] == names[1]:
+        names = tuple(f"{path.parent.name}_{path.stem}" for path in paths)
+    if names[0] == names[1] or _TAKEN.intersection(names):
+        raise UserError(f"{' and '.join(config_files)} give their names to the arms: rename one")
+    return names
 
 
-def _register(register: list[list[str]]) -> None:
-    register_builtin()
-    for words in register:
-        register_coco_format(*words)
+def _check_run(run: Run, cfg: CfgNode, num_gpus: int) -> None:
+    if (run.folder / CONFIG_FILE).exists():
+        free = ("OUTPUT_DIR",) if cfg.REPR.ENABLED else ("OUTPUT_DIR", "REPR.")
+        refuse_differences({run.folder: flatten(read_config(run.folder)), "this command": flatten(cfg)}, free)
+    if not is_finished(run):
+        check_run(cfg, resume=bool(run_traces(run.folder)), num_gpus=num_gpus)
 
 
 def _settings(args: argparse.Namespace, study: Study, argv: list[str]) -> dict[str, Any]:
@@ -144,10 +207,13 @@ def _settings(args: argparse.Namespace, study: Study, argv: list[str]) -> dict[s
     runs = []
     for run in study.runs:
         folder = os.path.relpath(run.folder, args.output)
-        command = shlex.join(["python", *run.command()[1:]]) if run.flags else ""
-        runs.append({"arm": run.arm, "seed": run.seed, "folder": folder, "max_iter": run.max_iter, "command": command})
-    settings = {"command": f"{program} {shlex.join(argv)}", "arms": study.arms, "any_config": study.any_config}
-    return settings | {"register": args.register, "runs": runs}
+        runs.append({"arm": run.arm, "seed": run.seed, "folder": folder, "max_iter": run.max_iter})
+    return {
+        "command": f"{program} {shlex.join(argv)}",
+        "any_config": study.any_config,
+        "register": args.register,
+        "runs": runs,
+    }
 
 
 def _remember(output: Path, settings: dict[str, Any]) -> None:
@@ -162,10 +228,9 @@ def _remembered(output: Path) -> tuple[Study, dict[str, Any]]:
     path = output / _SETTINGS_FILE
     if not path.is_file():
         raise UserError(f"{path} is missing: {output} holds no comparison")
-    settings = {"arms": (BASELINE, REPR), "any_config": False} | read_json(path)  # of 0.2.0, and of this version
+    settings = read_json(path)
     runs = []
     for run in settings["runs"]:
         folder = Path(os.path.normpath(output / run["folder"]))
         runs.append(Run(run["arm"], run["seed"], folder, run["max_iter"]))
-    _register(settings["register"])
-    return Study(tuple(settings["arms"]), tuple(runs), settings["any_config"]), settings
+    return Study(tuple(runs), settings.get("any_config", False)), settings  # 0.2.0 compared baseline and RePr only

@@ -1,10 +1,11 @@
-"""The runs of a comparison: what they are, what they leave in their folders, and which may be compared."""
+"""The runs of a comparison, which of them may be compared, and one table of what they have reached."""
 
 import contextlib
 import json
+import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +13,30 @@ import pandas as pd
 import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog
+from tabulate import tabulate
 
 from repr_det.commands.arguments import merge_config_file
 from repr_det.detectron.config import add_repr_config, scale_to_world
 from repr_det.method.errors import UserError
-from repr_det.runs.files import EVENTS_FILE, METRICS_FILE
+from repr_det.runs.files import EVENTS_FILE, METRICS_FILE, write_atomically
 from repr_det.runs.record import CONFIG_FILE, DATA_FILE, describe_data_sets
+from repr_det.studies.comparison.statistics import (
+    could_show,
+    interval,
+    number,
+    paired_difference,
+    summarize,
+    verdict_sentence,
+)
 
 BASELINE, REPR = "baseline", "repr"
-# Where runs are and how often they are saved; nothing that a result depends on.
+# Keys on which no result depends, and those in which baseline and RePr differ.
 FREE_WITHIN_REPR = ("OUTPUT_DIR", "SEED", "VERSION", "VIS_PERIOD", "SOLVER.CHECKPOINT_PERIOD")
 FREE = (*FREE_WITHIN_REPR, "REPR.")
-# What two configs must share, whatever else they differ in: data, their order, iterations, evaluations.
+# What any two configs must share: data, their order, iterations, evaluations.
 SHARED = ("SOLVER.MAX_ITER", "DATASETS.", "DATALOADER.", "TEST.EVAL_PERIOD")
 _PROCESSES = re.compile(r"Rank of current process: \d+\. World size: (\d+)")
-Settings = dict[str, Any]  # a flat config
+Settings = dict[str, Any]  # a flat config: SOLVER.MAX_ITER -> its value
 
 
 def title(arm: str) -> str:
@@ -36,30 +46,43 @@ def title(arm: str) -> str:
 
 @dataclass(frozen=True)
 class Run:
-    """One training run; ``flags``, --resume and ``opts`` are its command (none if it was trained elsewhere)."""
+    """A training run; ``arguments`` are those of ``repr_det.train`` (none if it was trained elsewhere)."""
 
     arm: str
     seed: int
     folder: Path
     max_iter: int
-    flags: tuple[str, ...] = ()
-    opts: tuple[str, ...] = ()
+    arguments: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         return f"{title(self.arm)} seed {self.seed}"
 
-    def command(self, resume: bool = False) -> list[str]:
-        return [*self.flags, *(["--resume"] if resume else []), *self.opts]
-
 
 @dataclass(frozen=True)
 class Study:
-    """The runs of two arms, the reference first; ``any_config`` if they need to share only what SHARED names."""
+    """The runs of two arms, the reference first, paired by seed (else UserError); ``any_config`` if they need to share
+    only SHARED."""
 
-    arms: tuple[str, str]
     runs: tuple[Run, ...]
     any_config: bool = False
+
+    def __post_init__(self) -> None:
+        first: dict[tuple[str, int], Run] = {}
+        for run in self.runs:
+            if run.seed < 0:
+                raise UserError(f"{run.folder} has SEED {run.seed}: runs are paired by seed, it must be 0 or more")
+            other = first.setdefault((run.arm, run.seed), run)
+            if other is not run:
+                raise UserError(f"{run.folder} and {other.folder} are both {run.name}: give one run for each seed")
+        for arm in self.arms:
+            for seed in self.seeds:
+                if (arm, seed) not in first:
+                    raise UserError(f"no {arm} run has SEED {seed}: runs are paired by seed")
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(run.arm for run in self.runs))
 
     @property
     def seeds(self) -> list[int]:
@@ -71,7 +94,7 @@ class Study:
 
 
 def read_json(path: Path) -> Any:
-    """Reads a json file, and refuses one that is damaged."""
+    """Reads a json file. UserError if it is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -79,7 +102,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Reads a file of one json object a line, without lines that a crash cut short; [] if there is no file."""
+    """One json object a line, without lines that a crash cut short; [] if there is no file."""
     found = []
     if path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -101,10 +124,14 @@ def read_events(folder: Path) -> list[dict[str, Any]]:
     return read_json_lines(folder / EVENTS_FILE)
 
 
-def read_detections(folder: Path) -> list[dict[str, Any]] | None:
-    """The boxes of the last evaluation as COCO results; None if they were not saved."""
-    path = folder / "inference" / "coco_instances_results.json"
-    return [one for one in read_json(path) if "bbox" in one] if path.is_file() else None
+def final_row(rows: dict[int, dict[str, float]], max_iter: int) -> dict[str, float]:
+    """The evaluation after the last iteration, {} if the run is not finished. Its AP may be NaN."""
+    # A run that is resumed after its last step logs its evaluation one iteration later.
+    return next((row for i, row in reversed(rows.items()) if i >= max_iter and "bbox/AP" in row), {})
+
+
+def is_finished(run: Run) -> bool:
+    return bool(final_row(read_metrics(run.folder), run.max_iter))
 
 
 def read_config(folder: Path) -> CfgNode:
@@ -120,122 +147,166 @@ def read_config(folder: Path) -> CfgNode:
 
 
 def read_settings(folder: Path) -> Settings:
-    """The config of a run, flat, scaled to its number of processes if SOLVER.REFERENCE_WORLD_SIZE asks for it."""
+    """The config of a run, scaled to its number of processes if SOLVER.REFERENCE_WORLD_SIZE asks for it."""
     cfg = read_config(folder)
     if not cfg.SOLVER.REFERENCE_WORLD_SIZE:
         return flatten(cfg)
     log = folder / "log.txt"
     sessions = _PROCESSES.findall(log.read_text(encoding="utf-8", errors="replace")) if log.is_file() else []
     if not sessions:
-        raise UserError(
-            f"{folder} was trained with SOLVER.REFERENCE_WORLD_SIZE, but no log.txt in it says by how many processes"
-        )
+        raise UserError(f"{folder} has SOLVER.REFERENCE_WORLD_SIZE, but no log.txt says by how many processes")
     return flatten(scale_to_world(cfg, int(sessions[-1])))
 
 
 def flatten(cfg: CfgNode) -> Settings:
-    """SOLVER.MAX_ITER -> its value, as it stands in a yaml file."""
+    """The values of a config as they stand in a yaml file."""
     return pd.json_normalize(yaml.safe_load(cfg.dump())).to_dict("records")[0]
 
 
-def final_row(rows: dict[int, dict[str, float]], max_iter: int) -> dict[str, float]:
-    """The evaluation after the last iteration, {} if the run is not finished. Its AP may be NaN."""
-    # A run that is resumed after its last step logs its evaluation one iteration later.
-    return next((row for i, row in reversed(rows.items()) if i >= max_iter and "bbox/AP" in row), {})
-
-
-def is_finished(run: Run) -> bool:
-    return bool(final_row(read_metrics(run.folder), run.max_iter))
-
-
 def run_from_folder(folder: Path, arm: str) -> Run:
-    """A run that was trained already; refuses one of another arm than ``arm``, or without a seed."""
+    """A run that was trained already. UserError if it is of the other arm."""
     config = read_settings(folder)
-    enabled, seed = config["REPR.ENABLED"], config["SEED"]
-    if enabled != (arm == REPR):
-        raise UserError(f"{folder} was trained with REPR.ENABLED {enabled}: it does not belong to --{arm}-runs")
-    if seed < 0:
-        raise UserError(f"{folder} was trained with SEED {seed}: runs are paired by seed, so it must be fixed")
-    return Run(arm, seed, folder, config["SOLVER.MAX_ITER"])
-
-
-def check_pairs(study: Study) -> None:
-    """Refuses a seed that occurs twice in an arm, or in one arm only."""
-    found = {(run.arm, run.seed): run for run in study.runs}
-    for run in study.runs:
-        other = found[run.arm, run.seed]
-        if other is not run:
-            raise UserError(f"{run.folder} and {other.folder} are both {run.name}: give one run for each seed")
-        for arm in study.arms:
-            if (arm, run.seed) not in found:
-                known = ", ".join(str(one.seed) for one in study.of(arm))
-                raise UserError(
-                    f"{run.folder} has SEED {run.seed}, but the {arm} runs have {known}: runs are paired by seed"
-                )
-
-
-def check_finished(runs: Iterable[Run]) -> None:
-    """Refuses a run without an evaluation after its last iteration."""
-    for run in runs:
-        if not is_finished(run):
-            command = f"python -m repr_det.train --config-file {run.folder / CONFIG_FILE} --resume"
-            raise UserError(
-                f"{run.folder} is not finished (no evaluation after SOLVER.MAX_ITER {run.max_iter}): run {command}"
-            )
+    if config["REPR.ENABLED"] != (arm == REPR):
+        raise UserError(f"{folder} has REPR.ENABLED {config['REPR.ENABLED']}: it does not belong to --{arm}-runs")
+    return Run(arm, config["SEED"], folder, config["SOLVER.MAX_ITER"])
 
 
 def check_comparable(study: Study) -> None:
-    """Refuses arms that differ in more than they may, and an arm whose runs differ in what a result depends on."""
-    configs = {run: read_settings(run.folder) for run in study.runs}
-    refuse_differences({run.folder: config for run, config in configs.items()}, shared=study.any_config)
+    """Refuses runs that are not finished, arms that differ in more than they may, and an arm whose runs differ."""
+    for run in study.runs:
+        if not is_finished(run):
+            command = f"python -m repr_det.train --config-file {run.folder / CONFIG_FILE} --resume"
+            raise UserError(
+                f"{run.folder} has no evaluation on one data set after SOLVER.MAX_ITER {run.max_iter}: run {command}"
+            )
+    configs = {run.folder: read_settings(run.folder) for run in study.runs}
+    refuse_differences(configs, only_shared=study.any_config)
     for arm in study.arms:
-        own = {run.folder: configs[run] for run in study.of(arm)}
+        own = {run.folder: configs[run.folder] for run in study.of(arm)}
         enabled = any(config["REPR.ENABLED"] for config in own.values())
         refuse_differences(own, FREE_WITHIN_REPR if enabled else FREE)
-    check_one_test_set(configs[study.runs[0]]["DATASETS.TEST"])
-    check_same_data([run.folder for run in study.runs])
+    check_same_data(configs)
 
 
-def check_one_test_set(names: Sequence[str]) -> None:
-    if len(names) != 1:
-        raise UserError(f"DATASETS.TEST must name one data set for a comparison, got {list(names)}")
-
-
-def refuse_differences(configs: dict[Any, Settings], free: Sequence[str] = FREE, shared: bool = False) -> None:
-    """Refuses configs (name for the message -> config) that differ from the first one in keys that are not ``free``, if
-    ``shared`` only in those of SHARED."""
+def refuse_differences(configs: dict[Any, Settings], free: Sequence[str] = FREE, only_shared: bool = False) -> None:
+    """Refuses configs, by their names for the message, that differ from the first one in keys that are not ``free``."""
     first, reference = next(iter(configs.items()))
     for name, config in configs.items():
         for key in differing_keys(reference, config, free):
-            if not shared or key.startswith(SHARED):
-                here, there = reference.get(key, "absent"), config.get(key, "absent")
-                raise UserError(
-                    f"{first} and {name} cannot be compared: {key} is {here} in the first and {there} in the second"
-                )
+            if not only_shared or key.startswith(SHARED):
+                values = f"{reference.get(key, 'absent')} in the first and {config.get(key, 'absent')} in the second"
+                raise UserError(f"{first} and {name} cannot be compared: {key} is {values}")
 
 
 def differing_keys(a: Settings, b: Settings, free: Sequence[str] = FREE) -> list[str]:
-    """The keys whose values differ, and those that only one has (of another version of Detectron2 or this package)."""
+    """The keys whose values differ, and those that only one has."""
     found = [key for key in {**a, **b} if key not in a or key not in b or a[key] != b[key]]
     return sorted(key for key in found if not key.startswith(tuple(free)))
 
 
 def check_same_data(folders: Iterable[Path]) -> None:
-    """Refuses a data set's name that stands for two contents: in two runs, in one run before and after it was resumed,
-    or in this process. Runs of versions that kept no record are taken as they are."""
-    used = []
+    """Refuses a data set's name that stands for two contents: in two runs, in a resumed run, or in this process. Runs
+    of versions that kept no record are taken as they are."""
+    used: list[tuple[Any, str, dict[str, Any]]] = []
     for folder in folders:
         for path in sorted(folder.glob(f"{Path(DATA_FILE).stem}*.json")):
             used += [(folder, name, entry) for name, entry in read_json(path).items()]
-    registered = [name for name in sorted({name for _, name, _ in used}) if name in DatasetCatalog]
-    used += [("this command", name, entry) for name, entry in describe_data_sets(registered).items()]
+    registered = {name for _, name, _ in used}.intersection(DatasetCatalog)
+    used += [("this command", name, entry) for name, entry in describe_data_sets(sorted(registered)).items()]
     first: dict[str, tuple[Any, dict[str, Any]]] = {}
     for place, name, entry in used:
         other, known = first.setdefault(name, (place, entry))
-        # One that is described before its file is there, as shapes are, has no hash.
+        # What is described before its file is there, as shapes are, has no hash.
         keys = ("sha256",) if entry["sha256"] and known["sha256"] else ("classes", "images")
         if any(entry[key] != known[key] for key in keys):
-            raise UserError(
-                f"{other} and {place} cannot be compared: {name} was {known['file']} in the first and "
-                f"{entry['file']}, with other content, in the second"
-            )
+            files = f"{known['file']} in the first and {entry['file']}, with other content, in the second"
+            raise UserError(f"{other} and {place} cannot be compared: {name} was {files}")
+
+
+@dataclass
+class Comparison:
+    """The table of final values, the AP over training, and the content of results.json.
+
+    Attributes:
+        table: columns seed, arm, metric (COCO's, and AP-<class> of each class), value (NaN if there is no such object).
+        curves: iterations trained -> validation AP, a column (arm, seed) each.
+    """
+
+    study: Study
+    table: pd.DataFrame
+    curves: pd.DataFrame
+    results: dict[str, Any]
+
+
+def compare(study: Study) -> Comparison:
+    """Computes every number of the report from finished, comparable runs."""
+    lines, curves = [], {}
+    notes = ["One seed says nothing about the spread between runs."] if len(study.seeds) == 1 else []
+    for run in [run for arm in study.arms for run in study.of(arm)]:
+        rows = read_metrics(run.folder)
+        final = final_row(rows, run.max_iter)
+        for key, value in final.items():
+            if key.startswith("bbox/"):
+                lines.append((run.seed, run.arm, key.removeprefix("bbox/"), value))
+        if math.isnan(final["bbox/AP"]):
+            notes.append(f"{run.folder}: the AP of its last evaluation is NaN: no detections, or no objects.")
+        evaluated = {i: row["bbox/AP"] for i, row in rows.items() if "bbox/AP" in row}
+        curves[run.arm, run.seed] = {min(i + 1, run.max_iter): ap for i, ap in evaluated.items()}
+    table = pd.DataFrame(lines, columns=["seed", "arm", "metric", "value"])
+    found = {metric: metric_row(table, metric, study.arms) for metric in table["metric"].unique()}
+    results = {
+        "verdict": found["AP"]["sentence"],
+        "power": could_show(paired_difference(*(found["AP"][arm]["values"] for arm in study.arms))),
+        "dataset": read_config(study.runs[0].folder).DATASETS.TEST[0],
+        "seeds": study.seeds,
+        "metrics": {metric: row for metric, row in found.items() if not metric.startswith("AP-")},
+        "classes": {metric[3:]: row for metric, row in found.items() if metric.startswith("AP-")},
+        "notes": notes,
+    }
+    return Comparison(study, table, pd.DataFrame(curves).sort_index(), results)
+
+
+def metric_row(table: pd.DataFrame, metric: str, arms: Sequence[str]) -> dict[str, Any]:
+    """Both arms over the seeds that both have, and the second minus the first."""
+    by_seed = table[table["metric"] == metric].pivot(index="seed", columns="arm", values="value")
+    by_seed = by_seed.reindex(columns=arms)
+    by_seed[by_seed.isna().any(axis=1)] = math.nan
+    reference, other = (by_seed[arm].tolist() for arm in arms)
+    difference = paired_difference(reference, other)
+    name = title(arms[1])
+    if tuple(arms) != (BASELINE, REPR):
+        name += f" against {title(arms[0])}:"
+    return {
+        arms[0]: asdict(summarize(reference)),
+        arms[1]: asdict(summarize(other)),
+        "difference": {**asdict(difference), "verdict": difference.verdict},
+        "sentence": verdict_sentence(metric, difference, name),
+    }
+
+
+def lines_of(rows: dict[str, Any], arms: Sequence[str]) -> list[dict[str, str]]:
+    """A line a metric for people: column -> cell."""
+    lines = []
+    for name, row in rows.items():
+        line = {"": name}
+        for arm in arms:
+            spread = f" ± {number(row[arm]['sd'])}" if row[arm]["n"] > 1 else ""
+            line[title(arm)] = number(row[arm]["mean"]) + spread
+        found = row["difference"]
+        line["difference"] = number(found["mean"], sign=True)
+        line["95 % interval"] = interval(found["low"], found["high"])
+        line["verdict"] = found["verdict"] if found["n"] else "n/a"
+        lines.append(line)
+    return lines
+
+
+def metrics_table(results: dict[str, Any], arms: Sequence[str]) -> str:
+    """COCO's metrics for a terminal."""
+    return tabulate(lines_of(results["metrics"], arms), headers="keys", disable_numparse=True)
+
+
+def write_results(comparison: Comparison, folder: Path) -> None:
+    """Writes results.csv, the tidy table, and results.json, with null if there is no number."""
+    write_atomically(folder / "results.csv", comparison.table.to_csv(index=False, float_format="%.4f", na_rep="n/a"))
+    without_nan = json.loads(json.dumps(comparison.results), parse_constant=lambda word: None)
+    write_atomically(folder / "results.json", json.dumps(without_nan, indent=1, ensure_ascii=False))

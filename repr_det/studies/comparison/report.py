@@ -2,33 +2,41 @@
 
 import base64
 import io
-import math
 import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import detectron2
 import jinja2
 import matplotlib
 import numpy as np
 import pandas as pd
-import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.structures import BoxMode
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-import repr_det
 from repr_det.commands.data import check_datasets
 from repr_det.method.errors import UserError
 from repr_det.method.orthogonality import inter_filter_orthogonality
-from repr_det.runs.files import FINAL_CHECKPOINT, write_atomically
+from repr_det.runs.files import FINAL_CHECKPOINT, OVERLAPS_FILE, write_atomically
 from repr_det.runs.safe_pickle import load_checkpoint
-from repr_det.studies.comparison.records import FREE_WITHIN_REPR, differing_keys, read_config, read_settings, title
-from repr_det.studies.comparison.table import Comparison, heads, lines_of
+from repr_det.studies.comparison.records import (
+    FREE_WITHIN_REPR,
+    Comparison,
+    Run,
+    Study,
+    differing_keys,
+    lines_of,
+    read_config,
+    read_events,
+    read_json,
+    read_json_lines,
+    read_settings,
+    title,
+)
 
 _COLOURS = ("#2c6aa0", "#d5622a")  # of the reference and of the other arm, as in the page
 _SCORE_THRESHOLD = 0.5
@@ -49,63 +57,67 @@ _STYLE = {
 
 
 def write_report(comparison: Comparison, settings: dict[str, Any], output: Path, images: int) -> Path:
-    """Writes report.html in ``output``, and returns its path; ``settings`` say how the comparison was asked for."""
+    """Writes report.html; ``settings`` say how the comparison was asked for. Returns the path."""
     study, results = comparison.study, comparison.results
-    folders = [comparison.readings[arm][0].run.folder for arm in study.arms]
-    configs = [read_settings(folder) for folder in folders]
+    firsts = [study.of(arm)[0] for arm in study.arms]
+    configs = [read_settings(run.folder) for run in firsts]
     differing = differing_keys(*configs, free=FREE_WITHIN_REPR)
-    titles = [title(arm) for arm in study.arms]
+    classes = {f"AP of {name}": row for name, row in results["classes"].items()}
     loader = jinja2.PackageLoader("repr_det.studies.comparison", ".")
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     with matplotlib.rc_context(_STYLE):
         page = environment.get_template("report.html.j2").render(
-            pictures=_pictures(comparison, folders[0], images),  # first: it may add a note to the results
+            pictures=_pictures(firsts, results, images),  # first: it may add a note to the results
             results=results,
             settings=settings,
-            titles=titles,
+            titles=[title(arm) for arm in study.arms],
             iterations=study.runs[0].max_iter,
-            tables=[lines_of(results[key], study.arms) for key in ("metrics", "classes")],
-            heads=heads(study.arms),
+            lines=lines_of(results["metrics"] | classes, study.arms),
             ap=_ap(comparison),
-            filters={_DROPPED: _dropped(comparison), _OVERLAP: _overlap(comparison)},
+            filters=_filters(study),
             differences={key: [config.get(key, "absent") for config in configs] for key in differing},
-            versions=f"repr_det {repr_det.__version__}, Detectron2 {detectron2.__version__}, torch {torch.__version__}",
         )
     write_atomically(output / "report.html", page)
     return output / "report.html"
 
 
-def _pictures(comparison: Comparison, folder: Path, number: int) -> dict[str, str]:
-    """Name -> ground truth and detections of the first seed, on ``number`` images spread evenly over the data set."""
-    readings = [comparison.readings[arm][0] for arm in comparison.study.arms]
-    if not number or any(reading.detections is None for reading in readings):
+def _pictures(runs: Sequence[Run], results: dict[str, Any], number: int) -> dict[str, str]:
+    """Name -> truth and what each run detects, on ``number`` images spread evenly over the data set."""
+    files = [run.folder / "inference" / "coco_instances_results.json" for run in runs]
+    if not number or not all(file.is_file() for file in files):
         return {}
     try:
-        check_datasets(read_config(folder), eval_only=True)
+        check_datasets(read_config(runs[0].folder), eval_only=True)
     except UserError as error:
-        comparison.results["notes"].append(f"No pictures of detections: {error}.")
+        results["notes"].append(f"No pictures of detections: {error}.")
         return {}
-    dataset = comparison.results["dataset"]
-    metadata = MetadataCatalog.get(dataset)
+    metadata = MetadataCatalog.get(results["dataset"])
     to_class = getattr(metadata, "thing_dataset_id_to_contiguous_id", {})
-    images = [image for image in DatasetCatalog.get(dataset) if image.get("annotations")]
+    detections = [_detections(file, to_class) for file in files]
+    images = [image for image in DatasetCatalog.get(results["dataset"]) if image.get("annotations")]
     places = np.linspace(0, len(images) - 1, min(number, len(images))).round().astype(int)
     drawn = {}
     for entry in [images[place] for place in np.unique(places)]:
         panels = {"ground truth": entry["annotations"]}
-        for reading in readings:
-            found = []
-            for one in reading.detections:
-                if one["image_id"] == entry["image_id"] and one["score"] >= _SCORE_THRESHOLD:
-                    category = to_class.get(one["category_id"], one["category_id"])
-                    found.append({"bbox": one["bbox"], "bbox_mode": BoxMode.XYWH_ABS, "category_id": category})
-            panels[f"{title(reading.run.arm)}, score ≥ {_SCORE_THRESHOLD}"] = found
+        for run, found in zip(runs, detections, strict=True):
+            panels[f"{title(run.arm)}, score ≥ {_SCORE_THRESHOLD}"] = found.get(entry["image_id"], [])
         drawn[os.path.basename(entry["file_name"])] = _picture(entry["file_name"], panels, metadata.thing_classes)
     return drawn
 
 
+def _detections(file: Path, to_class: dict[int, int]) -> dict[int, list[dict[str, Any]]]:
+    """Image id -> annotations as Detectron2 has them, of a file of COCO results."""
+    found: dict[int, list[dict[str, Any]]] = {}
+    for one in read_json(file):
+        if one["score"] >= _SCORE_THRESHOLD:
+            category = to_class.get(one["category_id"], one["category_id"])
+            box = {"bbox": one["bbox"], "bbox_mode": BoxMode.XYWH_ABS, "category_id": category}
+            found.setdefault(one["image_id"], []).append(box)
+    return found
+
+
 def _picture(path: str, panels: dict[str, list[dict[str, Any]]], classes: Sequence[str]) -> str:
-    """The image once a panel, with its boxes: title -> annotations as Detectron2 has them."""
+    """The image once a panel, with the boxes of ``panels`` (title -> annotations)."""
     image = read_image(path, "RGB")
     height = _WIDTH / len(panels) * image.shape[0] / image.shape[1] + 0.25
     figure = Figure(figsize=(_WIDTH, height), layout="constrained", dpi=150, facecolor="#fdfcfa")
@@ -129,8 +141,7 @@ def _ap(comparison: Comparison) -> str:
     figure = Figure(figsize=(_WIDTH, 2.9), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 3))
     difference = comparison.results["metrics"]["AP"]["difference"]
-    size = comparison.results["power"]["detectable"]
-    if math.isfinite(size):
+    if size := comparison.results["power"]["detectable"]:
         left.axhspan(-size, size, color="#efe9dd", linewidth=0)
     left.axhline(0, color="black", linewidth=0.8)
     left.plot([0] * len(difference["values"]), difference["values"], "o", color="#6c7076")
@@ -140,10 +151,10 @@ def _ap(comparison: Comparison) -> str:
     left.set_xticks([0, 1], ["seeds", "mean"])
     left.set_xlim(-0.6, 1.6)
     for colour, arm in zip(_COLOURS, comparison.study.arms, strict=True):
-        readings = comparison.readings[arm]
-        for start, stop in readings[0].phases:
+        first = comparison.study.of(arm)[0]
+        for start, stop in phases(read_events(first.folder), first.max_iter):
             right.axvspan(start, stop, color=colour, alpha=0.13, linewidth=0)
-        curves = pd.DataFrame([reading.curve for reading in readings]).T.sort_index()
+        curves = comparison.curves[arm]
         right.plot(curves, color=colour, linewidth=0.7, alpha=0.5)
         right.plot(curves.dropna().mean(axis=1), "o-", color=colour, markersize=3, label=title(arm))
     right.set_title("validation AP")
@@ -153,26 +164,32 @@ def _ap(comparison: Comparison) -> str:
     return _data_uri(figure, "svg")
 
 
-def _dropped(comparison: Comparison) -> str:
-    lines = []
-    for reading in comparison.all_readings:
-        drops = [event["dropped"] for event in reading.events if event["event"] == "drop"]
-        for layer, filters in reading.filters.items():
-            lines += [(reading.run.arm, layer, 100 * len(dropped.get(layer, ())) / filters) for dropped in drops]
-    return _by_layer(comparison.study.arms, lines)
+def phases(events: Sequence[dict[str, Any]], max_iter: int) -> list[tuple[int, int]]:
+    """[first, end) iterations of the sub-network, one a cycle."""
+    starts = [event["iteration"] + 1 for event in events if event["event"] == "drop"]
+    ends = [event["iteration"] + 1 for event in events if event["event"] == "restore"]
+    return list(zip(starts, [*ends, max_iter], strict=False))
 
 
-def _overlap(comparison: Comparison) -> str:
-    lines = []
-    layers = dict.fromkeys(layer for reading in comparison.all_readings for layer in reading.filters)
-    for reading in comparison.all_readings:
-        path = reading.run.folder / FINAL_CHECKPOINT
+def _filters(study: Study) -> dict[str, str]:
+    """Caption -> figure, of the filters that drops took and of O_f in the final models."""
+    sizes = {}  # run -> layer -> its filters
+    for run in study.runs:
+        overlaps = read_json_lines(run.folder / OVERLAPS_FILE)
+        sizes[run] = {layer: len(values) for layer, values in overlaps[0]["overlap"].items()} if overlaps else {}
+    layers = list(dict.fromkeys(layer for found in sizes.values() for layer in found))
+    dropped, overlap = [], []
+    for run in study.runs:
+        drops = [event["dropped"] for event in read_events(run.folder) if event["event"] == "drop"]
+        for layer, size in sizes[run].items():
+            dropped += [(run.arm, layer, 100 * len(drop.get(layer, ())) / size) for drop in drops]
+        path = run.folder / FINAL_CHECKPOINT
         model = load_checkpoint(path)["model"] if layers and path.is_file() else {}
         for layer in layers:
             if f"{layer}.weight" in model:
-                overlaps = inter_filter_orthogonality(model[f"{layer}.weight"].float())
-                lines += [(reading.run.arm, layer, overlap) for overlap in overlaps.tolist()]
-    return _by_layer(comparison.study.arms, lines)
+                found = inter_filter_orthogonality(model[f"{layer}.weight"].float())
+                overlap += [(run.arm, layer, value) for value in found.tolist()]
+    return {_DROPPED: _by_layer(study.arms, dropped), _OVERLAP: _by_layer(study.arms, overlap)}
 
 
 def _by_layer(arms: Sequence[str], lines: Sequence[tuple[str, str, float]]) -> str:

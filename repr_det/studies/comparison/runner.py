@@ -1,7 +1,6 @@
 """Trains runs as subprocesses: several at once, resumed where they stopped, ended with their parent."""
 
 import contextlib
-import functools
 import os
 import shlex
 import signal
@@ -9,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,33 +19,30 @@ from repr_det.runs.files import METRICS_FILE, last_logged, run_traces
 from repr_det.runs.stopping import end_with_parent
 from repr_det.studies.comparison.records import Run, is_finished
 
+TRAIN = (sys.executable, "-m", "repr_det.train")
 OUTPUT_FILE = "stdout.txt"
 _SHOWN_LINES = 20
 _GRACE_SECONDS = 10.0
-_SECONDS_BETWEEN_LOOKS = 1.0
+_SECONDS_BETWEEN_LOOKS = 3.0
 _STEP = 0.05  # share of all iterations between two lines of progress
 
 
-class RunFailed(RuntimeError):
-    """A run ended without its final evaluation."""
-
-
-def _terminate(*_: object) -> None:
-    raise KeyboardInterrupt("SIGTERM")
+class RunFailed(SystemExit):
+    """A run ended without its final evaluation. Python prints the message and exits with status 1."""
 
 
 def run_comparison_tool(main: Callable[[], Any]) -> None:
     """Runs a tool that trains: status 2 for a UserError, 1 for a run that failed, 130 for Ctrl-C, 143 for SIGTERM."""
-    name = Path(sys.argv[0]).name
     signal.signal(signal.SIGTERM, _terminate)
     try:
         run_tool(main)
-    except RunFailed as error:
-        sys.stderr.write(f"{name}: error: {error}\n")
-        sys.exit(1)
     except KeyboardInterrupt as error:
-        sys.stderr.write(f"{name}: stopped; the same command continues where it stopped\n")
-        sys.exit(143 if error.args else 130)  # SIGTERM, Ctrl-C
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: stopped; the same command continues where it stopped\n")
+        sys.exit(143 if error.args else 130)
+
+
+def _terminate(*_: object) -> None:
+    raise KeyboardInterrupt("SIGTERM")
 
 
 def say(text: str) -> None:
@@ -53,11 +50,8 @@ def say(text: str) -> None:
 
 
 def run_all(runs: Sequence[Run], jobs: int = 1, num_gpus: int = 1) -> None:
-    """Trains the runs that are not finished yet, ``jobs`` at once.
-
-    A run that had begun gets --resume. The output of each is appended to its folder's stdout.txt. If one fails
-    (RunFailed), the others are ended.
-    """
+    """Trains the runs that are not finished, ``jobs`` at once, resumes those that had begun, and appends the output of
+    each to its folder's stdout.txt. If one fails (RunFailed), the others are ended."""
     waiting = [run for run in runs if not is_finished(run)]
     done = [run.name for run in runs if run not in waiting]
     if done:
@@ -99,31 +93,18 @@ class _Progress:
         self.said = trained
         passed = time.monotonic() - self.start
         left = passed / (trained - self.at_start) * (self.total - trained)
-        say(f"{100 * trained / self.total:.0f} % after {_duration(passed)}, about {_duration(left)} left")
+        times = [timedelta(seconds=round(seconds)) for seconds in (passed, left)]
+        say(f"{trained / self.total:.0%} after {times[0]}, about {times[1]} left")
 
     def _trained(self) -> int:
-        return sum(min(_logged(run.folder / METRICS_FILE) + 1, run.max_iter) for run in self.runs)
-
-
-def _logged(path: Path) -> int:
-    return _logged_in(path, path.stat().st_size) if path.is_file() else -1
-
-
-@functools.lru_cache
-def _logged_in(path: Path, size: int) -> int:  # size: a file is read again only if it has changed
-    return last_logged(path)
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+        return sum(min(last_logged(run.folder / METRICS_FILE) + 1, run.max_iter) for run in self.runs)
 
 
 def _start(run: Run, environment: dict[str, str]) -> subprocess.Popen:
-    command = run.command(resume=bool(run_traces(run.folder)))
+    command = [*TRAIN, *(["--resume"] if run_traces(run.folder) else []), *run.arguments]
     run.folder.mkdir(parents=True, exist_ok=True)
-    with (run.folder / OUTPUT_FILE).open("a", encoding="utf-8") as output:
+    with (run.folder / OUTPUT_FILE).open("a", buffering=1, encoding="utf-8") as output:
         output.write(f"$ {shlex.join(command)}\n")
-        output.flush()
         return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -166,4 +147,4 @@ def _failure(run: Run, process: subprocess.Popen) -> str:
     path = run.folder / OUTPUT_FILE
     lines = path.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()[-_SHOWN_LINES:]
     shown = "\n".join(f"  | {line}" for line in lines)
-    return f"the run {run.name} {how}. The end of {path}:\n{shown}\nTo repeat it:\n  {shlex.join(process.args)}"
+    return f"error: {run.name} {how}. The end of {path}:\n{shown}\nTo repeat it:\n  {shlex.join(process.args)}"

@@ -4,6 +4,7 @@ import bisect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import optimize, stats
@@ -43,10 +44,10 @@ class Difference(Summary):
 
     @property
     def why_no_verdict(self) -> str:
-        """ "" if there is one: every pair has the value, there are MIN_PAIRS of them, and they differ."""
+        """ "" if every pair has the value, there are MIN_PAIRS of them, and they differ."""
         missing = len(self.values) - self.n
         if missing:
-            return f"{missing} of {len(self.values)} pairs of runs lack{'s' if missing == 1 else ''} the value"
+            return f"{missing} of {len(self.values)} pairs of runs without the value"
         if self.n < MIN_PAIRS:
             return f"fewer than {MIN_PAIRS} pairs of runs"
         return "" if math.isfinite(self.low) else "all differences are equal"
@@ -81,35 +82,33 @@ def power(difference: float, sd: float, n: int) -> float:
     return float(stats.nct.sf(bound, n - 1, shift))
 
 
-def detectable_difference(found: Difference) -> float:
-    """The true difference that has POWER with as many pairs of the same spread; NaN without a verdict."""
+def could_show(found: Difference) -> dict[str, Any]:
+    """The true difference that has POWER with as many pairs of the same spread, the pairs with which a difference of 1
+    has it (at most MOST_SEEDS + 1), and both in words; None and "" without a verdict."""
     if found.why_no_verdict:
-        return math.nan
+        return {"detectable": None, "seeds_for_1": None, "sentence": ""}
     most = 100.0 * found.sd / math.sqrt(found.n)
-    return float(optimize.brentq(lambda size: power(size, found.sd, found.n) - POWER, 0.0, most))
-
-
-def seeds_needed(found: Difference) -> int | None:
-    """The pairs of the same spread with which a true difference of 1 has POWER, at most MOST_SEEDS + 1; None without a
-    verdict."""
-    if found.why_no_verdict:
-        return None
+    size = float(optimize.brentq(lambda size: power(size, found.sd, found.n) - POWER, 0.0, most))
     numbers = range(MIN_PAIRS, MOST_SEEDS + 1)
-    return MIN_PAIRS + bisect.bisect_left(numbers, POWER, key=lambda n: power(1.0, found.sd, n))
+    needed = MIN_PAIRS + bisect.bisect_left(numbers, POWER, key=lambda n: power(1.0, found.sd, n))
+    seeds = f"more than {MOST_SEEDS}" if needed > MOST_SEEDS else needed
+    sentence = (
+        f"With this spread, {found.n} seeds find a true difference of {number(size)} AP in four of five comparisons; a "
+        f"difference of 1 AP needs {seeds} seeds"
+    )
+    return {"detectable": size, "seeds_for_1": needed, "sentence": sentence}
 
 
 def number(value: float, sign: bool = False) -> str:
     """The one form of a number for people: "41.3", "+0.8", "n/a"."""
     if not math.isfinite(value):
         return "n/a"
-    return f"{value:{'+' if sign else ''}.1f}"
+    return f"{value:+.1f}" if sign else f"{value:.1f}"
 
 
 def interval(low: float, high: float) -> str:
     """The one form of an interval for people: "-0.3 .. +1.9", "n/a"."""
-    if not math.isfinite(low):
-        return "n/a"
-    return f"{number(low, sign=True)} .. {number(high, sign=True)}"
+    return f"{number(low, sign=True)} .. {number(high, sign=True)}" if math.isfinite(low) else "n/a"
 
 
 def verdict_sentence(metric: str, difference: Difference, name: str = "RePr") -> str:
@@ -122,15 +121,3 @@ def verdict_sentence(metric: str, difference: Difference, name: str = "RePr") ->
     sentence += f", {difference.n} seed{'s' if difference.n > 1 else ''}: {difference.verdict}"
     why = difference.why_no_verdict
     return f"{sentence} ({why})" if why else sentence
-
-
-def power_sentence(metric: str, difference: Difference) -> str:
-    """Says what these seeds could have shown and how many a difference of 1 needs; "" without a verdict."""
-    needed = seeds_needed(difference)
-    if needed is None:
-        return ""
-    seeds = f"more than {MOST_SEEDS}" if needed > MOST_SEEDS else str(needed)
-    return (
-        f"With this spread, {difference.n} seeds find a true difference of {number(detectable_difference(difference))} "
-        f"{metric} in four of five comparisons; a difference of 1 {metric} needs {seeds} seeds"
-    )
