@@ -162,7 +162,7 @@ def test_command_line(small_config, tmp_path):
         ("small", "repr=3", "repr must be L(RePrHook)(...) or a dict with the keys of REPR, got"),
         ("small", "repr.s1_iters=50", "needs repr.start_iter 0 + repr.num_cycles 1 x (repr.s1_iters 50 + repr.s2"),
         ("small", "repr.layers=['backbone.res4']", "repr.layers ['backbone.res4'] matches no trainable"),
-        ("small", "repr.returns=median_gamma", "repr.returns median_gamma went in version 0.3.0"),
+        ("small", "repr.returns=median_gamma", "repr.returns must be one of as_published, function_preserving"),
         ("old", "repr.NOPE=1", "the node repr of the LazyConfig: Non-existent config key: REPR.NO"),
         ("old", "repr.DROP_RATIO=1.5", "repr.DROP_RATIO must be in (0, 1), got 1.5"),
         ("small", "DROP_RATIO", "overrides must be path.key=value"),

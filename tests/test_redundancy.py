@@ -10,8 +10,8 @@ from test_hook import SCHEDULE, trained
 from torch import nn
 
 from repr_det import RePrScheme, Trainer, find_filter_layers
+from repr_det.method.criteria import Context, copies, redundancy, use_of_filters
 from repr_det.method.passes import TrainingPasses
-from repr_det.method.redundancy import copies, redundancy, use_of_filters
 from repr_det.studies.comparison.records import read_events
 
 IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))

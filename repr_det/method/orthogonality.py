@@ -90,7 +90,7 @@ def least_overlap_filters(kept: Tensor, dropped: Tensor, generator: torch.Genera
     Args:
         kept: (K, ...) current values of the filters that stayed; K may be 0.
         dropped: (M, ...) values of the dropped filters before the drop, same trailing shape.
-        generator: source of the random directions, of any device; None takes torch's default one.
+        generator: of the CPU; None takes torch's default one.
 
     Returns:
         (M, ...) unit rows with dtype and device of ``dropped``.
@@ -109,9 +109,6 @@ def least_overlap_filters(kept: Tensor, dropped: Tensor, generator: torch.Genera
         raise ValueError(f"kept and dropped filters differ in shape: {tuple(kept.shape)}, {tuple(dropped.shape)}")
     if not len(dropped):
         return dropped.clone()
-    if generator is not None and generator.device.type != "cpu":
-        seed = torch.randint(2**62, (1,), generator=generator, device=generator.device)
-        generator = torch.Generator().manual_seed(int(seed))
     rows = torch.cat([unit_filters(kept), unit_filters(dropped)])
     dimension, num_new = rows.shape[1], len(dropped)
     blocks = [_random_rotation(dimension, generator) for _ in range(num_new // dimension)]
@@ -148,9 +145,8 @@ def _smallest_eigenvectors(rows: Tensor, num_new: int, generator: torch.Generato
             null = torch.linalg.qr(null - row_space @ (row_space.T @ null))[0]
         values = torch.cat([values.new_zeros(null_size), values[count - rank :]])
         vectors = torch.cat([null.T, row_space.T])
-    spaces = [
-        (first, last) for first, last in itertools.pairwise(_eigenspaces(values.tolist(), null_size)) if first < num_new
-    ]
+    edges = itertools.pairwise(_eigenspaces(values.tolist(), null_size))
+    spaces = [(first, last) for first, last in edges if first < num_new]
     vectors = vectors[: spaces[-1][1]]
     # In one dimension a rotation is a sign.
     vectors = vectors * torch.where(_randn(len(vectors), 1, generator) < 0, -1.0, 1.0)

@@ -16,7 +16,7 @@ from repr_det.method.distributed import to_devices
 from repr_det.method.holding import HeldFilters
 from repr_det.method.layers import FilterLayer
 from repr_det.method.optimizers import raise_squares_of_inputs_, restart_optimizer_state_
-from repr_det.method.orthogonality import least_overlap_filters, unit_filters
+from repr_det.method.orthogonality import by_group, least_overlap_filters, unit_filters
 from repr_det.network.norms import FROZEN, NONE
 
 logger = logging.getLogger("repr_det.scheme")
@@ -42,43 +42,32 @@ def new_filters(
         (M, ...) new filters of the dtype in which the layer keeps them; the largest |cos| of one of them to a kept or
         an old filter.
     """
-    before = torch.zeros_like(weight)
+
+    def directions(now: Tensor, before: Tensor, out: Tensor) -> Tensor:
+        return least_overlap_filters(now[~out].double(), before[out].double(), generator)
+
+    def cosines(new: Tensor, before: Tensor, out: Tensor) -> Tensor:
+        others = torch.cat([new[~out], before[out]])
+        return (unit_filters(new[out]) @ unit_filters(others).T).abs().amax(1)
+
+    before, after = weight.clone(), weight.clone()
     before[mask] = old.to(weight)
-    parts = list(zip(weight.chunk(groups), before.chunk(groups), mask.chunk(groups), strict=True))
-    units = [least_overlap_filters(now[~out].double(), then[out].double(), generator) for now, then, out in parts]
-    norms = _new_norms(scale, weight[~mask], old)
-    stored = _of_norm(torch.cat(units).flatten(1), norms, weight.dtype).view_as(old)
-    sizes = [int(out.sum()) for _, _, out in parts]
-    cosines = [
-        _largest_cosine(new, now[~out], then[out])
-        for new, (now, then, out) in zip(stored.split(sizes), parts, strict=True)
-    ]
-    return stored, max(cosines)
+    unit = by_group(directions, groups, weight, before, mask).flatten(1)
+    new = _of_norm(unit, _new_norms(scale, weight[~mask], old), weight.dtype).view_as(old)
+    after[mask] = new
+    return new, by_group(cosines, groups, after, before, mask).max().item()
 
 
-def _largest_cosine(new: Tensor, kept: Tensor, old: Tensor) -> float:
-    if not len(new):
-        return 0.0
-    return (unit_filters(new) @ unit_filters(torch.cat([kept, old])).T).abs().max().item()
-
-
-def _new_norms(scale: str, kept: Tensor, before: Tensor) -> Tensor:
+def _new_norms(scale: str, kept: Tensor, old: Tensor) -> Tensor:
     """L2 norms (M,) of the new filters, never 0: where kept and old filters are all zero they are 1."""
-
-    def norms(filters: Tensor) -> Tensor:
-        return filters.double().flatten(1).norm(dim=1)
-
-    def mean(filters: Tensor) -> Tensor:
-        sizes = norms(filters)
-        return sizes[torch.isfinite(sizes) & (sizes > 0)].mean()  # NaN of none
-
-    own = norms(before)
+    own, others = (filters.double().flatten(1).norm(dim=1) for filters in (old, kept))
+    usable, of_others = (torch.isfinite(sizes) & (sizes > 0) for sizes in (own, others))
     if scale == "unit":
         return torch.ones_like(own)
-    fallback = mean(kept)
+    fallback = others[of_others].mean()  # NaN of none
     if fallback.isnan():
-        fallback = mean(before).nan_to_num(1.0)
-    return torch.where(torch.isfinite(own) & (own > 0), own, fallback) if scale == "old" else fallback.expand_as(own)
+        fallback = own[usable].mean().nan_to_num(1.0)
+    return torch.where(usable, own, fallback) if scale == "old" else fallback.expand_as(own)
 
 
 def _of_norm(unit: Tensor, norms: Tensor, dtype: torch.dtype) -> Tensor:
@@ -97,10 +86,9 @@ def put_back(layer: FilterLayer, rows: Tensor, values: Mapping[str, Tensor]) -> 
     start."""
     for name, tensor in {**layer.tensors(), **layer.running_statistics()}.items():
         if name in values:
-            new = values[name].to(tensor)
+            tensor.index_copy_(0, rows, values[name].to(tensor))
         else:
-            new = torch.full_like(tensor[: len(rows)], _FRESH[name])
-        tensor.index_copy_(0, rows, new)
+            tensor.index_fill_(0, rows, _FRESH[name])
 
 
 @dataclass(frozen=True)
@@ -124,7 +112,7 @@ class Kernels:
         filters, device = len(self.module.weight) // self.groups, self.module.weight.device
         inputs = mask.repeat_interleave(self.span).chunk(self.groups)
         groups = [group for group, chosen in enumerate(inputs) if chosen.any()]
-        parts = [_indices(part) for group in groups for part in (inputs[group], ~inputs[group])]
+        parts = [part.nonzero().flatten() for group in groups for part in (inputs[group], ~inputs[group])]
         moved = to_devices(parts, [device] * len(parts))
         for group, returned, others in zip(groups, moved[::2], moved[1::2], strict=True):
             yield slice(group * filters, (group + 1) * filters), returned, others
@@ -137,11 +125,7 @@ def can_be_silent(layer: FilterLayer, modules: Modules) -> bool:
 
 @torch.no_grad()
 def prepare_readers(
-    layer: FilterLayer,
-    modules: Modules,
-    held: HeldFilters,
-    optimizers: Sequence[Optimizer],
-    silent: bool,
+    layer: FilterLayer, modules: Modules, held: HeldFilters, optimizers: Sequence[Optimizer], silent: bool
 ) -> None:
     """Keeps what reads returned channels from stepping further than others, or, where they are to be ``silent``
     ("function_preserving"), the channels from changing what comes after them until they have learned.
@@ -194,7 +178,3 @@ def _has_gamma(layer: FilterLayer) -> bool:
     if layer.kind in (NONE, FROZEN):
         return False
     return isinstance(layer.norm.weight, nn.Parameter) and layer.norm.weight.requires_grad
-
-
-def _indices(mask: Tensor) -> Tensor:
-    return mask.nonzero().flatten()

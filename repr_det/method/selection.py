@@ -23,17 +23,15 @@ def drop_cap(num_filters: int, max_drop_per_layer: float) -> int:
 
 
 def check_capacity(sizes: dict[str, int], drop_ratio: float, max_drop_per_layer: float) -> None:
-    """Raises OptionError where the caps of all layers together leave fewer filters to drop than ``drop_ratio`` asks."""
-    for name, share in (("drop_ratio", drop_ratio), ("max_drop_per_layer", max_drop_per_layer)):
-        if not about_option(name).holds(share):
-            raise OptionError(f"{{{name}}} must be {about_option(name).range()}, got {share}")
+    """Raises OptionError where a share is out of range, or the caps leave fewer filters to drop than are asked for."""
+    about_option("drop_ratio").check("drop_ratio", drop_ratio)
+    about_option("max_drop_per_layer").check("max_drop_per_layer", max_drop_per_layer)
     total = drop_total(sum(sizes.values()), drop_ratio)
     room = sum(drop_cap(size, max_drop_per_layer) for size in sizes.values())
     if room < total:
         raise OptionError(
             f"{{max_drop_per_layer}} {max_drop_per_layer} lets {room} of {sum(sizes.values())} filters be dropped, "
-            f"{{drop_ratio}} {drop_ratio} needs {total} (one filter of a layer always stays): "
-            f"raise the cap to {drop_ratio} or more, or lower the ratio"
+            f"{{drop_ratio}} {drop_ratio} needs {total} (one of a layer always stays): raise the cap or lower the ratio"
         )
 
 
@@ -55,22 +53,16 @@ def select_filters(scores: dict[str, Tensor], drop_ratio: float, max_drop_per_la
     """
     sizes = {name: len(score) for name, score in scores.items()}
     check_capacity(sizes, drop_ratio, max_drop_per_layer)
-    candidates, owners = [], []
-    for layer, (name, score) in enumerate(scores.items()):
+    candidates = []
+    for name, score in scores.items():
         score = score.detach().double().cpu()
         if torch.isnan(score).any():
             raise ValueError(f"the score of filter {int(torch.isnan(score).nonzero()[0])} of {name} is NaN")
-        # Only the worst `cap` filters of a layer can ever be chosen, so the cap is a cut before the global ranking.
-        order = torch.sort(score, descending=True, stable=True).indices[: drop_cap(len(score), max_drop_per_layer)]
-        order = order[score[order] > -math.inf].sort().values
-        candidates.append(score[order])
-        owners.append(torch.stack([torch.full_like(order, layer), order], 1))
-    total = drop_total(sum(sizes.values()), drop_ratio)
-    ranked = torch.sort(torch.cat(candidates), descending=True, stable=True).indices[:total]
-    chosen = torch.cat(owners)[ranked]
-    masks = {}
-    for layer, (name, score) in enumerate(scores.items()):
-        mask = torch.zeros(len(score), dtype=torch.bool)
-        mask[chosen[chosen[:, 0] == layer, 1]] = True
-        masks[name] = mask.to(score.device)
-    return masks
+        order = score.sort(descending=True, stable=True).indices
+        # Beyond its cap a layer has no candidates.
+        candidates.append(score.index_fill(0, order[drop_cap(len(score), max_drop_per_layer) :], -math.inf))
+    ranked = torch.cat(candidates)
+    worst = ranked.sort(descending=True, stable=True).indices[: drop_total(len(ranked), drop_ratio)]
+    chosen = torch.zeros(len(ranked), dtype=torch.bool).index_fill(0, worst, True) & (ranked > -math.inf)
+    masks = zip(scores.items(), chosen.split(list(sizes.values())), strict=True)
+    return {name: mask.to(score.device) for (name, score), mask in masks}
