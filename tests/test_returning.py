@@ -83,10 +83,10 @@ def test_function_preserving_restore_changes_no_output_and_everything_learns(bui
     optimizer, scheme = in_sub_network(model)
     dropped = {layer: mask for layer in scheme.layers if (mask := scheme.masks[layer.name].clone()).any()}
     columns = [
-        (optimizer.state[reader.module.weight]["momentum_buffer"], mask)
+        (optimizer.state[reader.weight]["momentum_buffer"], mask)
         for layer, mask in dropped.items()
         for reader in aligned_readers(layer, scheme.participants.modules)[0]
-        if isinstance(reader.module, nn.Conv2d)
+        if isinstance(reader, nn.Conv2d)
     ]
     assert any(buffer[:, mask].any() for buffer, mask in columns)
     before = outputs(model)

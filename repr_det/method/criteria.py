@@ -18,7 +18,7 @@ Shape shorthand:
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -178,7 +178,8 @@ def use_of_filters(layers: Sequence[FilterLayer], context: Context) -> dict[str,
         values = positions(output.detach())
         if number := values.shape[0] * values.shape[2]:
             counts[layer.name] = counts.get(layer.name, 0) + number
-            sums[layer.name] = sums.get(layer.name, 0) + torch.stack([_sum(values), _sum(values, squared=True)])
+            found = [_sum(values, lambda image: image), _sum(values, lambda image: image.float().square())]
+            sums[layer.name] = sums.get(layer.name, 0) + torch.stack(found)
             _keep_largest(outputs, layer, values.amax((0, 2)))
 
     def on_loss(loss: Tensor) -> None:
@@ -205,21 +206,20 @@ def _keep_largest(found: Scores, layer: FilterLayer, new: Tensor) -> None:
     found[layer.name] = torch.maximum(found.get(layer.name, new.float()), new.float())
 
 
-def _sum(values: Tensor, squared: bool = False) -> Tensor:
+def _sum(values: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:
     """(N, J, P) -> (J,) float32, one image at a time."""
-    each = [image.float().square() if squared else image.float() for image in values]
-    return torch.stack([image.sum(1) for image in each]).sum(0)
+    return torch.stack([of(image).float().sum(1) for image in values]).sum(0)
 
 
 def output_means(layers: Sequence[FilterLayer], context: Context, of: Callable[[Tensor], Tensor]) -> Scores:
-    """The mean of ``of(output)`` over images and positions; layers that did not run are missing."""
+    """The mean of ``of`` (outputs of one image) over images and positions; layers that did not run are missing."""
     total: Scores = {}
     count: dict[str, int] = {}
 
     def see(layer: FilterLayer, output: Tensor) -> None:
-        values = positions(of(output.detach()))
+        values = positions(output.detach())
         if number := values.shape[0] * values.shape[2]:
-            total[layer.name] = total.get(layer.name, 0) + _sum(values)
+            total[layer.name] = total.get(layer.name, 0) + _sum(values, of)
             count[layer.name] = count.get(layer.name, 0) + number
 
     with on_output(layers, see):
@@ -250,18 +250,14 @@ def positions(output: Tensor) -> Tensor:
 @contextmanager
 def on_output(layers: Sequence[FilterLayer], see: Callable[[FilterLayer, Tensor], None]) -> Iterator[None]:
     """Calls ``see`` with every layer and what its channels put out, whenever it runs."""
-    handles = []
-    for layer in layers:
+    with ExitStack() as stack:
+        for layer in layers:
 
-        def hook(module: nn.Module, inputs: tuple, output: Tensor, layer: FilterLayer = layer) -> None:
-            see(layer, output)
+            def hook(module: nn.Module, inputs: tuple, output: Tensor, layer: FilterLayer = layer) -> None:
+                see(layer, output)
 
-        handles.append(layer.output_module().register_forward_hook(hook))
-    try:
+            stack.callback(layer.output_module().register_forward_hook(hook).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def finished(layers: Sequence[FilterLayer], criterion: str, found: Scores) -> Scores:

@@ -98,15 +98,9 @@ def restart_optimizer_state_(
     dim: int = 0,
     within: slice = slice(None),
 ) -> None:
-    """Optimizer state for entries of a parameter that begin to train again: momentum 0, squared gradients as those of
-    the others, a second set of weights as the first.
+    """State of entries of a parameter that begin to train again, among the filters ``within``: ``rows`` along ``dim``.
 
     With squared gradients of 0 after many steps, Adam's first steps would be several times the learning rate.
-
-    Args:
-        rows, others: indices along ``dim`` of the entries that begin again, and of those that do not.
-        dim: 0 for filters, 1 for input channels.
-        within: the filters that this is about.
     """
     for key, whole in optimizer_state(optimizers, parameter):
         tensor = whole[within]

@@ -117,10 +117,7 @@ class RePrOptions:
         choices=("as_published", "function_preserving"),
     )
     warmup_iters: int = _option(
-        0,
-        "REINIT.WARMUP_ITERS",
-        "Steps of learning-rate warm-up after filters return. -1: as many as they were out. Not in the paper.",
-        least=-1,
+        0, "REINIT.WARMUP_ITERS", "Steps of learning-rate warm-up after a restore (not in the paper). -1: S2.", least=-1
     )
 
     def __post_init__(self) -> None:

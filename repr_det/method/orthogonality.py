@@ -11,7 +11,7 @@ nothing has to be orthogonal to it.
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -130,23 +130,20 @@ def _random_rotation(size: int, generator: torch.Generator | None) -> Tensor:
 def _smallest_eigenvectors(rows: Tensor, num_new: int, generator: torch.Generator | None) -> Tensor:
     """(num_new, d) orthonormal rows that span the smallest eigenvalues of rows^T rows, random inside eigenspaces."""
     count, dimension = rows.shape
-    if count >= dimension:
-        values, vectors = torch.linalg.eigh(rows.T @ rows)
-        null_size = int((values <= _null_threshold(values)).sum())
-        vectors = vectors.T
-    else:
+    values, vectors = torch.linalg.eigh(rows.T @ rows if count >= dimension else rows @ rows.T)
+    vectors = vectors.T
+    null_size = int((values <= max(_NULL_EIGENVALUE, _NULL_ROUNDING * values[-1].item())).sum())
+    if count < dimension:
         # From the smaller Gram matrix: the row space by its eigenvectors, the null space as what is orthogonal to it.
-        values, vectors = torch.linalg.eigh(rows @ rows.T)
-        rank = int((values > _null_threshold(values)).sum())
-        row_space = torch.linalg.qr(rows.T @ vectors[:, count - rank :])[0]
-        null_size = min(dimension - rank, num_new)
+        values = values[null_size:]
+        row_space = torch.linalg.qr(rows.T @ vectors[null_size:].T)[0]
+        null_size = min(dimension - len(values), num_new)
         null = _randn(dimension, null_size, generator)
         for _ in range(2):
             null = torch.linalg.qr(null - row_space @ (row_space.T @ null))[0]
-        values = torch.cat([values.new_zeros(null_size), values[count - rank :]])
+        values = torch.cat([values.new_zeros(null_size), values])
         vectors = torch.cat([null.T, row_space.T])
-    edges = itertools.pairwise(_eigenspaces(values.tolist(), null_size))
-    spaces = [(first, last) for first, last in edges if first < num_new]
+    spaces = [(first, last) for first, last in _eigenspaces(values.tolist(), null_size) if first < num_new]
     vectors = vectors[: spaces[-1][1]]
     # In one dimension a rotation is a sign.
     vectors = vectors * torch.where(_randn(len(vectors), 1, generator) < 0, -1.0, 1.0)
@@ -156,15 +153,10 @@ def _smallest_eigenvectors(rows: Tensor, num_new: int, generator: torch.Generato
     return vectors[:num_new]
 
 
-def _null_threshold(values: Tensor) -> float:
-    return max(_NULL_EIGENVALUE, _NULL_ROUNDING * values[-1].item())
-
-
-def _eigenspaces(values: list[float], null_size: int) -> list[int]:
-    """Edges of the runs of equal ascending eigenvalues; the null space is one, whatever comes close to it."""
-    edges = [0]
+def _eigenspaces(values: list[float], null_size: int) -> Iterator[tuple[int, int]]:
+    """First and last + 1 of the runs of equal ascending eigenvalues; the null space is one, whatever comes close."""
+    first = [0] if null_size else []
     for i in range(null_size, len(values)):
-        if i == null_size or values[i] > values[edges[-1]] * (1 + _SAME_EIGENVALUE):
-            edges.append(i)
-    # A null space of dimension 0 has no edge of its own.
-    return [*(edges if null_size else edges[1:]), len(values)]
+        if i == null_size or values[i] > values[first[-1]] * (1 + _SAME_EIGENVALUE):
+            first.append(i)
+    return itertools.pairwise([*first, len(values)])

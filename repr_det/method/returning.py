@@ -6,7 +6,6 @@ Shape shorthand:
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,6 @@ from repr_det.method.holding import HeldFilters
 from repr_det.method.layers import FilterLayer
 from repr_det.method.optimizers import raise_squares_of_inputs_, restart_optimizer_state_
 from repr_det.method.orthogonality import by_group, least_overlap_filters, unit_filters
-from repr_det.network.norms import FROZEN, NONE
 
 logger = logging.getLogger("repr_det.scheme")
 Modules = Mapping[str, nn.Module]  # of the model, by name
@@ -91,33 +89,6 @@ def put_back(layer: FilterLayer, rows: Tensor, values: Mapping[str, Tensor]) -> 
             tensor.index_fill_(0, rows, _FRESH[name])
 
 
-@dataclass(frozen=True)
-class Kernels:
-    """The weights of a conv or linear layer by the channels that they read, each of ``span`` inputs."""
-
-    module: nn.Conv2d | nn.Linear
-    span: int = 1
-
-    @property
-    def groups(self) -> int:
-        return getattr(self.module, "groups", 1)
-
-    @property
-    def inputs(self) -> int:
-        return self.module.weight.shape[1] * self.groups
-
-    def of(self, mask: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """For every group that sees a channel of ``mask`` (J,): its filters, and among the inputs of one of them those
-        that are of the mask and the others."""
-        filters, device = len(self.module.weight) // self.groups, self.module.weight.device
-        inputs = mask.repeat_interleave(self.span).chunk(self.groups)
-        groups = [group for group, chosen in enumerate(inputs) if chosen.any()]
-        parts = [part.nonzero().flatten() for group in groups for part in (inputs[group], ~inputs[group])]
-        moved = to_devices(parts, [device] * len(parts))
-        for group, returned, others in zip(groups, moved[::2], moved[1::2], strict=True):
-            yield slice(group * filters, (group + 1) * filters), returned, others
-
-
 def can_be_silent(layer: FilterLayer, modules: Modules) -> bool:
     """Tells whether kernels or a gamma can keep a returned channel silent until they have learned it."""
     return _kernels_can_be_silent(layer, modules) or _has_gamma(layer)
@@ -139,12 +110,12 @@ def prepare_readers(
         return
     loud = 0
     for reader in aligned_readers(layer, modules)[0]:
-        weight = reader.module.weight
-        for within, returned, others in reader.of(held.masks[layer.name]):
+        weight, mask = reader.weight, held.masks[layer.name]
+        for within, returned, others in _kernels(reader, mask):
             if not silent:
                 raise_squares_of_inputs_(optimizers, weight, returned, others, within)
             elif not len(others):
-                loud += len(returned) // reader.span
+                loud += len(returned) * len(mask) // _inputs(reader)
             else:
                 for tensor in (weight, weight.grad):
                     if tensor is not None:
@@ -154,27 +125,41 @@ def prepare_readers(
         logger.warning("RePr: %d filters of %s return as published: all channels of a group", loud, layer.name)
 
 
-def aligned_readers(layer: FilterLayer, modules: Modules) -> tuple[list[Kernels], bool]:
+def aligned_readers(layer: FilterLayer, modules: Modules) -> tuple[list[nn.Conv2d | nn.Linear], bool]:
     """The convs and linear layers that read the channels of a layer alone, and whether these are all that read it."""
     found = []
     for reader in sorted(layer.readers, key=lambda reader: reader.name):
         module = modules.get(reader.name)
         # A weight that is computed from others cannot be set.
         own = isinstance(module, (nn.Conv2d, nn.Linear)) and "weight" in dict(module.named_parameters(recurse=False))
-        if own and reader.aligned and reader.alone:
-            kernels = Kernels(module, reader.span)
-            if kernels.inputs == layer.num_filters * reader.span:
-                found.append(kernels)
+        if own and reader.aligned and reader.alone and _inputs(module) == layer.num_filters * reader.span:
+            found.append(module)
     return found, len(found) == len(layer.readers)
+
+
+def _inputs(reader: nn.Conv2d | nn.Linear) -> int:
+    return reader.weight.shape[1] * getattr(reader, "groups", 1)
+
+
+def _kernels(reader: nn.Conv2d | nn.Linear, mask: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """For every group of ``reader`` that sees a channel of ``mask`` (J,): its filters, and among the inputs of one of
+    them those that are of the mask and the others. A linear layer may read several inputs of a channel."""
+    number = getattr(reader, "groups", 1)
+    filters = len(reader.weight) // number
+    inputs = mask.repeat_interleave(_inputs(reader) // len(mask)).chunk(number)
+    groups = [group for group, chosen in enumerate(inputs) if chosen.any()]
+    parts = [part.nonzero().flatten() for group in groups for part in (inputs[group], ~inputs[group])]
+    moved = to_devices(parts, [reader.weight.device] * len(parts))
+    for group, returned, others in zip(groups, moved[::2], moved[1::2], strict=True):
+        yield slice(group * filters, (group + 1) * filters), returned, others
 
 
 def _kernels_can_be_silent(layer: FilterLayer, modules: Modules) -> bool:
     readers, are_all = aligned_readers(layer, modules)
-    can_spare = [x.module.weight.requires_grad and x.inputs > x.groups for x in readers]
+    can_spare = [reader.weight.requires_grad and reader.weight.shape[1] > 1 for reader in readers]
     return bool(readers) and are_all and all(can_spare)
 
 
 def _has_gamma(layer: FilterLayer) -> bool:
-    if layer.kind in (NONE, FROZEN):
-        return False
-    return isinstance(layer.norm.weight, nn.Parameter) and layer.norm.weight.requires_grad
+    gamma = layer.tensors().get("norm.weight")
+    return isinstance(gamma, nn.Parameter) and gamma.requires_grad
