@@ -1,7 +1,6 @@
 """Averages of the weights (EMA, SWA) beside a model: they begin again from the model at every restore.
 
-Long after a restore an average is a mixture of old and new filters, which is neither. Measured against other ways in
-docs/evidence/averages.py.
+Else they would mix old and new filters for long. Measured against other ways in docs/evidence/averages.py.
 """
 
 import gc
@@ -16,16 +15,12 @@ from torch.optim.swa_utils import AveragedModel
 
 from repr_det.method.errors import UserError
 
-# Where wrappers keep their model: torch's AveragedModel and timm's ModelEmaV3, Ultralytics' ModelEMA, hooks.
+# Where wrappers (of torch, timm, Ultralytics) keep their model.
 _INNER = ("module", "ema", "model", "ema_model", "averaged_model", "average")
 
 
 class Averages:
-    """The averages that follow a model: modules with its parameters under the same names, or objects that hold one.
-
-    Raises:
-        UserError: one of them holds no such module.
-    """
+    """The averages of a model: modules with its parameters under the same names, or what holds one, else UserError."""
 
     def __init__(self, given: Sequence[Any], model: nn.Module) -> None:
         self._model = model
@@ -47,7 +42,7 @@ class Averages:
                 one.n_averaged.zero_()
 
     def not_given(self) -> str | None:
-        """The class of a copy of the model that has moved without gradients since the last call, as averages do."""
+        """The class of a copy of the model that has moved without gradients since the last call."""
         moved = None
         for copy, before in self._copies:
             module = copy()
@@ -73,7 +68,6 @@ def _shapes(named: Iterable[tuple[str, Tensor]]) -> dict[str, torch.Size]:
 
 
 def _module_in(holder: Any, model: nn.Module) -> nn.Module:
-    """The module of the same parameters: ``holder`` itself, or what it holds."""
     wanted = _shapes(model.named_parameters())
     waiting = [holder]
     for _ in range(4):

@@ -1,13 +1,10 @@
 """Norm statistics for re-initialised channels of convs behind FrozenBN, or behind BN in eval mode.
 
 At the drop the moments of a channel after the norm are measured; at the restore its running mean and variance are set
-so that the new channel has the same moments, on the same batches. A channel whose ReLU never opens gets the median
-moments of those of its layer that open.
+so that the new channel has the same moments, on the same batches. All is found from what goes into the norm,
+y = (x - m) / sqrt(v + eps) * w + b.
 
-All is found from what goes into the norm, y = (x - m) / sqrt(v + eps) * w + b, batch by batch.
-
-Shape shorthand:
-    J: filters of a layer        M: filters of it that leave or return
+J: filters of a layer; M: filters of it that leave or return.
 """
 
 import logging
@@ -35,7 +32,7 @@ _SETTLED = 1e-5  # change of statistics, in standard deviations, that ends the s
 
 
 class _AllReached(Exception):
-    """Ends a forward pass: what follows the last layer that is looked at (FPN, heads, loss) need not be computed."""
+    """Ends a forward pass behind the last layer that is looked at."""
 
 
 class FrozenNorms:
@@ -56,7 +53,7 @@ class FrozenNorms:
         self._number = options.calibration_batches or (0 if passes is None else passes.calibration_batches)
 
     def of(self, layers: Sequence[FilterLayer]) -> list[FilterLayer]:
-        """The layers whose norm keeps its statistics in training, also where the caller is evaluating now."""
+        """The layers whose norm keeps its statistics in training, also if the model is being evaluated now."""
         trains = self._participants.trains if self._passes is None else self._passes.trains
         if self._model is None or self._model.training == trains:
             return [layer for layer in layers if layer.is_frozen]
@@ -64,7 +61,7 @@ class FrozenNorms:
             return [layer for layer in layers if layer.is_frozen]
 
     def need_batches(self, layers: Sequence[FilterLayer]) -> bool:
-        """Tells whether new filters of these layers need statistics that training batches show."""
+        """Tells whether new filters of these layers need statistics of training batches."""
         return self._recalibrates and bool(self.of(layers))
 
     def check(self, layers: Sequence[FilterLayer]) -> None:
@@ -94,8 +91,8 @@ class FrozenNorms:
         return {name: moments[:, held.masks[name]].float() for name, moments in after.items()}
 
     def can_renew(self, layers: Sequence[FilterLayer]) -> list[FilterLayer]:
-        """The layers whose new filters would get statistics of their own: not where a norm has been frozen since the
-        drop, and there are no batches."""
+        """The layers that have statistics for new filters; not where a norm was frozen since the drop, without batches
+        to find them."""
         without = [] if self._passes is not None and self._recalibrates else self.of(layers)
         lost = [layer.name for layer in without if layer.name not in self.at_drop]
         for name in lost:
@@ -107,8 +104,8 @@ class FrozenNorms:
     def after_return(
         self, held: HeldFilters, renewed: Sequence[FilterLayer], moments: Mapping[str, Tensor], cycle: int
     ) -> None:
-        """Sets the statistics of new filters so that their channels have ``moments``. What goes into a norm depends on
-        the norms before it, so they are set and measured again until they settle."""
+        """Sets the statistics of new filters so that their channels have ``moments``, again until they settle: what
+        goes into a norm depends on those before it."""
         wanted = {layer.name: moments[layer.name] for layer in renewed if layer.name in moments}
         for layer in self.of(renewed) if self._recalibrates else ():
             if layer.kind == BATCH and layer.name not in wanted:
@@ -136,9 +133,8 @@ class FrozenNorms:
             before = new
 
     def _moments_into(self, layers: Sequence[FilterLayer], batches: Sequence) -> dict[str, Tensor]:
-        """Layer name -> mean, standard deviation, largest and smallest value of the channels that go into its norm as
-        it first runs in a pass, (4, J) float64 on the CPU, over images, positions and ranks. Layers that none has
-        reached are missing."""
+        """Layer name -> mean, standard deviation, largest and smallest value of the channels that go into its norm at
+        its first run in a pass, (4, J) float64 on the CPU, over images, positions and ranks."""
         seen: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
         left: set[str] = set()
 
@@ -196,8 +192,7 @@ def _settled(new: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> bool:
 def _moments_after(layer: FilterLayer, values: Mapping[str, Tensor], found: Tensor) -> Tensor:
     """Mean and standard deviation after a frozen norm, (2, J), of what is ``found`` to go into it.
 
-    A channel of a rectified layer that is nowhere above 0 has the median, over the channels that are, of the means and
-    of the deviations. ``values`` of the norm are as in ``layers.values_of``.
+    A channel of a rectified layer that is nowhere above 0 has the medians of those that are.
     """
     mean, std, largest, smallest = found
     weight, bias = _affine(values)
@@ -214,11 +209,10 @@ def _moments_after(layer: FilterLayer, values: Mapping[str, Tensor], found: Tens
 def _statistics_for(
     layer: FilterLayer, values: Mapping[str, Tensor], mask: Tensor, wanted: Tensor, found: Tensor
 ) -> dict[str, Tensor]:
-    """Running mean and variance (M,) that give channels the moments ``wanted``, (2, M), after the norm.
+    """Running mean m and variance v (M,) that give channels the moments ``wanted``, (2, M), after the norm.
 
-    With w and b the frozen weight and bias the channel has standard deviation s where sqrt(v + eps) = |w| std(x) / s,
-    and mean mu where m = mean(x) - (mu - b) sqrt(v + eps) / w. Where w, s or std(x) is zero no scale can be matched:
-    such a channel is normalised to zero mean and unit variance before w and b. ``mask`` is (J,) bool.
+    The standard deviation is s where sqrt(v + eps) = |w| std(x) / s, the mean mu where m = mean(x) - (mu - b)
+    sqrt(v + eps) / w. If w, s or std(x) is 0 the channel gets mean 0 and variance 1 before w and b.
     """
     eps, (target_mean, target_std) = epsilon(layer.norm), wanted.double()
     mean, std = found[:2, mask]

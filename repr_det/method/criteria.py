@@ -10,9 +10,7 @@ A criterion is a name in ``CRITERIA``, or a function of one layer:
 A function of (layer, context) gets a ``Context`` too, and a ``Criterion`` scores all layers at once. A filter of score
 minus infinity is never dropped. ``examples/criteria.py`` and ``saliency.py`` have more.
 
-Shape shorthand:
-    J: filters of a layer        N: examples of a batch (images; proposals in a head that runs on them)
-    P: positions of the output, H * W
+J: filters of a layer; N: examples of a batch (images, or proposals in a head); P: positions, H * W.
 """
 
 import inspect
@@ -39,8 +37,7 @@ logger = logging.getLogger("repr_det.data_criteria")
 
 @dataclass(frozen=True)
 class Context:
-    """What a criterion may look at besides the layers: a generator of the CPU, and training batches (their number, and
-    the cycle that says which)."""
+    """What a criterion may look at besides the layers: a CPU generator and training batches, those of ``cycle``."""
 
     generator: torch.Generator
     passes: TrainingPasses | None = None
@@ -84,8 +81,6 @@ def _of_function(function: Callable[..., Tensor]) -> Criterion:
 
 
 def _of_weight(function: Callable[[Tensor], Tensor]) -> Criterion:
-    """A function of one layer's weight, (J, ...) -> (J,), or of that of each group of a grouped conv."""
-
     def score(layers: Sequence[FilterLayer], context: Context) -> Scores:
         weights = to_cpu([layer.weight for layer in layers])
         return {x.name: by_group(function, x.conv.groups, weight) for x, weight in zip(layers, weights, strict=True)}
@@ -94,15 +89,14 @@ def _of_weight(function: Callable[[Tensor], Tensor]) -> Criterion:
 
 
 def calibrated_overlap(weight: Tensor) -> Tensor:
-    """O_f over its expectation for random directions, so that layers of different d compare: about 1 untrained."""
+    """O_f over its expectation for random directions, so that layers of different d compare."""
     if len(weight) == 1:
         return torch.zeros(1)
     return inter_filter_orthogonality(weight) / expected_overlap(len(weight), weight[0].numel())
 
 
 def released_overlap(weight: Tensor) -> Tensor:
-    """The score of the author's released code, with one norm for the whole matrix and the mean of signed projections:
-    |mean_j (What What^T - I)[f, j]|, What = W / ||W||_F."""
+    """The score of the author's released code: |mean_j (What What^T - I)[f, j]|, What = W / ||W||_F."""
     rows = torch.nan_to_num(weight.detach().cpu().double().flatten(1))
     rows = rows / rows.norm().clamp_min(torch.finfo(torch.float32).tiny)
     return ((rows @ rows.sum(0) - 1) / len(rows)).abs()
@@ -126,9 +120,8 @@ def share_of_zeros(layers: Sequence[FilterLayer], context: Context) -> Scores:
 
 
 def redundancy(layers: Sequence[FilterLayer], context: Context) -> Scores:
-    """Filters that a network would not miss: infinity for one that is never in use on these batches
-    (``use_of_filters``), the likeness to the filter that says the same for a near-duplicate (``copies``), NEVER for all
-    others. Where a network has none of these, training with RePr is training without it, step for step."""
+    """Filters that a network would not miss: infinity for an idle one (``use_of_filters``), the likeness to the filter
+    that stays for a near-duplicate (``copies``), NEVER for all others."""
     use = use_of_filters(layers, context)
     scores = {}
     for layer in layers:
@@ -142,10 +135,8 @@ def redundancy(layers: Sequence[FilterLayer], context: Context) -> Scores:
 
 
 def copies(weight: Tensor, idle: Tensor, threshold: Tensor) -> Tensor:
-    """The likeness of each near-duplicate to the filter that stays for it.
-
-    Two filters are alike by the cosine c of their weights, taken with the sign of their gammas, and by their thresholds
-    t, mean over standard deviation of what they put out: c / sqrt(1 + (t1 - t2)^2).
+    """The likeness of each near-duplicate to the filter that stays for it: c / sqrt(1 + (t1 - t2)^2), of the cosine c
+    of their weights and their thresholds t.
 
     From the largest norm down every filter stays, unless it is more like one that stays than NEAR_DUPLICATE. Filters
     that stay, and idle ones, score NEVER. Weights (J, ...) are those of one layer or group, on the CPU.
@@ -166,8 +157,7 @@ def use_of_filters(layers: Sequence[FilterLayer], context: Context) -> dict[str,
     """Layer name -> (J,) bool and (J,), on the CPU: whether a filter is idle, and its threshold.
 
     A filter is idle if it puts out nothing above 0 and gets no gradient, on any rank, while others of its layer do.
-    Where none of them does there may have been no example for the layer. The threshold is mean over standard deviation
-    of the channel before its activation.
+    The threshold is mean over standard deviation of the channel before its activation.
     """
     counts: dict[str, int] = {}
     sums: Scores = {}
@@ -228,12 +218,8 @@ def output_means(layers: Sequence[FilterLayer], context: Context, of: Callable[[
 
 
 def run_batches(context: Context, on_loss: Callable[[Tensor], None], gradients: bool) -> None:
-    """Calls ``on_loss`` with the loss of every batch; ``gradients`` says whether it can be differentiated, by
-    ``torch.autograd.grad``: neither ``.grad`` nor DistributedDataParallel's reducer must notice.
-
-    Raises:
-        UserError: the context has no passes.
-    """
+    """Calls ``on_loss`` with the loss of every batch; ``gradients`` says whether it can be differentiated, which is for
+    ``torch.autograd.grad``, unseen by DistributedDataParallel. UserError if the context has no passes."""
     passes = context.passes
     if passes is None:
         raise UserError("this criterion looks at training batches: give Context(passes=...)")

@@ -31,8 +31,7 @@ _WEIGHTS = (
 
 
 def check_optimizers(layers: Sequence[FilterLayer], optimizers: Sequence[Optimizer]) -> None:
-    """Raises UserError where a trainable member of a filter is in none of the optimizers, or a step of one of them
-    would not leave a filter of zeros without gradients where it is."""
+    """Raises UserError if a trainable member of a filter is in none of the optimizers, or one of them has eps 0."""
     groups = [(type(optimizer).__name__, group) for optimizer in optimizers for group in optimizer.param_groups]
     held = {id(parameter) for _, group in groups for parameter in group["params"]}
     for layer in layers:
@@ -48,7 +47,7 @@ def check_optimizers(layers: Sequence[FilterLayer], optimizers: Sequence[Optimiz
 
 
 def check_optimizer_state(layers: Sequence[FilterLayer], optimizers: Sequence[Optimizer]) -> None:
-    """Raises UserError where an optimizer keeps something for a layer whose meaning is not known."""
+    """Raises UserError if an optimizer keeps something for a layer whose meaning is not known."""
     owners = {parameter: layer.name for layer in layers for parameter in layer.parameters()}
     for kind, parameter, key, tensor in _all_state(optimizers):
         owner = f"filters of {owners[parameter]}" if parameter in owners else ""
@@ -66,7 +65,6 @@ def check_optimizer_state(layers: Sequence[FilterLayer], optimizers: Sequence[Op
 
 
 def _all_state(optimizers: Sequence[Optimizer]) -> Iterator[tuple[str, Tensor, str, Tensor]]:
-    """Class of an optimizer, parameter, name and value of every tensor that it keeps."""
     for optimizer in optimizers:
         for parameter, state in optimizer.state.items():
             for key, value in state.items() if torch.is_tensor(parameter) else ():
@@ -75,7 +73,7 @@ def _all_state(optimizers: Sequence[Optimizer]) -> Iterator[tuple[str, Tensor, s
 
 
 def optimizer_state(optimizers: Sequence[Optimizer], parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor of all that optimizers keep for every entry of ``parameter``, each of its shape."""
+    """Name and tensor of all that optimizers keep of the shape of ``parameter``."""
     for optimizer in optimizers:
         for key, value in optimizer.state.get(parameter, {}).items():
             if torch.is_tensor(value) and value.shape == parameter.shape:
@@ -84,7 +82,6 @@ def optimizer_state(optimizers: Sequence[Optimizer], parameter: Tensor) -> Itera
 
 @torch.no_grad()
 def zero_optimizer_state_(optimizers: Sequence[Optimizer], layer: FilterLayer, rows: Tensor) -> None:
-    """Sets the state of filters (M,) of a layer to 0."""
     for parameter in layer.parameters():
         zero_rows_((tensor for _, tensor in optimizer_state(optimizers, parameter)), rows)
 

@@ -28,7 +28,7 @@ class About:
         choices: all values that it may have.
         least: of an integer.
         share: "(0, 1)" or "(0, 1]": the interval of a number.
-        in_config: default of the config key, where that of the keyword argument makes no sense there.
+        in_config: default of the config key, if not that of the keyword.
     """
 
     key: str
@@ -45,7 +45,7 @@ class About:
         return f"in {self.share}" if self.share else f"one of {', '.join(self.choices)}" if self.choices else ""
 
     def check(self, name: str, value: Any) -> None:
-        """Raises OptionError where the value of the option ``name`` is wrong."""
+        """Raises OptionError if the value of the option ``name`` is wrong."""
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if self.least is not None:
             right = is_number and isinstance(value, int) and value >= self.least
@@ -72,8 +72,8 @@ class RePrOptions:
     s1_iters: int = _option(
         0,
         "S1_ITERS",
-        "Steps of the full network in one cycle. 0, with S2 0 too: derived, all cycles with S1 : S2 = 2 : 1 in the "
-        "first three quarters of the steps before the learning rate decays.",
+        "Steps of the full network in one cycle. 0, with S2 0 too: derived, S1 : S2 = 2 : 1 in three quarters of the "
+        "steps before the learning rate decays.",
         least=0,
     )
     s2_iters: int = _option(0, "S2_ITERS", "Steps of the sub-network in one cycle.", least=0)
@@ -128,10 +128,8 @@ class RePrOptions:
                 f"{{s1_iters}} is {self.s1_iters}, {{s2_iters}} {self.s2_iters}: set both, or leave both 0"
             )
         if self.max_drop_per_layer < self.drop_ratio:
-            raise OptionError(
-                f"{{max_drop_per_layer}} must be at least {{drop_ratio}} {self.drop_ratio}, got "
-                f"{self.max_drop_per_layer}"
-            )
+            least = f"at least {{drop_ratio}} {self.drop_ratio}"
+            raise OptionError(f"{{max_drop_per_layer}} must be {least}, got {self.max_drop_per_layer}")
 
     @classmethod
     def of(cls, given: dict[str, Any]) -> "RePrOptions":
@@ -147,7 +145,7 @@ class RePrOptions:
         return cls(**known)
 
     def resumed(self) -> dict[str, Any]:
-        """Returns the values that a resumed run must have too: config key -> value, for a checkpoint."""
+        """Config key -> value of what a resumed run must have too, for a checkpoint."""
         names = [name for name in option_names() if name not in _OF_SCHEDULE]
         return {CONFIG_KEYS[name]: _storable(getattr(self, name)) for name in names}
 
@@ -162,7 +160,7 @@ def option_names() -> tuple[str, ...]:
 
 
 def _storable(value: Any) -> Any:
-    """The value as ``torch.load(weights_only=True)`` takes it: a function by its name, a list of any kind as a list."""
+    """The value as ``torch.load(weights_only=True)`` takes it: a function by its name."""
     if isinstance(value, (str, int, float)):
         return value
     if isinstance(value, Sequence):
@@ -176,10 +174,10 @@ CONFIG_KEYS = {name: f"REPR.{about_option(name).key}" for name in option_names()
 
 
 def check_resumed(saved: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
-    """Raises OptionError where a run is resumed with other options than those that were saved, by config key."""
+    """Raises OptionError if a run is resumed with other options than those that were saved, by config key."""
     for name, key in CONFIG_KEYS.items():
         if key in saved and key in mine and saved[key] != mine[key]:
             raise OptionError(
                 f"the checkpoint was trained with {{{name}}} {saved[key]}, this run has {mine[key]}: resume with the "
-                "former, or start again elsewhere"
+                "same, or start again elsewhere"
             )

@@ -4,9 +4,8 @@ Shape shorthand:
     J: filters of a layer        d: weights of one filter, C_in / groups * kh * kw
     K: filters that were kept    M: filters that were dropped    n = K + M
 
-Weights may have any trailing shape, rows are filters. All is computed in float64 on the CPU: one seed gives the same
-filters on every device. A row that is zero or not finite has no direction: it overlaps with nothing (O_f = 0), and
-nothing has to be orthogonal to it.
+All is computed in float64 on the CPU: one seed gives the same filters on every device. A row that is zero or not finite
+has no direction: it overlaps with nothing (O_f = 0), and nothing has to be orthogonal to it.
 """
 
 import itertools
@@ -16,12 +15,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-# Squared singular values of the unit-row matrix below this are the null space: cosines of at most 1e-6. Rounding in
-# double precision leaves up to the second, relative to the largest, where the exact value is 0.
-_NULL_EIGENVALUE = 1e-12
-_NULL_ROUNDING = 1e-14
-# Eigenvalues closer than this, relative to themselves, count as one eigenspace: rounding of single-precision weights.
-_SAME_EIGENVALUE = 3e-6
+_NULL_EIGENVALUE = 1e-12  # squared singular values up to this are the null space: cosines of at most 1e-6
+_NULL_ROUNDING = 1e-14  # and up to this share of the largest, which rounding leaves of 0
+_SAME_EIGENVALUE = 3e-6  # relative difference inside one eigenspace: rounding of single-precision weights
 
 
 def unit_filters(weight: Tensor) -> Tensor:
@@ -41,10 +37,10 @@ def inter_filter_orthogonality(weight: Tensor, groups: int = 1) -> Tensor:
 
     Args:
         weight: (J, ...) filters of one layer.
-        groups: of a grouped conv; each is a layer of its own with J / groups filters.
+        groups: of a grouped conv; each counts as a layer.
 
     Returns:
-        (J,) in [0, 1), float64 on the CPU; the largest overlaps most with its neighbours and is dropped first.
+        (J,) in [0, 1), float64 on the CPU; the largest is dropped first.
 
     Example:
         >>> import torch
@@ -57,7 +53,6 @@ def inter_filter_orthogonality(weight: Tensor, groups: int = 1) -> Tensor:
 
 def _overlap(weight: Tensor) -> Tensor:
     unit = unit_filters(weight)
-    # The diagonal of P is zero by definition, also where rounding leaves |f|^2 a little off 1.
     return (unit @ unit.T).fill_diagonal_(0).abs_().sum(1) / len(unit)
 
 
@@ -83,9 +78,8 @@ def least_overlap_filters(kept: Tensor, dropped: Tensor, generator: torch.Genera
     """Directions for M returning filters with the least overlap with the kept and with their own old values.
 
     With A (n, d) the unit rows of both arguments, the new rows are orthonormal and span the eigenvectors of the M
-    smallest eigenvalues of A^T A: the null space where it has M dimensions (section 3 of the paper). Inside an
-    eigenspace the directions are uniformly random. Where M > d they are floor(M / d) randomly rotated orthonormal bases
-    and the remainder from the smallest eigenvalues.
+    smallest eigenvalues of A^T A: the null space if it has M dimensions (section 3 of the paper). Inside an eigenspace
+    they are uniformly random. If M > d they are floor(M / d) random bases and the rest from the smallest eigenvalues.
 
     Args:
         kept: (K, ...) current values of the filters that stayed; K may be 0.

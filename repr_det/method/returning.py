@@ -1,8 +1,4 @@
-"""The memory of dropped filters, and the return of the filters of one layer (RePr, section 3).
-
-Shape shorthand:
-    J: filters of a layer        M: filters of it that return        K = J - M: filters that stayed
-"""
+"""The return of the filters of one layer (RePr, section 3): J filters, of which M return."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,8 +33,7 @@ def new_filters(
         scale: see ``options.RePrOptions``.
 
     Returns:
-        (M, ...) new filters of the dtype in which the layer keeps them; the largest |cos| of one of them to a kept or
-        an old filter.
+        (M, ...) new filters of the layer's dtype; the largest |cos| of one of them to a kept or an old filter.
     """
 
     def directions(now: Tensor, before: Tensor, out: Tensor) -> Tensor:
@@ -57,7 +52,7 @@ def new_filters(
 
 
 def _new_norms(scale: str, kept: Tensor, old: Tensor) -> Tensor:
-    """L2 norms (M,) of the new filters, never 0: where kept and old filters are all zero they are 1."""
+    """L2 norms (M,) of the new filters; 1 if kept and old filters are all zero."""
     own, others = (filters.double().flatten(1).norm(dim=1) for filters in (old, kept))
     usable, of_others = (torch.isfinite(sizes) & (sizes > 0) for sizes in (own, others))
     if scale == "unit":
@@ -80,8 +75,7 @@ def _of_norm(unit: Tensor, norms: Tensor, dtype: torch.dtype) -> Tensor:
 
 @torch.no_grad()
 def put_back(layer: FilterLayer, rows: Tensor, values: Mapping[str, Tensor]) -> None:
-    """Gives filters (M,) of a layer ``values`` (M, ...) by the names of its tensors; what is missing becomes as at the
-    start."""
+    """Gives filters (M,) of a layer ``values`` (M, ...) by the names of its tensors, or those of a new norm."""
     for name, tensor in {**layer.tensors(), **layer.running_statistics()}.items():
         if name in values:
             tensor.index_copy_(0, rows, values[name].to(tensor))
@@ -98,10 +92,10 @@ def can_be_silent(layer: FilterLayer, modules: Modules) -> bool:
 def prepare_readers(
     layer: FilterLayer, modules: Modules, held: HeldFilters, optimizers: Sequence[Optimizer], silent: bool
 ) -> None:
-    """Keeps what reads returned channels from stepping further than others, or, where they are to be ``silent``
+    """Keeps what reads returned channels from stepping further than others, or, if they are to be ``silent``
     ("function_preserving"), the channels from changing what comes after them until they have learned.
 
-    Where all that reads them are convs and linear layers, their weights for these channels become 0; else gamma does. A
+    If all that reads them are convs and linear layers, their weights for these channels become 0, else gamma does. A
     filter of a grouped reader that would lose all of its kernels keeps them.
     """
     if silent and not _kernels_can_be_silent(layer, modules):

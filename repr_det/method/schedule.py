@@ -13,10 +13,7 @@ from repr_det.method.options import about_option
 @dataclass(frozen=True)
 class RePrSchedule:
     """N cycles of S1 iterations with the full network and S2 with the sub-network, after ``start_iter`` plain ones.
-
-    Raises:
-        OptionError: a number is no integer, or too small.
-    """
+    OptionError if a number is no integer or too small."""
 
     s1_iters: int
     s2_iters: int
@@ -38,14 +35,14 @@ class RePrSchedule:
         if cycle < 3:
             raise OptionError(
                 f"{{num_cycles}} {num_cycles} cycles of S1 and S2 do not fit between {{start_iter}} {start_iter} and "
-                f"{horizon * 3 // 4}, three quarters of the {horizon} iterations before the first learning-rate step: "
+                f"{horizon * 3 // 4}, three quarters of the {horizon} iterations before the learning rate decays: "
                 "train longer, take fewer cycles, or set {s1_iters} and {s2_iters}"
             )
         return cls(2 * (cycle // 3), cycle // 3, num_cycles, start_iter)
 
     @property
     def drop_iters(self) -> tuple[int, ...]:
-        """Iterations after whose step filters are dropped; the next one is the first of the sub-network."""
+        """Iterations after whose step filters are dropped."""
         cycle = self.s1_iters + self.s2_iters
         return tuple(self.start_iter + c * cycle + self.s1_iters - 1 for c in range(self.num_cycles))
 
@@ -69,10 +66,10 @@ class RePrSchedule:
         return sum(restore < iteration for restore in self.restore_iters)
 
     def check_fits(self, max_iter: int) -> None:
-        """Raises OptionError unless the last restore leaves at least one iteration for the full network."""
+        """Raises OptionError unless an iteration of the full network follows the last restore."""
         if self.end_iter >= max_iter:
             raise OptionError(
                 f"RePr needs {{start_iter}} {self.start_iter} + {{num_cycles}} {self.num_cycles} x ({{s1_iters}} "
-                f"{self.s1_iters} + {{s2_iters}} {self.s2_iters}) = {self.end_iter} iterations and some more of the "
-                f"full network, but {{total_steps}} is {max_iter}: train longer or shorten the schedule"
+                f"{self.s1_iters} + {{s2_iters}} {self.s2_iters}) = {self.end_iter} iterations and one more of the "
+                f"full network, {{total_steps}} is {max_iter}: train longer or shorten the schedule"
             )

@@ -8,8 +8,7 @@ from torch import Tensor
 from repr_det.method.errors import OptionError
 from repr_det.method.options import about_option
 
-# 0.3 * 10 must be 3 and 0.1 * 30 must not be 4: shares are decimal numbers, their products binary ones.
-_ROUNDING = 1e-9
+_ROUNDING = 1e-9  # 0.3 * 10 must be 3 and 0.1 * 30 must not be 4
 
 
 def drop_total(num_filters: int, drop_ratio: float) -> int:
@@ -18,12 +17,12 @@ def drop_total(num_filters: int, drop_ratio: float) -> int:
 
 
 def drop_cap(num_filters: int, max_drop_per_layer: float) -> int:
-    """At most min(J - 1, ceil(max_drop_per_layer * J)) filters of a layer: one always stays."""
+    """min(J - 1, ceil(max_drop_per_layer * J)): one filter always stays."""
     return max(0, min(num_filters - 1, math.ceil(max_drop_per_layer * num_filters - _ROUNDING)))
 
 
 def check_capacity(sizes: dict[str, int], drop_ratio: float, max_drop_per_layer: float) -> None:
-    """Raises OptionError where a share is out of range, or the caps leave fewer filters to drop than are asked for."""
+    """Raises OptionError if a share is out of range, or the caps leave too few filters to drop."""
     about_option("drop_ratio").check("drop_ratio", drop_ratio)
     about_option("max_drop_per_layer").check("max_drop_per_layer", max_drop_per_layer)
     total = drop_total(sum(sizes.values()), drop_ratio)
@@ -31,7 +30,7 @@ def check_capacity(sizes: dict[str, int], drop_ratio: float, max_drop_per_layer:
     if room < total:
         raise OptionError(
             f"{{max_drop_per_layer}} {max_drop_per_layer} lets {room} of {sum(sizes.values())} filters be dropped, "
-            f"{{drop_ratio}} {drop_ratio} needs {total} (one of a layer always stays): raise the cap or lower the ratio"
+            f"{{drop_ratio}} {drop_ratio} needs {total} (one of a layer stays): raise the cap or lower the ratio"
         )
 
 
