@@ -8,8 +8,8 @@ J: filters of a layer; M: filters of it that leave or return.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, nullcontext, suppress
 
 import torch
 from torch import Tensor, nn
@@ -55,9 +55,8 @@ class FrozenNorms:
     def of(self, layers: Sequence[FilterLayer]) -> list[FilterLayer]:
         """The layers whose norm keeps its statistics in training, also if the model is being evaluated now."""
         trains = self._participants.trains if self._passes is None else self._passes.trains
-        if self._model is None or self._model.training == trains:
-            return [layer for layer in layers if layer.is_frozen]
-        with undisturbed(self._model, trains=trains):
+        evaluates = self._model is not None and self._model.training != trains
+        with undisturbed(self._model, trains=trains) if evaluates else nullcontext():
             return [layer for layer in layers if layer.is_frozen]
 
     def need_batches(self, layers: Sequence[FilterLayer]) -> bool:
@@ -138,22 +137,20 @@ class FrozenNorms:
         seen: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
         left: set[str] = set()
 
-        def hook_of(layer: FilterLayer) -> Callable[[nn.Module, tuple], None]:
-            def look(module: nn.Module, inputs: tuple) -> None:
-                if layer.name in left:
-                    left.remove(layer.name)
-                    seen[layer.name] += [_of_image(image.float()) for image in inputs[0]]
-                    if not left:
-                        raise _AllReached
-
-            return look
+        def look(name: str, images: Tensor) -> None:
+            if name in left:
+                left.remove(name)
+                seen[name] += [_of_image(image.float()) for image in images]
+                if not left:
+                    raise _AllReached
 
         passes = self._passes
         with ExitStack() as stack:
             stack.enter_context(undisturbed(passes.model, True, passes.trains))
             stack.enter_context(torch.no_grad())
             for layer in layers:
-                stack.callback(layer.norm.register_forward_pre_hook(hook_of(layer)).remove)
+                hook = layer.norm.register_forward_pre_hook(lambda _, inputs, name=layer.name: look(name, inputs[0]))
+                stack.callback(hook.remove)
             for batch in batches:
                 left.update(seen)
                 with suppress(_AllReached):
@@ -169,9 +166,8 @@ def _of_image(image: Tensor) -> Tensor:
 
 
 def _over_ranks(seen: Mapping[str, list[Tensor]], device: torch.device) -> dict[str, Tensor]:
-    reached = [name for name, images in seen.items() if images]
-    own = dict(zip(reached, to_cpu([torch.stack(seen[name]) for name in reached]), strict=True))
-    everyone = gathered(own, device)
+    own = {name: torch.stack(images) for name, images in seen.items() if images}
+    everyone = gathered(dict(zip(own, to_cpu(list(own.values())), strict=True)), device)
     found = {}
     for name in seen:
         images = [theirs[name].double() for theirs in everyone if name in theirs]

@@ -20,7 +20,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from repr_det.method.distributed import mean_over_ranks, to_cpu
 from repr_det.method.errors import OptionError, UserError
@@ -238,11 +238,9 @@ def on_output(layers: Sequence[FilterLayer], see: Callable[[FilterLayer, Tensor]
     """Calls ``see`` with every layer and what its channels put out, whenever it runs."""
     with ExitStack() as stack:
         for layer in layers:
-
-            def hook(module: nn.Module, inputs: tuple, output: Tensor, layer: FilterLayer = layer) -> None:
-                see(layer, output)
-
-            stack.callback(layer.output_module().register_forward_hook(hook).remove)
+            module = layer.output_module()
+            hook = module.register_forward_hook(lambda _, inputs, output, layer=layer: see(layer, output))
+            stack.callback(hook.remove)
         yield
 
 

@@ -42,7 +42,9 @@ class About:
         """The values that are right, in words; "" where all are."""
         if self.least is not None:
             return f"an integer of at least {self.least}"
-        return f"in {self.share}" if self.share else f"one of {', '.join(self.choices)}" if self.choices else ""
+        if self.share:
+            return f"in {self.share}"
+        return f"one of {', '.join(self.choices)}" if self.choices else ""
 
     def check(self, name: str, value: Any) -> None:
         """Raises OptionError if the value of the option ``name`` is wrong."""
