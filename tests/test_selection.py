@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from repr_det.method.criteria import select_filters
 from repr_det.method.errors import UserError
-from repr_det.method.selection import select_filters
 
 NEVER = float("-inf")
 ONES = [1, 1, 1, 1]

@@ -35,9 +35,9 @@ from repr_det.detectron.config import (
 from repr_det.detectron.decay import decays_of_config
 from repr_det.detectron.engine import Trainer, check_same_arm
 from repr_det.detectron.hook import RePrHook
+from repr_det.method.criteria import check_capacity
 from repr_det.method.errors import UserError
 from repr_det.method.layers import find_filter_layers
-from repr_det.method.selection import check_capacity
 from repr_det.runs.checkpoints import AtomicCheckpointer, check_last_checkpoint, fit_names, zero_filters
 from repr_det.runs.files import run_traces
 
