@@ -13,11 +13,6 @@ from repr_det.method.criteria import CRITERIA, Context
 GROUPS, WIDTH = 4, 8
 
 
-def overlap_in_groups(weight: torch.Tensor, kept: np.ndarray) -> np.ndarray:
-    parts = zip(weight.detach().chunk(GROUPS), np.split(kept, GROUPS), strict=True)
-    return np.concatenate([textbook_overlap(part[rows]) for part, rows in parts])
-
-
 def grouped_conv(in_channels: int = 16) -> nn.Conv2d:
     torch.manual_seed(0)
     return nn.Conv2d(in_channels, GROUPS * WIDTH, 3, padding=1, groups=GROUPS, bias=False)
@@ -62,7 +57,9 @@ def test_new_filters_avoid_those_of_their_group(in_channels, whole):
     assert transition.max_cosine["0"] == pytest.approx(largest, abs=1e-6) and largest < 1e-5
     np.testing.assert_allclose(transition.overlaps["0"], textbook_overlap(new, GROUPS), atol=2e-6)
     assert transition.overlap_after == pytest.approx(textbook_overlap(new, GROUPS).mean(), abs=1e-9)
-    assert transition.overlap_before == pytest.approx(overlap_in_groups(old, ~mask).mean(), abs=1e-6)
+    parts = zip(old.chunk(GROUPS), np.split(~mask, GROUPS), strict=True)
+    before = np.concatenate([textbook_overlap(part[rows]) for part, rows in parts])
+    assert transition.overlap_before == pytest.approx(before.mean(), abs=1e-6)
     kept = old[~mask].flatten(1).norm(dim=1).mean()
     torch.testing.assert_close(new[mask].flatten(1).norm(dim=1), kept.expand(int(mask.sum())))
 

@@ -22,19 +22,13 @@ def objective(new: torch.Tensor, others: np.ndarray) -> float:
     return float(((others @ new.double().flatten(1).numpy().T) ** 2).sum())
 
 
-def assert_orthonormal(new: torch.Tensor, atol: float = 1e-5) -> None:
-    rows = new.double().flatten(1).numpy()
-    assert np.isfinite(rows).all()
-    np.testing.assert_allclose(rows @ rows.T, np.eye(len(rows)), atol=atol)
-
-
 def assert_least(new: torch.Tensor, *others: torch.Tensor, rel: float = 1e-5, atol: float = 1e-5) -> None:
     """Bases, each orthonormal, with the least total overlap that d directions can have: eigenvalues of A^T A; at most
     1e-5 each if there is a null space for all."""
     rows = unit_rows(*others)
     dimension = new[0].numel()
-    for block in new.split(dimension):
-        assert_orthonormal(block, atol)
+    for block in new.double().flatten(1).split(dimension):
+        torch.testing.assert_close(block @ block.T, torch.eye(len(block)).double(), rtol=0, atol=atol)
     values, vectors = np.linalg.eigh(rows.T @ rows)
     whole, rest = divmod(len(new), dimension)
     best = whole * values.sum() + values[:rest].clip(0).sum()
@@ -72,15 +66,9 @@ def test_new_filters_have_the_least_total_overlap(kept, dropped, trailing, dtype
     before, state = (kept.clone(), dropped.clone()), torch.get_rng_state()
     new = least_overlap_filters(torch.nn.Parameter(kept), dropped, generator(3))
     assert new.shape == dropped.shape and new.dtype == dtype and not new.requires_grad
-    if dtype in (torch.float32, torch.float64):
-        assert_least(new, kept, dropped)
-    else:
-        unit, others = torch.finfo(dtype).eps, unit_rows(kept, dropped)
-        for block in new.split(new[0].numel()):
-            assert_orthonormal(block, atol=2 * unit)
-        if len(new) <= new[0].numel():
-            best = np.linalg.eigvalsh(others.T @ others)[: len(new)].clip(0).sum()
-            assert objective(new, others) <= best * (1 + 4 * unit) + len(others) * len(new) * unit**2
+    exact = least_overlap_filters(kept.double(), dropped.double(), generator(3))
+    assert_least(exact, kept, dropped)
+    assert torch.equal(new, exact.to(dtype))  # rounding is all that sets it apart
     distance = torch.cdist(new.double().flatten(1), new.double().flatten(1)) + 10 * torch.eye(len(new))
     assert distance.min() > 1e-2
     assert torch.equal(torch.get_rng_state(), state)
