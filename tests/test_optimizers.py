@@ -14,8 +14,7 @@ SHARES = (1, 1, 1, 1, 1, 1, 0.25, 0.5, 0.75, 1, 1, 1, 0.25, 0.5, 0.75, 1)  # of 
 
 
 class Clipping(torch.optim.SGD):
-    """As Detectron2's projects write it; torch runs the hooks of an instance in ``step`` of both classes, once a plain
-    SGD has been used."""
+    """As Detectron2's projects write it; torch runs the hooks in ``step`` of both classes once an SGD has been used."""
 
     def __init__(self, *arguments, **options) -> None:
         super().__init__(*arguments, **options)
@@ -34,7 +33,6 @@ class Clipping(torch.optim.SGD):
 
 
 def test_a_step_that_calls_its_base_class_counts_once_and_one_that_was_interrupted_not_at_all():
-    """In a notebook, whose cell is run again."""
     net = readable_net()
     optimizer = Clipping(net.parameters(), lr=0.1, momentum=0.9)
     schedule = RePrSchedule(8, 4, 2)
@@ -98,16 +96,14 @@ class SharpnessAware(torch.optim.Optimizer):
 
     @torch.no_grad()
     def first_step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                self.state[p]["old_p"] = p.data.clone()
-                p.add_(p.grad, alpha=0.01)
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["old_p"] = p.data.clone()
+            p.add_(p.grad, alpha=0.01)
 
     @torch.no_grad()
     def second_step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                p.data = self.state[p]["old_p"]
+        for p in self.param_groups[0]["params"]:
+            p.data = self.state[p]["old_p"]
         self.base_optimizer.step()
 
     def step(self, closure):
@@ -139,7 +135,7 @@ def test_an_optimizer_inside_another_is_counted_and_forgets_dropped_filters_too(
             one.step()
         if one.phase == "sub":
             assert largest_dropped(one.scheme) == 0
-            returned = {name: mask.clone() for name, mask in one.scheme.masks.items()}
+            returned = dict(one.scheme.masks)
     assert one.steps == 9 and one.scheme.cycle == 1
     for name, mask in returned.items():
         assert (net.get_submodule(name).weight[mask].flatten(1).norm(dim=1) > 0.1).all()
@@ -155,11 +151,10 @@ class ScheduleFree(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         self.steps += 1
-        for group in self.param_groups:
-            for p in group["params"]:
-                z = self.state[p].setdefault("z", p.clone())
-                p.lerp_(z, 1 / self.steps).sub_(p.grad, alpha=group["lr"] * (1 - 0.9 * (1 - 1 / self.steps)))
-                z.sub_(p.grad, alpha=group["lr"])
+        for p in self.param_groups[0]["params"]:
+            z = self.state[p].setdefault("z", p.clone())
+            p.lerp_(z, 1 / self.steps).sub_(p.grad, alpha=1e-3 * (1 - 0.9 * (1 - 1 / self.steps)))
+            z.sub_(p.grad, alpha=1e-3)
 
 
 @pytest.mark.parametrize("returns", ["as_published", "function_preserving"])
@@ -208,9 +203,8 @@ class Forgetful(torch.optim.SGD):
     @torch.no_grad()
     def step(self, closure=None):
         super().step(closure)
-        for group in self.param_groups:
-            for p in group["params"]:
-                p.add_(1e-3)
+        for p in self.param_groups[0]["params"]:
+            p.add_(1e-3)
 
 
 @pytest.mark.parametrize("is_remade", [False, True])

@@ -136,12 +136,11 @@ class Less(nn.Module):
     ("behind", "silent"),
     [
         ([nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 3)], True),
-        ([nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16 * 64, 3)], True),
         ([nn.ReLU(), nn.Flatten(), nn.Linear(16 * 256, 3)], True),
         # Kernels that read other channels too stay, and gamma makes it silent.
         ([nn.BatchNorm2d(16), Less(), nn.Conv2d(16, 4, 1), nn.Flatten()], False),
     ],
-    ids=["mean", "pool", "flatten", "less the mean"],
+    ids=["mean", "flatten", "less the mean"],
 )
 def test_other_readers_of_a_conv(behind, silent):
     torch.manual_seed(0)
@@ -158,7 +157,7 @@ def test_other_readers_of_a_conv(behind, silent):
     assert not silent or columns.any(2)[:, mask].all()
 
 
-@pytest.mark.parametrize("how", ["weight_norm", "spectral_norm", "module"])
+@pytest.mark.parametrize("how", ["weight_norm", "module"])
 def test_a_reader_whose_kernels_cannot_be_set_leaves_it_to_gamma(how):
     model = resnet()
     block = model[3]

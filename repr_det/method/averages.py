@@ -38,8 +38,8 @@ class Averages:
                 if name in values and values[name].shape == value.shape:
                     value.copy_(values[name])
         for one in self._given:
-            if isinstance(one, AveragedModel):  # an average of equal weights begins again with its next update
-                one.n_averaged.zero_()
+            if isinstance(one, AveragedModel):
+                one.n_averaged.zero_()  # its next update begins an average of equal weights
 
     def not_given(self) -> str | None:
         """The class of a copy of the model that has moved without gradients since the last call."""

@@ -26,8 +26,7 @@ from repr_det.network.state import undisturbed
 
 logger = logging.getLogger("repr_det.scheme")
 
-# A channel whose standard deviation is below this share of its largest value is constant: it has no scale to match.
-_CONSTANT = 1e-6
+_CONSTANT = 1e-6  # a standard deviation below this share of the mean has no scale to match
 _SETTLED = 1e-5  # change of statistics, in standard deviations, that ends the search for them
 
 
@@ -76,11 +75,8 @@ class FrozenNorms:
     def before_drop(
         self, held: HeldFilters, layers: Sequence[FilterLayer], values: Values, cycle: int
     ) -> dict[str, Tensor]:
-        """Notes which norms of ``layers`` are frozen, and measures what their leaving channels are after the norm.
-
-        Returns:
-            layer name -> (2, M) float32 on the CPU: mean, standard deviation. Layers that no batch reaches are missing.
-        """
+        """Notes which norms of ``layers`` are frozen, and measures their leaving channels after the norm: layer name ->
+        mean and standard deviation, (2, M) float32 on the CPU. Layers that no batch reaches are missing."""
         self.at_drop = {layer.name for layer in self.of(layers)}
         leaving = [layer for layer in held.layers if layer.name in self.at_drop]
         if not leaving or self._passes is None or not self._recalibrates:

@@ -40,7 +40,7 @@ logger = logging.getLogger("repr_det.data_criteria")
 
 @dataclass(frozen=True)
 class Context:
-    """What a criterion may look at besides the layers: a CPU generator and training batches, those of ``cycle``."""
+    """What a criterion may look at: a CPU generator, and ``num_batches`` training batches, those of ``cycle``."""
 
     generator: torch.Generator
     passes: TrainingPasses | None = None
@@ -142,7 +142,7 @@ def copies(weight: Tensor, idle: Tensor, threshold: Tensor) -> Tensor:
     of their weights and their thresholds t.
 
     From the largest norm down every filter stays, unless it is more like one that stays than NEAR_DUPLICATE. Filters
-    that stay, and idle ones, score NEVER. Weights (J, ...) are those of one layer or group, on the CPU.
+    that stay, and idle ones, score NEVER. Weights (J, ...) are those of one layer or group.
     """
     rows = unit_filters(weight)
     apart = threshold[:, None].double() - threshold[None].double()
@@ -311,13 +311,12 @@ def check_capacity(sizes: dict[str, int], drop_ratio: float, max_drop_per_layer:
 
 
 def select_filters(scores: dict[str, Tensor], drop_ratio: float, max_drop_per_layer: float = 1.0) -> dict[str, Tensor]:
-    """The floor(drop_ratio * F) filters with the highest scores over all layers, at most a capped number in any layer.
+    """The floor(drop_ratio * F) filters with the highest scores over all layers, at most a capped number of each.
 
     Args:
-        scores: layer name -> (J,), larger is dropped earlier, minus infinity never. Ties go by the order of the layers,
-            then by index.
+        scores: layer name -> (J,), minus infinity is never dropped. Ties go by the order of layers, then by index.
         drop_ratio: share of all F filters, in (0, 1).
-        max_drop_per_layer: share of a layer that may be dropped, rounded up, in (0, 1]; one filter always stays.
+        max_drop_per_layer: share of a layer, rounded up, in (0, 1]; one filter always stays.
 
     Returns:
         layer name -> (J,) bool on the device of the scores, True = drop.

@@ -1,7 +1,6 @@
-"""All options of RePr, described once: name, default, range, meaning, and the key of a config that sets it.
+"""All options of RePr, described once: name, default, range, meaning and config key.
 
-The keyword arguments of ``RePr`` and ``RePrHook``, the config node REPR, what a resumed run must have the same, the
-table of keys in the pages and the texts of errors come from the fields of ``RePrOptions``.
+Keyword arguments, the node REPR, what a resume compares, the table in the pages and errors come from ``RePrOptions``.
 """
 
 import warnings
@@ -27,7 +26,7 @@ class About:
         meaning: one line.
         choices: all values that it may have.
         least: of an integer.
-        share: "(0, 1)" or "(0, 1]": the interval of a number.
+        share: the interval of a number, "(0, 1)" or "(0, 1]".
         in_config: default of the config key, if not that of the keyword.
     """
 
@@ -65,11 +64,7 @@ def _option(default: Any, key: str, meaning: str, **about: Any) -> Any:
 
 @dataclass(frozen=True)
 class RePrOptions:
-    """The options of RePr.
-
-    Raises:
-        OptionError: one of them is out of range.
-    """
+    """The options of RePr. OptionError if one of them is out of range."""
 
     s1_iters: int = _option(
         0,
@@ -135,7 +130,7 @@ class RePrOptions:
 
     @classmethod
     def of(cls, given: dict[str, Any]) -> "RePrOptions":
-        """Those of keyword arguments. Raises OptionError for a name that is no option."""
+        """Those of keyword arguments; OptionError for another name."""
         known = {}
         for name, value in given.items():
             if name in _WITHOUT_EFFECT:
@@ -153,7 +148,7 @@ class RePrOptions:
 
 
 def about_option(name: str) -> About:
-    """Returns the description of an option."""
+    """The description of an option."""
     return RePrOptions.__dataclass_fields__[name].metadata["about"]
 
 

@@ -21,7 +21,7 @@ _SAME_EIGENVALUE = 3e-6  # relative difference inside one eigenspace: rounding o
 
 
 def unit_filters(weight: Tensor) -> Tensor:
-    """Filters (J, ...) scaled to unit L2 norm, (J, d) float64 on the CPU; rows without a direction become zero."""
+    """Filters (J, ...) of unit L2 norm, (J, d) float64 on the CPU; rows without a direction become zero."""
     if weight.dim() < 2 or not weight.is_floating_point():
         raise ValueError(f"weight must be a floating-point tensor (J, ...), got {weight.dtype} {tuple(weight.shape)}")
     rows = weight.detach().cpu().double().flatten(1)
@@ -57,7 +57,7 @@ def _overlap(weight: Tensor) -> Tensor:
 
 
 def by_group(function: Callable[..., Tensor], groups: int, *tensors: Tensor) -> Tensor:
-    """``function`` of the rows (J / groups, ...) of ``tensors`` that belong to each group, joined again."""
+    """``function`` of the rows of ``tensors`` that belong to each group, joined again."""
     if groups == 1:
         return function(*tensors)
     return torch.cat([function(*parts) for parts in zip(*(t.chunk(groups) for t in tensors), strict=True)])
@@ -82,8 +82,8 @@ def least_overlap_filters(kept: Tensor, dropped: Tensor, generator: torch.Genera
     they are uniformly random. If M > d they are floor(M / d) random bases and the rest from the smallest eigenvalues.
 
     Args:
-        kept: (K, ...) current values of the filters that stayed; K may be 0.
-        dropped: (M, ...) values of the dropped filters before the drop, same trailing shape.
+        kept: (K, ...) values of the filters that stayed; K may be 0.
+        dropped: (M, ...) values of the others before the drop.
         generator: of the CPU; None takes torch's default one.
 
     Returns:

@@ -29,7 +29,6 @@ def new_filters(
         weight: (J, ...) the layer's filters now, on the CPU.
         old: (M, ...) the dropped ones before the drop.
         mask: (J,) bool, True = returns.
-        groups: of a grouped conv.
         scale: see ``options.RePrOptions``.
 
     Returns:
