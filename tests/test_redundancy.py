@@ -15,7 +15,7 @@ IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 class Net(nn.Module):
-    """A filter whose ReLU never opens, one that is below 0 but read behind a sum, one that runs too late to matter."""
+    """A filter whose ReLU never opens, one that is below 0 but read behind a sum, a layer that does not matter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,8 +30,7 @@ class Net(nn.Module):
         x = F.relu(self.first(x))
         x = F.relu(self.summed(x) + 2 * x)
         x = F.relu(self.last(x))
-        self.unread(x)
-        return self.dropout(x)
+        return self.dropout(x) + 0 * self.unread(x).sum()
 
 
 def context_of(net: nn.Module) -> Context:
@@ -58,6 +57,7 @@ def test_a_filter_is_in_use_where_it_puts_out_something_or_learns():
         net.summed.bias[1] = -0.5
         net.summed.weight[1] *= 0.01  # always below 0, and what it is added to is mostly above
         net.last.weight[4] = net.last.bias[4] = 0.0
+        net.unread.bias.fill_(-100.0)  # no gradient for any filter: perhaps there was no example
     found = use_of_filters(find_filter_layers(net, ["*"]), context_of(net))
     idle = {name: idle.nonzero().flatten().tolist() for name, (idle, _) in found.items()}
     assert idle == {"first": [2], "summed": [], "last": [4], "unread": [], "never": []}
