@@ -16,13 +16,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from repr_det import FilterLayer
-from repr_det.method.criteria import Context, Criterion
-from repr_det.method.data_criteria import Scores, finished, on_output, output_means, positions, run_batches
+from repr_det.method.criteria import (
+    Context,
+    Criterion,
+    Scores,
+    finished,
+    on_output,
+    output_means,
+    positions,
+    run_batches,
+)
 
 
 def mean_activation(layers: Sequence[FilterLayer], context: Context) -> Scores:
     """Minus the mean output behind a ReLU, over images and positions."""
-    means = output_means(layers, context.passes, context.num_batches, context.cycle, lambda output: output.relu())
+    means = output_means(layers, context, lambda output: output.relu())
     return _smallest_first(layers, "mean_activation", means)
 
 
@@ -83,7 +91,7 @@ def taylor(layers: Sequence[FilterLayer], context: Context) -> Scores:
         calls.clear()
 
     with on_output(layers, see):
-        _with_gradients(context, on_loss)
+        run_batches(context, on_loss, gradients=True)
     return _smallest_first(layers, "taylor", {name: total[name] / n for name, n in count.items()})
 
 
@@ -105,12 +113,8 @@ def _gradient_means(
             if gradient is not None:
                 total[name] = total.get(name, 0) + of(gradient, value).float()
 
-    _with_gradients(context, on_loss)
+    run_batches(context, on_loss, gradients=True)
     return {name: value / batches for name, value in total.items()}
-
-
-def _with_gradients(context: Context, on_loss: Callable[[Tensor], None]) -> None:
-    run_batches(context.passes, context.num_batches, context.cycle, on_loss, gradients=True)
 
 
 def _gradients(loss: Tensor, parameters: list[Tensor]) -> tuple[Tensor | None, ...]:

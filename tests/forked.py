@@ -16,7 +16,7 @@ from unittest.mock import patch
 import tiny_backbone  # noqa: F401
 
 import repr_det.commands.console
-import repr_det.commands.lazy_train
+import repr_det.commands.lazy
 import repr_det.commands.train  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,5 +1,7 @@
 """Small nets with FrozenBN for the tests of its calibration, and how their training batches are run."""
 
+from contextlib import ExitStack
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -35,7 +37,7 @@ class InsideNet(nn.Module):
 
 
 def batches(number: int, cycle: int) -> list[torch.Tensor]:
-    """Images with a mean and with a different size of every channel, 10 x 12 px."""
+    """Images of 10 x 12 px whose channels differ in mean and size."""
     generator = torch.Generator().manual_seed(1000 * cycle + number)
     scale, shift = torch.tensor([1.0, 3.0, 0.3]).view(1, 3, 1, 1), torch.tensor([0.5, -2.0, 0.1]).view(1, 3, 1, 1)
     return [torch.randn(2, 3, 10, 12, generator=generator) * scale + shift for _ in range(number)]
@@ -51,18 +53,16 @@ def passes_of(net: nn.Module, log: list | None = None) -> TrainingPasses:
 
 
 def output_statistics(net: nn.Module, images: torch.Tensor, of: str = "norm") -> dict[str, tuple]:
-    """Layer -> mean and standard deviation of each channel after the norm (or the input of the norm), in float64."""
-    seen, handles = {}, []
-    for name in LAYERS:
+    """Layer -> mean and standard deviation of each channel after the norm (or of its input), in float64."""
+    seen = {}
+    with torch.no_grad(), ExitStack() as stack:
+        for name in LAYERS:
 
-        def record(module, inputs, output, name=name):
-            seen[name] = (output if of == "norm" else inputs[0]).detach().double().numpy().copy()
+            def record(module, inputs, output, name=name):
+                seen[name] = (output if of == "norm" else inputs[0]).double().numpy().copy()
 
-        handles.append(net.norm_of(name).register_forward_hook(record))
-    with torch.no_grad():
+            stack.callback(net.norm_of(name).register_forward_hook(record).remove)
         net(images)
-    for handle in handles:
-        handle.remove()
     return {name: (x.mean((0, 2, 3)), x.std((0, 2, 3))) for name, x in seen.items()}
 
 
@@ -116,7 +116,5 @@ def masks_of(scheme: RePrScheme) -> dict[str, np.ndarray]:
 def assert_same_moments(after, before, masks):
     """Mean and standard deviation of the masked channels of every layer."""
     for name in LAYERS:
-        for moment in range(2):
-            np.testing.assert_allclose(
-                after[name][moment][masks[name]], before[name][moment][masks[name]], rtol=1e-4, atol=1e-5
-            )
+        for found, wanted in zip(after[name], before[name], strict=True):
+            np.testing.assert_allclose(found[masks[name]], wanted[masks[name]], rtol=1e-4, atol=1e-5)

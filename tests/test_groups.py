@@ -9,28 +9,13 @@ from traced_nets import Net
 
 from repr_det import RePrScheme, find_filter_layers
 from repr_det.method.criteria import CRITERIA, Context
-from repr_det.method.orthogonality import inter_filter_orthogonality, overlap_of_kept
 
 GROUPS, WIDTH = 4, 8
-
-
-def overlap_in_groups(weight: torch.Tensor, kept: np.ndarray) -> np.ndarray:
-    parts = zip(weight.detach().chunk(GROUPS), np.split(kept, GROUPS), strict=True)
-    return np.concatenate([textbook_overlap(part[rows]) for part, rows in parts])
 
 
 def grouped_conv(in_channels: int = 16) -> nn.Conv2d:
     torch.manual_seed(0)
     return nn.Conv2d(in_channels, GROUPS * WIDTH, 3, padding=1, groups=GROUPS, bias=False)
-
-
-def test_overlap_is_that_inside_each_group():
-    conv = grouped_conv()
-    found = inter_filter_orthogonality(conv.weight, GROUPS)
-    np.testing.assert_allclose(found, textbook_overlap(conv.weight, GROUPS), atol=1e-6)
-    dropped = torch.rand(GROUPS * WIDTH) < 0.4
-    found = overlap_of_kept(conv.weight, dropped, GROUPS)
-    np.testing.assert_allclose(found, overlap_in_groups(conv.weight, ~dropped.numpy()), atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["ortho", "ortho_calibrated", "ortho_released", "weight_norm"])
@@ -46,9 +31,8 @@ def test_a_criterion_sees_a_grouped_conv_as_one_layer_a_group(name):
 
 
 @pytest.mark.parametrize("in_channels", [16, 64])  # 36 and 144 dimensions
-@pytest.mark.parametrize("share", [0.3, 0.5])
 @pytest.mark.parametrize("whole", [False, True], ids=["", "a whole group"])
-def test_new_filters_avoid_those_of_their_group(in_channels, share, whole):
+def test_new_filters_avoid_those_of_their_group(in_channels, whole):
     net = nn.Sequential(grouped_conv(in_channels), nn.BatchNorm2d(GROUPS * WIDTH))
 
     def score(layer):
@@ -56,7 +40,7 @@ def test_new_filters_avoid_those_of_their_group(in_channels, share, whole):
 
     generator = torch.Generator().manual_seed(0)
     layers, optimizer = find_filter_layers(net, ["*"]), torch.optim.SGD(net.parameters(), 0.1)
-    scheme = RePrScheme(layers, optimizer, criterion=lambda layer: score(layer).float(), drop_ratio=share)
+    scheme = RePrScheme(layers, optimizer, criterion=lambda layer: score(layer).float(), drop_ratio=0.4)
     old = net[0].weight.detach().clone()
     scheme.drop()
     mask = scheme.masks["0"].numpy()
@@ -73,12 +57,11 @@ def test_new_filters_avoid_those_of_their_group(in_channels, share, whole):
     assert transition.max_cosine["0"] == pytest.approx(largest, abs=1e-6) and largest < 1e-5
     np.testing.assert_allclose(transition.overlaps["0"], textbook_overlap(new, GROUPS), atol=2e-6)
     assert transition.overlap_after == pytest.approx(textbook_overlap(new, GROUPS).mean(), abs=1e-9)
-    assert transition.overlap_before == pytest.approx(overlap_in_groups(old, ~mask).mean(), abs=1e-6)
+    parts = zip(old.chunk(GROUPS), np.split(~mask, GROUPS), strict=True)
+    before = np.concatenate([textbook_overlap(part[rows]) for part, rows in parts])
+    assert transition.overlap_before == pytest.approx(before.mean(), abs=1e-6)
     kept = old[~mask].flatten(1).norm(dim=1).mean()
     torch.testing.assert_close(new[mask].flatten(1).norm(dim=1), kept.expand(int(mask.sum())))
-
-
-# --- returning in front of a grouped conv ---------------------------------------------------------------------------
 
 
 def block(net, x):
@@ -107,7 +90,7 @@ def function_preserving(groups, criterion="random", norm=nn.BatchNorm2d):
     return net, opt, scheme, images
 
 
-@pytest.mark.parametrize("groups", [1, 2, 4, 32])
+@pytest.mark.parametrize("groups", [1, 4, 32])
 def test_a_restore_in_front_of_grouped_readers_changes_no_output(groups, caplog):
     """A depthwise reader leaves it to gamma: it has one kernel a channel, without it its own filter would be zero."""
     net, opt, scheme, images = function_preserving(groups)

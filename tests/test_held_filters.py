@@ -96,7 +96,7 @@ def test_several_optimizers():
 def test_members_that_no_optimizer_holds_are_refused_by_name(member, modules):
     net = plain_net(bias=True)
     optimizer = torch.optim.SGD([p for i in modules for p in net[i].parameters()], 0.1)
-    with pytest.raises(UserError, match=rf"does not hold the {member} of 0, .* all optimizers \(a list\)"):
+    with pytest.raises(UserError, match=rf"does not hold the {member} of 0: give all optimizers \(a list\)"):
         plain_scheme(net, optimizer)
     for i in {0, 1, 3, 4} - set(modules):  # what does not train may be held by none
         net[i].requires_grad_(False)
@@ -119,10 +119,10 @@ def keeping(name, make):
 @pytest.mark.parametrize(
     ("kind", "told"),
     [
-        (keeping("row_var", lambda p: torch.zeros(len(p))), "filters of 0 cannot be held at zero .* keeps 'row_var'"),
-        (keeping("state1", lambda p: p.to(torch.uint8)), "optimizer Keeping: it keeps 'state1' for every weight"),
-        (keeping("slow", lambda p: p.detach().clone()), "optimizer Keeping: it keeps 'slow' for every weight"),
-        (torch.optim.Adafactor, "optimizer Adafactor: it keeps 'row_var' for every weight"),
+        (keeping("row_var", lambda p: torch.zeros(len(p))), "the optimizer Keeping keeps 'row_var' for filters of 0"),
+        (keeping("state1", lambda p: p.to(torch.uint8)), "optimizer Keeping keeps 'state1' for filters of 0"),
+        (keeping("slow", lambda p: p.detach().clone()), "optimizer Keeping keeps 'slow' for filters of 0"),
+        (torch.optim.Adafactor, "optimizer Adafactor keeps 'row_var' for filters of 0"),
         (torch.optim.LBFGS, "the optimizer LBFGS keeps '.*' for all weights together"),
     ],
 )  # fmt: skip

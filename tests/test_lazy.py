@@ -137,6 +137,7 @@ def test_trains_evaluates_and_resumes_bit_for_bit(small_config, tmp_path):
         ("small", "repr.drop_ratio=many", "the node repr of the LazyConfig: Type mismatch"),
         ("small", "repr=3", "the node repr of the LazyConfig: "),
         ("small", "repr.s1_iters=50", "needs repr.start_iter 0 + repr.num_cycles 1 x (repr.s1_iters 50 + repr.s2"),
+        ("small", "repr.returns=median_gamma", "repr.returns must be one of as_published, function_preserving"),
         ("old", "repr.NOPE=1", "the node repr of the LazyConfig: Non-existent config key: REPR.NO"),
         ("old", "repr.DROP_RATIO=1.5", "repr.DROP_RATIO must be in (0, 1), got 1.5"),
         ("small", "DROP_RATIO", "overrides must be path.key=value"),

@@ -1,5 +1,7 @@
 """Optimizers of other kinds: whose ``step`` calls that of its base, that wrap another, that keep weights as state."""
 
+import copy
+
 import pytest
 import torch
 from plain_nets import IMAGES, in_sub_network, largest_dropped, loss_of, plain_net, plain_scheme, readable_net, train
@@ -8,12 +10,11 @@ from torch import nn
 from repr_det import RePr, RePrSchedule, UserError, apply_repr
 
 TIMM = {"MADGRAD": 1e-3, "AdaBelief": 1e-3, "Adan": 1e-3, "Lion": 1e-4, "Lamb": 1e-3, "NAdamW": 1e-3, "RMSpropTF": 1e-3}
-SHARES = (1, 1, 1, 1, 1, 1, 0.25, 0.5, 0.75, 1, 1, 1)  # of the rate, with a restore after step 6
+SHARES = (1, 1, 1, 1, 1, 1, 0.25, 0.5, 0.75, 1, 1, 1, 0.25, 0.5, 0.75, 1)  # of the rate; restores after steps 6, 12
 
 
 class Clipping(torch.optim.SGD):
-    """As Detectron2's projects write it; torch runs the hooks of an instance in ``step`` of both classes, once a plain
-    SGD has been used."""
+    """As Detectron2's projects write it; torch runs the hooks in ``step`` of both classes once an SGD has been used."""
 
     def __init__(self, *arguments, **options) -> None:
         super().__init__(*arguments, **options)
@@ -32,7 +33,6 @@ class Clipping(torch.optim.SGD):
 
 
 def test_a_step_that_calls_its_base_class_counts_once_and_one_that_was_interrupted_not_at_all():
-    """In a notebook, whose cell is run again."""
     net = readable_net()
     optimizer = Clipping(net.parameters(), lr=0.1, momentum=0.9)
     schedule = RePrSchedule(8, 4, 2)
@@ -49,16 +49,40 @@ def test_a_step_that_calls_its_base_class_counts_once_and_one_that_was_interrupt
 
 @pytest.mark.parametrize("rate", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
 def test_rates_are_those_of_the_schedule_but_around_the_step(rate):
-    """Warm-up after a restore; a tensor stays the tensor that a compiled step reads."""
-    net = readable_net()
-    rate = rate.clone() if torch.is_tensor(rate) else rate
-    optimizer = Clipping(net.parameters(), lr=rate, momentum=0.9)
-    one = RePr(net, optimizer, 12, schedule=RePrSchedule(3, 3, 1), warmup_iters=3)
-    for _ in range(12):
-        train(net, optimizer, steps=1)
-        one.step()
-    assert optimizer.used == pytest.approx([0.1 * share for share in SHARES])
-    assert optimizer.param_groups[0]["lr"] is rate and float(rate) == pytest.approx(0.1)
+    """Warm-up after every restore that brought filters back, also in a resumed run; a tensor stays the tensor that a
+    compiled step reads."""
+
+    def built(criterion="ortho"):
+        net = readable_net()
+        optimizer = Clipping(net.parameters(), lr=rate.clone() if torch.is_tensor(rate) else rate, momentum=0.9)
+        decay = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        one = RePr(net, optimizer, 20, schedule=RePrSchedule(3, 3, 2), warmup_iters=3, criterion=criterion)
+        return net, optimizer, decay, one
+
+    def run(net, optimizer, decay, one, steps):
+        for _ in range(steps):
+            train(net, optimizer, steps=1)
+            one.step()
+            assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(0.1 * 0.9 ** (one.steps - 1))
+            decay.step()
+
+    net, optimizer, decay, one = built()
+    held = optimizer.param_groups[0]["lr"]
+    run(net, optimizer, decay, one, 7)
+    states = copy.deepcopy([part.state_dict() for part in (net, optimizer, decay, one)])
+    del states[-1]["scheme"]["returned"]  # of version 0.1.0
+    run(net, optimizer, decay, one, 9)
+    wanted = [0.1 * 0.9**step * share for step, share in enumerate(SHARES)]
+    assert optimizer.used == pytest.approx(wanted)
+    assert optimizer.param_groups[0]["lr"] is held or not torch.is_tensor(rate)
+    resumed = built()
+    for part, state in zip(resumed, states, strict=True):
+        part.load_state_dict(state)
+    run(*resumed, 9)
+    assert resumed[1].used == pytest.approx(wanted[7:])
+    nothing = built(lambda layer: torch.full((layer.num_filters,), float("-inf")))
+    run(*nothing, 7)
+    assert nothing[1].used == pytest.approx([0.1 * 0.9**step for step in range(7)]) and nothing[3].scheme.cycle == 1
 
 
 class SharpnessAware(torch.optim.Optimizer):
@@ -72,16 +96,14 @@ class SharpnessAware(torch.optim.Optimizer):
 
     @torch.no_grad()
     def first_step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                self.state[p]["old_p"] = p.data.clone()
-                p.add_(p.grad, alpha=0.01)
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["old_p"] = p.data.clone()
+            p.add_(p.grad, alpha=0.01)
 
     @torch.no_grad()
     def second_step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                p.data = self.state[p]["old_p"]
+        for p in self.param_groups[0]["params"]:
+            p.data = self.state[p]["old_p"]
         self.base_optimizer.step()
 
     def step(self, closure):
@@ -113,7 +135,7 @@ def test_an_optimizer_inside_another_is_counted_and_forgets_dropped_filters_too(
             one.step()
         if one.phase == "sub":
             assert largest_dropped(one.scheme) == 0
-            returned = {name: mask.clone() for name, mask in one.scheme.masks.items()}
+            returned = dict(one.scheme.masks)
     assert one.steps == 9 and one.scheme.cycle == 1
     for name, mask in returned.items():
         assert (net.get_submodule(name).weight[mask].flatten(1).norm(dim=1) > 0.1).all()
@@ -129,11 +151,10 @@ class ScheduleFree(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         self.steps += 1
-        for group in self.param_groups:
-            for p in group["params"]:
-                z = self.state[p].setdefault("z", p.clone())
-                p.lerp_(z, 1 / self.steps).sub_(p.grad, alpha=group["lr"] * (1 - 0.9 * (1 - 1 / self.steps)))
-                z.sub_(p.grad, alpha=group["lr"])
+        for p in self.param_groups[0]["params"]:
+            z = self.state[p].setdefault("z", p.clone())
+            p.lerp_(z, 1 / self.steps).sub_(p.grad, alpha=1e-3 * (1 - 0.9 * (1 - 1 / self.steps)))
+            z.sub_(p.grad, alpha=1e-3)
 
 
 @pytest.mark.parametrize("returns", ["as_published", "function_preserving"])
@@ -153,25 +174,20 @@ def test_weights_that_are_kept_as_state_return_with_the_filter(returns):
         assert masks["0"].any() and not optimizer.state[net[3].weight]["z"][~masks["3"]][:, masks["0"]].any()
 
 
-def test_rprop_moves_what_returned():
-    """Its state ``step_size`` is how far an entry goes next: of 0 it would take forever to recover."""
-    net = plain_net()
-    optimizer = torch.optim.Rprop(net.parameters(), lr=1e-3)
-    _, _, scheme, masks = in_sub_network(net, optimizer, 10, 5)
-    mask = masks["0"]
-    scheme.restore()
-    sizes = optimizer.state[net[0].weight]["step_size"]
-    torch.testing.assert_close(sizes[mask], sizes[~mask].mean().expand_as(sizes[mask]))
-
-
-@pytest.mark.parametrize("kind", TIMM)
-def test_optimizers_of_timm(kind):
+@pytest.mark.parametrize("kind", ["Rprop", *TIMM])
+def test_optimizers_of_torch_and_timm(kind):
     """Second weights and scales of many names: filters stay zero, return as they are given and go on from there."""
-    optim = pytest.importorskip("timm.optim", reason="timm is not installed")
     net = plain_net()
-    optimizer = getattr(optim, kind)(net.parameters(), lr=TIMM[kind])
+    if kind == "Rprop":
+        optimizer = torch.optim.Rprop(net.parameters(), lr=1e-3)
+    else:
+        optim = pytest.importorskip("timm.optim", reason="timm is not installed")
+        optimizer = getattr(optim, kind)(net.parameters(), lr=TIMM[kind])
     _, _, scheme, masks = in_sub_network(net, optimizer, 10, 5)
     scheme.restore()
+    if kind == "Rprop":  # ``step_size`` is how far an entry goes next: of 0 it would take forever to recover
+        sizes, mask = optimizer.state[net[0].weight]["step_size"], masks["0"]
+        torch.testing.assert_close(sizes[mask], sizes[~mask].mean().expand_as(sizes[mask]))
     given = {name: net.get_submodule(name).weight[mask].detach().flatten(1) for name, mask in masks.items()}
     train(net, optimizer, steps=1)
     scheme.check()
@@ -187,37 +203,24 @@ class Forgetful(torch.optim.SGD):
     @torch.no_grad()
     def step(self, closure=None):
         super().step(closure)
-        for group in self.param_groups:
-            for p in group["params"]:
-                p.add_(1e-3)
+        for p in self.param_groups[0]["params"]:
+            p.add_(1e-3)
 
 
-@pytest.mark.parametrize(
-    ("first", "when", "seen"),
-    [
-        (Forgetful, None, True),
-        # RePr knows the first one alone; gradients are held for any. What momentum moves is seen.
-        (torch.optim.Adam, 2, True),
-        (torch.optim.Adam, 6, False),
-    ],
-)
-def test_what_moves_dropped_filters_is_named_after_the_drop(first, when, seen):
+@pytest.mark.parametrize("is_remade", [False, True])
+def test_what_moves_dropped_filters_is_named_after_the_drop(is_remade):
+    """Gradients are held for any optimizer; what momentum moves is seen of one that RePr does not know."""
     net = readable_net()
-    optimizer = first(net.parameters(), lr=1e-3)
+    optimizer = torch.optim.Adam(net.parameters()) if is_remade else Forgetful(net.parameters(), lr=1e-3)
     one = RePr(net, optimizer, 100, schedule=RePrSchedule(5, 5, 1))
-    told = ""
-    for step in range(12):
-        if step == when:  # the optimizer is made again
+    for step in range(5):
+        if is_remade and step == 2:
             optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-2)
         train(net, optimizer, steps=1)
-        try:
-            one.step()
-        except UserError as error:
-            told = str(error)
-            break
-        assert seen or one.phase == "full" or largest_dropped(one.scheme) == 0
-    assert one.steps == (6 if seen else 12)
-    assert ("dropped filters of 0 are not zero any more" in told and "(their weight)" in told) == seen
+        one.step()
+    train(net, optimizer, steps=1)
+    with pytest.raises(UserError, match=r"dropped filters of 0 are not zero any more .*\(their weight\)"):
+        one.step()
 
 
 def test_cumulative_statistics_begin_anew_where_the_network_changes():

@@ -10,24 +10,20 @@ OPTS = (
 ).split()
 
 
-def stopped(cfg, iteration, resume=False):
-    with pytest.raises(KeyboardInterrupt):
-        end_of(cfg, At(iteration, interrupt), resume=resume)
-
-
 @pytest.mark.parametrize(("workers", "grouping", "period"), [(0, True, 4), (2, False, 100)])
 def test_resumed_before_and_after_its_first_use_bit_for_bit(tiny_cfg, tmp_path, workers, grouping, period):
     opts = [*OPTS, "DATALOADER.NUM_WORKERS", workers, "DATALOADER.ASPECT_RATIO_GROUPING", grouping]
     opts += ["TEST.EVAL_PERIOD", period]
     straight = end_of(tiny_cfg(*opts, "OUTPUT_DIR", tmp_path / "straight"))
     random = torch.get_rng_state()
-    cfg = tiny_cfg(*opts)
-    stopped(cfg, 4)
-    stopped(cfg, 8, resume=True)
-    assert_same_weights(end_of(cfg, resume=True), straight)
+    for iteration, resume in ((4, False), (8, True)):
+        with pytest.raises(KeyboardInterrupt):
+            end_of(tiny_cfg(*opts), At(iteration, interrupt), resume=resume)
+    assert_same_weights(end_of(tiny_cfg(*opts), resume=True), straight)
     assert torch.equal(torch.get_rng_state(), random)
 
 
 def test_may_be_switched_on_by_a_resumed_run(tiny_cfg):
-    stopped(tiny_cfg(*OPTS, "TEST.PRECISE_BN.ENABLED", False), 4)
+    with pytest.raises(KeyboardInterrupt):
+        end_of(tiny_cfg(*OPTS, "TEST.PRECISE_BN.ENABLED", False), At(4, interrupt))
     end_of(tiny_cfg(*OPTS), resume=True)

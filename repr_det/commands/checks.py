@@ -30,9 +30,9 @@ from repr_det.detectron.config import (
 )
 from repr_det.detectron.engine import Trainer, check_same_arm
 from repr_det.detectron.hook import RePrHook
+from repr_det.method.criteria import check_capacity
 from repr_det.method.errors import UserError, spelling
 from repr_det.method.layers import find_filter_layers
-from repr_det.method.selection import check_capacity
 from repr_det.runs.checkpoints import AtomicCheckpointer, zero_filters
 from repr_det.runs.files import refuse_used
 

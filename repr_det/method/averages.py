@@ -1,12 +1,11 @@
 """Averages of the weights (EMA, SWA) beside a model: they begin again from the model at every restore.
 
-An average lags behind: long after a restore it holds a mixture of a filter that is gone and one that is new, which is
-neither. Measured against other ways in docs/evidence/averages.py.
+Else they would mix old and new filters for long. Measured against other ways in docs/evidence/averages.py.
 """
 
 import gc
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,16 +15,12 @@ from torch.optim.swa_utils import AveragedModel
 
 from repr_det.method.errors import UserError
 
-# Where wrappers keep their model: torch's AveragedModel and timm's ModelEmaV3, Ultralytics' ModelEMA, hooks.
+# Where wrappers (of torch, timm, Ultralytics) keep their model.
 _INNER = ("module", "ema", "model", "ema_model", "averaged_model", "average")
 
 
 class Averages:
-    """The averages that follow a model: modules with its parameters under the same names, or objects that hold one.
-
-    Raises:
-        UserError: one of them holds no such module.
-    """
+    """The averages of a model: modules with its parameters under the same names, or what holds one, else UserError."""
 
     def __init__(self, given: Sequence[Any], model: nn.Module) -> None:
         self._model = model
@@ -43,50 +38,46 @@ class Averages:
                 if name in values and values[name].shape == value.shape:
                     value.copy_(values[name])
         for one in self._given:
-            if isinstance(one, AveragedModel):  # an average of equal weights begins again with its next update
-                one.n_averaged.zero_()
+            if isinstance(one, AveragedModel):
+                one.n_averaged.zero_()  # its next update begins an average of equal weights
 
     def not_given(self) -> str | None:
-        """The class of a copy of the model that has moved without gradients since the last call, as averages do."""
+        """The class of a copy of the model that has moved without gradients since the last call."""
         moved = None
         for copy, before in self._copies:
             module = copy()
             if module is not None and not torch.equal(self._sample(module), before):
                 moved = type(module).__name__
-        same = [one for one in gc.get_objects() if type(one) is type(self._model) and one is not self._model]
-        others = [one for one in same if "_parameters" in vars(one)]  # not one whose __init__ has failed
-        wanted = _shapes(self._model)
-        copies = [one for one in others if _shapes(one) == wanted and not any(one is own for own in self._inside)]
-        without = [one for one in copies if all(p.grad is None and not p.is_meta for p in one.parameters())]
-        self._copies = [(weakref.ref(one), self._sample(one)) for one in without]
+        self._copies = [(weakref.ref(one), self._sample(one)) for one in gc.get_objects() if self._may_average(one)]
         return moved
+
+    def _may_average(self, one: Any) -> bool:
+        # One whose __init__ has failed has no _parameters.
+        if type(one) is not type(self._model) or one is self._model or "_parameters" not in vars(one):
+            return False
+        is_given = any(one is own for own in self._inside)
+        is_copy = _shapes(one.named_parameters()) == _shapes(self._model.named_parameters())
+        return is_copy and not is_given and all(p.grad is None and not p.is_meta for p in one.parameters())
 
     def _sample(self, module: nn.Module) -> Tensor:
         return module.get_parameter(self._trained[0]).detach().to("cpu", copy=True)
 
 
-def _shapes(module: nn.Module) -> dict[str, torch.Size]:
-    """Those of its parameters; lazy ones have none yet."""
-    return {name: parameter.shape for name, parameter in module.named_parameters() if not is_lazy(parameter)}
+def _shapes(named: Iterable[tuple[str, Tensor]]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in named if not is_lazy(tensor)}  # a lazy one has none yet
 
 
 def _module_in(holder: Any, model: nn.Module) -> nn.Module:
-    """The module of the same parameters: ``holder`` itself, or what it holds."""
-    wanted = _shapes(model)
+    wanted = _shapes(model.named_parameters())
     waiting = [holder]
     for _ in range(4):
-        found = []
         for one in waiting:
-            if isinstance(one, nn.Module) and _has(one, wanted):
-                return one
-            found += [getattr(one, name) for name in _INNER if getattr(one, name, None) is not None]
-        waiting = found
+            if isinstance(one, nn.Module):
+                own = _shapes([*one.named_parameters(), *one.named_buffers()])
+                if wanted.items() <= own.items():
+                    return one
+        waiting = [getattr(one, name) for one in waiting for name in _INNER if getattr(one, name, None) is not None]
     raise UserError(
-        f"averages= must be models with the parameters of the model that is trained, or hold one "
-        f"({', '.join(_INNER)}), got {type(holder).__name__}"
+        f"averages= must be models with the parameters of the model, or hold one as {', '.join(_INNER)}, got "
+        f"{type(holder).__name__}"
     )
-
-
-def _has(module: nn.Module, wanted: Mapping[str, torch.Size]) -> bool:
-    own = _shapes(module) | {name: buffer.shape for name, buffer in module.named_buffers()}
-    return all(own.get(name) == shape for name, shape in wanted.items())

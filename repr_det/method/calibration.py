@@ -1,19 +1,15 @@
 """Norm statistics for re-initialised channels of convs behind FrozenBN, or behind BN in eval mode.
 
 At the drop the moments of a channel after the norm are measured; at the restore its running mean and variance are set
-so that the new channel has the same moments, on the same batches. A channel whose ReLU never opens gets the median
-moments of those of its layer that open.
+so that the new channel has the same moments, on the same batches. All is found from what goes into the norm,
+y = (x - m) / sqrt(v + eps) * w + b.
 
-All is found from what goes into the norm, y = (x - m) / sqrt(v + eps) * w + b, batch by batch.
-
-Shape shorthand:
-    J: filters of a layer        M: filters of it that leave or return
+J: filters of a layer; M: filters of it that leave or return.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, nullcontext, suppress
 
 import torch
 from torch import Tensor, nn
@@ -30,23 +26,12 @@ from repr_det.network.state import undisturbed
 
 logger = logging.getLogger("repr_det.scheme")
 
-# A channel whose standard deviation is below this share of its largest value is constant: it has no scale to match.
-_CONSTANT = 1e-6
+_CONSTANT = 1e-6  # a standard deviation below this share of the mean has no scale to match
 _SETTLED = 1e-5  # change of statistics, in standard deviations, that ends the search for them
 
 
-@dataclass(frozen=True)
-class Moments:
-    """The channels that go into a norm, each (J,) float64 on the CPU, over images, positions and ranks."""
-
-    mean: Tensor
-    std: Tensor
-    largest: Tensor
-    smallest: Tensor
-
-
 class _AllReached(Exception):
-    """Ends a forward pass: what follows the last layer that is looked at (FPN, heads, loss) need not be computed."""
+    """Ends a forward pass behind the last layer that is looked at."""
 
 
 class FrozenNorms:
@@ -67,15 +52,14 @@ class FrozenNorms:
         self._number = options.calibration_batches or (0 if passes is None else passes.calibration_batches)
 
     def of(self, layers: Sequence[FilterLayer]) -> list[FilterLayer]:
-        """The layers whose norm keeps its statistics in training, also where the caller is evaluating now."""
+        """The layers whose norm keeps its statistics in training, also if the model is being evaluated now."""
         trains = self._participants.trains if self._passes is None else self._passes.trains
-        if self._model is None or self._model.training == trains:
-            return [layer for layer in layers if layer.is_frozen]
-        with undisturbed(self._model, trains=trains):
+        evaluates = self._model is not None and self._model.training != trains
+        with undisturbed(self._model, trains=trains) if evaluates else nullcontext():
             return [layer for layer in layers if layer.is_frozen]
 
     def need_batches(self, layers: Sequence[FilterLayer]) -> bool:
-        """Tells whether new filters of these layers need statistics that training batches show."""
+        """Tells whether new filters of these layers need statistics of training batches."""
         return self._recalibrates and bool(self.of(layers))
 
     def check(self, layers: Sequence[FilterLayer]) -> None:
@@ -91,101 +75,83 @@ class FrozenNorms:
     def before_drop(
         self, held: HeldFilters, layers: Sequence[FilterLayer], values: Values, cycle: int
     ) -> dict[str, Tensor]:
-        """Notes which norms of ``layers`` are frozen, and measures what their leaving channels are after the norm.
-
-        Returns:
-            layer name -> (2, M) float32 on the CPU: mean, standard deviation. Layers that no batch reaches are missing.
-        """
-        frozen = self.of(layers)
-        self.at_drop = {layer.name for layer in frozen}
+        """Notes which norms of ``layers`` are frozen, and measures their leaving channels after the norm: layer name ->
+        mean and standard deviation, (2, M) float32 on the CPU. Layers that no batch reaches are missing."""
+        self.at_drop = {layer.name for layer in self.of(layers)}
         leaving = [layer for layer in held.layers if layer.name in self.at_drop]
         if not leaving or self._passes is None or not self._recalibrates:
             return {}
         found = self._moments_into(leaving, list(self._passes.batches(self._number, cycle)))
-        after = {x.name: moments_after(x, values[x.name], found[x.name]) for x in leaving if x.name in found}
+        after = {x.name: _moments_after(x, values[x.name], found[x.name]) for x in leaving if x.name in found}
         return {name: moments[:, held.masks[name]].float() for name, moments in after.items()}
 
     def can_renew(self, layers: Sequence[FilterLayer]) -> list[FilterLayer]:
-        """The layers whose new filters would get statistics of their own: not where a norm has been frozen since the
-        drop, and there are no batches."""
-        lost = [] if self._passes is not None and self._recalibrates else self.of(layers)
-        lost = [layer for layer in lost if layer.name not in self.at_drop]
-        for layer in lost:
+        """The layers that have statistics for new filters; not where a norm was frozen since the drop, without batches
+        to find them."""
+        without = [] if self._passes is not None and self._recalibrates else self.of(layers)
+        lost = [layer.name for layer in without if layer.name not in self.at_drop]
+        for name in lost:
             logger.warning(
-                "RePr: filters of %s return as they were: its norm has been frozen since the drop, and there are no "
-                "training batches to find the statistics of new ones",
-                layer.name,
+                "RePr: filters of %s return as they were: its norm has been frozen since the drop (no batches)", name
             )
-        return [layer for layer in layers if layer not in lost]
+        return [layer for layer in layers if layer.name not in lost]
 
     def after_return(
         self, held: HeldFilters, renewed: Sequence[FilterLayer], moments: Mapping[str, Tensor], cycle: int
     ) -> None:
-        """Sets the statistics of new filters so that their channels have ``moments``. What goes into a norm depends on
-        the norms before it, so they are set and measured again until they settle."""
+        """Sets the statistics of new filters so that their channels have ``moments``, again until they settle: what
+        goes into a norm depends on those before it."""
         wanted = {layer.name: moments[layer.name] for layer in renewed if layer.name in moments}
         for layer in self.of(renewed) if self._recalibrates else ():
             if layer.kind == BATCH and layer.name not in wanted:
                 # Frozen since the drop: what BN would do in training, mean 0 and deviation 1.
-                number = len(held.rows[layer.name])
-                wanted[layer.name] = torch.stack([torch.zeros(number), torch.ones(number)])
+                wanted[layer.name] = torch.tensor([[0.0], [1.0]])
         layers = [layer for layer in renewed if layer.name in wanted]
         if not layers or self._passes is None:
             return
         batches = list(self._passes.batches(self._number, cycle))
         values = values_of(layers)
-        before: Values | None = None
+        before: Values = {}
         for _ in layers:
             found = self._moments_into(layers, batches)
+            reached = [layer for layer in layers if layer.name in found]
             new = {}
-            for layer in [layer for layer in layers if layer.name in found]:
+            for layer in reached:
                 name = layer.name
-                new[name] = statistics_for(layer, values[name], held.masks[name], wanted[name], found[name])
-            _set_statistics(layers, held, new)
-            if before is not None and all(_same(new[name], before[name]) for name in new):
+                new[name] = _statistics_for(layer, values[name], held.masks[name], wanted[name], found[name])
+            moved = on_devices(new, reached)
+            for layer in reached:
+                for key, statistic in layer.running_statistics().items():
+                    statistic.index_copy_(0, held.rows[layer.name], moved[layer.name][key].to(statistic))
+            if before and all(_settled(new[name], before[name]) for name in new):
                 return
             before = new
 
-    def _moments_into(self, layers: Sequence[FilterLayer], batches: Sequence) -> dict[str, Moments]:
-        """Layer name -> what goes into its norm when it first runs in a pass; each pass ends at the last of them."""
+    def _moments_into(self, layers: Sequence[FilterLayer], batches: Sequence) -> dict[str, Tensor]:
+        """Layer name -> mean, standard deviation, largest and smallest value of the channels that go into its norm at
+        its first run in a pass, (4, J) float64 on the CPU, over images, positions and ranks."""
         seen: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
         left: set[str] = set()
 
-        def hook_of(layer: FilterLayer) -> Callable[[nn.Module, tuple], None]:
-            def look(module: nn.Module, inputs: tuple) -> None:
-                if layer.name in left:
-                    left.remove(layer.name)
-                    seen[layer.name] += [_of_image(image.float()) for image in inputs[0]]
-                    if not left:
-                        raise _AllReached
-
-            return look
+        def look(name: str, images: Tensor) -> None:
+            if name in left:
+                left.remove(name)
+                seen[name] += [_of_image(image.float()) for image in images]
+                if not left:
+                    raise _AllReached
 
         passes = self._passes
         with ExitStack() as stack:
             stack.enter_context(undisturbed(passes.model, True, passes.trains))
             stack.enter_context(torch.no_grad())
             for layer in layers:
-                stack.callback(layer.norm.register_forward_pre_hook(hook_of(layer)).remove)
+                hook = layer.norm.register_forward_pre_hook(lambda _, inputs, name=layer.name: look(name, inputs[0]))
+                stack.callback(hook.remove)
             for batch in batches:
                 left.update(seen)
                 with suppress(_AllReached):
                     passes.loss(batch)
-        return _joined(layers, seen)
-
-
-def _set_statistics(layers: Sequence[FilterLayer], held: HeldFilters, new: Values) -> None:
-    for name, statistics in on_devices(new, [layer for layer in layers if layer.name in new]).items():
-        norm = next(layer.norm for layer in layers if layer.name == name)
-        for key, value in statistics.items():
-            getattr(norm, key).index_copy_(0, held.rows[name], value.to(getattr(norm, key)))
-
-
-def _same(new: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> bool:
-    """Tells whether means and standard deviations have changed by less than _SETTLED deviations."""
-    sigma, old = (x["running_var"].double().clamp_min(1e-12).sqrt() for x in (new, before))
-    moved = (new["running_mean"] - before["running_mean"]).abs()
-    return bool(((moved < _SETTLED * sigma) & ((sigma - old).abs() < _SETTLED * sigma)).all())
+        return _over_ranks(seen, layers[0].weight.device)
 
 
 def _of_image(image: Tensor) -> Tensor:
@@ -195,60 +161,63 @@ def _of_image(image: Tensor) -> Tensor:
     return torch.stack([mean, variance, image.amax((1, 2)), image.amin((1, 2))])
 
 
-def _joined(layers: Sequence[FilterLayer], seen: Mapping[str, list[Tensor]]) -> dict[str, Moments]:
-    """The moments over the images of all ranks; layers that none has reached are missing."""
-    reached = [layer for layer in layers if seen[layer.name]]
-    stacked = to_cpu([torch.stack(seen[layer.name]) for layer in reached])
-    own = {layer.name: images for layer, images in zip(reached, stacked, strict=True)}
-    everyone = gathered(own, layers[0].weight.device)
+def _over_ranks(seen: Mapping[str, list[Tensor]], device: torch.device) -> dict[str, Tensor]:
+    own = {name: torch.stack(images) for name, images in seen.items() if images}
+    everyone = gathered(dict(zip(own, to_cpu(list(own.values())), strict=True)), device)
     found = {}
-    for layer in layers:
-        images = [theirs[layer.name].double() for theirs in everyone if layer.name in theirs]
+    for name in seen:
+        images = [theirs[name].double() for theirs in everyone if name in theirs]
         if images:
             means, variances, largest, smallest = torch.cat(images).unbind(1)
             mean = means.mean(0)
             std = (variances + (means - mean).square()).mean(0).sqrt()
-            found[layer.name] = Moments(mean, std, largest.amax(0), smallest.amin(0))
+            found[name] = torch.stack([mean, std, largest.amax(0), smallest.amin(0)])
     return found
 
 
-def moments_after(layer: FilterLayer, values: Mapping[str, Tensor], found: Moments) -> Tensor:
-    """Mean and standard deviation after a frozen norm, (2, J).
+def _settled(new: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> bool:
+    sigma, old = (x["norm.running_var"].double().clamp_min(1e-12).sqrt() for x in (new, before))
+    moved = (new["norm.running_mean"] - before["norm.running_mean"]).abs()
+    return bool(((moved < _SETTLED * sigma) & ((sigma - old).abs() < _SETTLED * sigma)).all())
 
-    A channel of a rectified layer that is nowhere above 0 has the median, over the channels that are, of the means and
-    of the deviations. ``values`` of the norm are as in ``layers.values_of``.
+
+def _moments_after(layer: FilterLayer, values: Mapping[str, Tensor], found: Tensor) -> Tensor:
+    """Mean and standard deviation after a frozen norm, (2, J), of what is ``found`` to go into it.
+
+    A channel of a rectified layer that is nowhere above 0 has the medians of those that are.
     """
-    gain = values["norm.weight"].double() / (values["norm.running_var"].double() + epsilon(layer.norm)).sqrt()
-    shift = _bias(values) - values["norm.running_mean"].double() * gain
-    after = torch.stack([found.mean * gain + shift, found.std * gain.abs()])
+    mean, std, largest, smallest = found
+    weight, bias = _affine(values)
+    gain = weight / (values["norm.running_var"].double() + epsilon(layer.norm)).sqrt()
+    shift = bias - values["norm.running_mean"].double() * gain
+    after = torch.stack([mean * gain + shift, std * gain.abs()])
     if layer.rectified:
-        opens = torch.where(gain > 0, found.largest, found.smallest) * gain + shift > 0
+        opens = torch.where(gain > 0, largest, smallest) * gain + shift > 0
         if opens.any():
             after[:, ~opens] = after[:, opens].median(1, keepdim=True).values
     return after
 
 
-def statistics_for(
-    layer: FilterLayer, values: Mapping[str, Tensor], mask: Tensor, wanted: Tensor, found: Moments
+def _statistics_for(
+    layer: FilterLayer, values: Mapping[str, Tensor], mask: Tensor, wanted: Tensor, found: Tensor
 ) -> dict[str, Tensor]:
-    """Running mean and variance (M,) that give channels the moments ``wanted``, (2, M), after the norm.
+    """Running mean m and variance v (M,) that give channels the moments ``wanted``, (2, M), after the norm.
 
-    With w and b the frozen weight and bias the channel has standard deviation s where sqrt(v + eps) = |w| std(x) / s,
-    and mean mu where m = mean(x) - (mu - b) sqrt(v + eps) / w. Where w, s or std(x) is zero no scale can be matched:
-    such a channel is normalised to zero mean and unit variance before w and b. ``mask`` is (J,) bool.
+    The standard deviation is s where sqrt(v + eps) = |w| std(x) / s, the mean mu where m = mean(x) - (mu - b)
+    sqrt(v + eps) / w. If w, s or std(x) is 0 the channel gets mean 0 and variance 1 before w and b.
     """
     eps, (target_mean, target_std) = epsilon(layer.norm), wanted.double()
-    mean, std = found.mean[mask], found.std[mask]
-    weight, bias = values["norm.weight"][mask].double(), _bias(values)[mask]
+    mean, std = found[:2, mask]
+    weight, bias = (tensor[mask] for tensor in _affine(values))
     scale_free = (weight.abs() < 1e-12) | (target_std <= _CONSTANT * (1 + target_mean.abs())) | (std <= 0)
     sigma = torch.where(scale_free, std.clamp_min(1e-3), weight.abs() * std / target_std.clamp_min(1e-30))
     # The variance is stored, not sigma: eps bounds how small it can be.
     variance = (sigma.square() - eps).clamp_min(0)
     sigma = (variance + eps).sqrt()
     shift = torch.where(scale_free, 0, (target_mean - bias) * sigma / torch.where(scale_free, 1, weight))
-    return {"running_mean": (mean - shift).float(), "running_var": variance.float()}
+    return {"norm.running_mean": (mean - shift).float(), "norm.running_var": variance.float()}
 
 
-def _bias(values: Mapping[str, Tensor]) -> Tensor:
-    bias = values.get("norm.bias")
-    return torch.zeros_like(values["norm.weight"], dtype=torch.float64) if bias is None else bias.double()
+def _affine(values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    weight = values["norm.weight"].double()
+    return weight, values.get("norm.bias", torch.zeros_like(weight)).double()

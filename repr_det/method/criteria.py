@@ -1,4 +1,4 @@
-"""Ranking criteria: one score a filter, the largest is dropped first (RePr, section 4 and the table of 5).
+"""Ranking criteria, one score a filter (RePr, section 4 and the table of 5), and the choice of filters to drop.
 
 A criterion is a name in ``CRITERIA``, or a function of one layer:
 
@@ -9,28 +9,38 @@ A criterion is a name in ``CRITERIA``, or a function of one layer:
 
 A function of (layer, context) gets a ``Context`` too, and a ``Criterion`` scores all layers at once. A filter of score
 minus infinity is never dropped. ``examples/criteria.py`` and ``saliency.py`` have more.
+
+J: filters of a layer; N: examples of a batch (images, or proposals in a head); P: positions, H * W.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from repr_det.method.data_criteria import Scores, share_of_zeros
-from repr_det.method.distributed import to_cpu
+from repr_det.method.distributed import mean_over_ranks, to_cpu
 from repr_det.method.errors import OptionError, UserError
 from repr_det.method.layers import FilterLayer
-from repr_det.method.orthogonality import by_group, expected_overlap, inter_filter_orthogonality
+from repr_det.method.options import about_option
+from repr_det.method.orthogonality import by_group, expected_overlap, inter_filter_orthogonality, unit_filters
 from repr_det.method.passes import TrainingPasses
-from repr_det.method.redundancy import redundancy
+from repr_det.network.state import undisturbed
+
+Scores = dict[str, Tensor]  # layer name -> (J,)
+NEAR_DUPLICATE = 0.9  # likeness of two filters of which one says little that the other does not
+NEVER = float("-inf")  # the score of a filter that is not to be dropped
+_ROUNDING = 1e-9  # 0.3 * 10 must be 3 and 0.1 * 30 must not be 4
+logger = logging.getLogger("repr_det.data_criteria")
 
 
 @dataclass(frozen=True)
 class Context:
-    """The things that a criterion may look at besides the layers: a generator of the CPU, and training batches (their
-    number, and the cycle that says which)."""
+    """What a criterion may look at: a CPU generator, and ``num_batches`` training batches, those of ``cycle``."""
 
     generator: torch.Generator
     passes: TrainingPasses | None = None
@@ -56,11 +66,11 @@ def _of_function(function: Callable[..., Tensor]) -> Criterion:
     takes_context = len(inspect.signature(function).parameters) > 1
     name = getattr(function, "__name__", type(function).__name__)
 
+    @torch.no_grad()
     def score(layers: Sequence[FilterLayer], context: Context) -> Scores:
         found = {}
         for layer in layers:
-            with torch.no_grad():
-                scores = function(layer, context) if takes_context else function(layer)
+            scores = function(layer, context) if takes_context else function(layer)
             if not torch.is_tensor(scores) or scores.shape != (layer.num_filters,) or scores.isnan().any():
                 what = tuple(scores.shape) if torch.is_tensor(scores) else type(scores).__name__
                 raise UserError(
@@ -74,9 +84,6 @@ def _of_function(function: Callable[..., Tensor]) -> Criterion:
 
 
 def _of_weight(function: Callable[[Tensor], Tensor]) -> Criterion:
-    """A function of one layer's weight, (J, ...) -> (J,); of a grouped conv it sees the filters of one group at a
-    time."""
-
     def score(layers: Sequence[FilterLayer], context: Context) -> Scores:
         weights = to_cpu([layer.weight for layer in layers])
         return {x.name: by_group(function, x.conv.groups, weight) for x, weight in zip(layers, weights, strict=True)}
@@ -84,42 +91,178 @@ def _of_weight(function: Callable[[Tensor], Tensor]) -> Criterion:
     return Criterion(score)
 
 
-def _of_batches(
-    name: str, function: Callable[[Sequence[FilterLayer], TrainingPasses, int, int], Scores], spares: bool = False
-) -> Criterion:
-    """A function of layers, passes, number of batches and cycle."""
-
-    def score(layers: Sequence[FilterLayer], context: Context) -> Scores:
-        if context.passes is None:
-            raise UserError(f"criterion {name!r} looks at training batches: give Context(passes=...)")
-        return function(layers, context.passes, context.num_batches, context.cycle)
-
-    return Criterion(score, needs_data=True, spares=spares)
-
-
 def calibrated_overlap(weight: Tensor) -> Tensor:
-    """O_f over its expectation for random directions, so that layers of different d compare: about 1 untrained."""
+    """O_f over its expectation for random directions, so that layers of different d compare."""
     if len(weight) == 1:
         return torch.zeros(1)
     return inter_filter_orthogonality(weight) / expected_overlap(len(weight), weight[0].numel())
 
 
 def released_overlap(weight: Tensor) -> Tensor:
-    """The score that the author's released code computes instead of the paper's O_f: the matrix is scaled by one norm,
-    and the signed projections are averaged before the absolute value: |mean_j (What What^T - I)[f, j]|,
-    What = W / ||W||_F."""
+    """The score of the author's released code: |mean_j (What What^T - I)[f, j]|, What = W / ||W||_F."""
     rows = torch.nan_to_num(weight.detach().cpu().double().flatten(1))
     rows = rows / rows.norm().clamp_min(torch.finfo(torch.float32).tiny)
     return ((rows @ rows.sum(0) - 1) / len(rows)).abs()
 
 
 def small_weight_norm(weight: Tensor) -> Tensor:
-    """Minus the mean squared weight of the filter: the smallest filters are dropped first."""
+    """Minus the mean squared weight of the filter."""
     return -torch.nan_to_num(weight.detach().cpu().double().flatten(1)).square().mean(1)
 
 
 def _random(layers: Sequence[FilterLayer], context: Context) -> Scores:
     return {x.name: torch.rand(x.num_filters, generator=context.generator) for x in layers}
+
+
+# Criteria that look at training batches. A layer that runs several times in a pass counts all its positions.
+
+
+def share_of_zeros(layers: Sequence[FilterLayer], context: Context) -> Scores:
+    """APoZ: the share of outputs that a ReLU makes 0 (Hu et al. 2016, arXiv 1607.03250)."""
+    return finished(layers, "apoz", output_means(layers, context, lambda output: output <= 0))
+
+
+def redundancy(layers: Sequence[FilterLayer], context: Context) -> Scores:
+    """Filters that a network would not miss: infinity for an idle one (``use_of_filters``), the likeness to the filter
+    that stays for a near-duplicate (``copies``), NEVER for all others."""
+    use = use_of_filters(layers, context)
+    scores = {}
+    for layer in layers:
+        idle, threshold = use[layer.name]
+        weight, gamma = layer.weight.detach().cpu(), layer.tensors().get("norm.weight")
+        if gamma is not None:
+            weight = weight * gamma.detach().cpu().sign().view(-1, 1, 1, 1)
+        score = by_group(copies, layer.conv.groups, weight, idle, threshold)
+        scores[layer.name] = score.masked_fill(idle, float("inf"))
+    return scores
+
+
+def copies(weight: Tensor, idle: Tensor, threshold: Tensor) -> Tensor:
+    """The likeness of each near-duplicate to the filter that stays for it: c / sqrt(1 + (t1 - t2)^2), of the cosine c
+    of their weights and their thresholds t.
+
+    From the largest norm down every filter stays, unless it is more like one that stays than NEAR_DUPLICATE. Filters
+    that stay, and idle ones, score NEVER. Weights (J, ...) are those of one layer or group.
+    """
+    rows = unit_filters(weight)
+    apart = threshold[:, None].double() - threshold[None].double()
+    likeness = ((rows @ rows.T) / (1 + apart.square()).sqrt()).fill_diagonal_(0)
+    near = (likeness > NEAR_DUPLICATE) & ~idle
+    stays = ~idle & ~near.any(1)
+    for row in weight.flatten(1).norm(dim=1).sort(descending=True, stable=True).indices.tolist():
+        if near[row].any() and not idle[row]:
+            stays[row] = not (near[row] & stays).any()
+    score = torch.where(near & stays, likeness, NEVER).amax(1)
+    return score.masked_fill(stays | idle, NEVER)
+
+
+def use_of_filters(layers: Sequence[FilterLayer], context: Context) -> dict[str, tuple[Tensor, Tensor]]:
+    """Layer name -> (J,) bool and (J,), on the CPU: whether a filter is idle, and its threshold.
+
+    A filter is idle if it puts out nothing above 0 and gets no gradient, on any rank, while others of its layer do.
+    The threshold is mean over standard deviation of the channel before its activation.
+    """
+    counts: dict[str, int] = {}
+    sums: Scores = {}
+    outputs: Scores = {}
+    gradients: Scores = {}
+
+    def see(layer: FilterLayer, output: Tensor) -> None:
+        values = positions(output.detach())
+        if number := values.shape[0] * values.shape[2]:
+            counts[layer.name] = counts.get(layer.name, 0) + number
+            found = [_sum(values, lambda image: image), _sum(values, lambda image: image.float().square())]
+            sums[layer.name] = sums.get(layer.name, 0) + torch.stack(found)
+            _keep_largest(outputs, layer, values.amax((0, 2)))
+
+    def on_loss(loss: Tensor) -> None:
+        weights = [layer.weight for layer in layers]
+        for layer, gradient in zip(layers, torch.autograd.grad(loss, weights, allow_unused=True), strict=True):
+            if gradient is not None:
+                _keep_largest(gradients, layer, gradient.flatten(1).abs().amax(1))
+
+    with on_output(layers, see):
+        run_batches(context, on_loss, gradients=True)
+    reached = [layer.name for layer in layers if layer.name in sums and layer.name in gradients]
+    found = to_cpu([torch.stack([*sums[name], outputs[name], gradients[name]]) for name in reached])
+    idle, thresholds = {}, {}
+    for name, (total, squares, output, gradient) in zip(reached, found, strict=True):
+        mean = total.double() / counts[name]
+        deviation = (squares.double() / counts[name] - mean.square()).clamp_min(0).sqrt()
+        thresholds[name] = mean / deviation.clamp_min(1e-12)
+        idle[name] = ~((output > 0) | (gradient > 0)) & gradient.any()
+    everywhere, threshold = _averaged(layers, idle), _averaged(layers, thresholds)
+    return {layer.name: (everywhere[layer.name] == 1, threshold[layer.name]) for layer in layers}
+
+
+def _keep_largest(found: Scores, layer: FilterLayer, new: Tensor) -> None:
+    found[layer.name] = torch.maximum(found.get(layer.name, new.float()), new.float())
+
+
+def _sum(values: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:
+    """(N, J, P) -> (J,) float32, one image at a time."""
+    return torch.stack([of(image).float().sum(1) for image in values]).sum(0)
+
+
+def output_means(layers: Sequence[FilterLayer], context: Context, of: Callable[[Tensor], Tensor]) -> Scores:
+    """The mean of ``of`` (outputs of one image) over images and positions; layers that did not run are missing."""
+    total: Scores = {}
+    count: dict[str, int] = {}
+
+    def see(layer: FilterLayer, output: Tensor) -> None:
+        values = positions(output.detach())
+        if number := values.shape[0] * values.shape[2]:
+            total[layer.name] = total.get(layer.name, 0) + _sum(values, of)
+            count[layer.name] = count.get(layer.name, 0) + number
+
+    with on_output(layers, see):
+        run_batches(context, lambda loss: None, gradients=False)
+    return {name: total[name] / count[name] for name in total}
+
+
+def run_batches(context: Context, on_loss: Callable[[Tensor], None], gradients: bool) -> None:
+    """Calls ``on_loss`` with the loss of every batch; ``gradients`` says whether it can be differentiated, which is for
+    ``torch.autograd.grad``, unseen by DistributedDataParallel. UserError if the context has no passes."""
+    passes = context.passes
+    if passes is None:
+        raise UserError("this criterion looks at training batches: give Context(passes=...)")
+    with undisturbed(passes.model, True, passes.trains), torch.set_grad_enabled(gradients):
+        for batch in passes.batches(context.num_batches, context.cycle):
+            on_loss(passes.loss(batch))
+
+
+def positions(output: Tensor) -> Tensor:
+    """(N, J, H, W) -> (N, J, P); a single image without N too."""
+    return (output if output.dim() > 3 else output[None]).flatten(2)
+
+
+@contextmanager
+def on_output(layers: Sequence[FilterLayer], see: Callable[[FilterLayer, Tensor], None]) -> Iterator[None]:
+    """Calls ``see`` with every layer and what its channels put out, whenever it runs."""
+    with ExitStack() as stack:
+        for layer in layers:
+            module = layer.output_module()
+            hook = module.register_forward_hook(lambda _, inputs, output, layer=layer: see(layer, output))
+            stack.callback(hook.remove)
+        yield
+
+
+def finished(layers: Sequence[FilterLayer], criterion: str, found: Scores) -> Scores:
+    """The scores of all layers, averaged over the ranks; one that never ran is named in a warning and scores 0."""
+    missing = [layer.name for layer in layers if layer.name not in found]
+    if missing:
+        names = ", ".join(missing)
+        logger.warning("RePr criterion %s: %s took no part in the training batches; they score 0", criterion, names)
+    return _averaged(layers, found)
+
+
+def _averaged(layers: Sequence[FilterLayer], found: Scores) -> Scores:
+    """By one collective call; what is missing or not finite is 0."""
+    sizes = {layer.name: layer.num_filters for layer in layers}
+    parts = to_cpu([found.get(name, torch.zeros(size)) for name, size in sizes.items()])
+    joined = mean_over_ranks(torch.cat([part.double() for part in parts]), layers[0].weight.device)
+    joined = torch.where(torch.isfinite(joined), joined, 0).float()
+    return dict(zip(sizes, joined.split(list(sizes.values())), strict=True))
 
 
 CRITERIA = {
@@ -128,10 +271,9 @@ CRITERIA = {
     "ortho_released": _of_weight(released_overlap),
     "weight_norm": _of_weight(small_weight_norm),
     "random": Criterion(_random),
-    "apoz": _of_batches("apoz", share_of_zeros),
-    "redundant": _of_batches("redundant", redundancy, spares=True),
+    "apoz": Criterion(share_of_zeros, needs_data=True),
+    "redundant": Criterion(redundancy, needs_data=True, spares=True),
 }
-_OF_EXAMPLES = ("mean_activation", "gradient", "taylor", "hessian")  # names until version 0.2.0
 
 
 def get_criterion(criterion: "str | Callable[..., Tensor] | Criterion") -> Criterion:
@@ -141,6 +283,60 @@ def get_criterion(criterion: "str | Callable[..., Tensor] | Criterion") -> Crite
     if callable(criterion):
         return _of_function(criterion)
     if criterion not in CRITERIA:
-        gone = " (since version 0.3.0 it is in examples/saliency.py)" if criterion in _OF_EXAMPLES else ""
-        raise OptionError(f"{{criterion}} must be one of {', '.join(sorted(CRITERIA))}, got {criterion!r}{gone}")
+        raise OptionError(f"{{criterion}} must be one of {', '.join(sorted(CRITERIA))}, got {criterion!r}")
     return CRITERIA[criterion]
+
+
+def drop_total(num_filters: int, drop_ratio: float) -> int:
+    """floor(drop_ratio * F)."""
+    return math.floor(drop_ratio * num_filters + _ROUNDING)
+
+
+def drop_cap(num_filters: int, max_drop_per_layer: float) -> int:
+    """min(J - 1, ceil(max_drop_per_layer * J)): one filter always stays."""
+    return max(0, min(num_filters - 1, math.ceil(max_drop_per_layer * num_filters - _ROUNDING)))
+
+
+def check_capacity(sizes: dict[str, int], drop_ratio: float, max_drop_per_layer: float) -> None:
+    """Raises OptionError if a share is out of range, or the caps leave too few filters to drop."""
+    about_option("drop_ratio").check("drop_ratio", drop_ratio)
+    about_option("max_drop_per_layer").check("max_drop_per_layer", max_drop_per_layer)
+    total = drop_total(sum(sizes.values()), drop_ratio)
+    room = sum(drop_cap(size, max_drop_per_layer) for size in sizes.values())
+    if room < total:
+        raise OptionError(
+            f"{{max_drop_per_layer}} {max_drop_per_layer} lets {room} of {sum(sizes.values())} filters be dropped, "
+            f"{{drop_ratio}} {drop_ratio} needs {total} (one of a layer stays): raise the cap or lower the ratio"
+        )
+
+
+def select_filters(scores: dict[str, Tensor], drop_ratio: float, max_drop_per_layer: float = 1.0) -> dict[str, Tensor]:
+    """The floor(drop_ratio * F) filters with the highest scores over all layers, at most a capped number of each.
+
+    Args:
+        scores: layer name -> (J,), minus infinity is never dropped. Ties go by the order of layers, then by index.
+        drop_ratio: share of all F filters, in (0, 1).
+        max_drop_per_layer: share of a layer, rounded up, in (0, 1]; one filter always stays.
+
+    Returns:
+        layer name -> (J,) bool on the device of the scores, True = drop.
+
+    Raises:
+        OptionError: a share is out of range, or the caps leave too few filters.
+        ValueError: a score is NaN.
+    """
+    sizes = {name: len(score) for name, score in scores.items()}
+    check_capacity(sizes, drop_ratio, max_drop_per_layer)
+    candidates = []
+    for name, score in scores.items():
+        score = score.detach().double().cpu()
+        if torch.isnan(score).any():
+            raise ValueError(f"the score of filter {int(torch.isnan(score).nonzero()[0])} of {name} is NaN")
+        order = score.sort(descending=True, stable=True).indices
+        # Beyond its cap a layer has no candidates.
+        candidates.append(score.index_fill(0, order[drop_cap(len(score), max_drop_per_layer) :], NEVER))
+    ranked = torch.cat(candidates)
+    worst = ranked.sort(descending=True, stable=True).indices[: drop_total(len(ranked), drop_ratio)]
+    chosen = torch.zeros(len(ranked), dtype=torch.bool).index_fill(0, worst, True) & (ranked > NEVER)
+    masks = zip(scores.items(), chosen.split(list(sizes.values())), strict=True)
+    return {name: mask.to(score.device) for (name, score), mask in masks}

@@ -10,10 +10,10 @@ class UserError(ValueError):
 
 
 class OptionError(UserError):
-    """A wrong option of RePr. It is spelled as whoever reads it wrote it: a keyword argument, or a key of a config.
+    """A wrong option of RePr, spelled as whoever reads it wrote it: a keyword argument, or a key of a config.
 
     Args:
-        message: the sentence, with {name} in place of the options of ``options.RePrOptions`` that it is about.
+        message: with {name} in place of an option.
         names: option -> its spelling; None spells keyword arguments.
     """
 
@@ -26,10 +26,6 @@ class OptionError(UserError):
         # Not str.format: braces in what a user typed stay what they are.
         super().__init__(re.sub(r"\{([a-z]\w*)\}", spell, message))
 
-    def spelled(self, names: Mapping[str, str]) -> "OptionError":
-        """The same error with other spellings."""
-        return OptionError(self.message, names)
-
 
 @contextmanager
 def spelling(names: Mapping[str, str] | None) -> Iterator[None]:
@@ -37,4 +33,4 @@ def spelling(names: Mapping[str, str] | None) -> Iterator[None]:
     try:
         yield
     except OptionError as error:
-        raise (error if names is None else error.spelled(names)) from None
+        raise (error if names is None else OptionError(error.message, names)) from None

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from repr_det.method.criteria import drop_total
 from repr_det.method.errors import OptionError, UserError
 from repr_det.method.holding import Transition
 from repr_det.method.layers import FilterLayer, find_filter_layers, what_attention_means
@@ -23,7 +24,6 @@ from repr_det.method.options import RePrOptions
 from repr_det.method.passes import TrainingPasses, passes_over
 from repr_det.method.schedule import RePrSchedule
 from repr_det.method.scheme import RePrScheme
-from repr_det.method.selection import drop_total
 from repr_det.network.state import undisturbed, unwrapped
 from repr_det.network.steps import around_step, scale_rates, with_inner
 

@@ -1,13 +1,9 @@
 """The state that optimizers keep for single filters.
 
 Momentum, squared gradients, second sets of weights and counters are understood. Another name is refused at a drop.
-
-Shape shorthand:
-    J: filters of a layer        M: filters of it that are dropped or return
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,80 +14,66 @@ from repr_det.method.layers import FilterLayer, zero_rows_
 from repr_det.network.tracing import tensors_in
 
 # By the names that optimizers give their state. A filter that begins to train again begins with momentum 0 ...
-_MOMENTA = {
-    *("momentum_buffer", "exp_avg", "grad_avg", "acc_delta", "exp_avg_diff", "neg_pre_grad", "previous_grad"),
-    *("pre_grad", "last_grad", "prev_grad", "prev", "velocity", "exp_avg_slow", "exp_avg_fast", "s", "momentum"),
-}
+_MOMENTA = (
+    "momentum_buffer exp_avg grad_avg acc_delta exp_avg_diff neg_pre_grad previous_grad pre_grad last_grad prev_grad "
+    "prev velocity exp_avg_slow exp_avg_fast s momentum"
+).split()
 # ... with squared gradients and steps as those of the others ...
-_SCALES = {
-    *("exp_avg_sq", "max_exp_avg_sq", "square_avg", "exp_inf", "sum", "step_size", "exp_avg_var", "max_exp_avg_var"),
-    *("grad_sum_sq", "sum_square", "exp_hessian_diag", "exp_avg_nest_sq", "max_square_avg", "exp_hessian_diag_sq"),
-}
+_SCALES = (
+    "exp_avg_sq max_exp_avg_sq square_avg exp_inf sum step_size exp_avg_var max_exp_avg_var grad_sum_sq sum_square "
+    "exp_hessian_diag exp_avg_nest_sq max_square_avg exp_hessian_diag_sq"
+).split()
 # ... and a second set of weights as the first.
-_WEIGHTS = {
-    *("z", "ax", "x0", "p0", "slow_param", "slow_params", "slow_buffer", "lookahead_slow_buff", "old_p"),
-    *("master", "master_param", "master_weight", "master_weights", "fp32_param", "param_copy", "backup"),
-}
-_EPS = ("eps", "eps1", "eps2")
-_STATE_WANTED = "take SGD, Adam, AdamW or another that keeps momentum or moments only"
+_WEIGHTS = (
+    "z ax x0 p0 slow_param slow_params slow_buffer lookahead_slow_buff old_p master master_param master_weight "
+    "master_weights fp32_param param_copy backup"
+).split()
 
 
 def check_optimizers(layers: Sequence[FilterLayer], optimizers: Sequence[Optimizer]) -> None:
-    """Raises UserError where a trainable member of a filter is in none of the optimizers, or a step of one of them
-    would not leave a filter of zeros without gradients where it is."""
-    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    """Raises UserError if a trainable member of a filter is in none of the optimizers, or one of them has eps 0."""
+    groups = [(type(optimizer).__name__, group) for optimizer in optimizers for group in optimizer.param_groups]
+    held = {id(parameter) for _, group in groups for parameter in group["params"]}
     for layer in layers:
         for name, tensor in layer.tensors().items():
             if isinstance(tensor, nn.Parameter) and tensor.requires_grad and id(tensor) not in held:
                 raise OptionError(
-                    f"the optimizer does not hold the {name} of {layer.name}, so that a dropped filter cannot be held "
-                    "at zero: give all optimizers (a list), switch off its requires_grad where it does not train, or "
-                    f"add {layer.name!r} to {{exclude}}"
+                    f"the optimizer does not hold the {name} of {layer.name}: give all optimizers (a list), switch off "
+                    f"its requires_grad where it does not train, or add {layer.name!r} to {{exclude}}"
                 )
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            if any(group.get(key) == 0 for key in _EPS):
-                raise UserError(
-                    f"the optimizer {type(optimizer).__name__} has eps 0: its step of a dropped filter is 0 / 0; give "
-                    "it a larger one (1e-8)"
-                )
+    for name, group in groups:
+        if any(group.get(key) == 0 for key in ("eps", "eps1", "eps2")):
+            raise UserError(f"the optimizer {name} has eps 0: its step of a dropped filter is 0 / 0; give it 1e-8")
 
 
 def check_optimizer_state(layers: Sequence[FilterLayer], optimizers: Sequence[Optimizer]) -> None:
-    """Raises UserError where an optimizer keeps something for a layer whose meaning is not known."""
-    for optimizer in optimizers:
-        for parameter, state in optimizer.state.items():
-            for key, value in state.items() if torch.is_tensor(parameter) else ():
-                if any(tensor.numel() > parameter.numel() > 1 for tensor in tensors_in(value, depth=1)):
-                    raise UserError(
-                        f"the optimizer {type(optimizer).__name__} keeps {key!r} for all weights together, which RePr "
-                        f"cannot take a filter out of; {_STATE_WANTED}"
-                    )
-    for layer, parameter, optimizer, key, value in _state_of(layers, optimizers):
-        if value.dim() == 0 or value.numel() <= 1 < parameter.numel():
+    """Raises UserError if an optimizer keeps something for a layer whose meaning is not known."""
+    owners = {parameter: layer.name for layer in layers for parameter in layer.parameters()}
+    for kind, parameter, key, tensor in _all_state(optimizers):
+        owner = f"filters of {owners[parameter]}" if parameter in owners else ""
+        if tensor.numel() > parameter.numel() > 1:
+            owner = "all weights together"
+        elif tensor.dim() == 0 or tensor.numel() <= 1 < parameter.numel():
             continue  # a counter
-        understood = key in _MOMENTA | _SCALES | _WEIGHTS and value.shape == parameter.shape
-        if not (understood and value.is_floating_point()):
+        elif key in (*_MOMENTA, *_SCALES, *_WEIGHTS) and tensor.shape == parameter.shape and tensor.is_floating_point():
+            continue
+        if owner:
             raise UserError(
-                f"filters of {layer.name} cannot be held at zero under the optimizer {type(optimizer).__name__}: it "
-                f"keeps {key!r} for every weight, which RePr does not know how to take a filter out of; {_STATE_WANTED}"
+                f"the optimizer {kind} keeps {key!r} for {owner}, which RePr does not know how to take a filter out "
+                "of: take SGD, Adam, AdamW or another that keeps momentum or moments only"
             )
 
 
-def _state_of(
-    layers: Sequence[FilterLayer], optimizers: Sequence[Optimizer]
-) -> Iterator[tuple[FilterLayer, Tensor, Optimizer, str, Any]]:
-    """Every tensor that the optimizers keep for parameters of the layers."""
-    for layer in layers:
-        for parameter in layer.parameters():
-            for optimizer in optimizers:
-                for key, value in optimizer.state.get(parameter, {}).items():
-                    for tensor in tensors_in(value, depth=1):
-                        yield layer, parameter, optimizer, key, tensor
+def _all_state(optimizers: Sequence[Optimizer]) -> Iterator[tuple[str, Tensor, str, Tensor]]:
+    for optimizer in optimizers:
+        for parameter, state in optimizer.state.items():
+            for key, value in state.items() if torch.is_tensor(parameter) else ():
+                for tensor in tensors_in(value, depth=1):
+                    yield type(optimizer).__name__, parameter, key, tensor
 
 
 def optimizer_state(optimizers: Sequence[Optimizer], parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor of all that optimizers keep for every entry of ``parameter``, each of its shape."""
+    """Name and tensor of all that optimizers keep of the shape of ``parameter``."""
     for optimizer in optimizers:
         for key, value in optimizer.state.get(parameter, {}).items():
             if torch.is_tensor(value) and value.shape == parameter.shape:
@@ -100,7 +82,6 @@ def optimizer_state(optimizers: Sequence[Optimizer], parameter: Tensor) -> Itera
 
 @torch.no_grad()
 def zero_optimizer_state_(optimizers: Sequence[Optimizer], layer: FilterLayer, rows: Tensor) -> None:
-    """Sets the state of filters (M,) of a layer to 0."""
     for parameter in layer.parameters():
         zero_rows_((tensor for _, tensor in optimizer_state(optimizers, parameter)), rows)
 
@@ -114,26 +95,20 @@ def restart_optimizer_state_(
     dim: int = 0,
     within: slice = slice(None),
 ) -> None:
-    """Optimizer state for entries of a parameter that begin to train again: momentum 0, squared gradients as those of
-    the others, a second set of weights as the first.
+    """State of entries of a parameter that begin to train again, among the filters ``within``: ``rows`` along ``dim``.
 
     With squared gradients of 0 after many steps, Adam's first steps would be several times the learning rate.
-
-    Args:
-        rows, others: indices along ``dim`` of the entries that begin again, and of those that do not.
-        dim: 0 for filters, 1 for input channels.
-        within: the filters that this is about.
     """
     for key, whole in optimizer_state(optimizers, parameter):
         tensor = whole[within]
+        old = tensor.index_select(dim, rows)
         if key in _WEIGHTS:
-            tensor.index_copy_(dim, rows, parameter[within].index_select(dim, rows).to(tensor.dtype))
+            old = parameter[within].index_select(dim, rows).to(tensor.dtype)
         elif key in _SCALES and len(others):
-            shape = list(tensor.shape)
-            shape[dim] = len(rows)
-            tensor.index_copy_(dim, rows, _mean(tensor, others, dim).expand(shape))
+            old = _mean(tensor, others, dim).expand_as(old)
         else:
-            tensor.index_fill_(dim, rows, 0)
+            old = torch.zeros_like(old)
+        tensor.index_copy_(dim, rows, old)
 
 
 @torch.no_grad()

@@ -1,12 +1,10 @@
-"""All options of RePr, described once: name, default, range, meaning, and the key of a config that sets it.
+"""All options of RePr, described once: name, default, range, meaning and config key.
 
-The keyword arguments of ``RePr`` and ``RePrHook``, the config node REPR, what a resumed run must have the same, the
-table of keys in the pages and the texts of errors come from the fields of ``RePrOptions``.
+Keyword arguments, the node REPR, what a resume compares, the table in the pages and errors come from ``RePrOptions``.
 """
 
-import dataclasses
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +14,7 @@ from repr_det.method.errors import OptionError
 DETECTRON2_LAYERS = ("backbone.bottom_up.res*.conv*", "backbone.res*.conv*", "roi_heads.res5.*.conv*")
 
 _WITHOUT_EFFECT = ("norms", "slim", "slim_model", "readers", "apart")  # keywords of version 0.2.0
+_OF_SCHEDULE = ("s1_iters", "s2_iters", "num_cycles", "start_iter")  # a resumed run must have the same drops
 
 
 @dataclass(frozen=True)
@@ -25,43 +24,38 @@ class About:
     Attributes:
         key: of a config, below the node REPR.
         meaning: one line.
-        choices: all values that it may have; None for a number or names.
-        least, most: bounds of a number; ``above`` and ``below`` are bounds that it must not reach.
-        in_config: default of the config key, where that of the keyword argument makes no sense there.
-        resumed: whether a resumed run must have the same value (of the schedule it must have the same drops).
+        choices: all values that it may have.
+        least: of an integer.
+        share: the interval of a number, "(0, 1)" or "(0, 1]".
+        in_config: default of the config key, if not that of the keyword.
     """
 
     key: str
     meaning: str
-    choices: Collection[Any] | None = None
-    least: float | None = None
-    most: float | None = None
-    above: float | None = None
-    below: float | None = None
+    choices: Sequence[str] = ()
+    least: int | None = None
+    share: str = ""
     in_config: Any = None
-    resumed: bool = True
 
     def range(self) -> str:
-        """The values that are right, in words."""
-        if self.choices is not None:
-            return f"one of {', '.join(map(str, self.choices))}"
-        if self.above is not None:
-            end = f"{self.most}]" if self.below is None else f"{self.below})"
-            return f"in ({self.above}, {end}"
-        return f"an integer of at least {self.least}" if self.least is not None else ""
-
-    def holds(self, value: Any) -> bool:
-        """Tells whether the value is right."""
-        if self.choices is not None:
-            return value in self.choices
-        if self.above is not None:
-            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            return (
-                is_number and self.above < value and (value < self.below if self.most is None else value <= self.most)
-            )
+        """The values that are right, in words; "" where all are."""
         if self.least is not None:
-            return isinstance(value, int) and not isinstance(value, bool) and value >= self.least
-        return True
+            return f"an integer of at least {self.least}"
+        if self.share:
+            return f"in {self.share}"
+        return f"one of {', '.join(self.choices)}" if self.choices else ""
+
+    def check(self, name: str, value: Any) -> None:
+        """Raises OptionError if the value of the option ``name`` is wrong."""
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if self.least is not None:
+            right = is_number and isinstance(value, int) and value >= self.least
+        elif self.share:
+            right = is_number and (0 < value < 1 or (value == 1 and self.share == "(0, 1]"))
+        else:
+            right = not self.choices or value in self.choices
+        if not right:
+            raise OptionError(f"{{{name}}} must be {self.range()}, got {value!r}")
 
 
 def _option(default: Any, key: str, meaning: str, **about: Any) -> Any:
@@ -70,28 +64,21 @@ def _option(default: Any, key: str, meaning: str, **about: Any) -> Any:
 
 @dataclass(frozen=True)
 class RePrOptions:
-    """The options of RePr.
-
-    Raises:
-        OptionError: one of them is out of range.
-    """
+    """The options of RePr. OptionError if one of them is out of range."""
 
     s1_iters: int = _option(
         0,
         "S1_ITERS",
-        "Steps of the full network in one cycle. 0, with S2 0 too: derived, all cycles with S1 : S2 = 2 : 1 in the "
-        "first three quarters of the steps before the learning rate decays.",
+        "Steps of the full network in one cycle. 0, with S2 0 too: derived, S1 : S2 = 2 : 1 in three quarters of the "
+        "steps before the learning rate decays.",
         least=0,
-        resumed=False,
     )
-    s2_iters: int = _option(0, "S2_ITERS", "Steps of the sub-network in one cycle.", least=0, resumed=False)
-    num_cycles: int = _option(3, "NUM_CYCLES", "Cycles of full network and sub-network.", least=1, resumed=False)
-    start_iter: int = _option(
-        0, "START_ITER", "Steps of plain training before the first cycle.", least=0, resumed=False
-    )
-    drop_ratio: float = _option(0.3, "DROP_RATIO", "Share of all filters that a drop takes.", above=0, below=1)
+    s2_iters: int = _option(0, "S2_ITERS", "Steps of the sub-network in one cycle.", least=0)
+    num_cycles: int = _option(3, "NUM_CYCLES", "Cycles of full network and sub-network.", least=1)
+    start_iter: int = _option(0, "START_ITER", "Steps of plain training before the first cycle.", least=0)
+    drop_ratio: float = _option(0.3, "DROP_RATIO", "Share of all filters that a drop takes.", share="(0, 1)")
     max_drop_per_layer: float = _option(
-        0.5, "MAX_DROP_PER_LAYER", "Largest share of one layer that a drop takes, rounded up.", above=0, most=1
+        0.5, "MAX_DROP_PER_LAYER", "Largest share of one layer that a drop takes, rounded up.", share="(0, 1]"
     )
     criterion: str | Callable[..., Any] = _option(  # noqa: RUF009
         "ortho", "CRITERION", "Score by which filters are ranked: a name, or in Python a function of a layer."
@@ -114,53 +101,36 @@ class RePrOptions:
     frozen_norm: str = _option(
         "recalibrate",
         "REINIT.FROZEN_NORM",
-        "Statistics of FrozenBN behind a new filter: set so that its channel has the mean and deviation of before the "
-        "drop, or kept.",
+        "Statistics of FrozenBN behind a new filter: such that its channel has its old mean and deviation, or kept.",
         choices=("recalibrate", "keep"),
     )
     calibration_batches: int = _option(
-        0,
-        "REINIT.CALIBRATION_BATCHES",
-        "Training batches for that. 0: as many as have 8 images, in a loop 4.",
-        least=0,
+        0, "REINIT.CALIBRATION_BATCHES", "Training batches for that. 0: as many as have 8 images, in a loop 4.", least=0
     )
     returns: str = _option(
         "as_published",
         "REINIT.RETURN",
-        "A returning filter is heard at once (gamma 1), or changes no output of the network until it has learned. The "
-        "second is not in the paper.",
+        "A returning filter is heard at once (gamma 1), or only when it has learned. The second is not in the paper.",
         choices=("as_published", "function_preserving"),
     )
     warmup_iters: int = _option(
-        0,
-        "REINIT.WARMUP_ITERS",
-        "Steps of linear learning-rate warm-up after every restore that brought filters back. -1: as long as they were "
-        "out. Not in the paper.",
-        least=-1,
+        0, "REINIT.WARMUP_ITERS", "Steps of learning-rate warm-up after a restore (not in the paper). -1: S2.", least=-1
     )
 
     def __post_init__(self) -> None:
-        for option in dataclasses.fields(self):
-            value = getattr(self, option.name)
-            about = about_option(option.name)
-            if option.name == "returns" and value == "median_gamma":
-                raise OptionError("{returns} median_gamma went in version 0.3.0: take function_preserving")
-            if not about.holds(value):
-                raise OptionError(f"{{{option.name}}} must be {about.range()}, got {value!r}")
+        for name, value in vars(self).items():
+            about_option(name).check(name, value)
         if (self.s1_iters == 0) != (self.s2_iters == 0):
             raise OptionError(
-                f"{{s1_iters}} is {self.s1_iters} and {{s2_iters}} {self.s2_iters}: set both, or leave both 0 to "
-                "derive them"
+                f"{{s1_iters}} is {self.s1_iters}, {{s2_iters}} {self.s2_iters}: set both, or leave both 0"
             )
         if self.max_drop_per_layer < self.drop_ratio:
-            raise OptionError(
-                f"{{max_drop_per_layer}} must be at least {{drop_ratio}} {self.drop_ratio}, got "
-                f"{self.max_drop_per_layer}"
-            )
+            least = f"at least {{drop_ratio}} {self.drop_ratio}"
+            raise OptionError(f"{{max_drop_per_layer}} must be {least}, got {self.max_drop_per_layer}")
 
     @classmethod
     def of(cls, given: dict[str, Any]) -> "RePrOptions":
-        """Those of keyword arguments. Raises OptionError for a name that is no option."""
+        """Those of keyword arguments; OptionError for another name."""
         known = {}
         for name, value in given.items():
             if name in _WITHOUT_EFFECT:
@@ -172,17 +142,13 @@ class RePrOptions:
         return cls(**known)
 
     def resumed(self) -> dict[str, Any]:
-        """Returns the values that a resumed run must have too: config key -> value, for a checkpoint."""
-        found = {}
-        for option in dataclasses.fields(self):
-            about, value = about_option(option.name), getattr(self, option.name)
-            if about.resumed:
-                found[f"REPR.{about.key}"] = _storable(value)
-        return found
+        """Config key -> value of what a resumed run must have too, for a checkpoint."""
+        names = [name for name in option_names() if name not in _OF_SCHEDULE]
+        return {CONFIG_KEYS[name]: _storable(getattr(self, name)) for name in names}
 
 
 def about_option(name: str) -> About:
-    """Returns the description of an option."""
+    """The description of an option."""
     return RePrOptions.__dataclass_fields__[name].metadata["about"]
 
 
@@ -191,7 +157,7 @@ def option_names() -> tuple[str, ...]:
 
 
 def _storable(value: Any) -> Any:
-    """The value as ``torch.load(weights_only=True)`` takes it: a function by its name, a list of any kind as a list."""
+    """The value as ``torch.load(weights_only=True)`` takes it: a function by its name."""
     if isinstance(value, (str, int, float)):
         return value
     if isinstance(value, Sequence):
@@ -205,10 +171,10 @@ CONFIG_KEYS = {name: f"REPR.{about_option(name).key}" for name in option_names()
 
 
 def check_resumed(saved: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
-    """Raises OptionError where a run is resumed with other options than those that were saved, by config key."""
+    """Raises OptionError if a run is resumed with other options than those that were saved, by config key."""
     for name, key in CONFIG_KEYS.items():
         if key in saved and key in mine and saved[key] != mine[key]:
             raise OptionError(
-                f"the checkpoint was trained with {{{name}}} {saved[key]}, this run has {mine[key]}: resume with that "
-                "of the run that wrote it, or start again elsewhere"
+                f"the checkpoint was trained with {{{name}}} {saved[key]}, this run has {mine[key]}: resume with the "
+                "same, or start again elsewhere"
             )

@@ -4,28 +4,24 @@ Shape shorthand:
     J: filters of a layer        d: weights of one filter, C_in / groups * kh * kw
     K: filters that were kept    M: filters that were dropped    n = K + M
 
-Weights may have any trailing shape, rows are filters. All is computed in float64 on the CPU: one seed gives the same
-filters on every device. A row that is zero or not finite has no direction: it overlaps with nothing (O_f = 0), and
-nothing has to be orthogonal to it.
+All is computed in float64 on the CPU: one seed gives the same filters on every device. A row that is zero or not finite
+has no direction: it overlaps with nothing (O_f = 0), and nothing has to be orthogonal to it.
 """
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-# Squared singular values of the unit-row matrix below this are the null space: cosines of at most 1e-6. Rounding in
-# double precision leaves up to the second, relative to the largest, where the exact value is 0.
-_NULL_EIGENVALUE = 1e-12
-_NULL_ROUNDING = 1e-14
-# Eigenvalues closer than this, relative to themselves, count as one eigenspace: rounding of single-precision weights.
-_SAME_EIGENVALUE = 3e-6
+_NULL_EIGENVALUE = 1e-12  # squared singular values up to this are the null space: cosines of at most 1e-6
+_NULL_ROUNDING = 1e-14  # and up to this share of the largest, which rounding leaves of 0
+_SAME_EIGENVALUE = 3e-6  # relative difference inside one eigenspace: rounding of single-precision weights
 
 
 def unit_filters(weight: Tensor) -> Tensor:
-    """Filters (J, ...) scaled to unit L2 norm, (J, d) float64 on the CPU; rows without a direction become zero."""
+    """Filters (J, ...) of unit L2 norm, (J, d) float64 on the CPU; rows without a direction become zero."""
     if weight.dim() < 2 or not weight.is_floating_point():
         raise ValueError(f"weight must be a floating-point tensor (J, ...), got {weight.dtype} {tuple(weight.shape)}")
     rows = weight.detach().cpu().double().flatten(1)
@@ -41,10 +37,10 @@ def inter_filter_orthogonality(weight: Tensor, groups: int = 1) -> Tensor:
 
     Args:
         weight: (J, ...) filters of one layer.
-        groups: of a grouped conv; each is a layer of its own with J / groups filters.
+        groups: of a grouped conv; each counts as a layer.
 
     Returns:
-        (J,) in [0, 1), float64 on the CPU; the largest overlaps most with its neighbours and is dropped first.
+        (J,) in [0, 1), float64 on the CPU; the largest is dropped first.
 
     Example:
         >>> import torch
@@ -57,12 +53,11 @@ def inter_filter_orthogonality(weight: Tensor, groups: int = 1) -> Tensor:
 
 def _overlap(weight: Tensor) -> Tensor:
     unit = unit_filters(weight)
-    # The diagonal of P is zero by definition, also where rounding leaves |f|^2 a little off 1.
     return (unit @ unit.T).fill_diagonal_(0).abs_().sum(1) / len(unit)
 
 
 def by_group(function: Callable[..., Tensor], groups: int, *tensors: Tensor) -> Tensor:
-    """``function`` of the rows (J / groups, ...) of ``tensors`` that belong to each group, joined again."""
+    """``function`` of the rows of ``tensors`` that belong to each group, joined again."""
     if groups == 1:
         return function(*tensors)
     return torch.cat([function(*parts) for parts in zip(*(t.chunk(groups) for t in tensors), strict=True)])
@@ -83,14 +78,13 @@ def least_overlap_filters(kept: Tensor, dropped: Tensor, generator: torch.Genera
     """Directions for M returning filters with the least overlap with the kept and with their own old values.
 
     With A (n, d) the unit rows of both arguments, the new rows are orthonormal and span the eigenvectors of the M
-    smallest eigenvalues of A^T A: the null space where it has M dimensions (section 3 of the paper). Inside an
-    eigenspace the directions are uniformly random. Where M > d they are floor(M / d) randomly rotated orthonormal bases
-    and the remainder from the smallest eigenvalues.
+    smallest eigenvalues of A^T A: the null space if it has M dimensions (section 3 of the paper). Inside an eigenspace
+    they are uniformly random. If M > d they are floor(M / d) random bases and the rest from the smallest eigenvalues.
 
     Args:
-        kept: (K, ...) current values of the filters that stayed; K may be 0.
-        dropped: (M, ...) values of the dropped filters before the drop, same trailing shape.
-        generator: source of the random directions, of any device; None takes torch's default one.
+        kept: (K, ...) values of the filters that stayed; K may be 0.
+        dropped: (M, ...) values of the others before the drop.
+        generator: of the CPU; None takes torch's default one.
 
     Returns:
         (M, ...) unit rows with dtype and device of ``dropped``.
@@ -109,9 +103,6 @@ def least_overlap_filters(kept: Tensor, dropped: Tensor, generator: torch.Genera
         raise ValueError(f"kept and dropped filters differ in shape: {tuple(kept.shape)}, {tuple(dropped.shape)}")
     if not len(dropped):
         return dropped.clone()
-    if generator is not None and generator.device.type != "cpu":
-        seed = torch.randint(2**62, (1,), generator=generator, device=generator.device)
-        generator = torch.Generator().manual_seed(int(seed))
     rows = torch.cat([unit_filters(kept), unit_filters(dropped)])
     dimension, num_new = rows.shape[1], len(dropped)
     blocks = [_random_rotation(dimension, generator) for _ in range(num_new // dimension)]
@@ -133,24 +124,20 @@ def _random_rotation(size: int, generator: torch.Generator | None) -> Tensor:
 def _smallest_eigenvectors(rows: Tensor, num_new: int, generator: torch.Generator | None) -> Tensor:
     """(num_new, d) orthonormal rows that span the smallest eigenvalues of rows^T rows, random inside eigenspaces."""
     count, dimension = rows.shape
-    if count >= dimension:
-        values, vectors = torch.linalg.eigh(rows.T @ rows)
-        null_size = int((values <= _null_threshold(values)).sum())
-        vectors = vectors.T
-    else:
+    values, vectors = torch.linalg.eigh(rows.T @ rows if count >= dimension else rows @ rows.T)
+    vectors = vectors.T
+    null_size = int((values <= max(_NULL_EIGENVALUE, _NULL_ROUNDING * values[-1].item())).sum())
+    if count < dimension:
         # From the smaller Gram matrix: the row space by its eigenvectors, the null space as what is orthogonal to it.
-        values, vectors = torch.linalg.eigh(rows @ rows.T)
-        rank = int((values > _null_threshold(values)).sum())
-        row_space = torch.linalg.qr(rows.T @ vectors[:, count - rank :])[0]
-        null_size = min(dimension - rank, num_new)
+        values = values[null_size:]
+        row_space = torch.linalg.qr(rows.T @ vectors[null_size:].T)[0]
+        null_size = min(dimension - len(values), num_new)
         null = _randn(dimension, null_size, generator)
         for _ in range(2):
             null = torch.linalg.qr(null - row_space @ (row_space.T @ null))[0]
-        values = torch.cat([values.new_zeros(null_size), values[count - rank :]])
+        values = torch.cat([values.new_zeros(null_size), values])
         vectors = torch.cat([null.T, row_space.T])
-    spaces = [
-        (first, last) for first, last in itertools.pairwise(_eigenspaces(values.tolist(), null_size)) if first < num_new
-    ]
+    spaces = [(first, last) for first, last in _eigenspaces(values.tolist(), null_size) if first < num_new]
     vectors = vectors[: spaces[-1][1]]
     # In one dimension a rotation is a sign.
     vectors = vectors * torch.where(_randn(len(vectors), 1, generator) < 0, -1.0, 1.0)
@@ -160,15 +147,10 @@ def _smallest_eigenvectors(rows: Tensor, num_new: int, generator: torch.Generato
     return vectors[:num_new]
 
 
-def _null_threshold(values: Tensor) -> float:
-    return max(_NULL_EIGENVALUE, _NULL_ROUNDING * values[-1].item())
-
-
-def _eigenspaces(values: list[float], null_size: int) -> list[int]:
-    """Edges of the runs of equal ascending eigenvalues; the null space is one, whatever comes close to it."""
-    edges = [0]
+def _eigenspaces(values: list[float], null_size: int) -> Iterator[tuple[int, int]]:
+    """First and last + 1 of the runs of equal ascending eigenvalues; the null space is one, whatever comes close."""
+    first = [0] if null_size else []
     for i in range(null_size, len(values)):
-        if i == null_size or values[i] > values[edges[-1]] * (1 + _SAME_EIGENVALUE):
-            edges.append(i)
-    # A null space of dimension 0 has no edge of its own.
-    return [*(edges if null_size else edges[1:]), len(values)]
+        if i == null_size or values[i] > values[first[-1]] * (1 + _SAME_EIGENVALUE):
+            first.append(i)
+    return itertools.pairwise([*first, len(values)])

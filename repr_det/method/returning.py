@@ -1,12 +1,7 @@
-"""The memory of dropped filters, and the return of the filters of one layer (RePr, section 3).
-
-Shape shorthand:
-    J: filters of a layer        M: filters of it that return        K = J - M: filters that stayed
-"""
+"""The return of the filters of one layer (RePr, section 3): J filters, of which M return."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +11,7 @@ from repr_det.method.distributed import to_devices
 from repr_det.method.holding import HeldFilters
 from repr_det.method.layers import FilterLayer
 from repr_det.method.optimizers import raise_squares_of_inputs_, restart_optimizer_state_
-from repr_det.method.orthogonality import least_overlap_filters, unit_filters
-from repr_det.network.norms import FROZEN, NONE
+from repr_det.method.orthogonality import by_group, least_overlap_filters, unit_filters
 
 logger = logging.getLogger("repr_det.scheme")
 Modules = Mapping[str, nn.Module]  # of the model, by name
@@ -35,50 +29,37 @@ def new_filters(
         weight: (J, ...) the layer's filters now, on the CPU.
         old: (M, ...) the dropped ones before the drop.
         mask: (J,) bool, True = returns.
-        groups: of a grouped conv.
         scale: see ``options.RePrOptions``.
 
     Returns:
-        (M, ...) new filters of the dtype in which the layer keeps them; the largest |cos| of one of them to a kept or
-        an old filter.
+        (M, ...) new filters of the layer's dtype; the largest |cos| of one of them to a kept or an old filter.
     """
-    before = torch.zeros_like(weight)
+
+    def directions(now: Tensor, before: Tensor, out: Tensor) -> Tensor:
+        return least_overlap_filters(now[~out].double(), before[out].double(), generator)
+
+    def cosines(new: Tensor, before: Tensor, out: Tensor) -> Tensor:
+        others = torch.cat([new[~out], before[out]])
+        return (unit_filters(new[out]) @ unit_filters(others).T).abs().amax(1)
+
+    before, after = weight.clone(), weight.clone()
     before[mask] = old.to(weight)
-    parts = list(zip(weight.chunk(groups), before.chunk(groups), mask.chunk(groups), strict=True))
-    units = [least_overlap_filters(now[~out].double(), then[out].double(), generator) for now, then, out in parts]
-    norms = _new_norms(scale, weight[~mask], old)
-    stored = _of_norm(torch.cat(units).flatten(1), norms, weight.dtype).view_as(old)
-    sizes = [int(out.sum()) for _, _, out in parts]
-    cosines = [
-        _largest_cosine(new, now[~out], then[out])
-        for new, (now, then, out) in zip(stored.split(sizes), parts, strict=True)
-    ]
-    return stored, max(cosines)
+    unit = by_group(directions, groups, weight, before, mask).flatten(1)
+    new = _of_norm(unit, _new_norms(scale, weight[~mask], old), weight.dtype).view_as(old)
+    after[mask] = new
+    return new, by_group(cosines, groups, after, before, mask).max().item()
 
 
-def _largest_cosine(new: Tensor, kept: Tensor, old: Tensor) -> float:
-    if not len(new):
-        return 0.0
-    return (unit_filters(new) @ unit_filters(torch.cat([kept, old])).T).abs().max().item()
-
-
-def _new_norms(scale: str, kept: Tensor, before: Tensor) -> Tensor:
-    """L2 norms (M,) of the new filters, never 0: where kept and old filters are all zero they are 1."""
-
-    def norms(filters: Tensor) -> Tensor:
-        return filters.double().flatten(1).norm(dim=1)
-
-    def mean(filters: Tensor) -> Tensor:
-        sizes = norms(filters)
-        return sizes[torch.isfinite(sizes) & (sizes > 0)].mean()  # NaN of none
-
-    own = norms(before)
+def _new_norms(scale: str, kept: Tensor, old: Tensor) -> Tensor:
+    """L2 norms (M,) of the new filters; 1 if kept and old filters are all zero."""
+    own, others = (filters.double().flatten(1).norm(dim=1) for filters in (old, kept))
+    usable, of_others = (torch.isfinite(sizes) & (sizes > 0) for sizes in (own, others))
     if scale == "unit":
         return torch.ones_like(own)
-    fallback = mean(kept)
+    fallback = others[of_others].mean()  # NaN of none
     if fallback.isnan():
-        fallback = mean(before).nan_to_num(1.0)
-    return torch.where(torch.isfinite(own) & (own > 0), own, fallback) if scale == "old" else fallback.expand_as(own)
+        fallback = own[usable].mean().nan_to_num(1.0)
+    return torch.where(usable, own, fallback) if scale == "old" else fallback.expand_as(own)
 
 
 def _of_norm(unit: Tensor, norms: Tensor, dtype: torch.dtype) -> Tensor:
@@ -93,41 +74,12 @@ def _of_norm(unit: Tensor, norms: Tensor, dtype: torch.dtype) -> Tensor:
 
 @torch.no_grad()
 def put_back(layer: FilterLayer, rows: Tensor, values: Mapping[str, Tensor]) -> None:
-    """Gives filters (M,) of a layer ``values`` (M, ...) by the names of its tensors; what is missing becomes as at the
-    start."""
+    """Gives filters (M,) of a layer ``values`` (M, ...) by the names of its tensors, or those of a new norm."""
     for name, tensor in {**layer.tensors(), **layer.running_statistics()}.items():
         if name in values:
-            new = values[name].to(tensor)
+            tensor.index_copy_(0, rows, values[name].to(tensor))
         else:
-            new = torch.full_like(tensor[: len(rows)], _FRESH[name])
-        tensor.index_copy_(0, rows, new)
-
-
-@dataclass(frozen=True)
-class Kernels:
-    """The weights of a conv or linear layer by the channels that they read, each of ``span`` inputs."""
-
-    module: nn.Conv2d | nn.Linear
-    span: int = 1
-
-    @property
-    def groups(self) -> int:
-        return getattr(self.module, "groups", 1)
-
-    @property
-    def inputs(self) -> int:
-        return self.module.weight.shape[1] * self.groups
-
-    def of(self, mask: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """For every group that sees a channel of ``mask`` (J,): its filters, and among the inputs of one of them those
-        that are of the mask and the others."""
-        filters, device = len(self.module.weight) // self.groups, self.module.weight.device
-        inputs = mask.repeat_interleave(self.span).chunk(self.groups)
-        groups = [group for group, chosen in enumerate(inputs) if chosen.any()]
-        parts = [_indices(part) for group in groups for part in (inputs[group], ~inputs[group])]
-        moved = to_devices(parts, [device] * len(parts))
-        for group, returned, others in zip(groups, moved[::2], moved[1::2], strict=True):
-            yield slice(group * filters, (group + 1) * filters), returned, others
+            tensor.index_fill_(0, rows, _FRESH[name])
 
 
 def can_be_silent(layer: FilterLayer, modules: Modules) -> bool:
@@ -137,16 +89,12 @@ def can_be_silent(layer: FilterLayer, modules: Modules) -> bool:
 
 @torch.no_grad()
 def prepare_readers(
-    layer: FilterLayer,
-    modules: Modules,
-    held: HeldFilters,
-    optimizers: Sequence[Optimizer],
-    silent: bool,
+    layer: FilterLayer, modules: Modules, held: HeldFilters, optimizers: Sequence[Optimizer], silent: bool
 ) -> None:
-    """Keeps what reads returned channels from stepping further than others, or, where they are to be ``silent``
+    """Keeps what reads returned channels from stepping further than others, or, if they are to be ``silent``
     ("function_preserving"), the channels from changing what comes after them until they have learned.
 
-    Where all that reads them are convs and linear layers, their weights for these channels become 0; else gamma does. A
+    If all that reads them are convs and linear layers, their weights for these channels become 0, else gamma does. A
     filter of a grouped reader that would lose all of its kernels keeps them.
     """
     if silent and not _kernels_can_be_silent(layer, modules):
@@ -155,12 +103,12 @@ def prepare_readers(
         return
     loud = 0
     for reader in aligned_readers(layer, modules)[0]:
-        weight = reader.module.weight
-        for within, returned, others in reader.of(held.masks[layer.name]):
+        weight, mask = reader.weight, held.masks[layer.name]
+        for within, returned, others in _kernels(reader, mask):
             if not silent:
                 raise_squares_of_inputs_(optimizers, weight, returned, others, within)
             elif not len(others):
-                loud += len(returned) // reader.span
+                loud += len(returned) * len(mask) // _inputs(reader)
             else:
                 for tensor in (weight, weight.grad):
                     if tensor is not None:
@@ -170,31 +118,41 @@ def prepare_readers(
         logger.warning("RePr: %d filters of %s return as published: all channels of a group", loud, layer.name)
 
 
-def aligned_readers(layer: FilterLayer, modules: Modules) -> tuple[list[Kernels], bool]:
+def aligned_readers(layer: FilterLayer, modules: Modules) -> tuple[list[nn.Conv2d | nn.Linear], bool]:
     """The convs and linear layers that read the channels of a layer alone, and whether these are all that read it."""
     found = []
     for reader in sorted(layer.readers, key=lambda reader: reader.name):
         module = modules.get(reader.name)
         # A weight that is computed from others cannot be set.
         own = isinstance(module, (nn.Conv2d, nn.Linear)) and "weight" in dict(module.named_parameters(recurse=False))
-        if own and reader.aligned and reader.alone:
-            kernels = Kernels(module, reader.span)
-            if kernels.inputs == layer.num_filters * reader.span:
-                found.append(kernels)
+        if own and reader.aligned and reader.alone and _inputs(module) == layer.num_filters * reader.span:
+            found.append(module)
     return found, len(found) == len(layer.readers)
+
+
+def _inputs(reader: nn.Conv2d | nn.Linear) -> int:
+    return reader.weight.shape[1] * getattr(reader, "groups", 1)
+
+
+def _kernels(reader: nn.Conv2d | nn.Linear, mask: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """For every group of ``reader`` that sees a channel of ``mask`` (J,): its filters, and among the inputs of one of
+    them those that are of the mask and the others. A linear layer may read several inputs of a channel."""
+    number = getattr(reader, "groups", 1)
+    filters = len(reader.weight) // number
+    inputs = mask.repeat_interleave(_inputs(reader) // len(mask)).chunk(number)
+    groups = [group for group, chosen in enumerate(inputs) if chosen.any()]
+    parts = [part.nonzero().flatten() for group in groups for part in (inputs[group], ~inputs[group])]
+    moved = to_devices(parts, [reader.weight.device] * len(parts))
+    for group, returned, others in zip(groups, moved[::2], moved[1::2], strict=True):
+        yield slice(group * filters, (group + 1) * filters), returned, others
 
 
 def _kernels_can_be_silent(layer: FilterLayer, modules: Modules) -> bool:
     readers, are_all = aligned_readers(layer, modules)
-    can_spare = [x.module.weight.requires_grad and x.inputs > x.groups for x in readers]
+    can_spare = [reader.weight.requires_grad and reader.weight.shape[1] > 1 for reader in readers]
     return bool(readers) and are_all and all(can_spare)
 
 
 def _has_gamma(layer: FilterLayer) -> bool:
-    if layer.kind in (NONE, FROZEN):
-        return False
-    return isinstance(layer.norm.weight, nn.Parameter) and layer.norm.weight.requires_grad
-
-
-def _indices(mask: Tensor) -> Tensor:
-    return mask.nonzero().flatten()
+    gamma = layer.tensors().get("norm.weight")
+    return isinstance(gamma, nn.Parameter) and gamma.requires_grad

@@ -7,11 +7,13 @@ S1, a restore at the end of the last iteration of S2. Iterations count from 0.
 from dataclasses import dataclass
 
 from repr_det.method.errors import OptionError
+from repr_det.method.options import about_option
 
 
 @dataclass(frozen=True)
 class RePrSchedule:
-    """N cycles of S1 iterations with the full network and S2 with the sub-network, after ``start_iter`` plain ones."""
+    """N cycles of S1 iterations with the full network and S2 with the sub-network, after ``start_iter`` plain ones.
+    OptionError if a number is no integer or too small."""
 
     s1_iters: int
     s2_iters: int
@@ -19,27 +21,28 @@ class RePrSchedule:
     start_iter: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("s1_iters", 1), ("s2_iters", 1), ("num_cycles", 1), ("start_iter", 0)):
-            _check_integer(name, getattr(self, name), least)
+        for name in ("s1_iters", "s2_iters", "num_cycles"):  # the options may be 0: derived
+            about_option("num_cycles").check(name, getattr(self, name))
+        about_option("start_iter").check("start_iter", self.start_iter)
 
     @classmethod
     def derive(cls, max_iter: int, first_lr_step: int | None, num_cycles: int, start_iter: int = 0) -> "RePrSchedule":
         """N cycles with S1 : S2 = 2 : 1 in the first three quarters of the iterations before the first learning-rate
         step (of ``max_iter`` if there is none): 10000 / 5000 for N = 3 and a first step at 60000."""
         horizon = max_iter if first_lr_step is None else min(first_lr_step, max_iter)
-        _check_integer("num_cycles", num_cycles, 1)
+        about_option("num_cycles").check("num_cycles", num_cycles)
         cycle = (horizon * 3 // 4 - start_iter) // num_cycles
         if cycle < 3:
             raise OptionError(
                 f"{{num_cycles}} {num_cycles} cycles of S1 and S2 do not fit between {{start_iter}} {start_iter} and "
-                f"{horizon * 3 // 4}, three quarters of the {horizon} iterations before the first learning-rate step: "
+                f"{horizon * 3 // 4}, three quarters of the {horizon} iterations before the learning rate decays: "
                 "train longer, take fewer cycles, or set {s1_iters} and {s2_iters}"
             )
         return cls(2 * (cycle // 3), cycle // 3, num_cycles, start_iter)
 
     @property
     def drop_iters(self) -> tuple[int, ...]:
-        """Iterations after whose step filters are dropped; the next one is the first of the sub-network."""
+        """Iterations after whose step filters are dropped."""
         cycle = self.s1_iters + self.s2_iters
         return tuple(self.start_iter + c * cycle + self.s1_iters - 1 for c in range(self.num_cycles))
 
@@ -51,29 +54,22 @@ class RePrSchedule:
     @property
     def end_iter(self) -> int:
         """The first iteration after the last cycle."""
-        return self.start_iter + self.num_cycles * (self.s1_iters + self.s2_iters)
+        return self.restore_iters[-1] + 1
 
     def phase(self, iteration: int) -> str:
         """ "full" or "sub"."""
-        if not self.start_iter <= iteration < self.end_iter:
-            return "full"
-        return "full" if (iteration - self.start_iter) % (self.s1_iters + self.s2_iters) < self.s1_iters else "sub"
+        cycles = zip(self.drop_iters, self.restore_iters, strict=True)
+        return "sub" if any(drop < iteration <= restore for drop, restore in cycles) else "full"
 
     def cycle(self, iteration: int) -> int:
         """Index of the cycle that ``iteration`` belongs to, 0 before the first and N after the last."""
-        cycle = (iteration - self.start_iter) // (self.s1_iters + self.s2_iters)
-        return max(0, min(cycle, self.num_cycles))
+        return sum(restore < iteration for restore in self.restore_iters)
 
     def check_fits(self, max_iter: int) -> None:
-        """Raises OptionError unless the last restore leaves at least one iteration for the full network."""
+        """Raises OptionError unless an iteration of the full network follows the last restore."""
         if self.end_iter >= max_iter:
             raise OptionError(
-                f"the schedule of RePr needs {{start_iter}} {self.start_iter} + {{num_cycles}} {self.num_cycles} x "
-                f"({{s1_iters}} {self.s1_iters} + {{s2_iters}} {self.s2_iters}) = {self.end_iter} iterations and then "
-                f"some of the full network, but {{total_steps}} is {max_iter}: train longer or shorten the schedule"
+                f"RePr needs {{start_iter}} {self.start_iter} + {{num_cycles}} {self.num_cycles} x ({{s1_iters}} "
+                f"{self.s1_iters} + {{s2_iters}} {self.s2_iters}) = {self.end_iter} iterations and one more of the "
+                f"full network, {{total_steps}} is {max_iter}: train longer or shorten the schedule"
             )
-
-
-def _check_integer(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise OptionError(f"{{{name}}} must be an integer of at least {least}, got {value!r}")

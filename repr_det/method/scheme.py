@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from repr_det.method.averages import Averages
 from repr_det.method.calibration import FrozenNorms
-from repr_det.method.criteria import Context, get_criterion
+from repr_det.method.criteria import Context, check_capacity, get_criterion, select_filters
 from repr_det.method.distributed import broadcast_, rank
 from repr_det.method.effects import DroppedEffects, ReturnedEffects, check_agreement, check_finite, check_zero
 from repr_det.method.errors import OptionError, UserError
@@ -35,7 +35,6 @@ from repr_det.method.returning import (
     prepare_readers,
     put_back,
 )
-from repr_det.method.selection import check_capacity, select_filters
 from repr_det.network.norms import restart_averaging
 from repr_det.network.state import generator_of
 from repr_det.network.steps import with_inner

@@ -66,12 +66,13 @@ def scale_rates(optimizers: Sequence[Optimizer], share: Callable[[], float]) -> 
     The rates are changed around the step alone: learning-rate schedules, logs and checkpoints do not see it. Returns
     handles with ``remove``.
     """
+    own: list[dict[str, Any]] = []
     rates: list[Any] = []
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    own = list({id(group): group for group in groups}.values())  # SAM's are those of its inner optimizer
 
     def scale() -> None:
         factor = share()
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]  # others after load_state_dict
+        own[:] = {id(group): group for group in groups}.values()  # SAM's are those of its inner optimizer
         rates[:] = [rate.clone() if torch.is_tensor(rate := group["lr"]) else rate for group in own]
         scaled: set[int] = set()
         for group in own:

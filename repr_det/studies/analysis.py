@@ -26,15 +26,13 @@ from repr_det.commands.data import check_datasets
 from repr_det.detectron.config import options_of_config
 from repr_det.detectron.engine import Trainer
 from repr_det.detectron.passes import training_passes
-from repr_det.method.criteria import CRITERIA, Context, get_criterion
+from repr_det.method.criteria import CRITERIA, NEAR_DUPLICATE, Context, get_criterion, select_filters
 from repr_det.method.errors import UserError, spelling
 from repr_det.method.layers import FilterLayer, find_filter_layers
 from repr_det.method.options import DETECTRON2_LAYERS, RePrOptions
 from repr_det.method.orthogonality import expected_overlap, unit_filters
 from repr_det.method.participants import Participants
 from repr_det.method.passes import TrainingPasses
-from repr_det.method.redundancy import NEAR_DUPLICATE
-from repr_det.method.selection import select_filters
 from repr_det.network.state import undisturbed
 from repr_det.runs.checkpoints import AtomicCheckpointer
 from repr_det.runs.files import write_atomically
