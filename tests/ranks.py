@@ -17,7 +17,7 @@ from torch import nn
 
 from repr_det import RePrScheme, find_filter_layers
 from repr_det.method.criteria import Context, get_criterion
-from repr_det.method.distributed import broadcast_, mean_over_ranks
+from repr_det.method.distributed import mean_over_ranks
 from repr_det.method.passes import TrainingPasses
 
 CRITERIA = ["apoz", *SALIENCY]
@@ -100,9 +100,6 @@ def main(rank: str, folder: str, backend: str) -> None:
     found["restored"] = scheme.restore().dropped
     found["after"] = {name: part.detach().cpu().clone() for name, part in net.named_parameters()} | statistics()
     found["end"] = step()
-    flags = torch.tensor([number == 0, True])
-    broadcast_([flags], device)
-    found["flags"] = flags.tolist()
     found["mean"] = mean_over_ranks(torch.tensor([float(number), 3.0]), device).tolist()
     torch.save(found, place / f"{rank}.pth")
     dist.destroy_process_group()

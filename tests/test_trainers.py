@@ -98,7 +98,7 @@ def test_accelerates_optimizer_and_accumulated_gradients():
     model = TwoConvs()
     model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), 0.05, 0.9))
     one = apply_repr(model, optimizer, 8, layers=["backbone.*"], schedule=RePrSchedule(3, 2, 1))
-    assert type(one.scheme.optimizer) is torch.optim.SGD
+    assert type(one.scheme.optimizers[0]) is torch.optim.SGD
 
     def step(loss, _):
         with accelerator.accumulate(model):
