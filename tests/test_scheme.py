@@ -251,7 +251,7 @@ def test_state_of_other_layers_and_of_another_model_is_refused():
     with pytest.raises(UserError, match="covers 3 layers, this run has 1"):
         other.load_state_dict(state)
     _, _, fresh = make("BN")
-    with pytest.raises(UserError, match=r"filters of conv. are dropped, but they are not zero"):
+    with pytest.raises(UserError, match=r"dropped filters of conv. are not zero any more in the model, which"):
         fresh.load_state_dict(state)
 
 

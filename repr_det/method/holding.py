@@ -20,7 +20,7 @@ from repr_det.method.layers import FilterLayer, Values, zero_rows_
 from repr_det.method.optimizers import zero_optimizer_state_
 from repr_det.network.tracing import HookOfOne
 
-_EVERY = 100  # steps of the sub-network after which dropped filters are looked at; the first ones more often
+_EVERY = 100  # steps of the sub-network after which dropped filters are looked at, besides the powers of 2
 _APART = 1e-3  # relative difference of a layer's norm between ranks, of more than two kinds of cards round
 _GONE = 0.1  # a filter of less than this share of the norm that it was given has not been given it
 
@@ -98,13 +98,6 @@ class HeldFilters:
         self._leaks: dict[str, Tensor] = {}
         self._steps = 0
 
-    def __len__(self) -> int:
-        return sum(int(mask.sum()) for mask in self.masks.values())
-
-    def indices(self) -> dict[str, list[int]]:
-        """Layer name -> indices of its dropped filters; layers that keep all of theirs are missing."""
-        return {layer.name: _indices(self.masks[layer.name]).tolist() for layer in self.layers}
-
     def zero_(self) -> None:
         """Sets every tensor of the dropped filters to exactly 0, and their optimizer state."""
         for layer in self.layers:
@@ -143,27 +136,22 @@ class HeldFilters:
                     "added behind the conv or its norm; exclude these convs, and tell us of the network"
                 )
         self._steps += 1
-        is_power_of_2 = self._steps & (self._steps - 1) == 0
-        if self._steps % _EVERY == 0 or (is_power_of_2 and self._steps < _EVERY):
+        if self._steps % _EVERY == 0 or self._steps.bit_count() == 1:
             self.check_zero(f"{self._steps} steps after the drop of cycle {cycle}")
 
     def check_zero(self, when: str) -> None:
-        """Raises UserError where a dropped filter is not 0."""
-        if (found := self.not_zero()) is not None:
-            raise UserError(
-                f"dropped filters of {found[0]} are not zero any more {when} (their {found[1]}). Something besides the "
-                "optimizers that RePr knows has written to them: another optimizer, weights loaded into the model, or "
-                "an average swapped in and not out again"
-            )
-
-    def not_zero(self) -> tuple[str, str] | None:
-        """Names of a layer and of its tensor whose dropped filters are not 0. One wait for the device."""
+        """Raises UserError where a dropped filter is not 0. One wait for the device."""
         flags = {}
         for layer in self.layers:
             for name, tensor in layer.tensors().items():
                 rows = self.rows[layer.name].to(tensor.device)
                 flags[layer.name, name] = tensor.detach().index_select(0, rows).any()
-        return next(iter(_true_ones(flags)), None)
+        if found := _true_ones(flags):
+            raise UserError(
+                f"dropped filters of {found[0][0]} are not zero any more {when} (their {found[0][1]}): another "
+                "optimizer, weights that were loaded without RePr's state, or an average that was swapped in has "
+                "written to them"
+            )
 
     def release(self) -> None:
         """Lets gradients through again."""
@@ -183,7 +171,6 @@ def _indices(mask: Tensor) -> Tensor:
 
 
 def _true_ones(flags: Mapping[Any, Tensor]) -> list[Any]:
-    """The keys of flags that are true. One wait for the device."""
     return [key for key, flag in zip(flags, to_cpu(list(flags.values())), strict=True) if flag]
 
 
@@ -225,7 +212,7 @@ def check_agreement(values: Values, when: str, device: torch.device) -> None:
 
 
 class ReturnedFilters:
-    """The filters (M, ...) that a restore has ``given``, to be looked at after one more step."""
+    """The filters (M, ...) that a restore has ``given``, to be looked at after one more step; ``cycle`` is from 1."""
 
     def __init__(self, held: HeldFilters, given: Mapping[str, Tensor]) -> None:
         self._layers = [layer for layer in held.layers if layer.name in given]
@@ -233,7 +220,7 @@ class ReturnedFilters:
         self._norms = {name: weight.float().flatten(1).norm(dim=1) for name, weight in given.items()}
 
     def look(self, cycle: int) -> None:
-        """Raises UserError where they are gone. ``cycle`` is from 1."""
+        """Raises UserError where they are gone."""
         weights = to_cpu([layer.weight.index_select(0, self._rows[layer.name]) for layer in self._layers])
         for layer, weight in zip(self._layers, weights, strict=True):
             gone = int((weight.float().flatten(1).norm(dim=1) < _GONE * self._norms[layer.name]).sum())

@@ -129,7 +129,7 @@ class RePrScheme:
     @property
     def num_dropped(self) -> int:
         """The number of filters that are out now, over all layers."""
-        return 0 if self._held is None else len(self._held)
+        return sum(int(mask.sum()) for mask in self.masks.values())
 
     def check(self) -> None:
         """Looks at what the last step of the optimizer did.
@@ -267,11 +267,7 @@ class RePrScheme:
                 for key, tensor in layer.running_statistics().items():
                     self._old[layer.name].setdefault(key, tensor[held.rows[layer.name]].cpu())
         self._hold(held)
-        if (found := held.not_zero()) is not None:
-            raise UserError(
-                f"the RePr state says that filters of {found[0]} are dropped, but they are not zero in the model: "
-                "weights and RePr state come from different checkpoints"
-            )
+        held.check_zero("in the model, which is not of this state's checkpoint")
 
     def __deepcopy__(self, memo: dict) -> Any:
         raise UserError(
@@ -344,8 +340,9 @@ class RePrScheme:
         means = [torch.cat([x.double() for x in found.values()]).mean().item() for found in (overlaps, kept)]
         before, after = means if event == "drop" else reversed(means)
         rounded = {name: [round(value, 6) for value in overlap.tolist()] for name, overlap in overlaps.items()}
+        dropped = {layer.name: held.masks[layer.name].nonzero().flatten().tolist() for layer in held.layers}
         seconds = time.perf_counter() - start
-        return Transition(event, self.cycle, held.indices(), before, after, dict(cosines or {}), seconds, rounded)
+        return Transition(event, self.cycle, dropped, before, after, dict(cosines or {}), seconds, rounded)
 
     # The drop.
 
