@@ -1,7 +1,6 @@
 """Mixed precision: GradScaler's skipped steps, fp16 and bf16, clipping.
 
-Detectron2's AMPTrainer insists on CUDA. On a machine without it the same trainer runs here on torch's CPU autocast and
-CPU GradScaler; the cases marked gpu run on a GPU. What has to be the same bit for bit is asked of the CPU alone.
+Detectron2's AMPTrainer insists on CUDA; without it the same trainer runs here on torch's CPU autocast and GradScaler.
 """
 
 import pytest
@@ -39,15 +38,12 @@ def scaler_of(device, scale=2.0**10):
 def trained(device, precision, scale, clip="none", *others: HookBase) -> AMPTrainer:
     """After four full steps and two of the sub-network, and two more."""
     cfg = get_cfg()
-    cfg.SOLVER.CLIP_GRADIENTS.ENABLED = clip != "none"
-    cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = "value" if clip == "none" else clip
-    cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 0.01
+    cfg.SOLVER.CLIP_GRADIENTS.merge_from_list(["ENABLED", clip != "none", "CLIP_TYPE", clip, "CLIP_VALUE", 0.01])
     torch.manual_seed(0)
     model = TwoConvs().to(device)
     optimizer = maybe_add_gradient_clipping(cfg, torch.optim.SGD(model.parameters(), 0.05, 0.9))
     data = [batch(i).to(device) for i in range(8)]
     trainer = AMPTrainer(model, data, optimizer, grad_scaler=scaler_of(device, scale), precision=precision)
-    trainer.max_iter = 8
     hook = RePrHook(seed=7, total_steps=8, **OPTIONS)
     trainer.register_hooks([hook, *others])
     trainer.train(0, 8)
@@ -62,24 +58,20 @@ class Watch(HookBase):
         self.overflow = overflow
         self.changed, self.dropped, self.scales = [], [], []
 
-    @property
-    def amp(self):
-        return getattr(self.trainer, "_trainer", self.trainer)
-
     def before_step(self):
-        self.before = {name: p.detach().clone() for name, p in self.trainer.model.named_parameters()}
+        self.scaler = getattr(self.trainer, "_trainer", self.trainer).grad_scaler
+        self.before = [parameter.detach().clone() for parameter in self.trainer.model.parameters()]
         if self.trainer.iter == self.overflow:
-            self.amp.grad_scaler.update(2.0**40)
+            self.scaler.update(2.0**40)
 
     def after_step(self):
-        now = dict(self.trainer.model.named_parameters())
-        self.changed.append(any(not torch.equal(value, self.before[name]) for name, value in now.items()))
-        self.scales.append(self.amp.grad_scaler.get_scale())
+        self.changed.append(not all(map(torch.equal, self.trainer.model.parameters(), self.before)))
+        self.scales.append(self.scaler.get_scale())
         scheme = next(hook.scheme for hook in self.trainer._hooks if isinstance(hook, RePrHook))
         for layer in scheme.layers if scheme.is_sub else ():
             rows = scheme.masks[layer.name]
             momentum = self.trainer.optimizer.state[layer.weight]["momentum_buffer"]
-            self.dropped.append((int(rows.sum()), float(layer.weight[rows].abs().sum() + momentum[rows].abs().sum())))
+            self.dropped.append((int(rows.sum()), layer.weight[rows].any() or momentum[rows].any()))
 
 
 @pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16], ids=str)
@@ -89,11 +81,11 @@ def test_a_skipped_step_changes_nothing_and_dropped_filters_stay_zero(device, pr
     trainer = trained(device, precision, 2.0**10, "none", watch)
     assert watch.changed == [i != overflow for i in range(8)]
     assert (watch.scales[4] == 1.0) == (overflow is not None)  # the scaler saw the overflow
-    assert sum(count for count, _ in watch.dropped) > 0 and all(size == 0 for _, size in watch.dropped)
+    assert sum(count for count, _ in watch.dropped) > 0 and not any(moved for _, moved in watch.dropped)
     assert all(torch.isfinite(value).all() for value in trainer.model.state_dict().values())
 
 
-@pytest.mark.parametrize("clip", ["none", "value", "norm"])
+@pytest.mark.parametrize("clip", ["none", "norm"])
 def test_clipping_sees_unscaled_gradients(cpu_amp, clip):
     """Scaling by a power of two is exact in bf16: with and without it the run is the same, bit for bit."""
     ends = [trained("cpu", torch.bfloat16, scale, clip).model.state_dict() for scale in (1.0, 2.0**12)]

@@ -6,7 +6,7 @@ import torch
 from conftest import assert_same_weights
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyCall, instantiate
-from detectron2.engine import HookBase, SimpleTrainer, hooks
+from detectron2.engine import SimpleTrainer, hooks
 from detectron2.solver.build import get_default_optimizer_params
 from omegaconf import OmegaConf
 from small_loop import TwoConvs, batch
@@ -15,11 +15,10 @@ from torch import nn
 from repr_det import RePrHook, RePrSchedule, apply_repr
 from repr_det.detectron.lazy import repr_cfg_from_lazy
 
-# --- After detrex's trainer: a loop class of its own with gradient clipping, an EMA hook, a LazyConfig, and a
-# checkpointer that saves the EMA beside the model.
-
 
 class LoopOfOnesOwn(SimpleTrainer):
+    """After detrex's trainer: with gradient clipping, built from a LazyConfig."""
+
     def run_step(self):
         losses = self.model(next(self._data_loader_iter))
         self.optimizer.zero_grad()
@@ -29,67 +28,36 @@ class LoopOfOnesOwn(SimpleTrainer):
         self._write_metrics(losses, 0.0)
 
 
-class Ema(HookBase):
-    """A checkpointable too: the average's state under the key ``ema_state``."""
-
-    def __init__(self, model):
-        self.average = {name: value.detach().clone() for name, value in model.state_dict().items()}
-
-    def after_step(self):
-        for name, value in self.trainer.model.state_dict().items():
-            if value.dtype.is_floating_point:
-                self.average[name].lerp_(value, 0.1)
-
-    def state_dict(self):
-        return self.average
-
-    def load_state_dict(self, state):
-        self.average = {name: value.clone() for name, value in state.items()}
-
-
-def do_train(folder, node, resume=False):
+def do_train(folder, hook, resume=False):
     torch.manual_seed(0)
     folder.mkdir(exist_ok=True)
     model = TwoConvs()
     parameters = LazyCall(get_default_optimizer_params)(model=model)
     optimizer = instantiate(LazyCall(torch.optim.AdamW)(params=parameters, lr=0.01))
-    trainer, ema = LoopOfOnesOwn(model, [], optimizer), Ema(model)
-    checkpointer = DetectionCheckpointer(model, str(folder), trainer=trainer, ema_state=ema)
-    trainer.register_hooks([hooks.IterationTimer(), ema, hooks.PeriodicCheckpointer(checkpointer, period=4)])
-    if "_target_" in node:
-        trainer.register_hooks([instantiate(node)])
-    else:
-        train = dict(max_iter=8, output_dir=str(folder), seed=3)
-        trainer.register_hooks([RePrHook(repr_cfg_from_lazy(OmegaConf.create(dict(repr=node, train=train))))])
+    trainer = LoopOfOnesOwn(model, [], optimizer)
+    checkpointer = DetectionCheckpointer(model, str(folder), trainer=trainer)
+    trainer.register_hooks([hooks.IterationTimer(), hooks.PeriodicCheckpointer(checkpointer, period=4), hook])
     checkpointer.resume_or_load("", resume=resume)
     start = trainer.iter + 1 if resume else 0
     trainer.data_loader = [batch(number) for number in range(start, 8)]
     trainer.train(start, 8)
-    return model.state_dict(), ema.average
+    return model.state_dict()
 
 
 def test_a_detectron2_loop_that_is_not_default_trainer(tmp_path):
     """Resumed with the node of version 0.2.0."""
     layers = ["backbone.conv*"]
     node = LazyCall(RePrHook)(s1_iters=2, s2_iters=3, num_cycles=1, layers=layers, output_dir=str(tmp_path), seed=3)
-    wanted, wanted_ema = do_train(tmp_path / "run", node)
+    wanted = do_train(tmp_path / "run", instantiate(node))
     saved = torch.load(tmp_path / "run" / "model_0000003.pth", weights_only=True)
     masks = saved["trainer"]["hooks"]["RePrHook"]["scheme"]["masks"]
     assert sum(int(mask.sum()) for mask in masks.values()) == 7  # floor(0.3 * 24), after iteration 3: 2 to 4 are S2
     assert saved["model"]["backbone.conv1.weight"][masks["backbone.conv1"]].count_nonzero() == 0
     (tmp_path / "run" / "last_checkpoint").write_text("model_0000003.pth")
     old_node = dict(ENABLED=True, S1_ITERS=2, S2_ITERS=3, NUM_CYCLES=1, LAYERS=dict(INCLUDE=layers))
-    found, found_ema = do_train(tmp_path / "run", old_node, resume=True)
-    assert_same_weights(found, wanted)
-    assert_same_weights(found_ema, wanted_ema)
-
-
-# --- Steps of the optimizer, where it is inside another and where it takes not every step
-
-
-def trained_by(step, model: nn.Module, batches: int) -> None:
-    for number in range(batches):
-        step(model(batch(number))["loss"], number)
+    train = dict(max_iter=8, output_dir=str(tmp_path / "run"), seed=3)
+    hook = RePrHook(repr_cfg_from_lazy(OmegaConf.create(dict(repr=old_node, train=train))))
+    assert_same_weights(do_train(tmp_path / "run", hook, resume=True), wanted)
 
 
 def test_accelerates_optimizer_and_accumulated_gradients():
@@ -100,13 +68,11 @@ def test_accelerates_optimizer_and_accumulated_gradients():
     one = apply_repr(model, optimizer, 8, layers=["backbone.*"], schedule=RePrSchedule(3, 2, 1))
     assert type(one.scheme.optimizers[0]) is torch.optim.SGD
 
-    def step(loss, _):
+    for number in range(8):
         with accelerator.accumulate(model):
-            accelerator.backward(loss)
+            accelerator.backward(model(batch(number))["loss"])
             optimizer.step()
             optimizer.zero_grad()
-
-    trained_by(step, model, 8)
     assert (one.steps, one.phase) == (4, "sub")
     assert sum(layer.weight.flatten(1).any(1).logical_not().sum() for layer in one.scheme.layers) == 7
 
@@ -117,11 +83,10 @@ def test_steps_that_grad_scaler_skips_are_not_counted():
     scaler = torch.amp.GradScaler("cpu")
     one = apply_repr(model, optimizer, 8, layers=["backbone.*"], schedule=RePrSchedule(3, 2, 1))
 
-    def step(loss, number):
-        scaler.scale(loss * (torch.inf if number == 1 else 1)).backward()
+    for number in range(3):
+        loss = model(batch(number))["loss"] * (torch.inf if number == 1 else 1)
+        scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-
-    trained_by(step, model, 3)
     assert (one.steps, one.phase) == (2, "full")
