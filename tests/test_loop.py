@@ -97,7 +97,7 @@ def test_a_wrapper_is_looked_through():
         (dict(loader=[], loss=sum, criterion="apoz"), "loader= yields no batch"),
         (dict(loader=iter([1]), loss=sum), "loader= must start again whenever it is iterated"),
         (dict(criterion="apoz"), "criterion= 'apoz' looks at training batches"),
-        (dict(sample=torch.zeros(1, 5, 8, 8)), "sample= is not what the model can be called with: RuntimeError: "),
+        (dict(sample=torch.zeros(1, 5, 8, 8)), "sample= is not what the model can be called with: RuntimeError("),
         (dict(averages=[nn.Linear(1, 1)]), "averages= must be models with the parameters of the model"),
         (dict(ratio=0.3), "RePr has no option 'ratio': take one of s1_iters, "),
     ],

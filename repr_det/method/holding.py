@@ -1,4 +1,4 @@
-"""Dropped filters, held at exactly zero (RePr, algorithm 1: the sub-network), and checks of what transitions have done.
+"""Dropped filters, held at exactly zero (RePr, algorithm 1: the sub-network), and checks of transitions.
 
 Shape shorthand:
     J: filters of a layer        M: filters of it that are dropped
@@ -25,7 +25,7 @@ _APART = 1e-3  # relative difference of a layer's norm between ranks, of more th
 _GONE = 0.1  # a filter of less than this share of the norm that it was given has not been given it
 
 _OWNERS: WeakKeyDictionary[nn.Module, ReferenceType] = WeakKeyDictionary()  # conv -> its RePrScheme
-_HELD: WeakSet[nn.Module] = WeakSet()  # convs with dropped filters, also of a scheme that is forgotten
+_HELD: WeakSet[nn.Module] = WeakSet()  # convs with dropped filters
 
 
 @dataclass
@@ -53,21 +53,15 @@ class Transition:
 
 
 def claim(scheme: Any, layers: Sequence[FilterLayer]) -> None:
-    """Notes the RePrScheme of convs. UserError if one has another, or filters that are out."""
+    """Notes the RePrScheme of convs. UserError if one has another that is not closed, or filters that are out."""
     for layer in layers:
         if layer.conv in _HELD:
             raise UserError(f"another RePr holds filters of {layer.name} at zero: finish() and close() that one first")
-        if layer.conv in _OWNERS and _OWNERS[layer.conv]() is not None:
+        owner = _OWNERS[layer.conv]() if layer.conv in _OWNERS else None
+        if owner is not None and not owner.is_closed:
             raise UserError(f"{layer.name} belongs to another RePr already: close() that one first")
     for layer in layers:
         _OWNERS[layer.conv] = ref(scheme)
-
-
-def give_up(scheme: Any, layers: Sequence[FilterLayer]) -> None:
-    """Lets another RePrScheme claim the convs of this one."""
-    for layer in layers:
-        if layer.conv in _OWNERS and _OWNERS[layer.conv]() is scheme:
-            del _OWNERS[layer.conv]
 
 
 class HeldFilters:
@@ -133,7 +127,7 @@ class HeldFilters:
             if leaking:
                 raise UserError(
                     f"dropped channels of {', '.join(leaking)} are not 0 in the sub-network's first pass: something is "
-                    "added behind the conv or its norm; exclude these convs, and tell us of the network"
+                    "added behind the conv or its norm; exclude these convs"
                 )
         self._steps += 1
         if self._steps % _EVERY == 0 or self._steps.bit_count() == 1:
@@ -149,8 +143,7 @@ class HeldFilters:
         if found := _true_ones(flags):
             raise UserError(
                 f"dropped filters of {found[0][0]} are not zero any more {when} (their {found[0][1]}): another "
-                "optimizer, weights that were loaded without RePr's state, or an average that was swapped in has "
-                "written to them"
+                "optimizer, loaded weights or an average that was swapped in has written to them"
             )
 
     def release(self) -> None:
@@ -197,8 +190,8 @@ def check_finite(values: Values, when: str) -> None:
         for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
                 raise UserError(
-                    f"the {name} of {layer} is not finite {when}: training has diverged; lower the learning rate or "
-                    "clip gradients, and resume from a checkpoint before that"
+                    f"the {name} of {layer} is not finite {when}: lower the learning rate or clip gradients, and "
+                    "resume from a checkpoint before training diverged"
                 )
 
 
@@ -227,6 +220,5 @@ class ReturnedFilters:
             if gone:
                 raise UserError(
                     f"{gone} of {len(weight)} filters of {layer.name} are gone one step after they returned in cycle "
-                    f"{cycle}: something besides the optimizers that RePr knows writes the weights, such as a copy of "
-                    "them that an optimizer keeps"
+                    f"{cycle}: something has written to them, such as a copy of the weights that an optimizer keeps"
                 )

@@ -176,20 +176,17 @@ def _check_whole(name: str, module: nn.Module) -> None:
     # fully_shard makes them DTensors; FullyShardedDataParallel keeps one flat parameter.
     if kind == "FullyShardedDataParallel" or any(hasattr(parameter, "device_mesh") for parameter in parameters):
         raise UserError(
-            f"the parameters of {name or 'the model'} ({kind}) are sharded over processes (FSDP), and filters are "
-            "renewed whole: use DistributedDataParallel"
+            f"the parameters of {name or 'the model'} ({kind}) are sharded over processes (FSDP): use "
+            "DistributedDataParallel"
         )
 
 
 def what_attention_means(model: nn.Module) -> str:
-    """A sentence on a model of attention, in which there is next to nothing to drop; else nothing."""
+    """A sentence on a model of attention; else nothing."""
     kinds = [type(module).__name__ for module in model.modules() if "attention" in type(module).__name__.lower()]
     if not kinds:
         return ""
-    return (
-        f". This model has attention ({kinds[0]}): RePr drops filters of convolutions, and most of its weights are in "
-        "linear layers; take a convolutional backbone"
-    )
+    return f". This model has attention ({kinds[0]}), whose weights are in linear layers: take a convolutional backbone"
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

@@ -114,7 +114,13 @@ class RePr:
         self._end = {"dropped": 0}
         self._at_end = weakref.finalize(self, _warn_of_sub_network, self._end)
         if sample is not None:
-            self._prove_by(model, sample)
+            arguments = sample if isinstance(sample, tuple) else (sample,)
+            try:
+                self.prove(lambda: model(*arguments))
+            except UserError:
+                raise
+            except Exception as error:  # whatever a model raises
+                raise UserError(f"sample= is not what the model can be called with: {error!r}") from error
 
     @property
     def warmup_iters(self) -> int:
@@ -145,9 +151,8 @@ class RePr:
             return None
         if iteration == self.total_steps:
             self.logger.warning(
-                "RePr: step %d is beyond the %d of total_steps=: training is over, or total_steps= counts epochs",
-                self.steps,
-                self.total_steps,
+                f"RePr: step {self.steps} is beyond the {self.total_steps} of total_steps=: training is over, or "
+                "total_steps= counts epochs"
             )
         if iteration in self.schedule.drop_iters:
             return self._log(iteration, self.scheme.drop())
@@ -225,8 +230,8 @@ class RePr:
         filters = sum(layer.num_filters for layer in layers)
         return (
             f"RePr(step {self.steps} of {self.total_steps}, {self.phase} network, {self.scheme.num_dropped} of "
-            f"{filters} filters in {len(layers)} convs dropped; drops after steps {schedule.drop_iters}, restores "
-            f"after {schedule.restore_iters})"
+            f"{filters} filters in {len(layers)} convs dropped; drops after {schedule.drop_iters}, restores after "
+            f"{schedule.restore_iters})"
         )
 
     def _announce(self) -> None:
@@ -237,25 +242,19 @@ class RePr:
         self._announced = True
         self._look_for_averages()
         filters = sum(layer.num_filters for layer in layers)
+        kinds = ", ".join(sorted({layer.kind for layer in layers}))
+        names = ", ".join(f"{layer.name} ({layer.num_filters})" for layer in layers)
+        number = f"{'up to ' if self.scheme.criterion.spares else ''}{drop_total(filters, options.drop_ratio)}"
         self.logger.info(
-            "RePr: %d convs, %d filters take part (norm: %s); every drop takes %s%d (%g %%), at most %g %% of a layer: "
-            "%s",
-            len(layers),
-            filters,
-            ", ".join(sorted({layer.kind for layer in layers})),
-            "up to " if self.scheme.criterion.spares else "",
-            drop_total(filters, options.drop_ratio),
-            100 * options.drop_ratio,
-            100 * options.max_drop_per_layer,
-            ", ".join(f"{layer.name} ({layer.num_filters})" for layer in layers),
+            f"RePr: {len(layers)} convs, {filters} filters take part (norm: {kinds}); every drop takes {number} "
+            f"({100 * options.drop_ratio:g} %), at most {100 * options.max_drop_per_layer:g} % of a layer: {names}"
         )
         trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
         share = sum(layer.weight.numel() for layer in layers) / trained
         if share < _LITTLE:
             self.logger.warning(
-                "RePr: there is next to nothing to drop, %.1f %% of the trainable weights%s",
-                100 * share,
-                what_attention_means(self.model),
+                f"RePr: there is next to nothing to drop, {100 * share:.1f} % of the trainable weights"
+                f"{what_attention_means(self.model)}"
             )
         if self.logger is logger:  # the hook has said it before
             self.logger.info(describe_schedule(self.schedule))
@@ -263,14 +262,9 @@ class RePr:
     def _log(self, iteration: int, done: Transition) -> Transition:
         self._end["dropped"] = self.scheme.num_dropped
         self.logger.info(
-            "RePr %s after iteration %d (cycle %d): %d filters, mean O_f %.4f -> %.4f, %.2f s",
-            done.event,
-            iteration,
-            done.cycle + 1,
-            sum(map(len, done.dropped.values())),
-            done.overlap_before,
-            done.overlap_after,
-            done.seconds,
+            f"RePr {done.event} after iteration {iteration} (cycle {done.cycle + 1}): "
+            f"{sum(map(len, done.dropped.values()))} filters, mean O_f {done.overlap_before:.4f} -> "
+            f"{done.overlap_after:.4f}, {done.seconds:.2f} s"
         )
         self._look_for_averages()
         return done
@@ -284,9 +278,8 @@ class RePr:
         if averages is not None and not self._warned and (found := averages.not_given()) is not None:
             self._warned = True
             self.logger.warning(
-                "RePr: a copy of the model (%s) is updated without gradients, as an average of the weights is: give it "
-                "as averages=, or it is a mixture of old and new filters long after a restore",
-                found,
+                f"RePr: a copy of the model ({found}) is updated without gradients: give an average of the weights as "
+                "averages=, or it is a mixture of old and new filters long after a restore"
             )
 
     def _share_of_rate(self) -> float:
@@ -295,16 +288,6 @@ class RePr:
         if not self.scheme.num_returned or not restored:
             return 1.0
         return min(1.0, (self.steps - restored[-1]) / (self.warmup_iters + 1))
-
-    def _prove_by(self, model: nn.Module, sample: Any) -> None:
-        arguments = sample if isinstance(sample, tuple) else (sample,)
-        try:
-            self.prove(lambda: model(*arguments))
-        except UserError:
-            raise
-        except Exception as error:  # whatever a model raises
-            text = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            raise UserError(f"sample= is not what the model can be called with: {text}") from error
 
 
 def apply_repr(model: nn.Module, optimizer: torch.optim.Optimizer, total_steps: int, **options: Any) -> RePr:
@@ -349,8 +332,8 @@ def _count(watched: weakref.ref[RePr]) -> None:
     one._behind += 1
     if one._behind == _MISSED:
         one.logger.warning(
-            "RePr: the optimizer has made %d steps without a call of step(), which total_steps= and the schedule count",
-            _MISSED,
+            f"RePr: the optimizer has made {_MISSED} steps without a call of step(): total_steps= and the schedule "
+            "count these calls"
         )
         one._watch_no_more()
 
@@ -358,7 +341,6 @@ def _count(watched: weakref.ref[RePr]) -> None:
 def _warn_of_sub_network(end: dict[str, int]) -> None:
     if end["dropped"]:
         logger.warning(
-            "RePr: training ended inside the sub-network phase: %d filters are dropped (zero) in the model; call "
-            "finish() before training ends, or resume from a checkpoint",
-            end["dropped"],
+            f"RePr: training ended in the sub-network phase: {end['dropped']} filters are dropped (zero) in the model; "
+            "call finish() before it ends, or resume from a checkpoint"
         )

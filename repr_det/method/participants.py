@@ -95,11 +95,9 @@ class Participants:
             )
         return found
 
-    def _layer(
-        self, candidate: FilterLayer, norm: str | None, readers: Iterable[Reader], rectified: bool
-    ) -> FilterLayer:
+    def _layer(self, layer: FilterLayer, norm: str | None, readers: Iterable[Reader], rectified: bool) -> FilterLayer:
         module = None if norm is None else self.modules[norm]
-        return FilterLayer(candidate.name, candidate.conv, module, norm, frozenset(readers), rectified)
+        return FilterLayer(layer.name, layer.conv, module, norm, frozenset(readers), rectified)
 
     def state_dict(self, layers: Sequence[FilterLayer]) -> dict[str, Any]:
         """Returns the state of the layers that participate, in plain types."""

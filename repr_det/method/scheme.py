@@ -5,7 +5,7 @@ Scores, masks and new directions are found on the CPU, by rank 0 for all.
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,15 +16,7 @@ from repr_det.method.calibration import FrozenNorms
 from repr_det.method.criteria import Context, get_criterion
 from repr_det.method.distributed import of_rank_0, rank
 from repr_det.method.errors import OptionError, UserError
-from repr_det.method.holding import (
-    HeldFilters,
-    ReturnedFilters,
-    Transition,
-    check_agreement,
-    check_finite,
-    claim,
-    give_up,
-)
+from repr_det.method.holding import HeldFilters, ReturnedFilters, Transition, check_agreement, check_finite, claim
 from repr_det.method.layers import FilterLayer, Values, on_devices, values_of
 from repr_det.method.optimizers import check_optimizer_state, check_optimizers, restart_optimizer_state_
 from repr_det.method.options import CONFIG_KEYS, RePrOptions, check_resumed
@@ -87,13 +79,13 @@ class RePrScheme:
         self.passes = passes
         self.seed = seed
         self.criterion = get_criterion(self.options.criterion)
-        self._check_layers()
-        check_optimizers([FilterLayer(x.name, x.conv) for x in self.layers], self.optimizers)
+        self._check([FilterLayer(layer.name, layer.conv) for layer in self.layers])
         if passes is None and self.criterion.needs_data:
             name = self.options.resumed()[CONFIG_KEYS["criterion"]]
             raise OptionError(f"{{criterion}} {name!r} looks at training batches: give loader= and loss=, or passes=")
         self.averages = Averages(averages, model) if model is not None else None
         self.cycle = self.num_returned = 0
+        self.is_closed = False
         self._held: HeldFilters | None = None
         self._old: Values = {}
         self._returned: ReturnedFilters | None = None
@@ -135,7 +127,7 @@ class RePrScheme:
         """Looks at what the last step of the optimizer did.
 
         Raises:
-            UserError: nothing participates; dropped channels or filters are not 0; filters that returned are gone.
+            UserError: nothing participates, a dropped channel or filter is not 0, or one that returned is gone.
         """
         if self.participants.news:
             self._hear_news()
@@ -203,14 +195,15 @@ class RePrScheme:
         back = on_devices(back, held.layers)
         for layer in held.layers:
             put_back(layer, held.rows[layer.name], back[layer.name])
-            self._restart_state(held, layer, layer.parameters())
+            for parameter in layer.parameters():
+                restart_optimizer_state_(self.optimizers, parameter, held.rows[layer.name], held.kept[layer.name])
         silent = self.options.returns == "function_preserving"
         for layer in renewed:
             prepare_readers(layer, self.participants.modules, held, self.optimizers, silent)
         for layer in renewed:
             # A filter may lie in the very kernels that have just been silenced: what reads it keeps it silent itself.
             layer.weight.index_copy_(0, held.rows[layer.name], back[layer.name]["weight"])
-            self._restart_state(held, layer, [layer.weight])
+            restart_optimizer_state_(self.optimizers, layer.weight, held.rows[layer.name], held.kept[layer.name])
         moments = {name: old["moments"] for name, old in self._old.items() if "moments" in old}
         self._norms.after_return(held, renewed, moments, self.cycle)
         done = self._record("restore", held, self._overlaps(values_of(self.layers), {}), kept, start, cosines)
@@ -227,7 +220,7 @@ class RePrScheme:
         self._release()
         self.participants.close()
         self._learning.close()
-        give_up(self, self.participants.candidates)
+        self.is_closed = True
 
     def state_dict(self) -> dict[str, Any]:
         """For checkpoints; loads under ``torch.load(weights_only=True)``."""
@@ -278,17 +271,15 @@ class RePrScheme:
     def _device(self) -> torch.device:
         return self.layers[0].weight.device
 
-    # Who participates.
-
-    def _check_layers(self) -> None:
-        sizes = {layer.name: layer.num_filters for layer in self.layers}
+    def _check(self, layers: Sequence[FilterLayer]) -> None:
+        sizes = {layer.name: layer.num_filters for layer in layers}
         check_capacity(sizes, self.options.drop_ratio, self.options.max_drop_per_layer)
+        check_optimizers(layers, self.optimizers)
 
     def _check_participants(self) -> None:
         if self.passes is not None:
             self.passes.trains = self.participants.trains
-        self._check_layers()
-        check_optimizers(self.layers, self.optimizers)
+        self._check(self.layers)
         self._norms.check(self.layers)
 
     def _hear_news(self) -> None:
@@ -306,8 +297,6 @@ class RePrScheme:
                 "RePr: filters of %s cannot return without changing the network's output, and return as published",
                 ", ".join(loud),
             )
-
-    # Both transitions.
 
     def _checked_values(self, event: str) -> Values:
         values = values_of(self.layers)
@@ -344,8 +333,6 @@ class RePrScheme:
         seconds = time.perf_counter() - start
         return Transition(event, self.cycle, dropped, before, after, dict(cosines or {}), seconds, rounded)
 
-    # The drop.
-
     def _select(self, values: Values) -> dict[str, Tensor]:
         """Layer name -> (J,) bool on the CPU, True = drop, that of rank 0. Filters that are zero go first; layers that
         do not learn lose none."""
@@ -372,8 +359,6 @@ class RePrScheme:
         held.hold()
         self.participants.watch_next()
 
-    # The restore.
-
     def _new_filters(self, layers: Sequence[FilterLayer], values: Values) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Layer name -> new filters (M, ...) of rank 0, and their largest |cos| to kept and old ones."""
         found, cosines = {}, {}
@@ -385,10 +370,6 @@ class RePrScheme:
                     weight, old, self.masks[layer.name], layer.conv.groups, self.options.scale, generator
                 )
         return of_rank_0((found, cosines), self._device)
-
-    def _restart_state(self, held: HeldFilters, layer: FilterLayer, parameters: Iterable[Tensor]) -> None:
-        for parameter in parameters:
-            restart_optimizer_state_(self.optimizers, parameter, held.rows[layer.name], held.kept[layer.name])
 
     def _release(self) -> None:
         if self._held is not None:
