@@ -1,4 +1,4 @@
-"""Mixed precision: GradScaler's skipped steps, fp16 and bf16, clipping.
+"""Mixed precision: GradScaler's skipped steps, fp16 and bf16, clipping, accelerate.
 
 Detectron2's AMPTrainer insists on CUDA; without it the same trainer runs here on torch's CPU autocast and GradScaler.
 """
@@ -12,7 +12,7 @@ from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils.env import seed_all_rng
 from small_loop import OPTIONS, TwoConvs, batch
 
-from repr_det import RePrHook, Trainer
+from repr_det import RePrHook, RePrSchedule, Trainer, apply_repr
 
 
 @pytest.fixture
@@ -117,3 +117,35 @@ def test_resumed_under_amp_bit_for_bit(tiny_cfg, tmp_path, cpu_amp):
         ends.append(trainer.model.state_dict())
         assert trainer._trainer.grad_scaler.get_scale() == 1.0
     assert_same_weights(*ends)
+
+
+def test_accelerates_optimizer_and_accumulated_gradients():
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = TwoConvs()
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), 0.05, 0.9))
+    one = apply_repr(model, optimizer, 8, layers=["backbone.*"], schedule=RePrSchedule(3, 2, 1))
+    assert type(one.scheme.optimizers[0]) is torch.optim.SGD
+
+    for number in range(8):
+        with accelerator.accumulate(model):
+            accelerator.backward(model(batch(number))["loss"])
+            optimizer.step()
+            optimizer.zero_grad()
+    assert (one.steps, one.phase) == (4, "sub")
+    assert sum(layer.weight.flatten(1).any(1).logical_not().sum() for layer in one.scheme.layers) == 7
+
+
+def test_steps_that_grad_scaler_skips_are_not_counted():
+    model = TwoConvs()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, 0.9)
+    scaler = torch.amp.GradScaler("cpu")
+    one = apply_repr(model, optimizer, 8, layers=["backbone.*"], schedule=RePrSchedule(3, 2, 1))
+
+    for number in range(3):
+        loss = model(batch(number))["loss"] * (torch.inf if number == 1 else 1)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    assert (one.steps, one.phase) == (2, "full")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import assert_same_weights
+from detectron2 import evaluation
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase, SimpleTrainer, hooks
@@ -20,7 +21,6 @@ from torch import nn
 
 from repr_det import RePrHook, UserError
 from repr_det.detectron import evaluators
-from repr_det.detectron.evaluators import build_evaluator, check_evaluators
 from repr_det.detectron.hook import first_later_hook
 from repr_det.runs.checkpoints import AtomicCheckpointer
 from repr_det.runs.record import DATA_FILE, RunRecord
@@ -206,23 +206,20 @@ def test_record_of_a_run(tmp_path, data_set, caplog):
     assert "config.yaml is not that of the run so far" in caplog.text
 
 
-VOC = ("pascal_voc", "PascalVOCDetectionEvaluator")
-
-
 @pytest.mark.parametrize(
-    ("kind", "expected"), [(None, "CocoEvaluator"), ("coco", "CocoEvaluator"), ("sem_seg", "SemSegEvaluator"), VOC]
+    ("kind", "owner", "evaluator"),
+    [
+        (None, evaluators, "CocoEvaluator"),
+        ("sem_seg", evaluation, "SemSegEvaluator"),
+        ("pascal_voc", evaluation, "PascalVOCDetectionEvaluator"),
+    ],
 )
-def test_evaluator_of_a_data_set(tmp_path, data_set, monkeypatch, kind, expected):
-    from detectron2 import evaluation
-
-    made = []
-    owner = evaluators if expected == "CocoEvaluator" else evaluation
-    monkeypatch.setattr(owner, expected, lambda *_, **__: made.append(expected))
+def test_evaluator_of_a_data_set(tmp_path, data_set, monkeypatch, kind, owner, evaluator):
+    monkeypatch.setattr(owner, evaluator, lambda *_, **__: evaluator)
     if kind is not None:
         MetadataCatalog.get(data_set).evaluator_type = kind
-    check_evaluators([data_set])
-    build_evaluator(data_set, str(tmp_path))
-    assert made == [expected]
+    evaluators.check_evaluators([data_set])
+    assert evaluators.build_evaluator(data_set, str(tmp_path)) == evaluator
 
 
 @pytest.mark.parametrize(("kind", "told"), [("lvis", "needs the package lvis"), ("my_own", "none of coco, sem_seg")])
@@ -230,4 +227,4 @@ def test_a_data_set_that_cannot_be_evaluated_is_refused_before_the_run(data_set,
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     MetadataCatalog.get(data_set).evaluator_type = kind
     with pytest.raises(UserError, match=told):
-        check_evaluators([data_set])
+        evaluators.check_evaluators([data_set])

@@ -8,6 +8,7 @@ import torch
 from conftest import assert_same_weights
 from plain_nets import IMAGES, readable_net, train
 from torch import nn
+from torch.utils.data import DataLoader
 
 from repr_det import RePr, RePrSchedule, RePrScheme, UserError, apply_repr, find_filter_layers
 
@@ -96,6 +97,7 @@ def test_a_wrapper_is_looked_through():
         (dict(loss=sum), "give loader= and loss= together"),
         (dict(loader=[], loss=sum, criterion="apoz"), "loader= yields no batch"),
         (dict(loader=iter([1]), loss=sum), "loader= must start again whenever it is iterated"),
+        (dict(loader=DataLoader([1], num_workers=1, persistent_workers=True), loss=sum), "without persistent_workers"),
         (dict(criterion="apoz"), "criterion= 'apoz' looks at training batches"),
         (dict(sample=torch.zeros(1, 5, 8, 8)), "sample= is not what the model can be called with: RuntimeError("),
         (dict(averages=[nn.Linear(1, 1)]), "averages= must be models with the parameters of the model"),

@@ -13,7 +13,6 @@ from frozen_nets import make
 from torch import nn
 from torch.utils.data import DataLoader
 
-from repr_det import UserError
 from repr_det.method.passes import passes_over
 from repr_det.network.hidden_state import HiddenState
 from repr_det.network.state import preserved_random_state, random_state, set_random_state, undisturbed
@@ -155,11 +154,6 @@ def test_passes_leave_the_loader_of_the_training_alone(own_generator):
         return seen, draw_from_everything()[-1]
 
     assert epoch(True) == epoch(False)
-
-
-def test_a_loader_that_keeps_its_workers_is_refused():
-    with pytest.raises(UserError, match="without persistent_workers"):
-        passes_over(nn.ReLU(), DataLoader(range(4), num_workers=1, persistent_workers=True), sum)
 
 
 class Noisy(torch.utils.data.Dataset):
