@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_same_weights
-from plain_nets import IMAGES, in_sub_network, largest_dropped, loss_of, plain_net, plain_scheme, readable_net, train
+from plain_nets import in_sub_network, largest_dropped, loss_of, plain_net, plain_scheme, readable_net, train
 from torch import nn
 from traced_nets import Net
 
@@ -304,10 +304,8 @@ def test_one_scheme_a_model():
     with pytest.raises(UserError, match="RePr cannot be copied"):
         copy.deepcopy(first)
     copied = copy.deepcopy(net)  # free, and without hooks
-    copied(IMAGES)
-    assert not first.participants.news and RePrScheme(
-        find_filter_layers(copied, ["*"]), torch.optim.SGD(copied.parameters(), 0.1), model=copied
-    )
+    in_sub_network(copied, model=copied)
+    assert not first.participants.news
     first.close()
     second = build()
     del second  # one that is forgotten in the full phase is out of the way, not so one that holds filters

@@ -184,8 +184,8 @@ def _hook_gradient(parameter: nn.Parameter, rows: Tensor) -> RemovableHandle:
     return handle
 
 
-def check_finite(values: Values, when: str) -> None:
-    """Raises UserError where a value of a filter is not finite."""
+def check_values(values: Values, when: str, device: torch.device) -> None:
+    """Raises UserError where a value of a filter is not finite, RuntimeError where ranks differ. Collective."""
     for layer, tensors in values.items():
         for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
@@ -193,10 +193,6 @@ def check_finite(values: Values, when: str) -> None:
                     f"the {name} of {layer} is not finite {when}: lower the learning rate or clip gradients, and "
                     "resume from a checkpoint before training diverged"
                 )
-
-
-def check_agreement(values: Values, when: str, device: torch.device) -> None:
-    """Raises RuntimeError where filters differ between ranks by more than rounding. Collective."""
     everyone = gathered({name: x["weight"].double().norm().item() for name, x in values.items()}, device)
     for name, size in everyone[0].items():
         odd = [number for number, theirs in enumerate(everyone) if abs(theirs[name] - size) > _APART * size]

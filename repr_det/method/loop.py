@@ -104,8 +104,8 @@ class RePr:
         self.steps = first_step
         self.logger = logger
         self._announced = self._finished = self._warned = False
-        self._behind = 0  # steps of the optimizer since the last call of step()
-        self._watching = around_step(self.scheme.optimizers, after=partial(_count, weakref.ref(self)))
+        self._behind = 0  # steps of the optimizer since the last call of step(), up to the warning
+        around_step(self.scheme.optimizers, after=partial(_count, weakref.ref(self)))
         if loader is not None and passes and self.scheme.needs_batches and not list(passes.batches(1, 0)):
             raise UserError("loader= yields no batch, and transitions look at training batches")
         if self.warmup_iters:
@@ -144,7 +144,8 @@ class RePr:
         """
         iteration = self.steps
         self.steps += 1
-        self._behind = 0
+        if self._behind < _MISSED:
+            self._behind = 0
         self.scheme.check()
         self._announce()
         if self._finished:
@@ -197,7 +198,6 @@ class RePr:
     def close(self) -> None:
         """Lets go of the model, for another RePr to take it."""
         self._finished = True
-        self._watch_no_more()
         self.scheme.close()
 
     def state_dict(self) -> dict[str, Any]:
@@ -269,10 +269,6 @@ class RePr:
         self._look_for_averages()
         return done
 
-    def _watch_no_more(self) -> None:
-        for handle in self._watching:
-            handle.remove()
-
     def _look_for_averages(self) -> None:
         averages = self.scheme.averages
         if averages is not None and not self._warned and (found := averages.not_given()) is not None:
@@ -335,7 +331,6 @@ def _count(watched: weakref.ref[RePr]) -> None:
             f"RePr: the optimizer has made {_MISSED} steps without a call of step(): total_steps= and the schedule "
             "count these calls"
         )
-        one._watch_no_more()
 
 
 def _warn_of_sub_network(end: dict[str, int]) -> None:

@@ -16,7 +16,7 @@ from repr_det.method.calibration import FrozenNorms
 from repr_det.method.criteria import Context, get_criterion
 from repr_det.method.distributed import of_rank_0, rank
 from repr_det.method.errors import OptionError, UserError
-from repr_det.method.holding import HeldFilters, ReturnedFilters, Transition, check_agreement, check_finite, claim
+from repr_det.method.holding import HeldFilters, ReturnedFilters, Transition, check_values, claim
 from repr_det.method.layers import FilterLayer, Values, on_devices, values_of
 from repr_det.method.optimizers import check_optimizer_state, check_optimizers, restart_optimizer_state_
 from repr_det.method.options import CONFIG_KEYS, RePrOptions, check_resumed
@@ -301,10 +301,9 @@ class RePrScheme:
     def _checked_values(self, event: str) -> Values:
         values = values_of(self.layers)
         when = f"at the {event} of cycle {self.cycle + 1}"
-        check_finite(values, when)
         if self._held is not None:
             self._held.check_zero(when)
-        check_agreement(values, when, self._device)
+        check_values(values, when, self._device)
         return values
 
     def _overlaps(self, values: Values, out: Mapping[str, Tensor]) -> dict[str, Tensor]:
