@@ -312,5 +312,5 @@ def test_one_scheme_a_model():
     gc.collect()
     in_sub_network(net, opt, model=net)
     gc.collect()
-    with pytest.raises(UserError, match=r"another RePr holds filters of 0 at zero: finish\(\) and close\(\) that one"):
+    with pytest.raises(UserError, match=r"another RePr holds filters of 0 at zero: finish\(\) and close\(\) it"):
         build()

@@ -56,7 +56,9 @@ def claim(scheme: Any, layers: Sequence[FilterLayer]) -> None:
     """Notes the RePrScheme of convs. UserError if one has another that is not closed, or filters that are out."""
     for layer in layers:
         if layer.conv in _HELD:
-            raise UserError(f"another RePr holds filters of {layer.name} at zero: finish() and close() that one first")
+            raise UserError(
+                f"another RePr holds filters of {layer.name} at zero: finish() and close() it, or build the model again"
+            )
         owner = _OWNERS[layer.conv]() if layer.conv in _OWNERS else None
         if owner is not None and not owner.is_closed:
             raise UserError(f"{layer.name} belongs to another RePr already: close() that one first")
