@@ -45,17 +45,7 @@ def kill_at(moment: str, iteration: int) -> None:
     write_often()
     now = {"iteration": -1, "calls": 0}
     around(Trainer, "before_train", lambda trainer: now.update(iteration=trainer.start_iter - 1))
-
-    def begin(trainer):
-        now["iteration"] = trainer.iter
-        if moment == "step" and trainer.iter >= iteration:
-            threading.Timer(0.02, die).start()  # in the middle of the forward pass
-
-    def end(trainer):
-        if moment == "before hooks" and trainer.iter >= iteration:
-            die()
-
-    around(Trainer, "run_step", begin, end)
+    around(Trainer, "run_step", lambda trainer: now.update(iteration=trainer.iter))
 
     def die_at_call(number):
         def check(*_):
@@ -65,6 +55,10 @@ def kill_at(moment: str, iteration: int) -> None:
 
         return check
 
+    def begin(trainer):
+        if trainer.iter >= iteration:
+            threading.Timer(0.02, die).start()  # in the middle of the forward pass
+
     def half(_, file, *__):
         if now["iteration"] >= iteration:
             file.write(b"half a checkpoint" * 1000)
@@ -72,6 +66,8 @@ def kill_at(moment: str, iteration: int) -> None:
             die()
 
     calls = {
+        "step": (Trainer, "run_step", begin),
+        "before hooks": (Trainer, "after_step", die_at_call(0)),
         "drop": (repr_det.method.holding, "zero_optimizer_state_", die_at_call(3)),  # some layers, others not yet
         "restore": (repr_det.method.scheme, "put_back", die_at_call(3)),
         "evaluation": (COCOEvaluator, "process", die_at_call(2)),
@@ -108,13 +104,16 @@ def signal_at(how: str, rank: str, iteration: int, seconds: float, once: str) ->
     around(Trainer, "run_step", begin)
 
 
+def model_of(trainer: Trainer) -> torch.nn.Module:
+    return getattr(trainer.model, "module", trainer.model)
+
+
 def tell(file: str, *misbehave: object) -> None:
     """Rank 0 writes what a run begins with."""
 
     def begin(trainer):
         if trainer.iter == trainer.start_iter and comm.get_rank() == 0:
-            model = getattr(trainer.model, "module", trainer.model).state_dict()
-            torch.save({"model": model, "trainer": trainer.state_dict()}, file)
+            torch.save({"model": model_of(trainer).state_dict(), "trainer": trainer.state_dict()}, file)
 
     around(Trainer, "run_step", begin)
     if misbehave:
@@ -125,7 +124,6 @@ def end_in(folder: str) -> None:
     """Each rank writes the weights that it ends with."""
 
     def end(trainer):
-        model = getattr(trainer.model, "module", trainer.model).state_dict()
-        torch.save(model, Path(folder) / f"rank{comm.get_rank()}.pth")
+        torch.save(model_of(trainer).state_dict(), Path(folder) / f"rank{comm.get_rank()}.pth")
 
     around(Trainer, "after_train", after=end)

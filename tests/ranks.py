@@ -17,7 +17,7 @@ from torch import nn
 
 from repr_det import RePrScheme, find_filter_layers
 from repr_det.method.criteria import Context, get_criterion
-from repr_det.method.distributed import broadcast_, mean_over_ranks
+from repr_det.method.distributed import mean_over_ranks
 from repr_det.method.passes import TrainingPasses
 
 CRITERIA = ["apoz", *SALIENCY]
@@ -65,6 +65,10 @@ def main(rank: str, folder: str, backend: str) -> None:
     layers = find_filter_layers(net, ["*"], ["last"])
     scheme = RePrScheme(layers, optimizer, model=net, passes=passes, criterion="random", seed=number)
 
+    def values() -> dict[str, torch.Tensor]:
+        own = ("trained.running_mean", "trained.running_var")  # of BN, which each rank has for itself
+        return {name: part.cpu().clone() for name, part in net.state_dict().items() if name not in own}
+
     def step() -> dict[str, torch.Tensor]:
         optimizer.zero_grad()
         net(images).backward()
@@ -74,21 +78,18 @@ def main(rank: str, folder: str, backend: str) -> None:
             parameter.grad.copy_(gradient / 2)
         optimizer.step()
         scheme.check()
-        return {name: part.cpu().clone() for name, part in net.named_parameters()} | statistics()
-
-    def statistics() -> dict[str, torch.Tensor]:
-        return {name: part.cpu().clone() for name, part in net.norm.named_buffers("norm")}
+        return values()
 
     def refused(transition) -> str:
         """The error where rank 1 has another weight, which is put right again."""
-        before = net.first.weight.detach().clone()
-        net.first.weight.data.mul_(1.1 if number else 1)
+        factor = 2 if number else 1
+        net.first.weight.data.mul_(factor)
         try:
             transition()
         except RuntimeError as error:
             return str(error)
         finally:
-            net.first.weight.data.copy_(before)
+            net.first.weight.data.div_(factor)
         return ""
 
     found["before"] = step()
@@ -98,11 +99,8 @@ def main(rank: str, folder: str, backend: str) -> None:
     step()
     found["refused"].append(refused(scheme.restore))
     found["restored"] = scheme.restore().dropped
-    found["after"] = {name: part.detach().cpu().clone() for name, part in net.named_parameters()} | statistics()
+    found["after"] = values()
     found["end"] = step()
-    flags = torch.tensor([number == 0, True])
-    broadcast_([flags], device)
-    found["flags"] = flags.tolist()
     found["mean"] = mean_over_ranks(torch.tensor([float(number), 3.0]), device).tolist()
     torch.save(found, place / f"{rank}.pth")
     dist.destroy_process_group()

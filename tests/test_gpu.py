@@ -1,6 +1,6 @@
 """What a GPU may do otherwise than the CPU: waits of the host, precision, kernels that are not deterministic.
 
-``pytest -m gpu`` runs these, test_gpu_devices.py and the GPU cases of test_amp.py and test_ranks.py;
+``pytest -m gpu`` runs these, test_gpu_devices.py and the GPU cases of test_ranks.py;
 test_simulated_cuda.py runs them on simulated devices.
 """
 

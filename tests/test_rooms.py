@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import SMALL, end_of
+from conftest import SMALL, assert_same_weights, end_of
 from detectron2.engine import HookBase
 from torch import nn
 
@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 
 def assert_new_directions(weight: torch.Tensor, mask: torch.Tensor, old: torch.Tensor) -> None:
     """Restored filters are orthogonal to each other, to the kept ones and to their old values, where there is room."""
-    rows = torch.nn.functional.normalize(torch.cat([weight[mask], weight[~mask], old]).double().flatten(1))
+    rows = F.normalize(torch.cat([weight[mask], weight[~mask], old]).double().flatten(1))
     cosines = (rows[: int(mask.sum())] @ rows.T).abs()
     cosines.fill_diagonal_(0)
     if mask.any() and len(rows) <= rows.shape[1]:
@@ -50,30 +50,22 @@ def test_a_loop_of_version_0_2_0_is_resumed(norm):
     one.load_state_dict(saved["repr"])
     state = saved["repr"]["scheme"]
     assert (one.steps, one.phase, one.scheme.cycle, one.scheme.seed) == (5, "sub", 0, 5)
-    assert {name: mask.tolist() for name, mask in one.scheme.masks.items()} == {
-        name: mask.tolist() for name, mask in state["masks"].items()
-    }
-    for images, classes in batches[5:]:
+    assert_same_weights(one.scheme.masks, state["masks"])
+    for images, classes in batches[5:7]:
         optimizer.zero_grad()
         F.cross_entropy(model(images), classes).backward()
         optimizer.step()
-        done = one.step()
-        if done is None or done.event != "restore":
-            continue
-        assert one.steps == 7
-        with torch.no_grad():
-            for name, old in state["old"].items():
-                mask = state["masks"][name]
-                assert_new_directions(model.get_submodule(name).weight, mask, old["weight"])
-                out = model[: int(name) + 2](torch.cat([x for x, _ in batches[:4]]))[:, mask]
-                if norm is not nn.BatchNorm2d:
-                    affine = model[int(name) + 1]
-                    assert torch.equal(affine.weight[mask], old["norm.weight"])
-                    assert torch.equal(affine.bias[mask], old["norm.bias"])
-                    moments = torch.stack([out.mean((0, 2, 3)), out.std((0, 2, 3), correction=0)])
-                    torch.testing.assert_close(moments, old["moments"].to(moments), rtol=1e-3, atol=1e-4)
-    assert (one.steps, one.phase, one.scheme.cycle) == (12, "full", 1)
-    assert all(torch.isfinite(value).all() for value in model.state_dict().values())
+        one.step()
+    assert (one.steps, one.phase, one.scheme.cycle) == (7, "full", 1)
+    for name, old in state["old"].items():
+        mask, affine = state["masks"][name], model[int(name) + 1]
+        assert_new_directions(model.get_submodule(name).weight.detach(), mask, old["weight"])
+        if norm is not nn.BatchNorm2d:
+            assert torch.equal(affine.weight[mask], old["norm.weight"])
+            assert torch.equal(affine.bias[mask], old["norm.bias"])
+            out = model[: int(name) + 2](torch.cat([x for x, _ in batches[:4]])).detach()[:, mask]
+            moments = torch.stack([out.mean((0, 2, 3)), out.std((0, 2, 3), correction=0)])
+            torch.testing.assert_close(moments, old["moments"].to(moments), rtol=1e-3, atol=1e-4)
 
 
 def test_a_run_of_version_0_1_0_is_resumed(tiny_cfg, tmp_path):
@@ -90,14 +82,14 @@ def test_a_run_of_version_0_1_0_is_resumed(tiny_cfg, tmp_path):
     start = torch.load(folder / "model_0000003.pth", weights_only=True)
     state = start["trainer"]["hooks"]["RePrHook"]
     state = state.get("scheme", state)
-    assert sum(int(mask.sum()) for mask in state["masks"].values()) > 0
+    assert any(mask.any() for mask in state["masks"].values())
 
     class Look(HookBase):
         def before_step(self):
             if self.trainer.iter == 4:  # the last one of the sub-network
                 scheme = next(hook.scheme for hook in self.trainer._hooks if isinstance(hook, RePrHook))
                 assert scheme.is_sub and scheme.cycle == state["cycle"] == 0
-                assert all(torch.equal(mask, state["masks"][name]) for name, mask in scheme.masks.items())
+                assert_same_weights(scheme.masks, state["masks"])
             elif self.trainer.iter == 5:
                 for name, old in state["old"].items():
                     weight, mask = self.trainer.model.get_submodule(name).weight.detach(), state["masks"][name]

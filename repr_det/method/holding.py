@@ -1,23 +1,31 @@
-"""Dropped filters, held at exactly zero (RePr, algorithm 1: the sub-network), and the record of a drop or restore.
+"""Dropped filters, held at exactly zero (RePr, algorithm 1: the sub-network), and checks of transitions.
 
 Shape shorthand:
     J: filters of a layer        M: filters of it that are dropped
 """
 
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import ReferenceType, WeakKeyDictionary, WeakSet, ref
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from repr_det.method.distributed import to_devices
-from repr_det.method.layers import FilterLayer, zero_rows_
+from repr_det.method.distributed import gathered, to_cpu, to_devices
+from repr_det.method.errors import UserError
+from repr_det.method.layers import FilterLayer, Values, zero_rows_
 from repr_det.method.optimizers import zero_optimizer_state_
 from repr_det.network.tracing import HookOfOne
+
+_EVERY = 100  # steps of the sub-network after which dropped filters are looked at, besides the powers of 2
+_APART = 1e-3  # relative difference of a layer's norm between ranks, of more than two kinds of cards round
+_GONE = 0.1  # a filter of less than this share of the norm that it was given has not been given it
+
+_OWNERS: WeakKeyDictionary[nn.Module, ReferenceType] = WeakKeyDictionary()  # conv -> its RePrScheme
+_HELD: WeakSet[nn.Module] = WeakSet()  # convs with dropped filters
 
 
 @dataclass
@@ -31,7 +39,7 @@ class Transition:
         overlap_before, overlap_after: mean O_f over the filters in use before and after.
         max_cosine: layer name -> largest |cos| of a new filter to the kept and old ones (restores only).
         seconds: wall-clock time.
-        overlaps: layer -> O_f of every filter, before a drop and after a restore.
+        overlaps: layer name -> O_f of every filter, before a drop and after a restore.
     """
 
     event: str
@@ -44,23 +52,18 @@ class Transition:
     overlaps: dict[str, list[float]]
 
 
-def transition_of(
-    event: str,
-    cycle: int,
-    held: "HeldFilters",
-    overlaps: Mapping[str, Tensor],
-    kept: Mapping[str, Tensor],
-    start: float,
-    cosines: Mapping[str, float] | None = None,
-) -> Transition:
-    """``overlaps`` and ``kept`` are O_f of all filters (J,) by layer name, and of those that stay (K,); ``start`` is by
-    ``time.perf_counter``."""
-    means = [torch.cat([x.double() for x in found.values()]).mean().item() for found in (overlaps, kept)]
-    before, after = means if event == "drop" else reversed(means)
-    rounded = {name: [round(value, 6) for value in overlap.tolist()] for name, overlap in overlaps.items()}
-    return Transition(
-        event, cycle, held.indices(), before, after, dict(cosines or {}), time.perf_counter() - start, rounded
-    )
+def claim(scheme: Any, layers: Sequence[FilterLayer]) -> None:
+    """Notes the RePrScheme of convs. UserError if one has another that is not closed, or filters that are out."""
+    for layer in layers:
+        if layer.conv in _HELD:
+            raise UserError(
+                f"another RePr holds filters of {layer.name} at zero: finish() and close() it, or build the model again"
+            )
+        owner = _OWNERS[layer.conv]() if layer.conv in _OWNERS else None
+        if owner is not None and not owner.is_closed:
+            raise UserError(f"{layer.name} belongs to another RePr already: close() that one first")
+    for layer in layers:
+        _OWNERS[layer.conv] = ref(scheme)
 
 
 class HeldFilters:
@@ -71,32 +74,25 @@ class HeldFilters:
     Attributes:
         masks: layer name -> (J,) bool, True = dropped, on the CPU.
         rows: layer name -> (M,) indices of its dropped filters, on the layer's device.
-        kept: layer name -> (K,) indices of the others, on the layer's device.
+        kept: layer name -> indices of the others, on the layer's device.
         layers: those of the layers that lose a filter.
     """
 
     def __init__(
         self, layers: Sequence[FilterLayer], masks: Mapping[str, Tensor], optimizers: Sequence[Optimizer]
     ) -> None:
-        self.masks = {layer.name: masks[layer.name] for layer in layers}
-        self.layers = [layer for layer in layers if self.masks[layer.name].any()]
-        dropped = [_indices(self.masks[layer.name]) for layer in self.layers]
-        kept = [_indices(~self.masks[layer.name]) for layer in self.layers]
-        moved = to_devices([*dropped, *kept], [layer.weight.device for layer in self.layers] * 2)
+        self.masks = dict(masks)
+        self.layers = [layer for layer in layers if masks[layer.name].any()]
         names = [layer.name for layer in self.layers]
-        self.rows = dict(zip(names, moved, strict=False))
+        parts = [_indices(masks[name]) for name in names] + [_indices(~masks[name]) for name in names]
+        moved = to_devices(parts, [layer.weight.device for layer in self.layers] * 2)
+        self.rows = dict(zip(names, moved[: len(names)], strict=True))
         self.kept = dict(zip(names, moved[len(names) :], strict=True))
         self._optimizers = optimizers
         self._handles: list[RemovableHandle] = []
         self._watching: list[RemovableHandle] = []
         self._leaks: dict[str, Tensor] = {}
-
-    def __len__(self) -> int:
-        return sum(int(mask.sum()) for mask in self.masks.values())
-
-    def indices(self) -> dict[str, list[int]]:
-        """Layer name -> indices of its dropped filters; layers that keep all of theirs are missing."""
-        return {layer.name: _indices(self.masks[layer.name]).tolist() for layer in self.layers}
+        self._steps = 0
 
     def zero_(self) -> None:
         """Sets every tensor of the dropped filters to exactly 0, and their optimizer state."""
@@ -105,68 +101,72 @@ class HeldFilters:
             zero_optimizer_state_(self._optimizers, layer, self.rows[layer.name])
 
     def hold(self) -> None:
-        """Lets no gradient through until ``release``."""
+        """Lets no gradient through until ``release``, and watches the first pass of the sub-network."""
         for layer in self.layers:
+            _HELD.add(layer.conv)
             rows = self.rows[layer.name]
             zero_rows_((p.grad for p in layer.parameters() if p.grad is not None), rows)
-            for parameter in layer.parameters():
-                self._handles.append(_hook_gradient(parameter, rows))
-
-    def watch_channels(self) -> None:
-        """Looks at what conv and norm put out for the dropped channels, until ``leaking`` is asked."""
-        for layer in self.layers:
+            self._handles += [_hook_gradient(parameter, rows) for parameter in layer.parameters()]
             for module in {layer.conv, layer.output_module()}:
                 self._watching.append(module.register_forward_hook(HookOfOne(self._channel_hook(layer.name))))
 
-    def _channel_hook(self, name: str) -> Any:
+    def _channel_hook(self, name: str) -> Callable[..., None]:
         rows = self.rows[name]
 
         def look(module: nn.Module, inputs: Any, output: Any) -> None:
             if isinstance(output, Tensor) and torch.is_grad_enabled() and not output.is_meta:
                 found = output.detach().index_select(-3, rows.to(output.device)).any()
-                before = self._leaks.get(name)
-                self._leaks[name] = found if before is None else before | found.to(before.device)
+                before = self._leaks.get(name, found)
+                self._leaks[name] = before | found.to(before.device)
 
         return look
 
-    def saw_channels(self) -> bool:
-        """Tells whether a training pass has run since ``watch_channels``."""
-        return bool(self._leaks)
+    def look(self, cycle: int) -> None:
+        """Raises UserError where channels are not 0 in the first pass, or filters after a step. ``cycle`` is from 1."""
+        if self._leaks:
+            self._stop_watching()
+            leaking, self._leaks = _true_ones(self._leaks), {}
+            if leaking:
+                raise UserError(
+                    f"dropped channels of {', '.join(leaking)} are not 0 in the sub-network's first pass: something is "
+                    "added behind the conv or its norm; exclude these convs"
+                )
+        self._steps += 1
+        if self._steps % _EVERY == 0 or self._steps.bit_count() == 1:
+            self.check_zero(f"{self._steps} steps after the drop of cycle {cycle}")
 
-    def leaking(self) -> list[str]:
-        """Names of the layers whose dropped channels were seen not to be 0. One wait for the device."""
-        leaks, self._leaks = self._leaks, {}
-        self._stop_watching()
-        flags = torch.stack([flag.to(self.layers[0].weight.device) for flag in leaks.values()]).tolist()
-        return [name for name, flag in zip(leaks, flags, strict=True) if flag]
-
-    def _stop_watching(self) -> None:
-        for handle in self._watching:
-            handle.remove()
-        self._watching = []
-
-    def not_zero(self) -> tuple[str, str] | None:
-        """Names of a layer and of its tensor whose dropped filters are not 0. One wait for the device."""
-        names, flags = [], []
+    def check_zero(self, when: str) -> None:
+        """Raises UserError where a dropped filter is not 0. One wait for the device."""
+        flags = {}
         for layer in self.layers:
             for name, tensor in layer.tensors().items():
-                names.append((layer.name, name))
                 rows = self.rows[layer.name].to(tensor.device)
-                flags.append(tensor.detach().index_select(0, rows).any())
-        device = self.layers[0].weight.device if self.layers else None
-        found = torch.stack([flag.to(device) for flag in flags]).tolist() if flags else []
-        return next((name for name, flag in zip(names, found, strict=True) if flag), None)
+                flags[layer.name, name] = tensor.detach().index_select(0, rows).any()
+        if found := _true_ones(flags):
+            raise UserError(
+                f"dropped filters of {found[0][0]} are not zero any more {when} (their {found[0][1]}): another "
+                "optimizer, loaded weights or an average that was swapped in has written to them"
+            )
 
     def release(self) -> None:
         """Lets gradients through again."""
         self._stop_watching()
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        for layer in self.layers:
+            _HELD.discard(layer.conv)
+
+    def _stop_watching(self) -> None:
+        for handle in self._watching:
+            handle.remove()
 
 
 def _indices(mask: Tensor) -> Tensor:
     return mask.nonzero().flatten()
+
+
+def _true_ones(flags: Mapping[Any, Tensor]) -> list[Any]:
+    return [key for key, flag in zip(flags, to_cpu(list(flags.values())), strict=True) if flag]
 
 
 def _hook_gradient(parameter: nn.Parameter, rows: Tensor) -> RemovableHandle:
@@ -184,3 +184,39 @@ def _hook_gradient(parameter: nn.Parameter, rows: Tensor) -> RemovableHandle:
     handle = parameter.register_hook(zero)
     parameter.requires_grad_(trains)
     return handle
+
+
+def check_values(values: Values, when: str, device: torch.device) -> None:
+    """Raises UserError where a value of a filter is not finite, RuntimeError where ranks differ. Collective."""
+    for layer, tensors in values.items():
+        for name, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise UserError(
+                    f"the {name} of {layer} is not finite {when}: lower the learning rate or clip gradients, and "
+                    "resume from a checkpoint before training diverged"
+                )
+    everyone = gathered({name: x["weight"].double().norm().item() for name, x in values.items()}, device)
+    for name, size in everyone[0].items():
+        odd = [number for number, theirs in enumerate(everyone) if abs(theirs[name] - size) > _APART * size]
+        if odd:
+            raise RuntimeError(f"RePr {when}: layer {name} differs between rank 0 and rank(s) {odd}")
+
+
+class ReturnedFilters:
+    """The filters (M, ...) that a restore has ``given``, to be looked at after one more step; ``cycle`` is from 1."""
+
+    def __init__(self, held: HeldFilters, given: Mapping[str, Tensor]) -> None:
+        self._layers = [layer for layer in held.layers if layer.name in given]
+        self._rows = held.rows
+        self._norms = {name: weight.float().flatten(1).norm(dim=1) for name, weight in given.items()}
+
+    def look(self, cycle: int) -> None:
+        """Raises UserError where they are gone."""
+        weights = to_cpu([layer.weight.index_select(0, self._rows[layer.name]) for layer in self._layers])
+        for layer, weight in zip(self._layers, weights, strict=True):
+            gone = int((weight.float().flatten(1).norm(dim=1) < _GONE * self._norms[layer.name]).sum())
+            if gone:
+                raise UserError(
+                    f"{gone} of {len(weight)} filters of {layer.name} are gone one step after they returned in cycle "
+                    f"{cycle}: something has written to them, such as a copy of the weights that an optimizer keeps"
+                )

@@ -1,8 +1,9 @@
-"""The convs that may take part in RePr, and what one filter of such a conv is.
+"""The convs that may participate, and their filters.
 
-A filter is one output channel: its row of the conv weight and its entries of the bias and the norm's affine parameters.
+A filter is an output channel: its row of the conv weight and its entries of the bias and the norm's affine parameters.
 """
 
+import difflib
 import fnmatch
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,24 +13,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from repr_det.method.distributed import to_cpu, to_devices
+from repr_det.method.distributed import to_devices
 from repr_det.method.errors import OptionError, UserError
 from repr_det.network.norms import BATCH, FROZEN, NONE, is_norm, norm_kind
 from repr_det.network.proof import Reader
 
 Values = dict[str, dict[str, Tensor]]  # layer name -> name -> tensor
+_MOST_NAMES = 12  # of convs in a message
 
 
 @dataclass(eq=False)
 class FilterLayer:
-    """A conv that takes part, with the norm that follows it.
+    """A conv of J filters, with the norm that follows it.
 
     Attributes:
         name: the conv's module name.
         conv: weight (J, C_in / groups, kh, kw), bias (J,) or None.
-        norm: a module of J channels, or None.
-        norm_name: its module name, or None.
-        readers: who reads its channels, where a traced pass has shown that.
+        norm: a module of J channels, or None; ``norm_name`` in the model.
+        readers: what reads its channels, if a traced pass has shown that.
         rectified: whether a ReLU, and nothing else, follows the norm.
     """
 
@@ -54,7 +55,7 @@ class FilterLayer:
 
     @property
     def num_filters(self) -> int:
-        """J, the conv's output channels."""
+        """J."""
         return self.conv.out_channels
 
     @property
@@ -66,8 +67,7 @@ class FilterLayer:
         """Everything whose row f has to be zero while filter f is dropped: each (J, ...)."""
         found = {"weight": self.conv.weight, "bias": self.conv.bias}
         if self.kind != NONE:
-            found["norm.weight"] = self.norm.weight
-            found["norm.bias"] = self.norm.bias  # None where it was made without
+            found |= {"norm.weight": self.norm.weight, "norm.bias": self.norm.bias}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -96,25 +96,22 @@ def zero_rows_(tensors: Iterable[Tensor], rows: Tensor) -> None:
 
 def values_of(layers: Sequence[FilterLayer]) -> Values:
     """All that belongs to the filters of layers, each (J, ...) on the CPU: by one transfer, or as it is there."""
-    named = [
-        (layer.name, name, tensor)
-        for layer in layers
-        for name, tensor in {**layer.tensors(), **layer.running_statistics()}.items()
-    ]
-    found: Values = {layer.name: {} for layer in layers}
-    for (layer, name, _), value in zip(named, to_cpu([tensor for *_, tensor in named]), strict=True):
-        found[layer][name] = value
-    return found
+    values = {layer.name: layer.tensors() | layer.running_statistics() for layer in layers}
+    return _moved(values, dict.fromkeys(values, torch.device("cpu")))
 
 
 def on_devices(values: Values, layers: Sequence[FilterLayer]) -> Values:
     """Values of layers, each on the device of its layer, by one transfer."""
-    named = [(layer, name) for layer in layers for name in values[layer.name]]
-    tensors = [values[layer.name][name] for layer, name in named]
-    found: Values = {layer.name: {} for layer in layers}
-    moved = to_devices(tensors, [layer.weight.device for layer, _ in named])
-    for (layer, name), value in zip(named, moved, strict=True):
-        found[layer.name][name] = value
+    devices = {layer.name: layer.weight.device for layer in layers}
+    return _moved({name: values[name] for name in devices}, devices)
+
+
+def _moved(values: Values, devices: Mapping[str, torch.device]) -> Values:
+    named = [(layer, name) for layer, tensors in values.items() for name in tensors]
+    moved = to_devices([values[layer][name] for layer, name in named], [devices[layer] for layer, _ in named])
+    found: Values = {layer: {} for layer in values}
+    for (layer, name), tensor in zip(named, moved, strict=True):
+        found[layer][name] = tensor
     return found
 
 
@@ -126,28 +123,36 @@ def find_filter_layers(
 ) -> list[FilterLayer]:
     """The trainable Conv2d modules whose names match, in the order of the model, with the norms that they seem to have.
 
-    The norm of a conv is ``norms[name]`` where given, else its attribute ``norm``, else the next module in its parent
-    if that is a norm of as many channels. ``RePr`` and ``RePrHook`` go by what a training pass shows instead.
+    ``RePr`` and ``RePrHook`` go by the norms that a training pass shows instead.
 
     Args:
         model: not wrapped in DistributedDataParallel.
         include, exclude: fnmatch patterns on module names.
-        norms: conv name -> the norm that follows it, for models of another shape.
+        norms: conv name -> the norm that follows it. Otherwise that is its attribute ``norm``, or the next module in
+            its parent if that is a norm of as many channels.
 
     Raises:
-        UserError: a module is lazy and has not run yet, or sharded (FSDP), or no trainable conv matches the patterns.
+        UserError: a module is lazy and has not run yet, or sharded (FSDP), or no trainable conv matches.
     """
     for key, patterns in (("layers", include), ("exclude", exclude)):
         if isinstance(patterns, str) or not all(isinstance(p, str) for p in patterns):
             raise OptionError(f"{{{key}}} must be a list of patterns, got {patterns!r}")
-    for name, module in model.named_modules():
+    names = {module: name for name, module in model.named_modules()}
+    for module, name in names.items():
         _check_whole(name, module)
-    convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    convs = {name: module for module, name in names.items() if isinstance(module, nn.Conv2d)}
     trainable = [name for name, conv in convs.items() if any(p.requires_grad for p in conv.parameters())]
     chosen = [name for name in trainable if _matches(name, include) and not _matches(name, exclude)]
     if not chosen:
-        raise OptionError(_nothing_matches(model, convs, trainable, include, exclude))
-    names = {module: name for name, module in model.named_modules()}
+        frozen = sum(_matches(name, include) for name in convs.keys() - trainable)
+        hint = f" ({frozen} that match are frozen)" if frozen else ""
+        left_out = f" less {{exclude}} {list(exclude)}" if exclude else ""
+        nearest = closest(include, trainable)
+        others = f" and {len(nearest) - _MOST_NAMES} more" if len(nearest) > _MOST_NAMES else ""
+        raise OptionError(
+            f"{{layers}} {list(include)}{left_out} matches no trainable Conv2d{hint}; the closest trainable ones: "
+            f"{', '.join(nearest[:_MOST_NAMES]) or 'none'}{others}{what_attention_means(model)}"
+        )
     found = []
     for name in chosen:
         norm = norms[name] if norms is not None and name in norms else _norm_of(model, name, convs[name])
@@ -155,65 +160,37 @@ def find_filter_layers(
     return found
 
 
-def _nothing_matches(
-    model: nn.Module, convs: Mapping[str, nn.Module], trainable: list[str], include: Sequence[str], exclude: Any
-) -> str:
-    frozen = sum(_matches(name, include) for name in convs) - sum(_matches(name, include) for name in trainable)
-    left_out = f" less {{exclude}} {list(exclude)}" if exclude else ""
-    hint = f" ({frozen} that match are frozen)" if frozen else ""
-    nearest = _abbreviated(closest(include, trainable))
-    return (
-        f"{{layers}} {list(include)}{left_out} matches no trainable Conv2d{hint}; the closest trainable ones: {nearest}"
-        f"{what_attention_means(model)}"
-    )
-
-
 def closest(patterns: Sequence[str], names: Sequence[str]) -> list[str]:
     """``names`` in order of how much they have in common with the first of ``patterns``."""
-    import difflib
-
     first = patterns[0].replace("*", "") if patterns else ""
-
-    def likeness(name: str) -> float:
-        return difflib.SequenceMatcher(None, first, name).ratio()
-
-    return sorted(names, key=likeness, reverse=True)
+    return sorted(names, key=lambda name: difflib.SequenceMatcher(None, first, name).ratio(), reverse=True)
 
 
 def _check_whole(name: str, module: nn.Module) -> None:
     """Raises UserError where parameters are not there yet (lazy modules), or not all on this process (FSDP)."""
-    parameters = list(module.parameters(recurse=False))
+    kind, parameters = type(module).__name__, list(module.parameters(recurse=False))
     if any(is_lazy(parameter) for parameter in parameters):
         raise UserError(
-            f"{name} ({type(module).__name__}) has no weight before its first forward pass: run one, then build the "
-            "optimizer and RePr"
+            f"{name} ({kind}) has no weight before its first forward pass: run one, then build the optimizer and RePr"
         )
     # fully_shard makes them DTensors; FullyShardedDataParallel keeps one flat parameter.
-    if type(module).__name__ == "FullyShardedDataParallel" or any(hasattr(p, "device_mesh") for p in parameters):
+    if kind == "FullyShardedDataParallel" or any(hasattr(parameter, "device_mesh") for parameter in parameters):
         raise UserError(
-            f"the parameters of {name or 'the model'} ({type(module).__name__}) are sharded over processes (FSDP); "
-            "filters are compared and renewed whole: use DistributedDataParallel"
+            f"the parameters of {name or 'the model'} ({kind}) are sharded over processes (FSDP): use "
+            "DistributedDataParallel"
         )
 
 
 def what_attention_means(model: nn.Module) -> str:
-    """A sentence on a model that is built of attention, in which there is next to nothing to drop; else nothing."""
+    """A sentence on a model of attention; else nothing."""
     kinds = [type(module).__name__ for module in model.modules() if "attention" in type(module).__name__.lower()]
     if not kinds:
         return ""
-    return (
-        f". This model has attention ({kinds[0]}): RePr drops output channels of convolutions, and most of its weights "
-        f"are those of linear layers; take a convolutional backbone"
-    )
+    return f". This model has attention ({kinds[0]}), whose weights are in linear layers: take a convolutional backbone"
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _abbreviated(names: list[str], most: int = 12) -> str:
-    shown = ", ".join(names[:most]) or "none"
-    return shown + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _norm_of(model: nn.Module, name: str, conv: nn.Conv2d) -> nn.Module | None:
@@ -221,8 +198,7 @@ def _norm_of(model: nn.Module, name: str, conv: nn.Conv2d) -> nn.Module | None:
     if isinstance(own, nn.Module) and is_norm(own):
         return own
     siblings = list(model.get_submodule(name.rpartition(".")[0]).children())
-    position = siblings.index(conv) + 1
-    follower: Any = siblings[position] if position < len(siblings) else None
-    if follower is None or not is_norm(follower) or follower.weight is None:
+    followers: Any = siblings[siblings.index(conv) + 1 :]
+    if not followers or not is_norm(followers[0]) or followers[0].weight is None:
         return None
-    return follower if len(follower.weight) == conv.out_channels else None
+    return followers[0] if len(followers[0].weight) == conv.out_channels else None

@@ -11,6 +11,7 @@ import dataclasses
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from repr_det.method.criteria import drop_total
 from repr_det.method.errors import OptionError, UserError
 from repr_det.method.holding import Transition
-from repr_det.method.layers import FilterLayer, find_filter_layers, what_attention_means
+from repr_det.method.layers import find_filter_layers, what_attention_means
 from repr_det.method.options import RePrOptions
 from repr_det.method.passes import TrainingPasses, passes_over
 from repr_det.method.schedule import RePrSchedule
@@ -30,8 +31,7 @@ from repr_det.network.steps import around_step, scale_rates, with_inner
 logger = logging.getLogger("repr_det.loop")
 
 _MISSED = 20  # steps of the optimizer after which a missing call of step() is no matter of accumulation
-
-LITTLE = 0.05  # of the trainable weights
+_LITTLE = 0.05  # of the trainable weights
 
 
 class RePr:
@@ -39,16 +39,16 @@ class RePr:
 
     Args:
         model: the module that is called in training, with or without DistributedDataParallel or DataParallel around it.
-        optimizer: holds the parameters of the convs that take part; a list where several do.
+        optimizer: holds the parameters of the convs that participate; a list where several do.
         total_steps: optimizer steps of the whole training.
         schedule: None derives it from the options s1_iters, s2_iters, num_cycles and start_iter.
         first_lr_step: the step at which the learning rate first decays; None if it does not.
         loader, loss: training batches and ``loss(batch)``, for criteria that look at data and for FrozenBN.
         passes: the same, for batches of another kind (``passes.TrainingPasses``).
-        sample: a batch (or tuple of arguments) that shows at once who takes part, else the first training pass does.
-        averages: averages of the weights that follow the model (EMA, SWA): modules, or objects that hold one. They are
-            set to the model at every restore.
-        first_step: steps that were trained before RePr came in; drops and restores before it are left out.
+        sample: a batch (or tuple of arguments) that shows at once what participates, else the first training pass does.
+        averages: averages of the weights (EMA, SWA): modules, or objects that hold one. Every restore sets them to the
+            model.
+        first_step: steps before RePr came in; drops and restores before it are left out.
         seed: all randomness comes from it and the cycle.
         options: of ``options.RePrOptions``: layers, exclude, criterion, drop_ratio, ...
 
@@ -58,7 +58,7 @@ class RePr:
         steps: optimizer steps so far.
 
     Raises:
-        UserError: an option is wrong, no conv can take part, or the schedule does not fit into ``total_steps``.
+        UserError: an option is wrong, no conv can participate, or the schedule does not fit into ``total_steps``.
     """
 
     def __init__(
@@ -103,10 +103,9 @@ class RePr:
         )
         self.steps = first_step
         self.logger = logger
-        self._announced = self._finished = self._overdue = self._warned = False
-        self._behind = 0  # steps of the optimizer since the last call of step()
-        me = weakref.ref(self)
-        self._watching = around_step(self.scheme.optimizers, after=lambda: _count(me()))
+        self._announced = self._finished = self._warned = False
+        self._behind = 0  # steps of the optimizer since the last call of step(), up to the warning
+        around_step(self.scheme.optimizers, after=partial(_count, weakref.ref(self)))
         if loader is not None and passes and self.scheme.needs_batches and not list(passes.batches(1, 0)):
             raise UserError("loader= yields no batch, and transitions look at training batches")
         if self.warmup_iters:
@@ -115,7 +114,13 @@ class RePr:
         self._end = {"dropped": 0}
         self._at_end = weakref.finalize(self, _warn_of_sub_network, self._end)
         if sample is not None:
-            self._prove_by(model, sample)
+            arguments = sample if isinstance(sample, tuple) else (sample,)
+            try:
+                self.prove(lambda: model(*arguments))
+            except UserError:
+                raise
+            except Exception as error:  # whatever a model raises
+                raise UserError(f"sample= is not what the model can be called with: {error!r}") from error
 
     @property
     def warmup_iters(self) -> int:
@@ -139,26 +144,22 @@ class RePr:
         """
         iteration = self.steps
         self.steps += 1
-        self._behind = 0
+        if self._behind < _MISSED:
+            self._behind = 0
         self.scheme.check()
         self._announce()
         if self._finished:
             return None
-        if self.steps > self.total_steps and not self._overdue:
-            self._overdue = True
+        if iteration == self.total_steps:
             self.logger.warning(
-                "RePr: step %d is beyond the %d of total_steps=: the schedule was made for a training that is over, or "
-                "total_steps= counts epochs",
-                self.steps,
-                self.total_steps,
+                f"RePr: step {self.steps} is beyond the {self.total_steps} of total_steps=: training is over, or "
+                "total_steps= counts epochs"
             )
-        done = None
         if iteration in self.schedule.drop_iters:
-            done = self.scheme.drop()
-        elif iteration in self.schedule.restore_iters and self.scheme.is_sub:
-            done = self.scheme.restore()
-        self._tell(iteration, done)
-        return done
+            return self._log(iteration, self.scheme.drop())
+        if iteration in self.schedule.restore_iters and self.scheme.is_sub:
+            return self._log(iteration, self.scheme.restore())
+        return None
 
     def finish(self, filters: str = "new") -> Transition | None:
         """Ends RePr before its schedule does, with the full network; later steps are plain training.
@@ -177,15 +178,13 @@ class RePr:
         self._finished = True
         if not self.scheme.is_sub:
             return None
-        done = self.scheme.restore(as_they_were=filters == "old")
-        self._tell(self.steps - 1, done)
-        return done
+        return self._log(self.steps - 1, self.scheme.restore(as_they_were=filters == "old"))
 
     def prove(self, run: Callable[[], Any]) -> None:
-        """Finds out who takes part by ``run()``, which calls the model as training does and leaves no trace in it.
+        """Finds out what participates by ``run()``, which calls the model as training does and leaves no trace in it.
 
         Raises:
-            UserError: nothing takes part.
+            UserError: nothing participates.
         """
         with undisturbed(self.model, own_modes=True), torch.enable_grad():
             run()
@@ -199,7 +198,6 @@ class RePr:
     def close(self) -> None:
         """Lets go of the model, for another RePr to take it."""
         self._finished = True
-        self._watch_no_more()
         self.scheme.close()
 
     def state_dict(self) -> dict[str, Any]:
@@ -219,8 +217,8 @@ class RePr:
         """
         if (saved := RePrSchedule(**state["schedule"])) != self.schedule:
             raise UserError(
-                f"the checkpoint was trained with {saved}, this run has {self.schedule}: build RePr with the "
-                "total_steps and schedule of the run that wrote it"
+                f"the checkpoint was trained with {saved}, this run has {self.schedule}: take the total_steps and "
+                "schedule of the run that wrote it"
             )
         self.scheme.load_state_dict(state["scheme"])
         self.steps = state["steps"]
@@ -232,47 +230,52 @@ class RePr:
         filters = sum(layer.num_filters for layer in layers)
         return (
             f"RePr(step {self.steps} of {self.total_steps}, {self.phase} network, {self.scheme.num_dropped} of "
-            f"{filters} filters in {len(layers)} convs dropped; drops after steps {_listed(schedule.drop_iters)}, "
-            f"restores after {_listed(schedule.restore_iters)})"
+            f"{filters} filters in {len(layers)} convs dropped; drops after {schedule.drop_iters}, restores after "
+            f"{schedule.restore_iters})"
         )
 
     def _announce(self) -> None:
-        """Once, when it is known who takes part."""
+        """Once, when it is known what participates."""
+        layers, options = self.scheme.layers, self.options
         if self._announced or not self.scheme.participants.known:
             return
         self._announced = True
         self._look_for_averages()
-        self.logger.info(describe_layers(self.scheme.layers, self.options, self.scheme.criterion.spares))
+        filters = sum(layer.num_filters for layer in layers)
+        kinds = ", ".join(sorted({layer.kind for layer in layers}))
+        names = ", ".join(f"{layer.name} ({layer.num_filters})" for layer in layers)
+        number = f"{'up to ' if self.scheme.criterion.spares else ''}{drop_total(filters, options.drop_ratio)}"
+        self.logger.info(
+            f"RePr: {len(layers)} convs, {filters} filters take part (norm: {kinds}); every drop takes {number} "
+            f"({100 * options.drop_ratio:g} %), at most {100 * options.max_drop_per_layer:g} % of a layer: {names}"
+        )
         trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
-        share = sum(layer.weight.numel() for layer in self.scheme.layers) / trained
-        if share < LITTLE:
+        share = sum(layer.weight.numel() for layer in layers) / trained
+        if share < _LITTLE:
             self.logger.warning(
-                "RePr: there is next to nothing to drop, %.1f %% of the trainable weights%s",
-                100 * share,
-                what_attention_means(self.model),
+                f"RePr: there is next to nothing to drop, {100 * share:.1f} % of the trainable weights"
+                f"{what_attention_means(self.model)}"
             )
         if self.logger is logger:  # the hook has said it before
             self.logger.info(describe_schedule(self.schedule))
 
-    def _tell(self, iteration: int, done: Transition | None) -> None:
+    def _log(self, iteration: int, done: Transition) -> Transition:
         self._end["dropped"] = self.scheme.num_dropped
-        if done is not None:
-            self.logger.info(describe_transition(iteration, done))
-            self._look_for_averages()
-
-    def _watch_no_more(self) -> None:
-        for handle in self._watching:
-            handle.remove()
+        self.logger.info(
+            f"RePr {done.event} after iteration {iteration} (cycle {done.cycle + 1}): "
+            f"{sum(map(len, done.dropped.values()))} filters, mean O_f {done.overlap_before:.4f} -> "
+            f"{done.overlap_after:.4f}, {done.seconds:.2f} s"
+        )
+        self._look_for_averages()
+        return done
 
     def _look_for_averages(self) -> None:
         averages = self.scheme.averages
-        found = averages.not_given() if averages is not None and not self._warned else None
-        if found is not None:
+        if averages is not None and not self._warned and (found := averages.not_given()) is not None:
             self._warned = True
             self.logger.warning(
-                "RePr: a copy of the model (%s) is updated without gradients, as an average of the weights is: give it "
-                "as averages=, or it is a mixture of old and new filters long after a restore",
-                found,
+                f"RePr: a copy of the model ({found}) is updated without gradients: give an average of the weights as "
+                "averages=, or it is a mixture of old and new filters long after a restore"
             )
 
     def _share_of_rate(self) -> float:
@@ -281,16 +284,6 @@ class RePr:
         if not self.scheme.num_returned or not restored:
             return 1.0
         return min(1.0, (self.steps - restored[-1]) / (self.warmup_iters + 1))
-
-    def _prove_by(self, model: nn.Module, sample: Any) -> None:
-        arguments = sample if isinstance(sample, tuple) else (sample,)
-        try:
-            self.prove(lambda: model(*arguments))
-        except UserError:
-            raise
-        except Exception as error:  # whatever a model raises
-            text = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            raise UserError(f"sample= is not what the model can be called with: {text}") from error
 
 
 def apply_repr(model: nn.Module, optimizer: torch.optim.Optimizer, total_steps: int, **options: Any) -> RePr:
@@ -306,9 +299,7 @@ def apply_repr(model: nn.Module, optimizer: torch.optim.Optimizer, total_steps: 
     count = repr_training.step
 
     def refuse() -> None:
-        raise UserError(
-            "apply_repr counts the optimizer's steps by itself: do not call step() too, or build RePr instead"
-        )
+        raise UserError("apply_repr counts the optimizer's steps by itself: do not call step(), or build RePr instead")
 
     repr_training.step = refuse  # type: ignore[method-assign]
     around_step(with_inner(optimizer), after=count)
@@ -322,18 +313,6 @@ def schedule_of(options: RePrOptions, total_steps: int, first_lr_step: int | Non
     return RePrSchedule(options.s1_iters, options.s2_iters, options.num_cycles, options.start_iter)
 
 
-def describe_layers(layers: Sequence[FilterLayer], options: RePrOptions, spares: bool) -> str:
-    """One line on who takes part."""
-    filters = sum(layer.num_filters for layer in layers)
-    kinds = ", ".join(sorted({layer.kind for layer in layers}))
-    names = ", ".join(f"{layer.name} ({layer.num_filters})" for layer in layers)
-    number = f"{'up to ' if spares else ''}{drop_total(filters, options.drop_ratio)}"
-    return (
-        f"RePr: {len(layers)} convs, {filters} filters take part (norm: {kinds}); every drop takes {number} "
-        f"({100 * options.drop_ratio:g} %), at most {100 * options.max_drop_per_layer:g} % of a layer: {names}"
-    )
-
-
 def describe_schedule(schedule: RePrSchedule) -> str:
     """One line on when drops and restores happen."""
     return (
@@ -342,36 +321,21 @@ def describe_schedule(schedule: RePrSchedule) -> str:
     )
 
 
-def describe_transition(iteration: int, done: Transition) -> str:
-    """One line on what a drop or restore did."""
-    return (
-        f"RePr {done.event} after iteration {iteration} (cycle {done.cycle + 1}): "
-        f"{sum(map(len, done.dropped.values()))} filters, mean O_f {done.overlap_before:.4f} -> "
-        f"{done.overlap_after:.4f}, {done.seconds:.2f} s"
-    )
-
-
-def _listed(iterations: Sequence[int]) -> str:
-    return ", ".join(map(str, iterations))
-
-
-def _count(one: RePr | None) -> None:
+def _count(watched: weakref.ref[RePr]) -> None:
+    one = watched()
     if one is None or one._finished:
         return
     one._behind += 1
     if one._behind == _MISSED:
         one.logger.warning(
-            "RePr: the optimizer has made %d steps without a call of step(), which is what total_steps= and the "
-            "schedule count: call it after every step of the optimizer",
-            _MISSED,
+            f"RePr: the optimizer has made {_MISSED} steps without a call of step(): total_steps= and the schedule "
+            "count these calls"
         )
-        one._watch_no_more()
 
 
 def _warn_of_sub_network(end: dict[str, int]) -> None:
     if end["dropped"]:
         logger.warning(
-            "RePr: training ended inside the sub-network phase: %d filters are dropped (zero) in the model; call "
-            "finish() before training ends, or resume from a checkpoint",
-            end["dropped"],
+            f"RePr: training ended in the sub-network phase: {end['dropped']} filters are dropped (zero) in the model; "
+            "call finish() before it ends, or resume from a checkpoint"
         )

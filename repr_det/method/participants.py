@@ -1,34 +1,36 @@
-"""The layers that take part: candidates by name, of which training passes show who can lose filters."""
+"""The layers that participate: candidates by name that, as training passes show, can lose filters and learn."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from repr_det.method.distributed import gathered
 from repr_det.method.errors import OptionError, UserError
 from repr_det.method.layers import FilterLayer, closest, what_attention_means
 from repr_det.network.proof import Reader, Verdict, first_that_refuses
+from repr_det.network.steps import learning_rates
 from repr_det.network.watch import NOT_RUN, Watch
 
 logger = logging.getLogger("repr_det.layers")
 
 
 class Participants:
-    """Watches the passes of a model for who takes part.
+    """Watches the passes of a model for the layers that can lose filters.
 
     Args:
         candidates: in ranking order.
-        model: holds them; its training passes decide. None: all candidates take part, with the norms that they have.
+        model: holds them; its training passes decide. None: all participate, with the norms that they have.
     """
 
     def __init__(self, candidates: Sequence[FilterLayer], model: nn.Module | None) -> None:
         self.candidates = list(candidates)
         self.modules = {} if model is None else dict(model.named_modules())
-        self._model = model
         self._watch = None if model is None else Watch(model, [layer.name for layer in candidates])
-        self._told: set[str] = set()
+        self._logged: set[str] = set()
 
     @property
     def known(self) -> bool:
@@ -55,50 +57,50 @@ class Participants:
             self._watch.close()
 
     def hear(self) -> list[FilterLayer]:
-        """Who takes part by the passes that this process has seen; logs who does not. OptionError if nobody does."""
+        """The layers that participate by the passes of this process; logs the others. OptionError if there are none."""
         if self._watch is None:
             return self.candidates
         self._watch.hear()
-        found = self._proved(self._watch.verdicts)
+        found = self._proved(self._watch, self._watch.verdicts)
         for sentence in self._watch.left_out():
-            if sentence not in self._told:
+            if sentence not in self._logged:
                 logger.info("RePr: all filters stay of %s", sentence)
-            self._told.add(sentence)
+            self._logged.add(sentence)
         return found
 
     def agreed(self) -> list[FilterLayer]:
-        """Who takes part by the passes of all ranks. Collective. UserError if nobody does, or none has been seen."""
+        """The same by the passes of all ranks. Collective. UserError if none has been seen."""
         if self._watch is None:
             return self.candidates
-        if not self._watch.traced:
+        if not self.known:
             raise UserError(
-                "RePr drops filters where a training pass has shown that this silences them, and no pass of this model "
-                "has been seen: give RePr the module that you call, with gradients enabled"
+                "a training pass shows what can be dropped, and no pass of this model has been seen: give RePr the "
+                "module that you call, with gradients enabled"
             )
-        device = self.candidates[0].weight.device
-        return self._proved(first_that_refuses(gathered(self._watch.verdicts, device)))
+        everyone = gathered(self._watch.verdicts, self.candidates[0].weight.device)
+        return self._proved(self._watch, first_that_refuses(everyone))
 
-    def _proved(self, verdicts: Mapping[str, Verdict]) -> list[FilterLayer]:
+    def _proved(self, watch: Watch, verdicts: Mapping[str, Verdict]) -> list[FilterLayer]:
         found = []
         for layer in self.candidates:
             verdict = verdicts.get(layer.name, NOT_RUN)
             if not verdict.reason:
                 found.append(self._layer(layer, verdict.norm, verdict.readers, verdict.rectified))
-        if not found and self._watch is not None and self._model is not None:
-            nearest = closest([layer.name for layer in self.candidates], self._watch.others())[:6]
+        if not found:
+            nearest = ", ".join(closest([layer.name for layer in self.candidates], watch.others())[:6])
             raise OptionError(
-                f"no filter can be dropped of the convs that {{layers}} names: {'; '.join(self._watch.left_out())}"
-                + (f"; these could: {', '.join(nearest)}" if nearest else "")
-                + what_attention_means(self._model)
+                f"no filter can be dropped of the convs that {{layers}} names: {'; '.join(watch.left_out())}"
+                + (f"; these could: {nearest}" if nearest else "")
+                + what_attention_means(watch.model)
             )
         return found
 
-    def _layer(self, candidate: FilterLayer, norm: str | None, readers: Any, rectified: bool) -> FilterLayer:
+    def _layer(self, layer: FilterLayer, norm: str | None, readers: Iterable[Reader], rectified: bool) -> FilterLayer:
         module = None if norm is None else self.modules[norm]
-        return FilterLayer(candidate.name, candidate.conv, module, norm, frozenset(readers), rectified)
+        return FilterLayer(layer.name, layer.conv, module, norm, frozenset(readers), rectified)
 
     def state_dict(self, layers: Sequence[FilterLayer]) -> dict[str, Any]:
-        """Returns the state of the layers that take part, in plain types."""
+        """Returns the state of the layers that participate, in plain types."""
         return {
             "filters": {layer.name: layer.num_filters for layer in layers},
             "norms": {layer.name: layer.norm_name for layer in layers},
@@ -109,19 +111,54 @@ class Participants:
     def of_state(self, state: Mapping[str, Any]) -> list[FilterLayer]:
         """The layers of ``state_dict``. OptionError if they are not candidates here."""
         mine = {layer.name: layer for layer in self.candidates}
-        theirs = state["filters"]
-        sizes = {name: layer.num_filters for name, layer in mine.items()}
-        strange = sorted(set(theirs.items()) - set(sizes.items()))
-        if strange or (self._watch is None and len(theirs) != len(mine)):
-            first = strange[0] if strange else sorted(set(sizes.items()) - set(theirs.items()))[0]
+        theirs = set(state["filters"].items())
+        sizes = {(layer.name, layer.num_filters) for layer in self.candidates}
+        different = sorted(theirs - sizes) + (sorted(sizes - theirs) if self._watch is None else [])
+        if different:
             raise OptionError(
                 f"the checkpoint's RePr state covers {len(theirs)} layers, this run has {len(mine)}; first difference "
-                f"{first}: resume with the {{layers}} and the model of the run that wrote it"
+                f"{different[0]}: resume with the {{layers}} and the model of the run that wrote it"
             )
         if "norms" not in state or self._watch is None:  # 0.2.0 found norms by their place
-            return [mine[name] for name in theirs]
+            return [mine[name] for name in state["filters"]]
         rectified = set(state["rectified"])
         return [
             self._layer(mine[name], norm, [Reader(*fields) for fields in state["readers"][name]], name in rectified)
             for name, norm in state["norms"].items()
         ]
+
+
+class Learning:
+    """Knows which layers learn: a dropped filter of another could never come back as a new one."""
+
+    def __init__(self, layers: Sequence[FilterLayer], optimizers: Sequence[Optimizer]) -> None:
+        self._optimizers = optimizers
+        self._seen: set[str] = set()
+        self._handles = [self._wait_for(layer) for layer in layers if layer.weight.requires_grad]
+
+    def _wait_for(self, layer: FilterLayer) -> RemovableHandle:
+        """For its first gradient."""
+
+        def see(gradient: Tensor) -> None:
+            self._seen.add(layer.name)
+            handle.remove()
+
+        handle = layer.weight.register_hook(see)
+        return handle
+
+    def frozen(self, layers: Sequence[FilterLayer]) -> dict[str, str]:
+        """Name of a layer that cannot learn now -> the reason; the same on every rank, for optimizers are."""
+        held = learning_rates(self._optimizers)
+        rates = {layer.name: held.get(layer.weight, 0.0) for layer in layers}
+        still = [name for name, rate in rates.items() if not rate and any(rates.values())]
+        fixed = [layer.name for layer in layers if not layer.weight.requires_grad]
+        return dict.fromkeys(still, "its learning rate is 0") | dict.fromkeys(fixed, "it does not require a gradient")
+
+    def without(self, layers: Sequence[FilterLayer]) -> dict[str, str]:
+        """The same, and layers that have had no gradient where others have."""
+        missing = [layer.name for layer in layers if self._seen and layer.name not in self._seen]
+        return dict.fromkeys(missing, "it has had no gradient") | self.frozen(layers)
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()

@@ -49,8 +49,8 @@ def passes_over(
     """
     if isinstance(loader, Iterator) or getattr(loader, "persistent_workers", False):
         raise UserError(
-            "loader= must start again whenever it is iterated, beside the training: give a DataLoader of its own "
-            "without persistent_workers, or a list of batches"
+            "loader= must start again whenever it is iterated: give a list of batches, or a DataLoader of its own "
+            "without persistent_workers"
         )
 
     def batches(number: int, cycle: int) -> list[Any]:

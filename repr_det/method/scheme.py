@@ -14,27 +14,16 @@ from torch import Tensor, nn
 from repr_det.method.averages import Averages
 from repr_det.method.calibration import FrozenNorms
 from repr_det.method.criteria import Context, check_capacity, get_criterion, select_filters
-from repr_det.method.distributed import broadcast_, rank
-from repr_det.method.effects import DroppedEffects, ReturnedEffects, check_agreement, check_finite, check_zero
+from repr_det.method.distributed import of_rank_0, rank
 from repr_det.method.errors import OptionError, UserError
-from repr_det.method.holding import HeldFilters, Transition, transition_of
+from repr_det.method.holding import HeldFilters, ReturnedFilters, Transition, check_values, claim
 from repr_det.method.layers import FilterLayer, Values, on_devices, values_of
-from repr_det.method.optimizers import (
-    check_optimizer_state,
-    check_optimizers,
-    restart_optimizer_state_,
-)
+from repr_det.method.optimizers import check_optimizer_state, check_optimizers, restart_optimizer_state_
 from repr_det.method.options import CONFIG_KEYS, RePrOptions, check_resumed
-from repr_det.method.orthogonality import inter_filter_orthogonality, overlap_of_kept
-from repr_det.method.ownership import Learning, Owner
-from repr_det.method.participants import Participants
+from repr_det.method.orthogonality import overlap_of_kept
+from repr_det.method.participants import Learning, Participants
 from repr_det.method.passes import TrainingPasses
-from repr_det.method.returning import (
-    can_be_silent,
-    new_filters,
-    prepare_readers,
-    put_back,
-)
+from repr_det.method.returning import can_be_silent, new_filters, prepare_readers, put_back
 from repr_det.network.norms import restart_averaging
 from repr_det.network.state import generator_of
 from repr_det.network.steps import with_inner
@@ -50,7 +39,7 @@ class RePrScheme:
     Args:
         layers: the candidates, in ranking order. Those that do not learn at a drop lose no filter then.
         optimizer: holds their parameters; a list where several do.
-        model: holds the layers, not wrapped. Its first training pass shows which of them take part, with which norm;
+        model: holds the layers, not wrapped. Its first training pass shows which of them participate, with which norm;
             None: all do, with the norms that they are given with.
         passes: how to run training batches, for criteria that look at data and for frozen norms.
         averages: of the weights, see ``averages.Averages``.
@@ -58,7 +47,7 @@ class RePrScheme:
         chosen: all options in one object; else ``options`` are keywords of ``RePrOptions``.
 
     Attributes:
-        layers: the layers that take part; the candidates until that is known.
+        layers: those that participate; the candidates until that is known.
         cycle: how many restores there have been.
         num_returned: how many filters came back at the last of them; 0 before the first.
 
@@ -78,30 +67,29 @@ class RePrScheme:
         chosen: RePrOptions | None = None,
         **options: Any,
     ) -> None:
-        self.options = RePrOptions.of(options) if chosen is None else chosen
+        self.options = chosen or RePrOptions.of(options)
         self.layers = list(layers)
         self.optimizers = with_inner(optimizer)
         if not self.optimizers:
             raise UserError(f"optimizer= must be a torch.optim.Optimizer, or hold one, got {type(optimizer).__name__}")
-        self.optimizer = self.optimizers[0]
+        if averages and model is None:
+            raise UserError("averages= needs model= too")
         self.model = model
         self.passes = passes
         self.seed = seed
         self.criterion = get_criterion(self.options.criterion)
-        self._check_layers()
-        check_optimizers([FilterLayer(x.name, x.conv) for x in self.layers], self.optimizers)
+        self._check([FilterLayer(layer.name, layer.conv) for layer in self.layers])
         if passes is None and self.criterion.needs_data:
             name = self.options.resumed()[CONFIG_KEYS["criterion"]]
             raise OptionError(f"{{criterion}} {name!r} looks at training batches: give loader= and loss=, or passes=")
         self.averages = Averages(averages, model) if model is not None else None
-        if averages and model is None:
-            raise UserError("averages= needs model= too")
         self.cycle = self.num_returned = 0
+        self.is_closed = False
         self._held: HeldFilters | None = None
         self._old: Values = {}
-        self._after_drop: DroppedEffects | None = None
-        self._after_restore: ReturnedEffects | None = None
-        self._owner = Owner(self, [] if model is None else self.layers)
+        self._returned: ReturnedFilters | None = None
+        if model is not None:
+            claim(self, self.layers)
         self._learning = Learning(self.layers, self.optimizers)
         self.participants = Participants(self.layers, model)
         self._norms = FrozenNorms(self.options, self.participants, model, passes)
@@ -121,9 +109,8 @@ class RePrScheme:
     @property
     def loud(self) -> list[str]:
         """Names of the layers whose filters change the network's output as they return."""
-        if self.options.returns != "function_preserving":
-            return [layer.name for layer in self.layers]
-        return [layer.name for layer in self.layers if not can_be_silent(layer, self.participants.modules)]
+        silent = self.options.returns == "function_preserving"
+        return [x.name for x in self.layers if not (silent and can_be_silent(x, self.participants.modules))]
 
     @property
     def masks(self) -> dict[str, Tensor]:
@@ -133,27 +120,28 @@ class RePrScheme:
     @property
     def num_dropped(self) -> int:
         """The number of filters that are out now, over all layers."""
-        return 0 if self._held is None else len(self._held)
+        return sum(int(mask.sum()) for mask in self.masks.values())
 
     def check(self) -> None:
         """Looks at what the last step of the optimizer did.
 
         Raises:
-            UserError: nothing takes part; dropped channels or filters are not 0; filters that returned are gone again.
+            UserError: nothing participates, a dropped channel or filter is not 0, or one that returned is gone.
         """
         if self.participants.news:
             self._hear_news()
-        effects, self._after_restore = self._after_restore, None
-        for one in (self._after_drop, effects):
-            if one is not None:
-                one.look()
+        returned, self._returned = self._returned, None
+        if returned is not None:
+            returned.look(self.cycle)
+        if self._held is not None:
+            self._held.look(self.cycle + 1)
 
     @torch.no_grad()
     def drop(self) -> Transition:
         """Scores all filters, drops the worst and remembers their values. Collective.
 
         Raises:
-            UserError: nothing takes part, weights are not finite, or an optimizer is not understood.
+            UserError: nothing participates, weights are not finite, or an optimizer is not understood.
         """
         if self._held is not None:
             raise RuntimeError("filters are dropped already: restore() comes before the next drop()")
@@ -161,26 +149,20 @@ class RePrScheme:
         self.layers = self.participants.agreed()
         self._check_participants()
         check_optimizer_state(self.layers, self.optimizers)
-        values = values_of(self.layers)
-        check_finite(values, f"at the drop of cycle {self.cycle + 1}")
-        check_agreement(values, f"at the drop of cycle {self.cycle + 1}", self._device)
-        masks = self._select(self._scores(), values)
-        overlaps = self._overlaps(values)
+        values = self._checked_values("drop")
+        masks = self._select(values)
+        overlaps = self._overlaps(values, {})
         kept = self._overlaps(values, masks)
-
         held = HeldFilters(self.layers, masks, self.optimizers)
         moments = self._norms.before_drop(held, self.layers, values, self.cycle)
-        self._old = {
-            layer.name: {name: value[masks[layer.name]].clone() for name, value in values[layer.name].items()}
-            for layer in held.layers
-        }
-        for name, found in moments.items():
-            self._old[name]["moments"] = found
-        self._held = held
+        for layer in held.layers:
+            mask, own = masks[layer.name], values[layer.name]
+            self._old[layer.name] = {name: value[mask].clone() for name, value in own.items()}
+            if layer.name in moments:
+                self._old[layer.name]["moments"] = moments[layer.name]
         held.zero_()
         self._hold(held)
-        restart_averaging([layer.norm for layer in self.layers] if self.model is None else self.model.modules())
-        return transition_of("drop", self.cycle, held, overlaps, kept, start)
+        return self._record("drop", held, overlaps, kept, start)
 
     @torch.no_grad()
     def restore(self, as_they_were: bool = False) -> Transition:
@@ -196,10 +178,7 @@ class RePrScheme:
             raise RuntimeError("no filters are dropped: drop() comes before restore()")
         start = time.perf_counter()
         held = self._held
-        values = values_of(self.layers)
-        check_finite(values, f"at the restore of cycle {self.cycle + 1}")
-        check_zero(held, f"at the restore of cycle {self.cycle + 1}")
-        check_agreement(values, f"at the restore of cycle {self.cycle + 1}", self._device)
+        values = self._checked_values("restore")
         fixed = self._learning.frozen(self.layers)
         learning = [] if as_they_were else [layer for layer in held.layers if layer.name not in fixed]
         renewed = self._norms.can_renew(learning)
@@ -222,19 +201,16 @@ class RePrScheme:
             prepare_readers(layer, self.participants.modules, held, self.optimizers, silent)
         for layer in renewed:
             # A filter may lie in the very kernels that have just been silenced: what reads it keeps it silent itself.
-            rows, others = held.rows[layer.name], held.kept[layer.name]
-            layer.weight.index_copy_(0, rows, back[layer.name]["weight"])
-            restart_optimizer_state_(self.optimizers, layer.weight, rows, others)
+            layer.weight.index_copy_(0, held.rows[layer.name], back[layer.name]["weight"])
+            restart_optimizer_state_(self.optimizers, layer.weight, held.rows[layer.name], held.kept[layer.name])
         moments = {name: old["moments"] for name, old in self._old.items() if "moments" in old}
         self._norms.after_return(held, renewed, moments, self.cycle)
-        restart_averaging([layer.norm for layer in self.layers] if self.model is None else self.model.modules())
+        done = self._record("restore", held, self._overlaps(values_of(self.layers), {}), kept, start, cosines)
         if self.averages is not None and not as_they_were:
             self.averages.begin_again()
-        overlaps = self._overlaps(values_of(self.layers))
-        done = transition_of("restore", self.cycle, held, overlaps, kept, start, cosines)
         self.num_returned = sum(len(held.rows[layer.name]) for layer in renewed)
-        self._after_restore = ReturnedEffects(held, new, self.cycle + 1) if new else None
         self._release()
+        self._returned = ReturnedFilters(held, new) if new else None
         self.cycle += 1
         return done
 
@@ -243,7 +219,7 @@ class RePrScheme:
         self._release()
         self.participants.close()
         self._learning.close()
-        self._owner.let_go()
+        self.is_closed = True
 
     def state_dict(self) -> dict[str, Any]:
         """For checkpoints; loads under ``torch.load(weights_only=True)``."""
@@ -273,44 +249,40 @@ class RePrScheme:
         self.seed = state["seed"]
         if not state["masks"]:
             return
-        masks = {layer.name: state["masks"][layer.name].cpu() for layer in layers}
-        self._held = HeldFilters(layers, masks, self.optimizers)
+        held = HeldFilters(layers, {x.name: state["masks"][x.name].cpu() for x in layers}, self.optimizers)
         self._old = {name: {k: v.cpu() for k, v in old.items()} for name, old in state["old"].items()}
         # 0.2.0 kept the norm of those alone whose statistics do not move.
         norms = [name for name, old in self._old.items() if "norm.weight" in old]
         self._norms.at_drop = set(state.get("frozen_at_drop", norms))
-        for layer in self._held.layers:
+        for layer in held.layers:
             if layer.name in self._norms.at_drop:  # nor did it keep statistics, which stayed where they were
                 for key, tensor in layer.running_statistics().items():
-                    self._old[layer.name].setdefault(key, tensor[self._held.rows[layer.name]].cpu())
-        self._hold(self._held)
-        if (found := self._held.not_zero()) is not None:
-            raise UserError(
-                f"the RePr state says that filters of {found[0]} are dropped, but they are not zero in the "
-                "model: weights and RePr state come from different checkpoints"
-            )
+                    self._old[layer.name].setdefault(key, tensor[held.rows[layer.name]].cpu())
+        self._hold(held)
+        held.check_zero("in the model, which is not of this state's checkpoint")
 
     def __deepcopy__(self, memo: dict) -> Any:
         raise UserError(
-            "RePr cannot be copied: build one for the copies of model and optimizer, and give it the state_dict of "
-            "this one"
+            "RePr cannot be copied: build one for the copies of model and optimizer, and load the state_dict of this"
         )
 
-    # Who takes part.
+    @property
+    def _device(self) -> torch.device:
+        return self.layers[0].weight.device
 
-    def _check_layers(self) -> None:
-        sizes = {layer.name: layer.num_filters for layer in self.layers}
+    def _check(self, layers: Sequence[FilterLayer]) -> None:
+        sizes = {layer.name: layer.num_filters for layer in layers}
         check_capacity(sizes, self.options.drop_ratio, self.options.max_drop_per_layer)
+        check_optimizers(layers, self.optimizers)
 
     def _check_participants(self) -> None:
         if self.passes is not None:
             self.passes.trains = self.participants.trains
-        self._check_layers()
-        check_optimizers(self.layers, self.optimizers)
+        self._check(self.layers)
         self._norms.check(self.layers)
 
     def _hear_news(self) -> None:
-        """Checks who takes part after a traced pass, until the first drop settles it."""
+        """Checks who participates after a traced pass, until the first drop settles it."""
         found = {layer.name: layer for layer in self.participants.hear()}
         if self._held is not None or self.cycle:
             for layer in self.layers:  # of a run of 0.2.0, whose state has no readers
@@ -321,78 +293,83 @@ class RePrScheme:
         self._check_participants()
         if self.options.returns == "function_preserving" and (loud := self.loud):
             logger.warning(
-                "RePr: filters of %s cannot return without changing the network's output (what reads them is no conv "
-                "alone, and there is no gamma to learn) and return as published",
+                "RePr: filters of %s cannot return without changing the network's output, and return as published",
                 ", ".join(loud),
             )
 
-    # The drop.
+    def _checked_values(self, event: str) -> Values:
+        values = values_of(self.layers)
+        when = f"at the {event} of cycle {self.cycle + 1}"
+        if self._held is not None:
+            self._held.check_zero(when)
+        check_values(values, when, self._device)
+        return values
 
-    def _scores(self) -> dict[str, Tensor]:
-        context = Context(
-            generator_of(self.seed, self.cycle, 0, 0), self.passes, self.options.criterion_batches, self.cycle
-        )
-        return self.criterion.score(self.layers, context)
+    def _overlaps(self, values: Values, out: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Layer name -> O_f of the filters that are not ``out``, among themselves (K,)."""
+        found = {}
+        for layer in self.layers:
+            dropped = out.get(layer.name, torch.zeros(layer.num_filters, dtype=torch.bool))
+            found[layer.name] = overlap_of_kept(values[layer.name]["weight"], dropped, layer.conv.groups)
+        return found
 
-    def _select(self, scores: Mapping[str, Tensor], values: Values) -> dict[str, Tensor]:
+    def _record(
+        self,
+        event: str,
+        held: HeldFilters,
+        overlaps: Mapping[str, Tensor],
+        kept: Mapping[str, Tensor],
+        start: float,
+        cosines: Mapping[str, float] | None = None,
+    ) -> Transition:
+        """Ends a transition. O_f by layer name: of all filters (J,), and of those that stay (K,)."""
+        restart_averaging([layer.norm for layer in self.layers] if self.model is None else self.model.modules())
+        means = [torch.cat([x.double() for x in found.values()]).mean().item() for found in (overlaps, kept)]
+        before, after = means if event == "drop" else reversed(means)
+        rounded = {name: [round(value, 6) for value in overlap.tolist()] for name, overlap in overlaps.items()}
+        dropped = {layer.name: held.masks[layer.name].nonzero().flatten().tolist() for layer in held.layers}
+        seconds = time.perf_counter() - start
+        return Transition(event, self.cycle, dropped, before, after, dict(cosines or {}), seconds, rounded)
+
+    def _select(self, values: Values) -> dict[str, Tensor]:
         """Layer name -> (J,) bool on the CPU, True = drop, that of rank 0. Filters that are zero go first; layers that
         do not learn lose none."""
+        generator = generator_of(self.seed, self.cycle, 0, 0)
+        context = Context(generator, self.passes, self.options.criterion_batches, self.cycle)
+        scores = self.criterion.score(self.layers, context)
         frozen = self._learning.without(self.layers)
+        listed = [f"{name} ({why})" for name, why in frozen.items()]
         if len(frozen) == len(self.layers):
-            raise UserError(f"no layer learns (of {next(iter(frozen))}: {next(iter(frozen.values()))})")
+            raise UserError(f"no layer learns, such as {listed[0]}")
         if frozen:
-            listed = ", ".join(f"{name} ({why})" for name, why in frozen.items())
-            logger.warning("RePr: no filter is dropped of %s", listed)
-        ranked = {}
-        masks = {}
+            logger.warning("RePr: no filter is dropped of %s", ", ".join(listed))
+        ranked, masks = {}, {}
         for layer in self.layers:
             zero = values[layer.name]["weight"].flatten(1).abs().amax(1) == 0
             masks[layer.name] = torch.zeros_like(zero)
             if layer.name not in frozen:
                 ranked[layer.name] = scores[layer.name].cpu().double().masked_fill(zero, float("inf"))
         masks |= select_filters(ranked, self.options.drop_ratio, self.options.max_drop_per_layer)
-        broadcast_(list(masks.values()), self._device)
-        return masks
+        return of_rank_0(masks, self._device)
 
     def _hold(self, held: HeldFilters) -> None:
-        self._owner.keeps = self
+        self._held = held
         held.hold()
-        self._after_drop, self._after_restore = DroppedEffects(held, self.cycle + 1), None
         self.participants.watch_next()
-
-    # The restore.
 
     def _new_filters(self, layers: Sequence[FilterLayer], values: Values) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Layer name -> new filters (M, ...) of rank 0, and their largest |cos| to kept and old ones."""
-        found = {layer.name: torch.empty_like(self._old[layer.name]["weight"]) for layer in layers}
-        cosines = dict.fromkeys(found, 0.0)
-        for number, layer in enumerate(self.layers):
-            if layer.name in found and rank() == 0:
+        found, cosines = {}, {}
+        for number, layer in enumerate(self.layers if rank() == 0 else ()):
+            if layer in layers:
                 weight, old = values[layer.name]["weight"], self._old[layer.name]["weight"]
                 generator = generator_of(self.seed, self.cycle, 1, number)
                 found[layer.name], cosines[layer.name] = new_filters(
                     weight, old, self.masks[layer.name], layer.conv.groups, self.options.scale, generator
                 )
-        broadcast_(list(found.values()), self._device)
-        return found, cosines
-
-    @property
-    def _device(self) -> torch.device:
-        return self.layers[0].weight.device
-
-    def _overlaps(self, values: Values, out: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Layer name -> O_f of all its filters (J,), or of those that stay, among themselves (K,)."""
-        found = {}
-        for layer in self.layers:
-            weight, groups = values[layer.name]["weight"], layer.conv.groups
-            if out is None:
-                found[layer.name] = inter_filter_orthogonality(weight, groups)
-            else:
-                found[layer.name] = overlap_of_kept(weight, out[layer.name], groups)
-        return found
+        return of_rank_0((found, cosines), self._device)
 
     def _release(self) -> None:
         if self._held is not None:
             self._held.release()
-        self._held, self._old, self._norms.at_drop = None, {}, set()
-        self._owner.keeps = self._after_drop = None
+        self._held, self._returned, self._old, self._norms.at_drop = None, None, {}, set()

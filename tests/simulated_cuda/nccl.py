@@ -22,8 +22,8 @@ def install() -> None:
 
     dist.init_process_group = init_process_group
     dist.get_backend_config = lambda group=None: str(dist.distributed_c10d.BackendConfig(dist.Backend(_backend)))
-    dist.broadcast = _on_tensor(dist.broadcast)
     dist.all_reduce = _on_tensor(dist.all_reduce)
+    dist.broadcast_object_list = _on_object(dist.broadcast_object_list)
     dist.all_gather_object = _on_object(dist.all_gather_object)
 
 
