@@ -53,15 +53,13 @@ class Verdict:
     ran: bool = True
 
 
-def prove(trace: Trace, left: set[int], convs: Sequence[str], norms: Collection[str]) -> dict[str, Verdict]:
-    """Follows the zeros of each conv through a pass; returns conv name -> verdict.
+def prove(trace: Trace, convs: Sequence[str], norms: Collection[str]) -> dict[str, Verdict]:
+    """Follows the zeros of each conv through a pass; ``convs`` and ``norms`` are names of watched modules.
 
-    Args:
-        trace: of the pass.
-        left: numbers of the values that left the network.
-        convs, norms: names of watched modules.
+    Returns:
+        conv name -> verdict.
     """
-    graph = _Graph(trace, left, norms)
+    graph = _Graph(trace, norms)
     return {name: _Follow(graph, name).verdict() for name in convs}
 
 
@@ -76,15 +74,13 @@ def first_that_refuses(everyone: Sequence[Mapping[str, Verdict]]) -> dict[str, V
 class _Graph:
     """The operations that what leaves the network depends on: not those that count or log."""
 
-    def __init__(self, trace: Trace, left: set[int], norms: Collection[str]) -> None:
-        self.parameters = trace.parameters
-        self.constants = trace.constants
-        self.left = left
+    def __init__(self, trace: Trace, norms: Collection[str]) -> None:
+        self.trace = trace
         self.norms = norms
         self.operations: list[Operation] = []
         self.users: dict[int, list[Operation]] = defaultdict(list)
         self.calls: dict[str, set[int]] = defaultdict(set)
-        wanted = set(left)
+        wanted = set(trace.left)
         for operation in reversed(trace.operations):
             if wanted.intersection(operation.outputs):
                 self.operations.append(operation)
@@ -132,7 +128,7 @@ class _Follow:
 
     def _convolutions(self) -> list[Operation]:
         """Those that read the weight; all that read it must be such."""
-        weight = self.graph.parameters.get(f"{self.name}.weight")
+        weight = self.graph.trace.parameters.get(f"{self.name}.weight")
         uses = [] if weight is None else self.graph.users[weight]
         if not uses:
             self.found.ran = False
@@ -166,7 +162,7 @@ class _Follow:
 
     def _follow(self) -> None:
         names = [f"{module}.{key}" for module in (self.name, self.found.norm) for key in ("weight", "bias")]
-        self.own = {self.graph.parameters[name] for name in names if name in self.graph.parameters}
+        self.own = {self.graph.trace.parameters[name] for name in names if name in self.graph.trace.parameters}
         self.states = dict.fromkeys(self.own, _State())
         for operation in self.graph.operations:
             if self.states.keys().isdisjoint(operation.inputs):
@@ -174,7 +170,7 @@ class _Follow:
             state = self._after(operation)
             if state is not None:
                 self.states.update(dict.fromkeys(operation.outputs, state))
-                if self.graph.left.intersection(operation.outputs):
+                if self.graph.trace.left.intersection(operation.outputs):
                     raise _Refused("its channels leave the network: it predicts")
 
     def _is_rectified(self) -> bool:
@@ -205,7 +201,7 @@ class _Follow:
             return self._moved(operation, inputs)
         if operations.is_elementwise(operation):
             return self._elementwise(operation, inputs)
-        if not operation.outputs or self.graph.constants.issuperset(operation.outputs):
+        if not operation.outputs or self.graph.trace.constants.issuperset(operation.outputs):
             return None
         return self._no_longer_zero(operation, inputs)
 
@@ -248,7 +244,7 @@ class _Follow:
         silent = {number: state for number, state in inputs.items() if not state.reason}
         if silent and operations.makes_zero(operation, silent, (0.7, True), (-1.3, False)):  # whatever else it gets
             return self._merged(silent)
-        are_data = not any(n in self.graph.constants for n in operation.inputs if n not in inputs)
+        are_data = not any(n in self.graph.trace.constants for n in operation.inputs if n not in inputs)
         if inputs == silent and are_data and operations.makes_zero(operation, silent, (0.0, True), (0.0, False)):
             return replace(self._merged(silent), alone=False)  # other channels are added
         return self._no_longer_zero(operation, inputs)
@@ -260,7 +256,7 @@ class _Follow:
 
     def _merged(self, inputs: Mapping[int, _State]) -> _State:
         # A gain (J,) becomes (1, J, 1, 1) on its way; it is where the data are that channels count.
-        placed = [state for number, state in inputs.items() if number not in self.graph.constants]
+        placed = [state for number, state in inputs.items() if number not in self.graph.trace.constants]
         placed = placed or list(inputs.values())
         return _State(
             next((state.reason for state in inputs.values() if state.reason), ""),

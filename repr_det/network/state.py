@@ -111,8 +111,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module, own_modes: bool = False, trains: bool = True) -> Iterator[None]:
-    """Training mode inside; afterwards every random state, buffer (BN statistics), gradient and mode is as before, and
-    so is what modules keep in plain attributes (``HiddenState``), such as RetinaNet's loss normalizer.
+    """Training mode inside; afterwards every random state, buffer, gradient and mode is as before, and so is what
+    modules keep in plain attributes (``HiddenState``).
 
     Args:
         own_modes: every module stays in its mode, as long as the model has that in which it trains (frozen BN stays
@@ -138,16 +138,12 @@ def undisturbed(model: nn.Module, own_modes: bool = False, trains: bool = True) 
                     now.update(before)
                 module.training = mode
             for tensor, value in zip(tensors, values, strict=True):
-                _set(tensor, value)
+                with torch.no_grad():
+                    if tensor.shape != value.shape:
+                        tensor.resize_(value.shape)
+                    tensor.copy_(value)
             for parameter, gradient in gradients:
                 parameter.grad = gradient
-
-
-@torch.no_grad()
-def _set(tensor: Tensor, value: Tensor) -> None:
-    if tensor.shape != value.shape:
-        tensor.resize_(value.shape)
-    tensor.copy_(value)
 
 
 class HiddenState:

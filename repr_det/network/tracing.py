@@ -77,6 +77,7 @@ class Trace(TorchDispatchMode):
         constants: numbers of values that no data went into: what ``model`` holds, fresh tensors, and what is made of
             these alone.
         parameters: "module.attribute" of watched modules that have run -> number.
+        left: numbers of the values that left the network.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -88,6 +89,7 @@ class Trace(TorchDispatchMode):
         # Tensors that share memory change together when one of them is written to in place.
         self._sharing: dict[int, WeakTensorKeyDictionary] = {}
         self.parameters: dict[str, int] = {}
+        self.left: set[int] = set()
         held = [*model.parameters(), *model.buffers(), *_attributes(model)]
         self.constants = {self.number(tensor) for tensor in held}
 
@@ -119,7 +121,9 @@ class Trace(TorchDispatchMode):
         self, function: Any, types: Any, arguments: tuple = (), keywords: dict[str, Any] | None = None
     ) -> Any:
         keywords = keywords or {}
-        noted, noted_keywords = tree_map_only(Tensor, self._noted, (arguments, keywords))
+        noted, noted_keywords = tree_map_only(
+            Tensor, lambda each: Value(self.number(each), each.dtype, each.shape), (arguments, keywords)
+        )
         inputs = numbers_in((noted, noted_keywords))
         result = function(*arguments, **keywords)
         name = function.overloadpacket.__name__
@@ -149,9 +153,6 @@ class Trace(TorchDispatchMode):
         call = self._running[-1][1] if self._running else 0
         self.operations.append(Operation(function, name, arguments, keywords, inputs, outputs, modules, call))
 
-    def _noted(self, tensor: Tensor) -> Value:
-        return Value(self.number(tensor), tensor.dtype, tensor.shape)
-
 
 class TracedPass:
     """Traces the next passes of a network, each from the entry of its outermost module to the exit.
@@ -159,11 +160,11 @@ class TracedPass:
     Args:
         watched: modules whose calls the operations are to name.
         outer: modules by which a pass may be entered, with all that runs inside them.
-        done: called with the trace and the numbers of the values that left the outermost module.
+        done: called with the trace of each pass that has not been ended by an error.
     """
 
     def __init__(
-        self, watched: Mapping[str, nn.Module], outer: Iterable[nn.Module], done: Callable[[Trace, set[int]], None]
+        self, watched: Mapping[str, nn.Module], outer: Iterable[nn.Module], done: Callable[[Trace], None]
     ) -> None:
         self._done = done
         self._trace: Trace | None = None
@@ -203,9 +204,9 @@ class TracedPass:
             return
         trace, self._trace = self._trace, None
         trace.__exit__(None, None, None)
-        if output is not None:  # the pass has not been ended by an error
-            left = [*tensors_in(output), *_attributes(module)]
-            self._done(trace, {trace.number(tensor) for tensor in left})
+        if output is not None:
+            trace.left = {trace.number(tensor) for tensor in (*tensors_in(output), *_attributes(module))}
+            self._done(trace)
 
     def _enter_watched(self, name: str, module: nn.Module) -> None:
         if self._is_mine():

@@ -45,7 +45,7 @@ class Watch:
         self.news = False
         self._tracing = False
         self._handles: list[Any] = []
-        self._last: tuple[Trace, set[int]] | None = None
+        self._last: Trace | None = None
         self.trace_next()
 
     def trace_next(self) -> None:
@@ -88,11 +88,10 @@ class Watch:
 
     def _proved(self, convs: Sequence[str]) -> dict[str, Verdict]:
         norms = [name for name, module in self.modules.items() if is_norm(module)]
-        return {} if self._last is None else prove(*self._last, convs, norms)
+        return {} if self._last is None else prove(self._last, convs, norms)
 
-    def _look(self, trace: Trace, left: set[int]) -> None:
-        """After a traced pass."""
-        self._last = trace, left
+    def _look(self, trace: Trace) -> None:
+        self._last = trace
         for name, verdict in self._proved(self.convs).items():
             now = verdict if "weight" in self.modules[name]._parameters else COMPUTED
             self.verdicts[name] = _both(self.verdicts.get(name, NOT_RUN), now)
