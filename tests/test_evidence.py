@@ -2,48 +2,18 @@
 
 import dataclasses
 import json
-from types import SimpleNamespace
 
 import averages
 import cifar10
 import cifar10_equal_fit as fit
 import cifar10_tables
-import fine_tuning_hooks as hooks
 import fine_tuning_report as report
 import modern
 import pytest
-import remedies
 import tables
-import torch
-from cifar import network
 from conftest import ROOT
-from torch import nn
 
 FOLDER = ROOT / "docs" / "evidence"
-
-
-def test_rows_are_out_for_s2_iterations_and_come_back():
-    torch.manual_seed(0)
-    model = nn.ModuleDict({"conv": nn.Conv2d(3, 10, 3)})
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    options = {"layers": ["conv"], "s1": 4, "s2": 3, "n": 2, "ratio": 0.3, "returns": "old"}
-    hook = hooks.Cycle(options, seed=1)
-    hook.trainer = SimpleNamespace(model=model, _trainer=SimpleNamespace(optimizer=optimizer), iter=0, max_iter=100)
-    hook.before_train()
-    zero = []
-    for hook.trainer.iter in range(16):
-        for parameter in model.parameters():
-            parameter.grad = torch.ones_like(parameter)
-        optimizer.step()
-        before = [parameter.detach().clone() for parameter in model.parameters()]
-        hook.after_step()
-        out = (model["conv"].weight.flatten(1) == 0).all(1)
-        zero.append(out.sum().item())
-        if hook.trainer.iter == 3:
-            rows, old = out, before
-        if hook.trainer.iter == 6:
-            assert all(torch.equal(p[rows], o[rows]) for p, o in zip(model.parameters(), old, strict=True))
-    assert zero == [0] * 3 + [3] * 3 + [0] * 4 + [3] * 3 + [0] * 3 and hook.rows == {}
 
 
 def test_the_table_pairs_forms_with_the_baseline_of_the_same_setting(tmp_path):
@@ -138,23 +108,6 @@ def test_a_line_of_the_cifar_tables_is_the_runs_of_its_options(tmp_path):
         "| three quarters dead | standard | 2 | 20.5 ± 0.7 | |",
         "| | redundant | 2 | 20.5 ± 0.7 | +0.0 (the same numbers, 2 pairs) |",
     ]
-
-
-def test_new_filters_whose_readers_begin_at_0_change_nothing():
-    """In a widened network, and in place of dead ones."""
-    study = remedies.Study("digest")
-    study._narrow[0] = network.build(network.NARROW)
-    images = torch.randn(3, 3, 32, 32)
-
-    def start(options, remedy, **own):
-        row = remedies.Row(f"{options} --rows standard", remedy, **own)
-        return study.start(row, study.settings(row, 0))
-
-    for remedy in (None, remedies.new()):
-        assert torch.allclose(start(remedies.GROWN, remedy, grown=True)(images), study._narrow[0](images), atol=1e-5)
-    dead, alive = (start(remedies.DEAD, remedy) for remedy in (None, remedies.new(copies=False)))
-    assert torch.allclose(alive(images), dead(images), atol=1e-5)
-    assert (alive[0](images) > 0).flatten(2).any(2).all(0).all() and not (dead[0](images)[:, 8:] > 0).any()
 
 
 def test_label_noise_is_studied_at_the_setting_that_served_the_standard_network_best():
