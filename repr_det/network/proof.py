@@ -107,6 +107,8 @@ class _Refused(Exception):
 
 
 class _Follow:
+    """Follows the zeros of one conv."""
+
     def __init__(self, graph: _Graph, name: str) -> None:
         self.graph = graph
         self.name = name

@@ -147,12 +147,11 @@ def undisturbed(model: nn.Module, own_modes: bool = False, trains: bool = True) 
 
 
 class HiddenState:
-    """The state that modules of ``model`` keep outside their ``state_dict``, as it is when this is made: numbers and
-    tensors in plain attributes and non-persistent buffers.
+    """Numbers and tensors that modules of ``model`` keep in plain attributes and non-persistent buffers, as they are
+    when this is made. Detectron2's RetinaNet and FCOS average their loss normalizer so.
 
-    Detectron2's RetinaNet and FCOS average their loss normalizer so. Not seen: attributes of any other kind (lists,
-    dicts, NumPy arrays, generators), tensors that belong to a graph or have more than 1,000,000 elements, and
-    attributes that are removed later.
+    Not seen: attributes of any other kind (lists, dicts, NumPy arrays, generators), tensors that belong to a graph or
+    have more than 1,000,000 elements, and attributes that are removed later.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -12,8 +12,7 @@ from torch.optim import Optimizer
 
 
 def with_inner(optimizer: Any) -> list[Optimizer]:
-    """An optimizer or a list of them, and those that they hold and step themselves (SAM, Lookahead, accelerate's
-    wrapper)."""
+    """An optimizer or a list of them, and those that they hold and step (SAM, Lookahead, accelerate's wrapper)."""
     found: list[Any] = []
     waiting = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
     while waiting:
@@ -29,8 +28,8 @@ def around_step(
 ) -> list[Any]:
     """Calls ``before`` and ``after`` around every step, once for optimizers that step each other.
 
-    torch runs the hooks of an instance in ``step`` of every class that has been used, so twice where that of a subclass
-    calls that of its base. Returns handles with ``remove``.
+    torch runs the hooks of an instance twice where ``step`` of a subclass calls that of its base. Returns handles with
+    ``remove``.
     """
 
     def unless_inside(call: Callable[[], Any]) -> Callable[..., None]:
@@ -59,10 +58,9 @@ def _is_inside(optimizers: Sequence[Optimizer], frame: FrameType) -> bool:
 
 
 def scale_rates(optimizers: Sequence[Optimizer], share: Callable[[], float]) -> list[Any]:
-    """Every step takes its learning rates times ``share()``, which is asked before each.
+    """Every step takes its learning rates times ``share()``; schedules, logs and checkpoints do not see it.
 
-    The rates are changed around the step alone: learning-rate schedules, logs and checkpoints do not see it. Returns
-    handles with ``remove``.
+    Returns handles with ``remove``.
     """
     rates: list[Any] = []
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
