@@ -98,16 +98,10 @@ def test_flops_are_those_of_every_output_of_every_conv():
     assert zero["to_stock"]["median"] == pytest.approx(ours["median"] / 4 / every["median"], rel=1e-6)
 
 
-def test_peak_memory(monkeypatch):
-    def allocate():
-        np.ones(2**25)  # 256 MiB, freed at once
-
-    without, with_them = benchmark.peak_of(lambda: None, "cpu"), benchmark.peak_of(allocate, "cpu")
+def test_peak_memory():
+    without = benchmark.peak_of(lambda: None, "cpu")
+    with_them = benchmark.peak_of(lambda: np.ones(2**25), "cpu")  # 256 MiB, freed at once
     assert 2**27 < with_them - without < 2**29 and benchmark.peak_of(lambda: None, "cpu") < with_them
-    calls = []
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: calls.append("reset"))
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: len(calls))
-    assert benchmark.peak_of(lambda: calls.append("run"), "cuda") == 2 and calls == ["reset", "run"]
 
 
 def test_whole_command(tmp_path, capsys, monkeypatch):
