@@ -77,18 +77,9 @@ def test_what_does_not_map_0_to_0_keeps_filters_in(place):
 # --- whole networks -------------------------------------------------------------------------------------------------
 
 
-class With(nn.Conv2d):
-    """A conv and a part more, and what ``run`` makes of them."""
-
-    def __init__(self, run, part) -> None:
-        super().__init__(3, 16, 3)
-        self.run, self.part = run, part
-
+class Scaled(nn.Conv2d):
     def forward(self, x):
-        return self.run(self, x)
-
-    def convolved(self, x):
-        return super().forward(x)
+        return self._conv_forward(x, 2 * self.weight, self.bias)
 
 
 class Frozen(nn.Module):
@@ -225,16 +216,11 @@ NETS = {
         {}, {"1": "which is no norm of its own with a weight"},
     ),
     "a frozen norm of nobody's library": (lambda: build(conv(), Frozen(16), nn.SiLU()), {"0": "1"}, {}),
-    "a norm inside": (lambda: build(With(lambda c, x: F.silu(c.part(c.convolved(x))), BN(16))), {"0": "0.part"}, {}),
     "Detectron2's norm": (lambda: build(Detectron2Conv2d(3, 16, 3, norm=BN(16))), {"0": "0.norm"}, {}),
     "LN of Detectron2": (lambda: build(Detectron2Conv2d(3, 16, 3, norm=get_norm("LN", 16))), {}, {"0": ""}),
     "Detectron2's activation": (lambda: build(Detectron2Conv2d(3, 16, 3, activation=F.gelu)), {"0": None}, {}),
     "sigmoid inside": (lambda: build(Detectron2Conv2d(3, 16, 3, activation=torch.sigmoid)), {}, {"0": "sigmoid"}),
-    "a shift": (lambda: build(With(lambda c, x: c.convolved(x) + c.part, nn.Parameter(torch.ones(1)))), {}, {"0": ""}),
-    "low rank": (
-        lambda: build(With(lambda c, x: F.conv2d(x, c.weight + c.part), nn.Parameter(torch.ones(16, 3, 3, 3))), BN(16)),
-        {}, {"0": "its weight goes through add"},
-    ),
+    "a scaled weight": (lambda: build(Scaled(3, 16, 3), BN(16)), {}, {"0": "its weight goes through mul"}),
     "pruning": (lambda: build(prune.random_unstructured(conv(), "weight", 0.5), BN(16)), {}, {"0": "weight"}),
     "weight norm": (lambda: build(parametrizations.weight_norm(conv()), BN(16)), {}, {"0": "weight"}),
     "a weight for two": (sharing_convs, {"0": None}, {"2": "4 computes with its weight too"}),

@@ -80,18 +80,15 @@ def small(config: str, keys: str = "") -> nn.Module:
 
 def images() -> list[dict]:
     draw = torch.Generator().manual_seed(1)
-    batch = []
-    for _ in range(2):
-        instances = Instances((64, 64), gt_classes=torch.tensor([0, 0]))
-        instances.gt_boxes = Boxes(torch.tensor([[4.0, 4.0, 40.0, 44.0], [20.0, 24.0, 60.0, 60.0]]))
-        masks = torch.zeros(2, 64, 64, dtype=torch.bool)
-        masks[0, 4:44, 4:40] = masks[1, 24:60, 20:60] = True
-        instances.gt_masks = BitMasks(masks)
-        places = 20 + 20 * torch.rand(2, 17, 2, generator=draw)
-        instances.gt_keypoints = Keypoints(torch.cat([places, torch.full((2, 17, 1), 2.0)], 2))
-        image = torch.randint(256, (3, 64, 64), generator=draw).float()
-        batch.append(dict(image=image, height=64, width=64, instances=instances, sem_seg=torch.zeros(64, 64).long()))
-    return batch
+    instances = Instances((64, 64), gt_classes=torch.tensor([0, 0]))
+    instances.gt_boxes = Boxes(torch.tensor([[4.0, 4.0, 40.0, 44.0], [20.0, 24.0, 60.0, 60.0]]))
+    masks = torch.zeros(2, 64, 64, dtype=torch.bool)
+    masks[0, 4:44, 4:40] = masks[1, 24:60, 20:60] = True
+    instances.gt_masks = BitMasks(masks)
+    places = 20 + 20 * torch.rand(2, 17, 2, generator=draw)
+    instances.gt_keypoints = Keypoints(torch.cat([places, torch.full((2, 17, 1), 2.0)], 2))
+    truth = dict(height=64, width=64, instances=instances, sem_seg=torch.zeros(64, 64).long())
+    return [dict(truth, image=torch.randint(256, (3, 64, 64), generator=draw).float()) for _ in range(2)]
 
 
 def patterns(config: str) -> list[str]:
