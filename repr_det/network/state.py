@@ -90,10 +90,8 @@ def generators_in(*holders: Any) -> list[Any]:
         seen.add(id(one))
         if isinstance(one, _GENERATORS):
             found.append(one)
-        elif isinstance(one, (list, tuple)):
-            waiting += one[:50]
-        elif isinstance(one, dict):
-            waiting += list(one.values())[:50]
+        elif isinstance(one, (list, tuple, dict)):
+            waiting += list(one.values() if isinstance(one, dict) else one)[:50]
         else:
             waiting += list(getattr(one, "__dict__", {}).values())
             waiting += gc.get_referents(*(getattr(one, "__closure__", None) or ()))  # contents of cells
