@@ -38,8 +38,6 @@ PARSERS = {
     "docs/evidence/cifar10.py": cifar10.parse,
     "docs/evidence/digits.py": digits.parse,
 }
-# Options of torchrun that take a value, as far as the docs use them.
-TORCHRUN = ("--nproc_per_node", "--nnodes", "--max-restarts", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id")
 
 
 def commands(page: Path) -> Iterator[str]:
@@ -54,17 +52,8 @@ def commands(page: Path) -> Iterator[str]:
                 yield line.strip()
 
 
-def check_options(program: str, words: list[str]) -> None:
-    """Checks ``words`` as the program itself reads them, the config that they name and the keys that they change."""
-    args = PARSERS[program](words)
-    if file := getattr(args, "config_file", None):
-        cfg = get_cfg()
-        add_repr_config(cfg)
-        cfg.merge_from_file(config_path(file))
-        cfg.merge_from_list(getattr(args, "opts", None) or [])
-
-
 def test_shown_commands_are_such_that_their_programs_take(monkeypatch):
+    """They are read by the program itself; so are the config that they name and the keys that they change."""
     monkeypatch.chdir(ROOT)
     found = [command for page in [*PAGES, *EVIDENCE] for command in commands(page)]
     assert {"make", "pip", "torchrun", "repr-det", "sbatch"} <= {command.split(" ")[0] for command in found}
@@ -73,21 +62,25 @@ def test_shown_commands_are_such_that_their_programs_take(monkeypatch):
         words = [word for word in shlex.split(command, comments=True) if word not in ("...", "KEY", "VALUE")]
         program, words = words[0], words[1:]
         if program == "torchrun":
-            while words[0] != "-m":
-                words = words[2 if words[0] in TORCHRUN else 1 :]
+            words = words[words.index("-m") :]
             assert words[:2] == ["-m", "repr_det.train"]
-            program, words = "repr-det", ["train", *words[2:]]
-        if program == "make":
-            assert all(re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE) for target in words)
+            program, words = "train", words[2:]
         elif program == "repr-det":
-            check_options(words[0], words[1:])
+            program, words = words[0], words[1:]
         elif program == "sbatch":
             assert (ROOT / words[0]).is_file()
-            check_options("train", words[1:])
-        elif program in PARSERS:
-            check_options(program, words)
-        else:
-            assert program == "pip" or (ROOT / program).is_file(), command
+            program, words = "train", words[1:]
+        elif program == "make":
+            assert all(re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE) for target in words)
+        if program not in PARSERS:
+            assert program in ("pip", "make") or (ROOT / program).is_file(), command
+            continue
+        args = PARSERS[program](words)
+        if file := getattr(args, "config_file", None):
+            cfg = get_cfg()
+            add_repr_config(cfg)
+            cfg.merge_from_file(config_path(file))
+            cfg.merge_from_list(getattr(args, "opts", None) or [])
 
 
 def test_links_lead_to_files_of_the_repository_and_pages_stay_short():

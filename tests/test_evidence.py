@@ -1,84 +1,19 @@
-"""docs/evidence: the removals of the fine-tuning search against what they promise, its tables against a hand count."""
+"""docs/evidence: its tables against the runs and against a hand count, and what its studies train."""
 
 import dataclasses
 import json
-from types import SimpleNamespace
 
 import averages
 import cifar10
 import cifar10_equal_fit as fit
 import cifar10_tables
-import fine_tuning_hooks as hooks
-import fine_tuning_plant
 import fine_tuning_report as report
-import fine_tuning_search
 import modern
 import pytest
-import remedies
 import tables
-import torch
-from cifar import data as cifar_data
-from cifar import network
 from conftest import ROOT
-from detectron2.modeling.backbone.resnet import BottleneckBlock
-from saliency import SALIENCY
-from torch import nn
-
-from repr_det import Trainer
 
 FOLDER = ROOT / "docs" / "evidence"
-
-
-@pytest.mark.parametrize("returns", ["old", "init"])
-def test_rows_are_out_for_s2_iterations_and_come_back(returns):
-    torch.manual_seed(0)
-    model = nn.ModuleDict({"conv": nn.Conv2d(3, 10, 3)})
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    options = {"layers": ["conv"], "s1": 4, "s2": 3, "n": 2, "ratio": 0.3, "returns": returns}
-    hook = hooks.Cycle(options, seed=1)
-    hook.trainer = SimpleNamespace(model=model, _trainer=SimpleNamespace(optimizer=optimizer), iter=0, max_iter=100)
-    hook.before_train()
-    zero = []
-    for hook.trainer.iter in range(16):
-        for parameter in model.parameters():
-            parameter.grad = torch.ones_like(parameter)
-        optimizer.step()
-        before = [parameter.detach().clone() for parameter in model.parameters()]
-        hook.after_step()
-        out = (model["conv"].weight.flatten(1) == 0).all(1)
-        zero.append(out.sum().item())
-        if hook.trainer.iter == 3:
-            rows, old = out, before
-        if hook.trainer.iter == 6 and returns == "old":
-            assert all(torch.equal(p[rows], o[rows]) for p, o in zip(model.parameters(), old, strict=True))
-    assert zero == [0] * 3 + [3] * 3 + [0] * 4 + [3] * 3 + [0] * 3 and hook.rows == {}
-
-
-def test_averages_against_closed_forms():
-    uniform, exponential = hooks.Average(start=1, every=2), hooks.Average(decay=0.5)
-    model = nn.Linear(1, 1, bias=False)
-    values, expected = [1.0, 4.0, 2.0, 10.0], 0.0
-    for iteration, value in enumerate(values):
-        model.weight.data.fill_(value)
-        for hook in (uniform, exponential):
-            hook.trainer = SimpleNamespace(iter=iteration, model=model)
-            hook.after_step()
-        decay = min(0.5, (2 + iteration) / (11 + iteration))
-        expected = value if iteration == 0 else decay * expected + (1 - decay) * value
-    assert uniform.state["weight"].item() == pytest.approx((4 + 10) / 2)
-    assert exponential.state["weight"].item() == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("rate", [0.0, 0.005])
-def test_distillation_is_zero_until_the_network_leaves_its_copy_and_ends(tiny_cfg, rate):
-    keys = ["REPR.ENABLED", "False", "MODEL.RESNETS.NORM", "FrozenBN", "SOLVER.MAX_ITER", 6, "DATASETS.TEST", "()"]
-    trainer = Trainer(tiny_cfg(*keys, "SOLVER.BASE_LR", rate))
-    trainer.register_hooks([hooks.Distillation({"at": [1], "until": 5, "weight": 2.0})])
-    trainer.train()
-    for name in ("loss_features", "loss_scores"):
-        found = {int(iteration): value for value, iteration in trainer.storage.history(name).values()}
-        assert list(found) == [2, 3, 4] and found[2] == pytest.approx(0, abs=1e-6)
-        assert found[4] == pytest.approx(0, abs=1e-6) if rate == 0 else found[4] > 1e-6
 
 
 def test_the_table_pairs_forms_with_the_baseline_of_the_same_setting(tmp_path):
@@ -173,89 +108,6 @@ def test_a_line_of_the_cifar_tables_is_the_runs_of_its_options(tmp_path):
         "| three quarters dead | standard | 2 | 20.5 ± 0.7 | |",
         "| | redundant | 2 | 20.5 ± 0.7 | +0.0 (the same numbers, 2 pairs) |",
     ]
-
-
-def test_a_run_of_the_search_takes_a_criterion_of_the_examples(tiny_cfg):
-    for name, criterion in (("taylor", SALIENCY["taylor"]), ("redundant", "redundant")):
-        cfg = tiny_cfg("REPR.ENABLED", "True", "REPR.CRITERION", name)
-        assert fine_tuning_search.repr_hook(cfg).options.criterion == criterion
-
-
-def test_planted_copies_are_a_narrower_block_and_stay_copies():
-    torch.manual_seed(0)
-    block, narrow = (BottleneckBlock(8, 16, bottleneck_channels=n, norm="BN") for n in (8, 3))
-    with torch.no_grad():
-        for norm in (block.conv1.norm, block.conv2.norm):
-            for values in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
-                values.uniform_(0.5, 1.5)
-        for name, source in block.state_dict().items():  # the first three channels of conv1 and conv2
-            target = narrow.state_dict()[name]
-            target.copy_(source[tuple(slice(size) for size in target.shape)])
-    assert fine_tuning_plant.plant_copies(block, 5 / 8) == 10
-    images = torch.randn(4, 8, 6, 6)
-    for mode in (False, True):
-        assert torch.allclose(block.train(mode)(images), narrow.train(mode)(images), atol=1e-5)
-
-    optimizer = torch.optim.SGD(block.parameters(), 0.1, momentum=0.9, weight_decay=0.01)
-    for _ in range(5):
-        optimizer.zero_grad()
-        block(torch.randn(4, 8, 6, 6)).square().mean().backward()
-        optimizer.step()
-    for conv in (block.conv1, block.conv2):
-        for copy, origin in enumerate([0, 1, 2, 0, 1, 2, 0, 1]):
-            assert torch.allclose(conv.weight[copy], conv.weight[origin], atol=1e-4)
-    block.conv1.weight.requires_grad_(False)  # frozen convs get none
-    assert fine_tuning_plant.plant_copies(block, 0.5) == 4
-
-
-@pytest.fixture
-def start():
-    """``start(options, remedy)`` -> the network that a row of the remedies begins with."""
-    study = remedies.Study("digest")
-    study._narrow[0] = network.build(network.NARROW)
-
-    def build(options, remedy, **own):
-        row = remedies.Row(f"{options} --rows standard", remedy, **own)
-        return study.start(row, study.settings(row, 0)), study._narrow[0]
-
-    return build
-
-
-@pytest.mark.parametrize("remedy", [remedies.with_noise(0.1), remedies.new(), remedies.new(silent=False)])
-def test_a_remedy_leaves_the_old_filters_and_parts_the_copies(start, remedy):
-    first, copies = (start(remedies.COPIES, one)[0][0].weight.flatten(1) for one in (remedy, None))
-    assert torch.equal(first[:8], copies[:8])
-    assert torch.linalg.matrix_rank(copies) == 8 and torch.linalg.matrix_rank(first) == 27  # of 27 inputs
-
-
-def test_new_filters_whose_readers_begin_at_0_change_nothing(start):
-    """In a widened network, and in place of dead ones."""
-    images = torch.randn(3, 3, 32, 32)
-    for remedy in (None, remedies.new()):
-        wide, narrow = start(remedies.GROWN, remedy, grown=True)
-        assert torch.allclose(wide(images), narrow(images), atol=1e-5)
-    dead, alive = (start(remedies.DEAD, remedy)[0] for remedy in (None, remedies.new(copies=False)))
-    assert torch.allclose(alive(images), dead(images), atol=1e-5)
-    assert (alive[0](images) > 0).flatten(2).any(2).all(0).all() and not (dead[0](images)[:, 8:] > 0).any()
-
-
-def test_augmented_images_are_windows_of_the_padded_one():
-    pixels = torch.randint(1, 256, (40, 32, 32, 3), dtype=torch.uint8)
-    found = modern.augmented(pixels, torch.Generator().manual_seed(0))
-    for image, other in zip(pixels, found, strict=True):
-        padded = torch.zeros(40, 40, 3, dtype=torch.uint8)
-        padded[4:36, 4:36] = image
-        windows = [padded[top : top + 32, left : left + 32] for top in range(9) for left in range(9)]
-        assert any(torch.equal(other, window) or torch.equal(other, window.flip(1)) for window in windows)
-    assert not torch.equal(found, pixels)
-
-
-def test_a_share_of_the_labels_is_drawn_anew():
-    images = cifar_data.Images(torch.zeros(10_000, 1), torch.arange(10_000) % 10)
-    noisy = modern.with_noise(images, 0.4, seed=3)
-    assert (noisy.classes != images.classes).float().mean().item() == pytest.approx(0.36, abs=0.015)
-    assert torch.equal(modern.with_noise(images, 0.4, seed=3).classes, noisy.classes)
-    assert torch.equal(images.classes, torch.arange(10_000) % 10)
 
 
 def test_label_noise_is_studied_at_the_setting_that_served_the_standard_network_best():

@@ -14,10 +14,7 @@ import torch
 from conftest import ROOT, assert_same_weights
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from torchvision.models.detection import FasterRCNN
-from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.resnet import BasicBlock, ResNet
-from torchvision.ops import MultiScaleRoIAlign
+from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn
 
 from repr_det import RePrSchedule
 from repr_det.datasets import CLASS_NAMES
@@ -49,6 +46,12 @@ def told(caplog):
     return events
 
 
+def assert_stopped_in_the_sub_network(file: Path, steps: int) -> None:
+    state = torch.load(file, weights_only=True)
+    state = state.get("repr", state)
+    assert state["steps"] == steps and any(mask.any() for mask in state["scheme"]["masks"].values())
+
+
 def test_starting_points_are_short():
     assert all(len((EXAMPLES / f"{name}.py").read_text().splitlines()) < 60 for name in STARTING_POINTS.split())
     assert len((EXAMPLES / "quickstart.py").read_text().splitlines()) <= 30
@@ -62,49 +65,30 @@ def test_quickstart_without_detectron2():
     assert float(re.search(r"test accuracy ([\d.]+) %", done.stdout).group(1)) > 80
 
 
-def test_timm_training(tmp_path, told, capsys):
-    timm = example("timm_training", "timm")
-    file = tmp_path / "timm.pth"
-    wanted = timm.train(file, "test_resnet", steps=12, save_every=8).state_dict()
-    assert_stopped_in_the_sub_network(file, 8)
-    assert told()[-1] == ("restore", 8) and "test accuracy of the average" in capsys.readouterr().out
-    assert_same_weights(timm.train(file, "test_resnet", steps=12, save_every=8).state_dict(), wanted)
+def of_timm(file: Path) -> nn.Module:
+    return example("timm_training", "timm").train(file, "test_resnet", steps=12, save_every=8)
 
 
-def test_torchvision_detection(tmp_path, told, capsys):
+def of_torchvision(file: Path) -> nn.Module:
+    torch.manual_seed(0)
+    small = dict(min_size=64, max_size=64, rpn_pre_nms_top_n_train=40, rpn_post_nms_top_n_train=20)
+    model = fasterrcnn_mobilenet_v3_large_320_fpn(
+        weights=None, weights_backbone=None, num_classes=len(CLASS_NAMES) + 1, **small
+    )
     detection = example("torchvision_detection", "torchvision")
-    file = tmp_path / "detector.pth"
+    return detection.train(model.train(), file, ["backbone.body.?.block.0.0"], steps=12, save_every=8)
 
-    def train() -> dict[str, torch.Tensor]:
-        torch.manual_seed(0)
-        body = ResNet(BasicBlock, [1, 1, 1, 1])
-        backbone = nn.Sequential(body.conv1, body.bn1, body.relu, body.maxpool, body.layer1)
-        backbone.out_channels = 64
-        options = dict(
-            rpn_anchor_generator=AnchorGenerator(((16,),), ((1.0,),)),
-            box_roi_pool=MultiScaleRoIAlign(["0"], 3, 2),
-            box_head=nn.Sequential(nn.Flatten(), nn.Linear(64 * 9, 1024)),
-            **dict(min_size=64, max_size=64, rpn_pre_nms_top_n_train=40, rpn_post_nms_top_n_train=20),
-        )
-        model = FasterRCNN(backbone, len(CLASS_NAMES) + 1, **options).train()
-        return detection.train(model, file, ["backbone.4.*"], steps=12, save_every=8).state_dict()
 
-    wanted = train()
+@pytest.mark.parametrize(
+    ("train", "says"), [(of_timm, "test accuracy of the average"), (of_torchvision, "step 11: loss")]
+)
+def test_a_loop_that_is_stopped_ends_with_the_same_weights(train, says, tmp_path, told, capsys):
+    file = tmp_path / "state.pth"
+    wanted = train(file).state_dict()
     assert_stopped_in_the_sub_network(file, 8)
-    assert told()[-1] == ("restore", 8) and "step 11: loss" in capsys.readouterr().out
-    assert_same_weights(train(), wanted)
+    assert told()[-1] == ("restore", 8) and says in capsys.readouterr().out
+    assert_same_weights(train(file).state_dict(), wanted)
     assert "step 7: loss" not in capsys.readouterr().out
-
-
-def stop_after_four(trainer: Any, *_: Any) -> None:
-    """As EarlyStopping does."""
-    trainer.should_stop = trainer.global_step == 4
-
-
-def assert_stopped_in_the_sub_network(file: Path, steps: int) -> None:
-    state = torch.load(file, weights_only=True)
-    state = state.get("repr", state)
-    assert state["steps"] == steps and any(mask.any() for mask in state["scheme"]["masks"].values())
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -114,13 +98,17 @@ def test_lightning_callback(tmp_path, told):
     images = torch.randn(200, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     data = DataLoader(TensorDataset(images, torch.arange(200) % 10), 50)  # 4 steps an epoch
 
-    def fit(callback, epochs=3, resume=None, others=()) -> nn.Module:
+    def fit(*callbacks, epochs=3, resume=None, stop=12) -> nn.Module:
         lightning.seed_everything(0, verbose=False)
         quiet = dict(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
         keep_all = lightning.pytorch.callbacks.ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
-        callbacks = [keep_all, *([callback] if callback else []), *others]
+        early = lightning.pytorch.callbacks.LambdaCallback(  # as EarlyStopping does
+            on_train_batch_end=lambda trainer, *_: setattr(trainer, "should_stop", trainer.global_step == stop)
+        )
         model = script.Digits()
-        lightning.Trainer(max_epochs=epochs, callbacks=callbacks, **quiet).fit(model, data, ckpt_path=resume)
+        lightning.Trainer(max_epochs=epochs, callbacks=[keep_all, early, *callbacks], **quiet).fit(
+            model, data, ckpt_path=resume
+        )
         return model
 
     def made() -> Any:
@@ -132,14 +120,12 @@ def test_lightning_callback(tmp_path, told):
     (state,) = [value for key, value in saved["callbacks"].items() if "RePrCallback" in key]
     assert saved["state_dict"]["net.0.weight"][state["scheme"]["masks"]["net.0"]].count_nonzero() == 0
     assert_same_weights(fit(made(), resume=first).state_dict(), wanted)
-
     early = made()
-    model = fit(early, others=[lightning.pytorch.callbacks.LambdaCallback(on_train_batch_end=stop_after_four)])
+    model = fit(early, stop=4)
     assert early.repr.phase == "full" and model.net[0].weight.flatten(1).any(1).all()
-
-    fit(None, epochs=1)
+    fit(epochs=1)
     late = made()
-    fit(late, resume=tmp_path / "epoch=0-v1.ckpt")
+    fit(late, resume=tmp_path / "epoch=0-v2.ckpt")
     assert late.repr.steps == 12 and told()[-2:] == [("drop", 7), ("restore", 9)]
 
 
@@ -149,17 +135,19 @@ def test_huggingface_rtdetr(tmp_path, told, capsys, monkeypatch):
     rtdetr = example("huggingface_rtdetr", "transformers")
     # The folder of Detectron2's data, in the folder of the tests, looks like the package to transformers.
     monkeypatch.setattr("transformers.trainer.is_datasets_available", lambda: False)
-    options = dict(layers=["model.backbone.*"], schedule=RePrSchedule(2, 2, 1, 1))  # out in steps 3 and 4
-    wanted = rtdetr.train(str(tmp_path), rtdetr.RePrCallback(**options), steps=6, save_steps=4)
+
+    def train() -> tuple[Any, nn.Module]:
+        one = rtdetr.RePrCallback(layers=["model.backbone.*"], schedule=RePrSchedule(2, 2, 1, 1))  # out in steps 3, 4
+        return one, rtdetr.train(str(tmp_path), one, steps=6, save_steps=4)
+
+    _, wanted = train()
     assert told() == [("drop", 2), ("restore", 4)] and "loss in evaluation" in capsys.readouterr().out
     assert_stopped_in_the_sub_network(tmp_path / "checkpoint-4" / "repr.pt", 4)
     shutil.rmtree(tmp_path / "checkpoint-6")
-    found = rtdetr.train(str(tmp_path), rtdetr.RePrCallback(**options), steps=6, save_steps=4)
-    assert_same_weights(found.state_dict(), wanted.state_dict())
+    assert_same_weights(train()[1].state_dict(), wanted.state_dict())
     shutil.rmtree(tmp_path / "checkpoint-6")
     (tmp_path / "checkpoint-4" / "repr.pt").unlink()
-    late = rtdetr.RePrCallback(**options)
-    rtdetr.train(str(tmp_path), late, steps=6, save_steps=4)
+    late, _ = train()
     assert late.repr.steps == 6 and late.repr.phase == "full"
 
 

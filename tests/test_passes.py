@@ -14,8 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from repr_det.method.passes import passes_over
-from repr_det.network.hidden_state import HiddenState
-from repr_det.network.state import preserved_random_state, random_state, set_random_state, undisturbed
+from repr_det.network.state import HiddenState, preserved_random_state, random_state, set_random_state, undisturbed
 
 
 def draw_from_everything() -> tuple:

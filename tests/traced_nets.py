@@ -84,9 +84,8 @@ def reasons(net: nn.Module, run=None) -> dict[str, str]:
 def is_silent(net: nn.Module, conv: str, norm: str | None, run=lambda net: net(IMAGES)) -> bool:
     """Whether filters ROWS of a conv are silent where their rows of conv and norm are zero.
 
-    Then what reads them by a convolution or a matrix product gets 0 where it got something else before, they are read
-    at all, they are not in the output, and the conv computes with its own weight. All other numbers change entirely or
-    not at all.
+    Then the conv computes with its own weight, what reads them by a convolution or a matrix product gets 0 where it got
+    something else before, and they are not in the output. All other numbers change entirely or not at all.
     """
     before, output, _ = _seen(net, run)
     zeroed = copy.deepcopy(net)
@@ -99,19 +98,15 @@ def is_silent(net: nn.Module, conv: str, norm: str | None, run=lambda net: net(I
     after, left, weights = _seen(zeroed, run)
     if not any(weight is zeroed.get_submodule(conv).weight for weight in weights):
         return False
-    pairs = zip([*before, *tensors_in(output)], [*after, *tensors_in(left)], strict=True)
-    found = [_changed(a, b) for a, b in pairs]
-    readers, outputs = found[: len(before)], found[len(before) :]
-    direct = [is_zero for share, is_zero in readers if 0 < share < 0.5]
-    return bool(direct) and all(direct) and not any(0 < share < 0.5 for share, _ in outputs)
+    read = [_is_zero_now(*pair) for pair in zip(before, after, strict=True)]
+    outputs = [_is_zero_now(*pair) for pair in zip(tensors_in(output), tensors_in(left), strict=True)]
+    return True in read and False not in read and outputs == [None] * len(outputs)
 
 
-def _changed(before: torch.Tensor, after: torch.Tensor) -> tuple[float, bool]:
-    """The share of channels that changed, and whether these are 0 everywhere now."""
-    if before.dim() < 2:
-        return float((before != after).any()), False
-    changed = (before != after).transpose(0, 1).flatten(1).any(1)
-    return changed.float().mean().item(), not after[:, changed].any()
+def _is_zero_now(before: torch.Tensor, after: torch.Tensor) -> bool | None:
+    """Whether the channels that changed are 0 everywhere; None if all have, or none."""
+    changed = (before != after).transpose(0, 1).flatten(1).any(1) if before.dim() > 1 else torch.zeros(1)
+    return not after[:, changed].any() if 0 < changed.float().mean() < 0.5 else None
 
 
 def _seen(net, run):

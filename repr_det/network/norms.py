@@ -29,7 +29,7 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def epsilon(norm: nn.Module) -> float:
-    """Finds the number that a norm adds to the variance: by its output for ones at a variance of 0, unless it tells."""
+    """The number that a norm adds to the variance: by its output for ones at a variance of 0, unless it tells."""
     known = getattr(norm, "eps", None)
     if isinstance(known, float):
         return known
@@ -43,8 +43,7 @@ def epsilon(norm: nn.Module) -> float:
 
 
 def restart_averaging(modules: Iterable[Any]) -> None:
-    """Lets BN begin again that averages its statistics over all batches so far (momentum None): the network is another
-    one from now on."""
+    """Restarts BN that averages its statistics over all batches (momentum None): the network is another one now."""
     for module in modules:
         averages = isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum is None
         if averages and module.num_batches_tracked is not None:

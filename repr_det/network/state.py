@@ -1,16 +1,20 @@
 """State that training draws from and keeps, put back as it was after passes that are not part of it."""
 
 import contextlib
+import functools
+import gc
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from repr_det.network.hidden_state import HiddenState
+_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+_MOST_OBJECTS = 2000  # that are looked at for generators
+_LARGEST = 1_000_000  # elements: what is larger is a cache of activations
 
 
 def generator_of(*numbers: int) -> torch.Generator:
@@ -26,15 +30,10 @@ def random_state() -> dict[str, Any]:
     """
     kind, keys, position, has_gauss, cached = np.random.get_state()
     version, internal, gauss = random.getstate()
+    keys = torch.from_numpy(np.asarray(keys).astype(np.int64))
     state = {
         "python": [version, list(internal), gauss],
-        "numpy": [
-            str(kind),
-            torch.from_numpy(np.asarray(keys).astype(np.int64)),
-            int(position),
-            int(has_gauss),
-            float(cached),
-        ],
+        "numpy": [str(kind), keys, int(position), int(has_gauss), float(cached)],
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -61,17 +60,23 @@ def set_random_state(state: dict[str, Any]) -> None:
 def preserved_random_state(*holders: Any) -> Iterator[None]:
     """Every random state is afterwards as before, and so are the generators in ``holders`` (``generators_in``)."""
     state = random_state()
-    own = [(generator, _get_state(generator)) for generator in generators_in(*holders)]
+    put_back = [_resetting(generator) for generator in generators_in(*holders)]
     try:
         yield
     finally:
         set_random_state(state)
-        for generator, before in own:
-            _set_state(generator, before)
+        for call in put_back:
+            call()
 
 
-_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
-_MOST_OBJECTS = 2000  # that are looked at for generators
+def _resetting(generator: Any) -> Callable[[], Any]:
+    """Returns a call that sets a generator to its state of now."""
+    if isinstance(generator, np.random.Generator):
+        bits = generator.bit_generator
+        return functools.partial(setattr, bits, "state", bits.state)
+    if isinstance(generator, random.Random):
+        return functools.partial(generator.setstate, generator.getstate())
+    return functools.partial(generator.set_state, generator.get_state())
 
 
 def generators_in(*holders: Any) -> list[Any]:
@@ -85,37 +90,13 @@ def generators_in(*holders: Any) -> list[Any]:
         seen.add(id(one))
         if isinstance(one, _GENERATORS):
             found.append(one)
-        elif isinstance(one, (list, tuple)):
-            waiting += one[:50]
-        elif isinstance(one, dict):
-            waiting += list(one.values())[:50]
+        elif isinstance(one, (list, tuple, dict)):
+            waiting += list(one.values() if isinstance(one, dict) else one)[:50]
         else:
             waiting += list(getattr(one, "__dict__", {}).values())
-            waiting += [cell.cell_contents for cell in getattr(one, "__closure__", None) or () if _is_filled(cell)]
+            waiting += gc.get_referents(*(getattr(one, "__closure__", None) or ()))  # contents of cells
             waiting.append(getattr(one, "__self__", None))
     return found
-
-
-def _is_filled(cell: Any) -> bool:
-    try:
-        return cell.cell_contents is not None
-    except ValueError:
-        return False
-
-
-def _get_state(generator: Any) -> Any:
-    if isinstance(generator, np.random.Generator):
-        return generator.bit_generator.state
-    return generator.getstate() if isinstance(generator, random.Random) else generator.get_state()
-
-
-def _set_state(generator: Any, state: Any) -> None:
-    if isinstance(generator, np.random.Generator):
-        generator.bit_generator.state = state
-    elif isinstance(generator, random.Random):
-        generator.setstate(state)
-    else:
-        generator.set_state(state)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -128,21 +109,19 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module, own_modes: bool = False, trains: bool = True) -> Iterator[None]:
-    """Training mode inside; afterwards every random state, buffer (BN statistics), gradient and mode is as before, and
-    so is what modules keep in plain attributes (``hidden_state``), such as RetinaNet's loss normalizer.
+    """Training mode inside; afterwards every random state, buffer, gradient and mode is as before, and so is what
+    modules keep in plain attributes (``HiddenState``).
 
     Args:
         own_modes: every module stays in its mode, as long as the model has that in which it trains (frozen BN stays
             frozen).
         trains: whether that is training mode.
     """
-    buffers = [
-        (module, dict(module._buffers), {key: _cloned(buffer) for key, buffer in module._buffers.items()})
-        for module in model.modules()
-    ]
+    modules = [(each, each.training, dict(vars(each)), dict(each._buffers)) for each in model.modules()]
+    plain = [value for _, _, held, _ in modules for value in held.values() if _is_plain(value)]
+    tensors = [tensor for tensor in (*model.buffers(), *plain) if torch.is_tensor(tensor)]
+    values = [tensor.detach().clone() for tensor in tensors]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
-    hidden = HiddenState(model)
     for parameter, _ in gradients:
         parameter.grad = None
     with preserved_random_state():
@@ -151,28 +130,75 @@ def undisturbed(model: nn.Module, own_modes: bool = False, trains: bool = True) 
                 model.train(trains)
             yield
         finally:
-            for module, held, values in buffers:
-                _put_back(module, held, values)
-            hidden.put_back()
+            for module, mode, held, buffers in modules:
+                for now, before in ((vars(module), held), (module._buffers, buffers)):
+                    now.clear()
+                    now.update(before)
+                module.training = mode
+            for tensor, value in zip(tensors, values, strict=True):
+                with torch.no_grad():
+                    if tensor.shape != value.shape:
+                        tensor.resize_(value.shape)
+                    tensor.copy_(value)
             for parameter, gradient in gradients:
                 parameter.grad = gradient
-            for module, mode in modes:
-                module.training = mode
 
 
-def _cloned(buffer: Tensor | None) -> Tensor | None:
-    return None if buffer is None else buffer.detach().clone()
+class HiddenState:
+    """Numbers and tensors that modules of ``model`` keep in plain attributes and non-persistent buffers, as they are
+    when this is made. Detectron2's RetinaNet and FCOS average their loss normalizer so.
+
+    Not seen: attributes of any other kind (lists, dicts, NumPy arrays, generators), tensors that belong to a graph or
+    have more than 1,000,000 elements, and attributes that are removed later.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._before = dict(_attributes(model))
+
+    def changed(self) -> dict[str, Any]:
+        """Attributes that have another value now, as "module:attribute" -> value (tensors on the CPU); loads under
+        ``torch.load(weights_only=True)``."""
+        before = self._before
+        now = _attributes(self.model)
+        return {name: value for name, value in now if name not in before or not _is_same(value, before[name])}
+
+    def load(self, changed: dict[str, Any]) -> list[str]:
+        """Sets what ``changed`` of another process returned; the names that this model does not have."""
+        unknown = []
+        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        for name, value in changed.items():
+            module, _, attribute = name.rpartition(":")
+            try:
+                owner = self.model.get_submodule(module)
+            except AttributeError:
+                unknown.append(name)
+                continue
+            if torch.is_tensor(value):
+                held = getattr(owner, attribute, None)
+                value = value.to(held.device if torch.is_tensor(held) else device)
+            setattr(owner, attribute, value)
+        return unknown
 
 
-@torch.no_grad()
-def _put_back(module: nn.Module, held: dict[str, Tensor | None], values: dict[str, Tensor | None]) -> None:
-    """Also of buffers that were registered, replaced or resized: no public call puts the same tensor back."""
-    module._buffers.clear()
-    module._buffers.update(held)
-    for key, buffer in held.items():
-        if buffer is None:
-            continue
-        if buffer.shape == values[key].shape:
-            buffer.copy_(values[key])
-        else:
-            module._buffers[key] = values[key]
+def _attributes(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """("module:attribute", value) of what ``HiddenState`` sees, tensors copied to the CPU."""
+    for name, module in model.named_modules():
+        held = vars(module) | {key: module._buffers.get(key) for key in module._non_persistent_buffers_set}
+        for key, value in held.items():
+            if key != "training" and _is_plain(value):
+                value = value.detach().cpu().clone() if torch.is_tensor(value) else value
+                yield f"{name}:{key}", float(value) if isinstance(value, float) else value
+
+
+def _is_plain(value: Any) -> bool:
+    """Tells whether ``value`` is a number, None or a small tensor outside of any graph."""
+    if torch.is_tensor(value):
+        return value.grad_fn is None and not isinstance(value, nn.Parameter) and value.numel() <= _LARGEST
+    return isinstance(value, (bool, int, float, type(None)))
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    if type(a) is not type(b):
+        return False
+    return a.dtype == b.dtype and torch.equal(a, b) if torch.is_tensor(a) else a == b

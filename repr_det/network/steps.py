@@ -1,6 +1,7 @@
 """Optimizers seen from outside: those inside others, a call for every step, and their learning rates."""
 
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
@@ -11,13 +12,12 @@ from torch.optim import Optimizer
 
 
 def with_inner(optimizer: Any) -> list[Optimizer]:
-    """An optimizer or a list of them, and those that they hold and step themselves (SAM, Lookahead, accelerate's
-    wrapper)."""
+    """An optimizer or a list of them, and those that they hold and step (SAM, Lookahead, accelerate's wrapper)."""
     found: list[Any] = []
     waiting = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
     while waiting:
         holder = waiting.pop(0)
-        if not any(holder is one for one in found):
+        if holder not in found:
             found.append(holder)
             waiting += [value for value in vars(holder).values() if isinstance(value, Optimizer)]
     return [one for one in found if isinstance(one, Optimizer) and "state" in vars(one)]
@@ -28,8 +28,8 @@ def around_step(
 ) -> list[Any]:
     """Calls ``before`` and ``after`` around every step, once for optimizers that step each other.
 
-    torch runs the hooks of an instance in ``step`` of every class that has been used, so twice where that of a subclass
-    calls that of its base. Returns handles with ``remove``.
+    torch runs the hooks of an instance twice where ``step`` of a subclass calls that of its base. Returns handles with
+    ``remove``.
     """
 
     def unless_inside(call: Callable[[], Any]) -> Callable[..., None]:
@@ -46,25 +46,21 @@ def around_step(
     return handles
 
 
-def _is_inside(optimizers: Sequence[Optimizer], frame: FrameType | None) -> bool:
+def _is_inside(optimizers: Sequence[Optimizer], frame: FrameType) -> bool:
     """Tells whether the step that ``frame`` runs in has been called from another step of one of the optimizers."""
 
     def is_step(frame: FrameType) -> bool:
         return any(frame.f_locals.get("self") is optimizer for optimizer in optimizers)
 
-    while frame is not None and not is_step(frame):
-        frame = frame.f_back
-    step, outer = frame, None if frame is None else frame.f_back
-    while outer is not None and not (outer.f_code is step.f_code and is_step(outer)):
-        outer = outer.f_back
-    return outer is not None
+    frames = (outer for outer, _ in traceback.walk_stack(frame))
+    step = next(filter(is_step, frames), None)
+    return any(outer.f_code is step.f_code and is_step(outer) for outer in frames)
 
 
 def scale_rates(optimizers: Sequence[Optimizer], share: Callable[[], float]) -> list[Any]:
-    """Every step takes its learning rates times ``share()``, which is asked before each.
+    """Every step takes its learning rates times ``share()``; schedules, logs and checkpoints do not see it.
 
-    The rates are changed around the step alone: learning-rate schedules, logs and checkpoints do not see it. Returns
-    handles with ``remove``.
+    Returns handles with ``remove``.
     """
     own: list[dict[str, Any]] = []
     rates: list[Any] = []
@@ -74,14 +70,11 @@ def scale_rates(optimizers: Sequence[Optimizer], share: Callable[[], float]) -> 
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]  # others after load_state_dict
         own[:] = {id(group): group for group in groups}.values()  # SAM's are those of its inner optimizer
         rates[:] = [rate.clone() if torch.is_tensor(rate := group["lr"]) else rate for group in own]
-        scaled: set[int] = set()
+        # A tensor stays the same, which a compiled step reads; several groups may have one together.
+        for tensor in {group["lr"] for group in own if torch.is_tensor(group["lr"])}:
+            tensor.mul_(factor)
         for group in own:
-            if torch.is_tensor(group["lr"]):
-                # It stays the same tensor, which a compiled step reads; several groups may have one together.
-                if id(group["lr"]) not in scaled:
-                    group["lr"].mul_(factor)
-                scaled.add(id(group["lr"]))
-            else:
+            if not torch.is_tensor(group["lr"]):
                 group["lr"] *= factor
 
     def put_back() -> None:

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 # The documented way to see every operation (docs.pytorch.org, "Extending PyTorch", modes). No public module has it.
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
-# What a norm, and in part a conv, holds for each channel.
-PARTS = ("weight", "bias", "running_mean", "running_var")
+# Values stay what they are.
+_COPIES = {"_to_copy", "clone", "detach", "alias", "contiguous", "_conj", "_neg_view", "to_mkldnn"}
 # What these put out does not depend on the values that go in.
 _FRESH = {
     *("empty", "zeros", "ones", "full", "rand", "randn", "arange", "scalar_tensor", "randint", "randperm"),
@@ -30,7 +31,7 @@ _NESTED = 6  # how deep a result is searched for tensors
 
 @dataclass(frozen=True)
 class Value:
-    """A tensor in the arguments of an operation: its number, and what a stand-in for it needs."""
+    """A tensor in the arguments of an operation. Copies, of another type say, have the same number."""
 
     number: int
     dtype: torch.dtype
@@ -59,6 +60,11 @@ class Operation:
     modules: tuple[str, ...]
     call: int
 
+    @property
+    def module(self) -> str:
+        """The innermost of ``modules``, or ""."""
+        return self.modules[-1] if self.modules else ""
+
 
 class Trace(TorchDispatchMode):
     """Records the operations that run in this thread while it is entered.
@@ -71,6 +77,7 @@ class Trace(TorchDispatchMode):
         constants: numbers of values that no data went into: what ``model`` holds, fresh tensors, and what is made of
             these alone.
         parameters: "module.attribute" of watched modules that have run -> number.
+        left: numbers of the values that left the network.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -82,13 +89,14 @@ class Trace(TorchDispatchMode):
         # Tensors that share memory change together when one of them is written to in place.
         self._sharing: dict[int, WeakTensorKeyDictionary] = {}
         self.parameters: dict[str, int] = {}
+        self.left: set[int] = set()
         held = [*model.parameters(), *model.buffers(), *_attributes(model)]
         self.constants = {self.number(tensor) for tensor in held}
 
     def enter_module(self, name: str, module: nn.Module) -> None:
         self._calls += 1
         self._running.append((name, self._calls))
-        for key in PARTS:  # of a replica, in DataParallel
+        for key in ("weight", "bias"):  # of a replica, in DataParallel
             tensor = getattr(module, key, None)
             if isinstance(tensor, Tensor):
                 self.parameters.setdefault(f"{name}.{key}", self.number(tensor))
@@ -98,26 +106,30 @@ class Trace(TorchDispatchMode):
 
     def number(self, tensor: Tensor) -> int:
         """The number of the value that ``tensor`` holds now."""
-        if tensor not in self._numbers:
-            self._renumber(tensor)
-        return self._numbers[tensor]
+        return self._numbers[tensor] if tensor in self._numbers else self._renumber(tensor)
 
-    def _renumber(self, tensor: Tensor) -> int:
-        self._count += 1
-        self._numbers[tensor] = self._count
+    def _renumber(self, tensor: Tensor, number: int | None = None) -> int:
+        if number is None:
+            self._count += 1
+            number = self._count
+        self._numbers[tensor] = number
         if tensor.layout == torch.strided and (place := tensor.untyped_storage().data_ptr()):
             self._sharing.setdefault(place, WeakTensorKeyDictionary())[tensor] = True
-        return self._count
+        return number
 
     def __torch_dispatch__(
         self, function: Any, types: Any, arguments: tuple = (), keywords: dict[str, Any] | None = None
     ) -> Any:
         keywords = keywords or {}
-        noted = _mapped(arguments, self._noted)
-        noted_keywords = _mapped(keywords, self._noted)
-        inputs = [value.number for value in values_in((noted, noted_keywords))]
+        noted, noted_keywords = tree_map_only(
+            Tensor, lambda each: Value(self.number(each), each.dtype, each.shape), (arguments, keywords)
+        )
+        inputs = numbers_in((noted, noted_keywords))
         result = function(*arguments, **keywords)
         name = function.overloadpacket.__name__
+        if name in _COPIES:
+            self._renumber(result, inputs[0])
+            return result
         in_place = name.endswith("_") and not name.endswith("__")
         name = name[:-1] if in_place else name
         outputs = [self._renumber(tensor) for tensor in tensors_in(arguments[0] if in_place else result)]
@@ -141,11 +153,6 @@ class Trace(TorchDispatchMode):
         call = self._running[-1][1] if self._running else 0
         self.operations.append(Operation(function, name, arguments, keywords, inputs, outputs, modules, call))
 
-    def _noted(self, argument: Any) -> Any:
-        if not isinstance(argument, Tensor):
-            return argument
-        return Value(self.number(argument), argument.dtype, argument.shape)
-
 
 class TracedPass:
     """Traces the next passes of a network, each from the entry of its outermost module to the exit.
@@ -153,17 +160,13 @@ class TracedPass:
     Args:
         watched: modules whose calls the operations are to name.
         outer: modules by which a pass may be entered, with all that runs inside them.
-        done: called with the trace and the numbers of the values that left the outermost module.
+        done: called with the trace of each pass that has not been ended by an error.
     """
 
     def __init__(
-        self,
-        watched: Mapping[str, nn.Module],
-        outer: Iterable[nn.Module],
-        done: Callable[[Trace, set[int]], None],
+        self, watched: Mapping[str, nn.Module], outer: Iterable[nn.Module], done: Callable[[Trace], None]
     ) -> None:
         self._done = done
-        self._watched = dict(watched)
         self._trace: Trace | None = None
         self._thread = 0
         self._depth = 0
@@ -171,13 +174,12 @@ class TracedPass:
         self._handles: list[Any] = []
         for module in outer:
             self._hook(module, self._enter, self._leave)
-        for name, module in self._watched.items():
+        for name, module in watched.items():
             self._hook(module, lambda module, _, name=name: self._enter_watched(name, module), self._leave_watched)
 
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles = []
 
     def _hook(self, module: nn.Module, before: Callable[..., None], after: Callable[..., None]) -> None:
         # A compiled network runs this pass as it is: what a dispatch mode sees is not compiled.
@@ -185,12 +187,13 @@ class TracedPass:
         self._handles.append(module.register_forward_hook(HookOfOne(after), always_call=True))
 
     def _enter(self, module: nn.Module, inputs: Any) -> None:
-        thread = threading.get_ident()  # DataParallel runs replicas in threads of their own; one of them is traced
-        with self._lock:
-            if self._trace is None and _is_a_training_pass():
-                self._trace, self._thread, self._depth = Trace(module), thread, 0
+        # Checkpointing runs parts again in the backward pass; no public function tells whether one runs in this thread.
+        trains = torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1
+        with self._lock:  # DataParallel runs replicas in threads of their own; one of them is traced
+            if self._trace is None and trains:
+                self._trace, self._thread, self._depth = Trace(module), threading.get_ident(), 0
                 self._trace.__enter__()
-            if self._trace is not None and thread == self._thread:
+            if self._is_mine():
                 self._depth += 1
 
     def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
@@ -201,9 +204,9 @@ class TracedPass:
             return
         trace, self._trace = self._trace, None
         trace.__exit__(None, None, None)
-        if output is not None:  # the pass has not been ended by an error
-            left = [*tensors_in(output), *_attributes(module)]
-            self._done(trace, {trace.number(tensor) for tensor in left})
+        if output is not None:
+            trace.left = {trace.number(tensor) for tensor in (*tensors_in(output), *_attributes(module))}
+            self._done(trace)
 
     def _enter_watched(self, name: str, module: nn.Module) -> None:
         if self._is_mine():
@@ -217,13 +220,6 @@ class TracedPass:
         return self._trace is not None and threading.get_ident() == self._thread
 
 
-def _is_a_training_pass() -> bool:
-    """Gradients are wanted, and it is not a part of one that checkpointing runs again in the backward pass."""
-    # No public function tells whether a backward pass runs in this thread.
-    again = torch._C._current_graph_task_id() != -1
-    return torch.is_grad_enabled() and not again
-
-
 class HookOfOne:
     """A hook of a module that copies and pickles of the module are without."""
 
@@ -233,19 +229,12 @@ class HookOfOne:
     def __call__(self, *arguments: Any) -> Any:
         return self.function(*arguments)
 
-    def __deepcopy__(self, memo: dict) -> Callable[..., None]:
-        return _nothing
-
     def __reduce__(self) -> tuple:
-        return _nothing_again, ()
+        return HookOfOne, (_nothing,)
 
 
 def _nothing(*arguments: Any) -> None:
     pass
-
-
-def _nothing_again() -> Callable[..., None]:
-    return _nothing
 
 
 def tensors_in(result: Any, depth: int = _NESTED) -> Iterator[Tensor]:
@@ -253,15 +242,9 @@ def tensors_in(result: Any, depth: int = _NESTED) -> Iterator[Tensor]:
     if isinstance(result, Tensor):
         yield result
     elif depth and not isinstance(result, nn.Module):
-        parts = result if isinstance(result, (list, tuple, set)) else _parts(result)
-        for part in parts:
+        parts = result if isinstance(result, (list, tuple, set, Mapping)) else getattr(result, "__dict__", {})
+        for part in list(parts.values() if isinstance(parts, Mapping) else parts):
             yield from tensors_in(part, depth - 1)
-
-
-def _parts(result: Any) -> Iterable[Any]:
-    if isinstance(result, Mapping):
-        return list(result.values())
-    return list(getattr(result, "__dict__", {}).values())
 
 
 def _attributes(model: nn.Module) -> Iterator[Tensor]:
@@ -272,18 +255,6 @@ def _attributes(model: nn.Module) -> Iterator[Tensor]:
                 yield from tensors_in(held, depth=1)
 
 
-def _mapped(argument: Any, function: Callable[[Any], Any]) -> Any:
-    if isinstance(argument, (list, tuple)):
-        return tuple(_mapped(part, function) for part in argument)
-    if isinstance(argument, dict):
-        return {key: _mapped(part, function) for key, part in argument.items()}
-    return function(argument)
-
-
-def values_in(arguments: Any) -> Iterator[Value]:
-    """The ``Value`` s in noted arguments."""
-    if isinstance(arguments, Value):
-        yield arguments
-    elif isinstance(arguments, (tuple, dict)):
-        for part in arguments.values() if isinstance(arguments, dict) else arguments:
-            yield from values_in(part)
+def numbers_in(arguments: Any) -> list[int]:
+    """The numbers of the values in noted arguments."""
+    return [leaf.number for leaf in tree_leaves(arguments) if isinstance(leaf, Value)]

@@ -20,8 +20,7 @@ from detectron2.utils.events import EventStorage, JSONWriter
 from torch import nn
 
 from repr_det.method.errors import UserError
-from repr_det.network.hidden_state import HiddenState
-from repr_det.network.state import random_state, set_random_state
+from repr_det.network.state import HiddenState, random_state, set_random_state
 from repr_det.runs.checkpoints import is_saved
 from repr_det.runs.files import METRICS_FILE, last_logged, truncate_log
 from repr_det.runs.loader import ResumableLoader
