@@ -39,7 +39,8 @@ class Folder:
             self.json.write_text(json.dumps(self.content))
         summary = datasets.check_coco_format(self.json, self.images, name)
         if for_evaluation:
-            summary.check_evaluation(Findings(self.json, name))
+            gaps = summary.gaps
+            Findings(self.json, name).report(gaps.get("evaluation", ()), gaps.get("area doubts", ()))
         return summary
 
 

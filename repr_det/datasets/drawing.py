@@ -84,12 +84,6 @@ def distractor(dice: Dice) -> Loops:
     return [np.array([(-end, -end), (bend, -end), (bend, -bend), (end, -bend), (end, end), (-end, end)])]
 
 
-def bar(length: int, thickness: int) -> Loops:
-    """A bar of `thickness` px once it is drawn with the radius `length` / 2."""
-    half = ONE * thickness // length
-    return [np.array([(ONE, half), (-ONE, half), (-ONE, -half), (ONE, -half)])]
-
-
 def stencil(loops: Loops, radius: int, stretch: int = 100, degree: int = 0) -> np.ndarray:
     """The loops, stretched across (percent), turned and scaled: a centred (2 * radius + 3, 2 * radius + 3) bool array.
 

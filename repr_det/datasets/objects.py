@@ -2,12 +2,11 @@
 
 import math
 import re
+import reprlib
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-
-from repr_det.datasets.findings import shown
 
 MANY = 0.1  # share of objects from which on an oddity looks like a mistake of the whole file
 MAX_USELESS = 0.001  # share of faulty objects that passes with a warning: COCO's own train2017 has 2 in 860,001
@@ -16,32 +15,30 @@ ENOUGH = 50  # boxes from which on one says something of all of them
 LARGEST_AREA = 1e10  # in px: pycocotools ignores larger objects, and those of negative area
 LEAST_AREA, SMALL_AREA = 0.001, 0.02  # shares of its box that no object, and only few objects, have less of
 LARGEST_SHARE = 1.1  # of its box, that no object has more of
-RIGHT_AREA = "give the object's area in pixels, or width * height"
+RIGHT_AREA = "give the object's area in pixels"
 FORM = "a bbox must be [x, y, width, height] in pixels"
-LEFT_OUT = "and Detectron2 leaves such an object out"
+BEYOND = f": {FORM}"
 NEEDED = "which COCO evaluation needs"
-CORNERS = f", and Detectron2 clips it: {FORM}, not two corners"
+LEFT_OUT = "and Detectron2 leaves such an object out"
 RUN = "[P-o]{0,6}[0-O]"  # of COCO's compressed RLE: groups of five bits, of which the last lacks the sixth
+
+# Which objects are odd (N,), for which purpose more of them than so many are refused, what is wrong.
+Row = tuple[np.ndarray, dict[str, float], str]
 
 
 class Objects:
-    """The annotations of a data set, which have the types of ``schema``.
+    """The annotations of a data set, of the types that ``coco_format`` checks.
 
     Attributes:
-        boxes: (N, 4), as they are given.
-        image, sizes: the number of each annotation's image (N,), and its width and height (N, 2).
-        areas: (N,), NaN for an object without one.
+        boxes, sizes: (N, 4), as they are given, and width and height of their images (N, 2).
         few, many: how many faulty objects are no reason to refuse a file, and how many look like a mistake of it all.
     """
 
     def __init__(self, annotations: list[dict[str, Any]], images: dict[int | str, dict[str, Any]]) -> None:
         self.annotations = annotations
-        numbers = {image_id: number for number, image_id in enumerate(images)}
-        sizes = np.array([(image["width"], image["height"]) for image in images.values()], float)
-        self.image = np.array([numbers[entry["image_id"]] for entry in annotations])
-        self.sizes = sizes[self.image]
+        own = [images[entry["image_id"]] for entry in annotations]
+        self.sizes = np.array([(image["width"], image["height"]) for image in own], float)
         self.boxes = np.array([entry["bbox"] for entry in annotations], float)
-        self.areas = np.array([_area(entry.get("area")) for entry in annotations], float)
         self.few = max(MAX_USELESS * len(annotations), int(len(annotations) >= ONE_IN))
         self.many = MANY * len(annotations)
 
@@ -56,19 +53,15 @@ class Objects:
         number = int(odd.argmax())
         entry = self.annotations[number]
         box = ", ".join(f"{value:.6g}" for value in entry["bbox"])
+        area = reprlib.repr(entry.get("area"))
         width, height = self.sizes[number]
-        where = f"image {entry['image_id']!r} of {width:.0f}x{height:.0f}"
         return (
-            f"annotation {entry['id']} {what} (bbox [{box}], area {shown(entry.get('area'))}, in {where}; "
-            f"{odd.sum()} such of {len(odd)})"
+            f"annotation {entry['id']} {what} (bbox [{box}], area {area}, in image {entry['image_id']!r} of "
+            f"{width:.0f}x{height:.0f}; {odd.sum()} such of {len(odd)})"
         )
 
 
-def _area(value: object) -> float:
-    return value if type(value) in (int, float) and abs(value) < 1e300 else math.nan
-
-
-def gaps_of(objects: Objects) -> dict[str, list[str]]:
+def gaps_of(annotations: list[dict[str, Any]], images: dict[int | str, dict[str, Any]]) -> dict[str, list[str]]:
     """Looks at objects as the model and the evaluator will.
 
     Returns:
@@ -76,6 +69,7 @@ def gaps_of(objects: Objects) -> dict[str, list[str]]:
         "polygons" (masks that are polygons alone), "keypoints" (their evaluation); "doubts" are warnings, "area doubts"
         such of evaluation
     """
+    objects = Objects(annotations, images)
     gaps: dict[str, list[str]] = {}
     for odd, limits, what in (*_box_rows(objects), *_evaluation_rows(objects), *_mask_rows(objects)):
         for purpose, limit in limits.items():
@@ -83,10 +77,6 @@ def gaps_of(objects: Objects) -> dict[str, list[str]]:
                 gaps.setdefault(purpose, []).append(objects.first(odd, what))
                 break
     return gaps
-
-
-# A row: which objects are odd (N,), for which purpose they are refused if they are more than so many, what is wrong.
-Row = tuple[np.ndarray, dict[str, float], str]
 
 
 def _box_rows(objects: Objects) -> list[Row]:
@@ -100,30 +90,34 @@ def _box_rows(objects: Objects) -> list[Row]:
         (flat, some, f"has a bbox without area, {LEFT_OUT}"),
         (outside, some, f"has a bbox outside its image{form}"),
         (fractions, {"training": many, "doubts": few}, "has a bbox of a pixel or less: give pixels, not fractions"),
-        (beyond, {"doubts": 0 if form else many}, f"has a bbox that reaches beyond its image{form or CORNERS}"),
+        (beyond, {"doubts": 0 if form else many}, f"has a bbox that reaches beyond its image{form or BEYOND}"),
         (np.full(len(boxes), bool(scale)), {"doubts": 0}, scale),
         (_twins(objects), {"doubts": few}, "has the class and the box of another object of its image: list it once"),
     ]
 
 
 def _evaluation_rows(objects: Objects) -> list[Row]:
-    areas, extents = objects.areas, objects.boxes[:, 2:]
-    ignored = (areas < 0) | (areas > LARGEST_AREA)
+    areas = np.array([_area(entry.get("area")) for entry in objects.annotations])
+    extents = objects.boxes[:, 2:]
     share = areas / extents.prod(1).clip(1e-9)
     impossible = (share < LEAST_AREA) | (areas > LARGEST_SHARE * (extents + 1).prod(1))
-    doubtful = f"has an 'area' that cannot be that of its bbox, and APs, APm and APl go by it: {RIGHT_AREA}"
+    ignored = (areas < 0) | (areas > LARGEST_AREA)
     uneven = objects.where(lambda entry: len(entry.get("keypoints") or ()) % 3)
+    doubtful = f"has an 'area' that cannot be that of its bbox, and APs, APm and APl go by it: {RIGHT_AREA}"
     return [
-        (objects.lacking("area"), {"evaluation": 0}, f"has no 'area', {NEEDED}: {RIGHT_AREA}"),
+        (np.isnan(areas), {"evaluation": 0}, f"must have a finite number as 'area', {NEEDED}: {RIGHT_AREA}"),
         (objects.lacking("iscrowd"), {"evaluation": 0}, f"has no 'iscrowd', {NEEDED}: give 0 for a single object"),
-        (np.isnan(areas), {"evaluation": 0}, f"must have a finite number as 'area': {RIGHT_AREA}"),
         (ignored, {"evaluation": objects.few}, f"has an 'area' that COCO evaluation ignores: {RIGHT_AREA}"),
         (impossible, {"area doubts": objects.few}, doubtful),
-        (impossible | (share < SMALL_AREA), {"area doubts": objects.many}, doubtful),
+        (~impossible & (share < SMALL_AREA), {"area doubts": objects.many}, doubtful),
         (objects.lacking("keypoints"), {"keypoints": 0}, f"has no 'keypoints', {NEEDED}"),
         (objects.lacking("num_keypoints"), {"keypoints": 0}, f"has no 'num_keypoints', {NEEDED}"),
         (uneven, {"keypoints": 0}, "must have keypoints of three numbers each"),
     ]
+
+
+def _area(value: object) -> float:
+    return value if type(value) in (int, float) and abs(value) < 1e300 else math.nan
 
 
 def _mask_rows(objects: Objects) -> list[Row]:
@@ -187,13 +181,13 @@ def _other_scale(ends: np.ndarray, sizes: np.ndarray) -> str:
 def _twins(objects: Objects) -> np.ndarray:
     """Objects that have the class and, to a pixel, the box of an earlier one of their image (N,)."""
     offset = 0.3717  # so that coordinates as halves and quarters do not lie where rounding is a matter of noise
-    classes = [entry["category_id"] % 2**62 for entry in objects.annotations]
-    corners = np.floor(objects.boxes.clip(-1e15, 1e15) + offset).astype(int)
-    weights = np.random.default_rng(0).integers(1, 2**62, 6) | 1
-    keys = (np.column_stack([objects.image, classes, corners]) * weights).sum(1)
-    twins = np.ones(len(keys), bool)
-    twins[np.unique(keys, return_index=True)[1]] = False
-    return twins
+    boxes = np.floor(objects.boxes + offset).tolist()
+    first: dict[tuple, int] = {}
+    twins = []
+    for number, (entry, box) in enumerate(zip(objects.annotations, boxes, strict=True)):
+        key = (entry["image_id"], entry["category_id"], *box)
+        twins.append(first.setdefault(key, number) != number)
+    return np.array(twins)
 
 
 def _is_lost(segmentation: object) -> bool:
@@ -211,14 +205,12 @@ def _mask_fault(segmentation: list | dict | None, width: int, height: int) -> st
                 return None
         except (TypeError, OverflowError):  # no number, or an integer beyond the range of floats
             pass
-        return f"a polygon with a coordinate that is no finite number: {shown(segmentation)}"
-    counts = segmentation["counts"]
-    if segmentation["size"] != [height, width]:
-        return (
-            f"RLE that must have the size [height, width] of its image, {[height, width]}, got {segmentation['size']}"
-        )
+        return f"a polygon with a coordinate that is no finite number: {reprlib.repr(segmentation)}"
+    size, counts = segmentation["size"], segmentation["counts"]
+    if size != [height, width]:
+        return f"RLE of the size {size}, which must be the [height, width] of its image, {[height, width]}"
     if isinstance(counts, str) and not re.fullmatch(f"({RUN})*", counts):
-        return f"RLE whose counts are not of COCO's compressed form: {shown(counts)}"
+        return f"RLE whose counts are not of COCO's compressed form: {reprlib.repr(counts)}"
     runs = _runs(counts) if isinstance(counts, str) else counts
     if min(runs, default=0) < 0 or sum(runs) != width * height:
         return f"RLE whose counts add up to {sum(runs)}, not to the {width * height} pixels of its image"

@@ -1,24 +1,22 @@
 """The embedded detection data set: textured geometric shapes with scale variation, occlusion and clutter, COCO format.
 
 Everything is drawn from a seed with integer NumPy arithmetic, so that pixels and boxes are the same on every machine;
-OpenCV writes the PNG files, whose byte stream alone may depend on its zlib. Boxes are amodal (the full extent of a
-shape, clipped to the image). At least MIN_VISIBLE percent of every shape can be seen: a later shape or occluder that
-would hide more is not drawn.
+OpenCV writes the PNG files, whose byte stream alone may depend on its zlib. Boxes are amodal: the full extent of a
+shape, clipped to the image.
 """
 
-import fcntl
 import json
 import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import cv2
 import numpy as np
+from filelock import FileLock
 
-from repr_det.datasets.drawing import OUTLINES, Dice, bar, blob, distractor, far, mix, near, stencil, texture
+from repr_det.datasets.drawing import ONE, OUTLINES, Dice, blob, distractor, far, mix, near, stencil, texture
 from repr_det.method.errors import UserError
 
 # What the data set is, and how hard. Any change makes another data set and needs another STAMP: folders that were built
@@ -128,7 +126,9 @@ class _Canvas:
         dice = self.dice
         if dice.chance(50):
             radius = dice.between(8, 90)
-            mask = stencil(bar(2 * radius, dice.pick((1, 1, 2, 3, 5))), radius, 100, dice.between(0, 359))
+            half = ONE * dice.pick((1, 1, 2, 3, 5)) // (2 * radius)  # of its thickness
+            bar = np.array([(ONE, half), (-ONE, half), (-ONE, -half), (ONE, -half)])
+            mask = stencil([bar], radius, 100, dice.between(0, 359))
         else:
             mask = stencil(distractor(dice), dice.between(5, 32), dice.between(*STRETCH), dice.between(0, 359))
         where, inside = self.place(mask)
@@ -152,9 +152,8 @@ def generate_shapes(split_seed: int, num_images: int) -> Iterator[tuple[np.ndarr
 
     Yields:
         image: uint8 (H, W, 3), BGR, H and W from IMAGE_SIDES
-        objects: per shape, in drawing order, {"bbox": [x, y, w, h] int px (amodal, inside the image),
-            "category_id": 1-based index into CLASS_NAMES, "area": int px of the shape inside the image,
-            hidden ones included, "iscrowd": 0}
+        objects: per shape {"bbox": [x, y, w, h] int px, "category_id": 1-based index into CLASS_NAMES, "area": int px
+            of the shape inside the image, hidden ones included, "iscrowd": 0}
     """
     for index in range(num_images):
         dice = Dice(split_seed, index)
@@ -177,11 +176,51 @@ def annotation_file(root: Path, part: str) -> Path:
     return root / "annotations" / f"{part}.json"
 
 
+def build_shapes(root: str | os.PathLike) -> Path:
+    """Make sure that the folder `root` holds the data set: train/*.png, val/*.png, annotations/*.json and VERSION.
+
+    It is drawn, in about ten seconds, in a temporary sibling folder and renamed, so that it is there as a whole or not
+    at all; of several processes one draws it and the others wait. A finished folder is reused; one that another version
+    of the generator made, or that lacks a part, is replaced.
+
+    Raises:
+        UserError: `root` holds something else, or cannot be written
+    """
+    root = Path(root).expanduser().resolve()
+    if _is_finished(root):
+        return root
+    try:
+        root.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(root.with_name(f".{root.name}.lock")):
+            if not _is_finished(root):  # by another process meanwhile
+                _build(root)
+    except OSError as error:
+        raise UserError(
+            f"the shapes data set cannot be written to {root} ({error}): "
+            "empty it, or set DETECTRON2_DATASETS to another folder"
+        ) from error
+    return root
+
+
 def _stamp(root: Path) -> str:
     try:
         return (root / "VERSION").read_text(errors="replace")
     except OSError:
         return ""
+
+
+def _is_finished(root: Path) -> bool:
+    return _stamp(root) == STAMP and all(annotation_file(root, part).is_file() for part in PARTS)
+
+
+def _build(root: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as scratch:
+        fresh = Path(scratch) / "new"
+        _write(fresh)
+        if _stamp(root).startswith(STAMP_OWNER):
+            root.rename(Path(scratch) / "outdated")
+        fresh.rename(root)  # fails if other data are there
+    print(f"shapes data set: drawn in {root}", file=sys.stderr)
 
 
 def _write(root: Path) -> None:
@@ -202,62 +241,3 @@ def _write(root: Path) -> None:
                 content = {"info": info, "images": images[:number], "annotations": some, "categories": categories}
                 annotation_file(root, part).write_text(json.dumps(content, sort_keys=True))
     (root / "VERSION").write_text(STAMP)
-
-
-def build_shapes(root: str | os.PathLike, part: str = "train") -> Path:
-    """Make sure that `root` holds the data set: train/*.png, val/*.png, annotations/*.json and VERSION.
-
-    It is drawn, in about ten seconds, in a temporary sibling folder and renamed, so that it is there as a whole or not
-    at all; of several processes one draws it and the others wait. A finished folder is reused; one that another version
-    of the generator made, or that lacks a part, is replaced.
-
-    Args:
-        part: one of PARTS; all of them are built at once.
-
-    Returns:
-        the folder
-
-    Raises:
-        UserError: `root` is a file or holds something else, or cannot be written
-    """
-    root = Path(root).expanduser().resolve()
-    try:
-        if not _is_finished(root, part):
-            root.parent.mkdir(parents=True, exist_ok=True)
-            with _lock(root.parent):
-                _build(root, part)
-    except OSError as error:
-        raise UserError(
-            f"the shapes data set cannot be written to {root} ({error}): "
-            "set DETECTRON2_DATASETS to a folder that can be written"
-        ) from error
-    return root
-
-
-def _is_finished(root: Path, part: str) -> bool:
-    return _stamp(root) == STAMP and annotation_file(root, part).is_file()
-
-
-@contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # a file system that cannot lock, as NFS may be
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
-def _build(root: Path, part: str) -> None:
-    if _is_finished(root, part):  # by another process meanwhile
-        return
-    if root.is_file() or (root.is_dir() and any(root.iterdir()) and not _stamp(root).startswith(STAMP_OWNER)):
-        raise UserError(f"{root} holds other data: the shapes data set needs an empty or absent folder of its own")
-    with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as scratch:
-        fresh = Path(scratch) / "new"
-        _write(fresh)
-        if root.exists():
-            root.rename(Path(scratch) / "outdated")
-        fresh.rename(root)
-    print(f"shapes data set: drawn in {root}", file=sys.stderr)
