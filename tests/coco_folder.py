@@ -39,8 +39,7 @@ class Folder:
             self.json.write_text(json.dumps(self.content))
         summary = datasets.check_coco_format(self.json, self.images, name)
         if for_evaluation:
-            gaps = summary.gaps
-            Findings(self.json, name).report(gaps.get("evaluation", ()), gaps.get("area doubts", ()))
+            Findings(self.json, name).report(summary.gaps["evaluation"], summary.gaps["area doubts"])
         return summary
 
 

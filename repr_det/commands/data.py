@@ -7,7 +7,9 @@ from pathlib import Path
 
 from detectron2.data import DatasetCatalog
 
-from repr_det.datasets import agree_on_classes, any_mapped, listed, own_classes, register_builtin, register_coco_format
+from repr_det.datasets import register_builtin, register_coco_format
+from repr_det.datasets.findings import listed
+from repr_det.datasets.registered import agree_on_classes, any_mapped, own_classes
 from repr_det.method.errors import UserError
 from repr_det.runs.record import DATA_FILE
 

@@ -8,15 +8,11 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
-from repr_det.datasets import (
-    CocoSummary,
-    agree_on_classes,
-    any_mapped,
-    check_registered,
-    class_names,
-    listed,
-    shared_images,
-)
+from repr_det.datasets import check_registered, class_names
+from repr_det.datasets.coco_format import CocoSummary
+from repr_det.datasets.findings import listed
+from repr_det.datasets.image_files import shared_images
+from repr_det.datasets.registered import agree_on_classes, any_mapped
 from repr_det.method.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -67,8 +63,8 @@ def _warn_of_shared_images(trained: str, train: CocoSummary, tested: str, test: 
 def _check_masks(cfg: CfgNode, name: str, summary: CocoSummary, train: bool, test: bool) -> None:
     """Masks are there if they are learnt or evaluated, of crowd regions if they are evaluated."""
     for purpose in ("masks", "crowd masks") if test else ("masks",):
-        _refuse("MODEL.MASK_ON", name, summary.gaps.get(purpose))
-    if train and "polygons" in summary.gaps and cfg.INPUT.MASK_FORMAT == "polygon":
+        _refuse("MODEL.MASK_ON", name, summary.gaps[purpose])
+    if train and summary.gaps["polygons"] and cfg.INPUT.MASK_FORMAT == "polygon":
         gap = summary.gaps["polygons"][0]
         raise UserError(f"INPUT.MASK_FORMAT is 'polygon', but in {name} {gap}: set it to bitmask")
 
@@ -80,7 +76,7 @@ def _check_keypoints(name: str, summary: CocoSummary, train: bool, test: bool) -
         gaps = [f"objects have {listed(found)} numbers as keypoints, and its keypoint_names ask for {wanted} of each"]
     elif train and (not wanted or metadata.get("keypoint_flip_map") is None):
         gaps = ["the metadata have no keypoint_names and keypoint_flip_map, which MetadataCatalog must get"]
-    _refuse("MODEL.KEYPOINT_ON", name, gaps or (test and summary.gaps.get("keypoints")))
+    _refuse("MODEL.KEYPOINT_ON", name, gaps or (test and summary.gaps["keypoints"]))
 
 
 def _refuse(key: str, name: str, gaps: list[str] | None) -> None:

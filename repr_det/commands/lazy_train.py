@@ -17,7 +17,7 @@ from repr_det.commands.arguments import classes_of_data, output_folder
 from repr_det.commands.config_files import config_path
 from repr_det.commands.reads import Reads
 from repr_det.commands.train import Run
-from repr_det.datasets import listed
+from repr_det.datasets.findings import listed
 from repr_det.detectron.config import as_user_error
 from repr_det.detectron.lazy import (
     KEYS,

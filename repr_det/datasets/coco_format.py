@@ -15,8 +15,7 @@ from repr_det.datasets.findings import Findings, folded, listed, reason
 from repr_det.datasets.image_files import ImageFile, check_image_files
 from repr_det.datasets.objects import gaps_of
 
-# ---- the types that Detectron2 and pycocotools rely on; numbers within the right type are left to ``objects`` ----
-
+# The types that Detectron2 and pycocotools rely on; numbers within the right type are left to ``objects``.
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Length = Annotated[Finite, Field(gt=0, multiple_of=1)]  # some tools write 640.0
 Name = Annotated[str, Field(pattern=r"\S")]
@@ -68,7 +67,6 @@ class CocoSummary:
         classes: category id -> name, in the order of the ids.
         gaps: what stands in the way of evaluation, masks and keypoints, see ``objects.gaps_of``.
         keypoint_numbers: the lengths of the objects' lists of keypoints, crowd regions aside, 0 for those without.
-        files: the image files.
     """
 
     classes: dict[int, str]
@@ -101,8 +99,7 @@ def check_coco_format(
 
 
 def _check(findings: Findings, image_root: Path) -> CocoSummary:
-    content = _read_json(findings)
-    _check_types(content, findings)
+    content = _read(findings)
     images = _by_id(content, "images", findings)
     if len({type(image_id) for image_id in images}) > 1:
         findings.fail("image ids must be all integers or all strings, found both")
@@ -120,7 +117,7 @@ def _check(findings: Findings, image_root: Path) -> CocoSummary:
     if any(entry["id"] == 0 for entry in annotations):
         findings.warn("annotation id 0 means 'no match' to pycocotools, so that box never counts as found: start at 1")
     gaps = gaps_of(annotations, images)
-    findings.report(gaps.get("training", ()), gaps.get("doubts", ()))
+    findings.report(gaps["training"], gaps["doubts"])
     single = [entry for entry in annotations if not entry.get("iscrowd")]
     return CocoSummary(
         classes=classes,
@@ -130,22 +127,18 @@ def _check(findings: Findings, image_root: Path) -> CocoSummary:
     )
 
 
-def _read_json(findings: Findings) -> Any:
+def _read(findings: Findings) -> dict[str, Any]:
     path = findings.json_file
     if path.exists() and not path.is_file():
         findings.fail("is not a file")  # to read a pipe would wait for ever
     try:
-        return from_json(path.read_bytes())
-    except (OSError, ValueError) as error:
-        findings.fail(f"cannot be read as JSON: {reason(error, path)}")
-
-
-def _check_types(content: Any, findings: Findings) -> None:
-    try:
+        content = from_json(path.read_bytes())
         _CONTENT.validate_python(content, strict=True)
-        return
+        return content
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
+    except (OSError, ValueError) as error:
+        findings.fail(f"cannot be read as JSON: {reason(error, path)}")
     if len(fault["loc"]) < 3:
         place = "".join(f"{part}: " for part in fault["loc"])
         findings.fail(f"must hold lists of objects 'images', 'annotations' and 'categories': {place}{fault['msg']}")

@@ -35,9 +35,6 @@ class Dice:
         return raw.view(np.uint8)[:count].reshape(shape).astype(np.int64)
 
 
-# ---- outlines ----
-
-
 def _polar(radius: int | np.ndarray, degrees: np.ndarray) -> np.ndarray:
     cosine, sine = SINE[(degrees + 90) % 360], SINE[degrees % 360]
     return np.stack([radius * cosine // ONE, radius * sine // ONE], 1)
@@ -102,9 +99,6 @@ def stencil(loops: Loops, radius: int, stretch: int = 100, degree: int = 0) -> n
             numerator = ax * (by - ay) + (rows * SUBPIXELS - ay) * (bx - ax)
             toggles[rows, -(-numerator // (max(1, by - ay) * SUBPIXELS))] ^= True
     return np.logical_xor.accumulate(toggles, axis=1)[:, :side]
-
-
-# ---- colours and textures ----
 
 
 def near(dice: Dice, colour: np.ndarray, low: int, high: int) -> np.ndarray:

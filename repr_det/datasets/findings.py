@@ -35,10 +35,9 @@ class Findings:
     def warn(self, problem: str) -> None:
         logger.warning("%s%s: %s", self.prefix, self.json_file, problem)
 
-    def report(self, faults: Iterable[str], doubts: Iterable[str]) -> None:
-        """Fails with the first fault, or warns of all doubts."""
-        for fault in faults:
-            self.fail(fault)
+    def report(self, faults: list[str], doubts: list[str]) -> None:
+        if faults:
+            self.fail(faults[0])
         for doubt in doubts:
             self.warn(doubt)
 

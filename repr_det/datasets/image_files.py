@@ -37,11 +37,7 @@ class ImageFile(NamedTuple):
 
 
 def check_image_files(images: list[dict], image_root: Path, findings: Findings) -> list[ImageFile]:
-    """Image files are there and not empty, and those that are decoded are what the json says, as the model sees them.
-
-    Raises:
-        UserError: one line that names the file.
-    """
+    """Image files are there and not empty, and those that are decoded are what the json says, and not dark or deep."""
     if not image_root.is_dir():
         raise UserError(f"{findings.prefix}image folder {image_root} does not exist, or is not a folder")
     files = _find_files(images, image_root, findings)

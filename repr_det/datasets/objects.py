@@ -20,6 +20,7 @@ FORM = "a bbox must be [x, y, width, height] in pixels"
 BEYOND = f": {FORM}"
 NEEDED = "which COCO evaluation needs"
 LEFT_OUT = "and Detectron2 leaves such an object out"
+PURPOSES = ("training", "doubts", "evaluation", "area doubts", "masks", "crowd masks", "polygons", "keypoints")
 RUN = "[P-o]{0,6}[0-O]"  # of COCO's compressed RLE: groups of five bits, of which the last lacks the sixth
 
 # Which objects are odd (N,), for which purpose more of them than so many are refused, what is wrong.
@@ -65,16 +66,15 @@ def gaps_of(annotations: list[dict[str, Any]], images: dict[int | str, dict[str,
     """Looks at objects as the model and the evaluator will.
 
     Returns:
-        lines by what they stand in the way of: "training", "evaluation", "masks", "crowd masks" (of crowd regions),
-        "polygons" (masks that are polygons alone), "keypoints" (their evaluation); "doubts" are warnings, "area doubts"
-        such of evaluation
+        lines by what they stand in the way of: "polygons" are masks that are polygons alone, "keypoints" their
+        evaluation; "doubts" are warnings, "area doubts" those of evaluation.
     """
     objects = Objects(annotations, images)
-    gaps: dict[str, list[str]] = {}
+    gaps: dict[str, list[str]] = {purpose: [] for purpose in PURPOSES}
     for odd, limits, what in (*_box_rows(objects), *_evaluation_rows(objects), *_mask_rows(objects)):
         for purpose, limit in limits.items():
             if odd.sum() > limit:
-                gaps.setdefault(purpose, []).append(objects.first(odd, what))
+                gaps[purpose].append(objects.first(odd, what))
                 break
     return gaps
 

@@ -34,8 +34,7 @@ def register_coco_format(name: str, json_file: str | os.PathLike, image_root: st
     """Check a COCO-format data set and register it with Detectron2 under `name`; again with the same files: no effect.
 
     Raises:
-        UserError: the name is registered with other files, or what `check_coco_format` finds (what only evaluation
-            needs is left to `check_registered`)
+        UserError: the name is registered with other files, or what `check_coco_format` finds
     """
     if not name:
         raise UserError("the name of a data set must not be empty")
@@ -84,8 +83,8 @@ def _load(name: str) -> list[dict]:
 def register_builtin() -> None:
     """Register shapes_train, its first 75 images as shapes_train_75, shapes_val, bccd_train and bccd_val (blood cells).
 
-    They lie in shapes/ and bccd/ of $DETECTRON2_DATASETS, or of datasets/; the shapes are drawn when they are first
-    loaded. What is registered already stays.
+    They lie in shapes/ and bccd/ of $DETECTRON2_DATASETS, or of datasets/; shapes are drawn when first loaded. What is
+    registered already stays.
     """
     root = Path(os.getenv("DETECTRON2_DATASETS", "datasets")).expanduser().absolute()
     shapes = root / "shapes"
@@ -111,11 +110,11 @@ def check_registered(name: str, *, for_evaluation: bool = True) -> CocoSummary |
     """Check a data set by its registered name; the shapes data set is drawn first if it is absent.
 
     Returns:
-        the summary, or None for a data set that is not in COCO format, about which nothing is known
+        the summary, or None for a data set that is not in COCO format
 
     Raises:
-        UserError: the name is unknown, or what `check_coco_format` finds, or the classes of the json are not those
-            that Detectron2 has registered under this name
+        UserError: the name is unknown, or what `check_coco_format` finds, or the json has other classes than those
+            that are registered
     """
     metadata = _metadata(name)
     if metadata.get("shapes_root"):
@@ -125,14 +124,11 @@ def check_registered(name: str, *, for_evaluation: bool = True) -> CocoSummary |
         return None
     if not os.path.exists(json_file):
         folder = os.getenv("DETECTRON2_DATASETS", "datasets")
-        raise UserError(
-            f"data set {name}: annotation file {json_file} does not exist; data sets that come with Detectron2 or "
-            f"repr_det lie in the folder DETECTRON2_DATASETS, which is '{folder}'"
-        )
+        raise UserError(f"data set {name}: {json_file} does not exist; DETECTRON2_DATASETS is '{folder}'")
     summary = _check_once(json_file, image_root, name)
     findings = Findings(Path(json_file), name)
     if for_evaluation:
-        findings.report(summary.gaps.get("evaluation", ()), summary.gaps.get("area doubts", ()))
+        findings.report(summary.gaps["evaluation"], summary.gaps["area doubts"])
     names, ids, own = [*summary.classes.values()], [*summary.classes], metadata.get("own_classes")
     known = [*own.values()] if own else metadata.get("thing_classes", names)
     known_ids = own or metadata.get("thing_dataset_id_to_contiguous_id", ids)
@@ -145,11 +141,8 @@ def check_registered(name: str, *, for_evaluation: bool = True) -> CocoSummary |
 
 
 def class_names(name: str) -> tuple[str, ...]:
-    """The classes of a registered data set, in the order of their contiguous ids.
-
-    Raises:
-        UserError: the name is unknown, or the data set must be read to know its classes and is wrong
-    """
+    """The classes of a registered data set, in the order of their contiguous ids; it may be read, see
+    `check_registered`."""
     names = _metadata(name).get("thing_classes")
     if names is None:
         summary = check_registered(name, for_evaluation=False)
@@ -166,11 +159,7 @@ def own_classes(name: str) -> tuple[str, ...]:
 
 
 def any_mapped(data_sets: Sequence[Sequence[str]]) -> bool:
-    """Tell whether `register_coco_format` registered any of the names in these lists, so that it can be mapped.
-
-    Raises:
-        UserError: a name stands in place of a list of names.
-    """
+    """Tell whether any name in these lists, which must be no strings, can be mapped to other numbers of its classes."""
     for names in data_sets:
         if isinstance(names, str):
             raise UserError(f"data sets must be a tuple of names, ({names!r},), got {names!r}")
@@ -181,19 +170,19 @@ def any_mapped(data_sets: Sequence[Sequence[str]]) -> bool:
 def agree_on_classes(
     train: Sequence[str], test: Sequence[str] = (), reference: Sequence[str] | None = None
 ) -> tuple[str, ...]:
-    """Gives all data sets of a run one numbering of the classes.
+    """Gives all data sets of a run one numbering of the classes, and returns the classes in its order.
 
     A data set of `register_coco_format` that lists a subset of the classes, or numbers them otherwise, is mapped by
-    name: its objects get the numbers of the reference when it is loaded, and it is evaluated on the classes that it
-    lists (`CocoEvaluator`). Data registered by others must number them alike.
+    name when it is loaded, and evaluated on the classes that it lists (`CocoEvaluator`). Data registered by others must
+    number them alike.
 
     Args:
-        train, test: registered data sets, those of DATASETS.TRAIN and DATASETS.TEST; not both empty.
+        train, test: names of registered data sets, not both empty.
         reference: the classes in the order of the model's outputs, if a checkpoint settles them; otherwise those of
-            the training set (without one, of the test set) that has most, the first of equals; it is returned.
+            the training set (without one, of the test set) that has most, the first of equals.
 
     Raises:
-        UserError: a data set has classes that the reference lacks, naming both lists, or cannot be mapped.
+        UserError: a data set has classes that the reference lacks, or cannot be mapped.
     """
     own = {name: own_classes(name) for name in (*train, *test)}
     source = "the checkpoint"
@@ -210,7 +199,5 @@ def agree_on_classes(
         if MetadataCatalog.get(name).get("own_classes"):
             _number(name, reference)
         elif classes != tuple(reference):
-            raise UserError(
-                f"{both}: register it with --register (or repr_det.datasets.register_coco_format), which maps by name"
-            )
+            raise UserError(f"{both}: register it with --register, which maps by name")
     return tuple(reference)

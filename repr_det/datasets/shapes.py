@@ -169,9 +169,6 @@ def generate_shapes(split_seed: int, num_images: int) -> Iterator[tuple[np.ndarr
         yield canvas.finish(), canvas.objects
 
 
-# ---- the folder ----
-
-
 def annotation_file(root: Path, part: str) -> Path:
     return root / "annotations" / f"{part}.json"
 
@@ -179,9 +176,8 @@ def annotation_file(root: Path, part: str) -> Path:
 def build_shapes(root: str | os.PathLike) -> Path:
     """Make sure that the folder `root` holds the data set: train/*.png, val/*.png, annotations/*.json and VERSION.
 
-    It is drawn, in about ten seconds, in a temporary sibling folder and renamed, so that it is there as a whole or not
-    at all; of several processes one draws it and the others wait. A finished folder is reused; one that another version
-    of the generator made, or that lacks a part, is replaced.
+    It is drawn, in about ten seconds, in a sibling folder and renamed, so that it is there as a whole or not at all; of
+    several processes one draws it. A folder that another version made, or that lacks a part, is replaced.
 
     Raises:
         UserError: `root` holds something else, or cannot be written
