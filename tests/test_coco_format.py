@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from coco_folder import SIZES, Folder, annotation, category, detections, every, image, put
 from detectron2.config import get_cfg
-from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
-from detectron2.data.datasets import load_coco_json, register_coco_instances
+from detectron2.data import DatasetCatalog, DatasetMapper
+from detectron2.data.datasets import register_coco_instances
 from detectron2.evaluation import COCOEvaluator
 from PIL import Image
 from pycocotools import mask as mask_utils
@@ -111,13 +111,12 @@ def file(number, content, suffix=".jpg"):
     return change
 
 
-def noise(largest, channels=3, kind=np.uint16):
-    size = (*SIZES[5][::-1], channels)
-    return np.random.default_rng(0).integers(0, largest + 1, size).astype(kind)
+def noise(largest, kind=np.uint16, channels=(3,)):
+    return np.random.default_rng(0).integers(0, largest + 1, (64, 64, *channels)).astype(kind)
 
 
 def truncated(folder):
-    file(2, noise(255, kind=np.uint8))(folder)
+    file(2, noise(255, np.uint8))(folder)
     file(2, (folder.images / "5.jpg").read_bytes()[:2000])(folder)
 
 
@@ -132,20 +131,23 @@ def renamed(there, named):
     return change
 
 
-ACCENT = "Bläschen.jpg"
-DECOMPOSED = unicodedata.normalize("NFD", ACCENT)
-NEARLY = [
-    *((DECOMPOSED, ACCENT), (ACCENT, DECOMPOSED), ("B (1).jpg", "b (1).JPG"), ("a b.jpg", "a b.jpg ")),
-    *(("é/1.jpg", "e\u0301/1.jpg"), ("s/b.jpg", "s\\b.jpg"), ("b.jpg", "C:\\b.jpg"), ("b.jpg", "https://x.org/b.jpg")),
-]
-LOST = "annotation 3 has a segmentation without a polygon of 3 points or more, and Detectron2 leaves such an object out"
-
-
 def pipe(folder):
     folder.content, folder.json = None, folder.images / "pipe.json"
     os.mkfifo(folder.json)
 
 
+ACCENT = "Bläschen.jpg"
+DECOMPOSED = unicodedata.normalize("NFD", ACCENT)
+NEARLY = [
+    *((DECOMPOSED, ACCENT), (ACCENT, DECOMPOSED), ("B (1).jpg", "b (1).JPG"), ("a b.jpg", "a b.jpg ")),
+    *(
+        ("é/1.jpg", "e\u0301/1.jpg"),
+        ("s/b.jpg", "s\\b.jpg"),
+        ("s/b.jpg", "C:\\b.jpg"),
+        ("b.jpg", "https://x.org/b.jpg"),
+    ),
+]
+LOST = "annotation 3 has a segmentation without a polygon of 3 points or more, and Detectron2 leaves such an object out"
 BOX = "(bbox [0, 0, 30, 40], area "
 ABSENT = "of 3 image files are missing or empty in "
 UNREADABLE = "cannot be read as an image: "
@@ -156,17 +158,10 @@ WRONG = [
     # the json
     (raw(b""), f"{NOT_JSON}EOF while parsing a value at line 1 column 0"),
     (raw(b'{"images": [\n  {"id": 1, "fi'), "EOF while parsing a string at line 2 column 15"),
-    (raw(b'{"id": 1}\n{"id": 2}\n'), "trailing characters at line 2 column 1"),
-    (raw(b"<html>"), "is an HTML or XML page"),
     (raw(b"[]"), f"{LISTS}Input should be a valid dictionary"),
-    (raw(b'{"images": "\xff"}'), "invalid unicode code point at line 1 column 1"),
     (raw(b'\xef\xbb\xbf{"images": []}'), "begins with a byte order mark, which Detectron2 cannot read: save it"),
     (raw('{"images": []}'.encode("utf-16")), "is UTF-16 text: save it as UTF-8"),
-    (raw(b'{"images": ' + b"9" * 5000 + b"}"), "number out of range"),
-    (raw(b'{"images": ' + b"[" * 100_000), "recursion limit exceeded"),
     (raw(gzip.compress(b"{}")), "is compressed by gzip: unpack it with 'gunzip'"),
-    (raw(b"PK\x03\x04..."), "is a zip archive: unpack it"),
-    (raw(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), "is a Git LFS pointer: fetch"),
     (lambda folder: vars(folder).update(content=None), f"{NOT_JSON}[Errno 2] No such file or directory"),
     (lambda folder: vars(folder).update(content=None, json=folder.images), "images: is not a file"),
     (pipe, "pipe.json: is not a file"),
@@ -206,9 +201,9 @@ WRONG = [
     (file(1, b"no image"), f"2.jpg {UNREADABLE}cannot identify image file"),
     (file(1, b"version https://git-lfs.github.com/spec/v1\n"), f"2.jpg {UNREADABLE}it is a Git LFS pointer"),
     (truncated, "image file is truncated"),
-    *((file(2, noise(largest), s), DEEP) for largest in (1023, 4095) for s in (".png", ".tif", ".ppm")),
-    (file(2, noise(4095, 1), ".png"), DEEP),
-    *((file(2, noise(9, 1, kind)[..., 0], ".tif"), DEEP) for kind in (np.int32, np.float32)),
+    *((file(2, noise(1023), suffix), DEEP) for suffix in (".png", ".tif", ".ppm")),
+    (file(2, noise(4095, channels=(1,)), ".png"), DEEP),
+    *((file(2, noise(9, kind, ()), ".tif"), DEEP) for kind in (np.int32, np.float32)),
 ]
 
 
@@ -243,8 +238,8 @@ def boxes(form):
     return every(values)
 
 
-def areas(factor, last=60):
-    return every(lambda a: {"area": a["area"] * factor} if a["id"] <= last else {})
+def areas(factor):
+    return every(lambda a: {"area": a["area"] * factor})
 
 
 def repeat(shift=0, count=60, **values):
@@ -274,15 +269,12 @@ DOUBTFUL = [
     (percent, "annotation 1 ends, as all do, at 100 or before in images of any size, like a part of 100"),
     (areas(0), "annotation 1 has an 'area' that cannot be that of its bbox, and APs, APm and APl go by it: give "),
     (areas(1 / 80), "60 such of 60)"),
-    (areas(9, 30), "30 such of 60)"),
+    (areas(9), "60 such of 60)"),
     (repeat(), "annotation 1001 has the class and the box of another object of its image: list it once (bbox ["),
     (repeat(0.001), " such of 120)"),
     (lambda folder: (boxes(lambda *box: [*map(math.ceil, box)])(folder), repeat(-0.001)(folder)), "60 such of 120)"),
     (annotation(0, id=0), "annotation id 0 means 'no match' to pycocotools"),
-    (
-        put(categories=[{"id": 3, "name": "Bläschen"}, {"id": 7, "name": "Bla\u0308schen"}]),
-        r"'Bl\xe4schen' and 'Bla\u0308schen' are one name in two spellings, and taken for two classes",
-    ),
+    (category(1, name="Cell"), "'cell' and 'Cell' are one name in two spellings, and taken for two classes"),
 ]
 SOUND = [
     boxes(lambda x, y, w, h: [x, y, w + 1, h + 1]),
@@ -300,14 +292,12 @@ def test_what_is_doubtful_is_one_warning_that_names_the_first_entry(folder, capl
     assert not caplog.records
     change(folder)
     folder.check(name="cells")
-    told = [record.getMessage() for record in caplog.records]
-    assert len(told) == (message is not None)
-    assert all(line.startswith(f"data set cells: {folder.json}: ") and message in line for line in told)
+    assert len(caplog.messages) == (message is not None)
+    assert all(line.startswith(f"data set cells: {folder.json}: ") and message in line for line in caplog.messages)
 
 
 @pytest.mark.parametrize(
-    "damage",
-    [dict(bbox=[2, 3, 0, 4]), dict(bbox=[40, 30, 4, 4]), dict(segmentation=[[2, 3, 12, 15]]), dict(segmentation=[[]])],
+    "damage", [{"bbox": [2, 3, 0, 4]}, {"bbox": [40, 30, 4, 4]}, {"segmentation": [[2, 3, 12, 15]]}]
 )
 @pytest.mark.parametrize("total, allowed", [(145, 1), (2000, 2)])
 def test_a_few_useless_objects_are_left_out_and_told(folder, catalogs, caplog, damage, total, allowed):
@@ -334,9 +324,9 @@ def test_one_image_under_several_ids_is_told(folder, caplog, same):
     folder.content["images"].append({"id": 9, "file_name": same, "width": 40, "height": 30})
     files = folder.check().files
     assert image_files.shared_images(files, files[3:]) == ([(files[0].path, files[3].path)], 1)
-    (record,) = caplog.records
-    assert f"1 of 4 entries of 'images' repeat the image of another one (the first: 1, '1.jpg', and 9, '{same}')" in (
-        record.getMessage()
+    (line,) = caplog.messages
+    assert (
+        f"1 of 4 entries of 'images' repeat the image of another one (the first: 1, '1.jpg', and 9, '{same}')" in line
     )
 
 
@@ -404,11 +394,9 @@ ODD = {
     "RLE crowd": annotation(0, iscrowd=1, segmentation=CROWD),
     "flags of other tools": every(lambda a: {"iscrowd": False}),
     "lengths of other tools": image(0, width=40.0, height=30.0),
-    "greyscale": picture("L"),
     "CMYK": picture("CMYK"),
     "palette": picture("P", "png"),
     "EXIF, rotated": picture(turned=True, exif=orientation(6)),
-    "EXIF, rotated png": picture(suffix="png", turned=True, exif=orientation(8)),
     "EXIF, upside down": picture(exif=orientation(3)),
     "damaged EXIF": picture(exif=b"Exif\0\0MM\0*\xff\xff\xff\xff"),
     "unicode subfolder": renamed("große Bilder 細胞/ein s.jpg", "große Bilder 細胞/ein s.jpg"),
@@ -464,14 +452,12 @@ def test_every_string_of_pycocotools_is_read():
 def ap_of_the_truth(folder, name):
     """Stock COCO evaluation of the true boxes."""
     folder.json.write_text(json.dumps(folder.content))
-    load_coco_json(str(folder.json), str(folder.images), name)
-    MetadataCatalog.get(name).json_file = str(folder.json)
+    register_coco_instances(name, {}, str(folder.json), str(folder.images))
     evaluator = COCOEvaluator(name, ("bbox",), distributed=False)
     evaluator.reset()
-    for entry in folder.content["images"]:
-        truth = [a for a in folder.content["annotations"] if a["image_id"] == entry["id"]]
-        found = detections(entry, [a["bbox"] for a in truth], [(a["category_id"] - 3) // 4 for a in truth])
-        evaluator.process([{"image_id": entry["id"]}], found)
+    for record in DatasetCatalog.get(name):
+        truth = [(a["bbox"], a["category_id"]) for a in record["annotations"]]
+        evaluator.process([record], detections(record, [box for box, _ in truth], [number for _, number in truth]))
     return evaluator.evaluate()["bbox"]["AP"]
 
 
