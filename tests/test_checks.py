@@ -75,7 +75,7 @@ def test_masks(mine):
         (None, "segmentation"),
         ({"segmentation": [], "iscrowd": 1}, "segmentation"),
         ({"segmentation": {"size": [30, 40], "counts": "zzz"}}, "annotation 2 has RLE whose counts are not of COCO's "),
-        ({"segmentation": {"size": [30, 40], "counts": [0, 1300]}}, "RLE whose counts add up to 1300, not to the 1200"),
+        ({"segmentation": {"size": [30, 40], "counts": [0, 1300]}}, "RLE whose counts add up to 1300, not to 1200"),
         ({"segmentation": {"size": [30, 40], "counts": EYE}}, ""),
     ],
 )

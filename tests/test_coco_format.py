@@ -147,7 +147,7 @@ NEARLY = [
         ("b.jpg", "https://x.org/b.jpg"),
     ),
 ]
-LOST = "annotation 3 has a segmentation without a polygon of 3 points or more, and Detectron2 leaves such an object out"
+LOST = "annotation 3 has a segmentation without a polygon of 3 points or more, and Detectron2 leaves it out"
 BOX = "(bbox [0, 0, 30, 40], area "
 ABSENT = "of 3 image files are missing or empty in "
 UNREADABLE = "cannot be read as an image: "
@@ -180,18 +180,18 @@ WRONG = [
     (annotation(2, category_id=0), "annotation 3 names category_id 0, not in 'categories' (3, 7)"),
     # objects
     (annotation(2, bbox=[9, 9, -3, 4]), "annotation 3 has a bbox of negative size: a bbox must be [x, y, width, "),
-    (annotation(2, bbox=[9, 9, 3, 0]), "annotation 3 has a bbox without area, and Detectron2 leaves such an object "),
+    (annotation(2, bbox=[9, 9, 3, 0]), "annotation 3 has a bbox without area, and Detectron2 leaves it out"),
     (annotation(2, bbox=[30, 0, 5, 5]), "(bbox [30, 0, 5, 5], area 1200, in image 2 of 30x40; 1 such of 4)"),
     (annotation(2, bbox=[3, -9, 5, 9]), "annotation 3 has a bbox outside its image"),
-    (every(lambda a: {"bbox": [v / 64 for v in a["bbox"]]}), "a bbox of a pixel or less: give pixels, not fractions"),
+    (every(lambda a: {"bbox": [v / 64 for v in a["bbox"]]}), "a bbox of a pixel or less: give pixels"),
     *((annotation(2, segmentation=value), LOST) for value in ([[2, 3, 12, 15]], [[]], [[1, 2, 3, 4, 5, 6, 7]])),
-    (every(lambda a: {"iscrowd": 1}), "annotation 1 is a crowd region (iscrowd 1), and none is one object"),
+    (every(lambda a: {"iscrowd": 1}), "annotation 1 is a crowd region (iscrowd 1), as all are"),
     *((annotation(2, area=value), "annotation 3 must have a finite number as 'area', which") for value in (..., "12")),
     (annotation(2, iscrowd=...), "annotation 3 has no 'iscrowd', which COCO evaluation needs: give 0 for a single"),
     *((annotation(2, area=value), f"{BOX}{reprlib.repr(value)}") for value in ([12], NAN, True, HUGE, -0.5, 1.2e12)),
     (every(lambda a: {"area": -a["area"]}), "has an 'area' that COCO evaluation ignores: give the object's area in"),
     # image files
-    *((renamed(there, named), f"({there!a} is there: spell names alike, with /, ") for there, named in NEARLY),
+    *((renamed(there, named), f"({there!a} is there: spell names alike") for there, named in NEARLY),
     *((image(0, file_name=name), f"1 {ABSENT}") for name in ("no.jpg", "n\0.jpg")),
     (lambda folder: [(folder.images / f"{i}.jpg").write_bytes(b"") for i in (2, 5)], f"2 {ABSENT}"),
     (renamed("x/1.jpg", "x"), f"1 {ABSENT}"),
@@ -265,16 +265,16 @@ READ_AS = "60 of 60 boxes fit their images: a bbox must be [x, y, width, height]
 DOUBTFUL = [
     (boxes(lambda x, y, w, h: [x, y, x + w, y + h]), f"; read as two corners [x1, y1, x2, y2], {READ_AS}"),
     (boxes(lambda x, y, w, h: [x + w / 2, y + h / 2, w, h]), "; read as [centre x, centre y, width, height], 60 of 60"),
-    (boxes(lambda *box: [v * 0.5 for v in box]), "ends, as all do, within 60% of its image, like a bbox for images of"),
-    (percent, "annotation 1 ends, as all do, at 100 or before in images of any size, like a part of 100"),
-    (areas(0), "annotation 1 has an 'area' that cannot be that of its bbox, and APs, APm and APl go by it: give "),
+    (boxes(lambda *box: [v * 0.5 for v in box]), "ends, as all do, within 60% of its image, like one of an image of"),
+    (percent, "annotation 1 ends, as all do, at 100 or before, like a part of 100"),
+    (areas(0), "annotation 1 has an 'area' that does not fit its bbox, and APs, APm and APl go by it: give "),
     (areas(1 / 80), "60 such of 60)"),
     (areas(9), "60 such of 60)"),
-    (repeat(), "annotation 1001 has the class and the box of another object of its image: list it once (bbox ["),
+    (repeat(), "annotation 1001 has class and box of another object of its image: list it once (bbox ["),
     (repeat(0.001), " such of 120)"),
     (lambda folder: (boxes(lambda *box: [*map(math.ceil, box)])(folder), repeat(-0.001)(folder)), "60 such of 120)"),
     (annotation(0, id=0), "annotation id 0 means 'no match' to pycocotools"),
-    (category(1, name="Cell"), "'cell' and 'Cell' are one name in two spellings, and taken for two classes"),
+    (category(1, name="Cell"), "'cell' and 'Cell', one name in two spellings, are taken for two classes"),
 ]
 SOUND = [
     boxes(lambda x, y, w, h: [x, y, w + 1, h + 1]),
@@ -308,7 +308,7 @@ def test_a_few_useless_objects_are_left_out_and_told(folder, catalogs, caplog, d
         annotation(number, **damage)(folder)
     folder.check()
     assert "annotation 10 has a " in caplog.text and f"{allowed} such of {total})" in caplog.text
-    if "leaves such an object out" in caplog.text:
+    if "leaves it out" in caplog.text:
         assert len(as_detectron2_reads_it(folder)[0]["instances"]) == total - allowed
     annotation(30, **damage)(folder)
     assert f"{allowed + 1} such of {total})" in refused(folder)
@@ -345,7 +345,7 @@ def test_dark_images_are_warned_of_and_colours_that_use_16_bits_pass(folder, cap
     for number, (width, height) in enumerate(SIZES.values()):
         file(number, np.full((height, width), number + 1, np.uint8), ".png")(folder)
     folder.check()
-    assert "would see nearly black images, with values up to 3 of 255" in caplog.text
+    assert "would see nearly black images, with values up to 3 (" in caplog.text
 
 
 def test_an_error_in_the_middle_of_a_run_names_the_image(tmp_path):
@@ -430,7 +430,7 @@ def test_boxes_can_be_trained_beside_masks_that_cannot(folder):
     assert not folder.check().gaps["masks"]
     odd = {value: "a polygon with a coordinate that is no finite number" for value in ("4", NAN, HUGE)}
     cases = [([[1, 2, 3, value, 5, 6]], f"{message}: [[1, 2, 3, ") for value, message in odd.items()]
-    cases.append(({"size": [30, 40], "counts": "x"}, "RLE of the size [30, 40], which must be the [height, width] of"))
+    cases.append(({"size": [30, 40], "counts": "x"}, "RLE of the size [30, 40], which must be [height, width], "))
     for segmentation, gap in cases:
         annotation(2, segmentation=segmentation)(folder)
         assert folder.check().gaps["masks"][0].startswith(f"annotation 3 has {gap}")

@@ -15,7 +15,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 
 from repr_det import datasets
-from repr_det.datasets import drawing, shapes
+from repr_det.datasets import shapes
 from repr_det.method.errors import UserError
 
 PINNED = {
@@ -43,16 +43,16 @@ def test_pixels_and_annotations_are_the_pinned_ones(sample):
 
 def test_the_sine_table_is_far_from_rounding_ties():
     """So that another libm cannot round an entry the other way."""
-    exact = [drawing.ONE * math.sin(math.radians(degree)) for degree in range(360)]
+    exact = [shapes.ONE * math.sin(math.radians(degree)) for degree in range(360)]
     assert min(abs(abs(value - math.floor(value)) - 0.5) for value in exact) > 1e-6
 
 
 @pytest.mark.parametrize("name", shapes.CLASS_NAMES)
 def test_stencil_against_opencvs_distance_to_the_outline(name):
-    loops, stretch, radius, angle = drawing.OUTLINES[name], 85, 23, math.radians(211)
+    loops, stretch, radius, angle = shapes.OUTLINES[name], 85, 23, math.radians(211)
     turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
-    corners = [np.array(loop) / drawing.ONE * (1, stretch / 100) @ turn.T * radius + radius + 1 for loop in loops]
-    mask = drawing.stencil(loops, radius, stretch, 211)
+    corners = [np.array(loop) / shapes.ONE * (1, stretch / 100) @ turn.T * radius + radius + 1 for loop in loops]
+    mask = shapes.stencil(loops, radius, stretch, 211)
     assert mask.shape == (2 * radius + 3, 2 * radius + 3)
     far = 0
     for (y, x), inside in np.ndenumerate(mask):
@@ -64,7 +64,7 @@ def test_stencil_against_opencvs_distance_to_the_outline(name):
 
 
 def test_box_and_area_of_a_single_shape_are_those_of_the_pixels_it_changes(monkeypatch):
-    monkeypatch.setattr(drawing, "TEXTURES", ("solid",))
+    monkeypatch.setattr(shapes, "TEXTURES", ("solid",))
     off = {"CLUTTER": (0, 0), "OCCLUDERS": (0, 0), "NOISE": (0, 0), "PATCHES": (0, 0), "BLUR": 0, "LOW_CONTRAST": 0}
     for key, value in off.items():
         monkeypatch.setattr(shapes, key, value)

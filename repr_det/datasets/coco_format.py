@@ -80,17 +80,14 @@ def check_coco_format(
 ) -> CocoSummary:
     """Check the json and the image files of a detection data set in COCO format.
 
-    Of a large data set some image files are decoded, evenly spread; the others are there and not empty.
-
-    Args:
-        name: the data set's name, for the messages
+    Of a large data set some image files are decoded; the others are there and not empty.
 
     Raises:
-        UserError: names the file, the first thing found wrong, and what would be right; what only evaluation, masks or
-            keypoints need is in the summary
+        UserError: names ``name``, the file, the first thing found wrong, and what would be right; what only evaluation,
+            masks or keypoints need is in the summary
     """
     collects = gc.isenabled()
-    gc.disable()  # three quarters of the time of a large json are a search for cycles among objects that have none
+    gc.disable()  # looking for cycles in a large json would take three times as long as the rest
     try:
         return _check(Findings(Path(json_file).expanduser(), name), Path(image_root).expanduser())
     finally:
@@ -115,7 +112,7 @@ def _check(findings: Findings, image_root: Path) -> CocoSummary:
                 some = listed(map(repr, known), 3)
                 findings.fail(f"annotation {entry['id']} names {key} {entry[key]!r}, not in '{section}' ({some})")
     if any(entry["id"] == 0 for entry in annotations):
-        findings.warn("annotation id 0 means 'no match' to pycocotools, so that box never counts as found: start at 1")
+        findings.warn("annotation id 0 means 'no match' to pycocotools: start at 1")
     gaps = gaps_of(annotations, images)
     findings.report(gaps["training"], gaps["doubts"])
     single = [entry for entry in annotations if not entry.get("iscrowd")]
@@ -166,7 +163,7 @@ def _check_names(classes: dict[int, str], findings: Findings) -> None:
     for name in lowest:
         other = spellings.setdefault(folded(name), name)
         if other != name:
-            findings.warn(f"{other!a} and {name!a} are one name in two spellings, and taken for two classes")
+            findings.warn(f"{other!a} and {name!a}, one name in two spellings, are taken for two classes")
 
 
 def lowest_ids(classes: dict[int, str]) -> dict[str, int]:

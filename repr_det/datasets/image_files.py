@@ -19,13 +19,13 @@ from PIL import Image
 from repr_det.datasets.findings import Findings, folded, reason
 from repr_det.method.errors import UserError
 
-DECODED_BYTES = 50_000_000  # data sets with image files of no more than this are decoded: a second or two
-DECODED = 250  # image files of a larger data set that are decoded, evenly spread
+DECODED_BYTES = 50_000_000  # image files of no more than this are all decoded, in a second or two
+DECODED = 250  # of larger data sets, evenly spread
 READ_BYTES = 500_000_000  # image files of one size are compared by their content up to this
 LOOKED_FOR = 1000  # images of a test set that are looked for among those of a training set
-LOOKED_THROUGH = 100_000  # files among which one of nearly the right name is looked for
-DARK = 64  # an image without a value of this or more is compared with what its file holds
-BLACK = 16  # a data set without a value of this or more, of 255, is nearly black to the model
+LOOKED_THROUGH = 100_000  # files, for one of nearly the right name
+DARK = 64  # of images without a value of this or more the depth is looked at
+BLACK = 16  # a data set without a value of this or more is nearly black to the model
 
 
 class ImageFile(NamedTuple):
@@ -37,7 +37,7 @@ class ImageFile(NamedTuple):
 
 
 def check_image_files(images: list[dict], image_root: Path, findings: Findings) -> list[ImageFile]:
-    """Image files are there and not empty, and those that are decoded are what the json says, and not dark or deep."""
+    """Image files are there and not empty, and those that are decoded are what the json and Detectron2 say."""
     if not image_root.is_dir():
         raise UserError(f"{findings.prefix}image folder {image_root} does not exist, or is not a folder")
     files = _find_files(images, image_root, findings)
@@ -45,7 +45,7 @@ def check_image_files(images: list[dict], image_root: Path, findings: Findings) 
         one, other = (f"{images[number]['id']!r}, '{images[number]['file_name']}'" for number in repeats[0])
         findings.warn(
             f"{len(repeats)} of {len(files)} entries of 'images' repeat the image of another one (the first: {one}, "
-            f"and {other}): give an image one entry with all of its objects"
+            f"and {other}): give an image one entry"
         )
     small = sum(file.size for file in files) <= DECODED_BYTES
     brightest = 0
@@ -64,8 +64,8 @@ def check_image_files(images: list[dict], image_root: Path, findings: Findings) 
         brightest = max(brightest, int(pixels.max()))
     if brightest < BLACK:
         findings.warn(
-            f"the model would see nearly black images, with values up to {brightest} of 255 (the first is "
-            f"{files[0].path}): scale their pixels to 0..255"
+            f"the model would see nearly black images, with values up to {brightest} (the first: {files[0].path}): "
+            "scale their pixels to 0..255"
         )
     return files
 
@@ -84,14 +84,14 @@ def _find_files(images: list[dict], image_root: Path, findings: Findings) -> lis
             absent.append(image["file_name"])
     if absent:
         alike = _files_alike(image_root, absent[0])
-        hint = f" ({alike[0]!a} is there: spell names alike, with /, relative to this folder)" if alike else ""
+        hint = f" ({alike[0]!a} is there: spell names alike)" if alike else ""
         share = f"{len(absent)} of {len(images)} image files are missing or empty in {image_root}"
         findings.fail(f"{share}; the first is '{absent[0]}'{hint}")
     return files
 
 
 def _files_alike(root: Path, name: str) -> list[str]:
-    """The file whose name is spelled otherwise, or that is in another folder, if there is one."""
+    """The file, if any, whose name is spelled otherwise, or that is in another folder."""
     wanted = folded(ntpath.basename(name))
     some = itertools.islice(root.rglob("*"), LOOKED_THROUGH)
     alike = [path for path in some if folded(path.name) == wanted and path.is_file() and path.stat().st_size]
@@ -99,7 +99,7 @@ def _files_alike(root: Path, name: str) -> list[str]:
 
 
 def repeated_images(files: list[ImageFile]) -> list[tuple[int, int]]:
-    """Pairs of numbers (earlier, later) of one image: one file under any names, or equal content up to READ_BYTES."""
+    """Pairs of numbers (earlier, later) of one image: one file under any names, or equal content."""
     sizes = Counter(file.size for file in files)
     alike = sum(file.size for file in files if sizes[file.size] > 1)
     first: dict[object, int] = {}
@@ -124,7 +124,7 @@ def shared_images(train: list[ImageFile], test: list[ImageFile]) -> tuple[list[t
 
 
 def _as_the_model_sees(path: str) -> np.ndarray:
-    """The pixels (H, W, 3); ValueError if the file has more than 8 bits a channel, which Detectron2 clips or drops."""
+    """The pixels (H, W, 3); ValueError if the file has more than 8 bits a channel."""
     with Image.open(path) as image:
         deep = image.mode.startswith(("I", "F"))  # one channel of 16 or 32 bits
     if not deep:
@@ -134,7 +134,7 @@ def _as_the_model_sees(path: str) -> np.ndarray:
         stored = cv2.imread(path, cv2.IMREAD_UNCHANGED)
         deep = stored is not None and stored.dtype.itemsize > 1
     if deep:
-        raise ValueError("its pixels have more than 8 bits, of which the model sees the wrong ones: convert it to 8")
+        raise ValueError("its pixels have more than 8 bits, which Detectron2 clips or drops: convert it to 8")
     return pixels
 
 

@@ -83,8 +83,7 @@ def _load(name: str) -> list[dict]:
 def register_builtin() -> None:
     """Register shapes_train, its first 75 images as shapes_train_75, shapes_val, bccd_train and bccd_val (blood cells).
 
-    They lie in shapes/ and bccd/ of $DETECTRON2_DATASETS, or of datasets/; shapes are drawn when first loaded. What is
-    registered already stays.
+    They lie in shapes/ and bccd/ of $DETECTRON2_DATASETS (datasets/); shapes are drawn when first loaded.
     """
     root = Path(os.getenv("DETECTRON2_DATASETS", "datasets")).expanduser().absolute()
     shapes = root / "shapes"
@@ -159,7 +158,7 @@ def own_classes(name: str) -> tuple[str, ...]:
 
 
 def any_mapped(data_sets: Sequence[Sequence[str]]) -> bool:
-    """Tell whether any name in these lists, which must be no strings, can be mapped to other numbers of its classes."""
+    """Tells whether any name in these lists, which must be no strings, can be mapped."""
     for names in data_sets:
         if isinstance(names, str):
             raise UserError(f"data sets must be a tuple of names, ({names!r},), got {names!r}")
