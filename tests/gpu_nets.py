@@ -1,5 +1,11 @@
 """A small net for the tests of GPUs, with what they may treat differently, its batches on the CPU, and its loop."""
 
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -93,3 +99,23 @@ def trained(net: nn.Module, **options) -> Loop:
         loop.step()
     loop.assert_two_cycles()
     return loop
+
+
+@contextmanager
+def counted_waits() -> Iterator[Counter[str]]:
+    """How often the host waits for a device inside, by line or by torch's warning; complete at the end."""
+    found: Counter[str] = Counter()
+    simulated = sys.modules.get("simulated_cuda.device")
+    if simulated is not None:
+        before = simulated.waits.copy()
+        yield found
+        found.update(simulated.waits - before)
+        return
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield found
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    found.update(str(warning.message) for warning in caught if "synchroniz" in str(warning.message))

@@ -7,7 +7,6 @@ test_simulated_cuda.py runs them on simulated devices.
 import statistics
 from collections import Counter
 
-import host_waits
 import numpy as np
 import pytest
 import torch
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from conftest import GPU, assert_same_weights
 from detectron2.engine import HookBase
 from detectron2.utils.env import seed_all_rng
-from gpu_nets import BATCHES, Loop, Net, loss_of, trained
+from gpu_nets import BATCHES, Loop, Net, counted_waits, loss_of, trained
 from textbook import textbook_overlap
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -116,8 +115,7 @@ class Float64(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("criterion", "norm"),
-    [("ortho", "FrozenBN"), ("random", "GN"), ("apoz", "BN"), ("redundant", "BN")],
+    "criterion, norm", [("ortho", "FrozenBN"), ("random", "GN"), ("apoz", "BN"), ("redundant", "BN")]
 )
 def test_no_float64_on_the_device_and_no_kernel_that_is_not_deterministic(criterion, norm, monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -140,7 +138,7 @@ def test_optimizers_whose_state_is_on_the_device(kind):
         optimizer.zero_grad()
         loss_of(net, BATCHES[step % 4]).backward()
         optimizer.step()
-        with host_waits.counted() as waits:
+        with counted_waits() as waits:
             done = training.step()
         assert waits.total() <= (50 if done else 3), waits
     assert training.scheme.cycle == 1
@@ -157,10 +155,10 @@ def test_waits_of_a_resnet18():
     for _ in range(12):
         optimizer.zero_grad()
         phase = training.phase
-        with host_waits.counted() as in_training:
+        with counted_waits() as in_training:
             F.cross_entropy(net(batch[0]), batch[1]).backward()
             optimizer.step()
-        with host_waits.counted() as in_repr:
+        with counted_waits() as in_repr:
             done = training.step()
         assert in_training.total() == 0, in_training
         sub_steps = sub_steps + 1 if phase == "sub" else 0
@@ -173,7 +171,7 @@ def test_waits_of_a_resnet18():
             assert in_repr.total() == 0, in_repr
         if training.phase == "sub":
             net.eval()
-            with torch.no_grad(), host_waits.counted() as in_evaluation:
+            with torch.no_grad(), counted_waits() as in_evaluation:
                 net(batch[0])
             net.train()
             assert in_evaluation.total() == 0, in_evaluation
@@ -187,7 +185,7 @@ class CountedSteps(HookBase):
         self.waits: list[int] = []
 
     def before_step(self) -> None:
-        self._counted = host_waits.counted()
+        self._counted = counted_waits()
         self._found = self._counted.__enter__()
 
     def after_step(self) -> None:
