@@ -38,13 +38,11 @@ def weights(tiny_data) -> dict[str, torch.Tensor]:
 # Every option of REPR in test_options.
 REPR = [
     ("REPR.DROP_RATIO 1.3", "REPR.DROP_RATIO must be in (0, 1), got 1.3"),
-    ("REPR.DROP_RATIO float('nan')", "command line: "),
     ("REPR.DROP_RATIO much", "command line: Type mismatch"),
     ("REPR.START_ITER -1 SOLVER.REFERENCE_WORLD_SIZE 2 SOLVER.IMS_PER_BATCH 4", "REPR.START_ITER must be an integer"),
     ("SOLVER.MAX_ITER 27", "= 27 iterations and then some of the full network, but SOLVER.MAX_ITER is 27"),
     ("REPR.S1_ITERS 0 REPR.S2_ITERS 0 SOLVER.MAX_ITER 8", "do not fit between REPR.START_ITER 0 and 6"),
     ("REPR.LAYERS.INCLUDE ['nothing.*']", "matches no trainable Conv2d; the closest trainable ones: backbone."),
-    ("REPR.LAYERS.EXCLUDE ['*']", "matches no trainable Conv2d"),
     ("REPR.LAYERS.INCLUDE ['backbone.bottom_up.res2*conv*'] MODEL.BACKBONE.FREEZE_AT 2", "2 that match are"),
     ("REPR.LAYERS.INCLUDE [3]", "REPR.LAYERS.INCLUDE must be a list of patterns, got [3]"),
     ("REPR.DROP_RATE 0.3", "Non-existent key: REPR.DROP_RATE: did you mean REPR.DROP_RATIO"),
@@ -60,21 +58,15 @@ BOTH = [
     ("MODEL.ROI_HEADS.NUM_CLASSES 80", "MODEL.ROI_HEADS.NUM_CLASSES is 80, but tiny_train has 2 classes"),
     ("MODEL.WEIGHTS nowhere/model.pth", "MODEL.WEIGHTS 'nowhere/model.pth' cannot be read"),
     ("SOLVER.CHECKPOINT_PERIOD 0", "SOLVER.CHECKPOINT_PERIOD must be at least 1, got 0"),
-    ("SOLVER.IMS_PER_BATCH 0", "SOLVER.IMS_PER_BATCH must be at least 1, got 0"),
-    ("SOLVER.MAX_ITER 0", "SOLVER.MAX_ITER must be at least 1, got 0"),
     ("TEST.AUG.ENABLED True MODEL.META_ARCHITECTURE ProposalNetwork", "TEST.AUG.ENABLED True: TTA is only"),
     ("MODEL.KEYPOINT_ON True", "MODEL.KEYPOINT_ON is True, but "),
     ("MODEL.MASK_ON True", "segmentation"),
     ("MODEL.ANCHOR_GENERATOR.SIZES [[8],[16]]", "MODEL: "),
-    ("MODEL.FPN.OUT_CHANNELS -1", "MODEL: "),
     (" ".join([*R18, "MODEL.RESNETS.DEPTH 19"]), "MODEL: 19"),
     ("SOLVER.STEPS (12,40) SOLVER.MAX_ITER 40", "SOLVER: no learning-rate schedule of STEPS (12, 40)"),
     ("SOLVER.LR_SCHEDULER_NAME Foo", "Unknown LR scheduler: Foo"),
-    ("SOLVER.BASE_LR -0.1", "SOLVER: Invalid learning rate: -0.1"),
     ("SOLVER.CLIP_GRADIENTS.ENABLED True SOLVER.CLIP_GRADIENTS.CLIP_TYPE foo", "SOLVER: 'foo' is not"),
     ("INPUT.CROP.ENABLED True INPUT.CROP.TYPE absolut", "CROP.TYPE absolut, "),
-    ("INPUT.RANDOM_FLIP sideways", "INPUT: no images by FORMAT BGR, RANDOM_FLIP sideways, MIN_SIZE_TRAIN"),
-    ("INPUT.MIN_SIZE_TRAIN_SAMPLING foo", "MIN_SIZE_TRAIN_SAMPLING foo: foo"),
     ("INPUT.MIN_SIZE_TRAIN_SAMPLING range", "short_edge_length must be two values using 'range' sample style. Got (64"),
     ("INPUT.FORMAT XYZ", "INPUT: no images by FORMAT XYZ, "),
     ("DATALOADER.SAMPLER_TRAIN Foo", "DATALOADER.SAMPLER_TRAIN must be one of TrainingSampler, "),
@@ -114,21 +106,17 @@ def test_what_has_no_effect_is_said(tiny_cfg, caplog):
         (None, "is not a file"),
         ("MODEL: [1, 2", "not valid YAML"),
         ("REPR:\n  ENABLE: True\n", "Non-existent config key: REPR.ENABLE: did you mean REPR.ENABLED"),
-        ("SOLVER:\n  MAX_ITER: 5\nMODEL:\n  MASK_ON: True\nSOLVER:\n", "the key SOLVER stands there twice"),
         ("SOLVER:\n  MAX_ITER: 5\n  BASE_LR: 0.1\n  MAX_ITER: 6\n", "the key MAX_ITER stands there twice"),
         ("dataloader:\n  train: {_target_: detectron2.data.build}\nmodel: !!python/object/x {}\n", "give the .py file"),
-        ("REPR: 5\n", "REPR"),
         ("MODEL:\n  WEIGHTS: 5\n", "Type mismatch"),
         ("_BASE_: nowhere.yaml\n", "nowhere.yaml"),
         ("_BASE_: 'my config ü.yaml'\n", "builds on this file again"),
         ("_BASE_:\n", "_BASE_ is empty: give what belongs to it, or leave it out"),
         ("", "must hold config keys with their values (MODEL: ...), got nothing"),
-        ("1: 2\n", "must hold config keys"),
         ("MODEL:\n", "MODEL is empty: give what belongs to it, or leave it out"),
         (f"SEED: !!python/object/apply:os.system ['{BOMB}']\n", "not valid YAML: could not determine a"),
         ('SEED: !!python/object/apply:eval [\'open("executed", "w")\']\n', "is not arithmetic"),
         ("SEED: !!python/object/apply:eval ['().__class__']\n", "'().__class__' is not arithmetic"),
-        ("SEED: !!python/object/apply:eval ['(']\n", "was never closed"),
         ("\x00\x01", ""),
     ],
 )
@@ -143,9 +131,8 @@ def test_config_files(tmp_path, monkeypatch, text, message):
     assert not (tmp_path / "executed").exists()
 
 
-@pytest.mark.parametrize("name", ["retinanet_R_50_FPN_1x", "faster_rcnn_R_50_FPN_1x"])
-def test_config_files_of_detectron2_are_read_as_it_reads_them(name):
-    path = model_zoo.get_config_file(f"COCO-Detection/{name}.yaml")
+def test_config_files_of_detectron2_are_read_as_it_reads_them():
+    path = model_zoo.get_config_file("COCO-Detection/retinanet_R_50_FPN_1x.yaml")
     stock, ours = get_cfg(), build_config(path, ["MODEL.DEVICE", "cpu"])
     stock.merge_from_file(path)
     assert ours.MODEL.ANCHOR_GENERATOR == stock.MODEL.ANCHOR_GENERATOR
@@ -164,12 +151,11 @@ def test_home_and_variables_in_output_dir(monkeypatch, tmp_path):
         assert not cfg.REPR.ENABLED and cfg.OUTPUT_DIR.endswith(folder)
 
 
-@pytest.mark.parametrize("trace", ["model_0000003.pth", "last_checkpoint", "metrics.json", "repr_events.jsonl"])
+@pytest.mark.parametrize("trace", ["model_0000003.pth", "repr_events.jsonl"])
 def test_folder_of_another_run_is_left_alone(tiny_cfg, tmp_path, trace):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / trace).write_text("precious")
-    message = refused(tiny_cfg, *ON)
-    assert f"holds another run ({trace}): add --resume" in message
+    assert f"holds another run ({trace}): add --resume" in refused(tiny_cfg, *ON)
     assert {p.name: p.read_text() for p in (tmp_path / "run").iterdir()} == {trace: "precious"}
 
 
@@ -208,8 +194,7 @@ def test_output_folder_that_cannot_be_made(tiny_cfg, tmp_path):
         tmp_path / "file" / "run": "cannot be written (Not a directory)",
         tmp_path / "link": "cannot be written (",
     }
-    if os.path.isdir("/proc/self"):  # a folder that even root cannot write to
-        cases["/proc/self/run"] = "cannot be written"
+    cases["/proc/self/run"] = "cannot be written"  # not by root either
     for folder, message in cases.items():
         assert message in refused(tiny_cfg, *ON, "OUTPUT_DIR", folder)
 
@@ -225,11 +210,9 @@ def test_files_that_hold_no_weights(tiny_cfg, tmp_path, monkeypatch):
     torch.save({"net": {"conv.weight": torch.zeros(3)}}, "odd.pth")
     torch.save({"model": {"backbone.x": torch.zeros(3)}, "iteration": 3}, "truncated.pth")
     os.truncate("truncated.pth", 500)
-    pickles = {"bomb.pkl": {"model": Bomb()}, "truncated.pkl": {"model": {"w": np.zeros(100)}}}
-    contents = {name: pickle.dumps(content) for name, content in pickles.items()}
-    contents |= {"text.pkl": b"not a pickle", "empty.pkl": b"", "empty.pth": b""}
-    contents["truncated.pkl"] = contents["truncated.pkl"][:80]
-    damaged = dict.fromkeys(("damaged.pt", "damaged.pth.tar", "damaged", "text.pth"), b"not a checkpoint")
+    contents = {"bomb.pkl": pickle.dumps({"model": Bomb()}), "text.pkl": b"not a pickle", "empty.pth": b""}
+    contents["truncated.pkl"] = pickle.dumps({"model": {"w": np.zeros(100)}})[:80]
+    damaged = dict.fromkeys(("damaged.pth.tar", "damaged", "text.pth"), b"not a checkpoint")
     for name, content in (contents | damaged).items():
         (tmp_path / name).write_bytes(content)
     for path in list(tmp_path.iterdir()):

@@ -73,7 +73,7 @@ def test_masks(mine):
     ("second", "message"),
     [
         ({"segmentation": [], "iscrowd": 1}, "segmentation"),
-        ({"segmentation": {"size": [30, 40], "counts": [0, 1300]}}, "RLE whose counts add up to 1300, not to the 1200"),
+        ({"segmentation": {"size": [30, 40], "counts": [0, 1300]}}, "RLE whose counts add up to 1300, not to 1200"),
     ],
 )
 def test_masks_that_are_only_evaluated(mine, folder, second, message):

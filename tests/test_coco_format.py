@@ -5,20 +5,20 @@ import itertools
 import json
 import math
 import os
+import reprlib
 import unicodedata
 
 import cv2
 import numpy as np
 import pytest
-from coco_folder import SIZES, Folder, annotation, category, detections, every, image, put
+from coco_folder import SIZES, Folder, annotation, ap_of_the_truth, category, every, image, put
 from detectron2.config import get_cfg
-from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
-from detectron2.data.datasets import load_coco_json, register_coco_instances
-from detectron2.evaluation import COCOEvaluator
+from detectron2.data import DatasetCatalog, DatasetMapper
+from detectron2.data.datasets import register_coco_instances
 from PIL import Image
 from pycocotools import mask as mask_utils
 
-from repr_det.datasets import image_files, objects, shared_images
+from repr_det.datasets import image_files, objects
 from repr_det.method.errors import UserError
 
 
@@ -32,9 +32,8 @@ def as_detectron2_reads_it(folder):
 
 def test_a_sound_folder(folder, caplog):
     summary = folder.check()
-    assert (summary.num_images, summary.num_boxes) == (3, 4)
-    assert summary.classes == {"cell": 3, "plate": 7}
-    assert summary.gaps.keys() == {"masks", "keypoints"}
+    assert summary.classes == {3: "cell", 7: "plate"} and len(summary.files) == 3
+    assert [purpose for purpose, lines in summary.gaps.items() if lines] == ["masks", "keypoints"]
     assert summary.gaps["masks"] == [
         "annotation 1 has no segmentation (bbox [2, 3, 10, 12], area 120, in image 1 of 40x30; 4 such of 4)"
     ]
@@ -52,26 +51,23 @@ def refused(folder):
 
 NAN, INF, HUGE = float("nan"), float("inf"), 10**400
 WRONG_TYPES = {
-    ("images", "id"): [..., 1.5, None],
-    ("images", "file_name"): [..., "", 3],
-    ("images", "width"): [..., 0, 40.5, INF, HUGE, "40", True],
+    ("images", "id"): [..., 1.5],
+    ("images", "file_name"): [..., ""],
+    ("images", "width"): [..., 0, 40.5, INF, "40", True],
     ("images", "height"): [..., -30],
-    ("categories", "id"): [..., "3", 3.0],
+    ("categories", "id"): [..., "3"],
     ("categories", "name"): [..., " "],
     ("annotations", "id"): [..., "1"],
     ("annotations", "image_id"): [..., [2]],
-    ("annotations", "category_id"): [..., 3.0, "3", True, [3]],
-    ("annotations", "bbox"): [
-        *(..., [], [1, 2, 3], [1, 2, 3, "4"], [[1, 2, 3, 4]], [1, 2, None, 4], [1, 2, 3, 4, 30]),
-        *([1, 2, NAN, 4], [1, -INF, 3, 4], [1, 2, HUGE, 4]),
-    ],
-    ("annotations", "iscrowd"): [2, "no"],
+    ("annotations", "category_id"): [..., 3.0, True],
+    ("annotations", "bbox"): [..., [1, 2, 3], [1, 2, 3, "4"], [1, 2, 3, 4, 30], [1, 2, NAN, 4], [1, 2, HUGE, 4]],
+    ("annotations", "iscrowd"): [2],
     ("annotations", "ignore"): [1],
     ("annotations", "segmentation"): [
         *([1, 2, 3, 4, 5, 6], {"size": [4, 4]}, {"size": [10], "counts": "abc"}, {"size": ["4", "4"], "counts": "a"}),
         *({"size": [40, 30], "counts": counts} for counts in (7, [0, -1], [2**40])),
     ],
-    ("annotations", "keypoints"): [[[1, 2, 2]], ["1", "2", "2"], [1, None, 2], "1 2 2", [{"x": 1}]],
+    ("annotations", "keypoints"): [[[1, 2, 2]], [1, None, 2], "1 2 2"],
 }
 
 
@@ -84,8 +80,8 @@ def test_wrong_types(folder, section, key, value):
     if value is ...:
         del entry[key]
     named = f" (id {entry['id']})" if key != "id" else ""
-    shown = "None" if value is ... else repr(value)[:50]
-    assert f"{folder.json}: entry 1 of '{section}'{named} has a wrong '{key}', {shown}" in refused(folder)
+    shown = reprlib.repr(None if value is ... else value)
+    assert f"{folder.json}: entry 1 of '{section}'{named} has a wrong '{key}', {shown}: " in refused(folder)
 
 
 def raw(text):
@@ -114,13 +110,12 @@ def file(number, content, suffix=".jpg"):
     return change
 
 
-def noise(largest, channels=3, kind=np.uint16):
-    size = (*SIZES[5][::-1], channels)
-    return np.random.default_rng(0).integers(0, largest + 1, size).astype(kind)
+def noise(largest, kind=np.uint16, channels=(3,)):
+    return np.random.default_rng(0).integers(0, largest + 1, (64, 64, *channels)).astype(kind)
 
 
 def truncated(folder):
-    file(2, noise(255, kind=np.uint8))(folder)
+    file(2, noise(255, np.uint8))(folder)
     file(2, (folder.images / "5.jpg").read_bytes()[:2000])(folder)
 
 
@@ -135,80 +130,79 @@ def renamed(there, named):
     return change
 
 
-ACCENT = "Bläschen.jpg"
-DECOMPOSED = unicodedata.normalize("NFD", ACCENT)
-NEARLY = [
-    *((DECOMPOSED, ACCENT), (ACCENT, DECOMPOSED), ("B (1).jpg", "b (1).JPG"), ("a b.jpg", "a b.jpg ")),
-    *(("é/1.jpg", "e\u0301/1.jpg"), ("s/b.jpg", "s\\b.jpg"), ("b.jpg", "C:\\b.jpg"), ("b.jpg", "https://x.org/b.jpg")),
-]
-LOST = "annotation 3 has a segmentation without a polygon of 3 points or more, and Detectron2 leaves such an object out"
-
-
 def pipe(folder):
     folder.content, folder.json = None, folder.images / "pipe.json"
     os.mkfifo(folder.json)
 
 
+ACCENT = "Bläschen.jpg"
+DECOMPOSED = unicodedata.normalize("NFD", ACCENT)
+NEARLY = [
+    *((DECOMPOSED, ACCENT), (ACCENT, DECOMPOSED), ("B (1).jpg", "b (1).JPG"), ("a b.jpg", "a b.jpg ")),
+    *(
+        ("é/1.jpg", "e\u0301/1.jpg"),
+        ("s/b.jpg", "s\\b.jpg"),
+        ("s/b.jpg", "C:\\b.jpg"),
+        ("b.jpg", "https://x.org/b.jpg"),
+    ),
+]
+LOST = "annotation 3 has a segmentation without a polygon of 3 points or more, and Detectron2 leaves it out"
 BOX = "(bbox [0, 0, 30, 40], area "
 ABSENT = "of 3 image files are missing or empty in "
 UNREADABLE = "cannot be read as an image: "
 DEEP = f"{UNREADABLE}its pixels have more than 8 bits"
+LISTS = "truth.json: must hold lists of objects 'images', 'annotations' and 'categories': "
 NOT_JSON = "truth.json: cannot be read as JSON: "
 WRONG = [
     # the json
     (raw(b""), f"{NOT_JSON}EOF while parsing a value at line 1 column 0"),
     (raw(b'{"images": [\n  {"id": 1, "fi'), "EOF while parsing a string at line 2 column 15"),
-    (raw(b'{"id": 1}\n{"id": 2}\n'), "trailing characters at line 2 column 1"),
-    (raw(b"<html>"), "is an HTML or XML page"),
-    (raw(b"[]"), "must hold an object with images, annotations and categories, got a list"),
-    (raw(b'{"images": "\xff"}'), "invalid unicode code point at line 1 column 1"),
+    (raw(b"[]"), f"{LISTS}Input should be a valid dictionary"),
     (raw(b'\xef\xbb\xbf{"images": []}'), "begins with a byte order mark, which Detectron2 cannot read: save it"),
-    (raw('{"images": []}'.encode("utf-16")), "is UTF-16 text, which Detectron2 cannot read: save it as UTF-8"),
-    (raw(b'{"images": ' + b"9" * 5000 + b"}"), "number out of range"),
-    (raw(b'{"images": ' + b"[" * 100_000), "recursion limit exceeded"),
-    (raw(gzip.compress(b"{}")), "is compressed by gzip, which Detectron2 does not unpack: unpack it with 'gunzip'"),
-    (raw(b"PK\x03\x04..."), "is a zip archive: unpack it"),
-    (raw(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), "is a Git LFS pointer, not the data: fetch"),
+    (raw('{"images": []}'.encode("utf-16")), "is UTF-16 text: save it as UTF-8"),
+    (raw(gzip.compress(b"{}")), "is compressed by gzip: unpack it with 'gunzip'"),
     (lambda folder: vars(folder).update(content=None), f"{NOT_JSON}[Errno 2] No such file or directory"),
     (lambda folder: vars(folder).update(content=None, json=folder.images), "images: is not a file"),
     (pipe, "pipe.json: is not a file"),
     # its entries
-    (put(images=...), "has no 'images' (COCO format has images, annotations and categories, found: annotations, cat"),
-    *((put(**{key: []}), f"'{key}' is empty") for key in ("images", "annotations", "categories")),
-    *((put(images=value), "'images' must be a list of objects") for value in ({"1": {}}, None, ["cell"])),
+    (put(images=...), f"{LISTS}images: Field required"),
+    *((put(**{key: []}), f"{LISTS}{key}: List should have at least 1") for key in ("images", "annotations")),
+    (put(categories=[]), f"{LISTS}categories: List should have at least 1"),
+    *((put(images=value), f"{LISTS}images: Input should be a valid list") for value in ({"1": {}}, None)),
+    (put(images=["cell"]), f"{LISTS}images: 0: Input should be a valid dictionary"),
     (image(1, id=1), "the id 1 occurs twice in 'images'"),
     (image(2, id="five"), "image ids must be all integers or all strings"),
     (category(1, id=3), "the id 3 occurs twice in 'categories'"),
     (annotation(1, id=1), "the id 1 occurs twice in 'annotations'"),
-    (annotation(2, image_id=9), "annotation 3 names image_id 9, which is not in 'images' (1, 2, 5)"),
-    (annotation(2, image_id="2"), "annotation 3 names image_id '2', which is not in 'images' (1, 2, 5)"),
-    (annotation(2, category_id=0), "annotation 3 names category_id 0, which is not in 'categories' (3, 7)"),
+    (annotation(2, image_id=9), "annotation 3 names image_id 9, not in 'images' (1, 2, 5)"),
+    (annotation(2, image_id="2"), "annotation 3 names image_id '2', not in 'images' (1, 2, 5)"),
+    (annotation(2, category_id=0), "annotation 3 names category_id 0, not in 'categories' (3, 7)"),
     # objects
     (annotation(2, bbox=[9, 9, -3, 4]), "annotation 3 has a bbox of negative size: a bbox must be [x, y, width, "),
-    (annotation(2, bbox=[9, 9, 3, 0]), "annotation 3 has a bbox without area, and Detectron2 leaves such an object "),
+    (annotation(2, bbox=[9, 9, 3, 0]), "annotation 3 has a bbox without area, and Detectron2 leaves it out"),
     (annotation(2, bbox=[30, 0, 5, 5]), "(bbox [30, 0, 5, 5], area 1200, in image 2 of 30x40; 1 such of 4)"),
     (annotation(2, bbox=[3, -9, 5, 9]), "annotation 3 has a bbox outside its image"),
-    (every(lambda a: {"bbox": [v / 64 for v in a["bbox"]]}), "a bbox of a pixel or less: give pixels, not fractions"),
+    (every(lambda a: {"bbox": [v / 64 for v in a["bbox"]]}), "a bbox of a pixel or less: give pixels"),
     *((annotation(2, segmentation=value), LOST) for value in ([[2, 3, 12, 15]], [[]], [[1, 2, 3, 4, 5, 6, 7]])),
-    (every(lambda a: {"iscrowd": 1}), "annotation 1 is a crowd region (iscrowd 1), and none is one object"),
-    *((annotation(2, area=value), "annotation 3 has no 'area', which COCO evaluation") for value in (..., None)),
+    (every(lambda a: {"iscrowd": 1}), "annotation 1 is a crowd region (iscrowd 1), as all are"),
+    *((annotation(2, area=value), "annotation 3 must have a finite number as 'area', which") for value in (..., "12")),
     (annotation(2, iscrowd=...), "annotation 3 has no 'iscrowd', which COCO evaluation needs: give 0 for a single"),
-    *((annotation(2, area=value), f"{BOX}{value!r}"[:80]) for value in ("12", [12], NAN, True, HUGE, -0.5, 1.2e12)),
+    *((annotation(2, area=value), f"{BOX}{reprlib.repr(value)}") for value in ([12], NAN, True, HUGE, -0.5, 1.2e12)),
     (every(lambda a: {"area": -a["area"]}), "has an 'area' that COCO evaluation ignores: give the object's area in"),
     # image files
-    *((renamed(there, named), f"({there!a} is there: spell names alike, with /, ") for there, named in NEARLY),
+    *((renamed(there, named), f"({there!a} is there: spell names alike") for there, named in NEARLY),
     *((image(0, file_name=name), f"1 {ABSENT}") for name in ("no.jpg", "n\0.jpg")),
     (lambda folder: [(folder.images / f"{i}.jpg").write_bytes(b"") for i in (2, 5)], f"2 {ABSENT}"),
     (renamed("x/1.jpg", "x"), f"1 {ABSENT}"),
     (lambda folder: vars(folder).update(images=folder.images / "moved"), "images/moved does not exist, or is not a "),
     (lambda folder: vars(folder).update(images=folder.json), "truth.json does not exist, or is not a folder"),
-    (image(0, width=30, height=40), "image 1 must have the file's width and height 40x30 (EXIF orientation applied), "),
+    (image(0, width=30, height=40), "image 1 must have the width and height of '1.jpg', 40x30 (EXIF orientation "),
     (file(1, b"no image"), f"2.jpg {UNREADABLE}cannot identify image file"),
     (file(1, b"version https://git-lfs.github.com/spec/v1\n"), f"2.jpg {UNREADABLE}it is a Git LFS pointer"),
     (truncated, "image file is truncated"),
-    *((file(2, noise(largest), s), DEEP) for largest in (1023, 4095) for s in (".png", ".tif", ".ppm")),
-    (file(2, noise(4095, 1), ".png"), DEEP),
-    *((file(2, noise(9, 1, kind)[..., 0], ".tif"), DEEP) for kind in (np.int32, np.float32)),
+    *((file(2, noise(1023), suffix), DEEP) for suffix in (".png", ".tif", ".ppm")),
+    (file(2, noise(4095, channels=(1,)), ".png"), DEEP),
+    *((file(2, noise(9, kind, ()), ".tif"), DEEP) for kind in (np.int32, np.float32)),
 ]
 
 
@@ -243,8 +237,8 @@ def boxes(form):
     return every(values)
 
 
-def areas(factor, last=60):
-    return every(lambda a: {"area": a["area"] * factor} if a["id"] <= last else {})
+def areas(factor):
+    return every(lambda a: {"area": a["area"] * factor})
 
 
 def repeat(shift=0, count=60, **values):
@@ -270,19 +264,16 @@ READ_AS = "60 of 60 boxes fit their images: a bbox must be [x, y, width, height]
 DOUBTFUL = [
     (boxes(lambda x, y, w, h: [x, y, x + w, y + h]), f"; read as two corners [x1, y1, x2, y2], {READ_AS}"),
     (boxes(lambda x, y, w, h: [x + w / 2, y + h / 2, w, h]), "; read as [centre x, centre y, width, height], 60 of 60"),
-    (boxes(lambda *box: [v * 0.5 for v in box]), "ends, as all do, within 60% of its image, like a bbox for images of"),
-    (percent, "annotation 1 ends, as all do, at 100 or before in images of any size, like a part of 100"),
-    (areas(0), "annotation 1 has an 'area' that cannot be that of its bbox, and APs, APm and APl go by it: give "),
+    (boxes(lambda *box: [v * 0.5 for v in box]), "ends, as all do, within 60% of its image, like one of an image of"),
+    (percent, "annotation 1 ends, as all do, at 100 or before, like a part of 100"),
+    (areas(0), "annotation 1 has an 'area' that does not fit its bbox, and APs, APm and APl go by it: give "),
     (areas(1 / 80), "60 such of 60)"),
-    (areas(9, 30), "30 such of 60)"),
-    (repeat(), "annotation 1001 has the class and the box of another object of its image: list it once (bbox ["),
+    (areas(9), "60 such of 60)"),
+    (repeat(), "annotation 1001 has class and box of another object of its image: list it once (bbox ["),
     (repeat(0.001), " such of 120)"),
     (lambda folder: (boxes(lambda *box: [*map(math.ceil, box)])(folder), repeat(-0.001)(folder)), "60 such of 120)"),
     (annotation(0, id=0), "annotation id 0 means 'no match' to pycocotools"),
-    (
-        put(categories=[{"id": 3, "name": "Bläschen"}, {"id": 7, "name": "Bla\u0308schen"}]),
-        r"'Bl\xe4schen' and 'Bla\u0308schen' are one name in two spellings, and taken for two classes",
-    ),
+    (category(1, name="Cell"), "'cell' and 'Cell', one name in two spellings, are taken for two classes"),
 ]
 SOUND = [
     boxes(lambda x, y, w, h: [x, y, w + 1, h + 1]),
@@ -300,14 +291,12 @@ def test_what_is_doubtful_is_one_warning_that_names_the_first_entry(folder, capl
     assert not caplog.records
     change(folder)
     folder.check(name="cells")
-    told = [record.getMessage() for record in caplog.records]
-    assert len(told) == (message is not None)
-    assert all(line.startswith(f"data set cells: {folder.json}: ") and message in line for line in told)
+    assert len(caplog.messages) == (message is not None)
+    assert all(line.startswith(f"data set cells: {folder.json}: ") and message in line for line in caplog.messages)
 
 
 @pytest.mark.parametrize(
-    "damage",
-    [dict(bbox=[2, 3, 0, 4]), dict(bbox=[40, 30, 4, 4]), dict(segmentation=[[2, 3, 12, 15]]), dict(segmentation=[[]])],
+    "damage", [{"bbox": [2, 3, 0, 4]}, {"bbox": [40, 30, 4, 4]}, {"segmentation": [[2, 3, 12, 15]]}]
 )
 @pytest.mark.parametrize("total, allowed", [(145, 1), (2000, 2)])
 def test_a_few_useless_objects_are_left_out_and_told(folder, catalogs, caplog, damage, total, allowed):
@@ -318,7 +307,7 @@ def test_a_few_useless_objects_are_left_out_and_told(folder, catalogs, caplog, d
         annotation(number, **damage)(folder)
     folder.check()
     assert "annotation 10 has a " in caplog.text and f"{allowed} such of {total})" in caplog.text
-    if "leaves such an object out" in caplog.text:
+    if "leaves it out" in caplog.text:
         assert len(as_detectron2_reads_it(folder)[0]["instances"]) == total - allowed
     annotation(30, **damage)(folder)
     assert f"{allowed + 1} such of {total})" in refused(folder)
@@ -333,10 +322,10 @@ def test_one_image_under_several_ids_is_told(folder, caplog, same):
         (folder.images / same).write_bytes((folder.images / "1.jpg").read_bytes())
     folder.content["images"].append({"id": 9, "file_name": same, "width": 40, "height": 30})
     files = folder.check().files
-    assert shared_images(files, files[3:]) == ([(files[0].path, files[3].path)], 1)
-    (record,) = caplog.records
-    assert f"1 of 4 entries of 'images' repeat the image of another one (the first: 1, '1.jpg', and 9, '{same}')" in (
-        record.getMessage()
+    assert image_files.shared_images(files, files[3:]) == ([(files[0].path, files[3].path)], 1)
+    (line,) = caplog.messages
+    assert (
+        f"1 of 4 entries of 'images' repeat the image of another one (the first: 1, '1.jpg', and 9, '{same}')" in line
     )
 
 
@@ -355,7 +344,7 @@ def test_dark_images_are_warned_of_and_colours_that_use_16_bits_pass(folder, cap
     for number, (width, height) in enumerate(SIZES.values()):
         file(number, np.full((height, width), number + 1, np.uint8), ".png")(folder)
     folder.check()
-    assert "would see nearly black images, with values up to 3 of 255" in caplog.text
+    assert "would see nearly black images, with values up to 3 (" in caplog.text
 
 
 def test_an_error_in_the_middle_of_a_run_names_the_image(tmp_path):
@@ -404,20 +393,15 @@ ODD = {
     "RLE crowd": annotation(0, iscrowd=1, segmentation=CROWD),
     "flags of other tools": every(lambda a: {"iscrowd": False}),
     "lengths of other tools": image(0, width=40.0, height=30.0),
-    "greyscale": picture("L"),
-    "CMYK": picture("CMYK"),
     "palette": picture("P", "png"),
     "EXIF, rotated": picture(turned=True, exif=orientation(6)),
-    "EXIF, rotated png": picture(suffix="png", turned=True, exif=orientation(8)),
-    "EXIF, upside down": picture(exif=orientation(3)),
     "damaged EXIF": picture(exif=b"Exif\0\0MM\0*\xff\xff\xff\xff"),
     "unicode subfolder": renamed("große Bilder 細胞/ein s.jpg", "große Bilder 細胞/ein s.jpg"),
     "repeated ids of COCO minival": minival,
     "a box sticks out": annotation(0, bbox=[-2, -2.5, 50, 60]),
     "unsorted sparse categories": put(categories=UNSORTED),
     "string image ids": string_image_ids,
-    "polygons and extras": annotation(0, segmentation=[[2, 3, 12, 3, 12, 15]], score=0.3, info={}),
-    "keypoints": annotation(0, keypoints=[1, 2, 2] * 17),
+    "extras": annotation(0, segmentation=[[2, 3, 12, 3, 12, 15]], score=0.3, info={}, keypoints=[1, 2, 2] * 17),
 }
 
 
@@ -426,24 +410,23 @@ def test_odd_but_sound_data_pass_here_and_in_detectron2(tmp_path, catalogs, name
     folder = Folder(tmp_path / "a folder with späces")
     ODD[name](folder)
     summary = folder.check()
-    assert summary.num_images == 3 and summary.num_boxes == 4 and set(summary.classes) >= {"cell", "plate"}
     records = as_detectron2_reads_it(folder)
     assert [len(record["instances"]) for record in records] == ([1, 2, 0] if name == "RLE crowd" else [2, 2, 0])
     assert [tuple(record["image"].shape[:0:-1]) for record in records] == list(SIZES.values())
-    ids = {name: [*summary.classes].index(name) for name in ("cell", "plate")}
-    assert records[1]["instances"].gt_classes.tolist() == [ids["cell"], ids["plate"]]
-    assert "polygons" not in summary.gaps
+    names = [*summary.classes.values()]
+    assert records[1]["instances"].gt_classes.tolist() == [names.index("cell"), names.index("plate")]
+    assert not summary.gaps["polygons"]
     if name == "EXIF, rotated":
         image(0, width=SIZES[1][1], height=SIZES[1][0])(folder)
-        assert "width and height 40x30" in refused(folder)
+        assert "'1.jpg', 40x30" in refused(folder)
 
 
 def test_boxes_can_be_trained_beside_masks_that_cannot(folder):
     every(lambda a: {"segmentation": [[0, 0, 9, 0, 9, 9]]})(folder)
-    assert "masks" not in folder.check().gaps
+    assert not folder.check().gaps["masks"]
     odd = {value: "a polygon with a coordinate that is no finite number" for value in ("4", NAN, HUGE)}
     cases = [([[1, 2, 3, value, 5, 6]], f"{message}: [[1, 2, 3, ") for value, message in odd.items()]
-    cases.append(({"size": [30, 40], "counts": "x"}, "RLE that must have the size [height, width] of its image"))
+    cases.append(({"size": [30, 40], "counts": "x"}, "RLE of the size [30, 40], which must be [height, width], "))
     for segmentation, gap in cases:
         annotation(2, segmentation=segmentation)(folder)
         assert folder.check().gaps["masks"][0].startswith(f"annotation 3 has {gap}")
@@ -462,18 +445,10 @@ def test_every_string_of_pycocotools_is_read():
             assert fault.startswith("RLE whose counts")
 
 
-def ap_of_the_truth(folder, name):
-    """Stock COCO evaluation of the true boxes."""
+def ap_as_it_is_now(folder, name):
     folder.json.write_text(json.dumps(folder.content))
-    load_coco_json(str(folder.json), str(folder.images), name)
-    MetadataCatalog.get(name).json_file = str(folder.json)
-    evaluator = COCOEvaluator(name, ("bbox",), distributed=False)
-    evaluator.reset()
-    for entry in folder.content["images"]:
-        truth = [a for a in folder.content["annotations"] if a["image_id"] == entry["id"]]
-        found = detections(entry, [a["bbox"] for a in truth], [(a["category_id"] - 3) // 4 for a in truth])
-        evaluator.process([{"image_id": entry["id"]}], found)
-    return evaluator.evaluate()["bbox"]["AP"]
+    register_coco_instances(name, {}, str(folder.json), str(folder.images))
+    return ap_of_the_truth(name)
 
 
 def test_what_is_said_of_evaluation_is_true_of_the_stock_one(folder, catalogs):
@@ -481,16 +456,16 @@ def test_what_is_said_of_evaluation_is_true_of_the_stock_one(folder, catalogs):
     for area in (0, 1e10):
         every(lambda a, area=area: {"area": area})(folder)
         folder.check()
-        assert ap_of_the_truth(folder, f"within_{area}") == pytest.approx(100)
+        assert ap_as_it_is_now(folder, f"within_{area}") == pytest.approx(100)
     for area in (-1, 1.1e10):
         every(lambda a, area=area: {"area": area})(folder)
-        assert np.isnan(ap_of_the_truth(folder, f"ignored_{area}"))
+        assert np.isnan(ap_as_it_is_now(folder, f"ignored_{area}"))
     every(lambda a: {"area": 100})(folder)
     annotation(0, id=0)(folder)
-    assert ap_of_the_truth(folder, "zero") < 90
+    assert ap_as_it_is_now(folder, "zero") < 90
     for key in ("area", "iscrowd"):
         annotation(2, **{key: ...})(folder)
         assert f"'{key}'" in folder.check(for_evaluation=False).gaps["evaluation"][0]
         with pytest.raises(KeyError, match=key):
-            ap_of_the_truth(folder, key)
+            ap_as_it_is_now(folder, key)
         annotation(2, area=100)(folder)

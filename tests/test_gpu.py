@@ -7,7 +7,6 @@ test_simulated_cuda.py runs them on simulated devices.
 import statistics
 from collections import Counter
 
-import host_waits
 import numpy as np
 import pytest
 import torch
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from conftest import GPU, assert_same_weights
 from detectron2.engine import HookBase
 from detectron2.utils.env import seed_all_rng
-from gpu_nets import BATCHES, Net, loss_of
+from gpu_nets import BATCHES, Loop, Net, counted_waits, loss_of, trained
 from textbook import textbook_overlap
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -37,59 +36,19 @@ PRECISIONS = {
 ROUNDING = {"float16 weights": 2.0**-11, "bfloat16 weights": 2.0**-8}
 
 
-class Loop:
-    """A training loop of ``Net`` with RePr, in some precision."""
+def until(loop: Loop, event: str):
+    """The next transition of this kind, and the weights of just before and after it, by the name of the layer."""
+    schedule, before = loop.training.schedule, {}
+    while loop.iteration not in (schedule.drop_iters if event == "drop" else schedule.restore_iters):
+        loop.step()
+    handle = loop.optimizer.register_step_post_hook(lambda *_: before.update(weights_of(loop)))
+    done, _ = loop.step()
+    handle.remove()
+    return done, before, weights_of(loop)
 
-    def __init__(self, device="cuda", norm="BN", dtype=None, autocast=None, scaler=None, rate=0.05, **options) -> None:
-        self.device, self.autocast, self.dtype = device, autocast, dtype or torch.float32
-        self.net = Net(norm).to(device, self.dtype)
-        self.optimizer = torch.optim.SGD(self.net.parameters(), rate, momentum=0.9)
-        self.scaler = scaler
-        options = {"num_cycles": 2, "criterion_batches": 2, "calibration_batches": 2, **options}
-        self.batches = [(images.to(self.dtype), classes) for images, classes in BATCHES]
-        self.training = RePr(self.net, self.optimizer, 24, loader=self.batches, loss=self.loss, **options)
-        self.iteration = 0
 
-    def loss(self, batch):
-        with torch.autocast(self.device, self.autocast or torch.bfloat16, enabled=self.autocast is not None):
-            return loss_of(self.net, batch)
-
-    def step(self):
-        """The transition, and whether the optimizer has stepped."""
-        self.optimizer.zero_grad()
-        before = self.net.conv1.weight.detach().clone()
-        loss = self.loss(self.batches[self.iteration % len(self.batches)])
-        if self.scaler is None:
-            loss.backward()
-            self.optimizer.step()
-        else:
-            self.scaler.scale(loss).backward()
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        self.iteration += 1
-        stepped = not torch.equal(before, self.net.conv1.weight)
-        return self.training.step(), stepped
-
-    def until(self, event: str):
-        """The next transition of this kind, and the weights of just before and after it, by the name of the layer."""
-        schedule, before = self.training.schedule, {}
-        while self.iteration not in (schedule.drop_iters if event == "drop" else schedule.restore_iters):
-            self.step()
-            self.assert_dropped_are_zero()
-        handle = self.optimizer.register_step_post_hook(lambda *_: before.update(self.weights()))
-        done, _ = self.step()
-        handle.remove()
-        return done, before, self.weights()
-
-    def weights(self) -> dict[str, torch.Tensor]:
-        return {layer.name: layer.weight.detach().cpu().clone() for layer in self.training.scheme.layers}
-
-    def assert_dropped_are_zero(self) -> None:
-        for layer in self.training.scheme.layers if self.training.phase == "sub" else ():
-            dropped = self.training.scheme.masks[layer.name]
-            states = [self.optimizer.state.get(parameter, {}) for parameter in layer.parameters()]
-            momenta = [state["momentum_buffer"] for state in states if state]
-            assert not any(tensor.cpu()[dropped].any() for tensor in [*layer.tensors().values(), *momenta])
+def weights_of(loop: Loop) -> dict[str, torch.Tensor]:
+    return {layer.name: layer.weight.detach().cpu().clone() for layer in loop.training.scheme.layers}
 
 
 def worst(scores: dict[str, np.ndarray], ratio: float = 0.3, most: float = 0.5) -> set[tuple[str, int]]:
@@ -104,23 +63,17 @@ def worst(scores: dict[str, np.ndarray], ratio: float = 0.3, most: float = 0.5) 
     return chosen
 
 
-def dropped_of(done) -> set[tuple[str, int]]:
-    return {(name, i) for name, rows in done.dropped.items() for i in rows}
-
-
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
 def test_masks_zeros_and_directions_in_every_precision(precision, norm):
     """Which filters go is decided by the weights alone, and where they come back is orthogonal after rounding."""
-    loop = Loop(norm=norm, **PRECISIONS[precision])
+    loop = Loop(Net(norm).cuda(), **PRECISIONS[precision])
     for _ in range(2):
-        done, before, after = loop.until("drop")
+        done, old, _ = until(loop, "drop")
         groups = {layer.name: layer.conv.groups for layer in loop.training.scheme.layers}
-        assert dropped_of(done) == worst(
-            {name: textbook_overlap(weight, groups[name]) for name, weight in before.items()}
-        )
-        old = before
-        done, before, after = loop.until("restore")
+        scores = {name: textbook_overlap(weight, groups[name]) for name, weight in old.items()}
+        assert {(name, i) for name, rows in done.dropped.items() for i in rows} == worst(scores)
+        done, before, after = until(loop, "restore")
         for name, rows in done.dropped.items():
             new, size = after[name], after[name][0].numel()
             kept = [i for i in range(len(new)) if i not in rows]
@@ -129,13 +82,13 @@ def test_masks_zeros_and_directions_in_every_precision(precision, norm):
                 units = [F.normalize(part, dim=1) for part in (new[rows].double().flatten(1), others)]
                 cosines = torch.cat([units[0] @ units[1].T, units[0] @ units[0].T - torch.eye(len(rows))], 1)
                 assert cosines.abs().max() <= 2 * ROUNDING.get(precision, 1e-6), name
-    assert all(value.isfinite().all() for value in loop.net.state_dict().values())
+    loop.assert_two_cycles()
 
 
 @pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
 def test_steps_that_grad_scaler_skips_around_transitions(norm):
     scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10, backoff_factor=2.0**-40)
-    loop = Loop(norm=norm, autocast=torch.float16, scaler=scaler)
+    loop = Loop(Net(norm).cuda(), autocast=torch.float16, scaler=scaler)
     scaler.scale(torch.zeros(1, device="cuda"))  # before which it has no scale to be changed
     schedule = loop.training.schedule
     skipped = {schedule.drop_iters[0], schedule.drop_iters[0] + 1, schedule.restore_iters[0]}
@@ -143,9 +96,7 @@ def test_steps_that_grad_scaler_skips_around_transitions(norm):
         scaler.update(2.0**60 if i in skipped else 2.0**10)
         _, stepped = loop.step()
         assert stepped == (i not in skipped)
-        loop.assert_dropped_are_zero()
-    assert loop.training.scheme.cycle == 2
-    assert all(value.isfinite().all() for value in loop.net.state_dict().values())
+    loop.assert_two_cycles()
 
 
 class Float64(TorchDispatchMode):
@@ -164,21 +115,17 @@ class Float64(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("criterion", "norm"),
-    [("ortho", "FrozenBN"), ("random", "GN"), ("apoz", "BN"), ("redundant", "BN")],
+    "criterion, norm", [("ortho", "FrozenBN"), ("random", "GN"), ("apoz", "BN"), ("redundant", "BN")]
 )
 def test_no_float64_on_the_device_and_no_kernel_that_is_not_deterministic(criterion, norm, monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     try:
-        loop = Loop(norm=norm, criterion=criterion)
         with Float64() as seen:
-            for _ in range(24):
-                loop.step()
+            trained(Net(norm).cuda(), criterion=criterion)
     finally:
         torch.use_deterministic_algorithms(False)
     assert not seen.found
-    assert loop.training.scheme.cycle == 2
 
 
 @pytest.mark.parametrize("kind", ["fused", "capturable"])
@@ -191,7 +138,7 @@ def test_optimizers_whose_state_is_on_the_device(kind):
         optimizer.zero_grad()
         loss_of(net, BATCHES[step % 4]).backward()
         optimizer.step()
-        with host_waits.counted() as waits:
+        with counted_waits() as waits:
             done = training.step()
         assert waits.total() <= (50 if done else 3), waits
     assert training.scheme.cycle == 1
@@ -208,10 +155,10 @@ def test_waits_of_a_resnet18():
     for _ in range(12):
         optimizer.zero_grad()
         phase = training.phase
-        with host_waits.counted() as in_training:
+        with counted_waits() as in_training:
             F.cross_entropy(net(batch[0]), batch[1]).backward()
             optimizer.step()
-        with host_waits.counted() as in_repr:
+        with counted_waits() as in_repr:
             done = training.step()
         assert in_training.total() == 0, in_training
         sub_steps = sub_steps + 1 if phase == "sub" else 0
@@ -224,7 +171,7 @@ def test_waits_of_a_resnet18():
             assert in_repr.total() == 0, in_repr
         if training.phase == "sub":
             net.eval()
-            with torch.no_grad(), host_waits.counted() as in_evaluation:
+            with torch.no_grad(), counted_waits() as in_evaluation:
                 net(batch[0])
             net.train()
             assert in_evaluation.total() == 0, in_evaluation
@@ -238,7 +185,7 @@ class CountedSteps(HookBase):
         self.waits: list[int] = []
 
     def before_step(self) -> None:
-        self._counted = host_waits.counted()
+        self._counted = counted_waits()
         self._found = self._counted.__enter__()
 
     def after_step(self) -> None:
@@ -247,10 +194,8 @@ class CountedSteps(HookBase):
 
 
 def test_a_detectors_steps_wait_as_often_as_without_repr_and_a_cycle_is_resumed(tiny_cfg, tmp_path):
-    opts = (
-        "SOLVER.MAX_ITER 8 DATASETS.TEST () SOLVER.BASE_LR 0.0001 SOLVER.CHECKPOINT_PERIOD 4 MODEL.DEVICE cuda".split()
-    )
-    opts += ["MODEL.RESNETS.NORM", "FrozenBN"]
+    opts = "SOLVER.MAX_ITER 8 DATASETS.TEST () SOLVER.BASE_LR 0.0001 SOLVER.CHECKPOINT_PERIOD 4".split()
+    opts += ["MODEL.DEVICE", "cuda", "MODEL.RESNETS.NORM", "FrozenBN"]
     cycle = "REPR.ENABLED True REPR.S1_ITERS 2 REPR.S2_ITERS 4 REPR.NUM_CYCLES 1".split()
     counts = {}
     for name, more in (("without", []), ("with", cycle)):
@@ -289,7 +234,7 @@ def test_same_masks_and_filters_for_one_seed():
     """Of equal weights, whatever device they are on."""
     found = []
     for place in ("cpu", "cuda"):
-        loop = Loop(place, rate=0.0)
+        loop = Loop(Net().to(place), rate=0.0)
         loop.step()
         dropped = loop.training.scheme.drop().dropped
         loop.training.scheme.restore()

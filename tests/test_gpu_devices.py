@@ -3,33 +3,14 @@
 import pytest
 import torch
 from conftest import GPU
-from gpu_nets import BATCHES, Net, loss_of
+from gpu_nets import BATCHES, Net, loss_of, trained
 from torch import nn
 
-from repr_det import RePr
 from repr_det.method.passes import passes_over
 from repr_det.network.state import random_state, set_random_state, undisturbed
 
 pytestmark = [*GPU, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
 DEVICES = [torch.device("cpu"), torch.device("cuda", 0), torch.device("cuda", 1)]
-
-
-def trained(net: nn.Module, steps: int = 24, **options) -> RePr:
-    """Two cycles; dropped filters are 0 before every step of the sub-network."""
-    optimizer = torch.optim.SGD(net.parameters(), 0.05, momentum=0.9)
-    options = {"loader": BATCHES, "loss": lambda batch: loss_of(net, batch), **options}
-    training = RePr(net, optimizer, steps, num_cycles=2, criterion_batches=2, calibration_batches=2, **options)
-    for step in range(steps):
-        optimizer.zero_grad()
-        loss_of(net, BATCHES[step % len(BATCHES)]).backward()
-        optimizer.step()
-        training.step()
-        for layer in training.scheme.layers if training.phase == "sub" else ():
-            dropped = training.scheme.masks[layer.name]
-            assert not any(tensor.cpu()[dropped].any() for tensor in layer.tensors().values())
-    assert training.scheme.cycle == 2
-    assert all(parameter.isfinite().all() for parameter in net.parameters())
-    return training
 
 
 def drawn() -> list[list[float]]:
@@ -85,11 +66,11 @@ class Split(Net):
 @pytest.mark.parametrize("criterion", ["ortho", "redundant", "apoz"])
 @pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
 def test_layers_on_two_devices(norm, criterion):
-    scheme = trained(Split(norm), criterion=criterion, averages=[Net(norm).to("cuda:1")]).scheme
+    scheme = trained(Split(norm), criterion=criterion, averages=[Net(norm).to("cuda:1")]).training.scheme
     assert {str(layer.weight.device) for layer in scheme.layers} == {"cuda:0", "cuda:1"}
 
 
 def test_data_parallel_in_both_phases():
     net = Net().to("cuda:0")
-    scheme = trained(nn.DataParallel(net, [0, 1])).scheme
+    scheme = trained(nn.DataParallel(net, [0, 1])).training.scheme
     assert len(scheme.layers) == len([module for module in net.modules() if isinstance(module, nn.Conv2d)])

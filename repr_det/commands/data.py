@@ -10,18 +10,11 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
-from repr_det.datasets import (
-    CocoSummary,
-    agree_on_classes,
-    any_mapped,
-    check_registered,
-    class_names,
-    listed,
-    own_classes,
-    register_builtin,
-    register_coco_format,
-    shared_images,
-)
+from repr_det.datasets import check_registered, class_names, register_builtin, register_coco_format
+from repr_det.datasets.coco_format import CocoSummary
+from repr_det.datasets.findings import listed
+from repr_det.datasets.image_files import shared_images
+from repr_det.datasets.registered import agree_on_classes, any_mapped, own_classes
 from repr_det.detectron.config import as_user_error
 from repr_det.method.errors import UserError
 from repr_det.runs.record import DATA_FILE
@@ -136,8 +129,8 @@ def _warn_of_shared_images(trained: str, train: CocoSummary, tested: str, test: 
 
 def _check_masks(cfg: CfgNode, name: str, summary: CocoSummary, train: bool, test: bool) -> None:
     for purpose in ("masks", "crowd masks") if test else ("masks",):
-        _refuse("MODEL.MASK_ON", name, summary.gaps.get(purpose))
-    if train and "polygons" in summary.gaps and cfg.INPUT.MASK_FORMAT == "polygon":
+        _refuse("MODEL.MASK_ON", name, summary.gaps[purpose])
+    if train and summary.gaps["polygons"] and cfg.INPUT.MASK_FORMAT == "polygon":
         gap = summary.gaps["polygons"][0]
         raise UserError(f"INPUT.MASK_FORMAT is 'polygon', but in {name} {gap}: set it to bitmask")
 
@@ -149,7 +142,7 @@ def _check_keypoints(name: str, summary: CocoSummary, train: bool, test: bool) -
         gaps = [f"objects have {listed(found)} numbers as keypoints, and its keypoint_names ask for {wanted}"]
     elif train and (not wanted or metadata.get("keypoint_flip_map") is None):
         gaps = ["MetadataCatalog has no keypoint_names and keypoint_flip_map"]
-    _refuse("MODEL.KEYPOINT_ON", name, gaps or (test and summary.gaps.get("keypoints")))
+    _refuse("MODEL.KEYPOINT_ON", name, gaps or (test and summary.gaps["keypoints"]))
 
 
 def _refuse(key: str, name: str, gaps: list[str] | None) -> None:

@@ -25,7 +25,8 @@ from torch import nn
 from repr_det.commands.arguments import config_path, folder_of_weights, naming_close_keys, output_folder
 from repr_det.commands.data import prepare_data
 from repr_det.commands.train import Run
-from repr_det.datasets import CocoEvaluator, listed
+from repr_det.datasets import CocoEvaluator
+from repr_det.datasets.findings import listed
 from repr_det.detectron.config import add_repr_config, as_user_error, decays, defined_at_its_end
 from repr_det.detectron.engine import Trainer
 from repr_det.method.errors import UserError

@@ -2,17 +2,61 @@
 
 import gc
 import os
-from collections import Counter
+import reprlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import FailFast, Field, TypeAdapter, ValidationError
 from pydantic_core import from_json
+from typing_extensions import NotRequired, TypedDict
 
-from repr_det.datasets.findings import Findings, listed, reason, spelled_alike
+from repr_det.datasets.findings import Findings, folded, listed, reason
 from repr_det.datasets.image_files import ImageFile, check_image_files
-from repr_det.datasets.objects import Objects, gaps_of
-from repr_det.datasets.schema import check_schema
+from repr_det.datasets.objects import gaps_of
+
+# The types that Detectron2 and pycocotools rely on; numbers within the right type are left to ``objects``.
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Length = Annotated[Finite, Field(gt=0, multiple_of=1)]  # some tools write 640.0
+Name = Annotated[str, Field(pattern=r"\S")]
+Count = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+class Image(TypedDict):
+    id: int | str
+    file_name: Name
+    width: Length
+    height: Length
+
+
+class Category(TypedDict):
+    id: int
+    name: Name
+
+
+class RunLengths(TypedDict):
+    size: Annotated[list[Count], Field(min_length=2, max_length=2)]
+    counts: str | list[Count]
+
+
+class Annotation(TypedDict):
+    id: int
+    image_id: int | str
+    category_id: int
+    bbox: Annotated[list[Finite], Field(min_length=4, max_length=4)]
+    iscrowd: NotRequired[Literal[0, 1, False, True]]
+    ignore: NotRequired[Literal[0, False]]
+    segmentation: NotRequired[list[list] | RunLengths | Literal[""] | None]
+    keypoints: NotRequired[list[Finite] | None]
+
+
+class Content(TypedDict):
+    categories: Annotated[list[Category], FailFast(), Field(min_length=1)]
+    images: Annotated[list[Image], FailFast(), Field(min_length=1)]
+    annotations: Annotated[list[Annotation], FailFast(), Field(min_length=1)]
+
+
+_CONTENT = TypeAdapter(Content)
 
 
 @dataclass(frozen=True)
@@ -20,27 +64,15 @@ class CocoSummary:
     """Contents of a COCO-format data set.
 
     Attributes:
-        classes: name -> (lowest) category id, sorted by id, which is the order in Detectron2.
-        aliases: category id -> lowest id of the same name, for the others of the names that several ids have.
+        classes: category id -> name, in the order of the ids.
         gaps: what stands in the way of evaluation, masks and keypoints, see ``objects.gaps_of``.
         keypoint_numbers: the lengths of the objects' lists of keypoints, crowd regions aside, 0 for those without.
-        files: the image files.
     """
 
-    num_images: int
-    num_boxes: int
-    classes: dict[str, int]
-    aliases: dict[int, int]
+    classes: dict[int, str]
     gaps: dict[str, list[str]]
     keypoint_numbers: frozenset[int]
     files: list[ImageFile] = field(repr=False)
-
-    def check_evaluation(self, findings: Findings) -> None:
-        """Refuses data that COCO evaluation cannot use, and warns of what would mislead it."""
-        for gap in self.gaps.get("evaluation", ()):
-            findings.fail(gap)
-        for doubt in self.gaps.get("area doubts", ())[:1]:
-            findings.warn(doubt)
 
 
 def check_coco_format(
@@ -48,17 +80,14 @@ def check_coco_format(
 ) -> CocoSummary:
     """Check the json and the image files of a detection data set in COCO format.
 
-    Of a large data set some image files are decoded, evenly spread; the others are there and not empty.
-
-    Args:
-        name: the data set's name, for the messages
+    Of a large data set some image files are decoded; the others are there and not empty.
 
     Raises:
-        UserError: one line that names the file, the first thing found wrong, and what would be right; what only
-            evaluation, masks or keypoints need is in the summary
+        UserError: names ``name``, the file, the first thing found wrong, and what would be right; what only evaluation,
+            masks or keypoints need is in the summary
     """
     collects = gc.isenabled()
-    gc.disable()  # a third of the time to read a large json is a search for cycles among objects that have none
+    gc.disable()  # looking for cycles in a large json would take three times as long as the rest
     try:
         return _check(Findings(Path(json_file).expanduser(), name), Path(image_root).expanduser())
     finally:
@@ -67,82 +96,79 @@ def check_coco_format(
 
 
 def _check(findings: Findings, image_root: Path) -> CocoSummary:
-    content = _read_json(findings)
-    check_schema(content, findings)
-    for key in ("images", "categories", "annotations"):
-        if not content[key]:
-            findings.fail(f"'{key}' is empty")
-    classes = {i: entry["name"] for i, entry in _by_id(content, "categories", findings).items()}
+    content = _read(findings)
     images = _by_id(content, "images", findings)
     if len({type(image_id) for image_id in images}) > 1:
         findings.fail("image ids must be all integers or all strings, found both")
-    _check_references(content, images, classes, findings)
-    aliases = _aliases(classes, findings)
-    gaps = gaps_of(Objects(content["annotations"], images))
-    for gap in gaps.get("training", ()):
-        findings.fail(gap)
-    for doubt in gaps.get("doubts", ()):
-        findings.warn(doubt)
-    single = [entry for entry in content["annotations"] if not entry.get("iscrowd")]
+    categories = _by_id(content, "categories", findings)
+    classes = {i: categories[i]["name"] for i in sorted(categories)}
+    _check_names(classes, findings)
+    annotations = content["annotations"]
+    if "minival" not in str(findings.json_file):  # COCO's 2014 minival repeats ids; Detectron2 lets it pass
+        _by_id(content, "annotations", findings)
+    for entry in annotations:
+        for key, known, section in (("image_id", images, "images"), ("category_id", classes, "categories")):
+            if entry[key] not in known:
+                some = listed(map(repr, known), 3)
+                findings.fail(f"annotation {entry['id']} names {key} {entry[key]!r}, not in '{section}' ({some})")
+    if any(entry["id"] == 0 for entry in annotations):
+        findings.warn("annotation id 0 means 'no match' to pycocotools: start at 1")
+    gaps = gaps_of(annotations, images)
+    findings.report(gaps["training"], gaps["doubts"])
+    single = [entry for entry in annotations if not entry.get("iscrowd")]
     return CocoSummary(
-        num_images=len(images),
-        num_boxes=len(content["annotations"]),
-        classes={classes[i]: i for i in sorted(classes) if i not in aliases},
-        aliases=aliases,
+        classes=classes,
         gaps=gaps,
         keypoint_numbers=frozenset(len(entry.get("keypoints") or ()) for entry in single),
         files=check_image_files(content["images"], image_root, findings),
     )
 
 
-def _read_json(findings: Findings) -> dict[str, Any]:
-    if findings.json_file.exists() and not findings.json_file.is_file():
+def _read(findings: Findings) -> dict[str, Any]:
+    path = findings.json_file
+    if path.exists() and not path.is_file():
         findings.fail("is not a file")  # to read a pipe would wait for ever
     try:
-        content = from_json(findings.json_file.read_bytes())
+        content = from_json(path.read_bytes())
+        _CONTENT.validate_python(content, strict=True)
+        return content
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
     except (OSError, ValueError) as error:
-        findings.fail(f"cannot be read as JSON: {reason(error, findings.json_file)}")
-    if not isinstance(content, dict):
-        kind = type(content).__name__
-        findings.fail(f"must hold an object with images, annotations and categories, got a {kind}")
-    return content
+        findings.fail(f"cannot be read as JSON: {reason(error, path)}")
+    if len(fault["loc"]) < 3:
+        place = "".join(f"{part}: " for part in fault["loc"])
+        findings.fail(f"must hold lists of objects 'images', 'annotations' and 'categories': {place}{fault['msg']}")
+    section, number, key = fault["loc"][:3]
+    entry = content[section][number]
+    name = f" (id {entry['id']!r})" if key != "id" else ""
+    value = reprlib.repr(entry.get(key))
+    findings.fail(f"entry {number} of '{section}'{name} has a wrong '{key}', {value}: {fault['msg']}")
 
 
 def _by_id(content: dict[str, Any], section: str, findings: Findings) -> dict[Any, dict[str, Any]]:
-    entries = {entry["id"]: entry for entry in content[section]}
-    if len(entries) < len(content[section]):
-        [(twice, _)] = Counter(entry["id"] for entry in content[section]).most_common(1)
-        findings.fail(f"the id {twice!r} occurs twice in '{section}'")
+    entries: dict[Any, dict[str, Any]] = {}
+    for entry in content[section]:
+        if entries.setdefault(entry["id"], entry) is not entry:
+            findings.fail(f"the id {entry['id']!r} occurs twice in '{section}'")
     return entries
 
 
-def _check_references(
-    content: dict[str, Any], images: dict[Any, dict], classes: dict[int, str], findings: Findings
-) -> None:
-    """Every annotation has an id of its own, and its image and class are listed."""
-    if "minival" not in str(findings.json_file):  # COCO's 2014 minival repeats ids; Detectron2 lets it pass
-        _by_id(content, "annotations", findings)
-    for entry in content["annotations"]:
-        if entry["image_id"] not in images:
-            some = listed(map(repr, images), 3)
-            problem = f"image_id {entry['image_id']!r}, which is not in 'images' ({some})"
-        elif entry["category_id"] not in classes:
-            problem = f"category_id {entry['category_id']}, which is not in 'categories' ({listed(sorted(classes))})"
-        else:
-            continue
-        findings.fail(f"annotation {entry['id']} names {problem}")
-    if any(entry["id"] == 0 for entry in content["annotations"]):
-        findings.warn("annotation id 0 means 'no match' to pycocotools, so that box never counts as found: start at 1")
+def _check_names(classes: dict[int, str], findings: Findings) -> None:
+    lowest = lowest_ids(classes)
+    for i, name in classes.items():
+        if lowest[name] != i:
+            findings.warn(f"categories {lowest[name]} and {i} are both '{name}': taken for one class")
+    spellings: dict[str, str] = {}
+    for name in lowest:
+        other = spellings.setdefault(folded(name), name)
+        if other != name:
+            findings.warn(f"{other!a} and {name!a}, one name in two spellings, are taken for two classes")
 
 
-def _aliases(classes: dict[int, str], findings: Findings) -> dict[int, int]:
-    """Category id -> lowest id of the same name, for those that are not the lowest."""
-    first: dict[str, int] = {}
-    aliases = {i: first[classes[i]] for i in sorted(classes) if first.setdefault(classes[i], i) != i}
-    for other, lowest in aliases.items():
-        findings.warn(f"categories {lowest} and {other} are both '{classes[other]}': taken for one class")
-    for name in first:
-        other = spelled_alike(name, first)
-        if other and first[other] > first[name]:
-            findings.warn(f"{name!a} and {other!a} are one name in two spellings, and taken for two classes")
-    return aliases
+def lowest_ids(classes: dict[int, str]) -> dict[str, int]:
+    """Name -> its lowest category id, in the order of these."""
+    lowest: dict[str, int] = {}
+    for i in sorted(classes):
+        lowest.setdefault(classes[i], i)
+    return lowest

@@ -6,7 +6,8 @@ from typing import Any
 
 from detectron2.data import Metadata, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
-from pycocotools.coco import COCO
+
+from repr_det.datasets.coco_format import lowest_ids
 
 
 class CocoEvaluator(COCOEvaluator):
@@ -16,43 +17,28 @@ class CocoEvaluator(COCOEvaluator):
 
     def __init__(self, dataset_name: str, *args: Any, **kwargs: Any) -> None:
         super().__init__(dataset_name, *args, **kwargs)
+        truth = self._coco_api
+        truth.dataset.setdefault("info", {})
         metadata = MetadataCatalog.get(dataset_name)
-        own = metadata.get("own_classes")
-        if own is None:
-            self._coco_api.dataset.setdefault("info", {})
-            return
-        merge_aliases(self._coco_api)
-        numbers = dict(metadata.thing_dataset_id_to_contiguous_id)
-        self._listed = set(numbers.values())
-        self._class_names = list(own)
-        # Detectron2 wants an id for every class of the model; those that are made up here are never written.
-        absent = set(range(len(metadata.thing_classes))) - self._listed
-        numbers |= {max(own.values()) + 1 + i: number for i, number in enumerate(sorted(absent))}
-        self._metadata = Metadata(**metadata.as_dict() | {"thing_dataset_id_to_contiguous_id": numbers})
+        classes = metadata.get("own_classes", {})
+        lowest = lowest_ids(classes)
+        # Number of a class in the model -> its number among those of the data set.
+        self._own_numbers = {metadata.thing_classes.index(name): number for number, name in enumerate(lowest)}
+        if classes:
+            ids = {i: number for number, i in enumerate(lowest.values())}
+            self._metadata = Metadata(thing_classes=list(lowest), thing_dataset_id_to_contiguous_id=ids)
+        if len(lowest) < len(classes):
+            truth.dataset["categories"] = [entry for entry in truth.dataset["categories"] if entry["id"] in ids]
+            for annotation in truth.dataset["annotations"]:
+                annotation["category_id"] = lowest[classes[annotation["category_id"]]]
+            with contextlib.redirect_stdout(io.StringIO()):
+                truth.createIndex()
 
     def _eval_predictions(self, predictions: list[dict], img_ids: Any = None) -> None:
-        if hasattr(self, "_listed"):
-            predictions = [
-                x | {"instances": [i for i in x["instances"] if i["category_id"] in self._listed]} for x in predictions
-            ]
+        if self._own_numbers:
+            for prediction in predictions:
+                found = [one for one in prediction["instances"] if one["category_id"] in self._own_numbers]
+                for one in found:
+                    one["category_id"] = self._own_numbers[one["category_id"]]
+                prediction["instances"] = found
         super()._eval_predictions(predictions, img_ids)
-
-    def _derive_coco_results(self, coco_eval: Any, iou_type: str, class_names: list[str] | None = None) -> dict:
-        # COCO's axis of classes is sorted by category id.
-        return super()._derive_coco_results(coco_eval, iou_type, getattr(self, "_class_names", class_names))
-
-
-def merge_aliases(truth: COCO) -> None:
-    """Leave, in place, the lowest id of several categories with one name; and add the 'info' that pycocotools needs."""
-    truth.dataset.setdefault("info", {})
-    names = {category["id"]: category["name"] for category in truth.dataset["categories"]}
-    lowest = {name: min(i for i in names if names[i] == name) for name in names.values()}
-    if len(lowest) == len(names):
-        return
-    truth.dataset["categories"] = [
-        category for category in truth.dataset["categories"] if category["id"] in lowest.values()
-    ]
-    for annotation in truth.dataset["annotations"]:
-        annotation["category_id"] = lowest[names[annotation["category_id"]]]
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth.createIndex()

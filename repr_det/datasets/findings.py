@@ -1,4 +1,4 @@
-"""Findings about data: errors and warnings of one line that name the file, and causes that a name or a file shows."""
+"""Findings about data: errors and warnings of one line, and what a name or a file shows of their cause."""
 
 import logging
 import os
@@ -10,13 +10,13 @@ from typing import NoReturn
 from repr_det.method.errors import UserError
 
 _BEGINNINGS = {
-    b"version https://git-lfs": "is a Git LFS pointer, not the data: fetch them with 'git lfs pull'",
-    b"\x1f\x8b": "is compressed by gzip, which Detectron2 does not unpack: unpack it with 'gunzip'",
+    b"version https://git-lfs": "is a Git LFS pointer: fetch the data with 'git lfs pull'",
+    b"\x1f\x8b": "is compressed by gzip: unpack it with 'gunzip'",
     b"PK\x03\x04": "is a zip archive: unpack it",
     b"\xef\xbb\xbf": "begins with a byte order mark, which Detectron2 cannot read: save it without",
-    b"\xff\xfe": "is UTF-16 text, which Detectron2 cannot read: save it as UTF-8",
-    b"\xfe\xff": "is UTF-16 text, which Detectron2 cannot read: save it as UTF-8",
-    b"<": "is an HTML or XML page, perhaps of a download that failed: fetch the file itself",
+    b"\xff\xfe": "is UTF-16 text: save it as UTF-8",
+    b"\xfe\xff": "is UTF-16 text: save it as UTF-8",
+    b"<": "is an HTML or XML page, perhaps of a failed download: fetch the file itself",
 }
 
 logger = logging.getLogger(__name__)
@@ -35,17 +35,17 @@ class Findings:
     def warn(self, problem: str) -> None:
         logger.warning("%s%s: %s", self.prefix, self.json_file, problem)
 
+    def report(self, faults: list[str], doubts: list[str]) -> None:
+        if faults:
+            self.fail(faults[0])
+        for doubt in doubts:
+            self.warn(doubt)
+
 
 def listed(names: Iterable, limit: int = 8) -> str:
     """Names the first few, for a message."""
     names = [str(name) for name in names]
     return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "") or "nothing"
-
-
-def shown(value: object) -> str:
-    """A value as a message shows it, cut short."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def reason(error: Exception, path: str | os.PathLike) -> str:
@@ -55,19 +55,10 @@ def reason(error: Exception, path: str | os.PathLike) -> str:
             head = file.read(64)
     except OSError:
         head = b""
-    for beginning, kind in _BEGINNINGS.items():
-        if head.startswith(beginning):
-            return f"it {kind}"
-    return " ".join(str(error).split()) or type(error).__name__
+    kinds = [f"it {kind}" for beginning, kind in _BEGINNINGS.items() if head.startswith(beginning)]
+    return kinds[0] if kinds else " ".join(str(error).split()) or type(error).__name__
 
 
-def spelled_alike(name: str, names: Iterable[str]) -> str | None:
-    """Finds another one of ``names`` that is ``name`` but for case, blanks and Unicode form (NFC or NFD)."""
-    for other in names:
-        if other != name and _folded(other) == _folded(name):
-            return other
-    return None
-
-
-def _folded(name: str) -> str:
+def folded(name: str) -> str:
+    """The name without what differs between spellings: case, blanks and Unicode form (NFC or NFD)."""
     return "".join(unicodedata.normalize("NFKC", name).casefold().split())

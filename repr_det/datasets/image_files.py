@@ -1,6 +1,8 @@
 """Image files: checked before a run, and named when one cannot be read in the middle of it."""
 
+import difflib
 import hashlib
+import itertools
 import ntpath
 import os
 import stat
@@ -14,15 +16,16 @@ import numpy as np
 from detectron2.data.detection_utils import read_image
 from PIL import Image
 
-from repr_det.datasets.findings import Findings, reason, spelled_alike
+from repr_det.datasets.findings import Findings, folded, reason
 from repr_det.method.errors import UserError
 
-DECODED_BYTES = 50_000_000  # data sets with image files of no more than this are decoded: a second or two
-DECODED = 250  # image files of a larger data set that are decoded, evenly spread
+DECODED_BYTES = 50_000_000  # image files of no more than this are all decoded, in a second or two
+DECODED = 250  # of larger data sets, evenly spread
 READ_BYTES = 500_000_000  # image files of one size are compared by their content up to this
 LOOKED_FOR = 1000  # images of a test set that are looked for among those of a training set
-DARK = 64  # an image without a value of this or more is compared with what its file holds
-BLACK = 16  # a data set without a value of this or more, of 255, is nearly black to the model
+LOOKED_THROUGH = 100_000  # files, for one of nearly the right name
+DARK = 64  # of images without a value of this or more the depth is looked at
+BLACK = 16  # a data set without a value of this or more is nearly black to the model
 
 
 class ImageFile(NamedTuple):
@@ -34,11 +37,7 @@ class ImageFile(NamedTuple):
 
 
 def check_image_files(images: list[dict], image_root: Path, findings: Findings) -> list[ImageFile]:
-    """Image files are there and not empty, and those that are decoded are what the json says, as the model sees them.
-
-    Raises:
-        UserError: one line that names the file.
-    """
+    """Image files are there and not empty, and those that are decoded are what the json and Detectron2 say."""
     if not image_root.is_dir():
         raise UserError(f"{findings.prefix}image folder {image_root} does not exist, or is not a folder")
     files = _find_files(images, image_root, findings)
@@ -46,8 +45,7 @@ def check_image_files(images: list[dict], image_root: Path, findings: Findings) 
         one, other = (f"{images[number]['id']!r}, '{images[number]['file_name']}'" for number in repeats[0])
         findings.warn(
             f"{len(repeats)} of {len(files)} entries of 'images' repeat the image of another one (the first: {one}, "
-            f"and {other}): each is trained on and evaluated with its own objects alone, so give an image one entry "
-            "with all of its objects"
+            f"and {other}): give an image one entry"
         )
     small = sum(file.size for file in files) <= DECODED_BYTES
     brightest = 0
@@ -60,14 +58,14 @@ def check_image_files(images: list[dict], image_root: Path, findings: Findings) 
         height, width = pixels.shape[:2]
         if (width, height) != (image["width"], image["height"]):
             findings.fail(
-                f"image {image['id']!r} must have the file's width and height {width}x{height} (EXIF orientation "
-                f"applied), got {image['width']}x{image['height']} for '{image['file_name']}'"
+                f"image {image['id']!r} must have the width and height of '{image['file_name']}', {width}x{height} "
+                f"(EXIF orientation applied), got {image['width']}x{image['height']}"
             )
         brightest = max(brightest, int(pixels.max()))
     if brightest < BLACK:
         findings.warn(
-            f"the model would see nearly black images, with values up to {brightest} of 255 (the first is "
-            f"{files[0].path}): scale their pixels to 0..255"
+            f"the model would see nearly black images, with values up to {brightest} (the first: {files[0].path}): "
+            "scale their pixels to 0..255"
         )
     return files
 
@@ -80,33 +78,28 @@ def _find_files(images: list[dict], image_root: Path, findings: Findings) -> lis
             state = os.stat(path)
         except (OSError, ValueError):
             state = None
-        if state is None or not stat.S_ISREG(state.st_mode) or state.st_size == 0:
-            absent.append(image["file_name"])
-        else:
+        if state and stat.S_ISREG(state.st_mode) and state.st_size:
             files.append(ImageFile(path, state.st_size, (state.st_dev, state.st_ino)))
+        else:
+            absent.append(image["file_name"])
     if absent:
-        meant = _meant_file(image_root, absent[0])
-        hint = f" ({meant!a} is there: spell names alike, with /, relative to this folder)" if meant else ""
+        alike = _files_alike(image_root, absent[0])
+        hint = f" ({alike[0]!a} is there: spell names alike)" if alike else ""
         share = f"{len(absent)} of {len(images)} image files are missing or empty in {image_root}"
         findings.fail(f"{share}; the first is '{absent[0]}'{hint}")
     return files
 
 
-def _meant_file(root: Path, name: str) -> str | None:
-    """Finds a file whose name is spelled otherwise, or is relative to another folder."""
-    for parts in (name.replace("\\", "/").split("/"), [ntpath.basename(name)]):
-        found: Path | None = root
-        for part in parts:
-            entries = os.listdir(found) if found and found.is_dir() else []
-            spelled = part if part in entries else spelled_alike(part, entries)
-            found = found / spelled if found and spelled else None
-        if found and found.is_file() and found.stat().st_size:
-            return found.relative_to(root).as_posix()
-    return None
+def _files_alike(root: Path, name: str) -> list[str]:
+    """The file, if any, whose name is spelled otherwise, or that is in another folder."""
+    wanted = folded(ntpath.basename(name))
+    some = itertools.islice(root.rglob("*"), LOOKED_THROUGH)
+    alike = [path for path in some if folded(path.name) == wanted and path.is_file() and path.stat().st_size]
+    return difflib.get_close_matches(name, [path.relative_to(root).as_posix() for path in alike], n=1, cutoff=0)
 
 
 def repeated_images(files: list[ImageFile]) -> list[tuple[int, int]]:
-    """Pairs of numbers (earlier, later) of one image: one file under any names, or equal content up to READ_BYTES."""
+    """Pairs of numbers (earlier, later) of one image: one file under any names, or equal content."""
     sizes = Counter(file.size for file in files)
     alike = sum(file.size for file in files if sizes[file.size] > 1)
     first: dict[object, int] = {}
@@ -131,7 +124,7 @@ def shared_images(train: list[ImageFile], test: list[ImageFile]) -> tuple[list[t
 
 
 def _as_the_model_sees(path: str) -> np.ndarray:
-    """The pixels (H, W, 3); ValueError if the file has more than 8 bits a channel, which Detectron2 clips or drops."""
+    """The pixels (H, W, 3); ValueError if the file has more than 8 bits a channel."""
     with Image.open(path) as image:
         deep = image.mode.startswith(("I", "F"))  # one channel of 16 or 32 bits
     if not deep:
@@ -141,9 +134,7 @@ def _as_the_model_sees(path: str) -> np.ndarray:
         stored = cv2.imread(path, cv2.IMREAD_UNCHANGED)
         deep = stored is not None and stored.dtype.itemsize > 1
     if deep:
-        raise ValueError(
-            "its pixels have more than 8 bits, of which the model would see the wrong ones: convert it to 8"
-        )
+        raise ValueError("its pixels have more than 8 bits, which Detectron2 clips or drops: convert it to 8")
     return pixels
 
 
@@ -159,6 +150,6 @@ class NamingMapper:
         except (OSError, SyntaxError, ValueError, cv2.error) as error:  # what Pillow, Detectron2 and OpenCV raise
             name = record.get("file_name", f"image {record.get('image_id')}")
             raise UserError(
-                f"{name} cannot be read and prepared for the model: {reason(error, name)}; what is saved is untouched: "
+                f"{name} cannot be read and prepared for the model: {reason(error, name)}; "
                 "repair the file, or see INPUT if its sizes are too small for its shape, then --resume"
             ) from error

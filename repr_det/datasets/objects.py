@@ -1,48 +1,46 @@
-"""Annotations that have the right types and cannot be right: boxes, areas, masks, keypoints, objects there twice."""
+"""Annotations of the right types that cannot be right: boxes, areas, masks, keypoints, objects there twice."""
 
 import math
 import re
+import reprlib
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from repr_det.datasets.findings import shown
-
 MANY = 0.1  # share of objects from which on an oddity looks like a mistake of the whole file
-MAX_USELESS = 0.001  # share of faulty objects that passes with a warning: COCO's own train2017 has 2 in 860,001
-ONE_IN = 100  # in a data set of at least this many objects, one faulty object passes too
-ENOUGH = 50  # boxes from which on one says something of all of them
-LARGEST_AREA = 1e10  # in px: pycocotools ignores larger objects, and those of negative area
-LEAST_AREA, SMALL_AREA = 0.001, 0.02  # shares of its box that no object, and only few objects, have less of
-LARGEST_SHARE = 1.1  # of its box, that no object has more of
-RIGHT_AREA = "give the object's area in pixels, or width * height"
+FEW = 0.001  # share of faulty objects that passes with a warning: COCO's own train2017 has 2 in 860,001
+ONE_IN = 100  # objects of which one that is faulty passes too
+ENOUGH = 50  # boxes from which on something is said of all
+LARGEST_AREA = 1e10  # px: pycocotools ignores larger objects, and those of negative area
+LEAST_AREA, SMALL_AREA = 0.001, 0.02  # shares of their box that no objects, and only few, have less of
+LARGEST_SHARE = 1.1
+RIGHT_AREA = "give the object's area in pixels"
 FORM = "a bbox must be [x, y, width, height] in pixels"
-LEFT_OUT = "and Detectron2 leaves such an object out"
+BEYOND = f": {FORM}"
 NEEDED = "which COCO evaluation needs"
-CORNERS = f", and Detectron2 clips it: {FORM}, not two corners"
+LEFT_OUT = "and Detectron2 leaves it out"
+PURPOSES = ("training", "doubts", "evaluation", "area doubts", "masks", "crowd masks", "polygons", "keypoints")
 RUN = "[P-o]{0,6}[0-O]"  # of COCO's compressed RLE: groups of five bits, of which the last lacks the sixth
+
+# Which objects are odd (N,), by purpose how many of them pass, and what is wrong.
+Row = tuple[np.ndarray, dict[str, float], str]
 
 
 class Objects:
-    """The annotations of a data set, which have the types of ``schema``.
+    """The annotations of a data set, of the types that ``coco_format`` checks.
 
     Attributes:
-        boxes: (N, 4), as they are given.
-        image, sizes: the number of each annotation's image (N,), and its width and height (N, 2).
-        areas: (N,), NaN for an object without one.
-        few, many: how many faulty objects are no reason to refuse a file, and how many look like a mistake of it all.
+        boxes, sizes: (N, 4), as they are given, and width and height of their images (N, 2).
+        few, many: so many faulty objects may pass, and so many look like a mistake of the whole file.
     """
 
     def __init__(self, annotations: list[dict[str, Any]], images: dict[int | str, dict[str, Any]]) -> None:
         self.annotations = annotations
-        numbers = {image_id: number for number, image_id in enumerate(images)}
-        sizes = np.array([(image["width"], image["height"]) for image in images.values()], float)
-        self.image = np.array([numbers[entry["image_id"]] for entry in annotations])
-        self.sizes = sizes[self.image]
+        own = [images[entry["image_id"]] for entry in annotations]
+        self.sizes = np.array([(image["width"], image["height"]) for image in own], float)
         self.boxes = np.array([entry["bbox"] for entry in annotations], float)
-        self.areas = np.array([_area(entry.get("area")) for entry in annotations], float)
-        self.few = max(MAX_USELESS * len(annotations), int(len(annotations) >= ONE_IN))
+        self.few = max(FEW * len(annotations), int(len(annotations) >= ONE_IN))
         self.many = MANY * len(annotations)
 
     def where(self, test: Callable[[dict[str, Any]], Any]) -> np.ndarray:
@@ -56,37 +54,29 @@ class Objects:
         number = int(odd.argmax())
         entry = self.annotations[number]
         box = ", ".join(f"{value:.6g}" for value in entry["bbox"])
+        area = reprlib.repr(entry.get("area"))
         width, height = self.sizes[number]
-        where = f"image {entry['image_id']!r} of {width:.0f}x{height:.0f}"
         return (
-            f"annotation {entry['id']} {what} (bbox [{box}], area {shown(entry.get('area'))}, in {where}; "
-            f"{odd.sum()} such of {len(odd)})"
+            f"annotation {entry['id']} {what} (bbox [{box}], area {area}, in image {entry['image_id']!r} of "
+            f"{width:.0f}x{height:.0f}; {odd.sum()} such of {len(odd)})"
         )
 
 
-def _area(value: object) -> float:
-    return value if type(value) in (int, float) and abs(value) < 1e300 else math.nan
-
-
-def gaps_of(objects: Objects) -> dict[str, list[str]]:
+def gaps_of(annotations: list[dict[str, Any]], images: dict[int | str, dict[str, Any]]) -> dict[str, list[str]]:
     """Looks at objects as the model and the evaluator will.
 
     Returns:
-        lines by what they stand in the way of: "training", "evaluation", "masks", "crowd masks" (of crowd regions),
-        "polygons" (masks that are polygons alone), "keypoints" (their evaluation); "doubts" are warnings, "area doubts"
-        such of evaluation
+        lines by what they stand in the way of: "polygons" are masks that are polygons alone, "keypoints" their
+        evaluation; "doubts" are warnings, "area doubts" those of evaluation.
     """
-    gaps: dict[str, list[str]] = {}
+    objects = Objects(annotations, images)
+    gaps: dict[str, list[str]] = {purpose: [] for purpose in PURPOSES}
     for odd, limits, what in (*_box_rows(objects), *_evaluation_rows(objects), *_mask_rows(objects)):
         for purpose, limit in limits.items():
             if odd.sum() > limit:
-                gaps.setdefault(purpose, []).append(objects.first(odd, what))
+                gaps[purpose].append(objects.first(odd, what))
                 break
     return gaps
-
-
-# A row: which objects are odd (N,), for which purpose they are refused if they are more than so many, what is wrong.
-Row = tuple[np.ndarray, dict[str, float], str]
 
 
 def _box_rows(objects: Objects) -> list[Row]:
@@ -99,31 +89,35 @@ def _box_rows(objects: Objects) -> list[Row]:
         (negative, {"training": 0}, f"has a bbox of negative size: {FORM}"),
         (flat, some, f"has a bbox without area, {LEFT_OUT}"),
         (outside, some, f"has a bbox outside its image{form}"),
-        (fractions, {"training": many, "doubts": few}, "has a bbox of a pixel or less: give pixels, not fractions"),
-        (beyond, {"doubts": 0 if form else many}, f"has a bbox that reaches beyond its image{form or CORNERS}"),
+        (fractions, {"training": many, "doubts": few}, "has a bbox of a pixel or less: give pixels"),
+        (beyond, {"doubts": 0 if form else many}, f"has a bbox that reaches beyond its image{form or BEYOND}"),
         (np.full(len(boxes), bool(scale)), {"doubts": 0}, scale),
-        (_twins(objects), {"doubts": few}, "has the class and the box of another object of its image: list it once"),
+        (_twins(objects), {"doubts": few}, "has class and box of another object of its image: list it once"),
     ]
 
 
 def _evaluation_rows(objects: Objects) -> list[Row]:
-    areas, extents = objects.areas, objects.boxes[:, 2:]
-    ignored = (areas < 0) | (areas > LARGEST_AREA)
+    areas = np.array([_area(entry.get("area")) for entry in objects.annotations])
+    extents = objects.boxes[:, 2:]
     share = areas / extents.prod(1).clip(1e-9)
     impossible = (share < LEAST_AREA) | (areas > LARGEST_SHARE * (extents + 1).prod(1))
-    doubtful = f"has an 'area' that cannot be that of its bbox, and APs, APm and APl go by it: {RIGHT_AREA}"
+    ignored = (areas < 0) | (areas > LARGEST_AREA)
     uneven = objects.where(lambda entry: len(entry.get("keypoints") or ()) % 3)
+    doubtful = f"has an 'area' that does not fit its bbox, and APs, APm and APl go by it: {RIGHT_AREA}"
     return [
-        (objects.lacking("area"), {"evaluation": 0}, f"has no 'area', {NEEDED}: {RIGHT_AREA}"),
+        (np.isnan(areas), {"evaluation": 0}, f"must have a finite number as 'area', {NEEDED}: {RIGHT_AREA}"),
         (objects.lacking("iscrowd"), {"evaluation": 0}, f"has no 'iscrowd', {NEEDED}: give 0 for a single object"),
-        (np.isnan(areas), {"evaluation": 0}, f"must have a finite number as 'area': {RIGHT_AREA}"),
         (ignored, {"evaluation": objects.few}, f"has an 'area' that COCO evaluation ignores: {RIGHT_AREA}"),
         (impossible, {"area doubts": objects.few}, doubtful),
-        (impossible | (share < SMALL_AREA), {"area doubts": objects.many}, doubtful),
+        (~impossible & (share < SMALL_AREA), {"area doubts": objects.many}, doubtful),
         (objects.lacking("keypoints"), {"keypoints": 0}, f"has no 'keypoints', {NEEDED}"),
         (objects.lacking("num_keypoints"), {"keypoints": 0}, f"has no 'num_keypoints', {NEEDED}"),
         (uneven, {"keypoints": 0}, "must have keypoints of three numbers each"),
     ]
+
+
+def _area(value: object) -> float:
+    return value if type(value) in (int, float) and abs(value) < 1e300 else math.nan
 
 
 def _mask_rows(objects: Objects) -> list[Row]:
@@ -134,10 +128,10 @@ def _mask_rows(objects: Objects) -> list[Row]:
     crowd = objects.where(lambda entry: entry.get("iscrowd"))
     lost = np.array([_is_lost(mask) for mask in masks])
     rle = np.array([isinstance(mask, dict) for mask in masks])
-    without = f"has a segmentation without a polygon of 3 points or more, {LEFT_OUT}, also with masks off"
+    without = f"has a segmentation without a polygon of 3 points or more, {LEFT_OUT}"
     return [
         (lost, {"training": objects.few, "doubts": 0}, without),
-        (crowd, {"training": len(crowd) - 1}, "is a crowd region (iscrowd 1), and none is one object"),
+        (crowd, {"training": len(crowd) - 1}, "is a crowd region (iscrowd 1), as all are"),
         (faulty & ~crowd, {"masks": 0}, f"has {faults[(faulty & ~crowd).argmax()]}"),
         (faulty & crowd, {"crowd masks": 0}, f"has {faults[(faulty & crowd).argmax()]}"),
         (rle & ~crowd, {"polygons": 0}, "has an RLE mask"),
@@ -156,7 +150,7 @@ def _misfits(boxes: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def _other_form(boxes: np.ndarray, sizes: np.ndarray) -> str:
-    """Names another reading of the four numbers under which the boxes fit their images much better, if there is one."""
+    """Names another reading of the four numbers by which the boxes fit much better, if there is one."""
     first, second = boxes[:, :2], boxes[:, 2:]
     readings = {
         "as given": boxes,
@@ -172,32 +166,32 @@ def _other_form(boxes: np.ndarray, sizes: np.ndarray) -> str:
 
 
 def _other_scale(ends: np.ndarray, sizes: np.ndarray) -> str:
-    """Says that no box comes near the far sides of its image, or that all end at a round number."""
+    """Says that all boxes end far from the far sides of their images, or at a round number."""
     if len(ends) < ENOUGH:
         return ""
     last = ends.max(0)
     for base in (100, 1000):
         if (last <= base * 1.001).all() and (last > 0.95 * base).all() and (sizes > 1.05 * base).all():
-            return f"ends, as all do, at {base} or before in images of any size, like a part of {base}: {FORM}"
+            return f"ends, as all do, at {base} or before, like a part of {base}: {FORM}"
     if ((ends / sizes).max(0) < 0.6).all():
-        return f"ends, as all do, within 60% of its image, like a bbox for images of another size: {FORM}"
+        return f"ends, as all do, within 60% of its image, like one of an image of another size: {FORM}"
     return ""
 
 
 def _twins(objects: Objects) -> np.ndarray:
-    """Objects that have the class and, to a pixel, the box of an earlier one of their image (N,)."""
-    offset = 0.3717  # so that coordinates as halves and quarters do not lie where rounding is a matter of noise
-    classes = [entry["category_id"] % 2**62 for entry in objects.annotations]
-    corners = np.floor(objects.boxes.clip(-1e15, 1e15) + offset).astype(int)
-    weights = np.random.default_rng(0).integers(1, 2**62, 6) | 1
-    keys = (np.column_stack([objects.image, classes, corners]) * weights).sum(1)
-    twins = np.ones(len(keys), bool)
-    twins[np.unique(keys, return_index=True)[1]] = False
-    return twins
+    """Objects of the class and, to a pixel, the box of an earlier one of their image (N,)."""
+    offset = 0.3717  # keeps halves and quarters from where rounding is noise
+    boxes = np.floor(objects.boxes + offset).tolist()
+    first: dict[tuple, int] = {}
+    twins = []
+    for number, (entry, box) in enumerate(zip(objects.annotations, boxes, strict=True)):
+        key = (entry["image_id"], entry["category_id"], *box)
+        twins.append(first.setdefault(key, number) != number)
+    return np.array(twins)
 
 
 def _is_lost(segmentation: object) -> bool:
-    """Tell whether these are polygons of which Detectron2 keeps none, so that it leaves the object out."""
+    """Tells whether Detectron2 keeps none of the polygons, and leaves the object out."""
     polygons = segmentation if isinstance(segmentation, list) else []
     return bool(polygons) and not any(len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in polygons)
 
@@ -211,22 +205,20 @@ def _mask_fault(segmentation: list | dict | None, width: int, height: int) -> st
                 return None
         except (TypeError, OverflowError):  # no number, or an integer beyond the range of floats
             pass
-        return f"a polygon with a coordinate that is no finite number: {shown(segmentation)}"
-    counts = segmentation["counts"]
-    if segmentation["size"] != [height, width]:
-        return (
-            f"RLE that must have the size [height, width] of its image, {[height, width]}, got {segmentation['size']}"
-        )
+        return f"a polygon with a coordinate that is no finite number: {reprlib.repr(segmentation)}"
+    size, counts = segmentation["size"], segmentation["counts"]
+    if size != [height, width]:
+        return f"RLE of the size {size}, which must be [height, width], {[height, width]}"
     if isinstance(counts, str) and not re.fullmatch(f"({RUN})*", counts):
-        return f"RLE whose counts are not of COCO's compressed form: {shown(counts)}"
+        return f"RLE whose counts are not of COCO's compressed form: {reprlib.repr(counts)}"
     runs = _runs(counts) if isinstance(counts, str) else counts
     if min(runs, default=0) < 0 or sum(runs) != width * height:
-        return f"RLE whose counts add up to {sum(runs)}, not to the {width * height} pixels of its image"
+        return f"RLE whose counts add up to {sum(runs)}, not to {width * height} pixels"
     return None
 
 
 def _runs(counts: str) -> list[int]:
-    """The lengths of the runs, as ``rleFrString`` of pycocotools reads them without looking for the end."""
+    """The lengths of the runs, as pycocotools' ``rleFrString`` reads them, which does not look for the end."""
     runs: list[int] = []
     for characters in re.findall(RUN, counts):
         run = sum((ord(character) - 48 & 31) << 5 * place for place, character in enumerate(characters))

@@ -1,8 +1,9 @@
-"""Data sets by their registered names: registered, checked once, and asked for their classes."""
+"""Data sets by their registered names: registered, checked once, and given one numbering of their classes."""
 
 import difflib
 import logging
 import os
+from collections.abc import Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from detectron2.data.datasets import load_coco_json, register_coco_instances
 from detectron2.utils.logger import log_first_n
 
 from repr_det.datasets.coco_format import CocoSummary, check_coco_format
-from repr_det.datasets.findings import Findings, listed
+from repr_det.datasets.findings import Findings, folded, listed
 from repr_det.datasets.shapes import CLASS_NAMES, PARTS, annotation_file, build_shapes
 from repr_det.method.errors import UserError
 
@@ -33,117 +34,67 @@ def register_coco_format(name: str, json_file: str | os.PathLike, image_root: st
     """Check a COCO-format data set and register it with Detectron2 under `name`; again with the same files: no effect.
 
     Raises:
-        UserError: the name is registered with other files, or what `check_coco_format` finds (what only evaluation
-            needs is left to `check_registered`)
+        UserError: the name is registered with other files, or what `check_coco_format` finds
     """
     if not name:
         raise UserError("the name of a data set must not be empty")
     json_file, image_root = (os.path.abspath(os.path.expanduser(path)) for path in (json_file, image_root))
     if name in DatasetCatalog:
         metadata = MetadataCatalog.get(name)
-        before, root = metadata.get("json_file", ""), metadata.get("image_root", "")
-        if not _same(before, json_file) or not _same(root, image_root):
-            raise UserError(f"data set {name} is already registered with {before or 'other data'}, not {json_file}")
+        before = metadata.get("json_file", ""), metadata.get("image_root", "")
+        if [*map(os.path.realpath, before)] != [*map(os.path.realpath, (json_file, image_root))]:
+            raise UserError(f"data set {name} is already registered with {before[0] or 'other data'}, not {json_file}")
         return
-    summary = _check_once(json_file, image_root, name)
-    DatasetCatalog.register(name, partial(_load, name, json_file, image_root))
-    MetadataCatalog.get(name).set(
-        json_file=json_file,
-        image_root=image_root,
-        evaluator_type="coco",
-        thing_classes=list(summary.classes),
-        thing_dataset_id_to_contiguous_id={i: number for number, i in enumerate(summary.classes.values())},
-        own_classes=summary.classes,
-    )
+    classes = _check_once(json_file, image_root, name).classes
+    _register(name, json_file, image_root, classes)
 
 
-def _same(path: str, other: str) -> bool:
-    return bool(path) and os.path.realpath(path) == os.path.realpath(other)
+def _register(name: str, json_file: str, image_root: str, classes: dict[int, str], **more: str) -> None:
+    DatasetCatalog.register(name, partial(_load, name))
+    own = {"json_file": json_file, "image_root": image_root, "own_classes": classes}
+    MetadataCatalog.get(name).set(evaluator_type="coco", **own, **more)
+    _number(name, list(dict.fromkeys(classes.values())))
 
 
-def _load(name: str, json_file: str, image_root: str) -> list[dict]:
-    """Detectron2's dicts, each object's class found by its name among the ``thing_classes`` of the data set."""
-    summary = _check_once(json_file, image_root, name)
-    classes = MetadataCatalog.get(name).thing_classes
-    index = {i: classes.index(class_name) for class_name, i in summary.classes.items()}
-    if [*summary.classes] != classes:
-        mapping = listed((f"{class_name} (id {i}) -> {index[i]}" for class_name, i in summary.classes.items()), 100)
-        told = f"data set {name}: its classes are mapped by name: {mapping}, of {len(classes)} classes"
-        log_first_n(logging.INFO, told, key="message")
-    index |= {alias: index[lowest] for alias, lowest in summary.aliases.items()}
-    records = load_coco_json(json_file, image_root)
+def _number(name: str, reference: Sequence[str]) -> None:
+    metadata = MetadataCatalog.get(name)
+    numbers = {i: reference.index(class_name) for i, class_name in metadata.own_classes.items()}
+    # A key of Metadata cannot be set to another value.
+    vars(metadata).update(thing_classes=list(reference), thing_dataset_id_to_contiguous_id=numbers)
+
+
+def _load(name: str) -> list[dict]:
+    """Detectron2's dicts, the classes numbered as the metadata say now."""
+    check_registered(name, for_evaluation=False)  # draws shapes; a file may have changed
+    metadata = MetadataCatalog.get(name)
+    own, numbers = metadata.own_classes, metadata.thing_dataset_id_to_contiguous_id
+    if list(dict.fromkeys(own.values())) != metadata.thing_classes:
+        mapping = listed((f"{class_name} (id {i}) -> {numbers[i]}" for i, class_name in own.items()), 100)
+        what = f"data set {name}: its classes are mapped by name: {mapping}, of {len(metadata.thing_classes)} classes"
+        log_first_n(logging.INFO, what, key="message")
+    records = load_coco_json(metadata.json_file, metadata.image_root)
     for record in records:
         record["width"], record["height"] = int(record["width"]), int(record["height"])
         for annotation in record["annotations"]:
-            annotation["category_id"] = index[annotation["category_id"]]
+            annotation["category_id"] = numbers[annotation["category_id"]]
     return records
 
 
 def register_builtin() -> None:
     """Register shapes_train, its first 75 images as shapes_train_75, shapes_val, bccd_train and bccd_val (blood cells).
 
-    They lie in shapes/ and bccd/ of $DETECTRON2_DATASETS, or of datasets/; the shapes are drawn when they are first
-    loaded. What is registered already stays.
+    They lie in shapes/ and bccd/ of $DETECTRON2_DATASETS (datasets/); shapes are drawn when first loaded.
     """
     root = Path(os.getenv("DETECTRON2_DATASETS", "datasets")).expanduser().absolute()
+    shapes = root / "shapes"
     for part, (split, _) in PARTS.items():
-        name = f"shapes_{part}"
-        if name not in DatasetCatalog:
-            DatasetCatalog.register(name, partial(_load_shapes, name))
-            MetadataCatalog.get(name).set(
-                json_file=str(annotation_file(root / "shapes", part)),
-                image_root=str(root / "shapes" / split),
-                shapes_root=str(root / "shapes"),
-                evaluator_type="coco",
-                thing_classes=list(CLASS_NAMES),
-                thing_dataset_id_to_contiguous_id={i: i - 1 for i in range(1, len(CLASS_NAMES) + 1)},
-            )
+        if f"shapes_{part}" not in DatasetCatalog:
+            files = str(annotation_file(shapes, part)), str(shapes / split)
+            _register(f"shapes_{part}", *files, dict(enumerate(CLASS_NAMES, 1)), shapes_root=str(shapes))
     for split in ("train", "val"):
         if f"bccd_{split}" not in DatasetCatalog:
             json_file = root / "bccd" / "annotations" / f"instances_{split}.json"
             register_coco_instances(f"bccd_{split}", {}, str(json_file), str(root / "bccd" / split))
-
-
-def _load_shapes(name: str) -> list[dict]:
-    metadata = MetadataCatalog.get(name)
-    build_shapes(metadata.shapes_root, name.removeprefix("shapes_"))
-    return load_coco_json(metadata.json_file, metadata.image_root, name)
-
-
-def check_registered(name: str, *, for_evaluation: bool = True) -> CocoSummary | None:
-    """Check a data set by its registered name; the shapes data set is drawn first if it is absent.
-
-    Returns:
-        the summary, or None for a data set that is not in COCO format, about which nothing is known
-
-    Raises:
-        UserError: the name is unknown, or what `check_coco_format` finds, or the classes of the json are not those
-            that Detectron2 has registered under this name
-    """
-    metadata = _metadata(name)
-    if metadata.get("shapes_root"):
-        build_shapes(metadata.shapes_root, name.removeprefix("shapes_"))
-    json_file, image_root = metadata.get("json_file"), metadata.get("image_root")
-    if json_file is None or image_root is None or metadata.get("evaluator_type") != "coco":
-        return None
-    if not os.path.exists(json_file):
-        raise UserError(
-            f"data set {name}: annotation file {json_file} does not exist; data sets of known names lie in the folder "
-            f"DETECTRON2_DATASETS, which is '{os.getenv('DETECTRON2_DATASETS', 'datasets')}'"
-        )
-    summary = _check_once(json_file, image_root, name)
-    findings = Findings(Path(json_file), name)
-    if for_evaluation:
-        summary.check_evaluation(findings)
-    names, ids, own = [*summary.classes], [*summary.classes.values()], metadata.get("own_classes")
-    known = own or metadata.get("thing_classes", names)
-    known_ids = own.values() if own else metadata.get("thing_dataset_id_to_contiguous_id", ids)
-    if [*known] != names or [*known_ids] != ids or (summary.aliases and not own):
-        findings.fail(
-            f"its categories ({listed(names)}), and their ids, must be those registered under this name "
-            f"({listed(known)}); register other data under another name"
-        )
-    return summary
 
 
 def _metadata(name: str) -> Any:
@@ -154,21 +105,98 @@ def _metadata(name: str) -> Any:
     return MetadataCatalog.get(name)
 
 
-def class_names(name: str) -> tuple[str, ...]:
-    """The classes of a registered data set, in the order of their contiguous ids.
+def check_registered(name: str, *, for_evaluation: bool = True) -> CocoSummary | None:
+    """Check a data set by its registered name; the shapes data set is drawn first if it is absent.
+
+    Returns:
+        the summary, or None for a data set that is not in COCO format
 
     Raises:
-        UserError: the name is unknown, or the data set must be read to know its classes and is wrong
+        UserError: the name is unknown, or what `check_coco_format` finds, or the json has other classes than those
+            that are registered
     """
+    metadata = _metadata(name)
+    if metadata.get("shapes_root"):
+        build_shapes(metadata.shapes_root)
+    json_file, image_root = metadata.get("json_file"), metadata.get("image_root")
+    if json_file is None or image_root is None or metadata.get("evaluator_type") != "coco":
+        return None
+    if not os.path.exists(json_file):
+        folder = os.getenv("DETECTRON2_DATASETS", "datasets")
+        raise UserError(f"data set {name}: {json_file} does not exist; DETECTRON2_DATASETS is '{folder}'")
+    summary = _check_once(json_file, image_root, name)
+    findings = Findings(Path(json_file), name)
+    if for_evaluation:
+        findings.report(summary.gaps["evaluation"], summary.gaps["area doubts"])
+    names, ids, own = [*summary.classes.values()], [*summary.classes], metadata.get("own_classes")
+    known = [*own.values()] if own else metadata.get("thing_classes", names)
+    known_ids = own or metadata.get("thing_dataset_id_to_contiguous_id", ids)
+    if [*known] != names or [*known_ids] != ids or (len({*names}) < len(names) and not own):
+        findings.fail(
+            f"its categories ({listed(names)}), and their ids, must be those registered under this name "
+            f"({listed(known)}); register other data under another name"
+        )
+    return summary
+
+
+def class_names(name: str) -> tuple[str, ...]:
+    """The classes of a registered data set, in the order of their contiguous ids; it may be read, see
+    `check_registered`."""
     names = _metadata(name).get("thing_classes")
     if names is None:
         summary = check_registered(name, for_evaluation=False)
         if summary is None:
             raise UserError(f"data set {name} has no thing_classes in its metadata and is not in COCO format")
-        names = summary.classes
+        names = summary.classes.values()
     return tuple(names)
 
 
 def own_classes(name: str) -> tuple[str, ...]:
     """The classes that a data set lists itself, if `class_names` may be those that it was mapped to."""
-    return tuple(_metadata(name).get("own_classes") or class_names(name))
+    own = _metadata(name).get("own_classes")
+    return tuple(dict.fromkeys(own.values())) if own else class_names(name)
+
+
+def any_mapped(data_sets: Sequence[Sequence[str]]) -> bool:
+    """Tells whether any name in these lists, which must be no strings, can be mapped."""
+    for names in data_sets:
+        if isinstance(names, str):
+            raise UserError(f"data sets must be a tuple of names, ({names!r},), got {names!r}")
+    registered = [name for names in data_sets for name in names if name in DatasetCatalog]
+    return any(MetadataCatalog.get(name).get("own_classes") for name in registered)
+
+
+def agree_on_classes(
+    train: Sequence[str], test: Sequence[str] = (), reference: Sequence[str] | None = None
+) -> tuple[str, ...]:
+    """Gives all data sets of a run one numbering of the classes, and returns the classes in its order.
+
+    A data set of `register_coco_format` that lists a subset of the classes, or numbers them otherwise, is mapped by
+    name when it is loaded, and evaluated on the classes that it lists (`CocoEvaluator`). Data registered by others must
+    number them alike.
+
+    Args:
+        train, test: names of registered data sets, not both empty.
+        reference: the classes in the order of the model's outputs, if a checkpoint settles them; otherwise those of
+            the training set (without one, of the test set) that has most, the first of equals.
+
+    Raises:
+        UserError: a data set has classes that the reference lacks, or cannot be mapped.
+    """
+    own = {name: own_classes(name) for name in (*train, *test)}
+    source = "the checkpoint"
+    if reference is None:
+        source = max(train or test, key=lambda name: len(own[name]))
+        reference = own[source]
+    for name, classes in own.items():
+        both = f"data set {name} has the classes {listed(classes, 20)}, and {source} has {listed(reference, 20)}"
+        missing = [class_name for class_name in classes if class_name not in reference]
+        if missing:
+            alike = [other for other in reference if folded(other) == folded(missing[0])]
+            hint = f" (but {alike[0]!a}, so spell both alike)" if alike else ""
+            raise UserError(f"{both}: they cannot be mapped by name, since that lacks {missing[0]!a}{hint}")
+        if MetadataCatalog.get(name).get("own_classes"):
+            _number(name, reference)
+        elif classes != tuple(reference):
+            raise UserError(f"{both}: register it with --register, which maps by name")
+    return tuple(reference)

@@ -1,32 +1,29 @@
-"""The embedded detection data set: textured geometric shapes with scale variation, occlusion and clutter, COCO format.
+"""The embedded data set: textured geometric shapes with scale variation, occlusion and clutter, in COCO format.
 
-Everything is drawn from a seed with integer NumPy arithmetic, so that pixels and boxes are the same on every machine;
-OpenCV writes the PNG files, whose byte stream alone may depend on its zlib. Boxes are amodal (the full extent of a
-shape, clipped to the image). At least MIN_VISIBLE percent of every shape can be seen: a later shape or occluder that
-would hide more is not drawn.
+All is drawn from a seed in integer arithmetic: pixels and boxes are the same on every machine, only the compression of
+the PNG files may differ. Boxes are amodal: the full extent of a shape, clipped to the image.
 """
 
-import fcntl
 import json
+import math
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
+from filelock import FileLock
 
-from repr_det.datasets.drawing import OUTLINES, Dice, bar, blob, distractor, far, mix, near, stencil, texture
 from repr_det.method.errors import UserError
 
-# What the data set is, and how hard. Any change makes another data set and needs another STAMP: folders that were built
-# before are rebuilt on next use.
+# Any change below makes another data set and needs another STAMP: older folders are rebuilt on next use.
 STAMP_OWNER = "repr_det shapes"
 STAMP = f"{STAMP_OWNER} 2 1233e76b4287e1380e500d8f5e2d4ffead26a1a659603ead6704247e9bc723c3\n"
-# Every class has a colour of its own (blue, green, red) that OWN_COLOUR percent of its shapes have, more or less: a cue
-# that is learnt in minutes, but neither clutter nor the other shapes respect it.
+# Colours (blue, green, red) that OWN_COLOUR percent of the shapes have, more or less: a cue that is learnt in minutes,
+# but clutter and the other shapes have them too.
 CLASSES = {
     "circle": (40, 40, 220),
     "square": (60, 190, 40),
@@ -56,9 +53,145 @@ SEEN_BEFORE_BORDER = 55  # percent of a shape that must lie inside the image
 RIM = 35  # percent of the things that have a rim, one pixel wide, of another colour
 TRIES = 6  # positions tried for a shape before it is given up
 
+TEXTURES = ("solid", "solid", "stripes", "checker", "dots", "noise", "gradient")
+ONE = 4096  # fixed point of the unit circle
+SUBPIXELS = 16  # steps a pixel in which the corners of outlines are placed
+SINE = np.rint(ONE * np.sin(np.radians(np.arange(360)))).astype(np.int64)
+QUARTER = np.array([[0, 1], [-1, 0]])  # a turn by 90 degrees
+Loops = list[np.ndarray]  # closed outlines of corners (N, 2) = (x, y) within the unit circle, in fixed point
 _CROSS = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
 _PNG = (cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_DEFAULT)
 Place = tuple[slice, slice]
+
+
+class Dice:
+    """Random integers from the raw stream of PCG64: NumPy keeps that fixed, but not what Generator makes of it."""
+
+    def __init__(self, *key: int) -> None:
+        self._bits = np.random.PCG64(list(key))
+
+    def between(self, low: int, high: int) -> int:
+        return low + int(self._bits.random_raw()) % (high - low + 1)
+
+    def chance(self, percent: int) -> bool:
+        return self.between(0, 99) < percent
+
+    def pick(self, options: Sequence) -> Any:
+        return options[self.between(0, len(options) - 1)]
+
+    def octets(self, *shape: int) -> np.ndarray:
+        count = math.prod(shape)
+        raw = self._bits.random_raw(-(-count // 8)).astype("<u8")
+        return raw.view(np.uint8)[:count].reshape(shape).astype(np.int64)
+
+
+def _polar(radius: int | np.ndarray, degrees: np.ndarray) -> np.ndarray:
+    cosine, sine = SINE[(degrees + 90) % 360], SINE[degrees % 360]
+    return np.stack([radius * cosine // ONE, radius * sine // ONE], 1)
+
+
+def _regular(corners: int, radius: int | np.ndarray = ONE) -> np.ndarray:
+    return _polar(radius, 360 * np.arange(corners) // corners)
+
+
+def _cross() -> np.ndarray:
+    half, tip = ONE * 3 // 10, ONE * 19 // 20
+    arm = np.array([(tip, -half), (tip, half), (half, half)])
+    return np.concatenate([arm @ np.linalg.matrix_power(QUARTER, turns) for turns in range(4)])
+
+
+OUTLINES: dict[str, Loops] = {  # of the classes
+    "circle": [_regular(60)],
+    "square": [_regular(4)],
+    "triangle": [_regular(3)],
+    "star": [_regular(10, np.array([ONE, ONE * 2 // 5] * 5))],
+    "cross": [_cross()],
+    "ring": [_regular(60), _regular(60, ONE * 11 // 20)],
+}
+
+
+def blob(dice: Dice) -> Loops:
+    corners = dice.between(7, 11)
+    return [_regular(corners, np.array([dice.between(ONE * 2 // 5, ONE) for _ in range(corners)]))]
+
+
+def distractor(dice: Dice) -> Loops:
+    """The outline of something that is no class, often close to one."""
+    kind = dice.pick(("blob", "half disc", "ellipse", "L", "wedge"))
+    if kind == "blob":
+        return blob(dice)
+    if kind == "half disc":
+        return [_polar(ONE, 10 * np.arange(19))]
+    if kind == "ellipse":
+        return [_regular(48) * (5, 2) // 5]
+    if kind == "wedge":
+        return [np.array([(ONE, 0), (-ONE, ONE // 5), (-ONE, -ONE // 5)])]
+    end = ONE * 7 // 10
+    bend = dice.between(3, 8) * end // 10 - end
+    return [np.array([(-end, -end), (bend, -end), (bend, -bend), (end, -bend), (end, end), (-end, end)])]
+
+
+def stencil(loops: Loops, radius: int, stretch: int = 100, degree: int = 0) -> np.ndarray:
+    """The loops, stretched across (percent), turned and scaled: a centred (2 * radius + 3, 2 * radius + 3) bool array.
+
+    A pixel belongs to the shape if its centre does, by the even-odd rule. Not cv2.fillPoly: its pixels differ between
+    OpenCV 4.5, 4.8 and 4.12.
+    """
+    side = 2 * radius + 3
+    sine, cosine = SINE[degree % 360], SINE[(degree + 90) % 360]
+    toggles = np.zeros((side, side + 1), bool)  # where a scan line enters or leaves the shape
+    for loop in loops:
+        turned = loop * (100, stretch) // 100 @ np.array([[cosine, sine], [-sine, cosine]])
+        corners = (turned * radius * SUBPIXELS // ONE**2 + (radius + 1) * SUBPIXELS).tolist()
+        for start, end in zip(corners, corners[1:] + corners[:1], strict=True):
+            (ax, ay), (bx, by) = (start, end) if start[1] <= end[1] else (end, start)
+            rows = np.arange(-(-ay // SUBPIXELS), -(-by // SUBPIXELS))
+            numerator = ax * (by - ay) + (rows * SUBPIXELS - ay) * (bx - ax)
+            toggles[rows, -(-numerator // (max(1, by - ay) * SUBPIXELS))] ^= True
+    return np.logical_xor.accumulate(toggles, axis=1)[:, :side]
+
+
+def near(dice: Dice, colour: np.ndarray, low: int, high: int) -> np.ndarray:
+    """The colour with each channel moved up or down by `low` to `high` grey levels."""
+    steps = [dice.between(low, high) * dice.pick((-1, 1)) for _ in range(3)]
+    return np.clip(colour + np.array(steps), 0, 255)
+
+
+def far(dice: Dice, colour: np.ndarray) -> np.ndarray:
+    """A random colour at an L1 distance of 150 grey levels or more."""
+    other = dice.octets(3)
+    while np.abs(other - colour).sum() < 150:
+        other = dice.octets(3)
+    return other
+
+
+def texture(dice: Dice, height: int, width: int) -> np.ndarray:
+    """A texture as a (height, width) int64 array: the share of the second colour, 0 to 256."""
+    kind = dice.pick(TEXTURES)
+    period = dice.between(3, 9)
+    y, x = np.ogrid[:height, :width]
+    share = np.zeros((height, width), np.int64)
+    if kind == "stripes":
+        across, down = dice.pick(((1, 0), (0, 1), (1, 1), (1, -1), (2, 1), (1, 2)))
+        share += ((across * x + down * y) // period & 1) * 256
+    elif kind == "checker":
+        share += ((x // period + y // period) & 1) * 256
+    elif kind == "dots":
+        half = period // 2
+        share += ((x % period - half) ** 2 + (y % period - half) ** 2 <= (period // 3) ** 2) * 256
+    elif kind == "noise":
+        block = dice.between(1, 3)
+        coarse = dice.octets(-(-height // block), -(-width // block))
+        share += np.kron(coarse, np.ones((block, block), np.int64))[:height, :width]
+    elif kind == "gradient":
+        across, down = dice.pick(((1, 0), (0, 1), (1, 1)))
+        share += (across * x + down * y) * 256 // (across * width + down * height)
+    return share
+
+
+def mix(first: np.ndarray, second: np.ndarray, share: np.ndarray) -> np.ndarray:
+    """Colours (..., 3) between the two, for shares (...) of the second from 0 to 256."""
+    return (first * (256 - share[..., None]) + second * share[..., None]) >> 8
 
 
 class _Canvas:
@@ -128,7 +261,9 @@ class _Canvas:
         dice = self.dice
         if dice.chance(50):
             radius = dice.between(8, 90)
-            mask = stencil(bar(2 * radius, dice.pick((1, 1, 2, 3, 5))), radius, 100, dice.between(0, 359))
+            half = ONE * dice.pick((1, 1, 2, 3, 5)) // (2 * radius)  # of its thickness
+            bar = np.array([(ONE, half), (-ONE, half), (-ONE, -half), (ONE, -half)])
+            mask = stencil([bar], radius, 100, dice.between(0, 359))
         else:
             mask = stencil(distractor(dice), dice.between(5, 32), dice.between(*STRETCH), dice.between(0, 359))
         where, inside = self.place(mask)
@@ -152,9 +287,8 @@ def generate_shapes(split_seed: int, num_images: int) -> Iterator[tuple[np.ndarr
 
     Yields:
         image: uint8 (H, W, 3), BGR, H and W from IMAGE_SIDES
-        objects: per shape, in drawing order, {"bbox": [x, y, w, h] int px (amodal, inside the image),
-            "category_id": 1-based index into CLASS_NAMES, "area": int px of the shape inside the image,
-            hidden ones included, "iscrowd": 0}
+        objects: per shape {"bbox": [x, y, w, h] int px, "category_id": 1-based index into CLASS_NAMES, "area": int px
+            of the shape inside the image, hidden ones included, "iscrowd": 0}
     """
     for index in range(num_images):
         dice = Dice(split_seed, index)
@@ -170,11 +304,33 @@ def generate_shapes(split_seed: int, num_images: int) -> Iterator[tuple[np.ndarr
         yield canvas.finish(), canvas.objects
 
 
-# ---- the folder ----
-
-
 def annotation_file(root: Path, part: str) -> Path:
     return root / "annotations" / f"{part}.json"
+
+
+def build_shapes(root: str | os.PathLike) -> Path:
+    """Make sure that the folder `root` holds the data set: train/*.png, val/*.png, annotations/*.json and VERSION.
+
+    It is drawn in ten seconds by one of several processes, and is there as a whole or not at all. A folder that another
+    version made, or that lacks a part, is replaced.
+
+    Raises:
+        UserError: `root` holds something else, or cannot be written
+    """
+    root = Path(root).expanduser().resolve()
+    if _is_finished(root):
+        return root
+    try:
+        root.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(root.with_name(f".{root.name}.lock")):
+            if not _is_finished(root):  # by another process meanwhile
+                _build(root)
+    except OSError as error:
+        raise UserError(
+            f"the shapes data set cannot be written to {root} ({error}): "
+            "empty it, or set DETECTRON2_DATASETS to another folder"
+        ) from error
+    return root
 
 
 def _stamp(root: Path) -> str:
@@ -182,6 +338,20 @@ def _stamp(root: Path) -> str:
         return (root / "VERSION").read_text(errors="replace")
     except OSError:
         return ""
+
+
+def _is_finished(root: Path) -> bool:
+    return _stamp(root) == STAMP and all(annotation_file(root, part).is_file() for part in PARTS)
+
+
+def _build(root: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as scratch:
+        fresh = Path(scratch) / "new"
+        _write(fresh)
+        if _stamp(root).startswith(STAMP_OWNER):
+            root.rename(Path(scratch) / "outdated")
+        fresh.rename(root)  # fails if other data are there
+    print(f"shapes data set: drawn in {root}", file=sys.stderr)
 
 
 def _write(root: Path) -> None:
@@ -202,62 +372,3 @@ def _write(root: Path) -> None:
                 content = {"info": info, "images": images[:number], "annotations": some, "categories": categories}
                 annotation_file(root, part).write_text(json.dumps(content, sort_keys=True))
     (root / "VERSION").write_text(STAMP)
-
-
-def build_shapes(root: str | os.PathLike, part: str = "train") -> Path:
-    """Make sure that `root` holds the data set: train/*.png, val/*.png, annotations/*.json and VERSION.
-
-    It is drawn, in about ten seconds, in a temporary sibling folder and renamed, so that it is there as a whole or not
-    at all; of several processes one draws it and the others wait. A finished folder is reused; one that another version
-    of the generator made, or that lacks a part, is replaced.
-
-    Args:
-        part: one of PARTS; all of them are built at once.
-
-    Returns:
-        the folder
-
-    Raises:
-        UserError: `root` is a file or holds something else, or cannot be written
-    """
-    root = Path(root).expanduser().resolve()
-    try:
-        if not _is_finished(root, part):
-            root.parent.mkdir(parents=True, exist_ok=True)
-            with _lock(root.parent):
-                _build(root, part)
-    except OSError as error:
-        raise UserError(
-            f"the shapes data set cannot be written to {root} ({error}): "
-            "set DETECTRON2_DATASETS to a folder that can be written"
-        ) from error
-    return root
-
-
-def _is_finished(root: Path, part: str) -> bool:
-    return _stamp(root) == STAMP and annotation_file(root, part).is_file()
-
-
-@contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # a file system that cannot lock, as NFS may be
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
-def _build(root: Path, part: str) -> None:
-    if _is_finished(root, part):  # by another process meanwhile
-        return
-    if root.is_file() or (root.is_dir() and any(root.iterdir()) and not _stamp(root).startswith(STAMP_OWNER)):
-        raise UserError(f"{root} holds other data: the shapes data set needs an empty or absent folder of its own")
-    with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as scratch:
-        fresh = Path(scratch) / "new"
-        _write(fresh)
-        if root.exists():
-            root.rename(Path(scratch) / "outdated")
-        fresh.rename(root)
-    print(f"shapes data set: drawn in {root}", file=sys.stderr)

@@ -19,8 +19,8 @@ from detectron2.utils.events import EventWriter
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from repr_det.datasets import agree_on_classes, any_mapped
 from repr_det.datasets.image_files import NamingMapper
+from repr_det.datasets.registered import agree_on_classes, any_mapped
 from repr_det.detectron.config import defined_at_its_end, scale_to_world
 from repr_det.detectron.evaluators import build_evaluator, check_evaluators
 from repr_det.detectron.hook import RePrHook, first_later_hook
