@@ -27,7 +27,7 @@ def test_phase_of_every_iteration(s1, s2, cycles, start):
         schedule.check_fits(end)
     assert str(error.value) == (
         f"RePr needs start_iter= {start} + num_cycles= {cycles} x (s1_iters= {s1} + s2_iters= {s2}) = {end} iterations "
-        f"and one more of the full network, total_steps= is {end}: train longer or shorten the schedule"
+        f"and then some of the full network, but total_steps= is {end}: train longer or shorten the schedule"
     )
 
 

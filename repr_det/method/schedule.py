@@ -70,6 +70,6 @@ class RePrSchedule:
         if self.end_iter >= max_iter:
             raise OptionError(
                 f"RePr needs {{start_iter}} {self.start_iter} + {{num_cycles}} {self.num_cycles} x ({{s1_iters}} "
-                f"{self.s1_iters} + {{s2_iters}} {self.s2_iters}) = {self.end_iter} iterations and one more of the "
-                f"full network, {{total_steps}} is {max_iter}: train longer or shorten the schedule"
+                f"{self.s1_iters} + {{s2_iters}} {self.s2_iters}) = {self.end_iter} iterations and then some of the "
+                f"full network, but {{total_steps}} is {max_iter}: train longer or shorten the schedule"
             )
