@@ -102,7 +102,7 @@ def test_keypoints_need_metadata_and_one_number(mine, odd, shown):
         assert f"{shown} numbers" in refused(cfg)
     else:
         check_datasets(cfg)
-        assert " no 'area', which COCO evaluation needs" in refused(mine())
+        assert "must have a finite number as 'area'" in refused(mine())
 
 
 def two_files(folder: Folder, val_ids: dict[int, str]) -> list[list[str]]:

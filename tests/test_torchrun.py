@@ -38,7 +38,8 @@ def train(tiny_data):
         words[2:2] = ["--resume"] * resume + ([] if torchrun else ["--num-gpus", 2])
         before = "misbehaviour:tell" if tell else "misbehaviour:signal_at" if misbehave else ""
         arguments = ([tell] if tell else []) + ([*misbehave, f"{folder}.once"] if misbehave else [])
-        begun.append(forked.Command(words, f"{folder}.log", ROOT, environment, before, arguments, torchrun))
+        options = {"environment": environment, "before": before, "arguments": arguments, "torchrun": torchrun}
+        begun.append(forked.Command(words, f"{folder}.log", **options))
         return begun[-1]
 
     yield start
