@@ -64,18 +64,16 @@ class FrozenNorms:
                 "give loader= and loss=, or passes=, or choose {frozen_norm} keep"
             )
 
-    def before_drop(
-        self, held: HeldFilters, layers: Sequence[FilterLayer], values: Values, cycle: int
-    ) -> dict[str, Tensor]:
-        """Layer name -> mean and standard deviation of leaving channels after frozen norms, (2, M) float32 on the CPU.
-        Layers that no batch reaches are missing."""
+    def before_drop(self, held: HeldFilters, layers: Sequence[FilterLayer], values: Values, cycle: int) -> Values:
+        """Layer name -> "moments": mean and standard deviation of leaving channels after frozen norms, (2, M) float32
+        on the CPU. Layers that no batch reaches are missing."""
         self.at_drop = {layer.name for layer in self.of(layers)}
         leaving = [layer for layer in held.layers if layer.name in self.at_drop]
         if not leaving or self._passes is None or not self._recalibrates:
             return {}
         found = self._moments_into(leaving, list(self._passes.batches(self._number, cycle)))
         after = {x.name: _moments_after(x, values[x.name], found[x.name]) for x in leaving if x.name in found}
-        return {name: moments[:, held.masks[name]].float() for name, moments in after.items()}
+        return {name: {"moments": both[:, held.masks[name]].float()} for name, both in after.items()}
 
     def can_renew(self, layers: Sequence[FilterLayer]) -> list[FilterLayer]:
         """Without those whose norm was frozen since the drop, where no batches give statistics."""
@@ -85,11 +83,9 @@ class FrozenNorms:
             logger.warning("RePr: filters of %s return as they were: its norm has been frozen since the drop", name)
         return [layer for layer in layers if layer.name not in lost]
 
-    def after_return(
-        self, held: HeldFilters, renewed: Sequence[FilterLayer], moments: Mapping[str, Tensor], cycle: int
-    ) -> None:
-        """Gives new channels ``moments``, again until it settles: each norm changes what the next one gets."""
-        wanted = {layer.name: moments[layer.name] for layer in renewed if layer.name in moments}
+    def after_return(self, held: HeldFilters, renewed: Sequence[FilterLayer], old: Values, cycle: int) -> None:
+        """Gives new channels their old moments, again until it settles: each norm changes what the next one gets."""
+        wanted = {layer.name: old[layer.name]["moments"] for layer in renewed if "moments" in old[layer.name]}
         for layer in self.of(renewed) if self._recalibrates else ():
             if layer.kind == BATCH and layer.name not in wanted:
                 # Frozen since the drop: what BN does in training.
@@ -194,7 +190,6 @@ def _statistics_for(
     weight, bias = (tensor[mask] for tensor in _affine(values))
     scale_free = (weight.abs() < 1e-12) | (target_std <= _CONSTANT * (1 + target_mean.abs())) | (std <= 0)
     sigma = torch.where(scale_free, std.clamp_min(1e-3), weight.abs() * std / target_std.clamp_min(1e-30))
-    # Not sigma but the variance is stored, which cannot be negative.
     variance = (sigma.square() - eps).clamp_min(0)
     sigma = (variance + eps).sqrt()
     shift = torch.where(scale_free, 0, (target_mean - bias) * sigma / torch.where(scale_free, 1, weight))

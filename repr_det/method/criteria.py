@@ -3,7 +3,7 @@
 A criterion is a name in ``CRITERIA``, a function of a layer or of (layer, ``Context``) -> (J,), or a ``Criterion``; see
 ``examples/criteria.py`` and ``saliency.py``.
 
-J: filters of a layer; N: examples of a batch (images, or proposals in a head); P: positions, H * W.
+J: filters of a layer; N: images or proposals of a batch; P: positions, H * W.
 """
 
 import inspect
@@ -280,7 +280,7 @@ def drop_cap(num_filters: int, max_drop_per_layer: float) -> int:
 
 
 def check_capacity(sizes: dict[str, int], drop_ratio: float, max_drop_per_layer: float) -> None:
-    """Raises OptionError if a share is out of range, or the caps leave too few filters to drop."""
+    """Raises OptionError if a share is out of range, or the caps leave too few filters."""
     about_option("drop_ratio").check("drop_ratio", drop_ratio)
     about_option("max_drop_per_layer").check("max_drop_per_layer", max_drop_per_layer)
     total = drop_total(sum(sizes.values()), drop_ratio)
@@ -303,7 +303,7 @@ def select_filters(scores: dict[str, Tensor], drop_ratio: float, max_drop_per_la
         layer name -> (J,) bool on the device of the scores, True = drop.
 
     Raises:
-        OptionError: a share is out of range, or the caps leave too few filters.
+        OptionError: see ``check_capacity``.
         ValueError: a score is NaN.
     """
     sizes = {name: len(score) for name, score in scores.items()}
@@ -311,11 +311,11 @@ def select_filters(scores: dict[str, Tensor], drop_ratio: float, max_drop_per_la
     candidates = []
     for name, score in scores.items():
         score = score.detach().double().cpu()
-        if torch.isnan(score).any():
-            raise ValueError(f"the score of filter {int(torch.isnan(score).nonzero()[0])} of {name} is NaN")
-        order = score.sort(descending=True, stable=True).indices
-        # Beyond its cap a layer has no candidates.
-        candidates.append(score.index_fill(0, order[drop_cap(len(score), max_drop_per_layer) :], NEVER))
+        missing = score.isnan().nonzero()
+        if len(missing):
+            raise ValueError(f"the score of filter {int(missing[0])} of {name} is NaN")
+        beyond = score.sort(descending=True, stable=True).indices[drop_cap(len(score), max_drop_per_layer) :]
+        candidates.append(score.index_fill(0, beyond, NEVER))
     ranked = torch.cat(candidates)
     worst = ranked.sort(descending=True, stable=True).indices[: drop_total(len(ranked), drop_ratio)]
     chosen = torch.zeros(len(ranked), dtype=torch.bool).index_fill(0, worst, True) & (ranked > NEVER)

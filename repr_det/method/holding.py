@@ -136,7 +136,7 @@ class HeldFilters:
         if found := _true_ones(flags):
             raise UserError(
                 f"dropped filters of {found[0][0]} are not zero any more {when} (their {found[0][1]}): another "
-                "optimizer, loaded weights or an average that was swapped in has written to them"
+                "optimizer, loaded weights or a swapped-in average has written to them"
             )
 
     def release(self) -> None:
@@ -183,7 +183,7 @@ def check_values(values: Values, when: str, device: torch.device) -> None:
             if not torch.isfinite(tensor).all():
                 raise UserError(
                     f"the {name} of {layer} is not finite {when}: lower the learning rate or clip gradients, and "
-                    "resume from a checkpoint before training diverged"
+                    "resume from an earlier checkpoint"
                 )
     everyone = gathered({name: x["weight"].double().norm().item() for name, x in values.items()}, device)
     for name, size in everyone[0].items():
@@ -201,12 +201,12 @@ class ReturnedFilters:
         self._norms = {name: weight.float().flatten(1).norm(dim=1) for name, weight in given.items()}
 
     def look(self, cycle: int) -> None:
-        """Raises UserError where they are gone. ``cycle`` is from 1."""
+        """Raises UserError where they are gone."""
         weights = to_cpu([layer.weight.index_select(0, self._rows[layer.name]) for layer in self._layers])
         for layer, weight in zip(self._layers, weights, strict=True):
             gone = int((weight.float().flatten(1).norm(dim=1) < _GONE * self._norms[layer.name]).sum())
             if gone:
                 raise UserError(
                     f"{gone} of {len(weight)} filters of {layer.name} are gone one step after they returned in cycle "
-                    f"{cycle}: something has written to them, such as a copy of the weights that an optimizer keeps"
+                    f"{cycle}: something, such as an optimizer with a copy of the weights, has written to them"
                 )

@@ -51,7 +51,6 @@ class FilterLayer:
 
     @property
     def num_filters(self) -> int:
-        """J."""
         return self.conv.out_channels
 
     @property
@@ -71,9 +70,9 @@ class FilterLayer:
 
     def running_statistics(self) -> dict[str, Tensor]:
         """Running mean and variance, each (J,), if the norm has them."""
-        names = ("running_mean", "running_var") if self.kind in (BATCH, FROZEN) else ()
-        found = {f"norm.{name}": getattr(self.norm, name) for name in names}
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
+        if self.kind not in (BATCH, FROZEN) or self.norm.running_mean is None:
+            return {}
+        return {"norm.running_mean": self.norm.running_mean, "norm.running_var": self.norm.running_var}
 
     def output_module(self) -> nn.Module:
         """What puts out the channel after conv and norm (Detectron2 runs the norm inside the conv)."""
@@ -96,14 +95,13 @@ def values_of(layers: Sequence[FilterLayer]) -> Values:
 
 
 def on_devices(values: Values, layers: Sequence[FilterLayer]) -> Values:
-    devices = {layer.name: layer.weight.device for layer in layers}
-    return _moved({name: values[name] for name in devices}, devices)
+    return _moved(values, {layer.name: layer.weight.device for layer in layers})
 
 
 def _moved(values: Values, devices: Mapping[str, torch.device]) -> Values:
-    named = [(layer, name) for layer, tensors in values.items() for name in tensors]
+    named = [(layer, name) for layer in devices for name in values[layer]]
     moved = to_devices([values[layer][name] for layer, name in named], [devices[layer] for layer, _ in named])
-    found: Values = {layer: {} for layer in values}
+    found: Values = {layer: {} for layer in devices}
     for (layer, name), tensor in zip(named, moved, strict=True):
         found[layer][name] = tensor
     return found

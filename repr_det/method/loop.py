@@ -1,11 +1,4 @@
-"""RePr in one object for any PyTorch loop.
-
-repr_training = RePr(model, optimizer, total_steps)
-for batch in batches:
-    ...                                     # forward, backward
-    optimizer.step()
-    repr_training.step()
-"""
+"""RePr in one object for any PyTorch loop."""
 
 import dataclasses
 import logging
@@ -18,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from repr_det.method.criteria import drop_total
-from repr_det.method.errors import OptionError, UserError
+from repr_det.method.errors import UserError
 from repr_det.method.holding import Transition
 from repr_det.method.layers import find_filter_layers, what_attention_means
-from repr_det.method.options import RePrOptions
+from repr_det.method.options import RePrOptions, about_option
 from repr_det.method.passes import TrainingPasses, passes_over
 from repr_det.method.schedule import RePrSchedule
 from repr_det.method.scheme import RePrScheme
@@ -35,7 +28,7 @@ _LITTLE = 0.05  # of the trainable weights
 
 
 class RePr:
-    """RePr for a training loop of one's own.
+    """RePr for a training loop of one's own: call ``step()`` after every ``optimizer.step()``.
 
     Args:
         model: what is called in training, wrapped in DistributedDataParallel or DataParallel or not.
@@ -78,8 +71,7 @@ class RePr:
         **options: Any,
     ) -> None:
         self.options = RePrOptions.of(options)
-        if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
-            raise OptionError(f"{{total_steps}} must be an integer of at least 1, got {total_steps!r}")
+        about_option("num_cycles").check("total_steps", total_steps)
         if not isinstance(first_step, int) or not 0 <= first_step <= total_steps:
             raise UserError(f"first_step= must be 0 to total_steps= {total_steps}, got {first_step!r}")
         if (loader is None) != (loss is None) or (loader is not None and passes is not None):
@@ -117,7 +109,7 @@ class RePr:
                 self.prove(lambda: model(*arguments))
             except UserError:
                 raise
-            except Exception as error:  # whatever a model raises
+            except Exception as error:
                 raise UserError(f"sample= is not what the model can be called with: {error!r}") from error
 
     @property
@@ -132,7 +124,7 @@ class RePr:
         return "sub" if self.scheme.is_sub else "full"
 
     def step(self) -> Transition | None:
-        """To be called after every step of the optimizer. Collective. UserError as in ``RePrScheme``.
+        """To be called after every step of the optimizer. Collective. UserError as ``RePrScheme``.
 
         Returns:
             What a drop or restore did, in the steps that have one.
@@ -209,8 +201,8 @@ class RePr:
         """
         if (saved := RePrSchedule(**state["schedule"])) != self.schedule:
             raise UserError(
-                f"the checkpoint was trained with {saved}, this run has {self.schedule}: take the total_steps and "
-                "schedule of the run that wrote it"
+                f"the checkpoint was trained with {saved}, this run has {self.schedule}: take its total_steps and "
+                "schedule"
             )
         self.scheme.load_state_dict(state["scheme"])
         self.steps = state["steps"]
@@ -252,10 +244,10 @@ class RePr:
 
     def _log(self, iteration: int, done: Transition) -> Transition:
         self._end["dropped"] = self.scheme.num_dropped
+        number = sum(map(len, done.dropped.values()))
         self.logger.info(
-            f"RePr {done.event} after iteration {iteration} (cycle {done.cycle + 1}): "
-            f"{sum(map(len, done.dropped.values()))} filters, mean O_f {done.overlap_before:.4f} -> "
-            f"{done.overlap_after:.4f}, {done.seconds:.2f} s"
+            f"RePr {done.event} after iteration {iteration} (cycle {done.cycle + 1}): {number} filters, mean O_f "
+            f"{done.overlap_before:.4f} -> {done.overlap_after:.4f}, {done.seconds:.2f} s"
         )
         self._look_for_averages()
         return done
@@ -266,7 +258,7 @@ class RePr:
             self._warned = True
             self.logger.warning(
                 f"RePr: a copy of the model ({found}) is updated without gradients: give an average of the weights as "
-                "averages=, or it is a mixture of old and new filters long after a restore"
+                "averages=, or it mixes old and new filters long after a restore"
             )
 
     def _share_of_rate(self) -> float:
@@ -317,8 +309,7 @@ def _count(watched: weakref.ref[RePr]) -> None:
     one._behind += 1
     if one._behind == _MISSED:
         one.logger.warning(
-            f"RePr: the optimizer has made {_MISSED} steps without a call of step(): total_steps= and the schedule "
-            "count these calls"
+            f"RePr: the optimizer has made {_MISSED} steps without a call of step(), which total_steps= counts"
         )
 
 

@@ -36,7 +36,7 @@ def check_optimizers(layers: Sequence[FilterLayer], optimizers: Sequence[Optimiz
             if isinstance(tensor, nn.Parameter) and tensor.requires_grad and id(tensor) not in held:
                 raise OptionError(
                     f"the optimizer does not hold the {name} of {layer.name}: give all optimizers (a list), switch off "
-                    f"its requires_grad where it does not train, or add {layer.name!r} to {{exclude}}"
+                    f"its requires_grad, or add {layer.name!r} to {{exclude}}"
                 )
     for name, group in groups:
         if any(group.get(key) == 0 for key in ("eps", "eps1", "eps2")):
@@ -57,7 +57,7 @@ def check_optimizer_state(layers: Sequence[FilterLayer], optimizers: Sequence[Op
         if owner:
             raise UserError(
                 f"the optimizer {kind} keeps {key!r} for {owner}, which RePr does not know how to take a filter out "
-                "of: take SGD, Adam, AdamW or another that keeps momentum or moments only"
+                "of: take one that keeps momentum or moments only, such as AdamW"
             )
 
 

@@ -74,7 +74,7 @@ def _of_norm(unit: Tensor, norms: Tensor, dtype: torch.dtype) -> Tensor:
 @torch.no_grad()
 def put_back(layer: FilterLayer, rows: Tensor, values: Mapping[str, Tensor]) -> None:
     """Gives filters (M,) ``values`` (M, ...) by the names of tensors, or those of a new filter."""
-    for name, tensor in {**layer.tensors(), **layer.running_statistics()}.items():
+    for name, tensor in (layer.tensors() | layer.running_statistics()).items():
         if name in values:
             tensor.index_copy_(0, rows, values[name].to(tensor))
         else:
@@ -82,7 +82,7 @@ def put_back(layer: FilterLayer, rows: Tensor, values: Mapping[str, Tensor]) -> 
 
 
 def can_be_silent(layer: FilterLayer, modules: Modules) -> bool:
-    """Tells whether kernels or a gamma can keep a returned channel silent until it has learned."""
+    """By kernels or a gamma, until a returned channel has learned."""
     return _kernels_can_be_silent(layer, modules) or _has_gamma(layer)
 
 

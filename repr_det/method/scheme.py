@@ -116,7 +116,6 @@ class RePrScheme:
 
     @property
     def num_dropped(self) -> int:
-        """Filters that are out now, over all layers."""
         return sum(int(mask.sum()) for mask in self.masks.values())
 
     def check(self) -> None:
@@ -154,12 +153,11 @@ class RePrScheme:
         moments = self._norms.before_drop(held, self.layers, values, self.cycle)
         for layer in held.layers:
             mask, own = masks[layer.name], values[layer.name]
-            self._old[layer.name] = {name: value[mask].clone() for name, value in own.items()}
-            if layer.name in moments:
-                self._old[layer.name]["moments"] = moments[layer.name]
+            old = {name: value[mask].clone() for name, value in own.items()}
+            self._old[layer.name] = old | moments.get(layer.name, {})
         held.zero_()
         self._hold(held)
-        return self._record("drop", held, overlaps, kept, start)
+        return self._record("drop", held, overlaps, kept, start, {})
 
     @torch.no_grad()
     def restore(self, as_they_were: bool = False) -> Transition:
@@ -200,8 +198,7 @@ class RePrScheme:
             # A filter may lie in kernels that have just been silenced: what reads it keeps it silent itself.
             layer.weight.index_copy_(0, held.rows[layer.name], back[layer.name]["weight"])
             restart_optimizer_state_(self.optimizers, layer.weight, held.rows[layer.name], held.kept[layer.name])
-        moments = {name: old["moments"] for name, old in self._old.items() if "moments" in old}
-        self._norms.after_return(held, renewed, moments, self.cycle)
+        self._norms.after_return(held, renewed, self._old, self.cycle)
         done = self._record("restore", held, self._overlaps(values_of(self.layers), {}), kept, start, cosines)
         if self.averages is not None and not as_they_were:
             self.averages.begin_again()
@@ -260,7 +257,7 @@ class RePrScheme:
 
     def __deepcopy__(self, memo: dict) -> Any:
         raise UserError(
-            "RePr cannot be copied: build one for the copies of model and optimizer, and load the state_dict of this"
+            "RePr cannot be copied: build one for the copies of model and optimizer, and load this state_dict"
         )
 
     @property
@@ -290,7 +287,7 @@ class RePrScheme:
         self._check_participants()
         if self.options.returns == "function_preserving" and (loud := self.loud):
             logger.warning(
-                "RePr: filters of %s cannot return without changing the network's output, and return as published",
+                "RePr: filters of %s cannot return without changing the network's output: they return as published",
                 ", ".join(loud),
             )
 
@@ -317,7 +314,7 @@ class RePrScheme:
         overlaps: Mapping[str, Tensor],
         kept: Mapping[str, Tensor],
         start: float,
-        cosines: Mapping[str, float] | None = None,
+        cosines: dict[str, float],
     ) -> Transition:
         """O_f by layer name: ``overlaps`` of all filters (J,), ``kept`` of those that stay (K,)."""
         restart_averaging([layer.norm for layer in self.layers] if self.model is None else self.model.modules())
@@ -326,7 +323,7 @@ class RePrScheme:
         rounded = {name: [round(value, 6) for value in overlap.tolist()] for name, overlap in overlaps.items()}
         dropped = {layer.name: held.masks[layer.name].nonzero().flatten().tolist() for layer in held.layers}
         seconds = time.perf_counter() - start
-        return Transition(event, self.cycle, dropped, before, after, dict(cosines or {}), seconds, rounded)
+        return Transition(event, self.cycle, dropped, before, after, cosines, seconds, rounded)
 
     def _select(self, values: Values) -> dict[str, Tensor]:
         """Layer name -> (J,) bool, True = drop, of rank 0. Zero filters go first; layers that do not learn keep all."""
