@@ -1,5 +1,6 @@
 """RePr (CVPR 2019) for Detectron2: drop the filters that overlap most, train the rest, bring them back orthogonal."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.3.0"
@@ -45,13 +46,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Loaded on first use: a plain PyTorch loop needs no Detectron2.
+    """Loads on first use what needs Detectron2."""
     if name not in _DETECTRON2_NAMES:
         raise AttributeError(f"module 'repr_det' has no attribute {name!r}")
-    import importlib
-
     try:
-        module = importlib.import_module(_DETECTRON2_NAMES[name])
+        module = import_module(_DETECTRON2_NAMES[name])
     except ModuleNotFoundError as error:
         if error.name is None or not error.name.startswith("detectron2"):
             raise

@@ -1,7 +1,4 @@
-"""Averages of the weights (EMA, SWA) beside a model: they begin again from the model at every restore.
-
-Else they would mix old and new filters for long. Measured against other ways in docs/evidence/averages.py.
-"""
+"""Averages of the weights (EMA, SWA): begin again at every restore, else they mix old and new filters for long."""
 
 import gc
 import weakref
@@ -20,7 +17,7 @@ _INNER = ("module", "ema", "model", "ema_model", "averaged_model", "average")
 
 
 class Averages:
-    """The averages of a model: modules with its parameters under the same names, or what holds one, else UserError."""
+    """Modules with the parameters of a model under the same names, or what holds one; UserError for anything else."""
 
     def __init__(self, given: Sequence[Any], model: nn.Module) -> None:
         self._model = model
@@ -31,7 +28,6 @@ class Averages:
 
     @torch.no_grad()
     def begin_again(self) -> None:
-        """Sets the averages to the model."""
         values = self._model.state_dict()
         for average in self._inside:
             for name, value in average.state_dict().items():
@@ -52,7 +48,7 @@ class Averages:
         return moved
 
     def _may_average(self, one: Any) -> bool:
-        # One whose __init__ has failed has no _parameters.
+        # A module whose __init__ has failed has no _parameters.
         if type(one) is not type(self._model) or one is self._model or "_parameters" not in vars(one):
             return False
         is_given = any(one is own for own in self._inside)

@@ -1,10 +1,7 @@
-"""Norm statistics for re-initialised channels of convs behind FrozenBN, or behind BN in eval mode.
+"""Statistics of frozen norms behind new filters: give a channel after the norm the moments it had before the drop.
 
-At the drop the moments of a channel after the norm are measured; at the restore its running mean and variance are set
-so that the new channel has the same moments, on the same batches. All is found from what goes into the norm,
-y = (x - m) / sqrt(v + eps) * w + b.
-
-J: filters of a layer; M: filters of it that leave or return.
+All is found from what goes into the norm, y = (x - m) / sqrt(v + eps) * w + b. J: filters of a layer; M: those of it
+that leave or return.
 """
 
 import logging
@@ -26,20 +23,16 @@ from repr_det.network.state import undisturbed
 
 logger = logging.getLogger("repr_det.scheme")
 
-_CONSTANT = 1e-6  # a standard deviation below this share of the mean has no scale to match
-_SETTLED = 1e-5  # change of statistics, in standard deviations, that ends the search for them
+_CONSTANT = 1e-6  # a standard deviation below this share of the mean has no scale
+_SETTLED = 1e-5  # change of statistics, in standard deviations, that ends the search
 
 
 class _AllReached(Exception):
-    """Ends a forward pass behind the last layer that is looked at."""
+    """Ends a forward pass."""
 
 
 class FrozenNorms:
-    """The norms that keep their statistics while their convs train: FrozenBN, and BN in eval mode.
-
-    Attributes:
-        at_drop: names of the layers whose norm was frozen at the last drop, until their filters return.
-    """
+    """Norms that keep their statistics while their convs train; ``at_drop`` names the layers that had one then."""
 
     def __init__(
         self, options: RePrOptions, participants: Participants, model: nn.Module | None, passes: TrainingPasses | None
@@ -52,18 +45,17 @@ class FrozenNorms:
         self._number = options.calibration_batches or (0 if passes is None else passes.calibration_batches)
 
     def of(self, layers: Sequence[FilterLayer]) -> list[FilterLayer]:
-        """The layers whose norm keeps its statistics in training, also if the model is being evaluated now."""
+        """The layers whose norm is frozen in training, also while the model is evaluated."""
         trains = self._participants.trains if self._passes is None else self._passes.trains
         evaluates = self._model is not None and self._model.training != trains
         with undisturbed(self._model, trains=trains) if evaluates else nullcontext():
             return [layer for layer in layers if layer.is_frozen]
 
     def need_batches(self, layers: Sequence[FilterLayer]) -> bool:
-        """Tells whether new filters of these layers need statistics of training batches."""
         return self._recalibrates and bool(self.of(layers))
 
     def check(self, layers: Sequence[FilterLayer]) -> None:
-        """Raises OptionError where batches are needed and there are none."""
+        """Raises OptionError where batches are needed and missing."""
         if self._passes is None and self.need_batches(layers):
             first = self.of(layers)[0]
             kind = "FrozenBN" if first.kind == FROZEN else "BN in eval mode"
@@ -72,39 +64,31 @@ class FrozenNorms:
                 "give loader= and loss=, or passes=, or choose {frozen_norm} keep"
             )
 
-    def before_drop(
-        self, held: HeldFilters, layers: Sequence[FilterLayer], values: Values, cycle: int
-    ) -> dict[str, Tensor]:
-        """Notes which norms of ``layers`` are frozen, and measures their leaving channels after the norm: layer name ->
-        mean and standard deviation, (2, M) float32 on the CPU. Layers that no batch reaches are missing."""
+    def before_drop(self, held: HeldFilters, layers: Sequence[FilterLayer], values: Values, cycle: int) -> Values:
+        """Layer name -> "moments": mean and standard deviation of leaving channels after frozen norms, (2, M) float32
+        on the CPU. Layers that no batch reaches are missing."""
         self.at_drop = {layer.name for layer in self.of(layers)}
         leaving = [layer for layer in held.layers if layer.name in self.at_drop]
         if not leaving or self._passes is None or not self._recalibrates:
             return {}
         found = self._moments_into(leaving, list(self._passes.batches(self._number, cycle)))
         after = {x.name: _moments_after(x, values[x.name], found[x.name]) for x in leaving if x.name in found}
-        return {name: moments[:, held.masks[name]].float() for name, moments in after.items()}
+        return {name: {"moments": both[:, held.masks[name]].float()} for name, both in after.items()}
 
     def can_renew(self, layers: Sequence[FilterLayer]) -> list[FilterLayer]:
-        """The layers that have statistics for new filters; not where a norm was frozen since the drop, without batches
-        to find them."""
+        """Without those whose norm was frozen since the drop, where no batches give statistics."""
         without = [] if self._passes is not None and self._recalibrates else self.of(layers)
         lost = [layer.name for layer in without if layer.name not in self.at_drop]
         for name in lost:
-            logger.warning(
-                "RePr: filters of %s return as they were: its norm has been frozen since the drop (no batches)", name
-            )
+            logger.warning("RePr: filters of %s return as they were: its norm has been frozen since the drop", name)
         return [layer for layer in layers if layer.name not in lost]
 
-    def after_return(
-        self, held: HeldFilters, renewed: Sequence[FilterLayer], moments: Mapping[str, Tensor], cycle: int
-    ) -> None:
-        """Sets the statistics of new filters so that their channels have ``moments``, again until they settle: what
-        goes into a norm depends on those before it."""
-        wanted = {layer.name: moments[layer.name] for layer in renewed if layer.name in moments}
+    def after_return(self, held: HeldFilters, renewed: Sequence[FilterLayer], old: Values, cycle: int) -> None:
+        """Gives new channels their old moments, again until it settles: each norm changes what the next one gets."""
+        wanted = {layer.name: old[layer.name]["moments"] for layer in renewed if "moments" in old[layer.name]}
         for layer in self.of(renewed) if self._recalibrates else ():
             if layer.kind == BATCH and layer.name not in wanted:
-                # Frozen since the drop: what BN would do in training, mean 0 and deviation 1.
+                # Frozen since the drop: what BN does in training.
                 wanted[layer.name] = torch.tensor([[0.0], [1.0]])
         layers = [layer for layer in renewed if layer.name in wanted]
         if not layers or self._passes is None:
@@ -128,8 +112,8 @@ class FrozenNorms:
             before = new
 
     def _moments_into(self, layers: Sequence[FilterLayer], batches: Sequence) -> dict[str, Tensor]:
-        """Layer name -> mean, standard deviation, largest and smallest value of the channels that go into its norm at
-        its first run in a pass, (4, J) float64 on the CPU, over images, positions and ranks."""
+        """Layer name -> mean, standard deviation, largest and smallest of what goes into its norm when it first runs in
+        a pass, (4, J) float64 on the CPU, over images, positions and ranks."""
         seen: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
         left: set[str] = set()
 
@@ -182,10 +166,7 @@ def _settled(new: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> bool:
 
 
 def _moments_after(layer: FilterLayer, values: Mapping[str, Tensor], found: Tensor) -> Tensor:
-    """Mean and standard deviation after a frozen norm, (2, J), of what is ``found`` to go into it.
-
-    A channel of a rectified layer that is nowhere above 0 has the medians of those that are.
-    """
+    """Mean and standard deviation (2, J); a channel that a ReLU closes has the medians of the others."""
     mean, std, largest, smallest = found
     weight, bias = _affine(values)
     gain = weight / (values["norm.running_var"].double() + epsilon(layer.norm)).sqrt()
@@ -201,17 +182,14 @@ def _moments_after(layer: FilterLayer, values: Mapping[str, Tensor], found: Tens
 def _statistics_for(
     layer: FilterLayer, values: Mapping[str, Tensor], mask: Tensor, wanted: Tensor, found: Tensor
 ) -> dict[str, Tensor]:
-    """Running mean m and variance v (M,) that give channels the moments ``wanted``, (2, M), after the norm.
-
-    The standard deviation is s where sqrt(v + eps) = |w| std(x) / s, the mean mu where m = mean(x) - (mu - b)
-    sqrt(v + eps) / w. If w, s or std(x) is 0 the channel gets mean 0 and variance 1 before w and b.
+    """Running mean m and variance v (M,) for the mean mu and deviation s that are ``wanted`` (2, M):
+    sqrt(v + eps) = |w| std(x) / s, m = mean(x) - (mu - b) sqrt(v + eps) / w. If w, s or std(x) is 0, x is normalised.
     """
     eps, (target_mean, target_std) = epsilon(layer.norm), wanted.double()
     mean, std = found[:2, mask]
     weight, bias = (tensor[mask] for tensor in _affine(values))
     scale_free = (weight.abs() < 1e-12) | (target_std <= _CONSTANT * (1 + target_mean.abs())) | (std <= 0)
     sigma = torch.where(scale_free, std.clamp_min(1e-3), weight.abs() * std / target_std.clamp_min(1e-30))
-    # The variance is stored, not sigma: eps bounds how small it can be.
     variance = (sigma.square() - eps).clamp_min(0)
     sigma = (variance + eps).sqrt()
     shift = torch.where(scale_free, 0, (target_mean - bias) * sigma / torch.where(scale_free, 1, weight))

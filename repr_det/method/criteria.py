@@ -1,16 +1,9 @@
-"""Ranking criteria, one score a filter (RePr, section 4 and the table of 5), and the choice of filters to drop.
+"""Ranking criteria, one score a filter (RePr, sections 4 and 5), and the choice of filters to drop.
 
-A criterion is a name in ``CRITERIA``, or a function of one layer:
+A criterion is a name in ``CRITERIA``, a function of a layer or of (layer, ``Context``) -> (J,), or a ``Criterion``; see
+``examples/criteria.py`` and ``saliency.py``.
 
-    def smallest_first(layer: FilterLayer) -> Tensor:          # (J,)
-        return -layer.weight.flatten(1).norm(dim=1)
-
-    RePr(model, optimizer, total_steps, criterion=smallest_first)
-
-A function of (layer, context) gets a ``Context`` too, and a ``Criterion`` scores all layers at once. A filter of score
-minus infinity is never dropped. ``examples/criteria.py`` and ``saliency.py`` have more.
-
-J: filters of a layer; N: examples of a batch (images, or proposals in a head); P: positions, H * W.
+J: filters of a layer; N: images or proposals of a batch; P: positions, H * W.
 """
 
 import inspect
@@ -32,15 +25,15 @@ from repr_det.method.passes import TrainingPasses
 from repr_det.network.state import undisturbed
 
 Scores = dict[str, Tensor]  # layer name -> (J,)
-NEAR_DUPLICATE = 0.9  # likeness of two filters of which one says little that the other does not
-NEVER = float("-inf")  # the score of a filter that is not to be dropped
+NEAR_DUPLICATE = 0.9  # likeness of two filters of which one says little new
+NEVER = float("-inf")  # is not to be dropped
 _ROUNDING = 1e-9  # 0.3 * 10 must be 3 and 0.1 * 30 must not be 4
 logger = logging.getLogger("repr_det.data_criteria")
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a criterion may look at: a CPU generator, and ``num_batches`` training batches, those of ``cycle``."""
+    """What a criterion may look at: a CPU generator, and ``num_batches`` training batches of ``cycle``."""
 
     generator: torch.Generator
     passes: TrainingPasses | None = None
@@ -50,12 +43,7 @@ class Context:
 
 @dataclass(frozen=True)
 class Criterion:
-    """``score(layers, context)`` -> layer name -> (J,).
-
-    Attributes:
-        needs_data: whether it runs training batches.
-        spares: whether it has filters (score minus infinity) that no drop takes.
-    """
+    """Scores all layers at once; ``spares`` filters of minus infinity from every drop."""
 
     score: Callable[[Sequence[FilterLayer], Context], Scores]
     needs_data: bool = False
@@ -92,14 +80,14 @@ def _of_weight(function: Callable[[Tensor], Tensor]) -> Criterion:
 
 
 def calibrated_overlap(weight: Tensor) -> Tensor:
-    """O_f over its expectation for random directions, so that layers of different d compare."""
+    """O_f over that of random directions, which differs with d."""
     if len(weight) == 1:
         return torch.zeros(1)
     return inter_filter_orthogonality(weight) / expected_overlap(len(weight), weight[0].numel())
 
 
 def released_overlap(weight: Tensor) -> Tensor:
-    """The score of the author's released code: |mean_j (What What^T - I)[f, j]|, What = W / ||W||_F."""
+    """Of the author's released code: |mean_j (What What^T - I)[f, j]|, What = W / ||W||_F."""
     rows = torch.nan_to_num(weight.detach().cpu().double().flatten(1))
     rows = rows / rows.norm().clamp_min(torch.finfo(torch.float32).tiny)
     return ((rows @ rows.sum(0) - 1) / len(rows)).abs()
@@ -114,17 +102,13 @@ def _random(layers: Sequence[FilterLayer], context: Context) -> Scores:
     return {x.name: torch.rand(x.num_filters, generator=context.generator) for x in layers}
 
 
-# Criteria that look at training batches. A layer that runs several times in a pass counts all its positions.
-
-
 def share_of_zeros(layers: Sequence[FilterLayer], context: Context) -> Scores:
     """APoZ: the share of outputs that a ReLU makes 0 (Hu et al. 2016, arXiv 1607.03250)."""
     return finished(layers, "apoz", output_means(layers, context, lambda output: output <= 0))
 
 
 def redundancy(layers: Sequence[FilterLayer], context: Context) -> Scores:
-    """Filters that a network would not miss: infinity for an idle one (``use_of_filters``), the likeness to the filter
-    that stays for a near-duplicate (``copies``), NEVER for all others."""
+    """Infinity for an idle filter (``use_of_filters``), likeness for near-duplicates (``copies``), NEVER for others."""
     use = use_of_filters(layers, context)
     scores = {}
     for layer in layers:
@@ -138,11 +122,10 @@ def redundancy(layers: Sequence[FilterLayer], context: Context) -> Scores:
 
 
 def copies(weight: Tensor, idle: Tensor, threshold: Tensor) -> Tensor:
-    """The likeness of each near-duplicate to the filter that stays for it: c / sqrt(1 + (t1 - t2)^2), of the cosine c
-    of their weights and their thresholds t.
+    """Likeness of near-duplicates to what stays for them: c / sqrt(1 + (t1 - t2)^2), c the cosine, t the thresholds.
 
-    From the largest norm down every filter stays, unless it is more like one that stays than NEAR_DUPLICATE. Filters
-    that stay, and idle ones, score NEVER. Weights (J, ...) are those of one layer or group.
+    From the largest norm down a filter stays, unless it is more like one that stays than NEAR_DUPLICATE. Filters that
+    stay, and idle ones, score NEVER.
     """
     rows = unit_filters(weight)
     apart = threshold[:, None].double() - threshold[None].double()
@@ -157,10 +140,10 @@ def copies(weight: Tensor, idle: Tensor, threshold: Tensor) -> Tensor:
 
 
 def use_of_filters(layers: Sequence[FilterLayer], context: Context) -> dict[str, tuple[Tensor, Tensor]]:
-    """Layer name -> (J,) bool and (J,), on the CPU: whether a filter is idle, and its threshold.
+    """Layer name -> which filters are idle (J,) bool, and thresholds (J,), on the CPU.
 
-    A filter is idle if it puts out nothing above 0 and gets no gradient, on any rank, while others of its layer do.
-    The threshold is mean over standard deviation of the channel before its activation.
+    An idle one puts out nothing above 0 and gets no gradient, on any rank, while others of its layer do. A threshold is
+    mean over standard deviation of the channel before its activation.
     """
     counts: dict[str, int] = {}
     sums: Scores = {}
@@ -205,7 +188,7 @@ def _sum(values: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def output_means(layers: Sequence[FilterLayer], context: Context, of: Callable[[Tensor], Tensor]) -> Scores:
-    """The mean of ``of`` (outputs of one image) over images and positions; layers that did not run are missing."""
+    """Mean of ``of`` (outputs of one image) over images, positions and runs; layers that did not run are missing."""
     total: Scores = {}
     count: dict[str, int] = {}
 
@@ -221,8 +204,8 @@ def output_means(layers: Sequence[FilterLayer], context: Context, of: Callable[[
 
 
 def run_batches(context: Context, on_loss: Callable[[Tensor], None], gradients: bool) -> None:
-    """Calls ``on_loss`` with the loss of every batch; ``gradients`` says whether it can be differentiated, which is for
-    ``torch.autograd.grad``, unseen by DistributedDataParallel. UserError if the context has no passes."""
+    """Calls ``on_loss`` with the loss of every batch, with ``gradients`` for ``torch.autograd.grad``, which
+    DistributedDataParallel does not see. UserError if the context has no passes."""
     passes = context.passes
     if passes is None:
         raise UserError("this criterion looks at training batches: give Context(passes=...)")
@@ -232,13 +215,13 @@ def run_batches(context: Context, on_loss: Callable[[Tensor], None], gradients: 
 
 
 def positions(output: Tensor) -> Tensor:
-    """(N, J, H, W) -> (N, J, P); a single image without N too."""
+    """(N, J, H, W) or (J, H, W) -> (N, J, P)."""
     return (output if output.dim() > 3 else output[None]).flatten(2)
 
 
 @contextmanager
 def on_output(layers: Sequence[FilterLayer], see: Callable[[FilterLayer, Tensor], None]) -> Iterator[None]:
-    """Calls ``see`` with every layer and what its channels put out, whenever it runs."""
+    """Calls ``see`` with a layer and its output whenever it runs."""
     with ExitStack() as stack:
         for layer in layers:
             module = layer.output_module()
@@ -248,7 +231,7 @@ def on_output(layers: Sequence[FilterLayer], see: Callable[[FilterLayer, Tensor]
 
 
 def finished(layers: Sequence[FilterLayer], criterion: str, found: Scores) -> Scores:
-    """The scores of all layers, averaged over the ranks; one that never ran is named in a warning and scores 0."""
+    """Averages scores over the ranks; a layer that never ran scores 0, with a warning."""
     missing = [layer.name for layer in layers if layer.name not in found]
     if missing:
         names = ", ".join(missing)
@@ -257,7 +240,7 @@ def finished(layers: Sequence[FilterLayer], criterion: str, found: Scores) -> Sc
 
 
 def _averaged(layers: Sequence[FilterLayer], found: Scores) -> Scores:
-    """By one collective call; what is missing or not finite is 0."""
+    """Over the ranks, by one collective call; what is missing or not finite is 0."""
     sizes = {layer.name: layer.num_filters for layer in layers}
     parts = to_cpu([found.get(name, torch.zeros(size)) for name, size in sizes.items()])
     joined = mean_over_ranks(torch.cat([part.double() for part in parts]), layers[0].weight.device)
@@ -277,7 +260,7 @@ CRITERIA = {
 
 
 def get_criterion(criterion: "str | Callable[..., Tensor] | Criterion") -> Criterion:
-    """Raises OptionError for a name that is not in CRITERIA, or what is neither a name nor a function."""
+    """Raises OptionError for what is neither a name in CRITERIA nor a function."""
     if isinstance(criterion, Criterion):
         return criterion
     if callable(criterion):
@@ -288,17 +271,16 @@ def get_criterion(criterion: "str | Callable[..., Tensor] | Criterion") -> Crite
 
 
 def drop_total(num_filters: int, drop_ratio: float) -> int:
-    """floor(drop_ratio * F)."""
     return math.floor(drop_ratio * num_filters + _ROUNDING)
 
 
 def drop_cap(num_filters: int, max_drop_per_layer: float) -> int:
-    """min(J - 1, ceil(max_drop_per_layer * J)): one filter always stays."""
+    """One filter always stays."""
     return max(0, min(num_filters - 1, math.ceil(max_drop_per_layer * num_filters - _ROUNDING)))
 
 
 def check_capacity(sizes: dict[str, int], drop_ratio: float, max_drop_per_layer: float) -> None:
-    """Raises OptionError if a share is out of range, or the caps leave too few filters to drop."""
+    """Raises OptionError if a share is out of range, or the caps leave too few filters."""
     about_option("drop_ratio").check("drop_ratio", drop_ratio)
     about_option("max_drop_per_layer").check("max_drop_per_layer", max_drop_per_layer)
     total = drop_total(sum(sizes.values()), drop_ratio)
@@ -311,18 +293,17 @@ def check_capacity(sizes: dict[str, int], drop_ratio: float, max_drop_per_layer:
 
 
 def select_filters(scores: dict[str, Tensor], drop_ratio: float, max_drop_per_layer: float = 1.0) -> dict[str, Tensor]:
-    """The floor(drop_ratio * F) filters with the highest scores over all layers, at most a capped number of each.
+    """The floor(drop_ratio * F) of all F filters with the highest scores, within the cap of each layer.
 
     Args:
-        scores: layer name -> (J,), minus infinity is never dropped. Ties go by the order of layers, then by index.
-        drop_ratio: share of all F filters, in (0, 1).
-        max_drop_per_layer: share of a layer, rounded up, in (0, 1]; one filter always stays.
+        scores: layer name -> (J,). Ties go by the order of layers, then by index.
+        max_drop_per_layer: share of a layer, rounded up.
 
     Returns:
         layer name -> (J,) bool on the device of the scores, True = drop.
 
     Raises:
-        OptionError: a share is out of range, or the caps leave too few filters.
+        OptionError: see ``check_capacity``.
         ValueError: a score is NaN.
     """
     sizes = {name: len(score) for name, score in scores.items()}
@@ -330,11 +311,11 @@ def select_filters(scores: dict[str, Tensor], drop_ratio: float, max_drop_per_la
     candidates = []
     for name, score in scores.items():
         score = score.detach().double().cpu()
-        if torch.isnan(score).any():
-            raise ValueError(f"the score of filter {int(torch.isnan(score).nonzero()[0])} of {name} is NaN")
-        order = score.sort(descending=True, stable=True).indices
-        # Beyond its cap a layer has no candidates.
-        candidates.append(score.index_fill(0, order[drop_cap(len(score), max_drop_per_layer) :], NEVER))
+        missing = score.isnan().nonzero()
+        if len(missing):
+            raise ValueError(f"the score of filter {int(missing[0])} of {name} is NaN")
+        beyond = score.sort(descending=True, stable=True).indices[drop_cap(len(score), max_drop_per_layer) :]
+        candidates.append(score.index_fill(0, beyond, NEVER))
     ranked = torch.cat(candidates)
     worst = ranked.sort(descending=True, stable=True).indices[: drop_total(len(ranked), drop_ratio)]
     chosen = torch.zeros(len(ranked), dtype=torch.bool).index_fill(0, worst, True) & (ranked > NEVER)

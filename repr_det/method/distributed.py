@@ -18,7 +18,7 @@ def rank() -> int:
 
 
 def gathered(value: Any, device: torch.device) -> list[Any]:
-    """The picklable values of all ranks, in their order; ``device`` is the own one of this process."""
+    """Picklable values of all ranks, in order; ``device`` is that of this process."""
     found = [value] * world_size()
     if len(found) > 1:
         with _made_current(device):
@@ -27,7 +27,7 @@ def gathered(value: Any, device: torch.device) -> list[Any]:
 
 
 def of_rank_0(value: Any, device: torch.device) -> Any:
-    """The picklable value of rank 0; ``device`` as in ``gathered``."""
+    """The picklable value of rank 0."""
     found = [value]
     if world_size() > 1:
         with _made_current(device):
@@ -36,24 +36,22 @@ def of_rank_0(value: Any, device: torch.device) -> Any:
 
 
 def _made_current(device: torch.device) -> AbstractContextManager:
-    # Where a backend does not know the CPU, objects go by way of the current device.
+    # A backend that does not know the CPU sends objects by the current device.
     return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 
 
 def mean_over_ranks(tensor: Tensor, device: torch.device | None = None) -> Tensor:
-    """The mean of ``tensor`` over the ranks; ``device`` as in ``gathered``, None where the tensor is on it."""
+    """``device`` of this process: None takes the tensor's."""
     everyone = gathered(tensor.detach().cpu(), device or tensor.device)
     return torch.stack(everyone).mean(0).to(tensor.device)
 
 
 def to_cpu(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """See ``to_devices``."""
     return to_devices(tensors, [torch.device("cpu")] * len(tensors))
 
 
 def to_devices(tensors: Sequence[Tensor], devices: Sequence[torch.device]) -> list[Tensor]:
-    """Tensors, each on a device of its own, by one transfer for all of a type and way; those that are there are not
-    copied."""
+    """By one transfer for all of a type and way; what is there already is not copied."""
     found = [tensor.detach() for tensor in tensors]
     kinds: dict[Any, list[int]] = {}
     for place, (tensor, device) in enumerate(zip(found, devices, strict=True)):

@@ -10,12 +10,7 @@ class UserError(ValueError):
 
 
 class OptionError(UserError):
-    """A wrong option of RePr, spelled as whoever reads it wrote it: a keyword argument, or a key of a config.
-
-    Args:
-        message: with {name} in place of an option.
-        names: option -> its spelling; None spells keyword arguments.
-    """
+    """A wrong option of RePr: {name} in ``message`` is spelled by ``names``, as a keyword argument if that is None."""
 
     def __init__(self, message: str, names: Mapping[str, str] | None = None) -> None:
         self.message = message
@@ -23,13 +18,13 @@ class OptionError(UserError):
         def spell(found: re.Match[str]) -> str:
             return f"{found[1]}=" if names is None else names.get(found[1], found[0])
 
-        # Not str.format: braces in what a user typed stay what they are.
+        # Not str.format: a user may have typed braces.
         super().__init__(re.sub(r"\{([a-z]\w*)\}", spell, message))
 
 
 @contextmanager
 def spelling(names: Mapping[str, str] | None) -> Iterator[None]:
-    """Errors about options spell them by ``names``, as keyword arguments if that is None."""
+    """Spells options by ``names`` in errors from inside."""
     try:
         yield
     except OptionError as error:

@@ -1,11 +1,11 @@
 """Dropped filters, held at exactly zero (RePr, algorithm 1: the sub-network), and checks of transitions.
 
-Shape shorthand:
-    J: filters of a layer        M: filters of it that are dropped
+J: filters of a layer; M: those of it that are dropped.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, WeakSet, ref
 
@@ -20,9 +20,9 @@ from repr_det.method.layers import FilterLayer, Values, zero_rows_
 from repr_det.method.optimizers import zero_optimizer_state_
 from repr_det.network.tracing import HookOfOne
 
-_EVERY = 100  # steps of the sub-network after which dropped filters are looked at, besides the powers of 2
-_APART = 1e-3  # relative difference of a layer's norm between ranks, of more than two kinds of cards round
-_GONE = 0.1  # a filter of less than this share of the norm that it was given has not been given it
+_EVERY = 100  # steps between looks at dropped filters, besides the powers of 2
+_APART = 1e-3  # relative difference of a layer's norm between ranks: two kinds of cards differ less
+_GONE = 0.1  # a returned filter below this share of its norm has been overwritten
 
 _OWNERS: WeakKeyDictionary[nn.Module, ReferenceType] = WeakKeyDictionary()  # conv -> its RePrScheme
 _HELD: WeakSet[nn.Module] = WeakSet()  # convs with dropped filters
@@ -34,12 +34,11 @@ class Transition:
 
     Attributes:
         event: "drop" or "restore".
-        cycle: index of the cycle, from 0.
+        cycle: from 0.
         dropped: layer name -> indices of the filters that left or came back.
-        overlap_before, overlap_after: mean O_f over the filters in use before and after.
+        overlap_before, overlap_after: mean O_f of the filters in use.
         max_cosine: layer name -> largest |cos| of a new filter to the kept and old ones (restores only).
-        seconds: wall-clock time.
-        overlaps: layer name -> O_f of every filter, before a drop and after a restore.
+        overlaps: layer name -> O_f of every filter, before a drop or after a restore.
     """
 
     event: str
@@ -53,7 +52,7 @@ class Transition:
 
 
 def claim(scheme: Any, layers: Sequence[FilterLayer]) -> None:
-    """Notes the RePrScheme of convs. UserError if one has another that is not closed, or filters that are out."""
+    """Notes whose convs these are. UserError if one has another scheme that is not closed, or filters that are out."""
     for layer in layers:
         if layer.conv in _HELD:
             raise UserError(
@@ -67,15 +66,12 @@ def claim(scheme: Any, layers: Sequence[FilterLayer]) -> None:
 
 
 class HeldFilters:
-    """The filters that are out of the network, from their drop to their return.
-
-    The gradient of their rows becomes 0 as soon as it is computed, before DDP, clipping and the optimizer see it.
+    """Filters that are out; their gradient becomes 0 before DDP, clipping and the optimizer see it.
 
     Attributes:
         masks: layer name -> (J,) bool, True = dropped, on the CPU.
-        rows: layer name -> (M,) indices of its dropped filters, on the layer's device.
-        kept: layer name -> indices of the others, on the layer's device.
-        layers: those of the layers that lose a filter.
+        rows: layer name -> indices of its dropped filters (M,), on the layer's device; ``kept`` of the others.
+        layers: those that lose a filter.
     """
 
     def __init__(
@@ -95,34 +91,29 @@ class HeldFilters:
         self._steps = 0
 
     def zero_(self) -> None:
-        """Sets every tensor of the dropped filters to exactly 0, and their optimizer state."""
         for layer in self.layers:
             zero_rows_(layer.tensors().values(), self.rows[layer.name])
             zero_optimizer_state_(self._optimizers, layer, self.rows[layer.name])
 
     def hold(self) -> None:
-        """Lets no gradient through until ``release``, and watches the first pass of the sub-network."""
+        """Lets no gradient through until ``release``, and watches the first pass."""
         for layer in self.layers:
             _HELD.add(layer.conv)
             rows = self.rows[layer.name]
             zero_rows_((p.grad for p in layer.parameters() if p.grad is not None), rows)
             self._handles += [_hook_gradient(parameter, rows) for parameter in layer.parameters()]
             for module in {layer.conv, layer.output_module()}:
-                self._watching.append(module.register_forward_hook(HookOfOne(self._channel_hook(layer.name))))
+                see = HookOfOne(partial(self._see_output, layer.name))
+                self._watching.append(module.register_forward_hook(see))
 
-    def _channel_hook(self, name: str) -> Callable[..., None]:
-        rows = self.rows[name]
-
-        def look(module: nn.Module, inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and torch.is_grad_enabled() and not output.is_meta:
-                found = output.detach().index_select(-3, rows.to(output.device)).any()
-                before = self._leaks.get(name, found)
-                self._leaks[name] = before | found.to(before.device)
-
-        return look
+    def _see_output(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and torch.is_grad_enabled() and not output.is_meta:
+            found = output.detach().index_select(-3, self.rows[name].to(output.device)).any()
+            before = self._leaks.get(name, found)
+            self._leaks[name] = before | found.to(before.device)
 
     def look(self, cycle: int) -> None:
-        """Raises UserError where channels are not 0 in the first pass, or filters after a step. ``cycle`` is from 1."""
+        """Raises UserError where channels or filters are not 0. ``cycle`` is from 1."""
         if self._leaks:
             self._stop_watching()
             leaking, self._leaks = _true_ones(self._leaks), {}
@@ -136,7 +127,7 @@ class HeldFilters:
             self.check_zero(f"{self._steps} steps after the drop of cycle {cycle}")
 
     def check_zero(self, when: str) -> None:
-        """Raises UserError where a dropped filter is not 0. One wait for the device."""
+        """Raises UserError where a dropped filter is not 0."""
         flags = {}
         for layer in self.layers:
             for name, tensor in layer.tensors().items():
@@ -145,11 +136,10 @@ class HeldFilters:
         if found := _true_ones(flags):
             raise UserError(
                 f"dropped filters of {found[0][0]} are not zero any more {when} (their {found[0][1]}): another "
-                "optimizer, loaded weights or an average that was swapped in has written to them"
+                "optimizer, loaded weights or a swapped-in average has written to them"
             )
 
     def release(self) -> None:
-        """Lets gradients through again."""
         self._stop_watching()
         for handle in self._handles:
             handle.remove()
@@ -170,11 +160,11 @@ def _true_ones(flags: Mapping[Any, Tensor]) -> list[Any]:
 
 
 def _hook_gradient(parameter: nn.Parameter, rows: Tensor) -> RemovableHandle:
-    """Also where the parameter does not train now: it may be made to while its filters are out."""
+    """Also where the parameter does not train now: it may later."""
 
     def zero(gradient: Tensor) -> Tensor | None:
         here = rows.to(gradient.device)
-        # On the CPU a look is cheaper than a copy; behind a norm whose gamma is 0 these gradients are 0 by themselves.
+        # On the CPU a look is cheaper than a copy; behind a gamma of 0 gradients are 0 already.
         if gradient.device.type == "cpu" and not gradient.index_select(0, here).any():
             return None
         return gradient.index_fill(0, here, 0)
@@ -187,13 +177,13 @@ def _hook_gradient(parameter: nn.Parameter, rows: Tensor) -> RemovableHandle:
 
 
 def check_values(values: Values, when: str, device: torch.device) -> None:
-    """Raises UserError where a value of a filter is not finite, RuntimeError where ranks differ. Collective."""
+    """Raises UserError where a value is not finite, RuntimeError where ranks differ. Collective."""
     for layer, tensors in values.items():
         for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
                 raise UserError(
                     f"the {name} of {layer} is not finite {when}: lower the learning rate or clip gradients, and "
-                    "resume from a checkpoint before training diverged"
+                    "resume from an earlier checkpoint"
                 )
     everyone = gathered({name: x["weight"].double().norm().item() for name, x in values.items()}, device)
     for name, size in everyone[0].items():
@@ -203,7 +193,7 @@ def check_values(values: Values, when: str, device: torch.device) -> None:
 
 
 class ReturnedFilters:
-    """The filters (M, ...) that a restore has ``given``, to be looked at after one more step; ``cycle`` is from 1."""
+    """The filters (M, ...) that a restore has ``given``, looked at after one more step."""
 
     def __init__(self, held: HeldFilters, given: Mapping[str, Tensor]) -> None:
         self._layers = [layer for layer in held.layers if layer.name in given]
@@ -218,5 +208,5 @@ class ReturnedFilters:
             if gone:
                 raise UserError(
                     f"{gone} of {len(weight)} filters of {layer.name} are gone one step after they returned in cycle "
-                    f"{cycle}: something has written to them, such as a copy of the weights that an optimizer keeps"
+                    f"{cycle}: something, such as an optimizer with a copy of the weights, has written to them"
                 )

@@ -1,7 +1,4 @@
-"""The convs that may participate, and their filters.
-
-A filter is an output channel: its row of the conv weight and its entries of the bias and the norm's affine parameters.
-"""
+"""The convs that may participate. A filter is an output channel: its row of weight, bias and the norm's affine."""
 
 import difflib
 import fnmatch
@@ -28,15 +25,14 @@ class FilterLayer:
 
     Attributes:
         name: the conv's module name.
-        conv: weight (J, C_in / groups, kh, kw), bias (J,) or None.
-        norm: a module of J channels, or None; ``norm_name`` in the model.
+        norm: a module of J channels, or None.
         readers: what reads its channels, if a traced pass has shown that.
         rectified: whether a ReLU, and nothing else, follows the norm.
     """
 
     name: str
     conv: nn.Conv2d
-    norm: Any = None  # to a type checker every attribute of an nn.Module may be a tensor or a module
+    norm: Any = None  # an nn.Module, whose attributes a type checker cannot know
     norm_name: str | None = None
     readers: frozenset[Reader] = field(default_factory=frozenset)
     rectified: bool = False
@@ -55,33 +51,31 @@ class FilterLayer:
 
     @property
     def num_filters(self) -> int:
-        """J."""
         return self.conv.out_channels
 
     @property
     def weight(self) -> Tensor:
-        """The conv's weight (J, C_in / groups, kh, kw)."""
+        """(J, C_in / groups, kh, kw)."""
         return self.conv.weight
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything whose row f has to be zero while filter f is dropped: each (J, ...)."""
+        """What is zero in row f while filter f is dropped: each (J, ...)."""
         found = {"weight": self.conv.weight, "bias": self.conv.bias}
         if self.kind != NONE:
             found |= {"norm.weight": self.norm.weight, "norm.bias": self.norm.bias}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The members of ``tensors`` that an optimizer may move."""
         return (t for t in self.tensors().values() if isinstance(t, nn.Parameter))
 
     def running_statistics(self) -> dict[str, Tensor]:
-        """Running mean and variance, each (J,), of a norm that keeps them."""
-        names = ("running_mean", "running_var") if self.kind in (BATCH, FROZEN) else ()
-        found = {f"norm.{name}": getattr(self.norm, name) for name in names}
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
+        """Running mean and variance, each (J,), if the norm has them."""
+        if self.kind not in (BATCH, FROZEN) or self.norm.running_mean is None:
+            return {}
+        return {"norm.running_mean": self.norm.running_mean, "norm.running_var": self.norm.running_var}
 
     def output_module(self) -> nn.Module:
-        """The module whose output is the channel after conv and norm (Detectron2 runs the norm inside the conv)."""
+        """What puts out the channel after conv and norm (Detectron2 runs the norm inside the conv)."""
         if self.norm is None or any(module is self.norm for module in self.conv.modules()):
             return self.conv
         return self.norm
@@ -89,27 +83,25 @@ class FilterLayer:
 
 @torch.no_grad()
 def zero_rows_(tensors: Iterable[Tensor], rows: Tensor) -> None:
-    """Sets rows (M,) of every tensor (J, ...) to exactly 0, whatever was there (NaN included)."""
+    """Whatever was there (NaN included)."""
     for tensor in tensors:
         tensor.index_fill_(0, rows.to(tensor.device), 0)
 
 
 def values_of(layers: Sequence[FilterLayer]) -> Values:
-    """All that belongs to the filters of layers, each (J, ...) on the CPU: by one transfer, or as it is there."""
+    """All that belongs to filters, each (J, ...) on the CPU: no copy of what is there already."""
     values = {layer.name: layer.tensors() | layer.running_statistics() for layer in layers}
     return _moved(values, dict.fromkeys(values, torch.device("cpu")))
 
 
 def on_devices(values: Values, layers: Sequence[FilterLayer]) -> Values:
-    """Values of layers, each on the device of its layer, by one transfer."""
-    devices = {layer.name: layer.weight.device for layer in layers}
-    return _moved({name: values[name] for name in devices}, devices)
+    return _moved(values, {layer.name: layer.weight.device for layer in layers})
 
 
 def _moved(values: Values, devices: Mapping[str, torch.device]) -> Values:
-    named = [(layer, name) for layer, tensors in values.items() for name in tensors]
+    named = [(layer, name) for layer in devices for name in values[layer]]
     moved = to_devices([values[layer][name] for layer, name in named], [devices[layer] for layer, _ in named])
-    found: Values = {layer: {} for layer in values}
+    found: Values = {layer: {} for layer in devices}
     for (layer, name), tensor in zip(named, moved, strict=True):
         found[layer][name] = tensor
     return found
@@ -121,18 +113,16 @@ def find_filter_layers(
     exclude: Sequence[str] = (),
     norms: Mapping[str, nn.Module | None] | None = None,
 ) -> list[FilterLayer]:
-    """The trainable Conv2d modules whose names match, in the order of the model, with the norms that they seem to have.
-
-    ``RePr`` and ``RePrHook`` go by the norms that a training pass shows instead.
+    """The trainable Conv2d modules whose names match, in the order of the model.
 
     Args:
         model: not wrapped in DistributedDataParallel.
         include, exclude: fnmatch patterns on module names.
-        norms: conv name -> the norm that follows it. Otherwise that is its attribute ``norm``, or the next module in
-            its parent if that is a norm of as many channels.
+        norms: conv name -> the norm that follows it; else its attribute ``norm``, or the next module of its parent if
+            that is a norm of as many channels. ``RePr`` takes what a training pass shows.
 
     Raises:
-        UserError: a module is lazy and has not run yet, or sharded (FSDP), or no trainable conv matches.
+        UserError: a module is lazy and has not run, or sharded (FSDP), or no trainable conv matches.
     """
     for key, patterns in (("layers", include), ("exclude", exclude)):
         if isinstance(patterns, str) or not all(isinstance(p, str) for p in patterns):
@@ -161,13 +151,12 @@ def find_filter_layers(
 
 
 def closest(patterns: Sequence[str], names: Sequence[str]) -> list[str]:
-    """``names`` in order of how much they have in common with the first of ``patterns``."""
+    """``names``, those most like the first of ``patterns`` first."""
     first = patterns[0].replace("*", "") if patterns else ""
     return sorted(names, key=lambda name: difflib.SequenceMatcher(None, first, name).ratio(), reverse=True)
 
 
 def _check_whole(name: str, module: nn.Module) -> None:
-    """Raises UserError where parameters are not there yet (lazy modules), or not all on this process (FSDP)."""
     kind, parameters = type(module).__name__, list(module.parameters(recurse=False))
     if any(is_lazy(parameter) for parameter in parameters):
         raise UserError(
@@ -182,7 +171,6 @@ def _check_whole(name: str, module: nn.Module) -> None:
 
 
 def what_attention_means(model: nn.Module) -> str:
-    """A sentence on a model of attention; else nothing."""
     kinds = [type(module).__name__ for module in model.modules() if "attention" in type(module).__name__.lower()]
     if not kinds:
         return ""

@@ -1,11 +1,4 @@
-"""RePr in one object for any PyTorch loop: built from model, optimizer and number of steps, told after every step.
-
-repr_training = RePr(model, optimizer, total_steps)
-for batch in batches:
-    ...                                     # forward, backward
-    optimizer.step()
-    repr_training.step()
-"""
+"""RePr in one object for any PyTorch loop."""
 
 import dataclasses
 import logging
@@ -18,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from repr_det.method.criteria import drop_total
-from repr_det.method.errors import OptionError, UserError
+from repr_det.method.errors import UserError
 from repr_det.method.holding import Transition
 from repr_det.method.layers import find_filter_layers, what_attention_means
-from repr_det.method.options import RePrOptions
+from repr_det.method.options import RePrOptions, about_option
 from repr_det.method.passes import TrainingPasses, passes_over
 from repr_det.method.schedule import RePrSchedule
 from repr_det.method.scheme import RePrScheme
@@ -30,31 +23,30 @@ from repr_det.network.steps import around_step, scale_rates, with_inner
 
 logger = logging.getLogger("repr_det.loop")
 
-_MISSED = 20  # steps of the optimizer after which a missing call of step() is no matter of accumulation
+_MISSED = 20  # steps of the optimizer without step(): more than gradient accumulation
 _LITTLE = 0.05  # of the trainable weights
 
 
 class RePr:
-    """RePr for a training loop of one's own, with the defaults of the configs.
+    """RePr for a training loop of one's own: call ``step()`` after every ``optimizer.step()``.
 
     Args:
-        model: the module that is called in training, with or without DistributedDataParallel or DataParallel around it.
-        optimizer: holds the parameters of the convs that participate; a list where several do.
+        model: what is called in training, wrapped in DistributedDataParallel or DataParallel or not.
+        optimizer: one, or a list, that holds the parameters of the convs that participate.
         total_steps: optimizer steps of the whole training.
-        schedule: None derives it from the options s1_iters, s2_iters, num_cycles and start_iter.
-        first_lr_step: the step at which the learning rate first decays; None if it does not.
+        schedule: None derives it from the options.
+        first_lr_step: when the learning rate first decays, if it does.
         loader, loss: training batches and ``loss(batch)``, for criteria that look at data and for FrozenBN.
         passes: the same, for batches of another kind (``passes.TrainingPasses``).
-        sample: a batch (or tuple of arguments) that shows at once what participates, else the first training pass does.
-        averages: averages of the weights (EMA, SWA): modules, or objects that hold one. Every restore sets them to the
-            model.
+        sample: a batch (or tuple of arguments) that shows at once what participates; else the first training pass does.
+        averages: modules with averages of the weights (EMA, SWA), or what holds one. A restore sets them to the model.
         first_step: steps before RePr came in; drops and restores before it are left out.
         seed: all randomness comes from it and the cycle.
         options: of ``options.RePrOptions``: layers, exclude, criterion, drop_ratio, ...
 
     Attributes:
-        schedule: the steps of all drops and restores, counted from 0.
-        scheme: what drops and restores; its ``masks`` say which filters are out.
+        schedule: the steps of drops and restores, from 0.
+        scheme: its ``masks`` say which filters are out.
         steps: optimizer steps so far.
 
     Raises:
@@ -79,8 +71,7 @@ class RePr:
         **options: Any,
     ) -> None:
         self.options = RePrOptions.of(options)
-        if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
-            raise OptionError(f"{{total_steps}} must be an integer of at least 1, got {total_steps!r}")
+        about_option("num_cycles").check("total_steps", total_steps)
         if not isinstance(first_step, int) or not 0 <= first_step <= total_steps:
             raise UserError(f"first_step= must be 0 to total_steps= {total_steps}, got {first_step!r}")
         if (loader is None) != (loss is None) or (loader is not None and passes is not None):
@@ -110,7 +101,6 @@ class RePr:
             raise UserError("loader= yields no batch, and transitions look at training batches")
         if self.warmup_iters:
             scale_rates(self.scheme.optimizers, self._share_of_rate)
-        # Filters that are out when training ends are out of the model for good, unless a checkpoint is resumed.
         self._end = {"dropped": 0}
         self._at_end = weakref.finalize(self, _warn_of_sub_network, self._end)
         if sample is not None:
@@ -119,7 +109,7 @@ class RePr:
                 self.prove(lambda: model(*arguments))
             except UserError:
                 raise
-            except Exception as error:  # whatever a model raises
+            except Exception as error:
                 raise UserError(f"sample= is not what the model can be called with: {error!r}") from error
 
     @property
@@ -130,17 +120,14 @@ class RePr:
 
     @property
     def phase(self) -> str:
-        """ "full" or "sub": the network that the next forward pass sees."""
+        """ "full" or "sub": what the next forward pass sees."""
         return "sub" if self.scheme.is_sub else "full"
 
     def step(self) -> Transition | None:
-        """To be called after every step of the optimizer. Collective.
+        """To be called after every step of the optimizer. Collective. UserError as ``RePrScheme``.
 
         Returns:
             What a drop or restore did, in the steps that have one.
-
-        Raises:
-            UserError: see ``RePrScheme``.
         """
         iteration = self.steps
         self.steps += 1
@@ -162,16 +149,13 @@ class RePr:
         return None
 
     def finish(self, filters: str = "new") -> Transition | None:
-        """Ends RePr before its schedule does, with the full network; later steps are plain training.
+        """Ends RePr before its schedule does: later steps are plain training of the full network.
 
         Args:
-            filters: "new", dropped filters come back as in a restore, or "old", with their values of before the drop.
+            filters: dropped filters come back "new", as in a restore, or "old", as before the drop; else UserError.
 
         Returns:
             What the restore did; None where no filters were out.
-
-        Raises:
-            UserError: ``filters`` is neither.
         """
         if filters not in ("new", "old"):
             raise UserError(f"filters= must be new or old, got {filters!r}")
@@ -181,7 +165,7 @@ class RePr:
         return self._log(self.steps - 1, self.scheme.restore(as_they_were=filters == "old"))
 
     def prove(self, run: Callable[[], Any]) -> None:
-        """Finds out what participates by ``run()``, which calls the model as training does and leaves no trace in it.
+        """Finds out what participates by ``run()``, which calls the model as training does. Leaves no trace in it.
 
         Raises:
             UserError: nothing participates.
@@ -192,16 +176,16 @@ class RePr:
         self._announce()
 
     def expect_no_more(self) -> None:
-        """Ends the warning of filters that are out as training ends."""
+        """Ends the warning of filters that are out at the end."""
         self._at_end.detach()
 
     def close(self) -> None:
-        """Lets go of the model, for another RePr to take it."""
+        """Lets go of the model, for another RePr."""
         self._finished = True
         self.scheme.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """For checkpoints; loads under ``torch.load(weights_only=True)``."""
+        """Loads under ``torch.load(weights_only=True)``."""
         return {
             "steps": self.steps,
             "schedule": dataclasses.asdict(self.schedule),
@@ -210,15 +194,15 @@ class RePr:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from ``state``; load model and optimizer from the same checkpoint first.
+        """Continues from ``state``; load model and optimizer of the same checkpoint first.
 
         Raises:
-            UserError: the state is of another schedule, other options or layers, or not of this model.
+            UserError: another schedule, options, layers or model wrote it.
         """
         if (saved := RePrSchedule(**state["schedule"])) != self.schedule:
             raise UserError(
-                f"the checkpoint was trained with {saved}, this run has {self.schedule}: take the total_steps and "
-                "schedule of the run that wrote it"
+                f"the checkpoint was trained with {saved}, this run has {self.schedule}: take its total_steps and "
+                "schedule"
             )
         self.scheme.load_state_dict(state["scheme"])
         self.steps = state["steps"]
@@ -235,7 +219,6 @@ class RePr:
         )
 
     def _announce(self) -> None:
-        """Once, when it is known what participates."""
         layers, options = self.scheme.layers, self.options
         if self._announced or not self.scheme.participants.known:
             return
@@ -261,10 +244,10 @@ class RePr:
 
     def _log(self, iteration: int, done: Transition) -> Transition:
         self._end["dropped"] = self.scheme.num_dropped
+        number = sum(map(len, done.dropped.values()))
         self.logger.info(
-            f"RePr {done.event} after iteration {iteration} (cycle {done.cycle + 1}): "
-            f"{sum(map(len, done.dropped.values()))} filters, mean O_f {done.overlap_before:.4f} -> "
-            f"{done.overlap_after:.4f}, {done.seconds:.2f} s"
+            f"RePr {done.event} after iteration {iteration} (cycle {done.cycle + 1}): {number} filters, mean O_f "
+            f"{done.overlap_before:.4f} -> {done.overlap_after:.4f}, {done.seconds:.2f} s"
         )
         self._look_for_averages()
         return done
@@ -275,11 +258,11 @@ class RePr:
             self._warned = True
             self.logger.warning(
                 f"RePr: a copy of the model ({found}) is updated without gradients: give an average of the weights as "
-                "averages=, or it is a mixture of old and new filters long after a restore"
+                "averages=, or it mixes old and new filters long after a restore"
             )
 
     def _share_of_rate(self) -> float:
-        """The share of the learning rate that the next step takes, while it warms up after a restore."""
+        """Of the learning rate for the next step, in warm-up after a restore."""
         restored = [i for i in self.schedule.restore_iters if i < self.steps]
         if not self.scheme.num_returned or not restored:
             return 1.0
@@ -293,7 +276,7 @@ def apply_repr(model: nn.Module, optimizer: torch.optim.Optimizer, total_steps: 
         options: of ``RePr``.
 
     Returns:
-        The object, whose state belongs into checkpoints. Its ``step`` must not be called again.
+        The object, for checkpoints. Its ``step`` must not be called.
     """
     repr_training = RePr(model, optimizer, total_steps, **options)
     count = repr_training.step
@@ -307,14 +290,12 @@ def apply_repr(model: nn.Module, optimizer: torch.optim.Optimizer, total_steps: 
 
 
 def schedule_of(options: RePrOptions, total_steps: int, first_lr_step: int | None) -> RePrSchedule:
-    """The schedule that options stand for, derived where s1_iters and s2_iters are 0."""
     if options.s1_iters == 0:
         return RePrSchedule.derive(total_steps, first_lr_step, options.num_cycles, options.start_iter)
     return RePrSchedule(options.s1_iters, options.s2_iters, options.num_cycles, options.start_iter)
 
 
 def describe_schedule(schedule: RePrSchedule) -> str:
-    """One line on when drops and restores happen."""
     return (
         f"RePr schedule: S1 {schedule.s1_iters}, S2 {schedule.s2_iters}, {schedule.num_cycles} cycles from iteration "
         f"{schedule.start_iter}; drops after iterations {schedule.drop_iters}, restores after {schedule.restore_iters}"
@@ -328,8 +309,7 @@ def _count(watched: weakref.ref[RePr]) -> None:
     one._behind += 1
     if one._behind == _MISSED:
         one.logger.warning(
-            f"RePr: the optimizer has made {_MISSED} steps without a call of step(): total_steps= and the schedule "
-            "count these calls"
+            f"RePr: the optimizer has made {_MISSED} steps without a call of step(), which total_steps= counts"
         )
 
 

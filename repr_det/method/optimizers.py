@@ -1,7 +1,4 @@
-"""The state that optimizers keep for single filters.
-
-Momentum, squared gradients, second sets of weights and counters are understood. Another name is refused at a drop.
-"""
+"""The state that optimizers keep for single filters: known by its name, else refused at a drop."""
 
 from collections.abc import Iterator, Sequence
 
@@ -13,17 +10,17 @@ from repr_det.method.errors import OptionError, UserError
 from repr_det.method.layers import FilterLayer, zero_rows_
 from repr_det.network.tracing import tensors_in
 
-# By the names that optimizers give their state. A filter that begins to train again begins with momentum 0 ...
+# A filter that begins to train again has momentum 0 ...
 _MOMENTA = (
     "momentum_buffer exp_avg grad_avg acc_delta exp_avg_diff neg_pre_grad previous_grad pre_grad last_grad prev_grad "
     "prev velocity exp_avg_slow exp_avg_fast s momentum"
 ).split()
-# ... with squared gradients and steps as those of the others ...
+# ... squared gradients and steps of the others ...
 _SCALES = (
     "exp_avg_sq max_exp_avg_sq square_avg exp_inf sum step_size exp_avg_var max_exp_avg_var grad_sum_sq sum_square "
     "exp_hessian_diag exp_avg_nest_sq max_square_avg exp_hessian_diag_sq"
 ).split()
-# ... and a second set of weights as the first.
+# ... and a second set of weights like the first.
 _WEIGHTS = (
     "z ax x0 p0 slow_param slow_params slow_buffer lookahead_slow_buff old_p master master_param master_weight "
     "master_weights fp32_param param_copy backup"
@@ -31,7 +28,7 @@ _WEIGHTS = (
 
 
 def check_optimizers(layers: Sequence[FilterLayer], optimizers: Sequence[Optimizer]) -> None:
-    """Raises UserError if a trainable member of a filter is in none of the optimizers, or one of them has eps 0."""
+    """Raises UserError if no optimizer holds a trainable member of a filter, or one has eps 0."""
     groups = [(type(optimizer).__name__, group) for optimizer in optimizers for group in optimizer.param_groups]
     held = {id(parameter) for _, group in groups for parameter in group["params"]}
     for layer in layers:
@@ -39,7 +36,7 @@ def check_optimizers(layers: Sequence[FilterLayer], optimizers: Sequence[Optimiz
             if isinstance(tensor, nn.Parameter) and tensor.requires_grad and id(tensor) not in held:
                 raise OptionError(
                     f"the optimizer does not hold the {name} of {layer.name}: give all optimizers (a list), switch off "
-                    f"its requires_grad where it does not train, or add {layer.name!r} to {{exclude}}"
+                    f"its requires_grad, or add {layer.name!r} to {{exclude}}"
                 )
     for name, group in groups:
         if any(group.get(key) == 0 for key in ("eps", "eps1", "eps2")):
@@ -47,7 +44,7 @@ def check_optimizers(layers: Sequence[FilterLayer], optimizers: Sequence[Optimiz
 
 
 def check_optimizer_state(layers: Sequence[FilterLayer], optimizers: Sequence[Optimizer]) -> None:
-    """Raises UserError if an optimizer keeps something for a layer whose meaning is not known."""
+    """Raises UserError if an optimizer keeps something unknown for a layer."""
     owners = {parameter: layer.name for layer in layers for parameter in layer.parameters()}
     for kind, parameter, key, tensor in _all_state(optimizers):
         owner = f"filters of {owners[parameter]}" if parameter in owners else ""
@@ -60,7 +57,7 @@ def check_optimizer_state(layers: Sequence[FilterLayer], optimizers: Sequence[Op
         if owner:
             raise UserError(
                 f"the optimizer {kind} keeps {key!r} for {owner}, which RePr does not know how to take a filter out "
-                "of: take SGD, Adam, AdamW or another that keeps momentum or moments only"
+                "of: take one that keeps momentum or moments only, such as AdamW"
             )
 
 
@@ -73,7 +70,7 @@ def _all_state(optimizers: Sequence[Optimizer]) -> Iterator[tuple[str, Tensor, s
 
 
 def optimizer_state(optimizers: Sequence[Optimizer], parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor of all that optimizers keep of the shape of ``parameter``."""
+    """What optimizers keep of the shape of ``parameter``."""
     for optimizer in optimizers:
         for key, value in optimizer.state.get(parameter, {}).items():
             if torch.is_tensor(value) and value.shape == parameter.shape:
@@ -95,9 +92,9 @@ def restart_optimizer_state_(
     dim: int = 0,
     within: slice = slice(None),
 ) -> None:
-    """State of entries of a parameter that begin to train again, among the filters ``within``: ``rows`` along ``dim``.
+    """For entries that begin to train again: ``rows`` along ``dim`` among the filters ``within``.
 
-    With squared gradients of 0 after many steps, Adam's first steps would be several times the learning rate.
+    With squared gradients of 0 Adam's first steps would be several times the learning rate.
     """
     for key, whole in optimizer_state(optimizers, parameter):
         tensor = whole[within]
@@ -115,7 +112,7 @@ def restart_optimizer_state_(
 def raise_squares_of_inputs_(
     optimizers: Sequence[Optimizer], weight: Tensor, rows: Tensor, others: Tensor, within: slice
 ) -> None:
-    """The same for a conv's kernels on input channels that return, whose squares have decayed; larger ones stay."""
+    """The same for kernels on input channels that return, whose squares have decayed."""
     for key, whole in optimizer_state(optimizers, weight):
         tensor = whole[within]
         if key in _SCALES and len(others):

@@ -1,7 +1,4 @@
-"""All options of RePr, described once: name, default, range, meaning and config key.
-
-Keyword arguments, the node REPR, what a resume compares, the table in the pages and errors come from ``RePrOptions``.
-"""
+"""All options of RePr, described once for keyword arguments, config keys, resume, documentation and errors."""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -23,8 +20,6 @@ class About:
 
     Attributes:
         key: of a config, below the node REPR.
-        meaning: one line.
-        choices: all values that it may have.
         least: of an integer.
         share: the interval of a number, "(0, 1)" or "(0, 1]".
         in_config: default of the config key, if not that of the keyword.
@@ -38,7 +33,7 @@ class About:
     in_config: Any = None
 
     def range(self) -> str:
-        """The values that are right, in words; "" where all are."""
+        """The right values in words; "" where all are."""
         if self.least is not None:
             return f"an integer of at least {self.least}"
         if self.share:
@@ -46,7 +41,7 @@ class About:
         return f"one of {', '.join(self.choices)}" if self.choices else ""
 
     def check(self, name: str, value: Any) -> None:
-        """Raises OptionError if the value of the option ``name`` is wrong."""
+        """Raises OptionError if ``value`` is wrong."""
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if self.least is not None:
             right = is_number and isinstance(value, int) and value >= self.least
@@ -64,7 +59,7 @@ def _option(default: Any, key: str, meaning: str, **about: Any) -> Any:
 
 @dataclass(frozen=True)
 class RePrOptions:
-    """The options of RePr. OptionError if one of them is out of range."""
+    """The options of RePr. OptionError if one is out of range."""
 
     s1_iters: int = _option(
         0,
@@ -130,7 +125,7 @@ class RePrOptions:
 
     @classmethod
     def of(cls, given: dict[str, Any]) -> "RePrOptions":
-        """Those of keyword arguments; OptionError for another name."""
+        """Of keyword arguments; OptionError for another name."""
         known = {}
         for name, value in given.items():
             if name in _WITHOUT_EFFECT:
@@ -142,13 +137,12 @@ class RePrOptions:
         return cls(**known)
 
     def resumed(self) -> dict[str, Any]:
-        """Config key -> value of what a resumed run must have too, for a checkpoint."""
+        """Config key -> value that a resumed run must have too."""
         names = [name for name in option_names() if name not in _OF_SCHEDULE]
         return {CONFIG_KEYS[name]: _storable(getattr(self, name)) for name in names}
 
 
 def about_option(name: str) -> About:
-    """The description of an option."""
     return RePrOptions.__dataclass_fields__[name].metadata["about"]
 
 
@@ -157,7 +151,7 @@ def option_names() -> tuple[str, ...]:
 
 
 def _storable(value: Any) -> Any:
-    """The value as ``torch.load(weights_only=True)`` takes it: a function by its name."""
+    """For ``torch.load(weights_only=True)``: a function by its name."""
     if isinstance(value, (str, int, float)):
         return value
     if isinstance(value, Sequence):
@@ -171,7 +165,7 @@ CONFIG_KEYS = {name: f"REPR.{about_option(name).key}" for name in option_names()
 
 
 def check_resumed(saved: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
-    """Raises OptionError if a run is resumed with other options than those that were saved, by config key."""
+    """Raises OptionError if options, by config key, are not those that were saved."""
     for name, key in CONFIG_KEYS.items():
         if key in saved and key in mine and saved[key] != mine[key]:
             raise OptionError(

@@ -1,11 +1,7 @@
-"""Inter-filter orthogonality (RePr, section 4) and the directions that a returning filter takes (section 3).
+"""Inter-filter orthogonality (RePr, section 4) and the directions of returning filters (section 3).
 
-Shape shorthand:
-    J: filters of a layer        d: weights of one filter, C_in / groups * kh * kw
-    K: filters that were kept    M: filters that were dropped    n = K + M
-
-All is computed in float64 on the CPU: one seed gives the same filters on every device. A row that is zero or not finite
-has no direction: it overlaps with nothing (O_f = 0), and nothing has to be orthogonal to it.
+J filters of a layer, K of them kept, M dropped; d = C_in / groups * kh * kw weights each. Float64 on the CPU: one seed
+gives the same filters on every device. A row that is zero or not finite has no direction and overlaps with nothing.
 """
 
 import itertools
@@ -15,17 +11,17 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-_NULL_EIGENVALUE = 1e-12  # squared singular values up to this are the null space: cosines of at most 1e-6
-_NULL_ROUNDING = 1e-14  # and up to this share of the largest, which rounding leaves of 0
-_SAME_EIGENVALUE = 3e-6  # relative difference inside one eigenspace: rounding of single-precision weights
+_NULL_EIGENVALUE = 1e-12  # the null space: cosines of at most 1e-6
+_NULL_ROUNDING = 1e-14  # and what rounding leaves of 0, relative to the largest
+_SAME_EIGENVALUE = 3e-6  # relative difference inside one eigenspace: float32 rounding of weights
 
 
 def unit_filters(weight: Tensor) -> Tensor:
-    """Filters (J, ...) of unit L2 norm, (J, d) float64 on the CPU; rows without a direction become zero."""
+    """(J, ...) -> (J, d) of unit L2 norm; rows without a direction become zero."""
     if weight.dim() < 2 or not weight.is_floating_point():
         raise ValueError(f"weight must be a floating-point tensor (J, ...), got {weight.dtype} {tuple(weight.shape)}")
     rows = weight.detach().cpu().double().flatten(1)
-    # Scaling by the largest entry first keeps the squares of tiny or huge weights in range.
+    # Divided by the largest entry first, else squares of tiny or huge weights leave the range.
     largest = rows.abs().amax(1, keepdim=True)
     usable = torch.isfinite(largest) & (largest > 0)
     rows = torch.where(usable, rows / torch.where(usable, largest, 1), 0)
@@ -57,14 +53,14 @@ def _overlap(weight: Tensor) -> Tensor:
 
 
 def by_group(function: Callable[..., Tensor], groups: int, *tensors: Tensor) -> Tensor:
-    """``function`` of the rows of ``tensors`` that belong to each group, joined again."""
+    """``function`` of the rows of each group, joined again."""
     if groups == 1:
         return function(*tensors)
     return torch.cat([function(*parts) for parts in zip(*(t.chunk(groups) for t in tensors), strict=True)])
 
 
 def overlap_of_kept(weight: Tensor, dropped: Tensor, groups: int = 1) -> Tensor:
-    """O_f of the filters that stay, among themselves, (K,); ``dropped`` is (J,) bool, not all True."""
+    """O_f of the filters that stay, among themselves (K,); ``dropped`` is (J,) bool, not all True."""
     return by_group(lambda part, out: _overlap(part[~out]), groups, weight, dropped)
 
 
@@ -75,15 +71,15 @@ def expected_overlap(num_filters: int, dimension: int) -> float:
 
 
 def least_overlap_filters(kept: Tensor, dropped: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Directions for M returning filters with the least overlap with the kept and with their own old values.
+    """Directions for M returning filters of least overlap with the kept and their own old values.
 
-    With A (n, d) the unit rows of both arguments, the new rows are orthonormal and span the eigenvectors of the M
+    With A (K + M, d) the unit rows of both arguments, the new rows are orthonormal and span the eigenvectors of the M
     smallest eigenvalues of A^T A: the null space if it has M dimensions (section 3 of the paper). Inside an eigenspace
     they are uniformly random. If M > d they are floor(M / d) random bases and the rest from the smallest eigenvalues.
 
     Args:
-        kept: (K, ...) values of the filters that stayed; K may be 0.
-        dropped: (M, ...) values of the others before the drop.
+        kept: (K, ...) values; K may be 0.
+        dropped: (M, ...) values before the drop.
         generator: of the CPU; None takes torch's default one.
 
     Returns:
@@ -122,13 +118,13 @@ def _random_rotation(size: int, generator: torch.Generator | None) -> Tensor:
 
 
 def _smallest_eigenvectors(rows: Tensor, num_new: int, generator: torch.Generator | None) -> Tensor:
-    """(num_new, d) orthonormal rows that span the smallest eigenvalues of rows^T rows, random inside eigenspaces."""
+    """(num_new, d) orthonormal, of rows^T rows."""
     count, dimension = rows.shape
     values, vectors = torch.linalg.eigh(rows.T @ rows if count >= dimension else rows @ rows.T)
     vectors = vectors.T
     null_size = int((values <= max(_NULL_EIGENVALUE, _NULL_ROUNDING * values[-1].item())).sum())
     if count < dimension:
-        # From the smaller Gram matrix: the row space by its eigenvectors, the null space as what is orthogonal to it.
+        # The smaller Gram matrix gives the row space, and what is orthogonal to it is the null space.
         values = values[null_size:]
         row_space = torch.linalg.qr(rows.T @ vectors[null_size:].T)[0]
         null_size = min(dimension - len(values), num_new)
@@ -148,7 +144,7 @@ def _smallest_eigenvectors(rows: Tensor, num_new: int, generator: torch.Generato
 
 
 def _eigenspaces(values: list[float], null_size: int) -> Iterator[tuple[int, int]]:
-    """First and last + 1 of the runs of equal ascending eigenvalues; the null space is one, whatever comes close."""
+    """First and last + 1 of the runs of equal ascending eigenvalues; the null space is one."""
     first = [0] if null_size else []
     for i in range(null_size, len(values)):
         if i == null_size or values[i] > values[first[-1]] * (1 + _SAME_EIGENVALUE):

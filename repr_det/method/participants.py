@@ -1,4 +1,4 @@
-"""The layers that participate: candidates by name that, as training passes show, can lose filters and learn."""
+"""The layers that participate: candidates that, as training passes show, can lose filters and learn."""
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,12 +19,7 @@ logger = logging.getLogger("repr_det.layers")
 
 
 class Participants:
-    """Watches the passes of a model for the layers that can lose filters.
-
-    Args:
-        candidates: in ranking order.
-        model: holds them; its training passes decide. None: all participate, with the norms that they have.
-    """
+    """Watches the training passes of a model for the layers that can lose filters; without a model all can."""
 
     def __init__(self, candidates: Sequence[FilterLayer], model: nn.Module | None) -> None:
         self.candidates = list(candidates)
@@ -44,11 +39,10 @@ class Participants:
 
     @property
     def trains(self) -> bool:
-        """True if the model is in training mode while it trains."""
+        """True if training runs in training mode."""
         return self._watch is None or self._watch.trains
 
     def watch_next(self) -> None:
-        """Looks at the next training pass again."""
         if self._watch is not None:
             self._watch.trace_next()
 
@@ -57,7 +51,7 @@ class Participants:
             self._watch.close()
 
     def hear(self) -> list[FilterLayer]:
-        """The layers that participate by the passes of this process; logs the others. OptionError if there are none."""
+        """By the passes of this process; logs the others. OptionError if there are none."""
         if self._watch is None:
             return self.candidates
         self._watch.hear()
@@ -69,7 +63,7 @@ class Participants:
         return found
 
     def agreed(self) -> list[FilterLayer]:
-        """The same by the passes of all ranks. Collective. UserError if none has been seen."""
+        """By the passes of all ranks. Collective. UserError if none has been seen."""
         if self._watch is None:
             return self.candidates
         if not self.known:
@@ -100,7 +94,6 @@ class Participants:
         return FilterLayer(layer.name, layer.conv, module, norm, frozenset(readers), rectified)
 
     def state_dict(self, layers: Sequence[FilterLayer]) -> dict[str, Any]:
-        """Returns the state of the layers that participate, in plain types."""
         return {
             "filters": {layer.name: layer.num_filters for layer in layers},
             "norms": {layer.name: layer.norm_name for layer in layers},
@@ -109,7 +102,7 @@ class Participants:
         }
 
     def of_state(self, state: Mapping[str, Any]) -> list[FilterLayer]:
-        """The layers of ``state_dict``. OptionError if they are not candidates here."""
+        """OptionError if the layers are not candidates here."""
         mine = {layer.name: layer for layer in self.candidates}
         theirs = set(state["filters"].items())
         sizes = {(layer.name, layer.num_filters) for layer in self.candidates}
@@ -129,7 +122,7 @@ class Participants:
 
 
 class Learning:
-    """Knows which layers learn: a dropped filter of another could never come back as a new one."""
+    """Which layers learn: a dropped filter of another could never come back as a new one."""
 
     def __init__(self, layers: Sequence[FilterLayer], optimizers: Sequence[Optimizer]) -> None:
         self._optimizers = optimizers
@@ -137,8 +130,6 @@ class Learning:
         self._handles = [self._wait_for(layer) for layer in layers if layer.weight.requires_grad]
 
     def _wait_for(self, layer: FilterLayer) -> RemovableHandle:
-        """For its first gradient."""
-
         def see(gradient: Tensor) -> None:
             self._seen.add(layer.name)
             handle.remove()
@@ -147,7 +138,7 @@ class Learning:
         return handle
 
     def frozen(self, layers: Sequence[FilterLayer]) -> dict[str, str]:
-        """Name of a layer that cannot learn now -> the reason; the same on every rank, for optimizers are."""
+        """Layer name -> why it cannot learn now."""
         held = learning_rates(self._optimizers)
         rates = {layer.name: held.get(layer.weight, 0.0) for layer in layers}
         still = [name for name, rate in rates.items() if not rate and any(rates.values())]
@@ -155,7 +146,7 @@ class Learning:
         return dict.fromkeys(still, "its learning rate is 0") | dict.fromkeys(fixed, "it does not require a gradient")
 
     def without(self, layers: Sequence[FilterLayer]) -> dict[str, str]:
-        """The same, and layers that have had no gradient where others have."""
+        """The same, with layers that have had no gradient where others have."""
         missing = [layer.name for layer in layers if self._seen and layer.name not in self._seen]
         return dict.fromkeys(missing, "it has had no gradient") | self.frozen(layers)
 

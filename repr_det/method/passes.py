@@ -16,14 +16,14 @@ from repr_det.network.state import generators_in, preserved_random_state
 
 @dataclass
 class TrainingPasses:
-    """A way to run the model on training batches, outside the training loop.
+    """How to run the model on training batches outside the training loop.
 
     Attributes:
-        model: the module, not wrapped in DistributedDataParallel.
-        batches: (number, cycle) -> that many training batches, the same whenever the arguments are.
+        model: not wrapped in DistributedDataParallel.
+        batches: (number, cycle) -> that many training batches, always the same.
         loss: batch -> scalar loss of a forward pass in training mode.
         trains: whether ``model`` is in training mode while it trains.
-        calibration_batches: how many batches a calibration of frozen norms looks at where no option says it.
+        calibration_batches: for frozen norms, where no option says it.
     """
 
     model: nn.Module
@@ -37,20 +37,15 @@ class TrainingPasses:
 def passes_over(
     model: nn.Module, loader: Iterable[Any], loss: Callable[[Any], Tensor], seed: int = 0
 ) -> TrainingPasses:
-    """Extra passes over the first batches of ``loader``, in an order that depends on ``seed`` and cycle only.
-
-    Args:
-        model: not wrapped in DistributedDataParallel.
-        loader: can be iterated again beside the training (no persistent workers).
-        loss: batch -> scalar loss of a forward pass of ``model`` in training mode.
+    """Passes over the first batches of ``loader``, in an order that depends on ``seed`` and cycle only.
 
     Raises:
         UserError: ``loader`` is an iterator, or keeps its workers.
     """
     if isinstance(loader, Iterator) or getattr(loader, "persistent_workers", False):
         raise UserError(
-            "loader= must start again whenever it is iterated: give a list of batches, or a DataLoader of its own "
-            "without persistent_workers"
+            "loader= must start again whenever it is iterated: give a list of batches, or a DataLoader without "
+            "persistent_workers"
         )
 
     def batches(number: int, cycle: int) -> list[Any]:

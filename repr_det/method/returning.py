@@ -1,4 +1,4 @@
-"""The return of the filters of one layer (RePr, section 3): J filters, of which M return."""
+"""The return of M of the J filters of one layer (RePr, section 3)."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,23 +16,22 @@ from repr_det.method.orthogonality import by_group, least_overlap_filters, unit_
 logger = logging.getLogger("repr_det.scheme")
 Modules = Mapping[str, nn.Module]  # of the model, by name
 
-# What a filter is without a norm of its own, and what a new one begins with.
+# What a new filter begins with.
 _FRESH = {"bias": 0.0, "norm.weight": 1.0, "norm.bias": 0.0, "norm.running_mean": 0.0, "norm.running_var": 1.0}
 
 
 def new_filters(
     weight: Tensor, old: Tensor, mask: Tensor, groups: int, scale: str, generator: torch.Generator
 ) -> tuple[Tensor, float]:
-    """Directions of least overlap for the dropped filters of a layer, at the norm that ``scale`` says.
+    """Directions of least overlap, at the norm that ``scale`` says.
 
     Args:
-        weight: (J, ...) the layer's filters now, on the CPU.
-        old: (M, ...) the dropped ones before the drop.
+        weight: (J, ...) now, on the CPU.
+        old: (M, ...) before the drop.
         mask: (J,) bool, True = returns.
-        scale: see ``options.RePrOptions``.
 
     Returns:
-        (M, ...) new filters of the layer's dtype; the largest |cos| of one of them to a kept or an old filter.
+        (M, ...) new filters; the largest |cos| of one of them to a kept or an old filter.
     """
 
     def directions(now: Tensor, before: Tensor, out: Tensor) -> Tensor:
@@ -51,7 +50,7 @@ def new_filters(
 
 
 def _new_norms(scale: str, kept: Tensor, old: Tensor) -> Tensor:
-    """L2 norms (M,) of the new filters; 1 if kept and old filters are all zero."""
+    """L2 norms (M,); 1 if kept and old filters are all zero."""
     own, others = (filters.double().flatten(1).norm(dim=1) for filters in (old, kept))
     usable, of_others = (torch.isfinite(sizes) & (sizes > 0) for sizes in (own, others))
     if scale == "unit":
@@ -63,7 +62,7 @@ def _new_norms(scale: str, kept: Tensor, old: Tensor) -> Tensor:
 
 
 def _of_norm(unit: Tensor, norms: Tensor, dtype: torch.dtype) -> Tensor:
-    """Unit rows (M, d) scaled to norms (M,), which they have after rounding to ``dtype`` too."""
+    """Unit rows (M, d) scaled to norms (M,), also after rounding to ``dtype``."""
     scaled = (unit * norms[:, None]).to(dtype)
     if dtype in (torch.float16, torch.bfloat16):
         rounded = scaled.double().norm(dim=1)
@@ -74,8 +73,8 @@ def _of_norm(unit: Tensor, norms: Tensor, dtype: torch.dtype) -> Tensor:
 
 @torch.no_grad()
 def put_back(layer: FilterLayer, rows: Tensor, values: Mapping[str, Tensor]) -> None:
-    """Gives filters (M,) of a layer ``values`` (M, ...) by the names of its tensors, or those of a new norm."""
-    for name, tensor in {**layer.tensors(), **layer.running_statistics()}.items():
+    """Gives filters (M,) ``values`` (M, ...) by the names of tensors, or those of a new filter."""
+    for name, tensor in (layer.tensors() | layer.running_statistics()).items():
         if name in values:
             tensor.index_copy_(0, rows, values[name].to(tensor))
         else:
@@ -83,7 +82,7 @@ def put_back(layer: FilterLayer, rows: Tensor, values: Mapping[str, Tensor]) -> 
 
 
 def can_be_silent(layer: FilterLayer, modules: Modules) -> bool:
-    """Tells whether kernels or a gamma can keep a returned channel silent until they have learned it."""
+    """By kernels or a gamma, until a returned channel has learned."""
     return _kernels_can_be_silent(layer, modules) or _has_gamma(layer)
 
 
@@ -91,11 +90,10 @@ def can_be_silent(layer: FilterLayer, modules: Modules) -> bool:
 def prepare_readers(
     layer: FilterLayer, modules: Modules, held: HeldFilters, optimizers: Sequence[Optimizer], silent: bool
 ) -> None:
-    """Keeps what reads returned channels from stepping further than others, or, if they are to be ``silent``
-    ("function_preserving"), the channels from changing what comes after them until they have learned.
+    """Keeps kernels on returned channels from stepping further than others, or makes the channels ``silent``
+    ("function_preserving"): if convs and linear layers alone read them by kernels of 0, else by a gamma of 0.
 
-    If all that reads them are convs and linear layers, their weights for these channels become 0, else gamma does. A
-    filter of a grouped reader that would lose all of its kernels keeps them.
+    A filter of a grouped reader that would lose all of its kernels keeps them.
     """
     if silent and not _kernels_can_be_silent(layer, modules):
         if _has_gamma(layer):
@@ -119,7 +117,7 @@ def prepare_readers(
 
 
 def aligned_readers(layer: FilterLayer, modules: Modules) -> tuple[list[nn.Conv2d | nn.Linear], bool]:
-    """The convs and linear layers that read the channels of a layer alone, and whether these are all that read it."""
+    """The convs and linear layers that read only channels of the layer, and whether nothing else reads it."""
     found = []
     for reader in sorted(layer.readers, key=lambda reader: reader.name):
         module = modules.get(reader.name)
@@ -135,8 +133,8 @@ def _inputs(reader: nn.Conv2d | nn.Linear) -> int:
 
 
 def _kernels(reader: nn.Conv2d | nn.Linear, mask: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """For every group of ``reader`` that sees a channel of ``mask`` (J,): its filters, and among the inputs of one of
-    them those that are of the mask and the others. A linear layer may read several inputs of a channel."""
+    """For every group of ``reader`` that sees a channel of ``mask`` (J,): its filters, their inputs of the mask, and
+    the others. A linear layer may read several inputs of a channel."""
     number = getattr(reader, "groups", 1)
     filters = len(reader.weight) // number
     inputs = mask.repeat_interleave(_inputs(reader) // len(mask)).chunk(number)

@@ -1,8 +1,4 @@
-"""When the sub-network trains (RePr, algorithm 1): iteration -> phase, and the iterations of the drops and restores.
-
-The phase of iteration i is the network that its forward pass sees. A drop happens at the end of the last iteration of
-S1, a restore at the end of the last iteration of S2. Iterations count from 0.
-"""
+"""When the sub-network trains (RePr, algorithm 1)."""
 
 from dataclasses import dataclass
 
@@ -13,7 +9,12 @@ from repr_det.method.options import about_option
 @dataclass(frozen=True)
 class RePrSchedule:
     """N cycles of S1 iterations with the full network and S2 with the sub-network, after ``start_iter`` plain ones.
-    OptionError if a number is no integer or too small."""
+
+    Iterations count from 0. A drop ends the last of S1, a restore the last of S2.
+
+    Raises:
+        OptionError: a number is no integer or too small.
+    """
 
     s1_iters: int
     s2_iters: int
@@ -27,8 +28,8 @@ class RePrSchedule:
 
     @classmethod
     def derive(cls, max_iter: int, first_lr_step: int | None, num_cycles: int, start_iter: int = 0) -> "RePrSchedule":
-        """N cycles with S1 : S2 = 2 : 1 in the first three quarters of the iterations before the first learning-rate
-        step (of ``max_iter`` if there is none): 10000 / 5000 for N = 3 and a first step at 60000."""
+        """S1 : S2 = 2 : 1 in three quarters of the iterations before the learning rate first decays (else of all):
+        10000 / 5000 for N = 3 and a first decay at 60000."""
         horizon = max_iter if first_lr_step is None else min(first_lr_step, max_iter)
         about_option("num_cycles").check("num_cycles", num_cycles)
         cycle = (horizon * 3 // 4 - start_iter) // num_cycles
@@ -42,13 +43,13 @@ class RePrSchedule:
 
     @property
     def drop_iters(self) -> tuple[int, ...]:
-        """Iterations after whose step filters are dropped."""
+        """Iterations that end with a drop."""
         cycle = self.s1_iters + self.s2_iters
         return tuple(self.start_iter + c * cycle + self.s1_iters - 1 for c in range(self.num_cycles))
 
     @property
     def restore_iters(self) -> tuple[int, ...]:
-        """Iterations after whose step the dropped filters return."""
+        """Iterations that end with a restore."""
         return tuple(i + self.s2_iters for i in self.drop_iters)
 
     @property
@@ -57,12 +58,12 @@ class RePrSchedule:
         return self.restore_iters[-1] + 1
 
     def phase(self, iteration: int) -> str:
-        """ "full" or "sub"."""
+        """ "full" or "sub": the network that the forward pass of ``iteration`` sees."""
         cycles = zip(self.drop_iters, self.restore_iters, strict=True)
         return "sub" if any(drop < iteration <= restore for drop, restore in cycles) else "full"
 
     def cycle(self, iteration: int) -> int:
-        """Index of the cycle that ``iteration`` belongs to, 0 before the first and N after the last."""
+        """Index of the cycle of ``iteration``: 0 before the first, N after the last."""
         return sum(restore < iteration for restore in self.restore_iters)
 
     def check_fits(self, max_iter: int) -> None:

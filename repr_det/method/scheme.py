@@ -1,7 +1,4 @@
-"""RePrScheme: drops filters, holds them at zero, brings them back (RePr, algorithm 1); knows no trainer.
-
-Scores, masks and new directions are found on the CPU, by rank 0 for all.
-"""
+"""RePr, algorithm 1, without a trainer; rank 0 finds masks and new directions for all, on the CPU."""
 
 import logging
 import time
@@ -34,22 +31,22 @@ logger = logging.getLogger("repr_det.scheme")
 class RePrScheme:
     """The state machine full -> drop -> sub-network -> restore -> full.
 
-    While filters are dropped their ``FilterLayer.tensors()``, gradients and optimizer state are exactly 0.
+    Dropped filters, their gradients and optimizer state are exactly 0.
 
     Args:
-        layers: the candidates, in ranking order. Those that do not learn at a drop lose no filter then.
-        optimizer: holds their parameters; a list where several do.
-        model: holds the layers, not wrapped. Its first training pass shows which of them participate, with which norm;
-            None: all do, with the norms that they are given with.
-        passes: how to run training batches, for criteria that look at data and for frozen norms.
-        averages: of the weights, see ``averages.Averages``.
+        layers: the candidates, in ranking order. Those that do not learn at a drop lose no filter.
+        optimizer: one, or a list, that holds their parameters.
+        model: holds the layers, not wrapped. Its first training pass shows which participate, with which norm; None:
+            all do, as they are given.
+        passes: training batches, for criteria that look at data and for frozen norms.
+        averages: as for ``RePr``.
         seed: all randomness comes from it and the cycle; the same on every rank.
         chosen: all options in one object; else ``options`` are keywords of ``RePrOptions``.
 
     Attributes:
         layers: those that participate; the candidates until that is known.
-        cycle: how many restores there have been.
-        num_returned: how many filters came back at the last of them; 0 before the first.
+        cycle: number of restores so far.
+        num_returned: filters that came back at the last of them.
 
     Raises:
         UserError: an option is wrong, an optimizer is missing, or the model has a RePrScheme already.
@@ -108,7 +105,7 @@ class RePrScheme:
 
     @property
     def loud(self) -> list[str]:
-        """Names of the layers whose filters change the network's output as they return."""
+        """The layers whose filters change the network's output as they return."""
         silent = self.options.returns == "function_preserving"
         return [x.name for x in self.layers if not (silent and can_be_silent(x, self.participants.modules))]
 
@@ -119,11 +116,10 @@ class RePrScheme:
 
     @property
     def num_dropped(self) -> int:
-        """The number of filters that are out now, over all layers."""
         return sum(int(mask.sum()) for mask in self.masks.values())
 
     def check(self) -> None:
-        """Looks at what the last step of the optimizer did.
+        """Looks at the last step of the optimizer.
 
         Raises:
             UserError: nothing participates, a dropped channel or filter is not 0, or one that returned is gone.
@@ -157,19 +153,18 @@ class RePrScheme:
         moments = self._norms.before_drop(held, self.layers, values, self.cycle)
         for layer in held.layers:
             mask, own = masks[layer.name], values[layer.name]
-            self._old[layer.name] = {name: value[mask].clone() for name, value in own.items()}
-            if layer.name in moments:
-                self._old[layer.name]["moments"] = moments[layer.name]
+            old = {name: value[mask].clone() for name, value in own.items()}
+            self._old[layer.name] = old | moments.get(layer.name, {})
         held.zero_()
         self._hold(held)
-        return self._record("drop", held, overlaps, kept, start)
+        return self._record("drop", held, overlaps, kept, start, {})
 
     @torch.no_grad()
     def restore(self, as_they_were: bool = False) -> Transition:
         """Brings the dropped filters back with the least overlap. Collective.
 
         Args:
-            as_they_were: with the values of before the drop, as layers that have been frozen meanwhile get them anyway.
+            as_they_were: with their values before the drop, which layers frozen meanwhile get anyway.
 
         Raises:
             UserError: dropped filters are not zero any more, or weights are not finite.
@@ -184,10 +179,10 @@ class RePrScheme:
         renewed = self._norms.can_renew(learning)
         new, cosines = self._new_filters(renewed, values)
         kept = self._overlaps(values, held.masks)
-        del values  # on the CPU it is no copy, and holds the filters that are put back from now on
+        del values  # on the CPU no copy: it changes from now on
         back = dict(self._old)
         for layer in renewed:
-            # FrozenBN's affine is what the network was trained with; its statistics follow the new filter.
+            # FrozenBN keeps its affine; its statistics follow the new filter.
             keeps_norm = layer.name in self._norms.at_drop
             own = {name: x for name, x in back[layer.name].items() if keeps_norm and name.startswith("norm.")}
             back[layer.name] = own | {"weight": new[layer.name]}
@@ -200,11 +195,10 @@ class RePrScheme:
         for layer in renewed:
             prepare_readers(layer, self.participants.modules, held, self.optimizers, silent)
         for layer in renewed:
-            # A filter may lie in the very kernels that have just been silenced: what reads it keeps it silent itself.
+            # A filter may lie in kernels that have just been silenced: what reads it keeps it silent itself.
             layer.weight.index_copy_(0, held.rows[layer.name], back[layer.name]["weight"])
             restart_optimizer_state_(self.optimizers, layer.weight, held.rows[layer.name], held.kept[layer.name])
-        moments = {name: old["moments"] for name, old in self._old.items() if "moments" in old}
-        self._norms.after_return(held, renewed, moments, self.cycle)
+        self._norms.after_return(held, renewed, self._old, self.cycle)
         done = self._record("restore", held, self._overlaps(values_of(self.layers), {}), kept, start, cosines)
         if self.averages is not None and not as_they_were:
             self.averages.begin_again()
@@ -215,14 +209,14 @@ class RePrScheme:
         return done
 
     def close(self) -> None:
-        """Lets go of the model: no hooks, and another RePrScheme may take it. Filters that are out stay zero."""
+        """Lets go of the model, for another RePrScheme. Filters that are out stay zero."""
         self._release()
         self.participants.close()
         self._learning.close()
         self.is_closed = True
 
     def state_dict(self) -> dict[str, Any]:
-        """For checkpoints; loads under ``torch.load(weights_only=True)``."""
+        """Loads under ``torch.load(weights_only=True)``."""
         return {
             "cycle": self.cycle,
             "returned": self.num_returned,
@@ -235,10 +229,10 @@ class RePrScheme:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from ``state``; model and optimizer must have been loaded from the same checkpoint.
+        """Continues from ``state``; load model and optimizer of the same checkpoint first.
 
         Raises:
-            UserError: the state is of other options or layers, or not of this model.
+            UserError: other options, layers or another model wrote it.
         """
         check_resumed(state.get("options", {}), self.options.resumed())
         layers = self.participants.of_state(state)
@@ -251,11 +245,11 @@ class RePrScheme:
             return
         held = HeldFilters(layers, {x.name: state["masks"][x.name].cpu() for x in layers}, self.optimizers)
         self._old = {name: {k: v.cpu() for k, v in old.items()} for name, old in state["old"].items()}
-        # 0.2.0 kept the norm of those alone whose statistics do not move.
+        # 0.2.0 kept the values of frozen norms only, without statistics, which stayed in the model.
         norms = [name for name, old in self._old.items() if "norm.weight" in old]
         self._norms.at_drop = set(state.get("frozen_at_drop", norms))
         for layer in held.layers:
-            if layer.name in self._norms.at_drop:  # nor did it keep statistics, which stayed where they were
+            if layer.name in self._norms.at_drop:
                 for key, tensor in layer.running_statistics().items():
                     self._old[layer.name].setdefault(key, tensor[held.rows[layer.name]].cpu())
         self._hold(held)
@@ -263,7 +257,7 @@ class RePrScheme:
 
     def __deepcopy__(self, memo: dict) -> Any:
         raise UserError(
-            "RePr cannot be copied: build one for the copies of model and optimizer, and load the state_dict of this"
+            "RePr cannot be copied: build one for the copies of model and optimizer, and load this state_dict"
         )
 
     @property
@@ -282,10 +276,10 @@ class RePrScheme:
         self._norms.check(self.layers)
 
     def _hear_news(self) -> None:
-        """Checks who participates after a traced pass, until the first drop settles it."""
+        """Looks who participates, until the first drop settles it."""
         found = {layer.name: layer for layer in self.participants.hear()}
         if self._held is not None or self.cycle:
-            for layer in self.layers:  # of a run of 0.2.0, whose state has no readers
+            for layer in self.layers:  # the state of 0.2.0 has no readers
                 if not layer.readers and layer.name in found:
                     layer.readers, layer.rectified = found[layer.name].readers, found[layer.name].rectified
             return
@@ -293,7 +287,7 @@ class RePrScheme:
         self._check_participants()
         if self.options.returns == "function_preserving" and (loud := self.loud):
             logger.warning(
-                "RePr: filters of %s cannot return without changing the network's output, and return as published",
+                "RePr: filters of %s cannot return without changing the network's output: they return as published",
                 ", ".join(loud),
             )
 
@@ -306,7 +300,7 @@ class RePrScheme:
         return values
 
     def _overlaps(self, values: Values, out: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Layer name -> O_f of the filters that are not ``out``, among themselves (K,)."""
+        """Layer name -> O_f of the filters that are not ``out`` (K,)."""
         found = {}
         for layer in self.layers:
             dropped = out.get(layer.name, torch.zeros(layer.num_filters, dtype=torch.bool))
@@ -320,20 +314,19 @@ class RePrScheme:
         overlaps: Mapping[str, Tensor],
         kept: Mapping[str, Tensor],
         start: float,
-        cosines: Mapping[str, float] | None = None,
+        cosines: dict[str, float],
     ) -> Transition:
-        """Ends a transition. O_f by layer name: of all filters (J,), and of those that stay (K,)."""
+        """O_f by layer name: ``overlaps`` of all filters (J,), ``kept`` of those that stay (K,)."""
         restart_averaging([layer.norm for layer in self.layers] if self.model is None else self.model.modules())
         means = [torch.cat([x.double() for x in found.values()]).mean().item() for found in (overlaps, kept)]
         before, after = means if event == "drop" else reversed(means)
         rounded = {name: [round(value, 6) for value in overlap.tolist()] for name, overlap in overlaps.items()}
         dropped = {layer.name: held.masks[layer.name].nonzero().flatten().tolist() for layer in held.layers}
         seconds = time.perf_counter() - start
-        return Transition(event, self.cycle, dropped, before, after, dict(cosines or {}), seconds, rounded)
+        return Transition(event, self.cycle, dropped, before, after, cosines, seconds, rounded)
 
     def _select(self, values: Values) -> dict[str, Tensor]:
-        """Layer name -> (J,) bool on the CPU, True = drop, that of rank 0. Filters that are zero go first; layers that
-        do not learn lose none."""
+        """Layer name -> (J,) bool, True = drop, of rank 0. Zero filters go first; layers that do not learn keep all."""
         generator = generator_of(self.seed, self.cycle, 0, 0)
         context = Context(generator, self.passes, self.options.criterion_batches, self.cycle)
         scores = self.criterion.score(self.layers, context)
@@ -358,7 +351,7 @@ class RePrScheme:
         self.participants.watch_next()
 
     def _new_filters(self, layers: Sequence[FilterLayer], values: Values) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Layer name -> new filters (M, ...) of rank 0, and their largest |cos| to kept and old ones."""
+        """Layer name -> new filters (M, ...) of rank 0, and their largest |cos| to others."""
         found, cosines = {}, {}
         for number, layer in enumerate(self.layers if rank() == 0 else ()):
             if layer in layers:
