@@ -1,4 +1,4 @@
-"""The evaluator of a data set, chosen as Detectron2's own tools/train_net.py chooses it."""
+"""The evaluator of a data set, chosen as in Detectron2's tools/train_net.py."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -42,8 +42,7 @@ def check_evaluators(names: Sequence[str]) -> None:
 
 
 def build_evaluator(name: str, folder: str) -> DatasetEvaluator:
-    """For a registered data set whose evaluator_type is one of Detectron2's, "coco" if it has none; files go to
-    ``folder``."""
+    """By the evaluator_type of a registered data set, else "coco"; files go to ``folder``."""
     made = [make(name, folder) for make in _EVALUATORS[_kind(name)]]
     return made[0] if len(made) == 1 else DatasetEvaluators(made)
 

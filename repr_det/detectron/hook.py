@@ -1,4 +1,4 @@
-"""RePrHook: when to drop and restore in a Detectron2 trainer, what to log, and the RePr part of a checkpoint."""
+"""RePrHook: drops and restores in a Detectron2 trainer, their logs, and their part of a checkpoint."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ from repr_det.runs.resume import ExactResume
 
 _LATER_HOOKS = (hooks.PreciseBN, ExactResume, hooks.EvalHook, hooks.PeriodicWriter)
 SHORT = 16_000  # iterations: COCO's 1x schedule has 90,000
-SHORT_EPOCHS = 2.0  # the same part of that schedule, which has 12: a small batch makes many iterations of few images
+SHORT_EPOCHS = 2.0  # of 12 in that schedule: a small batch makes many iterations of few images
 # By Detectron2's names: what ImageNet weights reach.
 _TRAINED = ("backbone.bottom_up.", "backbone.stem.", "backbone.res", "roi_heads.res5.")
 ADVICE = (
@@ -41,18 +41,17 @@ class RePrHook(HookBase):
     """Applies RePr to a Detectron2 trainer.
 
     ``trainer.register_hooks([RePrHook(cfg)])``, or ``RePrHook(layers=[...], drop_ratio=0.3, ...)``, is all that a
-    DefaultTrainer, SimpleTrainer or AMPTrainer needs. Register it before ``resume_or_load``. In ``before_train`` it
-    moves itself before PreciseBN, the checkpointer, evaluation and the writers, so that these see the network after a
-    transition. Drops and restores happen in ``after_step``.
+    DefaultTrainer, SimpleTrainer or AMPTrainer needs. Register it before ``resume_or_load``. It moves itself before
+    PreciseBN, the checkpointer, evaluation and the writers, which see the network after a transition.
 
     Args:
         output_dir: where repr_events.jsonl goes; "" writes none.
-        seed: all randomness comes from it and the cycle; below 0 one that the ranks agree on.
+        seed: of all randomness; below 0 one that the ranks agree on.
         total_steps: iterations of the training; None takes the trainer's.
         first_lr_step: iteration of the first decay of the learning rate; None finds it in the trainer's schedule.
-        images_per_batch: over all ranks; None takes that of the trainer's loader.
-        aspect_ratio_grouping: of the extra passes, as in training.
-        weights: the trained weights that training starts from, for a warning; "" for none.
+        images_per_batch: over all ranks; None takes the trainer's.
+        aspect_ratio_grouping: of the extra passes.
+        weights: the trained weights that training starts from, for a warning.
         averages: averages of the weights that follow the model.
         names: option -> how errors spell it; None spells keyword arguments.
         options: of ``RePrOptions``.
@@ -96,7 +95,7 @@ class RePrHook(HookBase):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """Arguments from a Detectron2 config with the node REPR; REPR.ENABLED must be True."""
+        """Arguments from a Detectron2 config; REPR.ENABLED must be True."""
         cfg = config.scale_to_world(cfg, comm.get_world_size())
         if not cfg.REPR.ENABLED:
             raise UserError("RePrHook needs REPR.ENABLED True, got False")
@@ -128,7 +127,7 @@ class RePrHook(HookBase):
         if any(isinstance(hook, RePrHook) and hook is not self for hook in trainer._hooks):
             raise UserError("RePrHook is registered twice in this trainer: leave one out (Trainer brings its own)")
         self._log_as_detectron2()
-        # What is between shifts by one, so that Detectron2's loop over the hooks neither skips nor repeats one.
+        # The hooks between shift by one: Detectron2's loop over them neither skips nor repeats one.
         index, mine = first_later_hook(trainer._hooks), trainer._hooks.index(self)
         if index < mine:
             trainer._hooks.insert(index, trainer._hooks.pop(mine))
@@ -148,7 +147,7 @@ class RePrHook(HookBase):
         if self._loaded is not None:
             saved, self._loaded = self._loaded["scheme"], None
             self.repr.scheme.load_state_dict(saved)
-        # A hook in front of this one may have saved before the transition of the same iteration: it is made now.
+        # A hook in front of this one may have saved before the transition of the same iteration, which is made now.
         scheme, last = self.repr.scheme, trainer.start_iter - 1
         owed = last in (self.schedule.restore_iters if scheme.is_sub else self.schedule.drop_iters)
         self.repr.steps = trainer.start_iter - owed
@@ -188,13 +187,13 @@ class RePrHook(HookBase):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """No collective calls, for Detectron2 calls it on rank 0 alone."""
+        """The state for a checkpoint. Detectron2 calls it on rank 0 alone."""
         if self.repr is None:
             return self._loaded or {}
         return {"run": self._fingerprint(), "scheme": self.repr.scheme.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Keeps the state for ``before_train``; refuses that of another schedule or options."""
+        """Keeps the state for ``before_train``; refuses another schedule or options."""
         self._loaded = state
         if self.schedule is not None:
             self._compare(state["run"])
@@ -226,7 +225,7 @@ class RePrHook(HookBase):
         return built
 
     def _prove(self) -> None:
-        """Shows who participates by a pass over a batch; if none can be drawn the first step shows it."""
+        """Shows who participates by a pass over a batch; without one the first step shows it."""
         scheme = self.repr.scheme
         if scheme.participants.known or self.trainer.start_iter > self.schedule.restore_iters[-1]:
             return
@@ -272,7 +271,6 @@ class RePrHook(HookBase):
         if self.first_lr_step is not None:
             return self.first_lr_step
         for hook in self.trainer._hooks:
-            # Detectron2's LRMultiplier shows its multiplier nowhere else.
             multiplier = getattr(getattr(hook, "scheduler", None), "_multiplier", None)
             if isinstance(hook, hooks.LRScheduler) and multiplier is not None:
                 return next(iter(config.decays(multiplier, self.trainer.max_iter)), None)
@@ -280,7 +278,7 @@ class RePrHook(HookBase):
 
 
 def first_later_hook(registered: Sequence[HookBase]) -> int:
-    """The place of RePrHook: before the first hook that saves, evaluates or writes; else at the end."""
+    """The place of RePrHook: before the first hook that saves, evaluates or writes."""
     for index, hook in enumerate(registered):
         saves = any(isinstance(value, Checkpointer) for value in vars(hook).values())
         if saves or isinstance(hook, _LATER_HOOKS):
@@ -289,8 +287,8 @@ def first_later_hook(registered: Sequence[HookBase]) -> int:
 
 
 def fine_tuning_warning(weights: str, max_iter: int, epochs: float | None, scheme: RePrScheme) -> str | None:
-    """One sentence for a run that drops filters of trained ``weights`` ("" for random ones) and has few iterations to
-    relearn them; None for others, and if only redundant filters go and all return silently."""
+    """A warning for a run that drops filters of trained ``weights`` ("" for random ones) and has few iterations to
+    relearn them, unless only redundant filters go and all return silently."""
     trained = [layer.name for layer in scheme.layers if layer.name.startswith(_TRAINED)]
     is_short = max_iter < SHORT or (epochs is not None and epochs < SHORT_EPOCHS)
     is_silent = scheme.criterion.spares and not set(trained) & set(scheme.loud)

@@ -1,4 +1,4 @@
-"""Extra passes over the training data of a Detectron2 trainer, for criteria, calibration and the proof."""
+"""Extra passes over the training data of a Detectron2 trainer."""
 
 import itertools
 import math
@@ -24,12 +24,12 @@ def training_passes(
 ) -> TrainingPasses:
     """Extra passes, whose order depends on seed and cycle only.
 
-    Their loader has data set and mapper of the trainer's if that is Detectron2's. Else the trainer's
-    ``build_train_loader`` makes one, or its own is iterated again.
+    They read data set and mapper of the trainer's loader if that is Detectron2's. Else ``build_train_loader`` makes
+    another, or the trainer's own is iterated again.
 
     Args:
         images_per_batch: over all ranks; None takes that of the trainer's loader.
-        grouped: whether images of one orientation are together in a batch.
+        grouped: images of one orientation share a batch.
     """
     inner = getattr(trainer, "_trainer", trainer)
 
@@ -52,11 +52,10 @@ def training_passes(
             return list(itertools.islice(loader, number))
 
     def loss(batch: list[dict]) -> Tensor:
-        # What Detectron2's models log in extra passes is not the training's.
         try:
-            with EventStorage(0):
+            with EventStorage(0):  # what models log here is not the training's
                 return sum(model(batch).values())
-        except FloatingPointError as error:  # Detectron2's, of boxes that are not finite
+        except FloatingPointError as error:  # boxes that are not finite
             text = " ".join(str(error).split())
             raise UserError(
                 f"RePr, in a pass of a transition: {text} Lower the learning rate or clip gradients"
@@ -76,14 +75,14 @@ def map_dataset(loader: Any) -> MapDataset | None:
 
 
 def epochs_of(trainer: Any, images_per_batch: int | None) -> float | None:
-    """Returns the epochs of a whole training; None if its loader does not tell its images."""
+    """The epochs of a whole training; None if its loader does not tell."""
     loader = getattr(getattr(trainer, "_trainer", trainer), "data_loader", None)
     dataset, images = map_dataset(loader), images_per_batch or batch_size_of(loader)
     return None if not dataset or images is None else trainer.max_iter * images / len(dataset)
 
 
 def batch_size_of(loader: Any) -> int | None:
-    """Images of a batch over all ranks; None where the loader does not say."""
+    """Images of a batch over all ranks; None if the loader does not tell."""
     while loader is not None:
         if isinstance(size := getattr(loader, "batch_size", None), int):
             return size * comm.get_world_size()

@@ -1,4 +1,4 @@
-"""WandbWriter: a run in Weights & Biases, through Detectron2's interface for writers of events."""
+"""A run in Weights & Biases."""
 
 import importlib
 import json
@@ -20,14 +20,13 @@ _SENT_FILE = "wandb_sent.txt"  # the iteration of the last transition that is in
 
 
 class WandbWriter(EventWriter):
-    """Logs config, all scalars, every drop and restore once, and a histogram of the filters' overlap at each.
+    """Logs config, scalars, and every drop and restore once, with a histogram of the filters' overlap.
 
-    W&B's ``sync_tensorboard`` loses transitions that TensorBoard had not flushed when the run was killed, and repeats
-    those that a resumed run does. Add the writer in ``build_writers``; a resumed run resumes that of its OUTPUT_DIR.
+    W&B's ``sync_tensorboard`` loses transitions of a killed run and repeats those of a resumed one. Add the writer in
+    ``build_writers``; a resumed run resumes that of its OUTPUT_DIR.
 
     Args:
-        cfg: of the run.
-        window_size: scalars that are smoothed are the median of so many.
+        window_size: smoothed scalars are the median of so many.
         options: of ``wandb.init``: project, name, mode="offline", ...
 
     Raises:
@@ -49,7 +48,6 @@ class WandbWriter(EventWriter):
             raise UserError(f"Weights & Biases: {error} WANDB_MODE=offline keeps everything on disk.") from error
 
     def write(self) -> None:
-        """Logs what came since the last call."""
         storage = get_event_storage()
         latest = storage.latest_with_smoothing_hint(self._window_size)
         scalars = {name: value for name, (value, iteration) in latest.items() if iteration > self._last_write}
@@ -75,7 +73,6 @@ class WandbWriter(EventWriter):
         write_atomically(self._folder / _SENT_FILE, str(event["iteration"]))
 
     def close(self) -> None:
-        """Ends the run."""
         self._run.finish()
 
     def _read(self, name: str) -> str:

@@ -1,7 +1,7 @@
-"""A proof of which convs can lose filters: by one traced training pass (``tracing``), in any network.
+"""A proof, by one traced training pass, of which convs can lose filters.
 
-A filter of a conv can be dropped where setting its rows to zero silences it: its row of the conv's weight and bias, and
-of the norm behind it. From these zeros the proof follows the values of the pass. It looks for
+A filter can be dropped if zeros in its row of weight and bias, of the conv and the norm behind it, silence its channel.
+The proof follows these zeros through the pass. It needs
 
 1. a weight that convolutions alone read, as it is;
 2. an output that goes into one norm and nowhere else, a norm that gets nothing else; or into no norm;
@@ -22,10 +22,10 @@ class Reader:
     """A module that reads the channels of a conv by a convolution or a matrix product.
 
     Attributes:
-        name: of the module; "" where none of those that were watched was running.
-        aligned: whether its inputs are the conv's channels in their order.
-        alone: whether nothing else has been added to what it reads.
-        span: how many inputs each channel is: the positions of the image, where it is flattened for a linear layer.
+        name: of the module; "" if no watched one was running.
+        aligned: its inputs are the conv's channels in their order.
+        alone: nothing else has been added to what it reads.
+        span: inputs per channel: the positions of an image that is flattened for a linear layer.
     """
 
     name: str
@@ -39,11 +39,11 @@ class Verdict:
     """The findings of the proof about a conv.
 
     Attributes:
-        norm: name of the norm behind it, or None.
-        reason: why its filters cannot be dropped; "" where they can.
+        norm: name of the norm behind it.
+        reason: why its filters cannot be dropped; "" if they can.
         readers: who reads its channels.
-        rectified: whether what comes behind its norm is a ReLU, and nothing else.
-        ran: whether it was in the pass.
+        rectified: only a ReLU comes behind its norm.
+        ran: it was in the pass.
     """
 
     norm: str | None = None
@@ -54,11 +54,7 @@ class Verdict:
 
 
 def prove(trace: Trace, convs: Sequence[str], norms: Collection[str]) -> dict[str, Verdict]:
-    """Follows the zeros of each conv through a pass; ``convs`` and ``norms`` are names of watched modules.
-
-    Returns:
-        conv name -> verdict.
-    """
+    """The verdict of each conv; ``convs`` and ``norms`` are names of watched modules."""
     graph = _Graph(trace, norms)
     return {name: _Follow(graph, name).verdict() for name in convs}
 
@@ -72,7 +68,7 @@ def first_that_refuses(everyone: Sequence[Mapping[str, Verdict]]) -> dict[str, V
 
 
 class _Graph:
-    """The operations that what leaves the network depends on: not those that count or log."""
+    """The operations that the outputs of the network depend on: not those that count or log."""
 
     def __init__(self, trace: Trace, norms: Collection[str]) -> None:
         self.trace = trace
@@ -107,8 +103,6 @@ class _Refused(Exception):
 
 
 class _Follow:
-    """Follows the zeros of one conv."""
-
     def __init__(self, graph: _Graph, name: str) -> None:
         self.graph = graph
         self.name = name
@@ -129,7 +123,7 @@ class _Follow:
         return self.found
 
     def _convolutions(self) -> list[Operation]:
-        """Those that read the weight; all that read it must be such."""
+        """The readers of the weight, all of which must be convolutions."""
         weight = self.graph.trace.parameters.get(f"{self.name}.weight")
         uses = [] if weight is None else self.graph.users[weight]
         if not uses:
@@ -144,7 +138,6 @@ class _Follow:
         return uses
 
     def _norm(self, convolutions: list[Operation]) -> str | None:
-        """The norm that the outputs go into, alone and nowhere else."""
         names: set[str | None] = set()
         for convolution in convolutions:
             inside = {self._norm_around(user) for user in self.graph.users[convolution.outputs[0]]}
@@ -159,8 +152,8 @@ class _Follow:
         return norm
 
     def _norm_around(self, user: Operation) -> str | None:
-        around = [module for module in user.modules if module in self.graph.norms and module != self.name]
-        return around[-1] if around else None
+        around = (module for module in reversed(user.modules) if module in self.graph.norms and module != self.name)
+        return next(around, None)
 
     def _follow(self) -> None:
         names = [f"{module}.{key}" for module in (self.name, self.found.norm) for key in ("weight", "bias")]
@@ -176,7 +169,7 @@ class _Follow:
                     raise _Refused("its channels leave the network: it predicts")
 
     def _is_rectified(self) -> bool:
-        """Tells whether all that comes behind conv and norm makes 0 of what is negative, and of nothing positive."""
+        """Tells whether all that comes behind conv and norm makes 0 of negative numbers, and of no positive ones."""
         around = self.found.norm or self.name
         inside = [operation for operation in self.graph.operations if around in operation.modules]
         outputs = {number for operation in inside for number in operation.outputs if number in self.states}
@@ -185,7 +178,7 @@ class _Follow:
         return bool(users) and of_negative and not any(operations.makes_zero(user, (), (1.3, True)) for user in users)
 
     def _after(self, operation: Operation) -> _State | None:
-        """Returns the state of the outputs; None where they do not depend on the channel any more."""
+        """The state of the outputs; None if they no longer depend on the channel."""
         inputs = {number: self.states[number] for number in operation.inputs if number in self.states}
         channels = {number: state for number, state in inputs.items() if number not in self.own}
         if operation.name in operations.STEERED:
@@ -252,8 +245,8 @@ class _Follow:
         return self._no_longer_zero(operation, inputs)
 
     def _no_longer_zero(self, operation: Operation, inputs: dict[int, _State]) -> _State:
-        reason = f"behind it comes {operation.name}, which does not make 0 of a channel that is 0"
         state = self._merged(inputs)
+        reason = f"behind it comes {operation.name}, which does not make 0 of a channel that is 0"
         return replace(state, reason=state.reason or reason)
 
     def _merged(self, inputs: Mapping[int, _State]) -> _State:

@@ -21,14 +21,14 @@ DATA_FILE = "data_sets.json"
 
 
 class RunRecord(HookBase):
-    """Writes the record in ``before_train``; registered last, so that every check comes before it.
+    """Writes the record in ``before_train``; registered last, after every check.
 
-    A run that is resumed with other settings keeps those in force up to iteration 999 as config_until_0000999.yaml; one
-    with nothing left to train leaves the record alone.
+    A run that is resumed with other settings keeps those up to iteration 999 as config_until_0000999.yaml; one with
+    nothing left to train writes nothing.
 
     Args:
         folder: OUTPUT_DIR; '' writes nothing.
-        write_config: writes config.yaml, and other files, into the folder that it is given.
+        write_config: writes config.yaml, and other files, into a folder.
         data_sets: names of DATASETS.TRAIN and TEST.
     """
 
@@ -57,7 +57,7 @@ class RunRecord(HookBase):
 
 
 def describe_data_sets(names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Returns, by name, file, SHA-256 of its content, folder of images, classes, number of images; null if unknown."""
+    """By name: file, SHA-256 of its content, folder of images, classes, number of images; None where unknown."""
     return {name: _describe(name) for name in dict.fromkeys(names)}
 
 

@@ -1,11 +1,8 @@
 """Exact resume: a run that was killed and resumed ends with the weights of the run that was not.
 
-Beside model, optimizer and iteration a checkpoint holds, of all ranks, the random states, the positions of the data
-streams (``loader``), and the numbers and tensors in plain attributes of modules. An undisturbed run sees exactly stock
-Detectron2's batches.
-
-If the data order has changed (ranks, workers, batch size, data, sampler, mapper), the run resumes behind as many images
-as it has drawn, with one warning that names what changed.
+A checkpoint also holds, of all ranks, random states, positions of the data streams (``loader``) and plain attributes of
+modules. If the data order has changed (ranks, workers, batch size, data, sampler, mapper), the run resumes behind as
+many images as it has drawn, and one warning names what changed.
 """
 
 import logging
@@ -33,13 +30,13 @@ _WINDOW = 20  # Detectron2's writers smooth over so many iterations
 class ExactResume(HookBase):
     """Saves and restores what stock checkpoints lack. Belongs right before the PeriodicCheckpointer.
 
-    A resumed run makes the evaluation again that came after the checkpoint of its iteration, and gets back the scalars
-    of the last iterations, so that metrics.json has every row.
+    A resumed run repeats the evaluation after its checkpoint, and gets back the scalars of the last iterations, so that
+    metrics.json has every row.
 
     Args:
-        model: not wrapped in DistributedDataParallel.
+        model: not wrapped.
         loaders: the training loader, and others that hooks read while training.
-        folder: OUTPUT_DIR, whose logs forget what lies after the checkpoint.
+        folder: OUTPUT_DIR, whose logs lose what lies after the checkpoint.
     """
 
     def __init__(
@@ -83,7 +80,7 @@ class ExactResume(HookBase):
         self._random = ranks[rank]["random"] if same_world else None
 
         changes: dict[str, None] = {}
-        # A loader that the run did not have before (TEST.PRECISE_BN was switched on) begins at its beginning.
+        # A loader that the run did not have before (TEST.PRECISE_BN) begins at its beginning.
         for loader, *states in zip(self.loaders, *(one["loaders"] for one in ranks), strict=False):
             if None in states:  # of an older version
                 continue
@@ -108,7 +105,6 @@ class ExactResume(HookBase):
         self._write_what_was_due()
 
     def _evaluate_again(self) -> None:
-        """Makes the evaluation that comes after the checkpoint of the same iteration."""
         trainer, iteration = self.trainer, self.trainer.iter
         trainer.iter = trainer.storage.iter = iteration - 1
         if evaluations := [hook for hook in trainer._hooks if isinstance(hook, hooks.EvalHook)]:
@@ -124,7 +120,7 @@ class ExactResume(HookBase):
             self.collect()
 
     def collect(self) -> None:
-        """Collects what a checkpoint of this moment needs, on every rank and before evaluation."""
+        """Collects what a checkpoint needs now, on every rank and before evaluation."""
         self._saved = self._state()
 
     def _state(self) -> dict[str, Any]:
@@ -154,7 +150,7 @@ class ExactResume(HookBase):
             self._write_what_was_due()
 
     def _write_what_was_due(self) -> None:
-        """Writes what a run did not that died between the checkpoint and the writers, which come after it."""
+        """Writes what a run did not that died between its checkpoint and its writers."""
         start = self.trainer.start_iter
         for period, writer in self._json_writers():
             if start % period == 0 or start == self.trainer.max_iter:
@@ -165,7 +161,7 @@ class ExactResume(HookBase):
         return [(hook._period, x) for hook in periodic for x in hook._writers if isinstance(x, JSONWriter)]
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the state of now if there is one process, else that of the last ``collect``."""
+        """The state of now with one process, else that of the last ``collect``."""
         if self._running and comm.get_world_size() == 1 and self._saved.get("iteration") != self.trainer.iter:
             return self._state()
         return self._saved
@@ -175,7 +171,7 @@ class ExactResume(HookBase):
 
 
 def _scalars(storage: EventStorage) -> dict[str, list]:
-    """Returns name -> [is it smoothed, the last values with their iterations], as many as the writers look at."""
+    """name -> [is it smoothed, the last values with their iterations]."""
     hints = storage.smoothing_hints()
     return {
         name: [hints[name], [[value, int(iteration)] for value, iteration in history.values()[-_WINDOW:]]]
@@ -185,8 +181,7 @@ def _scalars(storage: EventStorage) -> dict[str, list]:
 
 
 def check_same_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], folder: str) -> None:
-    """Raises UserError if ``saved``, the optimizer's state in the checkpoint of ``folder``, is of another class or for
-    other parameters."""
+    """Raises UserError if ``saved``, a state of a checkpoint in ``folder``, is of another class or other parameters."""
     own, theirs = optimizer.param_groups, saved["param_groups"]
     same_parameters = [len(group["params"]) for group in own] == [len(group["params"]) for group in theirs]
     if not same_parameters or not theirs[0].keys() <= own[0].keys() | set(_OF_THE_MACHINE):
@@ -202,8 +197,9 @@ def _describe(groups: Sequence[Mapping[str, Any]]) -> str:
 
 
 def apply_settings(optimizer: torch.optim.Optimizer, scheduler: Any, built: list[dict[str, Any]]) -> list[str]:
-    """Puts the settings of ``built``, copies of the groups before a checkpoint was loaded, over those that it brought;
-    returns what changed, as "weight_decay 0.0001 -> 0.001", once for every pair of values."""
+    """Puts the settings of ``built``, the groups before a checkpoint was loaded, over those that it brought.
+
+    Returns what changed, as "weight_decay 0.0001 -> 0.001"."""
     changed: dict[str, None] = {}
     for group, own in zip(optimizer.param_groups, built, strict=True):
         for key, value in own.items():
