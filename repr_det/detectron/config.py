@@ -140,7 +140,7 @@ def decays_of_config(cfg: CfgNode) -> tuple[int, ...]:
 def defined_at_its_end(scheduler: LRMultiplier) -> LRMultiplier:
     """Gives a scheduler the rate after the last iteration that torch asks for and fvcore's equal steps lack."""
     multiplier = scheduler._multiplier
-    scheduler._multiplier = lambda where: multiplier(min(where, 1 - 1e-5))  # beyond fvcore's own tolerance of 1e-6
+    scheduler._multiplier = lambda where: multiplier(min(where, 1 - 1e-5))  # beyond fvcore's tolerance of 1e-6
     return scheduler
 
 

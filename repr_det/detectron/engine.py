@@ -56,7 +56,7 @@ class Trainer(DefaultTrainer):
     _resumes = False
 
     def __init__(self, cfg: CfgNode, wandb_project: str = "") -> None:
-        # Not DefaultTrainer.__init__: it wraps the model by create_ddp_model, which CPU modules cannot take.
+        # Not DefaultTrainer.__init__: CPU modules cannot take its create_ddp_model.
         TrainerBase.__init__(self)
         cfg = scale_to_world(cfg, comm.get_world_size())
         self.cfg = cfg
@@ -68,7 +68,10 @@ class Trainer(DefaultTrainer):
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = resumable(self.build_train_loader(cfg))
-        model = _distributed(model)
+        if comm.get_world_size() > 1 and next(model.parameters()).device.type == "cpu":
+            model = DistributedDataParallel(model, broadcast_buffers=False)
+        else:
+            model = create_ddp_model(model, broadcast_buffers=False)
         inner = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
         self._trainer = inner(model, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
@@ -155,7 +158,7 @@ class Trainer(DefaultTrainer):
         final = os.path.join(self.cfg.OUTPUT_DIR, FINAL_CHECKPOINT)
         if self.start_iter == self.max_iter and comm.is_main_process() and not os.path.exists(final):
             self.iter = self.max_iter - 1
-            self.checkpointer.save(os.path.splitext(FINAL_CHECKPOINT)[0], iteration=self.max_iter - 1)
+            self.checkpointer.save(os.path.splitext(FINAL_CHECKPOINT)[0], iteration=self.iter)
 
     def after_train(self) -> None:
         """Detectron2's, which counts one iteration too many if a finished run is resumed."""
@@ -215,9 +218,3 @@ def check_same_arm(hooks: dict[str, Any], enabled: bool, folder: str) -> None:
 
 def _place_before(built: Sequence[HookBase], *kinds: type[HookBase]) -> int:
     return next((i for i, hook in enumerate(built) if isinstance(hook, kinds)), len(built))
-
-
-def _distributed(model: nn.Module) -> nn.Module:
-    if comm.get_world_size() > 1 and next(model.parameters()).device.type == "cpu":
-        return DistributedDataParallel(model, broadcast_buffers=False)
-    return create_ddp_model(model, broadcast_buffers=False)

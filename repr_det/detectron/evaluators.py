@@ -10,20 +10,17 @@ from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from repr_det.datasets import CocoEvaluator
 from repr_det.method.errors import UserError
 
-# evaluator_type -> evaluators of a data set's name and a folder for their files.
+# evaluator_type -> evaluator of a data set's name and a folder for files.
 _EVALUATORS = {
-    "coco": (lambda name, folder: CocoEvaluator(name, output_dir=folder),),
-    "sem_seg": (lambda name, folder: evaluation.SemSegEvaluator(name, distributed=True, output_dir=folder),),
-    "pascal_voc": (lambda name, folder: evaluation.PascalVOCDetectionEvaluator(name),),
-    "lvis": (lambda name, folder: evaluation.LVISEvaluator(name, output_dir=folder),),
-    "cityscapes_instance": (lambda name, folder: evaluation.CityscapesInstanceEvaluator(name),),
-    "cityscapes_sem_seg": (lambda name, folder: evaluation.CityscapesSemSegEvaluator(name),),
+    "coco": lambda name, folder: CocoEvaluator(name, output_dir=folder),
+    "sem_seg": lambda name, folder: evaluation.SemSegEvaluator(name, distributed=True, output_dir=folder),
+    "pascal_voc": lambda name, folder: evaluation.PascalVOCDetectionEvaluator(name),
+    "lvis": lambda name, folder: evaluation.LVISEvaluator(name, output_dir=folder),
+    "cityscapes_instance": lambda name, folder: evaluation.CityscapesInstanceEvaluator(name),
+    "cityscapes_sem_seg": lambda name, folder: evaluation.CityscapesSemSegEvaluator(name),
+    "coco_panoptic_seg": lambda name, folder: evaluation.COCOPanopticEvaluator(name, folder),
 }
-_EVALUATORS["coco_panoptic_seg"] = (
-    *_EVALUATORS["sem_seg"],
-    *_EVALUATORS["coco"],
-    lambda name, folder: evaluation.COCOPanopticEvaluator(name, folder),
-)
+_BEFORE = {"coco_panoptic_seg": ("sem_seg", "coco")}  # evaluated too
 _NEEDS = {"lvis": "lvis", "coco_panoptic_seg": "panopticapi"}
 _NEEDS |= dict.fromkeys(("cityscapes_instance", "cityscapes_sem_seg"), "cityscapesscripts")
 
@@ -43,7 +40,8 @@ def check_evaluators(names: Sequence[str]) -> None:
 
 def build_evaluator(name: str, folder: str) -> DatasetEvaluator:
     """By the evaluator_type of a registered data set, else "coco"; files go to ``folder``."""
-    made = [make(name, folder) for make in _EVALUATORS[_kind(name)]]
+    kind = _kind(name)
+    made = [_EVALUATORS[each](name, folder) for each in (*_BEFORE.get(kind, ()), kind)]
     return made[0] if len(made) == 1 else DatasetEvaluators(made)
 
 

@@ -28,7 +28,7 @@ from repr_det.runs.resume import ExactResume
 _LATER_HOOKS = (hooks.PreciseBN, ExactResume, hooks.EvalHook, hooks.PeriodicWriter)
 SHORT = 16_000  # iterations: COCO's 1x schedule has 90,000
 SHORT_EPOCHS = 2.0  # of 12 in that schedule: a small batch makes many iterations of few images
-# By Detectron2's names: what ImageNet weights reach.
+# What ImageNet weights reach.
 _TRAINED = ("backbone.bottom_up.", "backbone.stem.", "backbone.res", "roi_heads.res5.")
 ADVICE = (
     "Such runs lost AP against the same runs without RePr (docs/method.md): take repr_r50_fpn_redundant.yaml, which "
@@ -127,7 +127,7 @@ class RePrHook(HookBase):
         if any(isinstance(hook, RePrHook) and hook is not self for hook in trainer._hooks):
             raise UserError("RePrHook is registered twice in this trainer: leave one out (Trainer brings its own)")
         self._log_as_detectron2()
-        # The hooks between shift by one: Detectron2's loop over them neither skips nor repeats one.
+        # The hooks between shift by one, so that Detectron2's loop neither skips nor repeats one.
         index, mine = first_later_hook(trainer._hooks), trainer._hooks.index(self)
         if index < mine:
             trainer._hooks.insert(index, trainer._hooks.pop(mine))
@@ -147,7 +147,7 @@ class RePrHook(HookBase):
         if self._loaded is not None:
             saved, self._loaded = self._loaded["scheme"], None
             self.repr.scheme.load_state_dict(saved)
-        # A hook in front of this one may have saved before the transition of the same iteration, which is made now.
+        # A hook in front of this one may have saved before this iteration's transition, which is made now.
         scheme, last = self.repr.scheme, trainer.start_iter - 1
         owed = last in (self.schedule.restore_iters if scheme.is_sub else self.schedule.drop_iters)
         self.repr.steps = trainer.start_iter - owed
@@ -252,8 +252,7 @@ class RePrHook(HookBase):
 
     def _write(self, iteration: int, transition: Transition) -> None:
         event = {"iteration": iteration, **dataclasses.asdict(transition)}
-        overlap = {key: event[key] for key in ("iteration", "event", "cycle")}
-        overlap["overlap"] = event.pop("overlaps")
+        overlap = {key: event[key] for key in ("iteration", "event", "cycle")} | {"overlap": event.pop("overlaps")}
         Path(self.output_dir).mkdir(parents=True, exist_ok=True)
         for name, line in ((OVERLAPS_FILE, overlap), (EVENTS_FILE, event)):
             with open(Path(self.output_dir, name), "a", encoding="utf-8") as file:

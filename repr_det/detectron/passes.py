@@ -31,24 +31,23 @@ def training_passes(
         images_per_batch: over all ranks; None takes that of the trainer's loader.
         grouped: images of one orientation share a batch.
     """
-    inner = getattr(trainer, "_trainer", trainer)
 
     def batches(number: int, cycle: int) -> Iterable[list[dict]]:
         mixed = max(seed, 0) * 1_000_003 + cycle * 1009
-        own = getattr(inner, "data_loader", None)
+        own = _loader_of(trainer)
         dataset = map_dataset(own)
         with preserved_random_state(own):
             seed_all_rng(mixed + comm.get_rank())
             if dataset is not None:
                 loader: Iterable = build_detection_train_loader(
-                    dataset=dataset,
+                    dataset,
                     mapper=None,
                     sampler=TrainingSampler(len(dataset), seed=mixed),
                     total_batch_size=images_per_batch or batch_size_of(own) or 16,
                     aspect_ratio_grouping=grouped,
                 )
             else:
-                loader = _own_loader(trainer, inner)
+                loader = _own_loader(trainer, own)
             return list(itertools.islice(loader, number))
 
     def loss(batch: list[dict]) -> Tensor:
@@ -62,7 +61,7 @@ def training_passes(
             ) from error
 
     passes = TrainingPasses(model, batches, loss)
-    if images := images_per_batch or batch_size_of(getattr(inner, "data_loader", None)):
+    if images := images_per_batch or batch_size_of(_loader_of(trainer)):
         passes.calibration_batches = math.ceil(CALIBRATION_IMAGES / images)
     return passes
 
@@ -76,7 +75,7 @@ def map_dataset(loader: Any) -> MapDataset | None:
 
 def epochs_of(trainer: Any, images_per_batch: int | None) -> float | None:
     """The epochs of a whole training; None if its loader does not tell."""
-    loader = getattr(getattr(trainer, "_trainer", trainer), "data_loader", None)
+    loader = _loader_of(trainer)
     dataset, images = map_dataset(loader), images_per_batch or batch_size_of(loader)
     return None if not dataset or images is None else trainer.max_iter * images / len(dataset)
 
@@ -90,16 +89,20 @@ def batch_size_of(loader: Any) -> int | None:
     return None
 
 
-def _own_loader(trainer: Any, inner: Any) -> Iterable:
+def _loader_of(trainer: Any) -> Any:
+    return getattr(getattr(trainer, "_trainer", trainer), "data_loader", None)
+
+
+def _own_loader(trainer: Any, own: Any) -> Iterable:
     build = getattr(trainer, "build_train_loader", None)
     if build is not None:
         cfg = trainer.cfg.clone()
         cfg.defrost()
         cfg.DATALOADER.NUM_WORKERS = 0
         return build(cfg)
-    if iter(inner.data_loader) is inner.data_loader:
+    if iter(own) is own:
         raise UserError(
             "RePr: transitions look at training batches, and this trainer's data loader is an iterator: give one that "
             "can be iterated again, such as a DataLoader or a list"
         )
-    return inner.data_loader
+    return own

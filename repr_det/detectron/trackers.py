@@ -16,7 +16,7 @@ from repr_det.method.errors import UserError
 from repr_det.runs.files import EVENTS_FILE, OVERLAPS_FILE, write_atomically
 
 _ID_FILE = "wandb_id.txt"
-_SENT_FILE = "wandb_sent.txt"  # the iteration of the last transition that is in the run
+_SENT_FILE = "wandb_sent.txt"  # iteration of the last transition in the run
 
 
 class WandbWriter(EventWriter):
@@ -61,15 +61,15 @@ class WandbWriter(EventWriter):
             self._run.log(scalars, step=storage.iter)
 
     def _log_transition(self, event: dict[str, Any], overlap: dict[str, list[float]]) -> None:
-        name = f"repr/{event['event']}"
         values = {
-            f"{name}_iteration": event["iteration"],
-            f"{name}_filters": sum(map(len, event["dropped"].values())),
-            f"{name}_overlap_before": event["overlap_before"],
-            f"{name}_overlap_after": event["overlap_after"],
-            f"{name}_overlap": self._wandb.Histogram(list(chain(*overlap.values()))),
+            "iteration": event["iteration"],
+            "filters": sum(map(len, event["dropped"].values())),
+            "overlap_before": event["overlap_before"],
+            "overlap_after": event["overlap_after"],
+            "overlap": self._wandb.Histogram(list(chain(*overlap.values()))),
         }
-        self._run.log(values, step=event["iteration"])
+        named = {f"repr/{event['event']}_{name}": value for name, value in values.items()}
+        self._run.log(named, step=event["iteration"])
         write_atomically(self._folder / _SENT_FILE, str(event["iteration"]))
 
     def close(self) -> None:

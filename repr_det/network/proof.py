@@ -60,7 +60,7 @@ def prove(trace: Trace, convs: Sequence[str], norms: Collection[str]) -> dict[st
 
 
 def first_that_refuses(everyone: Sequence[Mapping[str, Verdict]]) -> dict[str, Verdict]:
-    """The verdicts of several processes together: a conv can lose filters where all have shown it."""
+    """The verdicts of several processes together: a conv can lose filters if all have shown it."""
     return {
         name: next((theirs[name] for theirs in everyone if theirs[name].reason), mine)
         for name, mine in everyone[0].items()
@@ -108,7 +108,7 @@ class _Follow:
         self.name = name
         self.found = Verdict()
         self.states: dict[int, _State] = {}  # of values that depend on its channel
-        self.own: set[int] = set()  # the parameters whose rows are set to 0, in the conv and its norm
+        self.own: set[int] = set()  # the parameters, of conv and norm, whose rows are set to 0
 
     def verdict(self) -> Verdict:
         try:
@@ -169,7 +169,7 @@ class _Follow:
                     raise _Refused("its channels leave the network: it predicts")
 
     def _is_rectified(self) -> bool:
-        """Tells whether all that comes behind conv and norm makes 0 of negative numbers, and of no positive ones."""
+        """Tells whether all behind conv and norm makes 0 of negative numbers, and of no positive ones."""
         around = self.found.norm or self.name
         inside = [operation for operation in self.graph.operations if around in operation.modules]
         outputs = {number for operation in inside for number in operation.outputs if number in self.states}
@@ -189,7 +189,7 @@ class _Follow:
             return self._read(operation, channels)
         if operation.name in operations.NORMS:
             return self._normalised(operation)
-        if operation.name == "copy":  # into another tensor
+        if operation.name == "copy":
             source = operation.arguments[1]
             return self.states.get(source.number) if isinstance(source, Value) else None
         if operation.name in operations.MOVES:
@@ -250,7 +250,7 @@ class _Follow:
         return replace(state, reason=state.reason or reason)
 
     def _merged(self, inputs: Mapping[int, _State]) -> _State:
-        # A gain (J,) becomes (1, J, 1, 1) on its way; it is where the data are that channels count.
+        # A gain (J,) becomes (1, J, 1, 1) on its way: channels count where the data are.
         placed = [state for number, state in inputs.items() if number not in self.graph.trace.constants]
         placed = placed or list(inputs.values())
         return _State(

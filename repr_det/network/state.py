@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
-_MOST_OBJECTS = 2000  # that are looked at for generators
+_MOST_OBJECTS = 2000  # searched for generators
 _LARGEST = 1_000_000  # elements: a larger tensor is a cache of activations
 
 
@@ -76,8 +76,8 @@ def _resetting(generator: Any) -> Callable[[], Any]:
 
 
 def generators_in(*holders: Any) -> list[Any]:
-    """The random generators in attributes of ``holders`` (data loaders, data sets, augmentations), of the objects
-    there, and so on: 2,000 objects at most, and none in an array."""
+    """The random generators in attributes of ``holders`` (data loaders, data sets, ...), of the objects there, and so
+    on."""
     found, seen, waiting = [], set(), list(holders)
     while waiting and len(seen) < _MOST_OBJECTS:
         one = waiting.pop(0)
@@ -90,7 +90,7 @@ def generators_in(*holders: Any) -> list[Any]:
             waiting += list(one.values() if isinstance(one, dict) else one)[:50]
         else:
             waiting += list(getattr(one, "__dict__", {}).values())
-            waiting += gc.get_referents(*(getattr(one, "__closure__", None) or ()))  # contents of cells
+            waiting += gc.get_referents(*(getattr(one, "__closure__", None) or ()))
             waiting.append(getattr(one, "__self__", None))
     return found
 

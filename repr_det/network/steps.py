@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 
 def with_inner(optimizer: Any) -> list[Optimizer]:
-    """An optimizer or a list of them, and those that they hold and step (SAM, Lookahead, accelerate's wrapper)."""
+    """An optimizer or a list of them, and those that they hold (SAM, Lookahead, accelerate's wrapper)."""
     found: list[Any] = []
     waiting = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
     while waiting:

@@ -78,7 +78,7 @@ class Trace(TorchDispatchMode):
         self._numbers = WeakTensorKeyDictionary()
         self._count = self._calls = 0
         self.running: list[tuple[str, int]] = []
-        # Tensors that share memory change together when one of them is written to in place.
+        # Writing to a tensor in place changes all that share its memory.
         self._sharing: dict[int, WeakTensorKeyDictionary] = {}
         self.parameters: dict[str, int] = {}
         self.left: set[int] = set()
@@ -130,7 +130,7 @@ class Trace(TorchDispatchMode):
         return result
 
     def _renumber_sharing(self, target: Any) -> None:
-        """Tensors that share memory with one that has been written to hold a mixture of before and after."""
+        """Tensors that share memory with a written one hold a mixture of before and after."""
         for tensor in tensors_in(target):
             sharing = self._sharing.get(tensor.untyped_storage().data_ptr(), {})
             for other in [other for other in sharing if other is not tensor]:
@@ -174,7 +174,7 @@ class TracedPass:
         self._handles.append(module.register_forward_pre_hook(HookOfOne(before)))
         self._handles.append(module.register_forward_hook(HookOfOne(after), always_call=True))
 
-    def _enter(self, module: nn.Module, inputs: Any) -> None:
+    def _enter(self, module: nn.Module, _: Any) -> None:
         # Checkpointing runs parts again in the backward pass, which no public function tells.
         trains = torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1
         with self._lock:  # DataParallel runs replicas in threads; one is traced
@@ -184,7 +184,7 @@ class TracedPass:
             if self._is_mine():
                 self._depth += 1
 
-    def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
+    def _leave(self, module: nn.Module, _: Any, output: Any) -> None:
         if not self._is_mine():
             return
         self._depth -= 1
@@ -200,7 +200,7 @@ class TracedPass:
         if self._is_mine():
             self._trace.enter_module(name, module)
 
-    def _leave_watched(self, module: nn.Module, inputs: Any, output: Any) -> None:
+    def _leave_watched(self, *_: Any) -> None:
         if self._is_mine():
             self._trace.running.pop()
 

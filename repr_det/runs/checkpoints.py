@@ -39,7 +39,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
             if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # torch's writer of files
                 raise
             if isinstance(error.__context__, OSError):
-                error = error.__context__  # what the system said
+                error = error.__context__
             raise UserError(
                 f"the checkpoint {name} could not be written to {self.save_dir}: {str(error).splitlines()[0]}; the "
                 f"checkpoints before it are untouched: {advice_for(error)}, then --resume"

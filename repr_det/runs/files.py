@@ -68,7 +68,7 @@ def advice_for(error: BaseException | None) -> str:
     """Advice for an error of the machine (disk, quota, limits of the process), else ""."""
     number = error.errno if isinstance(error, OSError) else None
     worker_failed = isinstance(error, RuntimeError) and "Too many open files" in str(error)
-    # EOFError: a loader worker could not hand an image over.
+    # EOFError: a worker could not hand an image over.
     if worker_failed or isinstance(error, EOFError) or number in (errno.EMFILE, errno.ENFILE):
         return "raise the limit of open files (ulimit -n) or lower DATALOADER.NUM_WORKERS"
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

@@ -38,7 +38,7 @@ class _Marked:
     origin: tuple
 
     def __getitem__(self, key: str) -> Any:
-        """Aspect-ratio grouping asks for "width" and "height"."""
+        """For aspect-ratio grouping."""
         return self.sample[key]
 
 
@@ -91,7 +91,7 @@ class ResumableLoader:
         inner = loader.dataset if grouped else loader
         _check_understood(inner, grouped)
         self.num_workers: int = inner.num_workers
-        self.batch_size: int = loader.batch_size  # images of one batch of this process
+        self.batch_size: int = loader.batch_size  # of this process
         self.dataset = self.stream = _Stream(inner.dataset)  # others look for the data set in .dataset
         self._source: Iterable = DataLoader(self.stream, **{name: getattr(inner, name) for name in _OPTIONS})
         self._grouping = AspectRatioGroupedDataset(None, loader.batch_size) if grouped else None
@@ -122,17 +122,20 @@ class ResumableLoader:
     @functools.cached_property
     def fingerprint(self) -> dict[str, Any]:
         """What gives a saved position its meaning, by names that a user knows."""
-        sampler = self.stream.sampler
+        sampler, dataset = self.stream.sampler, self.stream.dataset
+        about = {"data set's class": type(dataset).__qualname__}
+        if type(dataset) is MapDataset:
+            about = dict(_described("mapper", dataset._map_func))
         return {
             "number of processes": comm.get_world_size(),
             "DATALOADER.NUM_WORKERS": self.num_workers,
             "number of images per process and batch": self.batch_size,
             "aspect-ratio grouping": self._grouping is not None,
             "sampler": type(sampler).__name__,
-            "number of training images": len(self.stream.dataset),
+            "number of training images": len(dataset),
             "sampler's settings": _settings_of(sampler),
-            "digest of the training images": _digest(self.stream.dataset),
-            **_mapper_settings(self.stream.dataset),
+            "digest of the training images": _digest(dataset),
+            **about,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -246,18 +249,12 @@ def _digest(dataset: Any) -> str | None:
     return digest.hexdigest()[:12]
 
 
-def _mapper_settings(dataset: Any) -> dict[str, str]:
-    if type(dataset) is not MapDataset:
-        return {"data set's class": type(dataset).__qualname__}
-    return dict(_described("mapper", dataset._map_func))
-
-
 def _described(name: str, value: Any, depth: int = 0) -> Iterator[tuple[str, str]]:
     """Yields (name, text) of a mapper and its attributes, without addresses in memory."""
     value = getattr(value, "_obj", value)  # Detectron2's PicklableWrapper
     try:
         text = repr(value)
-    except Exception:  # an augmentation that Detectron2's __repr__ cannot describe
+    except Exception:  # Detectron2 cannot describe every augmentation
         text = ""
     if isinstance(value, (list, tuple)) or (text and " at 0x" not in text):
         yield name, text if " at 0x" not in text else type(value).__qualname__

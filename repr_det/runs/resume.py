@@ -51,23 +51,22 @@ class ExactResume(HookBase):
         self._resumed_exactly = False  # until the first step
         self._saved: dict[str, Any] = {}
         self._loaded: dict[str, Any] | None = None
-        self._random: dict[str, Any] | None = None  # of this rank
+        self._random: dict[str, Any] | None = None
 
     def before_train(self) -> None:
         self._running = True
         start, loaded = self.trainer.start_iter, self._loaded
         self._resumed_exactly = loaded is not None and loaded["iteration"] == start - 1
+        if comm.is_main_process():
+            truncate_log(os.path.join(self.folder, METRICS_FILE), start)
         if self._resumed_exactly:
             self._bring_back(loaded)
+            self._bring_back_scalars(loaded["scalars"])
         elif start > 0:
             found = "no random states" if loaded is None else f"the random states of iteration {loaded['iteration']}"
             logger.warning("This checkpoint holds %s: the data order of this run is another one from here on", found)
             for loader in self.loaders:
                 loader.skip([], start)
-        if comm.is_main_process():
-            truncate_log(os.path.join(self.folder, METRICS_FILE), start)
-        if self._resumed_exactly:
-            self._bring_back_scalars(loaded["scalars"])
 
     def _bring_back(self, loaded: dict[str, Any]) -> None:
         ranks = loaded["ranks"]
@@ -176,7 +175,7 @@ def _scalars(storage: EventStorage) -> dict[str, list]:
     return {
         name: [hints[name], [[value, int(iteration)] for value, iteration in history.values()[-_WINDOW:]]]
         for name, history in storage.histories().items()
-        if name != "time"  # Detectron2's timer does not count the first iterations of a run, resumed or not
+        if name != "time"  # Detectron2's timer does not count the first iterations
     }
 
 
@@ -208,7 +207,7 @@ def apply_settings(optimizer: torch.optim.Optimizer, scheduler: Any, built: list
                 continue
             changed[f"{key} {old} -> {value}"] = None
             group[key] = value
-            if key == "initial_lr":  # lr as well, which the scheduler sets after the first step
+            if key == "initial_lr":  # and lr, which the scheduler sets after the first step
                 group["lr"] *= value / old if old else 0.0
     if changed and hasattr(scheduler, "base_lrs"):
         scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]

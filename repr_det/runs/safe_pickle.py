@@ -114,8 +114,12 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     path = _existing(path)
     is_pickle = path.suffix == ".pkl" and not zipfile.is_zipfile(path)
     try:
-        loaded = _load_pickle(path) if is_pickle else torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can make an unpickler raise anything
+        if is_pickle:
+            loaded = _Unpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
+            _check_plain(loaded)
+        else:
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can raise anything
         if forbidden := re.search(r"GLOBAL (.+?) (?:was not an allowed|whose module)", str(error)):
             raise UserError(
                 f"{path}: refused, it names {forbidden[1]}, and weights are arrays and plain containers only"
@@ -129,12 +133,6 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise UserError(f"{path}: expected a dict of weights, found {type(loaded).__name__}")
     return loaded
-
-
-def _load_pickle(path: Path) -> Any:
-    value = _Unpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
-    _check_plain(value)
-    return value
 
 
 def _existing(path: str | Path) -> Path:

@@ -38,9 +38,9 @@ class Stopped(SystemExit):
 
 
 class _Notice:
-    answered = False  # signals come here, see ``answer_signals``
-    asked = ""  # name of the signal that came
-    unsaved = False  # steps have been made that no checkpoint holds
+    answered = False  # signals come here
+    asked = ""  # name of the signal
+    unsaved = False  # no checkpoint holds the last step
 
     def __call__(self, number: int, _: object) -> None:
         self.asked = signal.Signals(number).name
@@ -68,8 +68,7 @@ def answer_signals(answer: Callable[[int, object], None] = NOTICE) -> Iterator[N
 
 
 def _keep_out() -> None:
-    """Takes loader workers out of the process group that torchrun signals: one that died would end the run before its
-    checkpoint."""
+    """Takes loader workers out of the process group that torchrun signals: if one died, so would the run."""
     if NOTICE.answered:
         NOTICE.answered = False
         os.setpgid(0, 0)
@@ -106,7 +105,7 @@ class StopAtSignal(HookBase):
         if self._stopping and not saved:
             self.prepare()
             self.trainer.checkpointer.save(f"model_{self.trainer.iter:07d}", iteration=self.trainer.iter)
-        if self._stopping and not last:  # after the last step after_train stops
+        if self._stopping and not last:  # else after_train stops
             raise self._stopped()
         NOTICE.unsaved = not saved
 
@@ -116,7 +115,7 @@ class StopAtSignal(HookBase):
         comm.synchronize()  # the checkpoint is written
         for hook in self.trainer._hooks:
             if isinstance(hook, hooks.PeriodicWriter):
-                for writer in hook._writers:  # without one more row, which an undisturbed run would not have
+                for writer in hook._writers:  # without one more row
                     writer.close()
         raise self._stopped()
 
