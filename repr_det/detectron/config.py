@@ -24,9 +24,7 @@ _SCALED = ("s1_iters", "s2_iters", "start_iter", "warmup_iters")  # with the num
 
 
 def add_repr_config(cfg: CfgNode) -> None:
-    """Adds the node REPR to a Detectron2 config: ENABLED, and a key for every option of ``RePrOptions``.
-
-    REPR.SLIM, of earlier versions, is accepted with a warning."""
+    """Adds the node REPR to a Detectron2 config: ENABLED, and a key for every option of ``RePrOptions``."""
     cfg.REPR = CfgNode({"ENABLED": False})
     for name in option_names():
         about = about_option(name)
@@ -39,7 +37,7 @@ def add_repr_config(cfg: CfgNode) -> None:
 
 
 def options_of_config(cfg: CfgNode) -> RePrOptions:
-    """The options that the node REPR sets. Raises OptionError if one is out of range."""
+    """Raises OptionError if an option is out of range."""
     with spelling(NAMES):
         return RePrOptions(**{name: value_at(cfg.REPR, about_option(name).key) for name in option_names()})
 

@@ -83,7 +83,7 @@ class Trainer(DefaultTrainer):
         self.register_hooks(self.build_hooks())
 
     def build_hooks(self) -> list[HookBase]:
-        """Detectron2's hooks, FiniteGuard, ExactResume, StopAtSignal, and RePrHook in its place."""
+        """Detectron2's hooks, FiniteGuard, ExactResume, StopAtSignal and RePrHook."""
         cfg, built = self.cfg, [hook for hook in super().build_hooks() if hook is not None]
         period = cfg.SOLVER.CHECKPOINT_PERIOD
         repr_hook = self.build_repr_hook(cfg)
@@ -179,7 +179,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> dict:
-        """Evaluates with test-time augmentation (TEST.AUG), as bbox_TTA ..., into OUTPUT_DIR/inference_TTA."""
+        """Evaluates with test-time augmentation (bbox_TTA, ...), into OUTPUT_DIR/inference_TTA."""
         folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
         evaluators = [build_evaluator(name, folder) for name in cfg.DATASETS.TEST]
         results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)

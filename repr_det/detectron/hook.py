@@ -1,4 +1,4 @@
-"""RePrHook: drops and restores in a Detectron2 trainer, their logs, and their part of a checkpoint."""
+"""RePr as a hook of a Detectron2 trainer."""
 
 import dataclasses
 import json
@@ -16,7 +16,6 @@ from repr_det.detectron import config
 from repr_det.detectron.passes import epochs_of, training_passes
 from repr_det.method.criteria import get_criterion
 from repr_det.method.errors import OptionError, UserError, spelling
-from repr_det.method.holding import Transition
 from repr_det.method.loop import RePr, describe_schedule, schedule_of, unwrapped
 from repr_det.method.options import CONFIG_KEYS, DETECTRON2_LAYERS, RePrOptions, check_resumed
 from repr_det.method.schedule import RePrSchedule
@@ -38,7 +37,7 @@ logger = logging.getLogger("repr_det.hook")
 
 
 class RePrHook(HookBase):
-    """Applies RePr to a Detectron2 trainer.
+    """Drops and restores, their logs, and their part of a checkpoint.
 
     ``trainer.register_hooks([RePrHook(cfg)])``, or ``RePrHook(layers=[...], drop_ratio=0.3, ...)``, is all that a
     DefaultTrainer, SimpleTrainer or AMPTrainer needs. Register it before ``resume_or_load``. It moves itself before
@@ -134,7 +133,7 @@ class RePrHook(HookBase):
         if self.schedule is None:
             self.schedule = schedule_of(self.options, trainer.max_iter, self._first_decay())
             if self._loaded is not None:
-                self._compare(self._loaded["run"])
+                check_resumed(self._loaded["run"], self._fingerprint())
         if self.total_steps is not None and trainer.max_iter <= self.schedule.end_iter < self.total_steps:
             raise OptionError(
                 f"this trainer's max_iter is {trainer.max_iter}, but {{total_steps}} is {self.total_steps}: to train "
@@ -170,7 +169,7 @@ class RePrHook(HookBase):
             self._step(last)
 
     def after_step(self) -> None:
-        """Logs phase and dropped filters of the forward pass; drops or restores by the schedule."""
+        """Logs phase and dropped filters; drops or restores by the schedule."""
         storage, scheme = self.trainer.storage, self.repr.scheme
         storage.put_scalar("repr/phase", float(scheme.is_sub), smoothing_hint=False)
         storage.put_scalar("repr/dropped_filters", scheme.num_dropped, smoothing_hint=False)
@@ -196,21 +195,19 @@ class RePrHook(HookBase):
         """Keeps the state for ``before_train``; refuses another schedule or options."""
         self._loaded = state
         if self.schedule is not None:
-            self._compare(state["run"])
-
-    def _compare(self, saved: dict[str, Any]) -> None:
-        with spelling(self.names):
-            check_resumed(saved, self._fingerprint())
+            with spelling(self.names):
+                check_resumed(state["run"], self._fingerprint())
 
     def _fingerprint(self) -> dict[str, Any]:
         phases = ("start_iter", "s1_iters", "s2_iters", "num_cycles")
         return {CONFIG_KEYS[name]: getattr(self.schedule, name) for name in phases} | self.options.resumed()
 
     def _build(self) -> RePr:
-        trainer = self.trainer
+        trainer, seed = self.trainer, self.seed
         model = unwrapped(trainer.model)
-        with preserved_random_state():
-            seed = self.seed if self.seed >= 0 else comm.shared_random_seed()
+        if seed < 0:
+            with preserved_random_state():
+                seed = comm.shared_random_seed()
         built = RePr(
             model,
             getattr(trainer, "_trainer", trainer).optimizer,
@@ -247,11 +244,9 @@ class RePrHook(HookBase):
     def _step(self, iteration: int) -> None:
         with spelling(self.names):
             done = self.repr.step()
-        if done is not None and comm.is_main_process() and self.output_dir:
-            self._write(iteration, done)
-
-    def _write(self, iteration: int, transition: Transition) -> None:
-        event = {"iteration": iteration, **dataclasses.asdict(transition)}
+        if done is None or not self.output_dir or not comm.is_main_process():
+            return
+        event = {"iteration": iteration, **dataclasses.asdict(done)}
         overlap = {key: event[key] for key in ("iteration", "event", "cycle")} | {"overlap": event.pop("overlaps")}
         Path(self.output_dir).mkdir(parents=True, exist_ok=True)
         for name, line in ((OVERLAPS_FILE, overlap), (EVENTS_FILE, event)):

@@ -25,10 +25,10 @@ def training_passes(
     """Extra passes, whose order depends on seed and cycle only.
 
     They read data set and mapper of the trainer's loader if that is Detectron2's. Else ``build_train_loader`` makes
-    another, or the trainer's own is iterated again.
+    another, or the loader is iterated again.
 
     Args:
-        images_per_batch: over all ranks; None takes that of the trainer's loader.
+        images_per_batch: over all ranks; None takes the loader's.
         grouped: images of one orientation share a batch.
     """
 
@@ -103,6 +103,6 @@ def _own_loader(trainer: Any, own: Any) -> Iterable:
     if iter(own) is own:
         raise UserError(
             "RePr: transitions look at training batches, and this trainer's data loader is an iterator: give one that "
-            "can be iterated again, such as a DataLoader or a list"
+            "can be iterated again"
         )
     return own

@@ -22,8 +22,8 @@ _SENT_FILE = "wandb_sent.txt"  # iteration of the last transition in the run
 class WandbWriter(EventWriter):
     """Logs config, scalars, and every drop and restore once, with a histogram of the filters' overlap.
 
-    W&B's ``sync_tensorboard`` loses transitions of a killed run and repeats those of a resumed one. Add the writer in
-    ``build_writers``; a resumed run resumes that of its OUTPUT_DIR.
+    Unlike ``sync_tensorboard`` it loses no transition of a killed run and repeats none of a resumed one. A resumed run
+    resumes that of its OUTPUT_DIR. Add the writer in ``build_writers``.
 
     Args:
         window_size: smoothed scalars are the median of so many.

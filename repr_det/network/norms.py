@@ -11,8 +11,7 @@ BATCH, FROZEN, GROUP, NONE = "batch", "frozen", "group", "none"
 
 
 def norm_kind(norm: nn.Module | None) -> str:
-    """ "batch" (BN, SyncBN, naiveSyncBN), "frozen" (any norm with statistics of its own that training does not move),
-    "group" (GN) or "none"."""
+    """ "batch" (BN, SyncBN, naiveSyncBN), "frozen" (statistics that training does not move), "group" (GN) or "none"."""
     if norm is None or isinstance(norm, nn.Identity):
         return NONE
     if isinstance(norm, nn.GroupNorm):
@@ -22,7 +21,6 @@ def norm_kind(norm: nn.Module | None) -> str:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Tells whether a module normalises channels."""
     if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)):
         return True
     return all(isinstance(getattr(module, key, None), Tensor) for key in ("weight", "running_mean", "running_var"))

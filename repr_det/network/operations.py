@@ -51,8 +51,8 @@ def is_elementwise(operation: Operation) -> bool:
 
 
 def makes_zero(operation: Operation, zeros: Collection[int], *others: tuple[float, bool]) -> bool:
-    """Tells whether an operation is elementwise and gives 0 for single numbers: 0 for the values ``zeros``, and for the
-    rest each of ``others`` (the second where a flag is wanted)."""
+    """Tells whether an operation is elementwise and gives 0 if the values ``zeros`` are 0 and the rest is each of
+    ``others`` (the second of a pair is for flags)."""
     if not is_elementwise(operation):
         return False
 

@@ -36,12 +36,10 @@ class Reader:
 
 @dataclass
 class Verdict:
-    """The findings of the proof about a conv.
+    """What the proof found about a conv.
 
     Attributes:
-        norm: name of the norm behind it.
         reason: why its filters cannot be dropped; "" if they can.
-        readers: who reads its channels.
         rectified: only a ReLU comes behind its norm.
         ran: it was in the pass.
     """
@@ -105,6 +103,7 @@ class _Refused(Exception):
 class _Follow:
     def __init__(self, graph: _Graph, name: str) -> None:
         self.graph = graph
+        self.trace = graph.trace
         self.name = name
         self.found = Verdict()
         self.states: dict[int, _State] = {}  # of values that depend on its channel
@@ -124,7 +123,7 @@ class _Follow:
 
     def _convolutions(self) -> list[Operation]:
         """The readers of the weight, all of which must be convolutions."""
-        weight = self.graph.trace.parameters.get(f"{self.name}.weight")
+        weight = self.trace.parameters.get(f"{self.name}.weight")
         uses = [] if weight is None else self.graph.users[weight]
         if not uses:
             self.found.ran = False
@@ -157,7 +156,7 @@ class _Follow:
 
     def _follow(self) -> None:
         names = [f"{module}.{key}" for module in (self.name, self.found.norm) for key in ("weight", "bias")]
-        self.own = {self.graph.trace.parameters[name] for name in names if name in self.graph.trace.parameters}
+        self.own = {self.trace.parameters[name] for name in names if name in self.trace.parameters}
         self.states = dict.fromkeys(self.own, _State())
         for operation in self.graph.operations:
             if self.states.keys().isdisjoint(operation.inputs):
@@ -165,7 +164,7 @@ class _Follow:
             state = self._after(operation)
             if state is not None:
                 self.states.update(dict.fromkeys(operation.outputs, state))
-                if self.graph.trace.left.intersection(operation.outputs):
+                if self.trace.left.intersection(operation.outputs):
                     raise _Refused("its channels leave the network: it predicts")
 
     def _is_rectified(self) -> bool:
@@ -196,7 +195,7 @@ class _Follow:
             return self._moved(operation, inputs)
         if operations.is_elementwise(operation):
             return self._elementwise(operation, inputs)
-        if not operation.outputs or self.graph.trace.constants.issuperset(operation.outputs):
+        if not operation.outputs or self.trace.constants.issuperset(operation.outputs):
             return None
         return self._no_longer_zero(operation, inputs)
 
@@ -239,7 +238,7 @@ class _Follow:
         silent = {number: state for number, state in inputs.items() if not state.reason}
         if silent and operations.makes_zero(operation, silent, (0.7, True), (-1.3, False)):  # whatever else it gets
             return self._merged(silent)
-        are_data = not any(n in self.graph.trace.constants for n in operation.inputs if n not in inputs)
+        are_data = not any(n in self.trace.constants for n in operation.inputs if n not in inputs)
         if inputs == silent and are_data and operations.makes_zero(operation, silent, (0.0, True), (0.0, False)):
             return replace(self._merged(silent), alone=False)  # other channels are added
         return self._no_longer_zero(operation, inputs)
@@ -251,7 +250,7 @@ class _Follow:
 
     def _merged(self, inputs: Mapping[int, _State]) -> _State:
         # A gain (J,) becomes (1, J, 1, 1) on its way: channels count where the data are.
-        placed = [state for number, state in inputs.items() if number not in self.graph.trace.constants]
+        placed = [state for number, state in inputs.items() if number not in self.trace.constants]
         placed = placed or list(inputs.values())
         return _State(
             next((state.reason for state in inputs.values() if state.reason), ""),

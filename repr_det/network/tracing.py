@@ -66,8 +66,7 @@ class Trace(TorchDispatchMode):
     """Records the operations that run in this thread while it is entered.
 
     Attributes:
-        constants: numbers of values that no data went into: what the model holds, fresh tensors, and what is made of
-            these alone.
+        constants: numbers of values without data: what the model holds, fresh tensors, and what is made of these.
         parameters: "module.attribute" of watched modules that have run -> number.
         left: numbers of the values that left the network.
     """
@@ -110,10 +109,10 @@ class Trace(TorchDispatchMode):
         self, function: Any, types: Any, arguments: tuple = (), keywords: dict[str, Any] | None = None
     ) -> Any:
         keywords = keywords or {}
-        noted, noted_keywords = tree_map_only(
+        noted = tree_map_only(
             Tensor, lambda each: Value(self.number(each), each.dtype, each.shape), (arguments, keywords)
         )
-        inputs = numbers_in((noted, noted_keywords))
+        inputs = numbers_in(noted)
         result = function(*arguments, **keywords)
         name = function.overloadpacket.__name__
         if name in _COPIES:
@@ -124,7 +123,7 @@ class Trace(TorchDispatchMode):
         outputs = [self._renumber(tensor) for tensor in tensors_in(arguments[0] if in_place else result)]
         if name in _FRESH or (inputs and self.constants.issuperset(inputs)):
             self.constants.update(outputs)
-        self._record(function, name, noted, noted_keywords, inputs, outputs)
+        self._record(function, name, *noted, inputs, outputs)
         if in_place:
             self._renumber_sharing(arguments[0])
         return result

@@ -20,12 +20,10 @@ COMPUTED = Verdict(reason="its weight is computed from other parameters")
 
 
 class Watch:
-    """Watches training passes of ``model``, not wrapped, those of one step at a time.
+    """Watches ``model``, which is not wrapped.
 
     Attributes:
-        convs: names of Conv2d modules.
         verdicts: conv name -> what the passes so far have shown.
-        traced: number of passes.
         trains: the model was in training mode in them.
         news: a pass has been traced since ``hear``.
     """

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent, execute nothing, and are found without ``last_checkpoint``."""
+"""Checkpoints of a run."""
 
 import logging
 from collections.abc import Mapping

@@ -21,7 +21,7 @@ _TRACES = ("last_checkpoint", METRICS_FILE, EVENTS_FILE)
 
 
 def run_traces(folder: str | Path) -> list[str]:
-    """The names in ``folder`` that show that a run has made a step there."""
+    """Names of files that show that a run has made a step there."""
     found = (p for p in Path(folder).glob("*") if p.name in _TRACES or p.suffix == ".pth")
     return sorted(p.name for p in found if p.stat().st_size)
 
@@ -100,7 +100,6 @@ def last_logged(path: str | Path) -> int:
 
 
 def _iteration(line: bytes) -> float:
-    """Infinity for a line that is not whole."""
     try:
         return json.loads(line)["iteration"] if line.endswith(b"\n") else math.inf
     except (ValueError, KeyError, TypeError):

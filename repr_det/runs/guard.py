@@ -1,4 +1,4 @@
-"""Stops a run whose numbers go wrong, before they reach a checkpoint."""
+"""A guard against numbers that are not finite."""
 
 from collections.abc import Collection
 

@@ -1,5 +1,5 @@
-"""The training loader whose position is part of a checkpoint: samples that each worker has delivered, its random state
-before the last of them, and the samples that wait in the aspect-ratio buckets."""
+"""The position of the training loader: samples that each worker has delivered, its random state before the last, and
+the samples in the aspect-ratio buckets."""
 
 import dataclasses
 import functools
@@ -99,7 +99,7 @@ class ResumableLoader:
         self._consumed: dict[int, tuple[int, dict]] = {}
 
     def start(self) -> None:
-        """Makes torch's iterator, which draws and forks workers, before a resumed run puts the random state back."""
+        """Makes torch's iterator, which draws and forks, before a resumed run puts the random state back."""
         if self._consumed:
             self._source = iter(self._source)
 
@@ -112,7 +112,7 @@ class ResumableLoader:
             yield [marked.sample for marked in batch]
 
     def _delivered(self) -> Iterator[Any]:
-        """Yields what workers hand over, a sample if grouped, else a batch, and counts it."""
+        """Counts what workers hand over: a sample if grouped, else a batch."""
         for delivery in self._source:
             for marked in delivery if self._grouping is None else [delivery]:
                 stream, number, _, before = marked.origin
@@ -225,7 +225,6 @@ def _check_understood(inner: Any, grouped: bool) -> None:
 
 
 def _settings_of(sampler: Any) -> str:
-    """Describes a sampler without its seeds and process."""
     settings = {
         name: hashlib.sha256(value.numpy().tobytes()).hexdigest()[:12] if torch.is_tensor(value) else value
         for name, value in sorted(vars(sampler).items())
@@ -260,6 +259,6 @@ def _described(name: str, value: Any, depth: int = 0) -> Iterator[tuple[str, str
         yield name, text if " at 0x" not in text else type(value).__qualname__
         return
     yield name, getattr(value, "__qualname__", type(value).__qualname__)
-    if depth < 3 and not callable(getattr(value, "__code__", None)):
+    if depth < 3:
         for key, inner in sorted(getattr(value, "__dict__", {}).items()):
             yield from _described(f"{name}'s {key}", inner, depth + 1)

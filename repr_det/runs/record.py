@@ -54,7 +54,7 @@ class RunRecord(HookBase):
 
 
 def describe_data_sets(names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """By name: file, SHA-256 of its content, folder of images, classes, number of images; None where unknown."""
+    """By name: file, SHA-256 of its content, folder of images, classes, number of images; None if unknown."""
     return {name: _describe(name) for name in dict.fromkeys(names)}
 
 

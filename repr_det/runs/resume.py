@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
-from detectron2.utils.events import EventStorage, JSONWriter
+from detectron2.utils.events import JSONWriter
 from torch import nn
 
 from repr_det.method.errors import UserError
@@ -24,7 +24,8 @@ from repr_det.runs.loader import ResumableLoader
 
 logger = logging.getLogger("repr_det.resume")
 _OF_THE_MACHINE = ("params", "lr", "foreach", "fused", "capturable", "differentiable")  # of a parameter group
-_WINDOW = 20  # Detectron2's writers smooth over so many iterations
+_WINDOW = 20  # iterations that Detectron2's writers smooth over
+_NEW_ORDER = "%s: the data order of this run is another one from here on"
 
 
 class ExactResume(HookBase):
@@ -64,7 +65,7 @@ class ExactResume(HookBase):
             self._bring_back_scalars(loaded["scalars"])
         elif start > 0:
             found = "no random states" if loaded is None else f"the random states of iteration {loaded['iteration']}"
-            logger.warning("This checkpoint holds %s: the data order of this run is another one from here on", found)
+            logger.warning(_NEW_ORDER, f"This checkpoint holds {found}")
             for loader in self.loaders:
                 loader.skip([], start)
 
@@ -89,7 +90,7 @@ class ExactResume(HookBase):
             else:
                 loader.load_state_dict(states[rank])
         if changes:
-            logger.warning("%s: the data order of this run is another one from here on", "; ".join(changes))
+            logger.warning(_NEW_ORDER, "; ".join(changes))
 
     def before_step(self) -> None:
         if not self._resumed_exactly:
@@ -113,7 +114,7 @@ class ExactResume(HookBase):
         trainer.iter = trainer.storage.iter = iteration
 
     def after_step(self) -> None:
-        # BestCheckpointer saves after an evaluation, on rank 0 alone.
+        # BestCheckpointer saves after an evaluation.
         evaluated = self.eval_period > 0 and (self.trainer.iter + 1) % self.eval_period == 0
         if evaluated or is_saved(self.trainer, self.checkpoint_period):
             self.collect()
@@ -125,10 +126,15 @@ class ExactResume(HookBase):
     def _state(self) -> dict[str, Any]:
         loaders = [loader.state_dict() for loader in self.loaders]
         of_this_rank = {"random": random_state(), "loaders": loaders, "attributes": self.hidden.changed()}
+        hints, scalars = self.trainer.storage.smoothing_hints(), {}
+        for name, history in self.trainer.storage.histories().items():
+            if name != "time":  # Detectron2's timer does not count the first iterations
+                last = [[value, int(iteration)] for value, iteration in history.values()[-_WINDOW:]]
+                scalars[name] = [hints[name], last]
         return {
             "iteration": self.trainer.iter,
             "ranks": comm.gather(of_this_rank),
-            "scalars": _scalars(self.trainer.storage),
+            "scalars": scalars,
             "best": [[hook.best_metric, hook.best_iter] for hook in self._best()],
         }
 
@@ -167,16 +173,6 @@ class ExactResume(HookBase):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._loaded = self._saved = state
-
-
-def _scalars(storage: EventStorage) -> dict[str, list]:
-    """name -> [is it smoothed, the last values with their iterations]."""
-    hints = storage.smoothing_hints()
-    return {
-        name: [hints[name], [[value, int(iteration)] for value, iteration in history.values()[-_WINDOW:]]]
-        for name, history in storage.histories().items()
-        if name != "time"  # Detectron2's timer does not count the first iterations
-    }
 
 
 def check_same_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], folder: str) -> None:

@@ -1,4 +1,4 @@
-"""Stopping with notice: SIGTERM or SIGUSR1 end a run with a checkpoint and a status."""
+"""Stopping with notice: SIGTERM and SIGUSR1."""
 
 import ctypes
 import os
