@@ -1,1 +1,1 @@
-"""Detectron2's side of RePr: config, hook, trainer. May import ``method``, ``datasets`` and ``runs``."""
+"""Detectron2's side of RePr. May import ``method``, ``datasets`` and ``runs``."""

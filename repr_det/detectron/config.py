@@ -1,5 +1,4 @@
-"""The config node REPR, made from ``RePrOptions``: its keys, their checks and the schedule that they stand for; when a
-learning-rate schedule decays, whichever it is."""
+"""The config node REPR, made from ``RePrOptions``, and the decays of a learning-rate schedule."""
 
 import contextlib
 import logging
@@ -19,14 +18,13 @@ from repr_det.method.options import CONFIG_KEYS, RePrOptions, about_option, opti
 from repr_det.method.schedule import RePrSchedule
 
 NAMES = CONFIG_KEYS | {"total_steps": "SOLVER.MAX_ITER"}
-_STEP = 0.9  # a rate that falls to this share or less from one iteration to the next has stepped
-_HALF = 0.5  # a rate that falls gradually has decayed when it is half of what it was
+_STEP = 0.9  # a rate that falls to this share in one iteration has stepped
+_HALF = 0.5  # the share at which a rate that falls gradually has decayed
 _SCALED = ("s1_iters", "s2_iters", "start_iter", "warmup_iters")  # with the number of workers
 
 
 def add_repr_config(cfg: CfgNode) -> None:
-    """Adds the node REPR with its defaults to a Detectron2 config: ENABLED, and a key for every option of
-    ``RePrOptions``. Keys of earlier versions are accepted with a warning."""
+    """Adds the node REPR to a Detectron2 config: ENABLED, and a key for every option of ``RePrOptions``."""
     cfg.REPR = CfgNode({"ENABLED": False})
     for name in option_names():
         about = about_option(name)
@@ -39,13 +37,12 @@ def add_repr_config(cfg: CfgNode) -> None:
 
 
 def options_of_config(cfg: CfgNode) -> RePrOptions:
-    """The options that the node REPR sets. Raises OptionError where one is out of range."""
+    """Raises OptionError if an option is out of range."""
     with spelling(NAMES):
         return RePrOptions(**{name: value_at(cfg.REPR, about_option(name).key) for name in option_names()})
 
 
 def value_at(node: CfgNode, key: str) -> Any:
-    """The value of a key with dots."""
     for part in key.split("."):
         node = node[part]
     return node
@@ -55,7 +52,7 @@ def validate_repr_config(cfg: CfgNode) -> RePrSchedule | None:
     """Checks every key of REPR that can be checked without a model.
 
     Returns:
-        The schedule, or None if REPR.ENABLED is False.
+        The schedule; None if REPR.ENABLED is False.
 
     Raises:
         UserError: a key is wrong.
@@ -71,7 +68,7 @@ def validate_repr_config(cfg: CfgNode) -> RePrSchedule | None:
 
 
 def first_decay(cfg: CfgNode) -> int | None:
-    """The iteration at which the learning rate of a config first decays; None if no schedule is derived from it."""
+    """The iteration at which the learning rate first decays; None if no schedule is derived from it."""
     if cfg.REPR.S1_ITERS:
         return None
     with as_user_error(f"SOLVER.LR_SCHEDULER_NAME {cfg.SOLVER.LR_SCHEDULER_NAME}"):
@@ -79,7 +76,7 @@ def first_decay(cfg: CfgNode) -> int | None:
 
 
 def scale_to_world(cfg: CfgNode, world_size: int) -> CfgNode:
-    """Detectron2's ``auto_scale_workers`` (SOLVER.REFERENCE_WORLD_SIZE) for SOLVER and REPR; a copy if it changes."""
+    """Detectron2's ``auto_scale_workers`` (SOLVER.REFERENCE_WORLD_SIZE) for SOLVER and REPR; a copy if changed."""
     reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
     if reference in (0, world_size):
         return cfg
@@ -97,7 +94,7 @@ def scale_to_world(cfg: CfgNode, world_size: int) -> CfgNode:
 
 
 def without_repr(cfg: CfgNode) -> CfgNode:
-    """A copy of ``cfg`` without the REPR node, which stock Detectron2 tools read."""
+    """A copy without the REPR node, for stock Detectron2."""
     stock = cfg.clone()
     stock.defrost()
     del stock["REPR"]
@@ -106,8 +103,8 @@ def without_repr(cfg: CfgNode) -> CfgNode:
 
 
 def decays(multiplier: Callable[[float], float], max_iter: int) -> tuple[int, ...]:
-    """The iterations at which the rate steps down; where it falls gradually (cosine, linear, ...), also the first at
-    which it has fallen to half of its largest value, and none after that.
+    """The iterations at which the rate steps down; of a gradual fall (cosine, ...) the first at half of the peak, and
+    none after it.
 
     Args:
         multiplier: fvcore's ParamScheduler: position in [0, 1) -> multiplier of the rates.
@@ -131,7 +128,7 @@ def decays_of_config(cfg: CfgNode) -> tuple[int, ...]:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     logger = logging.getLogger("detectron2.solver.build")
     level = logger.level
-    logger.setLevel(logging.ERROR)  # its warning of steps beyond MAX_ITER comes when the run builds its own
+    logger.setLevel(logging.ERROR)  # its warnings come when the run builds its own
     try:
         return decays(build_lr_scheduler(cfg, optimizer)._multiplier, cfg.SOLVER.MAX_ITER)
     finally:
@@ -139,15 +136,15 @@ def decays_of_config(cfg: CfgNode) -> tuple[int, ...]:
 
 
 def defined_at_its_end(scheduler: LRMultiplier) -> LRMultiplier:
-    """Gives a scheduler a rate after the last iteration, which torch asks for and fvcore's equal steps do not have."""
+    """Gives a scheduler the rate after the last iteration that torch asks for and fvcore's equal steps lack."""
     multiplier = scheduler._multiplier
-    scheduler._multiplier = lambda where: multiplier(min(where, 1 - 1e-5))  # beyond fvcore's own tolerance of 1e-6
+    scheduler._multiplier = lambda where: multiplier(min(where, 1 - 1e-5))  # beyond fvcore's tolerance of 1e-6
     return scheduler
 
 
 @contextlib.contextmanager
 def as_user_error(source: str) -> Iterator[None]:
-    """Turns whatever config libraries raise for what a user typed into a UserError of one line."""
+    """Turns whatever config libraries raise into a UserError of one line."""
     try:
         yield
     except UserError:

@@ -1,4 +1,4 @@
-"""Trainer: Detectron2's DefaultTrainer with RePr, COCO evaluation, and several processes on the CPU too."""
+"""Detectron2's DefaultTrainer with RePr."""
 
 import logging
 import os
@@ -41,12 +41,12 @@ class Trainer(DefaultTrainer):
     """DefaultTrainer for configs with or without the node REPR.
 
     With RePr off it trains bit for bit as stock Detectron2. Several processes work on the CPU too (gloo), and
-    SOLVER.REFERENCE_WORLD_SIZE scales REPR along with SOLVER. A killed run resumes exactly; numbers that are not finite
-    stop a run before it saves them. OUTPUT_DIR must hold no other run.
+    SOLVER.REFERENCE_WORLD_SIZE also scales REPR. A killed run resumes exactly; numbers that are not finite stop a run
+    before it saves them. OUTPUT_DIR must hold no other run.
 
     Args:
         cfg: a Detectron2 config, with ``add_repr_config`` applied for RePr.
-        wandb_project: of Weights & Biases; "" logs nothing there.
+        wandb_project: of Weights & Biases; "" for none.
 
     Raises:
         UserError: REPR is wrong.
@@ -56,7 +56,7 @@ class Trainer(DefaultTrainer):
     _resumes = False
 
     def __init__(self, cfg: CfgNode, wandb_project: str = "") -> None:
-        # Not DefaultTrainer.__init__: it wraps the model by create_ddp_model, which CPU modules cannot take.
+        # Not DefaultTrainer.__init__: CPU modules cannot take its create_ddp_model.
         TrainerBase.__init__(self)
         cfg = scale_to_world(cfg, comm.get_world_size())
         self.cfg = cfg
@@ -68,7 +68,10 @@ class Trainer(DefaultTrainer):
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = resumable(self.build_train_loader(cfg))
-        model = _distributed(model)
+        if comm.get_world_size() > 1 and next(model.parameters()).device.type == "cpu":
+            model = DistributedDataParallel(model, broadcast_buffers=False)
+        else:
+            model = create_ddp_model(model, broadcast_buffers=False)
         inner = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
         self._trainer = inner(model, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
@@ -80,7 +83,7 @@ class Trainer(DefaultTrainer):
         self.register_hooks(self.build_hooks())
 
     def build_hooks(self) -> list[HookBase]:
-        """Detectron2's hooks, FiniteGuard, ExactResume, StopAtSignal, and RePrHook in its place."""
+        """Detectron2's hooks, FiniteGuard, ExactResume, StopAtSignal and RePrHook."""
         cfg, built = self.cfg, [hook for hook in super().build_hooks() if hook is not None]
         period = cfg.SOLVER.CHECKPOINT_PERIOD
         repr_hook = self.build_repr_hook(cfg)
@@ -93,7 +96,7 @@ class Trainer(DefaultTrainer):
         model = unwrapped(self.model)
         exact = ExactResume(model, loaders, period, cfg.TEST.EVAL_PERIOD, cfg.OUTPUT_DIR)
         built.insert(_place_before(built, hooks.PeriodicCheckpointer, hooks.EvalHook), exact)
-        on_cpu = next(model.parameters()).device.type == "cpu"  # elsewhere the host would wait in every step
+        on_cpu = next(model.parameters()).device.type == "cpu"  # elsewhere the host would wait
         guard = FiniteGuard(on_cpu and not cfg.SOLVER.AMP.ENABLED, period, transitions)
         stop = StopAtSignal(period, lambda: (guard.check_weights(), exact.collect()))
         built.insert(_place_before(built, hooks.EvalHook), stop)
@@ -101,21 +104,21 @@ class Trainer(DefaultTrainer):
         if cfg.TEST.AUG.ENABLED:
             again = hooks.EvalHook(0, lambda: self.test_with_TTA(cfg, model))
             built.insert(_place_before(built, hooks.PeriodicWriter), again)
-        if repr_hook is not None:  # here, not only when it moves itself: its checks come before the others write
+        if repr_hook is not None:  # already here: its checks come before the others write
             built.insert(first_later_hook(built), repr_hook)
         return built
 
     def build_writers(self) -> list[EventWriter]:
-        """Detectron2's, and Weights & Biases if a project is given."""
+        """Detectron2's, and that of Weights & Biases."""
         more = [WandbWriter(self.cfg, project=self.wandb_project)] if self.wandb_project else []
         return [*super().build_writers(), *more]
 
     def build_repr_hook(self, cfg: CfgNode) -> RePrHook | None:
-        """None where the config has RePr off."""
+        """None if RePr is off."""
         return RePrHook(cfg) if "REPR" in cfg and cfg.REPR.ENABLED else None
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """As in Detectron2; refuses a run that was trained beyond SOLVER.MAX_ITER, or whose ranks see other files."""
+        """Detectron2's; refuses a run that was trained beyond SOLVER.MAX_ITER, or whose ranks see other files."""
         self._resumes = resume
         if resume:
             found = comm.all_gather(os.path.basename(self.checkpointer.get_checkpoint_file()))
@@ -141,7 +144,7 @@ class Trainer(DefaultTrainer):
         return super().train()
 
     def run_step(self) -> None:
-        """One step; a loss that is not finite is reported with its phase and the first layer that shows it."""
+        """One step; reports a loss that is not finite with its phase and the first layer that shows it."""
         try:
             super().run_step()
         except FloatingPointError as error:
@@ -154,12 +157,11 @@ class Trainer(DefaultTrainer):
         super().before_train()
         final = os.path.join(self.cfg.OUTPUT_DIR, FINAL_CHECKPOINT)
         if self.start_iter == self.max_iter and comm.is_main_process() and not os.path.exists(final):
-            # The run died between its last periodic checkpoint and this one.
             self.iter = self.max_iter - 1
-            self.checkpointer.save(os.path.splitext(FINAL_CHECKPOINT)[0], iteration=self.max_iter - 1)
+            self.checkpointer.save(os.path.splitext(FINAL_CHECKPOINT)[0], iteration=self.iter)
 
     def after_train(self) -> None:
-        """Detectron2's, which counts one iteration too many where a finished run is resumed for its evaluation."""
+        """Detectron2's, which counts one iteration too many if a finished run is resumed."""
         self.iter = min(self.iter, self.max_iter)
         super().after_train()
 
@@ -177,7 +179,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> dict:
-        """Evaluates with test-time augmentation (TEST.AUG), as bbox_TTA and so on, into OUTPUT_DIR/inference_TTA."""
+        """Evaluates with test-time augmentation (bbox_TTA, ...), into OUTPUT_DIR/inference_TTA."""
         folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
         evaluators = [build_evaluator(name, folder) for name in cfg.DATASETS.TEST]
         results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
@@ -200,12 +202,12 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        """That of ``evaluators.build_evaluator``; its files go to OUTPUT_DIR/inference."""
+        """By the data set's evaluator_type; files go to OUTPUT_DIR/inference."""
         return build_evaluator(dataset_name, os.path.join(cfg.OUTPUT_DIR, "inference"))
 
 
 def check_same_arm(hooks: dict[str, Any], enabled: bool, folder: str) -> None:
-    """Raises UserError where a checkpoint with this state of hooks is of the other arm."""
+    """Raises UserError if a checkpoint with this state of hooks is of the other arm."""
     saved = RePrHook.__qualname__ in hooks
     if saved != enabled:
         raise UserError(
@@ -215,11 +217,4 @@ def check_same_arm(hooks: dict[str, Any], enabled: bool, folder: str) -> None:
 
 
 def _place_before(built: Sequence[HookBase], *kinds: type[HookBase]) -> int:
-    """Returns the place of the first hook of one of ``kinds``; the end if there is none."""
     return next((i for i, hook in enumerate(built) if isinstance(hook, kinds)), len(built))
-
-
-def _distributed(model: nn.Module) -> nn.Module:
-    if comm.get_world_size() > 1 and next(model.parameters()).device.type == "cpu":
-        return DistributedDataParallel(model, broadcast_buffers=False)
-    return create_ddp_model(model, broadcast_buffers=False)

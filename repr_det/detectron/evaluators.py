@@ -1,4 +1,4 @@
-"""The evaluator of a data set, chosen as Detectron2's own tools/train_net.py chooses it."""
+"""The evaluator of a data set, chosen as in Detectron2's tools/train_net.py."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -10,20 +10,17 @@ from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from repr_det.datasets import CocoEvaluator
 from repr_det.method.errors import UserError
 
-# evaluator_type -> evaluators of a data set's name and a folder for their files.
+# evaluator_type -> evaluator of a data set's name and a folder for files.
 _EVALUATORS = {
-    "coco": (lambda name, folder: CocoEvaluator(name, output_dir=folder),),
-    "sem_seg": (lambda name, folder: evaluation.SemSegEvaluator(name, distributed=True, output_dir=folder),),
-    "pascal_voc": (lambda name, folder: evaluation.PascalVOCDetectionEvaluator(name),),
-    "lvis": (lambda name, folder: evaluation.LVISEvaluator(name, output_dir=folder),),
-    "cityscapes_instance": (lambda name, folder: evaluation.CityscapesInstanceEvaluator(name),),
-    "cityscapes_sem_seg": (lambda name, folder: evaluation.CityscapesSemSegEvaluator(name),),
+    "coco": lambda name, folder: CocoEvaluator(name, output_dir=folder),
+    "sem_seg": lambda name, folder: evaluation.SemSegEvaluator(name, distributed=True, output_dir=folder),
+    "pascal_voc": lambda name, folder: evaluation.PascalVOCDetectionEvaluator(name),
+    "lvis": lambda name, folder: evaluation.LVISEvaluator(name, output_dir=folder),
+    "cityscapes_instance": lambda name, folder: evaluation.CityscapesInstanceEvaluator(name),
+    "cityscapes_sem_seg": lambda name, folder: evaluation.CityscapesSemSegEvaluator(name),
+    "coco_panoptic_seg": lambda name, folder: evaluation.COCOPanopticEvaluator(name, folder),
 }
-_EVALUATORS["coco_panoptic_seg"] = (
-    *_EVALUATORS["sem_seg"],
-    *_EVALUATORS["coco"],
-    lambda name, folder: evaluation.COCOPanopticEvaluator(name, folder),
-)
+_BEFORE = {"coco_panoptic_seg": ("sem_seg", "coco")}  # evaluated too
 _NEEDS = {"lvis": "lvis", "coco_panoptic_seg": "panopticapi"}
 _NEEDS |= dict.fromkeys(("cityscapes_instance", "cityscapes_sem_seg"), "cityscapesscripts")
 
@@ -42,9 +39,9 @@ def check_evaluators(names: Sequence[str]) -> None:
 
 
 def build_evaluator(name: str, folder: str) -> DatasetEvaluator:
-    """For a registered data set whose evaluator_type is one of Detectron2's, "coco" if it has none; files go to
-    ``folder``."""
-    made = [make(name, folder) for make in _EVALUATORS[_kind(name)]]
+    """By the evaluator_type of a registered data set, else "coco"; files go to ``folder``."""
+    kind = _kind(name)
+    made = [_EVALUATORS[each](name, folder) for each in (*_BEFORE.get(kind, ()), kind)]
     return made[0] if len(made) == 1 else DatasetEvaluators(made)
 
 

@@ -1,4 +1,4 @@
-"""RePrHook: when to drop and restore in a Detectron2 trainer, what to log, and the RePr part of a checkpoint."""
+"""RePr as a hook of a Detectron2 trainer."""
 
 import dataclasses
 import json
@@ -16,7 +16,6 @@ from repr_det.detectron import config
 from repr_det.detectron.passes import epochs_of, training_passes
 from repr_det.method.criteria import get_criterion
 from repr_det.method.errors import OptionError, UserError, spelling
-from repr_det.method.holding import Transition
 from repr_det.method.loop import RePr, describe_schedule, schedule_of, unwrapped
 from repr_det.method.options import CONFIG_KEYS, DETECTRON2_LAYERS, RePrOptions, check_resumed
 from repr_det.method.schedule import RePrSchedule
@@ -27,8 +26,8 @@ from repr_det.runs.resume import ExactResume
 
 _LATER_HOOKS = (hooks.PreciseBN, ExactResume, hooks.EvalHook, hooks.PeriodicWriter)
 SHORT = 16_000  # iterations: COCO's 1x schedule has 90,000
-SHORT_EPOCHS = 2.0  # the same part of that schedule, which has 12: a small batch makes many iterations of few images
-# By Detectron2's names: what ImageNet weights reach.
+SHORT_EPOCHS = 2.0  # of 12 in that schedule: a small batch makes many iterations of few images
+# What ImageNet weights reach.
 _TRAINED = ("backbone.bottom_up.", "backbone.stem.", "backbone.res", "roi_heads.res5.")
 ADVICE = (
     "Such runs lost AP against the same runs without RePr (docs/method.md): take repr_r50_fpn_redundant.yaml, which "
@@ -38,21 +37,20 @@ logger = logging.getLogger("repr_det.hook")
 
 
 class RePrHook(HookBase):
-    """Applies RePr to a Detectron2 trainer.
+    """Drops and restores, their logs, and their part of a checkpoint.
 
     ``trainer.register_hooks([RePrHook(cfg)])``, or ``RePrHook(layers=[...], drop_ratio=0.3, ...)``, is all that a
-    DefaultTrainer, SimpleTrainer or AMPTrainer needs. Register it before ``resume_or_load``. In ``before_train`` it
-    moves itself before PreciseBN, the checkpointer, evaluation and the writers, so that these see the network after a
-    transition. Drops and restores happen in ``after_step``.
+    DefaultTrainer, SimpleTrainer or AMPTrainer needs. Register it before ``resume_or_load``. It moves itself before
+    PreciseBN, the checkpointer, evaluation and the writers, which see the network after a transition.
 
     Args:
         output_dir: where repr_events.jsonl goes; "" writes none.
-        seed: all randomness comes from it and the cycle; below 0 one that the ranks agree on.
+        seed: of all randomness; below 0 one that the ranks agree on.
         total_steps: iterations of the training; None takes the trainer's.
         first_lr_step: iteration of the first decay of the learning rate; None finds it in the trainer's schedule.
-        images_per_batch: over all ranks; None takes that of the trainer's loader.
-        aspect_ratio_grouping: of the extra passes, as in training.
-        weights: the trained weights that training starts from, for a warning; "" for none.
+        images_per_batch: over all ranks; None takes the trainer's.
+        aspect_ratio_grouping: of the extra passes.
+        weights: the trained weights that training starts from, for a warning.
         averages: averages of the weights that follow the model.
         names: option -> how errors spell it; None spells keyword arguments.
         options: of ``RePrOptions``.
@@ -96,7 +94,7 @@ class RePrHook(HookBase):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """Arguments from a Detectron2 config with the node REPR; REPR.ENABLED must be True."""
+        """Arguments from a Detectron2 config; REPR.ENABLED must be True."""
         cfg = config.scale_to_world(cfg, comm.get_world_size())
         if not cfg.REPR.ENABLED:
             raise UserError("RePrHook needs REPR.ENABLED True, got False")
@@ -128,14 +126,14 @@ class RePrHook(HookBase):
         if any(isinstance(hook, RePrHook) and hook is not self for hook in trainer._hooks):
             raise UserError("RePrHook is registered twice in this trainer: leave one out (Trainer brings its own)")
         self._log_as_detectron2()
-        # What is between shifts by one, so that Detectron2's loop over the hooks neither skips nor repeats one.
+        # The hooks between shift by one, so that Detectron2's loop neither skips nor repeats one.
         index, mine = first_later_hook(trainer._hooks), trainer._hooks.index(self)
         if index < mine:
             trainer._hooks.insert(index, trainer._hooks.pop(mine))
         if self.schedule is None:
             self.schedule = schedule_of(self.options, trainer.max_iter, self._first_decay())
             if self._loaded is not None:
-                self._compare(self._loaded["run"])
+                check_resumed(self._loaded["run"], self._fingerprint())
         if self.total_steps is not None and trainer.max_iter <= self.schedule.end_iter < self.total_steps:
             raise OptionError(
                 f"this trainer's max_iter is {trainer.max_iter}, but {{total_steps}} is {self.total_steps}: to train "
@@ -148,7 +146,7 @@ class RePrHook(HookBase):
         if self._loaded is not None:
             saved, self._loaded = self._loaded["scheme"], None
             self.repr.scheme.load_state_dict(saved)
-        # A hook in front of this one may have saved before the transition of the same iteration: it is made now.
+        # A hook in front of this one may have saved before this iteration's transition, which is made now.
         scheme, last = self.repr.scheme, trainer.start_iter - 1
         owed = last in (self.schedule.restore_iters if scheme.is_sub else self.schedule.drop_iters)
         self.repr.steps = trainer.start_iter - owed
@@ -171,7 +169,7 @@ class RePrHook(HookBase):
             self._step(last)
 
     def after_step(self) -> None:
-        """Logs phase and dropped filters of the forward pass; drops or restores by the schedule."""
+        """Logs phase and dropped filters; drops or restores by the schedule."""
         storage, scheme = self.trainer.storage, self.repr.scheme
         storage.put_scalar("repr/phase", float(scheme.is_sub), smoothing_hint=False)
         storage.put_scalar("repr/dropped_filters", scheme.num_dropped, smoothing_hint=False)
@@ -188,30 +186,28 @@ class RePrHook(HookBase):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """No collective calls, for Detectron2 calls it on rank 0 alone."""
+        """The state for a checkpoint. Detectron2 calls it on rank 0 alone."""
         if self.repr is None:
             return self._loaded or {}
         return {"run": self._fingerprint(), "scheme": self.repr.scheme.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Keeps the state for ``before_train``; refuses that of another schedule or options."""
+        """Keeps the state for ``before_train``; refuses another schedule or options."""
         self._loaded = state
         if self.schedule is not None:
-            self._compare(state["run"])
-
-    def _compare(self, saved: dict[str, Any]) -> None:
-        with spelling(self.names):
-            check_resumed(saved, self._fingerprint())
+            with spelling(self.names):
+                check_resumed(state["run"], self._fingerprint())
 
     def _fingerprint(self) -> dict[str, Any]:
         phases = ("start_iter", "s1_iters", "s2_iters", "num_cycles")
         return {CONFIG_KEYS[name]: getattr(self.schedule, name) for name in phases} | self.options.resumed()
 
     def _build(self) -> RePr:
-        trainer = self.trainer
+        trainer, seed = self.trainer, self.seed
         model = unwrapped(trainer.model)
-        with preserved_random_state():
-            seed = self.seed if self.seed >= 0 else comm.shared_random_seed()
+        if seed < 0:
+            with preserved_random_state():
+                seed = comm.shared_random_seed()
         built = RePr(
             model,
             getattr(trainer, "_trainer", trainer).optimizer,
@@ -226,7 +222,7 @@ class RePrHook(HookBase):
         return built
 
     def _prove(self) -> None:
-        """Shows who participates by a pass over a batch; if none can be drawn the first step shows it."""
+        """Shows who participates by a pass over a batch; without one the first step shows it."""
         scheme = self.repr.scheme
         if scheme.participants.known or self.trainer.start_iter > self.schedule.restore_iters[-1]:
             return
@@ -248,13 +244,10 @@ class RePrHook(HookBase):
     def _step(self, iteration: int) -> None:
         with spelling(self.names):
             done = self.repr.step()
-        if done is not None and comm.is_main_process() and self.output_dir:
-            self._write(iteration, done)
-
-    def _write(self, iteration: int, transition: Transition) -> None:
-        event = {"iteration": iteration, **dataclasses.asdict(transition)}
-        overlap = {key: event[key] for key in ("iteration", "event", "cycle")}
-        overlap["overlap"] = event.pop("overlaps")
+        if done is None or not self.output_dir or not comm.is_main_process():
+            return
+        event = {"iteration": iteration, **dataclasses.asdict(done)}
+        overlap = {key: event[key] for key in ("iteration", "event", "cycle")} | {"overlap": event.pop("overlaps")}
         Path(self.output_dir).mkdir(parents=True, exist_ok=True)
         for name, line in ((OVERLAPS_FILE, overlap), (EVENTS_FILE, event)):
             with open(Path(self.output_dir, name), "a", encoding="utf-8") as file:
@@ -272,7 +265,6 @@ class RePrHook(HookBase):
         if self.first_lr_step is not None:
             return self.first_lr_step
         for hook in self.trainer._hooks:
-            # Detectron2's LRMultiplier shows its multiplier nowhere else.
             multiplier = getattr(getattr(hook, "scheduler", None), "_multiplier", None)
             if isinstance(hook, hooks.LRScheduler) and multiplier is not None:
                 return next(iter(config.decays(multiplier, self.trainer.max_iter)), None)
@@ -280,7 +272,7 @@ class RePrHook(HookBase):
 
 
 def first_later_hook(registered: Sequence[HookBase]) -> int:
-    """The place of RePrHook: before the first hook that saves, evaluates or writes; else at the end."""
+    """The place of RePrHook: before the first hook that saves, evaluates or writes."""
     for index, hook in enumerate(registered):
         saves = any(isinstance(value, Checkpointer) for value in vars(hook).values())
         if saves or isinstance(hook, _LATER_HOOKS):
@@ -289,8 +281,8 @@ def first_later_hook(registered: Sequence[HookBase]) -> int:
 
 
 def fine_tuning_warning(weights: str, max_iter: int, epochs: float | None, scheme: RePrScheme) -> str | None:
-    """One sentence for a run that drops filters of trained ``weights`` ("" for random ones) and has few iterations to
-    relearn them; None for others, and if only redundant filters go and all return silently."""
+    """A warning for a run that drops filters of trained ``weights`` ("" for random ones) and has few iterations to
+    relearn them, unless only redundant filters go and all return silently."""
     trained = [layer.name for layer in scheme.layers if layer.name.startswith(_TRAINED)]
     is_short = max_iter < SHORT or (epochs is not None and epochs < SHORT_EPOCHS)
     is_silent = scheme.criterion.spares and not set(trained) & set(scheme.loud)

@@ -1,4 +1,4 @@
-"""Extra passes over the training data of a Detectron2 trainer, for criteria, calibration and the proof."""
+"""Extra passes over the training data of a Detectron2 trainer."""
 
 import itertools
 import math
@@ -24,46 +24,44 @@ def training_passes(
 ) -> TrainingPasses:
     """Extra passes, whose order depends on seed and cycle only.
 
-    Their loader has data set and mapper of the trainer's if that is Detectron2's. Else the trainer's
-    ``build_train_loader`` makes one, or its own is iterated again.
+    They read data set and mapper of the trainer's loader if that is Detectron2's. Else ``build_train_loader`` makes
+    another, or the loader is iterated again.
 
     Args:
-        images_per_batch: over all ranks; None takes that of the trainer's loader.
-        grouped: whether images of one orientation are together in a batch.
+        images_per_batch: over all ranks; None takes the loader's.
+        grouped: images of one orientation share a batch.
     """
-    inner = getattr(trainer, "_trainer", trainer)
 
     def batches(number: int, cycle: int) -> Iterable[list[dict]]:
         mixed = max(seed, 0) * 1_000_003 + cycle * 1009
-        own = getattr(inner, "data_loader", None)
+        own = _loader_of(trainer)
         dataset = map_dataset(own)
         with preserved_random_state(own):
             seed_all_rng(mixed + comm.get_rank())
             if dataset is not None:
                 loader: Iterable = build_detection_train_loader(
-                    dataset=dataset,
+                    dataset,
                     mapper=None,
                     sampler=TrainingSampler(len(dataset), seed=mixed),
                     total_batch_size=images_per_batch or batch_size_of(own) or 16,
                     aspect_ratio_grouping=grouped,
                 )
             else:
-                loader = _own_loader(trainer, inner)
+                loader = _own_loader(trainer, own)
             return list(itertools.islice(loader, number))
 
     def loss(batch: list[dict]) -> Tensor:
-        # What Detectron2's models log in extra passes is not the training's.
         try:
-            with EventStorage(0):
+            with EventStorage(0):  # what models log here is not the training's
                 return sum(model(batch).values())
-        except FloatingPointError as error:  # Detectron2's, of boxes that are not finite
+        except FloatingPointError as error:  # boxes that are not finite
             text = " ".join(str(error).split())
             raise UserError(
                 f"RePr, in a pass of a transition: {text} Lower the learning rate or clip gradients"
             ) from error
 
     passes = TrainingPasses(model, batches, loss)
-    if images := images_per_batch or batch_size_of(getattr(inner, "data_loader", None)):
+    if images := images_per_batch or batch_size_of(_loader_of(trainer)):
         passes.calibration_batches = math.ceil(CALIBRATION_IMAGES / images)
     return passes
 
@@ -76,14 +74,14 @@ def map_dataset(loader: Any) -> MapDataset | None:
 
 
 def epochs_of(trainer: Any, images_per_batch: int | None) -> float | None:
-    """Returns the epochs of a whole training; None if its loader does not tell its images."""
-    loader = getattr(getattr(trainer, "_trainer", trainer), "data_loader", None)
+    """The epochs of a whole training; None if its loader does not tell."""
+    loader = _loader_of(trainer)
     dataset, images = map_dataset(loader), images_per_batch or batch_size_of(loader)
     return None if not dataset or images is None else trainer.max_iter * images / len(dataset)
 
 
 def batch_size_of(loader: Any) -> int | None:
-    """Images of a batch over all ranks; None where the loader does not say."""
+    """Images of a batch over all ranks; None if the loader does not tell."""
     while loader is not None:
         if isinstance(size := getattr(loader, "batch_size", None), int):
             return size * comm.get_world_size()
@@ -91,16 +89,20 @@ def batch_size_of(loader: Any) -> int | None:
     return None
 
 
-def _own_loader(trainer: Any, inner: Any) -> Iterable:
+def _loader_of(trainer: Any) -> Any:
+    return getattr(getattr(trainer, "_trainer", trainer), "data_loader", None)
+
+
+def _own_loader(trainer: Any, own: Any) -> Iterable:
     build = getattr(trainer, "build_train_loader", None)
     if build is not None:
         cfg = trainer.cfg.clone()
         cfg.defrost()
         cfg.DATALOADER.NUM_WORKERS = 0
         return build(cfg)
-    if iter(inner.data_loader) is inner.data_loader:
+    if iter(own) is own:
         raise UserError(
             "RePr: transitions look at training batches, and this trainer's data loader is an iterator: give one that "
-            "can be iterated again, such as a DataLoader or a list"
+            "can be iterated again"
         )
-    return inner.data_loader
+    return own

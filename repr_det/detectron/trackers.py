@@ -1,4 +1,4 @@
-"""WandbWriter: a run in Weights & Biases, through Detectron2's interface for writers of events."""
+"""A run in Weights & Biases."""
 
 import importlib
 import json
@@ -16,18 +16,17 @@ from repr_det.method.errors import UserError
 from repr_det.runs.files import EVENTS_FILE, OVERLAPS_FILE, write_atomically
 
 _ID_FILE = "wandb_id.txt"
-_SENT_FILE = "wandb_sent.txt"  # the iteration of the last transition that is in the run
+_SENT_FILE = "wandb_sent.txt"  # iteration of the last transition in the run
 
 
 class WandbWriter(EventWriter):
-    """Logs config, all scalars, every drop and restore once, and a histogram of the filters' overlap at each.
+    """Logs config, scalars, and every drop and restore once, with a histogram of the filters' overlap.
 
-    W&B's ``sync_tensorboard`` loses transitions that TensorBoard had not flushed when the run was killed, and repeats
-    those that a resumed run does. Add the writer in ``build_writers``; a resumed run resumes that of its OUTPUT_DIR.
+    Unlike ``sync_tensorboard`` it loses no transition of a killed run and repeats none of a resumed one. A resumed run
+    resumes that of its OUTPUT_DIR. Add the writer in ``build_writers``.
 
     Args:
-        cfg: of the run.
-        window_size: scalars that are smoothed are the median of so many.
+        window_size: smoothed scalars are the median of so many.
         options: of ``wandb.init``: project, name, mode="offline", ...
 
     Raises:
@@ -49,7 +48,6 @@ class WandbWriter(EventWriter):
             raise UserError(f"Weights & Biases: {error} WANDB_MODE=offline keeps everything on disk.") from error
 
     def write(self) -> None:
-        """Logs what came since the last call."""
         storage = get_event_storage()
         latest = storage.latest_with_smoothing_hint(self._window_size)
         scalars = {name: value for name, (value, iteration) in latest.items() if iteration > self._last_write}
@@ -63,19 +61,18 @@ class WandbWriter(EventWriter):
             self._run.log(scalars, step=storage.iter)
 
     def _log_transition(self, event: dict[str, Any], overlap: dict[str, list[float]]) -> None:
-        name = f"repr/{event['event']}"
         values = {
-            f"{name}_iteration": event["iteration"],
-            f"{name}_filters": sum(map(len, event["dropped"].values())),
-            f"{name}_overlap_before": event["overlap_before"],
-            f"{name}_overlap_after": event["overlap_after"],
-            f"{name}_overlap": self._wandb.Histogram(list(chain(*overlap.values()))),
+            "iteration": event["iteration"],
+            "filters": sum(map(len, event["dropped"].values())),
+            "overlap_before": event["overlap_before"],
+            "overlap_after": event["overlap_after"],
+            "overlap": self._wandb.Histogram(list(chain(*overlap.values()))),
         }
-        self._run.log(values, step=event["iteration"])
+        named = {f"repr/{event['event']}_{name}": value for name, value in values.items()}
+        self._run.log(named, step=event["iteration"])
         write_atomically(self._folder / _SENT_FILE, str(event["iteration"]))
 
     def close(self) -> None:
-        """Ends the run."""
         self._run.finish()
 
     def _read(self, name: str) -> str:

@@ -1,4 +1,4 @@
-"""Norms of channels, known by what they hold and do and not by their names."""
+"""Norms of channels, known by what they hold and do, not by their names."""
 
 import copy
 from collections.abc import Iterable
@@ -11,8 +11,7 @@ BATCH, FROZEN, GROUP, NONE = "batch", "frozen", "group", "none"
 
 
 def norm_kind(norm: nn.Module | None) -> str:
-    """ "batch" (BN, SyncBN, naiveSyncBN), "frozen" (any norm with statistics of its own that training does not move),
-    "group" (GN) or "none"."""
+    """ "batch" (BN, SyncBN, naiveSyncBN), "frozen" (statistics that training does not move), "group" (GN) or "none"."""
     if norm is None or isinstance(norm, nn.Identity):
         return NONE
     if isinstance(norm, nn.GroupNorm):
@@ -22,14 +21,13 @@ def norm_kind(norm: nn.Module | None) -> str:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Tells whether a module normalises channels, by what it holds and not by its name."""
     if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)):
         return True
     return all(isinstance(getattr(module, key, None), Tensor) for key in ("weight", "running_mean", "running_var"))
 
 
 def epsilon(norm: nn.Module) -> float:
-    """The number that a norm adds to the variance: by its output for ones at a variance of 0, unless it tells."""
+    """The number that a norm adds to the variance; without an ``eps``, by its output for ones at a variance of 0."""
     known = getattr(norm, "eps", None)
     if isinstance(known, float):
         return known
@@ -43,7 +41,7 @@ def epsilon(norm: nn.Module) -> float:
 
 
 def restart_averaging(modules: Iterable[Any]) -> None:
-    """Restarts BN that averages its statistics over all batches (momentum None): the network is another one now."""
+    """Restarts BN that averages its statistics over all batches (momentum None)."""
     for module in modules:
         averages = isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum is None
         if averages and module.num_batches_tracked is not None:

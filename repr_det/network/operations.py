@@ -22,7 +22,7 @@ NORMS = {
     *("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm"),
     *("_batch_norm_with_update", "_batch_norm_no_update", "miopen_batch_norm", "batch_norm_elemt", "native_group_norm"),
 }
-# Every output is a sum, a copy or the largest of inputs of one channel, at their place or another.
+# Every output is a sum, a copy or the largest of inputs of one channel.
 OF_A_CHANNEL = {
     *("max_pool2d", "max_pool2d_with_indices", "avg_pool2d", "adaptive_avg_pool2d", "_adaptive_avg_pool2d"),
     *("adaptive_max_pool2d", "upsample_nearest2d", "_upsample_nearest_exact2d", "upsample_bilinear2d"),
@@ -51,8 +51,10 @@ def is_elementwise(operation: Operation) -> bool:
 
 
 def makes_zero(operation: Operation, zeros: Collection[int], *others: tuple[float, bool]) -> bool:
-    """Tells whether an elementwise operation gives 0, by running it on single numbers: 0 for the values ``zeros``, and
-    each of ``others`` (the second if a flag is wanted) for the rest."""
+    """Tells whether an operation is elementwise and gives 0 if the values ``zeros`` are 0 and the rest is each of
+    ``others`` (the second of a pair is for flags)."""
+    if not is_elementwise(operation):
+        return False
 
     def stand_in(value: Value, other: tuple[float, bool]) -> Tensor:
         number = 0.0 if value.number in zeros else other[value.dtype == torch.bool]
@@ -60,15 +62,15 @@ def makes_zero(operation: Operation, zeros: Collection[int], *others: tuple[floa
         return torch.tensor([number], device="cpu").to(dtype)
 
     noted = (operation.arguments, operation.keywords)
-    for other in others if is_elementwise(operation) else ():
+    for other in others:
         arguments, keywords = tree_map_only(Value, partial(stand_in, other=other), noted)
         try:
             results = tree_leaves(operation.function(*arguments, **keywords))
         except (RuntimeError, TypeError, NotImplementedError, IndexError):
-            return False  # it does not take single numbers: nothing is shown, and the conv stays out
+            return False  # it does not take single numbers: nothing is shown
         if any(bool(result.any()) for result in results):
             return False
-    return is_elementwise(operation)
+    return True
 
 
 def is_over_positions(operation: Operation) -> bool:

@@ -1,7 +1,7 @@
-"""A proof of which convs can lose filters: by one traced training pass (``tracing``), in any network.
+"""A proof, by one traced training pass, of which convs can lose filters.
 
-A filter of a conv can be dropped where setting its rows to zero silences it: its row of the conv's weight and bias, and
-of the norm behind it. From these zeros the proof follows the values of the pass. It looks for
+A filter can be dropped if zeros in its row of weight and bias, of the conv and the norm behind it, silence its channel.
+The proof follows these zeros through the pass. It needs
 
 1. a weight that convolutions alone read, as it is;
 2. an output that goes into one norm and nowhere else, a norm that gets nothing else; or into no norm;
@@ -22,10 +22,10 @@ class Reader:
     """A module that reads the channels of a conv by a convolution or a matrix product.
 
     Attributes:
-        name: of the module; "" where none of those that were watched was running.
-        aligned: whether its inputs are the conv's channels in their order.
-        alone: whether nothing else has been added to what it reads.
-        span: how many inputs each channel is: the positions of the image, where it is flattened for a linear layer.
+        name: of the module; "" if no watched one was running.
+        aligned: its inputs are the conv's channels in their order.
+        alone: nothing else has been added to what it reads.
+        span: inputs per channel: the positions of an image that is flattened for a linear layer.
     """
 
     name: str
@@ -36,14 +36,12 @@ class Reader:
 
 @dataclass
 class Verdict:
-    """The findings of the proof about a conv.
+    """What the proof found about a conv.
 
     Attributes:
-        norm: name of the norm behind it, or None.
-        reason: why its filters cannot be dropped; "" where they can.
-        readers: who reads its channels.
-        rectified: whether what comes behind its norm is a ReLU, and nothing else.
-        ran: whether it was in the pass.
+        reason: why its filters cannot be dropped; "" if they can.
+        rectified: only a ReLU comes behind its norm.
+        ran: it was in the pass.
     """
 
     norm: str | None = None
@@ -54,17 +52,13 @@ class Verdict:
 
 
 def prove(trace: Trace, convs: Sequence[str], norms: Collection[str]) -> dict[str, Verdict]:
-    """Follows the zeros of each conv through a pass; ``convs`` and ``norms`` are names of watched modules.
-
-    Returns:
-        conv name -> verdict.
-    """
+    """The verdict of each conv; ``convs`` and ``norms`` are names of watched modules."""
     graph = _Graph(trace, norms)
     return {name: _Follow(graph, name).verdict() for name in convs}
 
 
 def first_that_refuses(everyone: Sequence[Mapping[str, Verdict]]) -> dict[str, Verdict]:
-    """The verdicts of several processes together: a conv can lose filters where all have shown it."""
+    """The verdicts of several processes together: a conv can lose filters if all have shown it."""
     return {
         name: next((theirs[name] for theirs in everyone if theirs[name].reason), mine)
         for name, mine in everyone[0].items()
@@ -72,7 +66,7 @@ def first_that_refuses(everyone: Sequence[Mapping[str, Verdict]]) -> dict[str, V
 
 
 class _Graph:
-    """The operations that what leaves the network depends on: not those that count or log."""
+    """The operations that the outputs of the network depend on: not those that count or log."""
 
     def __init__(self, trace: Trace, norms: Collection[str]) -> None:
         self.trace = trace
@@ -107,14 +101,13 @@ class _Refused(Exception):
 
 
 class _Follow:
-    """Follows the zeros of one conv."""
-
     def __init__(self, graph: _Graph, name: str) -> None:
         self.graph = graph
+        self.trace = graph.trace
         self.name = name
         self.found = Verdict()
         self.states: dict[int, _State] = {}  # of values that depend on its channel
-        self.own: set[int] = set()  # the parameters whose rows are set to 0, in the conv and its norm
+        self.own: set[int] = set()  # the parameters, of conv and norm, whose rows are set to 0
 
     def verdict(self) -> Verdict:
         try:
@@ -129,8 +122,8 @@ class _Follow:
         return self.found
 
     def _convolutions(self) -> list[Operation]:
-        """Those that read the weight; all that read it must be such."""
-        weight = self.graph.trace.parameters.get(f"{self.name}.weight")
+        """The readers of the weight, all of which must be convolutions."""
+        weight = self.trace.parameters.get(f"{self.name}.weight")
         uses = [] if weight is None else self.graph.users[weight]
         if not uses:
             self.found.ran = False
@@ -144,7 +137,6 @@ class _Follow:
         return uses
 
     def _norm(self, convolutions: list[Operation]) -> str | None:
-        """The norm that the outputs go into, alone and nowhere else."""
         names: set[str | None] = set()
         for convolution in convolutions:
             inside = {self._norm_around(user) for user in self.graph.users[convolution.outputs[0]]}
@@ -159,12 +151,12 @@ class _Follow:
         return norm
 
     def _norm_around(self, user: Operation) -> str | None:
-        around = [module for module in user.modules if module in self.graph.norms and module != self.name]
-        return around[-1] if around else None
+        around = (module for module in reversed(user.modules) if module in self.graph.norms and module != self.name)
+        return next(around, None)
 
     def _follow(self) -> None:
         names = [f"{module}.{key}" for module in (self.name, self.found.norm) for key in ("weight", "bias")]
-        self.own = {self.graph.trace.parameters[name] for name in names if name in self.graph.trace.parameters}
+        self.own = {self.trace.parameters[name] for name in names if name in self.trace.parameters}
         self.states = dict.fromkeys(self.own, _State())
         for operation in self.graph.operations:
             if self.states.keys().isdisjoint(operation.inputs):
@@ -172,11 +164,11 @@ class _Follow:
             state = self._after(operation)
             if state is not None:
                 self.states.update(dict.fromkeys(operation.outputs, state))
-                if self.graph.trace.left.intersection(operation.outputs):
+                if self.trace.left.intersection(operation.outputs):
                     raise _Refused("its channels leave the network: it predicts")
 
     def _is_rectified(self) -> bool:
-        """Tells whether all that comes behind conv and norm makes 0 of what is negative, and of nothing positive."""
+        """Tells whether all behind conv and norm makes 0 of negative numbers, and of no positive ones."""
         around = self.found.norm or self.name
         inside = [operation for operation in self.graph.operations if around in operation.modules]
         outputs = {number for operation in inside for number in operation.outputs if number in self.states}
@@ -185,7 +177,7 @@ class _Follow:
         return bool(users) and of_negative and not any(operations.makes_zero(user, (), (1.3, True)) for user in users)
 
     def _after(self, operation: Operation) -> _State | None:
-        """Returns the state of the outputs; None where they do not depend on the channel any more."""
+        """The state of the outputs; None if they no longer depend on the channel."""
         inputs = {number: self.states[number] for number in operation.inputs if number in self.states}
         channels = {number: state for number, state in inputs.items() if number not in self.own}
         if operation.name in operations.STEERED:
@@ -196,14 +188,14 @@ class _Follow:
             return self._read(operation, channels)
         if operation.name in operations.NORMS:
             return self._normalised(operation)
-        if operation.name == "copy":  # into another tensor
+        if operation.name == "copy":
             source = operation.arguments[1]
             return self.states.get(source.number) if isinstance(source, Value) else None
         if operation.name in operations.MOVES:
             return self._moved(operation, inputs)
         if operations.is_elementwise(operation):
             return self._elementwise(operation, inputs)
-        if not operation.outputs or self.graph.trace.constants.issuperset(operation.outputs):
+        if not operation.outputs or self.trace.constants.issuperset(operation.outputs):
             return None
         return self._no_longer_zero(operation, inputs)
 
@@ -246,19 +238,19 @@ class _Follow:
         silent = {number: state for number, state in inputs.items() if not state.reason}
         if silent and operations.makes_zero(operation, silent, (0.7, True), (-1.3, False)):  # whatever else it gets
             return self._merged(silent)
-        are_data = not any(n in self.graph.trace.constants for n in operation.inputs if n not in inputs)
+        are_data = not any(n in self.trace.constants for n in operation.inputs if n not in inputs)
         if inputs == silent and are_data and operations.makes_zero(operation, silent, (0.0, True), (0.0, False)):
             return replace(self._merged(silent), alone=False)  # other channels are added
         return self._no_longer_zero(operation, inputs)
 
     def _no_longer_zero(self, operation: Operation, inputs: dict[int, _State]) -> _State:
-        reason = f"behind it comes {operation.name}, which does not make 0 of a channel that is 0"
         state = self._merged(inputs)
+        reason = f"behind it comes {operation.name}, which does not make 0 of a channel that is 0"
         return replace(state, reason=state.reason or reason)
 
     def _merged(self, inputs: Mapping[int, _State]) -> _State:
-        # A gain (J,) becomes (1, J, 1, 1) on its way; it is where the data are that channels count.
-        placed = [state for number, state in inputs.items() if number not in self.graph.trace.constants]
+        # A gain (J,) becomes (1, J, 1, 1) on its way: channels count where the data are.
+        placed = [state for number, state in inputs.items() if number not in self.trace.constants]
         placed = placed or list(inputs.values())
         return _State(
             next((state.reason for state in inputs.values() if state.reason), ""),

@@ -1,4 +1,4 @@
-"""State that training draws from and keeps, put back as it was after passes that are not part of it."""
+"""State of training, put back after passes that are not part of it."""
 
 import contextlib
 import functools
@@ -13,27 +13,24 @@ import torch
 from torch import Tensor, nn
 
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
-_MOST_OBJECTS = 2000  # that are looked at for generators
-_LARGEST = 1_000_000  # elements: what is larger is a cache of activations
+_MOST_OBJECTS = 2000  # searched for generators
+_LARGEST = 1_000_000  # elements: a larger tensor is a cache of activations
 
 
 def generator_of(*numbers: int) -> torch.Generator:
-    """A generator of the CPU whose stream depends on ``numbers`` alone, not on what was drawn before."""
+    """A generator of the CPU whose stream depends on ``numbers`` alone."""
     digest = hashlib.sha256(repr(numbers).encode()).digest()[:7]
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
 def random_state() -> dict[str, Any]:
-    """The state of every generator that training draws from: Python, NumPy, torch's of the CPU and of all CUDA devices.
-
-    Holds only what ``torch.load(weights_only=True)`` takes.
-    """
+    """The states of Python's, NumPy's and torch's generators (CPU and CUDA), for ``torch.load(weights_only=True)``."""
     kind, keys, position, has_gauss, cached = np.random.get_state()
     version, internal, gauss = random.getstate()
     keys = torch.from_numpy(np.asarray(keys).astype(np.int64))
     state = {
         "python": [version, list(internal), gauss],
-        "numpy": [str(kind), keys, int(position), int(has_gauss), float(cached)],
+        "numpy": [kind, keys, position, has_gauss, cached],
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -42,7 +39,6 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Puts back what ``random_state`` returned."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     kind, keys, position, has_gauss, cached = state["numpy"]
@@ -50,7 +46,7 @@ def set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"].cpu())
     if "cuda" in state and torch.cuda.is_available():
         saved = state["cuda"]
-        if torch.is_tensor(saved):  # of version 0.2.0: the current device's alone
+        if torch.is_tensor(saved):  # version 0.2.0: the current device's
             torch.cuda.set_rng_state(saved.cpu())
         else:
             torch.cuda.set_rng_state_all([one.cpu() for one in saved[: torch.cuda.device_count()]])
@@ -58,7 +54,7 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def preserved_random_state(*holders: Any) -> Iterator[None]:
-    """Every random state is afterwards as before, and so are the generators in ``holders`` (``generators_in``)."""
+    """Puts every random state back, and the generators in ``holders`` (``generators_in``)."""
     state = random_state()
     put_back = [_resetting(generator) for generator in generators_in(*holders)]
     try:
@@ -70,7 +66,7 @@ def preserved_random_state(*holders: Any) -> Iterator[None]:
 
 
 def _resetting(generator: Any) -> Callable[[], Any]:
-    """Returns a call that sets a generator to its state of now."""
+    """A call that sets a generator to its state of now."""
     if isinstance(generator, np.random.Generator):
         bits = generator.bit_generator
         return functools.partial(setattr, bits, "state", bits.state)
@@ -80,8 +76,8 @@ def _resetting(generator: Any) -> Callable[[], Any]:
 
 
 def generators_in(*holders: Any) -> list[Any]:
-    """The random generators in attributes of ``holders`` (data loaders, data sets, augmentations), of the objects
-    there, and so on; not those of objects in an array, nor beyond the first 2,000 objects."""
+    """The random generators in attributes of ``holders`` (data loaders, data sets, ...), of the objects there, and so
+    on."""
     found, seen, waiting = [], set(), list(holders)
     while waiting and len(seen) < _MOST_OBJECTS:
         one = waiting.pop(0)
@@ -94,7 +90,7 @@ def generators_in(*holders: Any) -> list[Any]:
             waiting += list(one.values() if isinstance(one, dict) else one)[:50]
         else:
             waiting += list(getattr(one, "__dict__", {}).values())
-            waiting += gc.get_referents(*(getattr(one, "__closure__", None) or ()))  # contents of cells
+            waiting += gc.get_referents(*(getattr(one, "__closure__", None) or ()))
             waiting.append(getattr(one, "__self__", None))
     return found
 
@@ -109,12 +105,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module, own_modes: bool = False, trains: bool = True) -> Iterator[None]:
-    """Training mode inside; afterwards every random state, buffer, gradient and mode is as before, and so is what
-    modules keep in plain attributes (``HiddenState``).
+    """Sets training mode; puts back every random state, buffer, gradient, mode and plain attribute of modules.
 
     Args:
-        own_modes: every module stays in its mode, as long as the model has that in which it trains (frozen BN stays
-            frozen).
+        own_modes: every module stays in its mode if the model is in that in which it trains (frozen BN stays frozen).
         trains: whether that is training mode.
     """
     modules = [(each, each.training, dict(vars(each)), dict(each._buffers)) for each in model.modules()]
@@ -145,11 +139,10 @@ def undisturbed(model: nn.Module, own_modes: bool = False, trains: bool = True) 
 
 
 class HiddenState:
-    """Numbers and tensors that modules of ``model`` keep in plain attributes and non-persistent buffers, as they are
-    when this is made. Detectron2's RetinaNet and FCOS average their loss normalizer so.
+    """Numbers and tensors in plain attributes and non-persistent buffers of modules, as they are when this is made.
 
-    Not seen: attributes of any other kind (lists, dicts, NumPy arrays, generators), tensors that belong to a graph or
-    have more than 1,000,000 elements, and attributes that are removed later.
+    Detectron2's RetinaNet and FCOS average their loss normalizer so. Not seen: lists, dicts, arrays, generators,
+    tensors of a graph or of more than 1,000,000 elements, and attributes that are removed later.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -157,14 +150,13 @@ class HiddenState:
         self._before = dict(_attributes(model))
 
     def changed(self) -> dict[str, Any]:
-        """Attributes that have another value now, as "module:attribute" -> value (tensors on the CPU); loads under
-        ``torch.load(weights_only=True)``."""
+        """Returns "module:attribute" -> value of those that have another value now; tensors on the CPU."""
         before = self._before
         now = _attributes(self.model)
         return {name: value for name, value in now if name not in before or not _is_same(value, before[name])}
 
     def load(self, changed: dict[str, Any]) -> list[str]:
-        """Sets what ``changed`` of another process returned; the names that this model does not have."""
+        """Sets what ``changed`` of another process returned. Returns the names that this model does not have."""
         unknown = []
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         for name, value in changed.items():
@@ -182,7 +174,7 @@ class HiddenState:
 
 
 def _attributes(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """("module:attribute", value) of what ``HiddenState`` sees, tensors copied to the CPU."""
+    """Yields ("module:attribute", value), tensors copied to the CPU."""
     for name, module in model.named_modules():
         held = vars(module) | {key: module._buffers.get(key) for key in module._non_persistent_buffers_set}
         for key, value in held.items():
@@ -192,7 +184,6 @@ def _attributes(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _is_plain(value: Any) -> bool:
-    """Tells whether ``value`` is a number, None or a small tensor outside of any graph."""
     if torch.is_tensor(value):
         return value.grad_fn is None and not isinstance(value, nn.Parameter) and value.numel() <= _LARGEST
     return isinstance(value, (bool, int, float, type(None)))

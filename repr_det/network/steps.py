@@ -1,4 +1,4 @@
-"""Optimizers seen from outside: those inside others, a call for every step, and their learning rates."""
+"""Optimizers seen from outside."""
 
 import sys
 import traceback
@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 
 def with_inner(optimizer: Any) -> list[Optimizer]:
-    """An optimizer or a list of them, and those that they hold and step (SAM, Lookahead, accelerate's wrapper)."""
+    """An optimizer or a list of them, and those that they hold (SAM, Lookahead, accelerate's wrapper)."""
     found: list[Any] = []
     waiting = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
     while waiting:
@@ -28,8 +28,7 @@ def around_step(
 ) -> list[Any]:
     """Calls ``before`` and ``after`` around every step, once for optimizers that step each other.
 
-    torch runs the hooks of an instance twice where ``step`` of a subclass calls that of its base. Returns handles with
-    ``remove``.
+    torch runs hooks twice if ``step`` of a subclass calls that of its base. Returns handles with ``remove``.
     """
 
     def unless_inside(call: Callable[[], Any]) -> Callable[..., None]:
@@ -47,7 +46,7 @@ def around_step(
 
 
 def _is_inside(optimizers: Sequence[Optimizer], frame: FrameType) -> bool:
-    """Tells whether the step that ``frame`` runs in has been called from another step of one of the optimizers."""
+    """Tells whether the step that ``frame`` runs in was called from another step."""
 
     def is_step(frame: FrameType) -> bool:
         return any(frame.f_locals.get("self") is optimizer for optimizer in optimizers)
@@ -58,10 +57,7 @@ def _is_inside(optimizers: Sequence[Optimizer], frame: FrameType) -> bool:
 
 
 def scale_rates(optimizers: Sequence[Optimizer], share: Callable[[], float]) -> list[Any]:
-    """Every step takes its learning rates times ``share()``; schedules, logs and checkpoints do not see it.
-
-    Returns handles with ``remove``.
-    """
+    """Scales the learning rates by ``share()`` during every step; returns handles with ``remove``."""
     own: list[dict[str, Any]] = []
     rates: list[Any] = []
 

@@ -1,7 +1,6 @@
 """A record of one forward pass: which operation made which value from which.
 
-The trace sees torch's own operations, below modules and autograd, so it does not matter how a network is written.
-Values are numbered and not kept: a pass that is traced needs no more memory than one that is not.
+It sees torch's own operations, so it does not matter how a network is written. Values are numbered and not kept.
 """
 
 import threading
@@ -12,26 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# The documented way to see every operation (docs.pytorch.org, "Extending PyTorch", modes). No public module has it.
+# The documented way to see every operation (docs.pytorch.org, "Extending PyTorch", modes).
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
 # Values stay what they are.
 _COPIES = {"_to_copy", "clone", "detach", "alias", "contiguous", "_conj", "_neg_view", "to_mkldnn"}
-# What these put out does not depend on the values that go in.
+# Outputs do not depend on the values that go in.
 _FRESH = {
     *("empty", "zeros", "ones", "full", "rand", "randn", "arange", "scalar_tensor", "randint", "randperm"),
     *("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like"),
     *("new_empty", "new_zeros", "new_ones", "new_full", "empty_strided", "new_empty_strided"),
     *("bernoulli", "uniform", "normal", "random", "exponential", "fill", "zero", "lift_fresh"),
 }
-_NESTED = 6  # how deep a result is searched for tensors
 
 
 @dataclass(frozen=True)
 class Value:
-    """A tensor in the arguments of an operation. Copies, of another type say, have the same number."""
+    """A tensor in the arguments of an operation. Copies have the same number."""
 
     number: int
     dtype: torch.dtype
@@ -43,11 +41,10 @@ class Operation:
     """One operation of a pass.
 
     Attributes:
-        function: torch's operator.
         name: without the underscore of one that works in place.
-        arguments, keywords: as it was called, with ``Value`` for tensors.
+        arguments, keywords: with ``Value`` for tensors.
         inputs, outputs: numbers of values.
-        modules: names of the watched modules that were running, the innermost last.
+        modules: the watched modules that were running, the innermost last.
         call: which call of the innermost one it was.
     """
 
@@ -62,20 +59,14 @@ class Operation:
 
     @property
     def module(self) -> str:
-        """The innermost of ``modules``, or ""."""
         return self.modules[-1] if self.modules else ""
 
 
 class Trace(TorchDispatchMode):
     """Records the operations that run in this thread while it is entered.
 
-    Args:
-        model: what it holds is constant, whatever is made of it.
-
     Attributes:
-        operations: in the order in which they ran.
-        constants: numbers of values that no data went into: what ``model`` holds, fresh tensors, and what is made of
-            these alone.
+        constants: numbers of values without data: what the model holds, fresh tensors, and what is made of these.
         parameters: "module.attribute" of watched modules that have run -> number.
         left: numbers of the values that left the network.
     """
@@ -85,24 +76,21 @@ class Trace(TorchDispatchMode):
         self.operations: list[Operation] = []
         self._numbers = WeakTensorKeyDictionary()
         self._count = self._calls = 0
-        self._running: list[tuple[str, int]] = []
-        # Tensors that share memory change together when one of them is written to in place.
+        self.running: list[tuple[str, int]] = []
+        # Writing to a tensor in place changes all that share its memory.
         self._sharing: dict[int, WeakTensorKeyDictionary] = {}
         self.parameters: dict[str, int] = {}
         self.left: set[int] = set()
-        held = [*model.parameters(), *model.buffers(), *_attributes(model)]
+        held = (*model.parameters(), *model.buffers(), *_attributes(model))
         self.constants = {self.number(tensor) for tensor in held}
 
     def enter_module(self, name: str, module: nn.Module) -> None:
         self._calls += 1
-        self._running.append((name, self._calls))
+        self.running.append((name, self._calls))
         for key in ("weight", "bias"):  # of a replica, in DataParallel
             tensor = getattr(module, key, None)
             if isinstance(tensor, Tensor):
                 self.parameters.setdefault(f"{name}.{key}", self.number(tensor))
-
-    def leave_module(self) -> None:
-        self._running.pop()
 
     def number(self, tensor: Tensor) -> int:
         """The number of the value that ``tensor`` holds now."""
@@ -121,10 +109,10 @@ class Trace(TorchDispatchMode):
         self, function: Any, types: Any, arguments: tuple = (), keywords: dict[str, Any] | None = None
     ) -> Any:
         keywords = keywords or {}
-        noted, noted_keywords = tree_map_only(
+        noted = tree_map_only(
             Tensor, lambda each: Value(self.number(each), each.dtype, each.shape), (arguments, keywords)
         )
-        inputs = numbers_in((noted, noted_keywords))
+        inputs = numbers_in(noted)
         result = function(*arguments, **keywords)
         name = function.overloadpacket.__name__
         if name in _COPIES:
@@ -135,13 +123,13 @@ class Trace(TorchDispatchMode):
         outputs = [self._renumber(tensor) for tensor in tensors_in(arguments[0] if in_place else result)]
         if name in _FRESH or (inputs and self.constants.issuperset(inputs)):
             self.constants.update(outputs)
-        self._record(function, name, noted, noted_keywords, inputs, outputs)
+        self._record(function, name, *noted, inputs, outputs)
         if in_place:
             self._renumber_sharing(arguments[0])
         return result
 
     def _renumber_sharing(self, target: Any) -> None:
-        """Tensors that share memory with one that has been written to hold a mixture of before and after."""
+        """Tensors that share memory with a written one hold a mixture of before and after."""
         for tensor in tensors_in(target):
             sharing = self._sharing.get(tensor.untyped_storage().data_ptr(), {})
             for other in [other for other in sharing if other is not tensor]:
@@ -149,8 +137,8 @@ class Trace(TorchDispatchMode):
                 self._record(torch.ops.aten.cat.default, "cat", (), {}, mixed, [self._renumber(other)])
 
     def _record(self, function: Any, name: str, arguments: Any, keywords: Any, inputs: list, outputs: list) -> None:
-        modules = tuple(running for running, _ in self._running)
-        call = self._running[-1][1] if self._running else 0
+        modules = tuple(running for running, _ in self.running)
+        call = self.running[-1][1] if self.running else 0
         self.operations.append(Operation(function, name, arguments, keywords, inputs, outputs, modules, call))
 
 
@@ -158,9 +146,9 @@ class TracedPass:
     """Traces the next passes of a network, each from the entry of its outermost module to the exit.
 
     Args:
-        watched: modules whose calls the operations are to name.
-        outer: modules by which a pass may be entered, with all that runs inside them.
-        done: called with the trace of each pass that has not been ended by an error.
+        watched: modules that operations name.
+        outer: modules by which a pass may be entered.
+        done: called with the trace of each pass that ended without an error.
     """
 
     def __init__(
@@ -182,21 +170,20 @@ class TracedPass:
             handle.remove()
 
     def _hook(self, module: nn.Module, before: Callable[..., None], after: Callable[..., None]) -> None:
-        # A compiled network runs this pass as it is: what a dispatch mode sees is not compiled.
         self._handles.append(module.register_forward_pre_hook(HookOfOne(before)))
         self._handles.append(module.register_forward_hook(HookOfOne(after), always_call=True))
 
-    def _enter(self, module: nn.Module, inputs: Any) -> None:
-        # Checkpointing runs parts again in the backward pass; no public function tells whether one runs in this thread.
+    def _enter(self, module: nn.Module, _: Any) -> None:
+        # Checkpointing runs parts again in the backward pass, which no public function tells.
         trains = torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1
-        with self._lock:  # DataParallel runs replicas in threads of their own; one of them is traced
+        with self._lock:  # DataParallel runs replicas in threads; one is traced
             if self._trace is None and trains:
                 self._trace, self._thread, self._depth = Trace(module), threading.get_ident(), 0
                 self._trace.__enter__()
             if self._is_mine():
                 self._depth += 1
 
-    def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
+    def _leave(self, module: nn.Module, _: Any, output: Any) -> None:
         if not self._is_mine():
             return
         self._depth -= 1
@@ -212,16 +199,16 @@ class TracedPass:
         if self._is_mine():
             self._trace.enter_module(name, module)
 
-    def _leave_watched(self, module: nn.Module, inputs: Any, output: Any) -> None:
+    def _leave_watched(self, *_: Any) -> None:
         if self._is_mine():
-            self._trace.leave_module()
+            self._trace.running.pop()
 
     def _is_mine(self) -> bool:
         return self._trace is not None and threading.get_ident() == self._thread
 
 
 class HookOfOne:
-    """A hook of a module that copies and pickles of the module are without."""
+    """A hook that copies and pickles of its module do not have."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = torch.compiler.disable(function)
@@ -237,8 +224,8 @@ def _nothing(*arguments: Any) -> None:
     pass
 
 
-def tensors_in(result: Any, depth: int = _NESTED) -> Iterator[Tensor]:
-    """The tensors in nested lists, tuples, dicts and objects, but not those of modules."""
+def tensors_in(result: Any, depth: int = 6) -> Iterator[Tensor]:
+    """The tensors in nested lists, tuples, dicts and objects other than modules, to a depth."""
     if isinstance(result, Tensor):
         yield result
     elif depth and not isinstance(result, nn.Module):
@@ -248,7 +235,7 @@ def tensors_in(result: Any, depth: int = _NESTED) -> Iterator[Tensor]:
 
 
 def _attributes(model: nn.Module) -> Iterator[Tensor]:
-    """Tensors in plain attributes of its modules, or in a list or dict there."""
+    """Tensors in plain attributes of modules, or in a list or dict there."""
     for module in model.modules():
         for key, held in vars(module).items():
             if key not in ("_parameters", "_buffers", "_modules") and "hooks" not in key:
@@ -256,5 +243,4 @@ def _attributes(model: nn.Module) -> Iterator[Tensor]:
 
 
 def numbers_in(arguments: Any) -> list[int]:
-    """The numbers of the values in noted arguments."""
     return [leaf.number for leaf in tree_leaves(arguments) if isinstance(leaf, Value)]

@@ -1,7 +1,6 @@
-"""Watches a network's training passes until it is proved of each conv whether it can lose filters.
+"""Watches training passes until each conv is proved or refused.
 
-Until a training pass has run, nothing is known. The passes of the first step are traced; a conv that has not run in
-them is proved when it first runs.
+Those of the first step are traced; for a conv that has not run in them, those of the step after its first run.
 """
 
 from collections import defaultdict
@@ -15,24 +14,18 @@ from repr_det.network.norms import is_norm
 from repr_det.network.proof import Verdict, prove
 from repr_det.network.tracing import HookOfOne, Trace, TracedPass
 
-_MOST_PASSES = 20  # to be traced for convs that have not run yet
+_MOST_PASSES = 20  # traced, for convs that have not run yet
 NOT_RUN = Verdict(reason="it has not run in a training pass", ran=False)
 COMPUTED = Verdict(reason="its weight is computed from other parameters")
 
 
 class Watch:
-    """Watches training passes of ``model``, those of one step at a time, until all convs are proved or refused.
-
-    Args:
-        model: not wrapped.
-        convs: names of its Conv2d modules.
+    """Watches ``model``, which is not wrapped.
 
     Attributes:
-        modules: of the model, by name.
         verdicts: conv name -> what the passes so far have shown.
-        traced: how many passes have been traced.
-        trains: whether the model was in training mode in them.
-        news: whether a pass has been traced since ``hear``.
+        trains: the model was in training mode in them.
+        news: a pass has been traced since ``hear``.
     """
 
     def __init__(self, model: nn.Module, convs: Sequence[str]) -> None:
@@ -45,7 +38,8 @@ class Watch:
         self.news = False
         self._tracing = False
         self._handles: list[Any] = []
-        self._last: Trace | None = None
+        self._norms = [name for name, module in self.modules.items() if is_norm(module)]
+        self._last: Trace
         self.trace_next()
 
     def trace_next(self) -> None:
@@ -54,12 +48,12 @@ class Watch:
             return
         self.close()
         self._tracing = True
-        watched = {name: module for name, module in self.modules.items() if module._parameters or is_norm(module)}
+        watched = {name: module for name, module in self.modules.items() if module._parameters or name in self._norms}
         around = [name for name in self.modules if any(conv.startswith(name and f"{name}.") for conv in self.convs)]
         self._handles = [TracedPass(watched, [self.modules[name] for name in around], self._look)]
 
     def hear(self) -> None:
-        """Traces no more, once a step has been seen, but the step after one in which a conv first runs."""
+        """Ends the tracing of a step; that after the first run of a conv is traced again."""
         self.news = False
         self.close()
         for name in self.convs if self.traced < _MOST_PASSES else ():
@@ -68,7 +62,6 @@ class Watch:
                 self._handles.append(self.modules[name].register_forward_hook(hook))
 
     def close(self) -> None:
-        """Watches no longer."""
         self._tracing = False
         for handle in self._handles:
             handle.remove()
@@ -82,17 +75,14 @@ class Watch:
         return [f"{', '.join(convs)} ({reason})" for reason, convs in names.items() if reason]
 
     def others(self) -> list[str]:
-        """Names of all trainable convs of the network that could lose filters, by the last pass."""
-        convs = [n for n, m in self.modules.items() if isinstance(m, nn.Conv2d) and m.weight.requires_grad]
-        return [name for name, verdict in self._proved(convs).items() if not verdict.reason]
-
-    def _proved(self, convs: Sequence[str]) -> dict[str, Verdict]:
-        norms = [name for name, module in self.modules.items() if is_norm(module)]
-        return {} if self._last is None else prove(self._last, convs, norms)
+        """Names of all trainable convs that could lose filters, by the last pass."""
+        modules = self.modules.items()
+        convs = [name for name, conv in modules if isinstance(conv, nn.Conv2d) and conv.weight.requires_grad]
+        return [name for name, verdict in prove(self._last, convs, self._norms).items() if not verdict.reason]
 
     def _look(self, trace: Trace) -> None:
         self._last = trace
-        for name, verdict in self._proved(self.convs).items():
+        for name, verdict in prove(trace, self.convs, self._norms).items():
             now = verdict if "weight" in self.modules[name]._parameters else COMPUTED
             self.verdicts[name] = _both(self.verdicts.get(name, NOT_RUN), now)
         self.trains = self.model.training
@@ -101,7 +91,6 @@ class Watch:
 
 
 def _both(before: Verdict, now: Verdict) -> Verdict:
-    """The verdict of two passes."""
     if not before.ran or (now.ran and now.reason):
         return now
     if not now.ran or before.reason:

@@ -1,4 +1,1 @@
-"""The parts that keep a run whole: files that are whole or absent, checkpoints that run nothing, exact resume, a guard.
-
-May import the method.
-"""
+"""What keeps a run whole: its files, checkpoints, resume and stop. May import ``method`` and ``network``."""

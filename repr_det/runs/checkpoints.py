@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent, that run nothing, and that are found if ``last_checkpoint`` is lost."""
+"""Checkpoints of a run."""
 
 import logging
 from collections.abc import Mapping
@@ -20,12 +20,12 @@ _TAG = "last_checkpoint"
 class AtomicCheckpointer(DetectionCheckpointer):
     """DetectionCheckpointer whose files are whole or absent, and that executes nothing that a file contains.
 
-    If ``last_checkpoint`` is missing, the newest checkpoint of the folder takes its place."""
+    Without ``last_checkpoint`` it takes the newest checkpoint of the folder."""
 
     _resuming = False
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """As in Detectron2; ``last_checkpoint`` changes only once the file is on the disk."""
+        """As in Detectron2; ``last_checkpoint`` changes once the file is on the disk."""
         if not self.save_dir or not self.save_to_disk:
             return
         path = Path(self.save_dir) / f"{name}.pth"
@@ -36,10 +36,10 @@ class AtomicCheckpointer(DetectionCheckpointer):
                 torch.save({"model": self.model.state_dict(), **states, **kwargs}, file)
             write_atomically(path.with_name(_TAG), path.name)
         except (OSError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # where torch writes its files
+            if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # torch's writer of files
                 raise
             if isinstance(error.__context__, OSError):
-                error = error.__context__  # what the system said
+                error = error.__context__
             raise UserError(
                 f"the checkpoint {name} could not be written to {self.save_dir}: {str(error).splitlines()[0]}; the "
                 f"checkpoints before it are untouched: {advice_for(error)}, then --resume"
@@ -52,7 +52,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         return str(find_checkpoint(self.save_dir) or "") if self.save_dir else ""
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
-        """As in Detectron2; a run that is resumed must find every weight of its model."""
+        """As in Detectron2; a resumed run must find every weight of its model."""
         self._resuming = resume and self.has_checkpoint()
         if self._resuming and not (Path(self.save_dir) / _TAG).exists():
             newest = self.get_checkpoint_file()
@@ -98,7 +98,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
 
 
 def find_checkpoint(folder: str | Path) -> Path | None:
-    """Returns the checkpoint that ``last_checkpoint`` names, else the newest; None if there is none.
+    """The checkpoint that ``last_checkpoint`` names, else the newest, else None.
 
     Raises:
         UserError: ``last_checkpoint`` names no file of the folder.
@@ -115,15 +115,15 @@ def find_checkpoint(folder: str | Path) -> Path | None:
 
 
 def is_saved(trainer: TrainerBase, checkpoint_period: int) -> bool:
-    """Tells whether the PeriodicCheckpointer saves after the trainer's iteration."""
+    """Tells whether the PeriodicCheckpointer saves after this iteration."""
     done = trainer.iter + 1
     return done % checkpoint_period == 0 or done >= trainer.max_iter
 
 
 def zero_filters(weights: Mapping[str, Any]) -> dict[str, list[int]]:
-    """Returns, per conv, the filters whose row, bias and norm (by Detectron2's name) are 0, as a drop leaves them.
+    """conv name -> filters whose row, bias and norm (by Detectron2's name) are 0, as a drop leaves them.
 
-    A conv whose filters are all zero begins so, as deformable offsets do.
+    Not of convs that are all zero, as deformable offsets begin.
     """
     found = {}
     for name, value in weights.items():

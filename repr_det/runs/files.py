@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written beside their place and renamed into it."""
+"""The files of a run, and how they are written whole or not at all."""
 
 import errno
 import json
@@ -21,13 +21,13 @@ _TRACES = ("last_checkpoint", METRICS_FILE, EVENTS_FILE)
 
 
 def run_traces(folder: str | Path) -> list[str]:
-    """Returns the names in ``folder`` that show that a run has trained there; none if it made no step."""
+    """Names of files that show that a run has made a step there."""
     found = (p for p in Path(folder).glob("*") if p.name in _TRACES or p.suffix == ".pth")
     return sorted(p.name for p in found if p.stat().st_size)
 
 
 def refuse_used(folder: str | Path, advice: str) -> None:
-    """Raises UserError with advice on how to resume if another run has trained in ``folder``."""
+    """Raises UserError if another run has trained in ``folder``; ``advice`` says how to resume."""
     if traces := run_traces(folder):
         raise UserError(
             f"OUTPUT_DIR {folder} holds another run ({', '.join(traces[:3])}): {advice} to continue it, or give "
@@ -37,7 +37,7 @@ def refuse_used(folder: str | Path, advice: str) -> None:
 
 @contextmanager
 def replacing(path: str | Path, mode: str = "w") -> Iterator[IO]:
-    """Opens a file that takes the place of ``path`` once it is whole and on the disk; a crash leaves the old one."""
+    """Opens a file that takes the place of ``path`` once it is whole and on the disk."""
     path = Path(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{_UNFINISHED}{path.name}-")
     try:
@@ -53,23 +53,22 @@ def replacing(path: str | Path, mode: str = "w") -> Iterator[IO]:
 
 
 def write_atomically(path: str | Path, text: str) -> None:
-    """Puts ``text`` (UTF-8) there by ``replacing``."""
     with replacing(path) as file:
         file.write(text)
 
 
 def remove_unfinished(folder: str | Path) -> None:
-    """Deletes what a killed ``replacing`` left behind."""
+    """Deletes what a killed ``replacing`` left."""
     for leftover in Path(folder).glob(f"{_UNFINISHED}*"):
         if leftover.is_file():  # version 0.2.0 left folders
             leftover.unlink()
 
 
 def advice_for(error: BaseException | None) -> str:
-    """Returns advice for an error of the machine (disk, quota, limits of the process), "" if it is none."""
+    """Advice for an error of the machine (disk, quota, limits of the process), else ""."""
     number = error.errno if isinstance(error, OSError) else None
     worker_failed = isinstance(error, RuntimeError) and "Too many open files" in str(error)
-    # EOFError: a loader worker could not hand an image over.
+    # EOFError: a worker could not hand an image over.
     if worker_failed or isinstance(error, EOFError) or number in (errno.EMFILE, errno.ENFILE):
         return "raise the limit of open files (ulimit -n) or lower DATALOADER.NUM_WORKERS"
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -80,7 +79,7 @@ def advice_for(error: BaseException | None) -> str:
 
 
 def truncate_log(path: str | Path, start_iter: int) -> None:
-    """Removes the lines of json that a crash cut short or whose "iteration" is not before ``start_iter``."""
+    """Removes lines of json that a crash cut short or whose "iteration" is not before ``start_iter``."""
     if not os.path.exists(path):
         return
     with open(path, "r+b") as file:  # in place: others hold it open for appending
@@ -93,7 +92,7 @@ def truncate_log(path: str | Path, start_iter: int) -> None:
 
 
 def last_logged(path: str | Path) -> int:
-    """Returns the largest "iteration" in such a file, -1 if there is none."""
+    """The largest "iteration" in such a file, else -1."""
     if not os.path.exists(path):
         return -1
     iterations = map(_iteration, Path(path).read_bytes().splitlines(keepends=True))
@@ -101,7 +100,6 @@ def last_logged(path: str | Path) -> int:
 
 
 def _iteration(line: bytes) -> float:
-    """Returns infinity for a line that is not whole."""
     try:
         return json.loads(line)["iteration"] if line.endswith(b"\n") else math.inf
     except (ValueError, KeyError, TypeError):

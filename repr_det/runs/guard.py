@@ -1,4 +1,4 @@
-"""Stops a run whose numbers go wrong, before they reach a checkpoint."""
+"""A guard against numbers that are not finite."""
 
 from collections.abc import Collection
 
@@ -20,8 +20,8 @@ class FiniteGuard(HookBase):
     Comes before every hook that saves or uses the model.
 
     Args:
-        check_gradients: looks at gradients, for which the host waits once a step; False under AMP, where a gradient may
-            overflow (GradScaler skips that step).
+        check_gradients: the host waits for them once a step; False under AMP, where GradScaler skips a step that
+            overflows.
         transitions: iterations of drops and restores.
     """
 
@@ -45,12 +45,12 @@ class FiniteGuard(HookBase):
 
 
 def non_finite_weight(model: nn.Module) -> str:
-    """Returns the first parameter that is not finite, as "the weight of X"; "" if all are finite."""
+    """The first parameter that is not finite, as "the weight of X", else ""."""
     return _first_non_finite("weight", dict(model.named_parameters()))
 
 
 def non_finite_gradient(model: nn.Module) -> str:
-    """``non_finite_weight`` for gradients, as "the gradient of X"."""
+    """The first gradient that is not finite, as "the gradient of X", else ""."""
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return _first_non_finite("gradient", gradients)
 
@@ -66,7 +66,6 @@ def _first_non_finite(what: str, tensors: dict[str, Tensor]) -> str:
 
 
 def describe(trainer: object, what: str) -> str:
-    """Returns one line: what, iteration, phase, and what to do."""
     scheme = next((h.scheme for h in trainer._hooks if hasattr(h, "scheme")), None)
     phase = "full-network" if scheme is None or not scheme.is_sub else "sub-network"
     return (

@@ -1,5 +1,5 @@
-"""The training loader whose position is part of a checkpoint: how many samples each worker has delivered, its random
-state before the last of them, and the samples that wait in the aspect-ratio buckets."""
+"""The position of the training loader: samples that each worker has delivered, its random state before the last, and
+the samples in the aspect-ratio buckets."""
 
 import dataclasses
 import functools
@@ -23,9 +23,11 @@ from repr_det.network.state import generators_in, random_state, set_random_state
 logger = logging.getLogger("repr_det.resume")
 _SAMPLERS = (TrainingSampler, RandomSubsetTrainingSampler, RepeatFactorTrainingSampler)
 _DRAWN = ("_seed", "_indexes")  # what a sampler draws for itself
-_OPTIONS = ("batch_size", "drop_last", "num_workers", "collate_fn", "worker_init_fn", "timeout", "prefetch_factor")
-_OPTIONS = (*_OPTIONS, "persistent_workers", "multiprocessing_context")  # of a DataLoader
-_LOOKED_AT = 64  # samples of a data set that its digest is made of, evenly spread
+_OPTIONS = (  # of a DataLoader
+    *("batch_size", "drop_last", "num_workers", "collate_fn", "worker_init_fn", "timeout", "prefetch_factor"),
+    *("persistent_workers", "multiprocessing_context"),
+)
+_LOOKED_AT = 64  # samples in the digest of a data set, evenly spread
 
 
 @dataclasses.dataclass
@@ -36,20 +38,20 @@ class _Marked:
     origin: tuple
 
     def __getitem__(self, key: str) -> Any:
-        """Aspect-ratio grouping asks for "width" and "height"."""
+        """For aspect-ratio grouping."""
         return self.sample[key]
 
 
 class _Stream(IterableDataset):
     """ToIterableDataset that marks every sample with its origin and can start in the middle.
 
-    A stream is the share of the sampler's indices that one loader worker is given (all of them without workers).
+    A stream is the share of the sampler's indices that one loader worker is given.
     """
 
     def __init__(self, source: ToIterableDataset) -> None:
         self.dataset, self.sampler = source.dataset, source.sampler
         self.chunk = source.shard_chunk_size if source.shard_sampler else 0
-        self.skipped = 0  # indices of this process's sampler that come before the beginning of all streams
+        self.skipped = 0  # indices of the sampler before the beginning of all streams
         self.consumed: dict[int, tuple[int, dict]] = {}  # stream -> samples delivered, random state before the last
         self.first = 0  # the stream of worker 0, which torch asks first
 
@@ -65,7 +67,7 @@ class _Stream(IterableDataset):
             number += 1
             if number < done:
                 if number == done - 1 and info is not None:
-                    # In a worker the augmentation of the last delivered sample leads to the state before the next.
+                    # Augmenting the last delivered sample leads to the random state before the next.
                     set_random_state(state)
                     self.dataset[index]
                 continue
@@ -81,7 +83,7 @@ class ResumableLoader:
     """A loader of ``build_detection_train_loader`` whose position can be saved and resumed.
 
     Raises:
-        TypeError: something in ``loader`` is not Detectron2's own, other than the map-style data set and its mapper.
+        TypeError: something but the map-style data set and its mapper is not Detectron2's own.
     """
 
     def __init__(self, loader: Any) -> None:
@@ -89,16 +91,15 @@ class ResumableLoader:
         inner = loader.dataset if grouped else loader
         _check_understood(inner, grouped)
         self.num_workers: int = inner.num_workers
-        self.batch_size: int = loader.batch_size  # images of one batch of this process
-        self.dataset = self.stream = _Stream(inner.dataset)  # others look for the map-style data set in .dataset
+        self.batch_size: int = loader.batch_size  # of this process
+        self.dataset = self.stream = _Stream(inner.dataset)  # others look for the data set in .dataset
         self._source: Iterable = DataLoader(self.stream, **{name: getattr(inner, name) for name in _OPTIONS})
         self._grouping = AspectRatioGroupedDataset(None, loader.batch_size) if grouped else None
         self._buckets: list[list[_Marked]] = [] if self._grouping is None else self._grouping._buckets
         self._consumed: dict[int, tuple[int, dict]] = {}
 
     def start(self) -> None:
-        """Makes torch's iterator, if the resumed run had made it, before the random state is put back: it draws from
-        that and forks the workers."""
+        """Makes torch's iterator, which draws and forks, before a resumed run puts the random state back."""
         if self._consumed:
             self._source = iter(self._source)
 
@@ -111,7 +112,7 @@ class ResumableLoader:
             yield [marked.sample for marked in batch]
 
     def _delivered(self) -> Iterator[Any]:
-        """Yields what workers hand over, a sample if it is to be grouped, else a batch, and counts it."""
+        """Counts what workers hand over: a sample if grouped, else a batch."""
         for delivery in self._source:
             for marked in delivery if self._grouping is None else [delivery]:
                 stream, number, _, before = marked.origin
@@ -120,22 +121,24 @@ class ResumableLoader:
 
     @functools.cached_property
     def fingerprint(self) -> dict[str, Any]:
-        """Everything that gives a saved position its meaning, by names that a user knows."""
-        sampler = self.stream.sampler
+        """What gives a saved position its meaning, by names that a user knows."""
+        sampler, dataset = self.stream.sampler, self.stream.dataset
+        about = {"data set's class": type(dataset).__qualname__}
+        if type(dataset) is MapDataset:
+            about = dict(_described("mapper", dataset._map_func))
         return {
             "number of processes": comm.get_world_size(),
             "DATALOADER.NUM_WORKERS": self.num_workers,
             "number of images per process and batch": self.batch_size,
             "aspect-ratio grouping": self._grouping is not None,
             "sampler": type(sampler).__name__,
-            "number of training images": len(self.stream.dataset),
+            "number of training images": len(dataset),
             "sampler's settings": _settings_of(sampler),
-            "digest of the training images": _digest(self.stream.dataset),
-            **_mapper_settings(self.stream.dataset),
+            "digest of the training images": _digest(dataset),
+            **about,
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Loads under ``torch.load(weights_only=True)``."""
         return {
             "made_of": self.fingerprint,
             "sampler": {name: value for name, value in vars(self.stream.sampler).items() if name.startswith(_DRAWN)},
@@ -145,7 +148,7 @@ class ResumableLoader:
         }
 
     def changes(self, state: dict[str, Any]) -> list[str]:
-        """Lists what differs from the loader that ``state`` is of, as "x was 1 and is 2"; [] if it can resume."""
+        """What differs from the loader of ``state``, as "x was 1 and is 2"; [] if it can resume."""
         own, theirs = self.fingerprint, state.get("made_of")
         if theirs is None:
             return ["the checkpoint of an older version does not say what its data order was made of"]
@@ -153,7 +156,7 @@ class ResumableLoader:
         return [f"{name} was {theirs[name]} and is {own.get(name)}" for name in changed]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resumes after the last batch that the saved loader gave out; before the first ``iter``."""
+        """Resumes after the last batch that the saved loader gave; before the first ``iter``."""
         self._load_sampler(state)
         self.stream.skipped = state.get("skipped", 0)
         self._consumed = {stream: tuple(done) for stream, done in state["consumed"].items()}
@@ -167,8 +170,8 @@ class ResumableLoader:
                 bucket.append(_Marked(self.stream.dataset[index], (stream, number, index, before)))
 
     def skip(self, states: list[dict[str, Any]], iteration: int) -> None:
-        """Begins behind as many images as all processes had drawn by ``iteration``, in the order of their sampler if
-        that was of the same kind; without their ``states``, as many as batches of this size hold."""
+        """Begins behind as many images as all processes had drawn by ``iteration`` (by ``states``, else by this batch
+        size), in the order of their sampler if that was of the same kind."""
         drawn = iteration * self.batch_size * comm.get_world_size()
         if states:
             drawn = sum(s.get("skipped", 0) + sum(count for count, _ in s["consumed"].values()) for s in states)
@@ -176,7 +179,7 @@ class ResumableLoader:
         self.stream.skipped = len(range(comm.get_rank(), drawn, comm.get_world_size()))
 
     def _load_sampler(self, state: dict[str, Any]) -> None:
-        """Sets the seeds of a sampler of the same kind; of a subset also its images, if they mean the same."""
+        """Sets the seed of a sampler of the same kind; with the same settings also the images of its subset."""
         own = self.fingerprint
         theirs = own | state.get("made_of", {})
         if theirs["sampler"] != own["sampler"]:
@@ -188,7 +191,7 @@ class ResumableLoader:
 
 
 def resumable(loader: Iterable) -> Iterable:
-    """Returns ``loader`` as a ResumableLoader if it is Detectron2's, else itself with a warning."""
+    """``loader`` as a ResumableLoader if it is Detectron2's, else itself with a warning."""
     try:
         resumed = ResumableLoader(loader)
     except TypeError as error:
@@ -222,7 +225,6 @@ def _check_understood(inner: Any, grouped: bool) -> None:
 
 
 def _settings_of(sampler: Any) -> str:
-    """Describes everything of a sampler but its seeds and its process."""
     settings = {
         name: hashlib.sha256(value.numpy().tobytes()).hexdigest()[:12] if torch.is_tensor(value) else value
         for name, value in sorted(vars(sampler).items())
@@ -232,7 +234,7 @@ def _settings_of(sampler: Any) -> str:
 
 
 def _digest(dataset: Any) -> str | None:
-    """Returns a digest of names, sizes and box counts of some images, in order; None if that is not cheap."""
+    """A digest of names, sizes and box counts of some images; None if that is not cheap."""
     entries = getattr(dataset, "_dataset", None)
     if type(dataset) is not MapDataset or type(entries) is not DatasetFromList:
         return None
@@ -246,23 +248,17 @@ def _digest(dataset: Any) -> str | None:
     return digest.hexdigest()[:12]
 
 
-def _mapper_settings(dataset: Any) -> dict[str, str]:
-    if type(dataset) is not MapDataset:
-        return {"data set's class": type(dataset).__qualname__}
-    return dict(_described("mapper", dataset._map_func))
-
-
 def _described(name: str, value: Any, depth: int = 0) -> Iterator[tuple[str, str]]:
-    """Yields (name, text) of a mapper and of its attributes; never an address in memory."""
+    """Yields (name, text) of a mapper and its attributes, without addresses in memory."""
     value = getattr(value, "_obj", value)  # Detectron2's PicklableWrapper
     try:
         text = repr(value)
-    except Exception:  # an augmentation that Detectron2's __repr__ cannot describe
+    except Exception:  # Detectron2 cannot describe every augmentation
         text = ""
     if isinstance(value, (list, tuple)) or (text and " at 0x" not in text):
         yield name, text if " at 0x" not in text else type(value).__qualname__
         return
     yield name, getattr(value, "__qualname__", type(value).__qualname__)
-    if depth < 3 and not callable(getattr(value, "__code__", None)):
+    if depth < 3:
         for key, inner in sorted(getattr(value, "__dict__", {}).items()):
             yield from _described(f"{name}'s {key}", inner, depth + 1)

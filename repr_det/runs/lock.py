@@ -1,4 +1,4 @@
-"""One run at a time in an OUTPUT_DIR: rank 0 locks a file there for as long as it lives."""
+"""One run at a time in an OUTPUT_DIR: rank 0 locks a file there."""
 
 import json
 import logging
@@ -19,9 +19,8 @@ def lock_folder(folder: str | Path, job: str = "", wait: float = 0.0) -> FileLoc
     """Locks a folder until ``release()`` or the end of the process; on a file system without locks it only warns.
 
     Args:
-        folder: OUTPUT_DIR; made if it is not there.
-        job: name of the elastic job that the process belongs to, see ``job_of``; "" for none.
-        wait: seconds for a run that is about to end.
+        job: the elastic job of the process.
+        wait: seconds.
 
     Raises:
         UserError: another process has the folder.
@@ -45,7 +44,7 @@ def lock_folder(folder: str | Path, job: str = "", wait: float = 0.0) -> FileLoc
 
 
 def job_of(folder: str | Path) -> str:
-    """Returns the elastic job that last trained in ``folder``, "" if there is none."""
+    """The elastic job that last trained in ``folder``, else ""."""
     return str(_owner(Path(folder)).get("job", ""))
 
 

@@ -21,14 +21,13 @@ DATA_FILE = "data_sets.json"
 
 
 class RunRecord(HookBase):
-    """Writes the record in ``before_train``; registered last, so that every check comes before it.
+    """Writes the record in ``before_train``; registered last, after every check.
 
-    A run that is resumed with other settings keeps those in force up to iteration 999 as config_until_0000999.yaml; one
-    with nothing left to train leaves the record alone.
+    A run that is resumed with other settings keeps those up to iteration 999 as config_until_0000999.yaml.
 
     Args:
         folder: OUTPUT_DIR; '' writes nothing.
-        write_config: writes config.yaml, and other files, into the folder that it is given.
+        write_config: writes config.yaml, and other files, into a folder.
         data_sets: names of DATASETS.TRAIN and TEST.
     """
 
@@ -45,19 +44,17 @@ class RunRecord(HookBase):
             self.write_config(Path(new))
             (Path(new) / DATA_FILE).write_text(json.dumps(describe_data_sets(self.data_sets), indent=1), "utf-8")
             for file in sorted(Path(new).iterdir()):
-                self._put(file, Path(self.folder) / file.name, start)
-
-    def _put(self, file: Path, place: Path, start: int) -> None:
-        if start > 0 and place.exists() and place.read_bytes() != file.read_bytes():
-            kept = place.with_stem(f"{place.stem}_until_{start - 1:07d}")
-            os.replace(place, kept)
-            logger.warning("%s is not that of the run so far, whose own is kept as %s", place.name, kept.name)
-        os.chmod(file, 0o644)
-        os.replace(file, place)
+                place = Path(self.folder) / file.name
+                if start > 0 and place.exists() and place.read_bytes() != file.read_bytes():
+                    kept = place.with_stem(f"{place.stem}_until_{start - 1:07d}")
+                    os.replace(place, kept)
+                    logger.warning("%s is not that of the run so far, whose own is kept as %s", place.name, kept.name)
+                os.chmod(file, 0o644)
+                os.replace(file, place)
 
 
 def describe_data_sets(names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Returns, by name, file, SHA-256 of its content, folder of images, classes, number of images; null if unknown."""
+    """By name: file, SHA-256 of its content, folder of images, classes, number of images; None if unknown."""
     return {name: _describe(name) for name in dict.fromkeys(names)}
 
 

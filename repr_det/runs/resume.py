@@ -1,11 +1,8 @@
 """Exact resume: a run that was killed and resumed ends with the weights of the run that was not.
 
-Beside model, optimizer and iteration a checkpoint holds, of all ranks, the random states, the positions of the data
-streams (``loader``), and the numbers and tensors in plain attributes of modules. An undisturbed run sees exactly stock
-Detectron2's batches.
-
-If the data order has changed (ranks, workers, batch size, data, sampler, mapper), the run resumes behind as many images
-as it has drawn, with one warning that names what changed.
+A checkpoint also holds, of all ranks, random states, positions of the data streams (``loader``) and plain attributes of
+modules. If the data order has changed (ranks, workers, batch size, data, sampler, mapper), the run resumes behind as
+many images as it has drawn, and one warning names what changed.
 """
 
 import logging
@@ -16,7 +13,7 @@ from typing import Any
 import torch
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
-from detectron2.utils.events import EventStorage, JSONWriter
+from detectron2.utils.events import JSONWriter
 from torch import nn
 
 from repr_det.method.errors import UserError
@@ -27,19 +24,20 @@ from repr_det.runs.loader import ResumableLoader
 
 logger = logging.getLogger("repr_det.resume")
 _OF_THE_MACHINE = ("params", "lr", "foreach", "fused", "capturable", "differentiable")  # of a parameter group
-_WINDOW = 20  # Detectron2's writers smooth over so many iterations
+_WINDOW = 20  # iterations that Detectron2's writers smooth over
+_NEW_ORDER = "%s: the data order of this run is another one from here on"
 
 
 class ExactResume(HookBase):
     """Saves and restores what stock checkpoints lack. Belongs right before the PeriodicCheckpointer.
 
-    A resumed run makes the evaluation again that came after the checkpoint of its iteration, and gets back the scalars
-    of the last iterations, so that metrics.json has every row.
+    A resumed run repeats the evaluation after its checkpoint, and gets back the scalars of the last iterations, so that
+    metrics.json has every row.
 
     Args:
-        model: not wrapped in DistributedDataParallel.
+        model: not wrapped.
         loaders: the training loader, and others that hooks read while training.
-        folder: OUTPUT_DIR, whose logs forget what lies after the checkpoint.
+        folder: OUTPUT_DIR, whose logs lose what lies after the checkpoint.
     """
 
     def __init__(
@@ -54,23 +52,22 @@ class ExactResume(HookBase):
         self._resumed_exactly = False  # until the first step
         self._saved: dict[str, Any] = {}
         self._loaded: dict[str, Any] | None = None
-        self._random: dict[str, Any] | None = None  # of this rank
+        self._random: dict[str, Any] | None = None
 
     def before_train(self) -> None:
         self._running = True
         start, loaded = self.trainer.start_iter, self._loaded
         self._resumed_exactly = loaded is not None and loaded["iteration"] == start - 1
-        if self._resumed_exactly:
-            self._bring_back(loaded)
-        elif start > 0:
-            found = "no random states" if loaded is None else f"the random states of iteration {loaded['iteration']}"
-            logger.warning("This checkpoint holds %s: the data order of this run is another one from here on", found)
-            for loader in self.loaders:
-                loader.skip([], start)
         if comm.is_main_process():
             truncate_log(os.path.join(self.folder, METRICS_FILE), start)
         if self._resumed_exactly:
+            self._bring_back(loaded)
             self._bring_back_scalars(loaded["scalars"])
+        elif start > 0:
+            found = "no random states" if loaded is None else f"the random states of iteration {loaded['iteration']}"
+            logger.warning(_NEW_ORDER, f"This checkpoint holds {found}")
+            for loader in self.loaders:
+                loader.skip([], start)
 
     def _bring_back(self, loaded: dict[str, Any]) -> None:
         ranks = loaded["ranks"]
@@ -83,7 +80,7 @@ class ExactResume(HookBase):
         self._random = ranks[rank]["random"] if same_world else None
 
         changes: dict[str, None] = {}
-        # A loader that the run did not have before (TEST.PRECISE_BN was switched on) begins at its beginning.
+        # A loader that the run did not have before (TEST.PRECISE_BN) begins at its beginning.
         for loader, *states in zip(self.loaders, *(one["loaders"] for one in ranks), strict=False):
             if None in states:  # of an older version
                 continue
@@ -93,7 +90,7 @@ class ExactResume(HookBase):
             else:
                 loader.load_state_dict(states[rank])
         if changes:
-            logger.warning("%s: the data order of this run is another one from here on", "; ".join(changes))
+            logger.warning(_NEW_ORDER, "; ".join(changes))
 
     def before_step(self) -> None:
         if not self._resumed_exactly:
@@ -108,7 +105,6 @@ class ExactResume(HookBase):
         self._write_what_was_due()
 
     def _evaluate_again(self) -> None:
-        """Makes the evaluation that comes after the checkpoint of the same iteration."""
         trainer, iteration = self.trainer, self.trainer.iter
         trainer.iter = trainer.storage.iter = iteration - 1
         if evaluations := [hook for hook in trainer._hooks if isinstance(hook, hooks.EvalHook)]:
@@ -118,22 +114,27 @@ class ExactResume(HookBase):
         trainer.iter = trainer.storage.iter = iteration
 
     def after_step(self) -> None:
-        # BestCheckpointer saves after an evaluation, on rank 0 alone.
+        # BestCheckpointer saves after an evaluation.
         evaluated = self.eval_period > 0 and (self.trainer.iter + 1) % self.eval_period == 0
         if evaluated or is_saved(self.trainer, self.checkpoint_period):
             self.collect()
 
     def collect(self) -> None:
-        """Collects what a checkpoint of this moment needs, on every rank and before evaluation."""
+        """Collects what a checkpoint needs now, on every rank and before evaluation."""
         self._saved = self._state()
 
     def _state(self) -> dict[str, Any]:
         loaders = [loader.state_dict() for loader in self.loaders]
         of_this_rank = {"random": random_state(), "loaders": loaders, "attributes": self.hidden.changed()}
+        hints, scalars = self.trainer.storage.smoothing_hints(), {}
+        for name, history in self.trainer.storage.histories().items():
+            if name != "time":  # Detectron2's timer does not count the first iterations
+                last = [[value, int(iteration)] for value, iteration in history.values()[-_WINDOW:]]
+                scalars[name] = [hints[name], last]
         return {
             "iteration": self.trainer.iter,
             "ranks": comm.gather(of_this_rank),
-            "scalars": _scalars(self.trainer.storage),
+            "scalars": scalars,
             "best": [[hook.best_metric, hook.best_iter] for hook in self._best()],
         }
 
@@ -154,7 +155,7 @@ class ExactResume(HookBase):
             self._write_what_was_due()
 
     def _write_what_was_due(self) -> None:
-        """Writes what a run did not that died between the checkpoint and the writers, which come after it."""
+        """Writes what a run did not that died between its checkpoint and its writers."""
         start = self.trainer.start_iter
         for period, writer in self._json_writers():
             if start % period == 0 or start == self.trainer.max_iter:
@@ -165,7 +166,7 @@ class ExactResume(HookBase):
         return [(hook._period, x) for hook in periodic for x in hook._writers if isinstance(x, JSONWriter)]
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the state of now if there is one process, else that of the last ``collect``."""
+        """The state of now with one process, else that of the last ``collect``."""
         if self._running and comm.get_world_size() == 1 and self._saved.get("iteration") != self.trainer.iter:
             return self._state()
         return self._saved
@@ -174,19 +175,8 @@ class ExactResume(HookBase):
         self._loaded = self._saved = state
 
 
-def _scalars(storage: EventStorage) -> dict[str, list]:
-    """Returns name -> [is it smoothed, the last values with their iterations], as many as the writers look at."""
-    hints = storage.smoothing_hints()
-    return {
-        name: [hints[name], [[value, int(iteration)] for value, iteration in history.values()[-_WINDOW:]]]
-        for name, history in storage.histories().items()
-        if name != "time"  # Detectron2's timer does not count the first iterations of a run, resumed or not
-    }
-
-
 def check_same_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], folder: str) -> None:
-    """Raises UserError if ``saved``, the optimizer's state in the checkpoint of ``folder``, is of another class or for
-    other parameters."""
+    """Raises UserError if ``saved``, a state of a checkpoint in ``folder``, is of another class or other parameters."""
     own, theirs = optimizer.param_groups, saved["param_groups"]
     same_parameters = [len(group["params"]) for group in own] == [len(group["params"]) for group in theirs]
     if not same_parameters or not theirs[0].keys() <= own[0].keys() | set(_OF_THE_MACHINE):
@@ -202,8 +192,9 @@ def _describe(groups: Sequence[Mapping[str, Any]]) -> str:
 
 
 def apply_settings(optimizer: torch.optim.Optimizer, scheduler: Any, built: list[dict[str, Any]]) -> list[str]:
-    """Puts the settings of ``built``, copies of the groups before a checkpoint was loaded, over those that it brought;
-    returns what changed, as "weight_decay 0.0001 -> 0.001", once for every pair of values."""
+    """Puts the settings of ``built``, the groups before a checkpoint was loaded, over those that it brought.
+
+    Returns what changed, as "weight_decay 0.0001 -> 0.001"."""
     changed: dict[str, None] = {}
     for group, own in zip(optimizer.param_groups, built, strict=True):
         for key, value in own.items():
@@ -212,7 +203,7 @@ def apply_settings(optimizer: torch.optim.Optimizer, scheduler: Any, built: list
                 continue
             changed[f"{key} {old} -> {value}"] = None
             group[key] = value
-            if key == "initial_lr":  # lr as well, which the scheduler sets after the first step
+            if key == "initial_lr":  # and lr, which the scheduler sets after the first step
                 group["lr"] *= value / old if old else 0.0
     if changed and hasattr(scheduler, "base_lrs"):
         scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]

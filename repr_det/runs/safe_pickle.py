@@ -1,4 +1,4 @@
-"""Weights from files that nobody vouches for: pickles that may hold NumPy arrays and plain containers, nothing else."""
+"""Weights from files that nobody vouches for: NumPy arrays and plain containers, nothing else."""
 
 import collections
 import io
@@ -59,8 +59,8 @@ for _core in ("numpy.core", "numpy._core"):  # before and since NumPy 2
     _ALLOWED[f"{_core}.numeric", "_frombuffer"] = _array
 
 
-# pickle.Unpickler, the public one, keeps its memo in an array as long as the largest number in the file: a damaged file
-# takes all memory. The one in Python, which is what Python falls back to, has a dict.
+# The memo of pickle.Unpickler is an array as long as the largest number in the file: a damaged file takes all memory.
+# This one's is a dict.
 class _Unpickler(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:
@@ -68,16 +68,16 @@ class _Unpickler(pickle._Unpickler):
         return _ALLOWED[module, name]
 
     def load_build(self) -> None:
-        """NumPy trusts what a state says about memory: it is given the state of an array that has been made."""
+        """NumPy trusts a state about memory: it is given that of an array that has been made."""
         state, made = self.stack.pop(), self.stack[-1]
         if isinstance(made, np.ndarray) and made.size == 0:
             shape, dtype, fortran, content = state[-4:]
             made.__setstate__(_array(content, dtype, shape, "F" if fortran else "C").__reduce__()[2])
-        elif not isinstance(made, np.dtype) or state[1] not in _NATIVE_ORDERS:  # which is all that is looked at
+        elif not isinstance(made, np.dtype) or state[1] not in _NATIVE_ORDERS:
             raise _forbidden(f"a state for {str(made)[:40]!r}")
 
     def load_bytearray8(self) -> None:
-        """As in Python, which makes room for as many bytes as the file says before it looks how many there are."""
+        """Python's makes room for as many bytes as the file says before it reads them."""
         (size,) = struct.unpack("<Q", self.read(8))
         self.append(bytearray(self.read(size)))
 
@@ -105,8 +105,8 @@ def _check_plain(value: Any) -> None:
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Reads the dict that Detectron2 or torch wrote, without running anything that it names.
 
-    Of a ``.pkl``, such as Detectron2's official weights, only NumPy arrays and scalars of numbers, plain numbers, text,
-    bytes and containers come out, with strings of Python 2 as latin1; anything else is read as ``weights_only``.
+    A ``.pkl``, such as Detectron2's official weights, gives arrays, numbers, text, bytes and containers, with strings
+    of Python 2 as latin1; other files are read as ``weights_only``.
 
     Raises:
         UserError: the file is missing, cut short, of another kind, or names more than that.
@@ -114,13 +114,17 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     path = _existing(path)
     is_pickle = path.suffix == ".pkl" and not zipfile.is_zipfile(path)
     try:
-        loaded = _load_pickle(path) if is_pickle else torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can make an unpickler raise anything
+        if is_pickle:
+            loaded = _Unpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
+            _check_plain(loaded)
+        else:
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can raise anything
         if forbidden := re.search(r"GLOBAL (.+?) (?:was not an allowed|whose module)", str(error)):
             raise UserError(
                 f"{path}: refused, it names {forbidden[1]}, and weights are arrays and plain containers only"
             ) from error
-        # torch explains at length how to load it anyway; what went wrong comes after.
+        # torch first explains at length how to load it anyway.
         reason = " ".join(str(error).rpartition("WeightsUnpickler error: ")[2].split()).split(". ")[0]
         kind = "pickle of weights" if is_pickle else "torch checkpoint"
         raise UserError(
@@ -129,12 +133,6 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise UserError(f"{path}: expected a dict of weights, found {type(loaded).__name__}")
     return loaded
-
-
-def _load_pickle(path: Path) -> Any:
-    value = _Unpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
-    _check_plain(value)
-    return value
 
 
 def _existing(path: str | Path) -> Path:

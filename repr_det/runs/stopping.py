@@ -1,4 +1,4 @@
-"""Stopping with notice: SIGTERM or SIGUSR1 end a run with a checkpoint and a status that asks for another start."""
+"""Stopping with notice: SIGTERM and SIGUSR1."""
 
 import ctypes
 import os
@@ -29,7 +29,7 @@ class Stopped(SystemExit):
 
     Args:
         asked: name of the signal.
-        together: all ranks end at the same point, so that the process group can be left in order.
+        together: all ranks end at the same point, and can leave the process group.
     """
 
     def __init__(self, asked: str, together: bool = False) -> None:
@@ -38,9 +38,9 @@ class Stopped(SystemExit):
 
 
 class _Notice:
-    answered = False  # signals come here, see ``answer_signals``
-    asked = ""  # name of the signal that came
-    unsaved = False  # steps have been made that no checkpoint holds
+    answered = False  # signals come here
+    asked = ""  # name of the signal
+    unsaved = False  # no checkpoint holds the last step
 
     def __call__(self, number: int, _: object) -> None:
         self.asked = signal.Signals(number).name
@@ -53,7 +53,7 @@ NOTICE = _Notice()
 
 @contextmanager
 def answer_signals(answer: Callable[[int, object], None] = NOTICE) -> Iterator[None]:
-    """Inside, SIGTERM and SIGUSR1 stop the run: at once if nothing is lost by it, else at the end of the step."""
+    """Inside, SIGTERM and SIGUSR1 stop the run: at once if nothing is lost, else at the end of the step."""
     if threading.current_thread() is not threading.main_thread():
         yield  # Python allows no handlers here
         return
@@ -68,8 +68,7 @@ def answer_signals(answer: Callable[[int, object], None] = NOTICE) -> Iterator[N
 
 
 def _keep_out() -> None:
-    """Takes loader workers out of the process group, all of which torchrun and others signal: one that died would end
-    the run before its checkpoint is written."""
+    """Takes loader workers out of the process group that torchrun signals: if one died, so would the run."""
     if NOTICE.answered:
         NOTICE.answered = False
         os.setpgid(0, 0)
@@ -81,7 +80,7 @@ os.register_at_fork(after_in_child=_keep_out)
 
 
 class StopAtSignal(HookBase):
-    """Stops every rank at the end of a step in which any of them was signalled, with a checkpoint of that step.
+    """Stops every rank, with a checkpoint, at the end of a step in which any was signalled.
 
     Comes after the PeriodicCheckpointer and before evaluation.
 
@@ -106,7 +105,7 @@ class StopAtSignal(HookBase):
         if self._stopping and not saved:
             self.prepare()
             self.trainer.checkpointer.save(f"model_{self.trainer.iter:07d}", iteration=self.trainer.iter)
-        if self._stopping and not last:  # after the last step after_train stops
+        if self._stopping and not last:  # else after_train stops
             raise self._stopped()
         NOTICE.unsaved = not saved
 
@@ -116,7 +115,7 @@ class StopAtSignal(HookBase):
         comm.synchronize()  # the checkpoint is written
         for hook in self.trainer._hooks:
             if isinstance(hook, hooks.PeriodicWriter):
-                for writer in hook._writers:  # without one more row, which an undisturbed run would not have
+                for writer in hook._writers:  # without one more row
                     writer.close()
         raise self._stopped()
 
