@@ -14,21 +14,15 @@ from traced_nets import IMAGES, Net, build, conv, is_silent, vary_norms, verdict
 from repr_det.method.errors import UserError
 from repr_det.method.layers import find_filter_layers
 from repr_det.method.participants import Participants
+from repr_det.network.norms import epsilon, norm_kind
 from repr_det.network.proof import Reader
 from repr_det.network.watch import Watch
 
 BN = nn.BatchNorm2d
 
 
-class Call(nn.Module):
-    """A function as a module."""
-
-    def __init__(self, function) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x):
-        return self.function(x)
+def calling(function) -> Net:
+    return Net(lambda _, x: function(x))
 
 
 def in_place_on_a_view(x):
@@ -43,18 +37,18 @@ MAP_ZERO_TO_ZERO = [
     *(nn.Hardswish(), nn.Tanh(), nn.Mish(), nn.Softsign(), nn.Identity(), nn.Dropout(0.3), nn.MaxPool2d(2)),
     *(nn.AvgPool2d(2), nn.AdaptiveMaxPool2d(3), nn.Upsample(scale_factor=2), nn.ReflectionPad2d(1), nn.ZeroPad2d(1)),
     *(nn.Upsample(scale_factor=2, mode="bilinear"), nn.PixelUnshuffle(2), nn.Dropout2d(0.3), nn.Hardtanh()),
-    *map(Call, (torch.abs, torch.expm1, lambda x: x.roll(8, 1), lambda x: x.pow(3), lambda x: x.clamp(min=0))),
-    *map(Call, (lambda x: torch.where(x > 0, x, 0.1 * x), lambda x: x / (1 + x.abs()), lambda x: x * x.sigmoid())),
-    *map(Call, (lambda x: x.masked_fill(MASK, 0.0), lambda x: x * 3 - x, lambda x: x.amax((2, 3), keepdim=True))),
-    *map(Call, (lambda x: x.to(memory_format=torch.channels_last), lambda x: x.mul_(2).relu_(), lambda x: x * MASK)),
+    *map(calling, (torch.abs, torch.expm1, lambda x: x.roll(8, 1), lambda x: x.pow(3), lambda x: x.clamp(min=0))),
+    *map(calling, (lambda x: torch.where(x > 0, x, 0.1 * x), lambda x: x / (1 + x.abs()), lambda x: x * x.sigmoid())),
+    *map(calling, (lambda x: x.masked_fill(MASK, 0.0), lambda x: x * 3 - x, lambda x: x.amax((2, 3), keepdim=True))),
+    *map(calling, (lambda x: x.to(memory_format=torch.channels_last), lambda x: x.mul_(2).relu_(), lambda x: x * MASK)),
 ]  # fmt: skip
 MAP_ZERO_ELSEWHERE = [
     *(nn.Sigmoid(), nn.Softplus(), nn.Hardsigmoid(), nn.LogSigmoid(), nn.Softmax(1), nn.ConstantPad2d(1, 0.5)),
     *(nn.InstanceNorm2d(16, affine=True), nn.GroupNorm(1, 16), BN(16), nn.LayerNorm([16, 8, 8])),
-    *map(Call, (torch.exp, torch.cos, lambda x: x + 1, lambda x: 1 - x, lambda x: x.clamp(min=0.1))),
-    *map(Call, (in_place_on_a_view, lambda x: x.add_(0.5), lambda x: torch.where(MASK, x, 1.0))),
-    *map(Call, (lambda x: x.masked_fill(MASK, 0.5), lambda x: torch.maximum(x, torch.tensor(0.1)))),
-    *map(Call, (lambda x: F.pad(x, (1, 1), value=0.2), lambda x: torch.logaddexp(x, x))),
+    *map(calling, (torch.exp, torch.cos, lambda x: x + 1, lambda x: 1 - x, lambda x: x.clamp(min=0.1))),
+    *map(calling, (in_place_on_a_view, lambda x: x.add_(0.5), lambda x: torch.where(MASK, x, 1.0))),
+    *map(calling, (lambda x: x.masked_fill(MASK, 0.5), lambda x: torch.maximum(x, torch.tensor(0.1)))),
+    *map(calling, (lambda x: F.pad(x, (1, 1), value=0.2), lambda x: torch.logaddexp(x, x))),
 ]  # fmt: skip
 
 
@@ -83,7 +77,7 @@ class Scaled(nn.Conv2d):
 
 
 class Frozen(nn.Module):
-    """FrozenBN of nobody's library; eps in the middle of a sum."""
+    """FrozenBN of nobody's library, which does not tell its eps."""
 
     def __init__(self, channels) -> None:
         super().__init__()
@@ -209,14 +203,13 @@ NETS = {
         {"body": None}, {"offsets": "it tells deform_conv2d where to look"},
     ),
     "the largest of several channels": (
-        lambda: build(conv(), BN(16), Call(lambda x: x.amax(1, keepdim=True))), {}, {"0": "behind it comes amax"}
+        lambda: build(conv(), BN(16), calling(lambda x: x.amax(1, keepdim=True))), {}, {"0": "behind it comes amax"}
     ),
     "a norm without a weight": (
         lambda: build(conv(), nn.Conv2d(16, 16, 1, groups=16), nn.GroupNorm(8, 16, affine=False)),
         {}, {"1": "which is no norm of its own with a weight"},
     ),
     "a frozen norm of nobody's library": (lambda: build(conv(), Frozen(16), nn.SiLU()), {"0": "1"}, {}),
-    "Detectron2's norm": (lambda: build(Detectron2Conv2d(3, 16, 3, norm=BN(16))), {"0": "0.norm"}, {}),
     "LN of Detectron2": (lambda: build(Detectron2Conv2d(3, 16, 3, norm=get_norm("LN", 16))), {}, {"0": ""}),
     "Detectron2's activation": (lambda: build(Detectron2Conv2d(3, 16, 3, activation=F.gelu)), {"0": None}, {}),
     "sigmoid inside": (lambda: build(Detectron2Conv2d(3, 16, 3, activation=torch.sigmoid)), {}, {"0": "sigmoid"}),
@@ -244,6 +237,13 @@ def test_networks(name):
         assert name in CAUTIOUS or not is_silent(net, one, None)
 
 
+def test_a_norm_is_known_by_what_it_does():
+    norm = Frozen(16)
+    verdict = verdicts(build(conv(), norm, nn.ReLU()))["0"]
+    assert (verdict.reason, verdict.norm, verdict.rectified, norm_kind(norm)) == ("", "1", True, "frozen")
+    assert epsilon(norm) == pytest.approx(1e-3)
+
+
 # --- what reads a channel -------------------------------------------------------------------------------------------
 
 
@@ -254,7 +254,6 @@ def residual(net, x):
 
 
 def test_readers_of_a_residual_block_and_of_what_is_gated():
-    """What is added to a shortcut is silent where it adds nothing; its kernels there belong to the shortcut too."""
     modules = {"conv1": conv(), "conv2": conv(16), "conv3": conv(16), "bn1": BN(16), "bn2": BN(16)}
     found = verdicts(Net(residual, **modules, classifier=nn.Linear(16, 5)))
     assert not any(verdict.reason for verdict in found.values())
@@ -268,12 +267,12 @@ def test_readers_of_a_residual_block_and_of_what_is_gated():
 @pytest.mark.parametrize(
     ("behind", "reader", "silent"),
     [
-        ([Call(lambda x: torch.cat([x, x], 1)), nn.Conv2d(32, 8, 1)], Reader("3", False, True), True),
-        ([Call(shuffled), nn.Conv2d(16, 8, 1)], Reader("3", False, True), True),
+        ([calling(lambda x: torch.cat([x, x], 1)), nn.Conv2d(32, 8, 1)], Reader("3", False, True), True),
+        ([calling(shuffled), nn.Conv2d(16, 8, 1)], Reader("3", False, True), True),
         ([nn.Flatten(), nn.LazyLinear(8), nn.Unflatten(1, (8, 1, 1))], Reader("3", True, True, 64), True),
         ([nn.Conv2d(16, 8, 3, groups=4)], Reader("2", True, True), None),  # other groups stay as they are
         # The kernels that read it read the others too: they must not be set to 0 when it returns.
-        ([Call(lambda x: x - x.mean(1, keepdim=True))], Reader("3", False, False), None),
+        ([calling(lambda x: x - x.mean(1, keepdim=True))], Reader("3", False, False), None),
     ],
     ids=["cat", "shuffle", "flatten", "groups", "less the mean"],
 )
@@ -367,8 +366,8 @@ def test_a_conv_is_proved_when_it_first_runs():
     assert "never (it has not run in a training pass" in " ".join(watch.left_out())
 
 
-def test_only_training_passes_are_looked_at():
-    net = plain_net()
+def test_only_training_passes_are_looked_at_and_what_stays_out_is_said_once(caplog):
+    net = build(conv(), nn.Sigmoid(), conv(16), nn.ReLU())
     participants = Participants(find_filter_layers(net, ["*"]), net)
     with torch.no_grad():
         net(IMAGES)
@@ -377,29 +376,22 @@ def test_only_training_passes_are_looked_at():
     assert not participants.known
     with pytest.raises(UserError, match=r"no pass of this model has been seen: give RePr the module that you call"):
         participants.agreed()
-    net(IMAGES)
-    assert participants.known and participants.news and participants.trains
-    assert [layer.name for layer in participants.hear()] == list(PLAIN)
-    assert not participants.news
+    with caplog.at_level("INFO", "repr_det"):
+        net(IMAGES)
+        assert participants.known and participants.news and participants.trains
+        for _ in range(2):
+            assert [layer.name for layer in participants.hear()] == ["2", "4"] and not participants.news
+            net(IMAGES)
+    assert caplog.text.count("all filters stay of 0 (behind it comes sigmoid, which does not make 0 of") == 1
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
 
 
-def test_what_stays_out_is_said_once_and_where_nothing_takes_part_what_could_is_named(caplog):
+def test_where_nothing_takes_part_what_could_is_named():
     net = build(conv(), nn.Sigmoid(), conv(16), nn.ReLU())
-    participants = Participants(find_filter_layers(net, ["*"]), net)
-    with caplog.at_level("INFO", "repr_det"):
-        for _ in range(2):
-            net(IMAGES)
-            assert [layer.name for layer in participants.hear()] == ["2", "4"]
-    assert caplog.text.count("all filters stay of 0 (behind it comes sigmoid, which does not make 0 of") == 1
     participants = Participants(find_filter_layers(net, ["0"]), net)
     net(IMAGES)
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match=r"layers= names: 0 \(behind it comes sigmoid, .*\); these could: 2, 4$"):
         participants.agreed()
-    assert str(error.value) == (
-        "no filter can be dropped of the convs that layers= names: 0 (behind it comes sigmoid, which does not make 0 "
-        "of a channel that is 0); these could: 2, 4"
-    )
 
 
 # Convs that take part, of all that train. Of DenseNet those in front of a norm of their own; of EfficientNet all but
