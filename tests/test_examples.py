@@ -22,7 +22,7 @@ from repr_det.datasets import CLASS_NAMES
 EXAMPLES = ROOT / "examples"
 WITHOUT_DETECTRON2 = """
 import runpy, sys
-sys.modules["detectron2"] = sys.modules["fvcore"] = None
+sys.modules.update(dict.fromkeys("detectron2 fvcore cv2 pycocotools yaml torchvision".split()))
 runpy.run_path(sys.argv[1], run_name="__main__")
 """
 
