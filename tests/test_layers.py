@@ -146,16 +146,10 @@ def test_a_filter_whose_tensors_are_zero_gives_exactly_zero(norm, bias, train):
     expected = {"weight", *(["bias"] if bias else []), *(["norm.weight", "norm.bias"] if norm else [])}
     assert set(layer.tensors()) == expected
     rows = torch.tensor([0, 7, 31])
+    with torch.no_grad():
+        layer.weight[7], layer.weight[31] = float("nan"), float("inf")
     before = {name: tensor.detach().clone().index_fill(0, rows, 0) for name, tensor in layer.tensors().items()}
     zero_rows_(layer.tensors().values(), rows)
     output = model(torch.randn(2, 3, 6, 6))
     assert output.abs().amax((0, 2, 3)).count_nonzero() == FILTERS - 3 and not output[:, rows].any()
     assert all(torch.equal(tensor, before[name]) for name, tensor in layer.tensors().items())
-
-
-def test_zero_rows_clears_what_is_not_a_number():
-    tensors = [torch.full((4, 2, 3, 3), float("nan")), torch.full((4,), float("inf"), dtype=torch.float16)]
-    zero_rows_(tensors, torch.tensor([1, 3]))
-    for tensor in tensors:
-        assert torch.count_nonzero(tensor[[1, 3]]) == 0 and not torch.isfinite(tensor[[0, 2]]).any()
-    zero_rows_(tensors, torch.tensor([], dtype=torch.int64))

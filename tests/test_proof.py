@@ -68,9 +68,6 @@ def test_what_does_not_map_0_to_0_keeps_filters_in(place):
     assert not is_silent(net, "0", "1")
 
 
-# --- whole networks -------------------------------------------------------------------------------------------------
-
-
 class Scaled(nn.Conv2d):
     def forward(self, x):
         return self._conv_forward(x, 2 * self.weight, self.bias)
@@ -102,11 +99,6 @@ def shuffled(x):
     return x.view(len(x), 2, -1, *x.shape[2:]).transpose(1, 2).flatten(1, 2)
 
 
-def past_its_norm(net, x):
-    raw = net.a(x)
-    return net.b(net.norm(raw).relu() + raw)
-
-
 def logging(net, x):
     x = net.a(x).relu()
     net.seen = net.a.weight.norm().item()
@@ -128,18 +120,6 @@ def kept_aside(net, boxes, scores):
     return scores
 
 
-def deformable(net, x):
-    """A conv says where another looks: 0 is one place, as good as others."""
-    x = net.body(x).relu()
-    return net.last(net.deformed(x, net.offsets(x)))
-
-
-def gated(net, x):
-    """Squeeze-and-excitation: a dropped filter of the gate would be a gate of one half."""
-    x = F.silu(net.norm(net.body(x)))
-    return net.last(x * net.gate(F.silu(net.squeeze(x.mean((2, 3), keepdim=True)))).sigmoid())
-
-
 def sharing_convs() -> nn.Module:
     net = build(conv(), nn.ReLU(), conv(16), nn.ReLU(), conv(16), nn.ReLU())
     net[4].weight = net[2].weight
@@ -158,19 +138,18 @@ NETS = {
         {}, dict.fromkeys("ab", "its norm norm is that of others too"),
     ),
     "past its norm": (
-        lambda: Net(past_its_norm, a=conv(), norm=BN(16), b=conv(16)), {}, {"a": "goes into a norm and elsewhere"}
+        lambda: build(conv(), Net(lambda net, x: net.norm(x).relu() + x, norm=BN(16))),
+        {}, {"0": "goes into a norm and elsewhere"},
     ),
     "a log": (lambda: Net(logging, a=conv(), b=conv(16)), {"a": None}, {"b": "it predicts"}),
     "a bias outside": (
-        lambda: Net(
-            lambda net, x: net.b((net.a(x) + net.own.bias.view(-1, 1, 1)).relu()),
-            a=nn.Conv2d(3, 16, 3, bias=False), own=BN(16), b=conv(16),
-        ),
-        {}, {"a": ""},
+        lambda: build(conv(), Net(lambda net, x: x + net.own.bias.view(-1, 1, 1), own=BN(16))),
+        {}, {"0": "behind it comes add"},
     ),
+    # A dropped filter of the gate would be a gate of one half.
     "gated": (
-        lambda: Net(gated, body=conv(), norm=BN(16), last=conv(16), squeeze=conv(16, 8), gate=conv(8)),
-        {"body": "norm", "squeeze": None}, {"gate": "sigmoid"},
+        lambda: build(conv(), BN(16), nn.SiLU(), torchvision.ops.SqueezeExcitation(16, 8)),
+        {"0": "1", "3.fc1": None}, {"3.fc2": "sigmoid"},
     ),
     "over a pyramid": (
         lambda: Net(
@@ -189,11 +168,11 @@ NETS = {
         {"body": None}, {"boxes": "", "scores": ""},
     ),
     "deformable": (
-        lambda: Net(
-            deformable, body=conv(), offsets=conv(16, 18),
-            deformed=torchvision.ops.DeformConv2d(16, 16, 3, padding=1), last=conv(16, 4),
-        ),
-        {"body": None}, {"offsets": "it tells deform_conv2d where to look"},
+        lambda: build(conv(), nn.ReLU(), Net(
+            lambda net, x: net.deformed(x, net.offsets(x)),
+            offsets=conv(16, 18), deformed=torchvision.ops.DeformConv2d(16, 16, 3, padding=1),
+        )),
+        {"0": None}, {"2.offsets": "it tells deform_conv2d where to look"},
     ),
     "the largest of several channels": (
         lambda: build(conv(), BN(16), calling(lambda x: x.amax(1, keepdim=True))), {}, {"0": "behind it comes amax"}
@@ -237,9 +216,6 @@ def test_a_norm_is_known_by_what_it_does():
     assert epsilon(norm) == pytest.approx(1e-3)
 
 
-# --- what reads a channel -------------------------------------------------------------------------------------------
-
-
 def residual(net, x):
     x = net.bn1(net.conv1(x)).relu()
     x = (x + net.bn2(net.conv2(x))).relu()
@@ -254,7 +230,7 @@ def test_readers_of_a_residual_block_and_of_what_is_gated():
     assert found["conv2"].readers == {Reader("conv3", True, False)}
     assert found["conv3"].readers == {Reader("classifier", True, True)}
     assert [found[name].rectified for name in ("conv1", "conv2", "conv3")] == [True, False, True]
-    assert verdicts(NETS["gated"][0]())["body"].readers == {Reader("squeeze", True, True), Reader("last", True, True)}
+    assert verdicts(NETS["gated"][0]())["0"].readers == {Reader("3.fc1", True, True), Reader("4", True, True)}
 
 
 @pytest.mark.parametrize(
@@ -273,9 +249,6 @@ def test_readers_of_channels_that_have_moved(behind, reader, silent):
     net = build(conv(), nn.ReLU(), *behind)
     assert verdicts(net)["0"].readers == {reader}
     assert silent is None or is_silent(net, "0", None)
-
-
-# --- how a network is run -------------------------------------------------------------------------------------------
 
 
 def plain_net() -> nn.Sequential:

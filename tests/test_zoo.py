@@ -31,10 +31,8 @@ MODEL.FPN.OUT_CHANNELS 8 MODEL.RPN.PRE_NMS_TOPK_TRAIN 40 MODEL.RPN.POST_NMS_TOPK
 MODEL.RPN.CONV_DIMS [-1] MODEL.RPN.BATCH_SIZE_PER_IMAGE 16 MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 8
 MODEL.ROI_BOX_HEAD.FC_DIM 16 MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION 3 MODEL.ROI_MASK_HEAD.NUM_CONV 1
 MODEL.ROI_MASK_HEAD.CONV_DIM 8 MODEL.RETINANET.NUM_CONVS 1 MODEL.SEM_SEG_HEAD.CONVS_DIM 32
-MODEL.DEVICE cpu MODEL.WEIGHTS ''
+MODEL.RESNETS.DEPTH 50 MODEL.RESNETS.WIDTH_PER_GROUP 4 MODEL.DEVICE cpu MODEL.WEIGHTS ''
 """.split()
-GROUPS = "MODEL.RESNETS.NUM_GROUPS 4 MODEL.RESNETS.WIDTH_PER_GROUP 2".split()
-PLAIN = "MODEL.RESNETS.WIDTH_PER_GROUP 4".split()
 
 ZOO = [
     "COCO-Detection/faster_rcnn_X_101_32x8d_FPN_3x.yaml",
@@ -57,10 +55,10 @@ def on_meta(config: str) -> nn.Module:
         return build_model(cfg)
 
 
-def small(config: str, keys: str = "") -> nn.Module:
+def small(config: str, keys: str) -> nn.Module:
     torch.manual_seed(0)
     cfg = model_zoo.get_config(config)
-    cfg.merge_from_list([*SMALL, *(GROUPS if "32x8d" in config else PLAIN), "MODEL.RESNETS.DEPTH", 50, *keys.split()])
+    cfg.merge_from_list([*SMALL, *keys.split()])
     return build_model(cfg).train()
 
 
@@ -88,8 +86,7 @@ def test_what_takes_part(config):
 
 # Keys, layers besides those of the row, and what norms these have.
 CYCLES = {
-    ZOO[1]: ("", [], "batch"),
-    ZOO[0]: ("", ["backbone.fpn_*"], "none"),
+    ZOO[0]: ("MODEL.RESNETS.NUM_GROUPS 4 MODEL.RESNETS.WIDTH_PER_GROUP 2", ["backbone.fpn_*"], "none"),
     ZOO[2]: ("MODEL.ROI_MASK_HEAD.NUM_CONV 2", ["roi_heads.mask_head.mask_fcn*"], "none"),
     ZOO[3]: ("MODEL.RETINANET.NUM_CONVS 2", ["head.*_subnet.*"], "none"),
     ZOO[4]: ("", [], "batch"),
@@ -134,8 +131,6 @@ def test_one_cycle(config):
         out = sum(int((layer.weight.flatten(1) == 0).all(1).sum()) for layer in layers)
         assert out == (math.floor(0.3 * sum(x.num_filters for x in layers)) if step in (0, 1) else 0)
 
-
-# ---- other libraries: a row of docs/zoo.md is what RePr says of the model ----
 
 DETECTION = {"batch_idx": torch.tensor([0.0, 1.0]), "cls": torch.zeros(2, 1), "bboxes": torch.full((2, 4), 0.5)}
 LABELS = [{"class_labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.3, 0.3]])}] * 2
