@@ -9,7 +9,6 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
 from torch.distributed import fsdp
-from traced_nets import build, conv, verdicts
 
 from repr_det.method.errors import UserError
 from repr_det.method.layers import find_filter_layers, zero_rows_
@@ -120,15 +119,6 @@ def test_patterns_beside_one_that_matches_and_such_as_are_no_list_of_strings():
     for key, patterns in (("layers", "*"), ("layers", [1]), ("exclude", "*"), ("exclude", [None])):
         with pytest.raises(UserError, match=f"^{key}= must be a list of patterns"):
             find_filter_layers(model, **{"include": ["*"], key.replace("layers", "include"): patterns})
-
-
-def test_norms_of_timm():
-    layers = pytest.importorskip("timm.layers", reason="timm is not installed")
-    for norm in (layers.LayerNormAct2d(16), layers.BatchNormAct2d(16, act_layer=nn.Sigmoid)):
-        assert verdicts(build(conv(), norm))["0"].reason, norm
-    for norm in (layers.BatchNormAct2d(16), layers.GroupNormAct(16, num_groups=8), layers.FrozenBatchNormAct2d(16)):
-        found = verdicts(build(conv(), norm))["0"]
-        assert (found.reason, found.norm) == ("", "1"), norm
 
 
 @pytest.mark.parametrize("train", [True, False])

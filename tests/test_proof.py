@@ -181,7 +181,6 @@ NETS = {
         lambda: build(conv(), nn.Conv2d(16, 16, 1, groups=16), nn.GroupNorm(8, 16, affine=False)),
         {}, {"1": "which is no norm of its own with a weight"},
     ),
-    "a frozen norm of nobody's library": (lambda: build(conv(), Frozen(16), nn.SiLU()), {"0": "1"}, {}),
     "LN of Detectron2": (lambda: build(Detectron2Conv2d(3, 16, 3, norm=get_norm("LN", 16))), {}, {"0": ""}),
     "Detectron2's activation": (lambda: build(Detectron2Conv2d(3, 16, 3, activation=F.gelu)), {"0": None}, {}),
     "sigmoid inside": (lambda: build(Detectron2Conv2d(3, 16, 3, activation=torch.sigmoid)), {}, {"0": "sigmoid"}),
@@ -211,9 +210,10 @@ def test_networks(name):
 
 def test_a_norm_is_known_by_what_it_does():
     norm = Frozen(16)
-    verdict = verdicts(build(conv(), norm, nn.ReLU()))["0"]
+    net = build(conv(), norm, nn.ReLU())
+    verdict = verdicts(net)["0"]
     assert (verdict.reason, verdict.norm, verdict.rectified, norm_kind(norm)) == ("", "1", True, "frozen")
-    assert epsilon(norm) == pytest.approx(1e-3)
+    assert epsilon(norm) == pytest.approx(1e-3) and is_silent(net, "0", "1")
 
 
 def residual(net, x):

@@ -20,6 +20,7 @@ from detectron2.modeling.backbone import FPN, SimpleFeaturePyramid
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
+from traced_nets import Net
 
 from repr_det import RePr, RePrSchedule, UserError, find_filter_layers
 from repr_det.method.options import DETECTRON2_LAYERS
@@ -209,9 +210,8 @@ def frozen_detr() -> tuple[nn.Module, Callable]:
 
 
 def of_detectron2(backbone: nn.Module) -> tuple[nn.Module, Callable]:
-    model = nn.ModuleDict({"backbone": backbone})
-    model.forward = lambda x: list(backbone(x).values())
-    return model, lambda: model.forward(torch.randn(2, 3, 64, 64))
+    model = Net(lambda net, x: list(net.backbone(x).values()), backbone=backbone)
+    return model, lambda: model(torch.randn(2, 3, 64, 64))
 
 
 VIT = dict(img_size=64, embed_dim=16, depth=1, num_heads=2, out_feature="last_feat")
