@@ -28,7 +28,6 @@ TINY = ["--config-file", str(ROOT / "configs" / "repr_r50_fpn.yaml"), "--size", 
         (["--pairs", "0"], "--pairs must be at least 1, got 0"),
         (["--output", __file__], "is a file, not a folder"),
         (["SOLVER.AMP.ENABLED", "True"], "SOLVER.AMP.ENABLED needs --device cuda"),
-        (["MODEL.DEPTH", "18"], "MODEL.DEPTH"),
     ],
 )
 def test_wrong_arguments(flags, message):

