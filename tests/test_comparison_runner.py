@@ -10,7 +10,7 @@ import time
 
 import forked
 import pytest
-from finished_runs import write_metrics
+from finished_runs import write_lines
 
 from repr_det.studies.comparison import runner
 from repr_det.studies.comparison.records import Run, is_finished, read_metrics
@@ -55,7 +55,7 @@ def test_runs_at_once_their_progress_and_that_they_are_trained_once(fake, monkey
     """The second is resumed: two of its steps were done before."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     runs = [fake(1, steps=12, pause=0.1), fake(2, steps=12, pause=0.1), fake(3)]
-    write_metrics(runs[1].folder, *({"iteration": i, "total_loss": 1.0} for i in range(2)))
+    write_lines(runs[1].folder / "metrics.json", *({"iteration": i, "total_loss": 1.0} for i in range(2)))
     run_all(runs, jobs=2)
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
     calls = [[f"|{threads}"], [f"--resume|{threads}"], [f"|{threads}"]]
