@@ -79,10 +79,9 @@ class Loop:
 
     def assert_dropped_are_zero(self) -> None:
         for layer in self.training.scheme.layers if self.training.phase == "sub" else ():
-            dropped = self.training.scheme.masks[layer.name]
             states = [self.optimizer.state.get(parameter, {}) for parameter in layer.parameters()]
-            momenta = [state["momentum_buffer"] for state in states if state]
-            assert not any(tensor.cpu()[dropped].any() for tensor in [*layer.tensors().values(), *momenta])
+            tensors = [*layer.tensors().values(), *(state["momentum_buffer"] for state in states if state)]
+            assert not any(tensor.cpu()[self.training.scheme.masks[layer.name]].any() for tensor in tensors)
 
     def assert_two_cycles(self) -> None:
         assert self.training.scheme.cycle == 2

@@ -244,7 +244,7 @@ def test_a_study_trains_what_is_missing_with_teacher_and_first_weights(folder, t
     assert found[:2] == [("teacher", "standard", 40, 1, 0), ("3x3", "standard", 20, 2, 0)]
     assert found[2:] == [("3x3", "standard", 40, 10, 20), ("3x3", "ortho", 40, 10, 20)]
     assert held[2][0].teacher == held[0][0].key and "ortho, seed 0: " in capsys.readouterr().out
-    for finished, _ in held[:2]:  # the weights that others need are trained again, to the same
+    for finished, _ in held[:2]:  # the weights that others need are trained again
         file = cifar10.weights_file(tmp_path, finished)
         before = torch.load(file)
         file.unlink()

@@ -105,7 +105,7 @@ def test_torch_and_pycls_files(tmp_path, monkeypatch):
         torch.save(content, name)
         with pytest.raises(UserError, match=message):
             AtomicCheckpointer(net).load(name)
-        assert not Path("executed").exists()
+    assert not Path("executed").exists()
     torch.save({"model_state": {"weight": torch.ones(1, 1), "bias": torch.ones(1)}}, "good.pyth")
     AtomicCheckpointer(net).load("good.pyth")
     assert net.weight.item() == net.bias.item() == 1
@@ -156,9 +156,9 @@ PLAIN = (np.ndarray, np.generic, torch.Tensor, torch.dtype, int, float, complex,
 
 
 def is_plain(value):
-    if isinstance(value, (dict, list, tuple, set, frozenset)):
-        return all(map(is_plain, [*value, *(value.values() if isinstance(value, dict) else ())]))
-    return isinstance(value, PLAIN)
+    if isinstance(value, dict):
+        return is_plain([*value, *value.values()])
+    return all(map(is_plain, value)) if isinstance(value, (list, tuple, set, frozenset)) else isinstance(value, PLAIN)
 
 
 def mutated(genuine, rng):
