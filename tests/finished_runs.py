@@ -24,10 +24,6 @@ def write_lines(path, *lines):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def write_metrics(folder, *rows):
-    write_lines(folder / "metrics.json", *rows)
-
-
 @pytest.fixture(scope="session")
 def named_data(tmp_path_factory, tiny_data):
     """The tiny images with class names that HTML and file formats trip over, registered as odd_train and odd_val."""
@@ -58,8 +54,11 @@ def finished(named_data, tiny_cfg, tmp_path):
         final["bbox/APl"] = math.nan  # images of 96 px hold no large object
         if ap is not None:
             final["bbox/AP"] = ap
-        on_the_way = {"iteration": 19, "total_loss": 2.0, "bbox/AP": final["bbox/AP"] + 1}
-        write_metrics(folder, on_the_way, {"iteration": 39, "total_loss": 1.0}, {"iteration": 40, **final})
+        again = {"iteration": 19, "bbox/AP": final["bbox/AP"] + 1}  # of a run that was killed and resumed
+        metrics = folder / "metrics.json"
+        write_lines(metrics, {"iteration": 19, "bbox/AP": 0.0}, again, {"iteration": 40, **final})
+        with open(metrics, "a") as file:
+            file.write('{"iteration": 59, "total_lo')
         layers = {"backbone.bottom_up.res2.0.conv1": 8, "backbone.bottom_up.res2.0.conv2": 300}
         model = {f"{name}.weight": torch.randn(filters, 8, 3, 3) for name, filters in layers.items()}
         torch.save({"model": model}, folder / "model_final.pth")

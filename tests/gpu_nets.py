@@ -51,7 +51,8 @@ class Loop:
     """A training loop of ``Net`` with RePr, in some precision."""
 
     def __init__(self, net, dtype=torch.float32, autocast=None, scaler=None, rate=0.05, **options) -> None:
-        self.net, self.autocast, self.scaler = net.to(dtype), autocast, scaler
+        self.net, self.autocast = net.to(dtype), autocast
+        self.scaler = scaler or torch.amp.GradScaler(enabled=False)
         self.optimizer = torch.optim.SGD(net.parameters(), rate, momentum=0.9)
         options = {"num_cycles": 2, "criterion_batches": 2, "calibration_batches": 2, **options}
         self.batches = [(images.to(dtype), classes) for images, classes in BATCHES]
@@ -67,14 +68,9 @@ class Loop:
         self.optimizer.zero_grad()
         weight = next(self.net.parameters())
         before = weight.detach().clone()
-        loss = self.loss(self.batches[self.iteration % len(self.batches)])
-        if self.scaler is None:
-            loss.backward()
-            self.optimizer.step()
-        else:
-            self.scaler.scale(loss).backward()
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
+        self.scaler.scale(self.loss(self.batches[self.iteration % len(self.batches)])).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.iteration += 1
         stepped = not torch.equal(before, weight)
         done = self.training.step()
@@ -83,10 +79,9 @@ class Loop:
 
     def assert_dropped_are_zero(self) -> None:
         for layer in self.training.scheme.layers if self.training.phase == "sub" else ():
-            dropped = self.training.scheme.masks[layer.name]
             states = [self.optimizer.state.get(parameter, {}) for parameter in layer.parameters()]
-            momenta = [state["momentum_buffer"] for state in states if state]
-            assert not any(tensor.cpu()[dropped].any() for tensor in [*layer.tensors().values(), *momenta])
+            tensors = [*layer.tensors().values(), *(state["momentum_buffer"] for state in states if state)]
+            assert not any(tensor.cpu()[self.training.scheme.masks[layer.name]].any() for tensor in tensors)
 
     def assert_two_cycles(self) -> None:
         assert self.training.scheme.cycle == 2

@@ -8,7 +8,6 @@ import pytest
 import torch
 from conftest import At, interrupt
 from torch import nn
-from torchvision.models import resnet18
 
 from repr_det import Trainer, UserError
 from repr_det.runs.checkpoints import AtomicCheckpointer, find_checkpoint, zero_filters
@@ -60,13 +59,11 @@ def test_lines_of_transitions_that_come_again_are_removed(tmp_path):
         held.write("".join(lines) + '{"iteration": 2')  # cut short
         held.flush()
         truncate_log(path, 3)
-        assert path.read_text() == "".join(lines[:2])
         held.write(lines[2])
     assert path.read_text() == "".join(lines[:3])
 
 
 def test_a_used_folder_is_resumed_with_the_same_model_or_refused(tiny_cfg, tmp_path):
-    """Trainer without the command, as notebooks use it: cells are run again."""
     first = Trainer(tiny_cfg())
     first.checkpointer.save("model_0000001", iteration=1)
     before = contents(tmp_path / "run")
@@ -84,7 +81,6 @@ def test_a_used_folder_is_resumed_with_the_same_model_or_refused(tiny_cfg, tmp_p
     [("EBUSY", "see to the file system", "model_0000001.pth"), ("ENOSPC", "free space", "last_checkpoint")],
 )
 def test_a_rename_that_fails(tmp_path, monkeypatch, name, advice, file):
-    """As on a network file system; what is there stays, and the next save goes well."""
     checkpointer = AtomicCheckpointer(nn.Linear(1, 1), str(tmp_path))
     checkpointer.save("model_0000000", iteration=0)
     before, replace = contents(tmp_path), os.replace
@@ -106,13 +102,11 @@ def test_a_rename_that_fails(tmp_path, monkeypatch, name, advice, file):
 
 def test_another_optimizer_is_refused():
     parameters = nn.Linear(1, 1).parameters
-    for old, new, told in (
-        (torch.optim.SGD, torch.optim.AdamW, "momentum.*; this run has 2 parameters in 1 groups with .*betas"),
-        (torch.optim.AdamW, torch.optim.RMSprop, "betas.*; this run has .*alpha"),
-    ):
-        with pytest.raises(UserError, match=f"is of another optimizer, 2 parameters in 1 groups with .*{told}"):
-            check_same_optimizer(new(parameters()), old(parameters()).state_dict(), "folder")
-        check_same_optimizer(new(parameters()), new(parameters()).state_dict(), "folder")
+    old, new = torch.optim.SGD(parameters()), torch.optim.AdamW(parameters())
+    told = "2 parameters in 1 groups with .*momentum.*; this run has 2 parameters in 1 groups with .*betas"
+    with pytest.raises(UserError, match=f"is of another optimizer, {told}"):
+        check_same_optimizer(new, old.state_dict(), "folder")
+    check_same_optimizer(new, new.state_dict(), "folder")
 
 
 RUN = "SOLVER.MAX_ITER 4 DATASETS.TEST () REPR.ENABLED True REPR.S1_ITERS 1 REPR.S2_ITERS 1 REPR.NUM_CYCLES 1".split()
@@ -135,17 +129,9 @@ def test_training_in_pieces_is_told_its_cause(tiny_cfg):
         trainer.train()
 
 
-@pytest.mark.parametrize("wrap", [lambda w: w, lambda w: {"model": {f"module.{k}": v for k, v in w.items()}}])
-def test_plain_and_ddp_weights(tmp_path, wrap):
-    source, model = nn.Linear(2, 2), nn.Linear(2, 2)
-    torch.save(wrap(source.state_dict()), tmp_path / "weights.pth")
-    AtomicCheckpointer(model).load(str(tmp_path / "weights.pth"))
-    assert torch.equal(model.weight, source.weight) and torch.equal(model.bias, source.bias)
-
-
 def test_weights_of_which_none_fits_are_refused(tmp_path):
-    torch.save(resnet18().state_dict(), tmp_path / "weights.pth")
-    with pytest.raises(UserError, match=r"not hold any weight of this model: weight is missing .* or rename its w"):
+    torch.save(nn.Conv2d(2, 2, 3).state_dict(), tmp_path / "weights.pth")
+    with pytest.raises(UserError, match=r"not hold any weight of this model: weight is missing .*rename its w"):
         AtomicCheckpointer(nn.Linear(2, 2)).load(str(tmp_path / "weights.pth"))
 
 

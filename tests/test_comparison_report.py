@@ -1,5 +1,7 @@
-"""The report as parsed HTML, from made-up runs; once really from nothing to report."""
+"""The report as parsed HTML, from made-up runs; once really from nothing to report. Its statistics against closed forms
+and simulations."""
 
+import dataclasses
 import json
 import math
 from xml.etree import ElementTree
@@ -12,6 +14,8 @@ from finished_runs import METRICS, OPTS, REPR_CONFIG, compare_folders, results_o
 from repr_det.method.errors import UserError
 from repr_det.studies.comparison.command import main
 from repr_det.studies.comparison.records import Run, Study, compare, metric_row
+from repr_det.studies.comparison.report import phases
+from repr_det.studies.comparison.statistics import could_show, paired_difference, summarize, verdict_sentence
 
 
 class Page:
@@ -22,7 +26,7 @@ class Page:
         root = ElementTree.fromstring(self.source)
         self.tags = [element.tag for element in root.iter()]
         self.text = " ".join(" ".join(root.find("body").itertext()).split())
-        self.addresses = [one for element in root.iter() for one in (element.get("href"), element.get("src")) if one]
+        self.addresses = [value for x in root.iter() for name, value in x.items() if name in ("href", "src")]
 
 
 def test_report_of_finished_folders(finished, tmp_path, capsys):
@@ -32,13 +36,12 @@ def test_report_of_finished_folders(finished, tmp_path, capsys):
     out = tmp_path / "out"
     results, page, shown = results_of(out), Page(out), capsys.readouterr().out
     row = results["metrics"]["AP"]
-    expected = [json.loads((folder / "metrics.json").read_text().splitlines()[-1])["bbox/AP"] for folder in bases]
+    expected = [json.loads((folder / "metrics.json").read_text().splitlines()[2])["bbox/AP"] for folder in bases]
     assert row["baseline"]["values"] == pytest.approx(expected)
-    # One table, whose numbers have one form everywhere.
     table = pd.read_csv(out / "results.csv")
     assert list(table) == ["seed", "arm", "metric", "value"] and set(table["arm"]) == {"baseline", "repr"}
     assert set(table["metric"]) == {*METRICS, "AP-<b>bläu & “x”</b>", "AP-绿色/$g$"}
-    found = table[(table["metric"] == "AP") & (table["arm"] == "baseline")].sort_values("seed")
+    found = table.query("metric == 'AP' and arm == 'baseline'").sort_values("seed")
     assert found["value"].tolist() == pytest.approx(expected, abs=1e-4)
     assert results["metrics"]["APl"]["difference"]["mean"] is None  # images of 96 px hold no large object
     for sentence in (results["verdict"], results["power"]["sentence"]):
@@ -51,8 +54,7 @@ def test_report_of_finished_folders(finished, tmp_path, capsys):
     folders = [f"../{folder.name}" for folder in (*bases, *others)]
     assert [word for word in (*METRICS, *words, *folders) if word not in page.text] == []
     assert page.tags.count("img") == 3 + 4 and "script" not in page.tags  # figures and pictures
-    # Self-contained: every address is inside the page.
-    assert all(address.startswith("data:image/") for address in page.addresses)
+    assert all(address.startswith("data:image/") for address in page.addresses)  # self-contained
     assert "@import" not in page.source and "url(http" not in page.source
 
     # A comparison of 0.2.0 did not say that it is one of baseline and RePr.
@@ -108,6 +110,7 @@ def test_report_says_what_is_missing(finished, tmp_path):
 
 
 def test_ap_over_training(finished):
+    """Of runs that were resumed and killed while they wrote a line."""
     runs = (Run(arm, 1, finished(arm, 1, ap=ap), 40) for arm, ap in (("baseline", 30.0), ("repr", math.nan)))
     curves = compare(Study(tuple(runs))).curves
     assert curves["baseline"][1].to_dict() == {20: 31.0, 40: 30.0} and curves["repr"][1].isna().all()
@@ -128,19 +131,67 @@ REPR.LAYERS.INCLUDE ['*.res2.*.conv*'] DATASETS.TRAIN ('odd_a',) DATASETS.TEST (
 MODEL.BACKBONE.NAME build_resnet_fpn_backbone""".split()
 
 
-def test_from_nothing_to_report(named_data, tmp_path, capsys, monkeypatch):
+def test_from_nothing_to_report(named_data, tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # its 2 for each of two runs at once would be too many
     out = tmp_path / "ütput"
     words = ["--config-file", REPR_CONFIG, "--seeds", "1", "--jobs", "2", "--output", str(out), "--eval-images", "2"]
     for name in ("odd_a", "odd_b"):
         words += ["--register", name, *map(str, named_data)]
     main([*words, *OPTS, *TRAINED])
-    results, page = results_of(out), Page(out)
+    page = Page(out)
     assert "One seed says nothing" in page.text and page.tags.count("img") == 3 + 2
-    stamps = {path: path.stat().st_mtime_ns for path in out.glob("*/model_final.pth")}
-    assert len(stamps) == 2
-    capsys.readouterr()
-    main([*words, *OPTS, *TRAINED])  # again: nothing is trained
-    assert "finished already: baseline seed 1, RePr seed 1" in capsys.readouterr().err
-    assert {path: path.stat().st_mtime_ns for path in out.glob("*/model_final.pth")} == stamps
-    assert results_of(out) == results
+    assert len(list(out.glob("*/model_final.pth"))) == 2
+
+
+def test_interval_over_seeds_is_the_t_interval_worked_by_hand():
+    # Differences 0.5, 1.0, 0.3: mean 0.6, sum of squares 0.26, sd sqrt(0.13); t(0.975, 2) = 4.30265 from a table.
+    found = paired_difference([40.0, 41.0, 42.0, math.nan], [40.5, 42.0, 42.3, 1.0])
+    half = 4.30265273 * math.sqrt(0.13 / 3)
+    assert (found.n, found.mean, found.sd) == (3, pytest.approx(0.6), pytest.approx(math.sqrt(0.13)))
+    assert (found.low, found.high) == pytest.approx((0.6 - half, 0.6 + half), abs=1e-6)
+    assert math.isnan(summarize([3.0]).sd) and math.isnan(summarize([math.nan]).mean)
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ([1.0, 0.5, 0.9], "RePr +0.8 AP, 95 % CI +0.1 .. +1.5, 3 seeds: better"),
+        ([-1.0, -0.5, -0.9], "RePr -0.8 AP, 95 % CI -1.5 .. -0.1, 3 seeds: worse"),
+        ([0.0, 0.5, -0.4], "RePr +0.0 AP, 95 % CI -1.1 .. +1.2, 3 seeds: not distinguishable"),
+        ([1.0, -0.5], "RePr +0.2 AP, 95 % CI -9.3 .. +9.8, 2 seeds: no verdict (fewer than 3 pairs of runs)"),
+        ([0.5, 0.5, 0.5], "RePr +0.5 AP, 3 seeds: no verdict (all differences are equal)"),
+        ([0.5, 0.5, math.nan], "RePr +0.5 AP, 2 seeds: no verdict (1 of 3 pairs of runs without the value)"),
+        ([0.8], "RePr +0.8 AP, 1 seed: no verdict (fewer than 3 pairs of runs)"),
+        ([math.nan, math.nan], "AP: n/a (no pair of runs has it)"),
+    ],
+)
+def test_verdict_in_words(values, sentence):
+    found = paired_difference([0.0] * len(values), values)
+    assert verdict_sentence("AP", found) == sentence
+    shifted = paired_difference([30.0] * len(values), [30 + v for v in values])  # but for rounding
+    assert shifted.verdict == found.verdict
+    if found.why_no_verdict:  # then nothing is said of seeds
+        assert could_show(found) == {"detectable": None, "seeds_for_1": None, "sentence": ""}
+
+
+# Pairs for a power of 0.8 of a two-sided paired t test at 5 %, by the size in standard deviations: tables of G*Power.
+@pytest.mark.parametrize(("size", "pairs"), [(0.2, 199), (0.5, 34), (0.8, 15), (1.0, 10), (1e9, 3), (0.001, 10_001)])
+def test_the_seeds_that_a_difference_of_1_needs(size, pairs):
+    found = could_show(dataclasses.replace(paired_difference([0.0, 0.0, 0.0], [1.0, 0.5, 0.9]), sd=1 / size))
+    assert found["seeds_for_1"] == pairs
+    assert f"needs {pairs if pairs < 10_001 else 'more than 10000'} seeds" in found["sentence"]
+
+
+@pytest.mark.parametrize("n", [3, 8])
+def test_the_difference_that_seeds_could_have_shown_is_found_in_four_of_five_simulated_studies(n):
+    values = np.random.default_rng(n).normal(0, 2, n)
+    size = could_show(paired_difference(np.zeros(n), values))["detectable"]
+    studies = np.random.default_rng(1).normal(size, values.std(ddof=1), (20_000, n))
+    t = {3: 4.30265, 8: 2.36462}[n]  # t(0.975, n - 1) from a table
+    better = studies.mean(axis=1) > t * studies.std(axis=1, ddof=1) / math.sqrt(n)
+    assert better.mean() == pytest.approx(0.8, abs=0.01)
+
+
+def test_sub_network_phases():
+    events = [{"event": ("drop", "restore")[i % 2], "iteration": 10 * i + 9} for i in range(3)]
+    assert phases(events, max_iter=40) == [(10, 20), (30, 40)]

@@ -13,9 +13,8 @@ OPTS = (
     "SOLVER.MAX_ITER 14 REPR.ENABLED True REPR.S1_ITERS 3 REPR.S2_ITERS 3 REPR.NUM_CYCLES 2 SOLVER.CHECKPOINT_PERIOD 2 "
     "TEST.EVAL_PERIOD 6"
 ).split()
-# (moment, first iteration, last iteration): the run is killed the first time that the moment comes at or after an
-# iteration drawn from the range. S1 is iterations 0-2 and 6-8, S2 3-5 and 9-11; drops end 2 and 8, restores 5 and 11,
-# evaluations 5, 11 and the run, checkpoints every second iteration.
+# (moment, first, last): the run is killed the first time that the moment comes at or after an iteration drawn from the
+# range. Drops end iterations 2 and 8, restores 5 and 11, evaluations 5, 11 and 13, checkpoints every second one.
 MOMENTS = [
     ("step", 0, 2),
     ("drop", 0, 2),
