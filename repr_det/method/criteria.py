@@ -167,7 +167,8 @@ def use_of_filters(layers: Sequence[FilterLayer], context: Context) -> dict[str,
     with on_output(layers, see):
         run_batches(context, on_loss, gradients=True)
     reached = [layer.name for layer in layers if layer.name in sums and layer.name in gradients]
-    found = to_cpu([torch.stack([*sums[name], outputs[name], gradients[name]]) for name in reached])
+    largest = [gradients[name].to(outputs[name].device) for name in reached]  # a layer's output may lie elsewhere
+    found = to_cpu([torch.stack([*sums[x], outputs[x], own]) for x, own in zip(reached, largest, strict=True)])
     idle, thresholds = {}, {}
     for name, (total, squares, output, gradient) in zip(reached, found, strict=True):
         mean = total.double() / counts[name]

@@ -42,7 +42,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
                 error = error.__context__
             raise UserError(
                 f"the checkpoint {name} could not be written to {self.save_dir}: {str(error).splitlines()[0]}; the "
-                f"checkpoints before it are untouched: {advice_for(error)}, then --resume"
+                f"checkpoints before it are untouched: {advice_for(error) or 'see to the cause'}, then --resume"
             ) from error
 
     def has_checkpoint(self) -> bool:

@@ -31,6 +31,8 @@ _NOT_DETERMINISTIC = {
     *("adaptive_max_pool2d_backward", "_adaptive_avg_pool2d_backward", "upsample_bilinear2d_backward"),
     *("reflection_pad2d_backward", "replication_pad2d_backward", "grid_sampler_2d_backward", "nll_loss2d_forward"),
 }
+_CONVOLUTIONS = {"convolution", "convolution_backward"}
+_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
 
 waits: Counter[str] = Counter()  # line of the code -> how often the host waited there
 
@@ -73,7 +75,10 @@ class Device(TorchDispatchMode):
         aliases = {id(tensor): on_cpu(tensor) for tensor in tensors if tensor.is_cuda}
         originals = {id(aliases[id(tensor)]): tensor for tensor in tensors if tensor.is_cuda}
         generator = next((leaf for leaf in leaves if isinstance(leaf, torch.Generator)), None)
-        args, kwargs = tree_unflatten([_moved(leaf, aliases) for leaf in leaves], form)
+        new = [_moved(leaf, aliases) for leaf in leaves]
+        if _in_tf32(name):
+            new = [_rounded(leaf) if isinstance(leaf, Tensor) else leaf for leaf in new]
+        args, kwargs = tree_unflatten(new, form)
         run = _EMULATED.get(name, function)
         if torch.Tag.nondeterministic_seeded in function.tags:
             run = _drawing(run, generator, target)
@@ -145,9 +150,12 @@ def _waits(name: str, args: tuple, kwargs: dict, target: torch.device | None) ->
 
 
 def _line() -> str:
-    """The innermost line of the product that is running."""
-    ours = [frame for frame in traceback.extract_stack() if "/repr_det/" in frame.filename]
-    return f"{ours[-1].filename.rpartition('/repr_det/')[2]}:{ours[-1].lineno}" if ours else "elsewhere"
+    """The innermost line of the product that is running, else of whatever is no part of torch."""
+    frames = traceback.extract_stack()[::-1]
+    ours = [frame for frame in frames if "/repr_det/" in frame.filename]
+    others = [frame for frame in frames if "/torch/" not in frame.filename and frame.filename != __file__]
+    frame = [*ours, *others, frames[-1]][0]
+    return f"{frame.filename.rpartition('/repr_det/')[2]}:{frame.lineno} {frame.name}"
 
 
 def _drawing(run: Callable[..., Any], generator: torch.Generator | None, target: torch.device) -> Callable[..., Any]:
@@ -166,6 +174,19 @@ def _drawing(run: Callable[..., Any], generator: torch.Generator | None, target:
             torch.default_generator.set_state(before)
 
     return draw
+
+
+def _in_tf32(name: str) -> bool:
+    if name in _CONVOLUTIONS:
+        return torch.backends.cudnn.allow_tf32
+    return name in _PRODUCTS and torch.backends.cuda.matmul.allow_tf32
+
+
+def _rounded(tensor: Tensor) -> Tensor:
+    """To the 10 bits that TF32 multiplies."""
+    if tensor.dtype != torch.float32:
+        return tensor
+    return ((tensor.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32).view_as(tensor)
 
 
 def _cudnn_batch_norm(value: Tensor, weight: Any, bias: Any, mean: Any, var: Any, *options: Any) -> tuple:
