@@ -5,7 +5,7 @@ runtime.c is a CUDA runtime whose device memory is host memory, ``device`` compu
 gives two devices.
 
 Seen are devices that are mixed up, what the host waits for, and what CUDA has no deterministic kernel for. Not seen are
-speed, memory, races of streams, and the rounding of kernels.
+speed, memory, races of streams, and the rounding of kernels, but for that of TF32.
 """
 
 import ctypes
