@@ -1,4 +1,4 @@
-"""Every check of a run before a file is written; what Detectron2 checks is tried out, not checked again."""
+"""Checks of a run before it writes a file; what Detectron2 checks is tried, not checked again."""
 
 import contextlib
 import logging
@@ -48,14 +48,9 @@ def check_run(
     num_machines: int = 1,
     trainer: type[Trainer] = Trainer,
 ) -> None:
-    """Everything that can be known to be wrong before a file is written.
+    """Raises UserError, naming key, file or folder, for what is known to be wrong before a file is written.
 
-    Args:
-        num_gpus: processes on each machine, on the CPU too.
-        trainer: makes the model.
-
-    Raises:
-        UserError: naming the key, file or folder.
+    ``num_gpus`` is the number of processes on each machine, on the CPU too.
     """
     processes, scaled = num_gpus * num_machines, cfg
     _check_device(cfg, num_gpus)
@@ -120,7 +115,7 @@ def _check_input(cfg: CfgNode) -> None:
     with as_user_error(f"INPUT: no images by {', '.join(settings)}"), _quiet():
         DatasetMapper(cfg, True)
         convert_PIL_to_numpy(Image.new("RGB", (1, 1)), cfg.INPUT.FORMAT)
-    if cfg.DATALOADER.SAMPLER_TRAIN not in _SAMPLERS.split(", "):  # Detectron2 says so when all data are loaded
+    if cfg.DATALOADER.SAMPLER_TRAIN not in _SAMPLERS.split(", "):  # Detectron2 loads all data first
         raise UserError(f"DATALOADER.SAMPLER_TRAIN must be one of {_SAMPLERS}, got {cfg.DATALOADER.SAMPLER_TRAIN!r}")
 
 
@@ -138,7 +133,7 @@ def _check_output_folder(cfg: CfgNode, resume: bool) -> None:
 
 
 def _model_of_shapes(cfg: CfgNode, trainer: type[Trainer]) -> nn.Module:
-    """The model on the meta device, without numbers; on the CPU where its making needs them."""
+    """The model on the meta device; on the CPU if its making needs numbers."""
 
     def build(device: str) -> nn.Module:
         own = cfg.clone()
@@ -149,7 +144,7 @@ def _model_of_shapes(cfg: CfgNode, trainer: type[Trainer]) -> nn.Module:
 
     try:
         return build("meta")
-    except Exception:  # what is wrong with the config, which comes again, or .item() of a meta tensor
+    except Exception:  # a wrong config, which raises again, or .item() of a meta tensor
         with as_user_error("MODEL"):
             return build("cpu")
 
@@ -214,7 +209,7 @@ class _TrialCheckpointer(AtomicCheckpointer):
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the log lines and warnings of what is only tried."""
+    """No log lines and warnings of what is only tried."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

@@ -1,4 +1,4 @@
-"""The data sets of a run: those of --register, one numbering of their classes, and checks of what they hold."""
+"""The data sets of a run: registered, their classes numbered alike, and checked."""
 
 import itertools
 import json
@@ -31,10 +31,10 @@ def prepare_data(
     Args:
         register: NAME, JSON, IMAGE_ROOT of each.
         train, test: DATASETS.TRAIN and DATASETS.TEST; unknown names are left to ``check_datasets``.
-        weights_in: folder of the checkpoint that is evaluated, whose classes come first, as far as they are known.
+        weights_in: folder of the checkpoint that is evaluated; its classes, if known, come first.
 
     Returns:
-        the number of classes; 0 if it does not follow from --register.
+        the number of classes, 0 if not from --register.
 
     Raises:
         UserError: a data set is bad, or none of --register is used.
@@ -66,7 +66,7 @@ def _check_used(names: set[str], train: Sequence[str], test: Sequence[str], need
 
 
 def recorded_classes(folder: str | Path) -> tuple[str, ...] | None:
-    """The classes of the run in ``folder``, in the order of its outputs; None if it left no record."""
+    """The classes of the run in ``folder``, in the order of its outputs; None without a record."""
     try:
         known = json.loads((Path(folder) / DATA_FILE).read_text(encoding="utf-8"))
         lists = [tuple(dict.fromkeys(entry["classes"])) for entry in known.values()]
@@ -76,7 +76,7 @@ def recorded_classes(folder: str | Path) -> tuple[str, ...] | None:
 
 
 def check_same_classes(classes: Sequence[str], folder: str | Path) -> None:
-    """Refuses other classes than those of the run in ``folder``, or these in another order."""
+    """Refuses other classes than those of the run in ``folder``, or another order."""
     recorded = recorded_classes(folder)
     if recorded not in (None, tuple(classes)):
         raise UserError(
@@ -86,7 +86,7 @@ def check_same_classes(classes: Sequence[str], folder: str | Path) -> None:
 
 
 def check_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
-    """Every data set of the run exists, is well formed, has what the model learns from, and the model's classes."""
+    """Refuses data sets that are absent, malformed, or lack what the model learns from or its classes."""
     train, test = (() if eval_only else cfg.DATASETS.TRAIN), cfg.DATASETS.TEST
     mapped = any_mapped((train, test))  # refuses a name in place of names
     key, needed = ("TEST", test) if eval_only else ("TRAIN", train)

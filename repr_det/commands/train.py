@@ -1,4 +1,4 @@
-"""The training command: a yaml config, or a LazyConfig (a config file in Python)."""
+"""The training command, by a yaml config or a LazyConfig (in Python)."""
 
 import argparse
 import contextlib
@@ -31,7 +31,6 @@ class Run:
     """A run that a config file describes.
 
     Attributes:
-        cfg: what checks, hooks and loaders take.
         text: the config as the log shows it.
         write_config: writes config.yaml, and other files, into a folder.
         unread: returns the keys that nothing has read.
@@ -47,7 +46,6 @@ class Run:
 
 
 def run_of(args: argparse.Namespace) -> Run:
-    """Returns the run that ``args`` ask for."""
     given = (args.config_file, args.opts, args.register, args.baseline, args.eval_only, args.resume)
     if args.config_file.endswith(".py"):
         return importlib.import_module("repr_det.commands.lazy").lazy_run(*given)
@@ -56,7 +54,7 @@ def run_of(args: argparse.Namespace) -> Run:
 
 
 def start(argv: list[str] | None = None) -> None:
-    """Parses arguments, checks everything that can be checked, then launches the processes."""
+    """Parses arguments, checks the run, then launches the processes."""
     args = train_argument_parser().parse_args(argv)
     if args.wandb:
         wandb_module()

@@ -1,4 +1,4 @@
-"""A check of COCO-format data that finds what would stop Detectron2 in the middle of a run, or spoil it in silence."""
+"""A check of COCO-format data for what would stop Detectron2 in the middle of a run, or spoil it in silence."""
 
 import gc
 import os
@@ -15,7 +15,7 @@ from repr_det.datasets.findings import Findings, folded, listed, reason
 from repr_det.datasets.image_files import ImageFile, check_image_files
 from repr_det.datasets.objects import gaps_of
 
-# The types that Detectron2 and pycocotools rely on; numbers within the right type are left to ``objects``.
+# The types that Detectron2 and pycocotools rely on; ``objects`` looks at the numbers.
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Length = Annotated[Finite, Field(gt=0, multiple_of=1)]  # some tools write 640.0
 Name = Annotated[str, Field(pattern=r"\S")]
@@ -65,8 +65,8 @@ class CocoSummary:
 
     Attributes:
         classes: category id -> name, in the order of the ids.
-        gaps: what stands in the way of evaluation, masks and keypoints, see ``objects.gaps_of``.
-        keypoint_numbers: the lengths of the objects' lists of keypoints, crowd regions aside, 0 for those without.
+        gaps: see ``objects.gaps_of``.
+        keypoint_numbers: lengths of the keypoint lists of single objects, 0 without one.
     """
 
     classes: dict[int, str]
@@ -83,8 +83,7 @@ def check_coco_format(
     Of a large data set some image files are decoded; the others are there and not empty.
 
     Raises:
-        UserError: names ``name``, the file, the first thing found wrong, and what would be right; what only evaluation,
-            masks or keypoints need is in the summary
+        UserError: the first thing found wrong; what only evaluation, masks or keypoints need is in the summary
     """
     collects = gc.isenabled()
     gc.disable()  # looking for cycles in a large json would take three times as long as the rest
@@ -167,7 +166,7 @@ def _check_names(classes: dict[int, str], findings: Findings) -> None:
 
 
 def lowest_ids(classes: dict[int, str]) -> dict[str, int]:
-    """Name -> its lowest category id, in the order of these."""
+    """Name -> its lowest category id, in ascending order."""
     lowest: dict[str, int] = {}
     for i in sorted(classes):
         lowest.setdefault(classes[i], i)

@@ -1,4 +1,4 @@
-"""Findings about data: errors and warnings of one line, and what a name or a file shows of their cause."""
+"""Errors and warnings about data, and what a name or a file shows of their cause."""
 
 import logging
 import os
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class Findings:
-    """Reports on one annotation file of a data set, which has a name if it is registered."""
+    """Reports on one annotation file of a data set."""
 
     def __init__(self, json_file: Path, name: str | None = None) -> None:
         self.json_file = json_file
@@ -43,13 +43,12 @@ class Findings:
 
 
 def listed(names: Iterable, limit: int = 8) -> str:
-    """Names the first few, for a message."""
     names = [str(name) for name in names]
     return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "") or "nothing"
 
 
 def reason(error: Exception, path: str | os.PathLike) -> str:
-    """Says why a file cannot be read: what its first bytes show that it is, or else the error's own text."""
+    """Says why a file cannot be read, by its first bytes or the error's own text."""
     try:
         with open(path, "rb") as file:
             head = file.read(64)
@@ -60,5 +59,5 @@ def reason(error: Exception, path: str | os.PathLike) -> str:
 
 
 def folded(name: str) -> str:
-    """The name without what differs between spellings: case, blanks and Unicode form (NFC or NFD)."""
+    """The name without case, blanks and Unicode form (NFC or NFD)."""
     return "".join(unicodedata.normalize("NFKC", name).casefold().split())
