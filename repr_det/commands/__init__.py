@@ -1,7 +1,4 @@
-"""Arguments, checks before the first step, processes, and training by yaml or LazyConfig.
-
-May import every room but the studies.
-"""
+"""Arguments, checks, processes, and training by yaml or LazyConfig. May import every room but the studies."""
 
 import warnings
 

@@ -20,7 +20,7 @@ from repr_det.method.errors import UserError
 from repr_det.runs.checkpoints import find_checkpoint
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-# In a wheel beside its modules, in a checkout in configs/.
+# In a wheel beside the modules.
 CONFIGS = next((x for x in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if x.is_dir()), _PACKAGE / "configs")
 _ARITHMETIC = re.compile(r"(for|in|x|[\d\s.,*/+()\[\]-])*")
 
@@ -60,6 +60,13 @@ def add_data_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def refuse_below(args: argparse.Namespace, **least: int) -> None:
+    """Raises UserError for an argument below its least value."""
+    for name, number in least.items():
+        if getattr(args, name) < number:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {number}, got {getattr(args, name)}")
+
+
 def build_config(
     config_file: str,
     opts: list[str],
@@ -72,9 +79,7 @@ def build_config(
 
     Args:
         config_file: a yaml file, or the name of one of configs/.
-        opts: KEY VALUE pairs.
-        register: NAME, JSON, IMAGE_ROOT of COCO-format data sets.
-        baseline, eval_only, resume: the flags of ``train_argument_parser``.
+        opts, register, baseline, eval_only, resume: as on the command line.
 
     Raises:
         UserError: file, key, value or data set is wrong.
@@ -124,8 +129,7 @@ def config_path(name: str) -> str:
 
 
 def merge_config_file(cfg: CfgNode, file: str) -> None:
-    """``cfg.merge_from_file``; UserError if the file is wrong, or runs more than arithmetic (as Detectron2's
-    Base-RetinaNet.yaml does)."""
+    """``cfg.merge_from_file``; UserError if the file is wrong or runs code (arithmetic may be: Base-RetinaNet)."""
     with naming_close_keys(cfg), as_user_error(file):
         try:
             _Checked.load_yaml_with_base(file)

@@ -48,10 +48,7 @@ def check_run(
     num_machines: int = 1,
     trainer: type[Trainer] = Trainer,
 ) -> None:
-    """Raises UserError, naming key, file or folder, for what is known to be wrong before a file is written.
-
-    ``num_gpus`` is the number of processes on each machine, on the CPU too.
-    """
+    """Raises UserError, naming key, file or folder; ``num_gpus`` are processes on each machine, on the CPU too."""
     processes, scaled = num_gpus * num_machines, cfg
     _check_device(cfg, num_gpus)
     boxes = cfg.TEST.DETECTIONS_PER_IMAGE
@@ -136,11 +133,8 @@ def _model_of_shapes(cfg: CfgNode, trainer: type[Trainer]) -> nn.Module:
     """The model on the meta device; on the CPU if its making needs numbers."""
 
     def build(device: str) -> nn.Module:
-        own = cfg.clone()
-        own.defrost()
-        own.MODEL.DEVICE = device
         with torch.device(device), _quiet():
-            return trainer.build_model(own)
+            return trainer.build_model(_changed(cfg, "MODEL.DEVICE", device))
 
     try:
         return build("meta")
@@ -181,23 +175,26 @@ def _check_weights(cfg: CfgNode, model: nn.Module, resume: bool, eval_only: bool
         if trial.hooks is not None:
             _check_same_training(cfg, trial.hooks)
         return
-    zeros = zero_filters(trial.weights)
-    if not zeros:
-        return
-    name = next(iter(zeros))
-    what = f"{path} holds a sub-network: {len(zeros[name])} filters of {name} are zero with their norm"
-    if not eval_only:
-        raise UserError(f"MODEL.WEIGHTS {what}; give a checkpoint after a restore, or continue that run with --resume")
-    logger.warning("%s; its AP is not that of the full network", what)
+    if zeros := zero_filters(trial.weights):
+        name = next(iter(zeros))
+        what = f"{path} holds a sub-network: {len(zeros[name])} filters of {name} are zero with their norm"
+        if not eval_only:
+            raise UserError(f"MODEL.WEIGHTS {what}; give a checkpoint after a restore, or --resume that run")
+        logger.warning("%s; its AP is not that of the full network", what)
 
 
 def _check_same_training(cfg: CfgNode, hooks: dict[str, Any]) -> None:
     check_same_arm(hooks, cfg.REPR.ENABLED, cfg.OUTPUT_DIR)
     if cfg.REPR.ENABLED:
-        own = cfg.clone()
-        own.defrost()
-        own.SOLVER.REFERENCE_WORLD_SIZE = 0  # it is scaled already
+        own = _changed(cfg, "SOLVER.REFERENCE_WORLD_SIZE", 0)  # it is scaled already
         RePrHook(own).load_state_dict(hooks[RePrHook.__qualname__])
+
+
+def _changed(cfg: CfgNode, key: str, value: Any) -> CfgNode:
+    own = cfg.clone()
+    own.defrost()
+    own.merge_from_list([key, value])
+    return own
 
 
 class _TrialCheckpointer(AtomicCheckpointer):

@@ -29,8 +29,7 @@ def prepare_data(
     """Registers this package's data sets and those of --register, and numbers the classes of a run.
 
     Args:
-        register: NAME, JSON, IMAGE_ROOT of each.
-        train, test: DATASETS.TRAIN and DATASETS.TEST; unknown names are left to ``check_datasets``.
+        train, test: ``check_datasets`` refuses unknown names.
         weights_in: folder of the checkpoint that is evaluated; its classes, if known, come first.
 
     Returns:
@@ -86,7 +85,7 @@ def check_same_classes(classes: Sequence[str], folder: str | Path) -> None:
 
 
 def check_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
-    """Refuses data sets that are absent, malformed, or lack what the model learns from or its classes."""
+    """Refuses data sets that are absent or malformed, or lack what the model needs or its classes."""
     train, test = (() if eval_only else cfg.DATASETS.TRAIN), cfg.DATASETS.TEST
     mapped = any_mapped((train, test))  # refuses a name in place of names
     key, needed = ("TEST", test) if eval_only else ("TRAIN", train)
@@ -113,18 +112,14 @@ def check_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
     if cfg.MODEL.LOAD_PROPOSALS:
         for which in ("TEST",) if eval_only else ("TRAIN", "TEST"):
             _check_proposals(f"PROPOSAL_FILES_{which}", cfg.DATASETS, len(cfg.DATASETS[which]))
+    files = {name: summary.files for name, summary in summaries.items() if summary}
     for trained, tested in itertools.product(train, test):
-        if summaries[trained] and summaries[tested]:
-            _warn_of_shared_images(trained, summaries[trained], tested, summaries[tested])
-
-
-def _warn_of_shared_images(trained: str, train: CocoSummary, tested: str, test: CocoSummary) -> None:
-    pairs, compared = shared_images(train.files, test.files)
-    if pairs:
-        logger.warning(
-            f"{len(pairs)} of {compared} images of {tested} (DATASETS.TEST) that were compared are in {trained} "
-            f"(DATASETS.TRAIN) too, such as {pairs[0][1]}: AP of trained images says nothing about new ones"
-        )
+        pairs, compared = shared_images(files.get(trained, []), files.get(tested, []))
+        if pairs:
+            logger.warning(
+                f"{len(pairs)} of {compared} images of {tested} (DATASETS.TEST) that were compared are in {trained} "
+                f"(DATASETS.TRAIN) too, such as {pairs[0][1]}: AP of trained images says nothing about new ones"
+            )
 
 
 def _check_masks(cfg: CfgNode, name: str, summary: CocoSummary, train: bool, test: bool) -> None:

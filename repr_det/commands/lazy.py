@@ -117,8 +117,8 @@ def _data_sets(cfg: DictConfig, which: str) -> tuple[str, ...]:
 
 
 def _refuse_unknown_keys(cfg: DictConfig, overrides: list[str]) -> None:
-    """Refuses keys that the config lacks, unless they are marked as new (``+path.key=value``), or the ``_target_`` of
-    their node or this package takes them. Keys of ``repr`` are checked where it is read."""
+    """Refuses keys that the config lacks, unless they are marked as new (``+path.key=value``), or their node's
+    ``_target_`` or this package takes them."""
     for override in OverridesParser.create().parse_overrides(overrides):
         key = override.key_or_group
         if override.is_add() or key in KEYS or key.startswith("repr"):
@@ -150,8 +150,8 @@ def _takes(node: Any, name: str) -> bool:
 
 
 def record_reads(cfg: DictConfig) -> Callable[[], list[str]]:
-    """Makes the keys of nodes that are not called, such as ``train``, interpolations that note when they are read.
-    Returns a function that names the unread keys."""
+    """Makes the keys of nodes that are not called, such as ``train``, interpolations that note when they are read;
+    returns a function that names the others."""
     values: dict[str, Any] = {}
     used: set[str] = set()
 
@@ -171,8 +171,8 @@ def record_reads(cfg: DictConfig) -> Callable[[], list[str]]:
 def repr_cfg_from_lazy(cfg: DictConfig) -> CfgNode:
     """The config that checks and RePrHook take, from a LazyConfig.
 
-    REPR comes from the node ``repr`` (L(RePrHook)(...), or keys as in yaml; RePr off without it), SOLVER.STEPS from
-    where ``lr_multiplier`` decays, the rest by ``KEYS``. Other keys have Detectron2's defaults.
+    REPR comes from the node ``repr`` (L(RePrHook)(...), or keys as in yaml), SOLVER.STEPS from where ``lr_multiplier``
+    decays, the rest by ``KEYS`` or Detectron2's defaults.
 
     Raises:
         UserError: a key is unknown or of the wrong type, or ``train.max_iter`` is missing.
@@ -228,10 +228,10 @@ def naming_lazy_keys(cfg: DictConfig) -> Iterator[None]:
 
 
 class LazyTrainer(Trainer):
-    """Trainer whose model, optimizer, data, learning rate and evaluation are those of a LazyConfig.
+    """Trainer of a LazyConfig: ``LazyTrainer.of(lazy)(repr_cfg_from_lazy(lazy))``.
 
-    ``LazyTrainer.of(lazy)(repr_cfg_from_lazy(lazy))`` makes one; UserError if ``repr`` is wrong for it, or ``train.ddp``
-    asks for what Trainer does not do.
+    Raises:
+        UserError: ``repr`` is wrong for it, or ``train.ddp`` asks for what Trainer does not do.
     """
 
     lazy: DictConfig

@@ -27,6 +27,7 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
+from repr_det.commands.arguments import refuse_below
 from repr_det.detectron.config import without_repr
 from repr_det.method.errors import UserError
 from repr_det.runs.files import advice_for, write_atomically
@@ -56,12 +57,12 @@ def _of_torchrun(key: str, otherwise: int) -> int:
 
 
 def join_torchrun(device: str, seconds: float) -> None:
-    """Makes the group of torchrun's processes; UserError if others do not come within ``seconds``."""
+    """Makes the group of torchrun's processes; UserError if some do not come within ``seconds``."""
     on_gpu, timeout = torch.device(device).type == "cuda", timedelta(seconds=seconds)
     if on_gpu:
         torch.cuda.set_device(_of_torchrun("LOCAL_RANK", 0))
     try:
-        # Keep the board until all have met: on rank 0 it may be the server that the others read.
+        # Keep the board until all have met: rank 0's may be the server.
         board, rank, size = next(dist.rendezvous("env://", timeout=timeout))
         store, backend = _store_of_this_start(board, rank, timeout), "nccl" if on_gpu else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
@@ -72,11 +73,8 @@ def join_torchrun(device: str, seconds: float) -> None:
 
 
 def _store_of_this_start(board: dist.Store, rank: int, timeout: timedelta) -> dist.Store:
-    """A store that rank 0 opens anew; ``board`` only tells where.
-
-    torchrun's agents share one store over all restarts, with addresses of dead processes, and each counts restarts for
-    itself: nothing names this start for all.
-    """
+    """A store that rank 0 opens anew and announces on ``board``, which torchrun's agents share over all restarts, with
+    addresses of dead processes."""
     host, deadline = os.environ["MASTER_ADDR"], time.monotonic() + timeout.total_seconds()
     if rank == 0:
         name = uuid.uuid4().hex
@@ -106,31 +104,25 @@ def _nobody_came(address: str, reason: str) -> UserError:
 
 def check_processes(args: argparse.Namespace) -> tuple[int, int]:
     """Returns the numbers of processes here and of machines; UserError if an option is wrong."""
-    if not torchrun_job():
-        _check_options(args)
-        return args.num_gpus, args.num_machines
-    size, here = _of_torchrun("WORLD_SIZE", 1), _of_torchrun("LOCAL_WORLD_SIZE", 1)
-    if (args.num_gpus, args.num_machines, args.machine_rank) != (1, 1, 0):
-        raise UserError("torchrun takes --nproc_per_node and --nnodes: leave out --num-gpus and --num-machines")
-    if size % here:
-        raise UserError(f"{here} of {size} processes are here: start as many on every machine")
-    return here, size // here
-
-
-def _check_options(args: argparse.Namespace) -> None:
+    if torchrun_job():
+        size, here = _of_torchrun("WORLD_SIZE", 1), _of_torchrun("LOCAL_WORLD_SIZE", 1)
+        if (args.num_gpus, args.num_machines, args.machine_rank) != (1, 1, 0):
+            raise UserError("torchrun takes --nproc_per_node and --nnodes: leave out --num-gpus and --num-machines")
+        if size % here:
+            raise UserError(f"{here} of {size} processes are here: start as many on every machine")
+        return here, size // here
     if args.num_machines == 1:
         refuse_srun()
-    for name in ("num_gpus", "num_machines"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    refuse_below(args, num_gpus=1, num_machines=1)
     if not 0 <= args.machine_rank < args.num_machines:
         raise UserError(f"--machine-rank must be in 0 ... {args.num_machines - 1}, got {args.machine_rank}")
     if args.num_machines > 1 and args.dist_url == "auto":
         raise UserError(f"--num-machines {args.num_machines} needs --dist-url tcp://HOST:PORT, HOST being machine 0")
+    return args.num_gpus, args.num_machines
 
 
 def refuse_srun() -> None:
-    """Raises UserError in one of several tasks of srun: each would train for itself."""
+    """Raises UserError in one of several tasks of srun, which would train each for itself."""
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
     if int(tasks) > 1:
         raise UserError(f"srun starts {tasks} runs here: for one, srun torchrun --nnodes ... --nproc_per_node ...")
@@ -151,7 +143,7 @@ def run_tool(main: Callable[[], Any]) -> None:
         main()
         return
     except UserError as error:
-        what = _last_line(error)
+        what = _USER_ERROR.sub("", str(error).rstrip().rpartition("\n")[2])  # of a loader's worker: a traceback
     except (OSError, RuntimeError, EOFError) as error:
         if not (advice := advice_for(error)):
             raise
@@ -162,7 +154,7 @@ def run_tool(main: Callable[[], Any]) -> None:
             _say(f"stopped by {stopped.asked} with status {STATUS}; the same command with --resume continues")
         raise
     if _of_torchrun("LOCAL_RANK", 0) > 0:
-        # What the first process says is not said again: torchrun then ends this one.
+        # When the first has said it, torchrun ends this one.
         time.sleep(_FOR_THE_FIRST_TO_SPEAK)
     _say(f"error: {what}")
     sys.exit(2)
@@ -172,11 +164,6 @@ def _say(line: str) -> None:
     print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
 
 
-def _last_line(error: Exception) -> str:
-    """The message, also at the end of a traceback from another process."""
-    return _USER_ERROR.sub("", str(error).rstrip().rpartition("\n")[2])
-
-
 def write_configs(cfg: CfgNode, folder: Path) -> None:
     """Writes config.yaml, and one for stock tools."""
     write_atomically(folder / CONFIG_FILE, cfg.dump())
@@ -184,11 +171,8 @@ def write_configs(cfg: CfgNode, folder: Path) -> None:
 
 
 def setup_process(args: argparse.Namespace, cfg: CfgNode, config: str) -> None:
-    """Lock, threads, logs and seeds of one process of a run.
-
-    As Detectron2's ``default_setup`` without config.yaml, which ``runs.record`` writes. ``args.resume`` becomes that of
-    rank 0. The log shows ``config``. UserError if another process trains in OUTPUT_DIR.
-    """
+    """Lock, threads, logs and seeds, as Detectron2's ``default_setup``; ``runs.record`` writes config.yaml.
+    ``args.resume`` becomes that of rank 0. UserError if another process trains in OUTPUT_DIR."""
     folder, rank = cfg.OUTPUT_DIR, comm.get_rank()
     if not args.eval_only and folder:
         _take(args, folder)
@@ -206,9 +190,9 @@ def setup_process(args: argparse.Namespace, cfg: CfgNode, config: str) -> None:
     if comm.is_main_process():
         logger.info("Running with full config:\n%s", config)
     seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + rank)
-    if precision := cfg.get("FLOAT32_PRECISION"):  # a key that Detectron2 reads and does not define
+    if precision := cfg.get("FLOAT32_PRECISION"):  # Detectron2 reads it, and does not define it
         torch.set_float32_matmul_precision(precision)
-    if not args.eval_only:  # its overhead is large beside the size of validation sets
+    if not args.eval_only:  # too slow for small validation sets
         torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
 
 
@@ -228,16 +212,14 @@ def _one_line_for_user_errors(record: logging.LogRecord) -> bool:
 
 
 def may_continue(args: argparse.Namespace, folder: str) -> bool:
-    """Tells whether --resume is given, or torchrun restarts the job that began the run in ``folder``.
-
-    Rank 0 decides; the others may, and get its decision in ``setup_process``.
-    """
+    """Tells whether --resume is given, or torchrun restarts the job that began the run in ``folder``; on other ranks,
+    True until ``setup_process``."""
     has_begun = torchrun_job() != "" and job_of(folder) == torchrun_job()
     return args.resume or _of_torchrun("RANK", 0) > 0 or has_begun
 
 
 def _take(args: argparse.Namespace, folder: str) -> None:
-    """Rank 0 locks the folder; every rank learns whether it could, and resumes."""
+    """Rank 0 locks the folder; all learn whether it could, and resumes."""
     trouble = ""
     if comm.is_main_process():
         try:
@@ -251,7 +233,7 @@ def _take(args: argparse.Namespace, folder: str) -> None:
 
 
 def launch_processes(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace, device: str) -> None:
-    """Runs ``main(args)`` in this process of torchrun, else in the processes that ``args`` asks for."""
+    """Runs ``main(args)`` in this process of torchrun, or in those that ``args`` asks for."""
     args.early = [(record.name, record.getMessage()) for record in _EARLY.buffer]
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # several CPU processes talk by gloo
@@ -266,7 +248,7 @@ def launch_processes(main: Callable[[argparse.Namespace], Any], args: argparse.N
 
 
 def _launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
-    """Detectron2's launch; a signal reaches all its processes, and what ends one ends all with one line."""
+    """Detectron2's launch; signals reach all processes, and what ends one ends all with one line."""
     asked = ""
 
     def pass_on(number: int, _: object) -> None:
@@ -296,8 +278,8 @@ def _launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace)
 
 
 def _run(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
-    """Leaves the process group at the end: gloo's threads abort some processes that exit as members. After a failure it
-    stays: peers may wait for it."""
+    """Leaves the process group at the end, or gloo's threads abort some processes; not after a failure, when peers may
+    wait."""
     try:
         with _AT_THE_END, answer_signals():
             main(args)

@@ -61,13 +61,7 @@ _CONTENT = TypeAdapter(Content)
 
 @dataclass(frozen=True)
 class CocoSummary:
-    """Contents of a COCO-format data set.
-
-    Attributes:
-        classes: category id -> name, in the order of the ids.
-        gaps: see ``objects.gaps_of``.
-        keypoint_numbers: lengths of the keypoint lists of single objects, 0 without one.
-    """
+    """Classes by ascending id, what ``objects.gaps_of`` finds, lengths of single objects' keypoint lists (or 0)."""
 
     classes: dict[int, str]
     gaps: dict[str, list[str]]
@@ -78,15 +72,13 @@ class CocoSummary:
 def check_coco_format(
     json_file: str | os.PathLike, image_root: str | os.PathLike, name: str | None = None
 ) -> CocoSummary:
-    """Check the json and the image files of a detection data set in COCO format.
-
-    Of a large data set some image files are decoded; the others are there and not empty.
+    """Check the json and the image files (of a large data set, some are decoded) of a COCO-format data set.
 
     Raises:
         UserError: the first thing found wrong; what only evaluation, masks or keypoints need is in the summary
     """
     collects = gc.isenabled()
-    gc.disable()  # looking for cycles in a large json would take three times as long as the rest
+    gc.disable()  # or looking for cycles takes three times as long as the rest
     try:
         return _check(Findings(Path(json_file).expanduser(), name), Path(image_root).expanduser())
     finally:

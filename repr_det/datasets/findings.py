@@ -16,7 +16,7 @@ _BEGINNINGS = {
     b"\xef\xbb\xbf": "begins with a byte order mark, which Detectron2 cannot read: save it without",
     b"\xff\xfe": "is UTF-16 text: save it as UTF-8",
     b"\xfe\xff": "is UTF-16 text: save it as UTF-8",
-    b"<": "is an HTML or XML page, perhaps of a failed download: fetch the file itself",
+    b"<": "is an HTML or XML page: fetch the file itself",
 }
 
 logger = logging.getLogger(__name__)

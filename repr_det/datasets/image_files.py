@@ -19,13 +19,13 @@ from PIL import Image
 from repr_det.datasets.findings import Findings, folded, reason
 from repr_det.method.errors import UserError
 
-DECODED_BYTES = 50_000_000  # image files of up to this are all decoded, in a second or two
+DECODED_BYTES = 50_000_000  # up to this, all images are decoded
 DECODED = 250  # of larger data sets, evenly spread
-READ_BYTES = 500_000_000  # image files of one size are compared by their content up to this
+READ_BYTES = 500_000_000  # up to this, files of one size are compared by content
 LOOKED_FOR = 1000  # test images looked for among those of training
 LOOKED_THROUGH = 100_000  # files, for one of nearly the right name
-DARK = 64  # the depth of images without a value of this or more is looked at
-BLACK = 16  # a data set without a value of this or more is nearly black to the model
+DARK = 64  # below this value, an image's depth is looked at
+BLACK = 16  # below this value, a data set is nearly black
 
 
 class ImageFile(NamedTuple):
@@ -37,7 +37,7 @@ class ImageFile(NamedTuple):
 
 
 def check_image_files(images: list[dict], image_root: Path, findings: Findings) -> list[ImageFile]:
-    """Checks that image files are there and not empty, and that those decoded are what json and Detectron2 say."""
+    """Refuses image files that are absent or empty, or, if decoded, not what json and Detectron2 say."""
     if not image_root.is_dir():
         raise UserError(f"{findings.prefix}image folder {image_root} does not exist, or is not a folder")
     files = _find_files(images, image_root, findings)
@@ -53,7 +53,7 @@ def check_image_files(images: list[dict], image_root: Path, findings: Findings) 
         image, path = images[number], files[number].path
         try:
             pixels = _as_the_model_sees(path)
-        except Exception as error:  # Pillow raises many kinds: OSError, SyntaxError, DecompressionBombError, ...
+        except Exception as error:  # Pillow raises many kinds
             raise UserError(f"{findings.prefix}{path} cannot be read as an image: {reason(error, path)}") from error
         height, width = pixels.shape[:2]
         if (width, height) != (image["width"], image["height"]):
@@ -147,9 +147,9 @@ class NamingMapper:
     def __call__(self, record: dict[str, Any]) -> Any:
         try:
             return self.mapper(record)
-        except (OSError, SyntaxError, ValueError, cv2.error) as error:  # what Pillow, Detectron2 and OpenCV raise
+        except (OSError, SyntaxError, ValueError, cv2.error) as error:
             name = record.get("file_name", f"image {record.get('image_id')}")
             raise UserError(
-                f"{name} cannot be read and prepared for the model: {reason(error, name)}; "
-                "repair the file, or see INPUT if its sizes are too small for its shape, then --resume"
+                f"{name} cannot be read and prepared for the model: {reason(error, name)}; repair the file, or set "
+                "other sizes (INPUT), then --resume"
             ) from error

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-MANY = 0.1  # share of objects whose oddity looks like a mistake of the whole file
-FEW = 0.001  # share of faulty objects that passes with a warning: COCO's own train2017 has 2 in 860,001
-ONE_IN = 100  # objects of which one that is faulty passes too
+MANY = 0.1  # share of odd objects that looks like a mistake of the file
+FEW = 0.001  # share of faulty objects that passes: train2017 has 2 in 860,001
+ONE_IN = 100  # objects of which one may be faulty
 ENOUGH = 50  # boxes to say something of all
 LARGEST_AREA = 1e10  # px: pycocotools ignores larger objects, and those of negative area
 LEAST_AREA, SMALL_AREA = 0.001, 0.02  # shares of its box: no object, and only few, have less
@@ -22,7 +22,7 @@ BEYOND = f": {FORM}"
 NEEDED = "which COCO evaluation needs"
 LEFT_OUT = "and Detectron2 leaves it out"
 PURPOSES = ("training", "doubts", "evaluation", "area doubts", "masks", "crowd masks", "polygons", "keypoints")
-RUN = "[P-o]{0,6}[0-O]"  # of COCO's compressed RLE: groups of five bits, of which the last lacks the sixth
+RUN = "[P-o]{0,6}[0-O]"  # of COCO's compressed RLE: groups of five bits; the last lacks the sixth
 
 # Which objects are odd (N,), by purpose how many of them pass, and what is wrong.
 Row = tuple[np.ndarray, dict[str, float], str]
@@ -60,12 +60,8 @@ class Objects:
 
 
 def gaps_of(annotations: list[dict[str, Any]], images: dict[int | str, dict[str, Any]]) -> dict[str, list[str]]:
-    """Looks at objects as the model and the evaluator will.
-
-    Returns:
-        lines by what they prevent: "polygons" are masks of polygons alone, "keypoints" their evaluation; "doubts" are
-        warnings, "area doubts" those of evaluation.
-    """
+    """Lines by what they prevent: "polygons" are masks of polygons alone, "keypoints" their evaluation; "doubts" are
+    warnings, "area doubts" those of evaluation."""
     objects = Objects(annotations, images)
     gaps: dict[str, list[str]] = {purpose: [] for purpose in PURPOSES}
     for odd, limits, what in (*_box_rows(objects), *_evaluation_rows(objects), *_mask_rows(objects)):

@@ -81,10 +81,8 @@ def _load(name: str) -> list[dict]:
 
 
 def register_builtin() -> None:
-    """Register shapes_train, its first 75 images as shapes_train_75, shapes_val, bccd_train and bccd_val (blood cells).
-
-    They lie in $DETECTRON2_DATASETS (datasets/); shapes are drawn when first loaded.
-    """
+    """Register shapes_train, shapes_train_75, shapes_val, bccd_train and bccd_val (blood cells) of $DETECTRON2_DATASETS
+    (datasets/); shapes are drawn when first loaded."""
     root = Path(os.getenv("DETECTRON2_DATASETS", "datasets")).expanduser().absolute()
     shapes = root / "shapes"
     for part, (split, _) in PARTS.items():
@@ -106,10 +104,7 @@ def _metadata(name: str) -> Any:
 
 
 def check_registered(name: str, *, for_evaluation: bool = True) -> CocoSummary | None:
-    """Check a data set by its registered name; the shapes data set is drawn if absent.
-
-    Returns:
-        the summary, None if not in COCO format
+    """Check a data set by its registered name (shapes are drawn if absent); None if it is not in COCO format.
 
     Raises:
         UserError: the name is unknown, what `check_coco_format` finds, or other classes than those registered
@@ -156,7 +151,7 @@ def own_classes(name: str) -> tuple[str, ...]:
 
 
 def any_mapped(data_sets: Sequence[Sequence[str]]) -> bool:
-    """Tells whether any of these data sets can be mapped; UserError for a string in place of names."""
+    """Tells whether any of these can be mapped; UserError for a string in place of names."""
     for names in data_sets:
         if isinstance(names, str):
             raise UserError(f"data sets must be a tuple of names, ({names!r},), got {names!r}")
@@ -169,13 +164,12 @@ def agree_on_classes(
 ) -> tuple[str, ...]:
     """Gives all data sets of a run one numbering of the classes, and returns the classes in its order.
 
-    A data set of `register_coco_format` is mapped by name when it is loaded, and evaluated on the classes that it lists
-    (`CocoEvaluator`). Others must number them alike.
+    A data set of `register_coco_format` is mapped by name when it is loaded; others must number them alike.
 
     Args:
-        train, test: names of registered data sets, not both empty.
-        reference: the classes of a checkpoint, in the order of its outputs; by default those of the training set
-            (without one, of the test set) that has most, the first of equals.
+        train, test: registered names, not both empty.
+        reference: the classes in the order of the outputs; default those of the training (or else test) set that has
+            most, the first of equals.
 
     Raises:
         UserError: a data set has classes that the reference lacks, or cannot be mapped.
