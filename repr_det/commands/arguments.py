@@ -35,7 +35,7 @@ def train_argument_parser() -> argparse.ArgumentParser:
         type=float,
         default=DEFAULT_TIMEOUT.total_seconds(),
         metavar="SECONDS",
-        help="how long processes wait for each other, at the start and in a step (default %(default).0f)",
+        help="how long processes wait for each other (default %(default).0f)",
     )
     parser.add_argument(
         "--baseline", action="store_true", help="RePr off; OUTPUT_DIR, unless given here, gets the suffix _baseline"
@@ -43,7 +43,7 @@ def train_argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--check-gradients",
         action="store_true",
-        help="look for infinite and NaN gradients on a GPU too; the host waits for every step",
+        help="look for infinite and NaN gradients on a GPU too, which waits for every step",
     )
     parser.add_argument("--wandb", default="", metavar="PROJECT", help="log to this project of Weights & Biases too")
     return parser
@@ -75,11 +75,7 @@ def build_config(
     eval_only: bool = False,
     resume: bool = False,
 ) -> CfgNode:
-    """The frozen config of a run.
-
-    Args:
-        config_file: a yaml file, or the name of one of configs/.
-        opts, register, baseline, eval_only, resume: as on the command line.
+    """The frozen config of a run, by a yaml file or the name of one of configs/; the rest as on the command line.
 
     Raises:
         UserError: file, key, value or data set is wrong.
@@ -117,7 +113,7 @@ def output_folder(folder: str, key: str, beside: bool) -> str:
 
 
 def config_path(name: str) -> str:
-    """The file that --config-file means: a path, or a shipped config; else UserError."""
+    """The file: a path, or a shipped config; else UserError."""
     for path in (name, os.path.join(CONFIGS, name)):
         if os.path.isfile(path):
             return path
@@ -166,7 +162,7 @@ class _Checked(CfgNode):
         with super()._open_cfg(filename) as opened:
             text = opened.read()
             if re.search(r"^dataloader:$", text, re.M) and "_target_:" in text:
-                raise UserError(f"{filename}: is the record of a LazyConfig: give the .py file that it was made from")
+                raise UserError(f"{filename}: is the record of a LazyConfig: give its .py file")
             opened.seek(0)
             content = yaml.load(opened, _Loader)  # its errors name the file
         if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):

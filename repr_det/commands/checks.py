@@ -206,7 +206,6 @@ class _TrialCheckpointer(AtomicCheckpointer):
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No log lines and warnings of what is only tried."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

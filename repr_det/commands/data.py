@@ -26,14 +26,8 @@ _SEMANTIC = ("PanopticFPN", "SemanticSegmentor", "PanopticDeepLab")
 def prepare_data(
     register: Sequence[Sequence[str]], train: Sequence[str], test: Sequence[str], weights_in: str | None = None
 ) -> int:
-    """Registers this package's data sets and those of --register, and numbers the classes of a run.
-
-    Args:
-        train, test: ``check_datasets`` refuses unknown names.
-        weights_in: folder of the checkpoint that is evaluated; its classes, if known, come first.
-
-    Returns:
-        the number of classes, 0 if not from --register.
+    """Registers this package's data sets and those of --register, and numbers the classes of a run; those of the
+    checkpoint in ``weights_in``, which is evaluated, come first. Returns their number, 0 if not from --register.
 
     Raises:
         UserError: a data set is bad, or none of --register is used.

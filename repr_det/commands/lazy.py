@@ -140,7 +140,6 @@ def _refuse_unknown_keys(cfg: DictConfig, overrides: list[str]) -> None:
 
 
 def _takes(node: Any, name: str) -> bool:
-    """Tells whether a LazyCall has this argument."""
     target = node.get("_target_") if isinstance(node, DictConfig) else None
     try:
         parameters = inspect.signature(locate(target) if isinstance(target, str) else target).parameters
@@ -152,8 +151,7 @@ def _takes(node: Any, name: str) -> bool:
 def record_reads(cfg: DictConfig) -> Callable[[], list[str]]:
     """Makes the keys of nodes that are not called, such as ``train``, interpolations that note when they are read;
     returns a function that names the others."""
-    values: dict[str, Any] = {}
-    used: set[str] = set()
+    values, used = {}, set()
 
     def read(key: str) -> Any:
         used.add(key)
@@ -169,10 +167,8 @@ def record_reads(cfg: DictConfig) -> Callable[[], list[str]]:
 
 
 def repr_cfg_from_lazy(cfg: DictConfig) -> CfgNode:
-    """The config that checks and RePrHook take, from a LazyConfig.
-
-    REPR comes from the node ``repr`` (L(RePrHook)(...), or keys as in yaml), SOLVER.STEPS from where ``lr_multiplier``
-    decays, the rest by ``KEYS`` or Detectron2's defaults.
+    """The config that checks and RePrHook take. REPR comes from the node ``repr`` (L(RePrHook)(...), or keys as in
+    yaml), SOLVER.STEPS from where ``lr_multiplier`` decays, the rest by ``KEYS`` or Detectron2's defaults.
 
     Raises:
         UserError: a key is unknown or of the wrong type, or ``train.max_iter`` is missing.
@@ -228,11 +224,8 @@ def naming_lazy_keys(cfg: DictConfig) -> Iterator[None]:
 
 
 class LazyTrainer(Trainer):
-    """Trainer of a LazyConfig: ``LazyTrainer.of(lazy)(repr_cfg_from_lazy(lazy))``.
-
-    Raises:
-        UserError: ``repr`` is wrong for it, or ``train.ddp`` asks for what Trainer does not do.
-    """
+    """Trainer of a LazyConfig: ``LazyTrainer.of(lazy)(repr_cfg_from_lazy(lazy))``; UserError if ``repr`` is wrong for
+    it, or ``train.ddp`` asks for what Trainer does not do."""
 
     lazy: DictConfig
 

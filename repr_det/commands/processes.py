@@ -35,6 +35,7 @@ from repr_det.runs.lock import job_of, lock_folder
 from repr_det.runs.record import CONFIG_FILE
 from repr_det.runs.stopping import STATUS, Stopped, answer_signals, end_with_parent
 
+Main = Callable[[argparse.Namespace], Any]
 STOCK_CONFIG_FILE = "config_detectron2.yaml"
 _KEY = "repr_det/meeting"
 _FOR_THE_FIRST_TO_SPEAK = 5.0  # seconds
@@ -97,8 +98,8 @@ def _store_of_this_start(board: dist.Store, rank: int, timeout: timedelta) -> di
 
 def _nobody_came(address: str, reason: str) -> UserError:
     return UserError(
-        f"the processes of this run did not meet at {address} ({reason.splitlines()[0]}): start all, with the same "
-        "address, a free port and a host that each can reach"
+        f"the processes of this run did not meet at {address} ({reason.splitlines()[0]}): start all with the same "
+        "address, of a free port and a host that each can reach"
     )
 
 
@@ -122,16 +123,16 @@ def check_processes(args: argparse.Namespace) -> tuple[int, int]:
 
 
 def refuse_srun() -> None:
-    """Raises UserError in one of several tasks of srun, which would train each for itself."""
+    """Raises UserError in one of several tasks of srun."""
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
     if int(tasks) > 1:
         raise UserError(f"srun starts {tasks} runs here: for one, srun torchrun --nnodes ... --nproc_per_node ...")
 
 
 def refuse_launchers(tool: str) -> None:
-    """Raises UserError if a tool that starts runs was itself started several times."""
+    """Raises UserError if a tool that starts runs was started several times."""
     if torchrun_job():
-        raise UserError(f"{tool} starts its runs itself: call it without torchrun (--num-gpus N for each run)")
+        raise UserError(f"{tool} starts its runs itself: call it without torchrun")
     refuse_srun()
 
 
@@ -232,7 +233,7 @@ def _take(args: argparse.Namespace, folder: str) -> None:
         raise UserError(trouble)
 
 
-def launch_processes(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace, device: str) -> None:
+def launch_processes(main: Main, args: argparse.Namespace, device: str) -> None:
     """Runs ``main(args)`` in this process of torchrun, or in those that ``args`` asks for."""
     args.early = [(record.name, record.getMessage()) for record in _EARLY.buffer]
     if device == "cpu":
@@ -247,7 +248,7 @@ def launch_processes(main: Callable[[argparse.Namespace], Any], args: argparse.N
     _run(main, args)
 
 
-def _launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
+def _launch(main: Main, args: argparse.Namespace) -> None:
     """Detectron2's launch; signals reach all processes, and what ends one ends all with one line."""
     asked = ""
 
@@ -277,7 +278,7 @@ def _launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace)
         raise UserError(f"{error}, so the run stops; continue it with --resume") from None
 
 
-def _run(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
+def _run(main: Main, args: argparse.Namespace) -> None:
     """Leaves the process group at the end, or gloo's threads abort some processes; not after a failure, when peers may
     wait."""
     try:

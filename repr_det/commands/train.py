@@ -84,7 +84,7 @@ def main(args: argparse.Namespace) -> dict | None:
 def _train(run: Run, args: argparse.Namespace) -> dict | None:
     cfg, trainer = run.cfg, run.trainer(run.cfg, wandb_project=args.wandb)
     if unread := run.unread():
-        logger.warning("Nothing reads %s of this config: without effect here", ", ".join(unread))
+        logger.warning("Nothing reads %s of this config", ", ".join(unread))
     for hook in trainer._hooks:
         if isinstance(hook, FiniteGuard) and args.check_gradients:
             hook.check_gradients = not cfg.SOLVER.AMP.ENABLED

@@ -1,4 +1,4 @@
-"""A check of COCO-format data for what would stop Detectron2 in the middle of a run, or spoil it in silence."""
+"""A check of COCO-format data for what would stop Detectron2 during a run, or spoil it in silence."""
 
 import gc
 import os
@@ -138,7 +138,7 @@ def _read(findings: Findings) -> dict[str, Any]:
 
 
 def _by_id(content: dict[str, Any], section: str, findings: Findings) -> dict[Any, dict[str, Any]]:
-    entries: dict[Any, dict[str, Any]] = {}
+    entries = {}
     for entry in content[section]:
         if entries.setdefault(entry["id"], entry) is not entry:
             findings.fail(f"the id {entry['id']!r} occurs twice in '{section}'")
@@ -150,7 +150,7 @@ def _check_names(classes: dict[int, str], findings: Findings) -> None:
     for i, name in classes.items():
         if lowest[name] != i:
             findings.warn(f"categories {lowest[name]} and {i} are both '{name}': taken for one class")
-    spellings: dict[str, str] = {}
+    spellings = {}
     for name in lowest:
         other = spellings.setdefault(folded(name), name)
         if other != name:
@@ -159,7 +159,7 @@ def _check_names(classes: dict[int, str], findings: Findings) -> None:
 
 def lowest_ids(classes: dict[int, str]) -> dict[str, int]:
     """Name -> its lowest category id, in ascending order."""
-    lowest: dict[str, int] = {}
+    lowest = {}
     for i in sorted(classes):
         lowest.setdefault(classes[i], i)
     return lowest

@@ -23,8 +23,6 @@ logger = logging.getLogger(__name__)
 
 
 class Findings:
-    """Reports on one annotation file of a data set."""
-
     def __init__(self, json_file: Path, name: str | None = None) -> None:
         self.json_file = json_file
         self.prefix = f"data set {name}: " if name else ""

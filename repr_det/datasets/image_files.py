@@ -91,7 +91,7 @@ def _find_files(images: list[dict], image_root: Path, findings: Findings) -> lis
 
 
 def _files_alike(root: Path, name: str) -> list[str]:
-    """A file whose name is spelled otherwise, or that is in another folder."""
+    """A file of another spelling, or in another folder."""
     wanted = folded(ntpath.basename(name))
     some = itertools.islice(root.rglob("*"), LOOKED_THROUGH)
     alike = [path for path in some if folded(path.name) == wanted and path.is_file() and path.stat().st_size]

@@ -1,4 +1,4 @@
-"""Annotations of the right types that cannot be right: boxes, areas, masks, keypoints, objects listed twice."""
+"""Annotations that cannot be right: boxes, areas, masks, keypoints, objects listed twice."""
 
 import itertools
 import math
@@ -63,7 +63,7 @@ def gaps_of(annotations: list[dict[str, Any]], images: dict[int | str, dict[str,
     """Lines by what they prevent: "polygons" are masks of polygons alone, "keypoints" their evaluation; "doubts" are
     warnings, "area doubts" those of evaluation."""
     objects = Objects(annotations, images)
-    gaps: dict[str, list[str]] = {purpose: [] for purpose in PURPOSES}
+    gaps = {purpose: [] for purpose in PURPOSES}
     for odd, limits, what in (*_box_rows(objects), *_evaluation_rows(objects), *_mask_rows(objects)):
         for purpose, limit in limits.items():
             if odd.sum() > limit:
@@ -131,7 +131,7 @@ def _mask_rows(objects: Objects) -> list[Row]:
     ]
 
 
-def _misfits(boxes: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _misfits(boxes: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, ...]:
     """Boxes of negative size, without area, outside their image, and beyond it by more than a pixel."""
     starts, extents = boxes[:, :2], boxes[:, 2:]
     ends = starts + extents
@@ -211,7 +211,7 @@ def _mask_fault(segmentation: list | dict | None, width: int, height: int) -> st
 
 def _runs(counts: str) -> list[int]:
     """The lengths of the runs, as pycocotools' ``rleFrString`` reads them."""
-    runs: list[int] = []
+    runs = []
     for characters in re.findall(RUN, counts):
         run = sum((ord(character) - 48 & 31) << 5 * place for place, character in enumerate(characters))
         if ord(characters[-1]) - 48 & 16:  # negative

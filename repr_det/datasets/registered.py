@@ -139,7 +139,7 @@ def class_names(name: str) -> tuple[str, ...]:
     if names is None:
         summary = check_registered(name, for_evaluation=False)
         if summary is None:
-            raise UserError(f"data set {name} has no thing_classes in its metadata and is not in COCO format")
+            raise UserError(f"data set {name} has no thing_classes and is not in COCO format")
         names = summary.classes.values()
     return tuple(names)
 

@@ -166,23 +166,22 @@ def texture(dice: Dice, height: int, width: int) -> np.ndarray:
     kind = dice.pick(TEXTURES)
     period = dice.between(3, 9)
     y, x = np.ogrid[:height, :width]
-    share = np.zeros((height, width), np.int64)
     if kind == "stripes":
         across, down = dice.pick(((1, 0), (0, 1), (1, 1), (1, -1), (2, 1), (1, 2)))
-        share += ((across * x + down * y) // period & 1) * 256
-    elif kind == "checker":
-        share += ((x // period + y // period) & 1) * 256
-    elif kind == "dots":
+        return ((across * x + down * y) // period & 1) * 256
+    if kind == "checker":
+        return ((x // period + y // period) & 1) * 256
+    if kind == "dots":
         half = period // 2
-        share += ((x % period - half) ** 2 + (y % period - half) ** 2 <= (period // 3) ** 2) * 256
-    elif kind == "noise":
+        return ((x % period - half) ** 2 + (y % period - half) ** 2 <= (period // 3) ** 2) * 256
+    if kind == "noise":
         block = dice.between(1, 3)
         coarse = dice.octets(-(-height // block), -(-width // block))
-        share += np.kron(coarse, np.ones((block, block), np.int64))[:height, :width]
-    elif kind == "gradient":
+        return np.kron(coarse, np.ones((block, block), np.int64))[:height, :width]
+    if kind == "gradient":
         across, down = dice.pick(((1, 0), (0, 1), (1, 1)))
-        share += (across * x + down * y) * 256 // (across * width + down * height)
-    return share
+        return (across * x + down * y) * 256 // (across * width + down * height)
+    return np.zeros((height, width), np.int64)
 
 
 def mix(first: np.ndarray, second: np.ndarray, share: np.ndarray) -> np.ndarray:

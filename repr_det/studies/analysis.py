@@ -190,7 +190,6 @@ def as_text(found: dict[str, Any]) -> str:
 
 
 def plot(path: Path, layers: Sequence[dict[str, Any]]) -> None:
-    """Draws O_f of every layer, with that of random directions."""
     figure = Figure(figsize=(4 + 0.19 * len(layers), 5), layout="constrained")
     ax = figure.subplots()
     names = [layer["name"] for layer in layers]
@@ -227,7 +226,6 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command."""
     args = argument_parser().parse_intermixed_args(argv)
     for path in (args.json, args.plot):
         if path is not None and not path.absolute().parent.is_dir():

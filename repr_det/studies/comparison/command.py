@@ -99,7 +99,6 @@ def main(argv: list[str] | None = None) -> None:
     """Runs the command, inside ``runner.run_comparison_tool``."""
     args = parse(argv)
     refuse_launchers("compare.py")
-    settings: dict[str, Any] = {}
     if args.report_only:
         study, settings = _remembered(args.output)
     elif args.config_file:
@@ -110,7 +109,8 @@ def main(argv: list[str] | None = None) -> None:
     else:
         runs = [run_from_folder(folder, BASELINE) for folder in args.baseline_runs]
         study = Study((*runs, *(run_from_folder(folder, REPR) for folder in args.repr_runs)))
-    settings = settings or _settings(args, study, sys.argv[1:] if argv is None else argv)
+    if not args.report_only:
+        settings = _settings(args, study, sys.argv[1:] if argv is None else argv)
     register_builtin()
     for words in settings["register"]:
         register_coco_format(*words)
@@ -137,11 +137,8 @@ def plan_study(
     num_gpus: int = 1,
     against: str = "",
 ) -> tuple[Study, Path]:
-    """Plans both arms for every seed, in folders of ``output``, which it returns too.
-
-    Args:
-        output: default OUTPUT_DIR with the suffix _comparison.
-        against: config of the reference, default the baseline of ``config_file``.
+    """Plans both arms for every seed, in folders of ``output`` (default OUTPUT_DIR with the suffix _comparison), also
+    returned; ``against`` is the config of the reference (default the baseline of ``config_file``).
 
     Raises:
         UserError: a run would not start, or a folder holds another one.

@@ -66,7 +66,7 @@ class Study:
     any_config: bool = False
 
     def __post_init__(self) -> None:
-        first: dict[tuple[str, int], Run] = {}
+        first = {}
         for run in self.runs:
             if run.seed < 0:
                 raise UserError(f"{run.folder} has SEED {run.seed}: runs are paired by seed, it must be 0 or more")
@@ -92,7 +92,7 @@ class Study:
 
 
 def read_json(path: Path) -> Any:
-    """Reads a json file; UserError if damaged."""
+    """UserError if the file is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -111,7 +111,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 def read_metrics(folder: Path) -> dict[int, dict[str, float]]:
     """Iteration -> everything logged for it. A resumed run repeats iterations: the later line counts."""
-    rows: dict[int, dict[str, float]] = {}
+    rows = {}
     for line in read_json_lines(folder / METRICS_FILE):
         rows.setdefault(line["iteration"], {}).update(line)
     return dict(sorted(rows.items()))
@@ -133,7 +133,7 @@ def is_finished(run: Run) -> bool:
 
 
 def read_config(folder: Path) -> CfgNode:
-    """The config of a run as given; keys newer than its version have their defaults."""
+    """The config of a run as given; keys newer than it have their defaults."""
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise UserError(f"{path} is missing: give the OUTPUT_DIR of a Detectron2 run")
@@ -204,13 +204,13 @@ def differing_keys(a: Settings, b: Settings, free: Sequence[str] = FREE) -> list
 
 def check_same_data(folders: Iterable[Path]) -> None:
     """Refuses a data set's name with two contents: in two runs, a resumed run, or this process."""
-    used: list[tuple[Any, str, dict[str, Any]]] = []
+    used = []  # place, name, entry
     for folder in folders:
         for path in sorted(folder.glob(f"{Path(DATA_FILE).stem}*.json")):
             used += [(folder, name, entry) for name, entry in read_json(path).items()]
     registered = {name for _, name, _ in used}.intersection(DatasetCatalog)
     used += [("this command", name, entry) for name, entry in describe_data_sets(sorted(registered)).items()]
-    first: dict[str, tuple[Any, dict[str, Any]]] = {}
+    first = {}
     for place, name, entry in used:
         other, known = first.setdefault(name, (place, entry))
         # Shapes that were not drawn yet have no hash.
@@ -283,7 +283,6 @@ def metric_row(table: pd.DataFrame, metric: str, arms: Sequence[str]) -> dict[st
 
 
 def lines_of(rows: dict[str, Any], arms: Sequence[str]) -> list[dict[str, str]]:
-    """Column -> cell, a line a metric."""
     lines = []
     for name, row in rows.items():
         line = {"": name}

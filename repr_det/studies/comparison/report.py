@@ -41,7 +41,7 @@ from repr_det.studies.comparison.records import (
 _COLOURS = ("#2c6aa0", "#d5622a")  # of the reference and of the other arm, as in the page
 _SCORE_THRESHOLD = 0.5
 _DROPPED = "Share of each layer that a drop took, in percent, over all drops and seeds"
-_OVERLAP = "Inter-filter orthogonality O_f in the final models: 0 if a filter is orthogonal to all others of its layer"
+_OVERLAP = "Inter-filter orthogonality O_f in the final models: 0 for filters orthogonal to all others"
 _WIDTH = 7.2  # inches
 _STYLE = {
     "text.parse_math": False,
@@ -106,7 +106,7 @@ def _pictures(runs: Sequence[Run], results: dict[str, Any], number: int) -> dict
 
 
 def _detections(file: Path, to_class: dict[int, int]) -> dict[int, list[dict[str, Any]]]:
-    found: dict[int, list[dict[str, Any]]] = {}
+    found = {}
     for one in read_json(file):
         if one["score"] >= _SCORE_THRESHOLD:
             category = to_class.get(one["category_id"], one["category_id"])

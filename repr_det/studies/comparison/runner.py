@@ -37,7 +37,7 @@ def run_comparison_tool(main: Callable[[], Any]) -> None:
     try:
         run_tool(main)
     except KeyboardInterrupt as error:
-        sys.stderr.write(f"{Path(sys.argv[0]).name}: stopped; the same command continues where it stopped\n")
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: stopped; the same command continues\n")
         sys.exit(143 if error.args else 130)
 
 

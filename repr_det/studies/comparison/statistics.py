@@ -72,7 +72,7 @@ def paired_difference(baseline: Sequence[float], repr_: Sequence[float]) -> Diff
 
 
 def power(difference: float, sd: float, n: int) -> float:
-    """The probability that ``n`` pairs of deviation ``sd`` give a true difference its verdict (paired t test)."""
+    """The probability that ``n`` pairs give a true difference its verdict (paired t test)."""
     bound = stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)
     shift = min(difference / sd * math.sqrt(n), 100.0)  # beyond 100 the power is 1, and scipy's is NaN
     return float(stats.nct.sf(bound, n - 1, shift))
