@@ -150,6 +150,6 @@ class NamingMapper:
         except (OSError, SyntaxError, ValueError, cv2.error) as error:
             name = record.get("file_name", f"image {record.get('image_id')}")
             raise UserError(
-                f"{name} cannot be read and prepared for the model: {reason(error, name)}; repair the file, or set "
-                "other sizes (INPUT), then --resume"
+                f"{name} cannot be read and prepared for the model: {reason(error, name)}; repair the file, or "
+                "see INPUT for its sizes, then --resume"
             ) from error
