@@ -162,7 +162,7 @@ class _Checked(CfgNode):
         with super()._open_cfg(filename) as opened:
             text = opened.read()
             if re.search(r"^dataloader:$", text, re.M) and "_target_:" in text:
-                raise UserError(f"{filename}: is the record of a LazyConfig: give its .py file")
+                raise UserError(f"{filename}: is the record of a LazyConfig: give the .py file")
             opened.seek(0)
             content = yaml.load(opened, _Loader)  # its errors name the file
         if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):

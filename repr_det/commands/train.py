@@ -65,7 +65,7 @@ def start(argv: list[str] | None = None) -> None:
 
 def main(args: argparse.Namespace) -> dict | None:
     """One process of a run: trains and evaluates, or only evaluates."""
-    run = run_of(args)  # data sets are registered per process
+    run = run_of(args)  # data sets are per process
     cfg = run.cfg
     setup_process(args, cfg, run.text)
     if not args.eval_only:
