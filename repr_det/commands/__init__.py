@@ -1,10 +1,7 @@
-"""The commands: arguments, checks before the first step, processes, and training by yaml or LazyConfig.
-
-May import every room but the studies.
-"""
+"""Arguments, checks, processes, and training by yaml or LazyConfig. May import every room but the studies."""
 
 import warnings
 
-# Detectron2 of 2024 under a current torch warns at every start about what its users cannot change.
+# Detectron2 under a current torch warns of what its users cannot change.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|detectron2|fvcore)\.")
 warnings.filterwarnings("ignore", message=r"(?s).*(pkg_resources|torch\.meshgrid|broadcast_buffers).*")

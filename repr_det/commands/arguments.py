@@ -1,4 +1,4 @@
-"""The arguments of a training run, and the config that they stand for, whose file is checked."""
+"""The arguments of a training run, and the config that they stand for."""
 
 import argparse
 import contextlib
@@ -20,15 +20,14 @@ from repr_det.method.errors import UserError
 from repr_det.runs.checkpoints import find_checkpoint
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-# In a wheel beside its modules, in a checkout in configs/.
+# In a wheel beside the modules.
 CONFIGS = next((x for x in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if x.is_dir()), _PACKAGE / "configs")
 _ARITHMETIC = re.compile(r"(for|in|x|[\d\s.,*/+()\[\]-])*")
 
 
 def train_argument_parser() -> argparse.ArgumentParser:
-    """Stock Detectron2's arguments and this package's."""
     parser = default_argument_parser()
-    parser.set_defaults(dist_url="auto")  # Detectron2's default is one port for all runs of a user
+    parser.set_defaults(dist_url="auto")  # Detectron2's: one port for all runs of a user
     parser.description = "Train a detector with RePr, or its baseline, and evaluate it with COCO AP."
     add_data_argument(parser)
     parser.add_argument(
@@ -36,7 +35,7 @@ def train_argument_parser() -> argparse.ArgumentParser:
         type=float,
         default=DEFAULT_TIMEOUT.total_seconds(),
         metavar="SECONDS",
-        help="how long processes wait for each other, at the start and in a step (default %(default).0f)",
+        help="how long processes wait for each other (default %(default).0f)",
     )
     parser.add_argument(
         "--baseline", action="store_true", help="RePr off; OUTPUT_DIR, unless given here, gets the suffix _baseline"
@@ -44,14 +43,13 @@ def train_argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--check-gradients",
         action="store_true",
-        help="look for infinite and NaN gradients after every step on a GPU too; the host waits for it",
+        help="look for infinite and NaN gradients on a GPU too, which waits for every step",
     )
     parser.add_argument("--wandb", default="", metavar="PROJECT", help="log to this project of Weights & Biases too")
     return parser
 
 
 def add_data_argument(parser: argparse.ArgumentParser) -> None:
-    """Adds --register."""
     parser.add_argument(
         "--register",
         nargs=3,
@@ -62,6 +60,13 @@ def add_data_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def refuse_below(args: argparse.Namespace, **least: int) -> None:
+    """Raises UserError for an argument below its least value."""
+    for name, number in least.items():
+        if getattr(args, name) < number:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {number}, got {getattr(args, name)}")
+
+
 def build_config(
     config_file: str,
     opts: list[str],
@@ -70,14 +75,7 @@ def build_config(
     eval_only: bool = False,
     resume: bool = False,
 ) -> CfgNode:
-    """The frozen config of a run.
-
-    Args:
-        config_file: a yaml file with or without the node REPR, or the name of one of configs/.
-        opts: KEY VALUE pairs as on the command line.
-        register: NAME, JSON, IMAGE_ROOT of COCO-format data sets.
-        baseline: switch RePr off, see ``train_argument_parser``.
-        eval_only, resume: nothing is trained, a checkpoint in OUTPUT_DIR comes first.
+    """The frozen config of a run, by a yaml file or the name of one of configs/; the rest as on the command line.
 
     Raises:
         UserError: file, key, value or data set is wrong.
@@ -103,13 +101,11 @@ def build_config(
 
 
 def folder_of_weights(output_dir: str, weights: str, resume: bool) -> str:
-    """The folder of the checkpoint that is evaluated."""
     return output_dir if resume and find_checkpoint(output_dir) else os.path.dirname(weights)
 
 
 def output_folder(folder: str, key: str, beside: bool) -> str:
-    """``folder`` without ~ and variables of the environment; ``beside``: that of the baseline beside it.
-    Raises UserError where a variable is not set."""
+    """``folder`` without ~ and variables (UserError if one is not set); ``beside``: with the baseline's suffix."""
     expanded = os.path.expandvars(os.path.expanduser(folder))
     if unset := re.search(r"\$(\w+|\{\w+\})", expanded):
         raise UserError(f"{key} {folder!r}: the variable {unset.group(1).strip('{}')} is not set")
@@ -117,7 +113,7 @@ def output_folder(folder: str, key: str, beside: bool) -> str:
 
 
 def config_path(name: str) -> str:
-    """The file that --config-file means: a path, or the name of a shipped config; raises UserError if it is none."""
+    """The file: a path, or a shipped config; else UserError."""
     for path in (name, os.path.join(CONFIGS, name)):
         if os.path.isfile(path):
             return path
@@ -129,8 +125,7 @@ def config_path(name: str) -> str:
 
 
 def merge_config_file(cfg: CfgNode, file: str) -> None:
-    """``cfg.merge_from_file`` of a file that runs nothing but arithmetic, as that of Detectron2's Base-RetinaNet.yaml.
-    Raises UserError naming the file, and what is wrong with it."""
+    """``cfg.merge_from_file``; UserError if the file is wrong or runs code (arithmetic may be: Base-RetinaNet)."""
     with naming_close_keys(cfg), as_user_error(file):
         try:
             _Checked.load_yaml_with_base(file)
@@ -141,7 +136,7 @@ def merge_config_file(cfg: CfgNode, file: str) -> None:
 
 @contextlib.contextmanager
 def naming_close_keys(cfg: CfgNode) -> Iterator[None]:
-    """A UserError of a key that ``cfg`` does not have names the ones that are closest to it."""
+    """A UserError of an unknown key names the closest ones of ``cfg``."""
     try:
         yield
     except UserError as error:
@@ -160,16 +155,16 @@ def _keys(node: CfgNode, path: str = "") -> Iterator[str]:
 
 
 class _Checked(CfgNode):
-    """Checks every file that Detectron2 opens: one, and those that it builds on."""
+    """Checks every file that Detectron2 opens, _BASE_ too."""
 
     @classmethod
     def _open_cfg(cls, filename: str) -> io.StringIO:
         with super()._open_cfg(filename) as opened:
             text = opened.read()
             if re.search(r"^dataloader:$", text, re.M) and "_target_:" in text:
-                raise UserError(f"{filename}: is the record of a LazyConfig: give the .py file that it was made from")
+                raise UserError(f"{filename}: is the record of a LazyConfig: give the .py file")
             opened.seek(0)
-            content = yaml.load(opened, _Loader)  # errors name the file that they are in
+            content = yaml.load(opened, _Loader)  # its errors name the file
         if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
             found = "nothing" if content is None else str(content)[:40]
             raise UserError(f"{filename}: must hold config keys with their values (MODEL: ...), got {found}")
@@ -180,7 +175,7 @@ class _Checked(CfgNode):
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses what would run code, but for arithmetic, and a key that is given twice, of which yaml takes the last."""
+    """Refuses code other than arithmetic, and a key given twice, of which yaml takes the last."""
 
     def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict:
         keys = [key.value for key, _ in node.value]

@@ -1,4 +1,4 @@
-"""Every check of a run before a file is written; what Detectron2 checks is tried out, not checked again."""
+"""Checks of a run before it writes a file; what Detectron2 checks is tried, not checked again."""
 
 import contextlib
 import logging
@@ -48,15 +48,7 @@ def check_run(
     num_machines: int = 1,
     trainer: type[Trainer] = Trainer,
 ) -> None:
-    """Everything that can be known to be wrong before a file is written.
-
-    Args:
-        num_gpus: processes on each machine, on the CPU too.
-        trainer: makes the model.
-
-    Raises:
-        UserError: naming the key, file or folder.
-    """
+    """Raises UserError, naming key, file or folder; ``num_gpus`` are processes on each machine, on the CPU too."""
     processes, scaled = num_gpus * num_machines, cfg
     _check_device(cfg, num_gpus)
     boxes = cfg.TEST.DETECTIONS_PER_IMAGE
@@ -120,7 +112,7 @@ def _check_input(cfg: CfgNode) -> None:
     with as_user_error(f"INPUT: no images by {', '.join(settings)}"), _quiet():
         DatasetMapper(cfg, True)
         convert_PIL_to_numpy(Image.new("RGB", (1, 1)), cfg.INPUT.FORMAT)
-    if cfg.DATALOADER.SAMPLER_TRAIN not in _SAMPLERS.split(", "):  # Detectron2 says so when all data are loaded
+    if cfg.DATALOADER.SAMPLER_TRAIN not in _SAMPLERS.split(", "):  # Detectron2 loads all data first
         raise UserError(f"DATALOADER.SAMPLER_TRAIN must be one of {_SAMPLERS}, got {cfg.DATALOADER.SAMPLER_TRAIN!r}")
 
 
@@ -138,18 +130,15 @@ def _check_output_folder(cfg: CfgNode, resume: bool) -> None:
 
 
 def _model_of_shapes(cfg: CfgNode, trainer: type[Trainer]) -> nn.Module:
-    """The model on the meta device, without numbers; on the CPU where its making needs them."""
+    """The model on the meta device; on the CPU if its making needs numbers."""
 
     def build(device: str) -> nn.Module:
-        own = cfg.clone()
-        own.defrost()
-        own.MODEL.DEVICE = device
         with torch.device(device), _quiet():
-            return trainer.build_model(own)
+            return trainer.build_model(_changed(cfg, "MODEL.DEVICE", device))
 
     try:
         return build("meta")
-    except Exception:  # what is wrong with the config, which comes again, or .item() of a meta tensor
+    except Exception:  # a wrong config, which raises again, or .item() of a meta tensor
         with as_user_error("MODEL"):
             return build("cpu")
 
@@ -186,23 +175,26 @@ def _check_weights(cfg: CfgNode, model: nn.Module, resume: bool, eval_only: bool
         if trial.hooks is not None:
             _check_same_training(cfg, trial.hooks)
         return
-    zeros = zero_filters(trial.weights)
-    if not zeros:
-        return
-    name = next(iter(zeros))
-    what = f"{path} holds a sub-network: {len(zeros[name])} filters of {name} are zero with their norm"
-    if not eval_only:
-        raise UserError(f"MODEL.WEIGHTS {what}; give a checkpoint after a restore, or continue that run with --resume")
-    logger.warning("%s; its AP is not that of the full network", what)
+    if zeros := zero_filters(trial.weights):
+        name = next(iter(zeros))
+        what = f"{path} holds a sub-network: {len(zeros[name])} filters of {name} are zero with their norm"
+        if not eval_only:
+            raise UserError(f"MODEL.WEIGHTS {what}; give a checkpoint after a restore, or --resume that run")
+        logger.warning("%s; its AP is not that of the full network", what)
 
 
 def _check_same_training(cfg: CfgNode, hooks: dict[str, Any]) -> None:
     check_same_arm(hooks, cfg.REPR.ENABLED, cfg.OUTPUT_DIR)
     if cfg.REPR.ENABLED:
-        own = cfg.clone()
-        own.defrost()
-        own.SOLVER.REFERENCE_WORLD_SIZE = 0  # it is scaled already
+        own = _changed(cfg, "SOLVER.REFERENCE_WORLD_SIZE", 0)  # it is scaled already
         RePrHook(own).load_state_dict(hooks[RePrHook.__qualname__])
+
+
+def _changed(cfg: CfgNode, key: str, value: Any) -> CfgNode:
+    own = cfg.clone()
+    own.defrost()
+    own.merge_from_list([key, value])
+    return own
 
 
 class _TrialCheckpointer(AtomicCheckpointer):
@@ -214,7 +206,6 @@ class _TrialCheckpointer(AtomicCheckpointer):
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the log lines and warnings of what is only tried."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

@@ -1,4 +1,4 @@
-"""``repr-det COMMAND``: for an installed package, what tools/ is in a checkout. Studies are named, not imported."""
+"""``repr-det COMMAND``. Studies are named, not imported."""
 
 import argparse
 import pkgutil
@@ -25,7 +25,7 @@ _INSTALLED_BY |= dict.fromkeys(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs a command; what the user gave wrong ends it with one line on stderr and status 2."""
+    """Runs a command; wrong input ends it with one line on stderr and status 2."""
     words = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser("repr-det", epilog="repr-det COMMAND --help says more.")
     parser.add_argument("--version", action="version", version=f"repr_det {repr_det.__version__}")

@@ -1,4 +1,4 @@
-"""The data sets of a run: those of --register, one numbering of their classes, and checks of what they hold."""
+"""The data sets of a run: registered, their classes numbered alike, and checked."""
 
 import itertools
 import json
@@ -26,15 +26,8 @@ _SEMANTIC = ("PanopticFPN", "SemanticSegmentor", "PanopticDeepLab")
 def prepare_data(
     register: Sequence[Sequence[str]], train: Sequence[str], test: Sequence[str], weights_in: str | None = None
 ) -> int:
-    """Registers this package's data sets and those of --register, and numbers the classes of a run.
-
-    Args:
-        register: NAME, JSON, IMAGE_ROOT of each.
-        train, test: DATASETS.TRAIN and DATASETS.TEST; unknown names are left to ``check_datasets``.
-        weights_in: folder of the checkpoint that is evaluated, whose classes come first, as far as they are known.
-
-    Returns:
-        the number of classes; 0 if it does not follow from --register.
+    """Registers this package's data sets and those of --register, and numbers the classes of a run; those of the
+    checkpoint in ``weights_in``, which is evaluated, come first. Returns their number, 0 if not from --register.
 
     Raises:
         UserError: a data set is bad, or none of --register is used.
@@ -66,7 +59,7 @@ def _check_used(names: set[str], train: Sequence[str], test: Sequence[str], need
 
 
 def recorded_classes(folder: str | Path) -> tuple[str, ...] | None:
-    """The classes of the run in ``folder``, in the order of its outputs; None if it left no record."""
+    """The classes of the run in ``folder``, in the order of its outputs; None without a record."""
     try:
         known = json.loads((Path(folder) / DATA_FILE).read_text(encoding="utf-8"))
         lists = [tuple(dict.fromkeys(entry["classes"])) for entry in known.values()]
@@ -76,7 +69,7 @@ def recorded_classes(folder: str | Path) -> tuple[str, ...] | None:
 
 
 def check_same_classes(classes: Sequence[str], folder: str | Path) -> None:
-    """Refuses other classes than those of the run in ``folder``, or these in another order."""
+    """Refuses other classes than those of the run in ``folder``, or another order."""
     recorded = recorded_classes(folder)
     if recorded not in (None, tuple(classes)):
         raise UserError(
@@ -86,7 +79,7 @@ def check_same_classes(classes: Sequence[str], folder: str | Path) -> None:
 
 
 def check_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
-    """Every data set of the run exists, is well formed, has what the model learns from, and the model's classes."""
+    """Refuses data sets that are absent or malformed, or lack what the model needs or its classes."""
     train, test = (() if eval_only else cfg.DATASETS.TRAIN), cfg.DATASETS.TEST
     mapped = any_mapped((train, test))  # refuses a name in place of names
     key, needed = ("TEST", test) if eval_only else ("TRAIN", train)
@@ -113,18 +106,14 @@ def check_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
     if cfg.MODEL.LOAD_PROPOSALS:
         for which in ("TEST",) if eval_only else ("TRAIN", "TEST"):
             _check_proposals(f"PROPOSAL_FILES_{which}", cfg.DATASETS, len(cfg.DATASETS[which]))
+    files = {name: summary.files for name, summary in summaries.items() if summary}
     for trained, tested in itertools.product(train, test):
-        if summaries[trained] and summaries[tested]:
-            _warn_of_shared_images(trained, summaries[trained], tested, summaries[tested])
-
-
-def _warn_of_shared_images(trained: str, train: CocoSummary, tested: str, test: CocoSummary) -> None:
-    pairs, compared = shared_images(train.files, test.files)
-    if pairs:
-        logger.warning(
-            f"{len(pairs)} of {compared} images of {tested} (DATASETS.TEST) that were compared are in {trained} "
-            f"(DATASETS.TRAIN) too, such as {pairs[0][1]}: AP of trained images says nothing about new ones"
-        )
+        pairs, compared = shared_images(files.get(trained, []), files.get(tested, []))
+        if pairs:
+            logger.warning(
+                f"{len(pairs)} of {compared} images of {tested} (DATASETS.TEST) that were compared are in {trained} "
+                f"(DATASETS.TRAIN) too, such as {pairs[0][1]}: AP of trained images says nothing about new ones"
+            )
 
 
 def _check_masks(cfg: CfgNode, name: str, summary: CocoSummary, train: bool, test: bool) -> None:

@@ -1,4 +1,4 @@
-"""Runs of a LazyConfig: the yacs config that it stands for, and its Trainer."""
+"""Runs of a LazyConfig: its yacs config, and its Trainer."""
 
 import contextlib
 import copy
@@ -33,7 +33,7 @@ from repr_det.method.errors import UserError
 from repr_det.method.options import CONFIG_KEYS
 from repr_det.runs.record import CONFIG_FILE
 
-# Keys of a LazyConfig that are read, and those of a yaml config that mean the same.
+# Keys of a LazyConfig that are read, and their yaml keys.
 KEYS = {
     "model.num_classes": "MODEL.RETINANET.NUM_CLASSES",
     "model.roi_heads.num_classes": "MODEL.ROI_HEADS.NUM_CLASSES",
@@ -64,7 +64,7 @@ _CALLED = ("model", "dataloader", "optimizer", "lr_multiplier", "repr")  # their
 
 
 def lazy_run(config_file: str, overrides: list[str], *rest: object) -> Run:
-    """The run of a LazyConfig; the arguments are those of ``load_lazy_config``."""
+    """The run of a LazyConfig; arguments as in ``load_lazy_config``."""
     cfg = load_lazy_config(config_file, overrides, *rest)
     as_given = copy.deepcopy(cfg)
 
@@ -88,11 +88,7 @@ def load_lazy_config(
     eval_only: bool = False,
     resume: bool = False,
 ) -> DictConfig:
-    """A LazyConfig with overrides ``path.key=value``; the rest as in ``arguments.build_config``.
-
-    Raises:
-        UserError: file, override or data set is wrong.
-    """
+    """A LazyConfig with overrides ``path.key=value``; other arguments and errors as in ``build_config``."""
     config_file = config_path(config_file)
     with as_user_error(config_file):
         cfg = LazyConfig.load(config_file)
@@ -121,8 +117,8 @@ def _data_sets(cfg: DictConfig, which: str) -> tuple[str, ...]:
 
 
 def _refuse_unknown_keys(cfg: DictConfig, overrides: list[str]) -> None:
-    """A key that the config lacks is a typo, unless the override says that it is new (``+path.key=value``), or the
-    ``_target_`` of its node, Detectron2 or this package takes it. Keys of ``repr`` are checked where it is read."""
+    """Refuses keys that the config lacks, unless they are marked as new (``+path.key=value``), or their node's
+    ``_target_`` or this package takes them."""
     for override in OverridesParser.create().parse_overrides(overrides):
         key = override.key_or_group
         if override.is_add() or key in KEYS or key.startswith("repr"):
@@ -144,7 +140,6 @@ def _refuse_unknown_keys(cfg: DictConfig, overrides: list[str]) -> None:
 
 
 def _takes(node: Any, name: str) -> bool:
-    """Tells whether the callable of a LazyCall has this argument."""
     target = node.get("_target_") if isinstance(node, DictConfig) else None
     try:
         parameters = inspect.signature(locate(target) if isinstance(target, str) else target).parameters
@@ -154,13 +149,9 @@ def _takes(node: Any, name: str) -> bool:
 
 
 def record_reads(cfg: DictConfig) -> Callable[[], list[str]]:
-    """Makes the keys of ``train``, and of other nodes that are not called, interpolations that note when they are read.
-
-    Returns:
-        a function that names the keys that have not been read.
-    """
-    values: dict[str, Any] = {}
-    used: set[str] = set()
+    """Makes the keys of nodes that are not called, such as ``train``, interpolations that note when they are read;
+    returns a function that names the others."""
+    values, used = {}, set()
 
     def read(key: str) -> Any:
         used.add(key)
@@ -176,11 +167,8 @@ def record_reads(cfg: DictConfig) -> Callable[[], list[str]]:
 
 
 def repr_cfg_from_lazy(cfg: DictConfig) -> CfgNode:
-    """The config that checks and RePrHook take, from a LazyConfig.
-
-    REPR comes from the node ``repr`` (L(RePrHook)(...), or keys as in yaml; RePr off without it), the learning-rate
-    steps from where ``lr_multiplier`` decays, the rest by ``KEYS``. Other keys have Detectron2's defaults and say
-    nothing about the model.
+    """The config that checks and RePrHook take. REPR comes from the node ``repr`` (L(RePrHook)(...), or keys as in
+    yaml), SOLVER.STEPS from where ``lr_multiplier`` decays, the rest by ``KEYS`` or Detectron2's defaults.
 
     Raises:
         UserError: a key is unknown or of the wrong type, or ``train.max_iter`` is missing.
@@ -211,7 +199,6 @@ def repr_cfg_from_lazy(cfg: DictConfig) -> CfgNode:
 
 
 def _merge_repr(yacs: CfgNode, node: Any) -> None:
-    """Sets the keys of REPR that the node ``repr`` sets: by name, or as arguments of L(RePrHook)."""
     given = OmegaConf.to_container(OmegaConf.create(node), resolve=True)
     if given.pop("_target_", None) is None:
         yacs.merge_from_other_cfg(CfgNode({"REPR": given}))
@@ -223,7 +210,7 @@ def _merge_repr(yacs: CfgNode, node: Any) -> None:
 
 @contextlib.contextmanager
 def naming_lazy_keys(cfg: DictConfig) -> Iterator[None]:
-    """A UserError names the keys of a LazyConfig, not those of ``repr_cfg_from_lazy``."""
+    """A UserError names the keys of a LazyConfig, not those of yaml."""
     by_arguments = "_target_" in (cfg.get("repr") or {})
     names = {own: key for key, own in KEYS.items()}
     for option, own in CONFIG_KEYS.items():
@@ -237,19 +224,13 @@ def naming_lazy_keys(cfg: DictConfig) -> Iterator[None]:
 
 
 class LazyTrainer(Trainer):
-    """Trainer whose model, optimizer, data, learning rate and evaluation are those of a LazyConfig.
-
-    ``LazyTrainer.of(lazy)(repr_cfg_from_lazy(lazy))`` makes one.
-
-    Raises:
-        UserError: ``repr`` is wrong for this model or schedule, or ``train.ddp`` asks for what Trainer does not do.
-    """
+    """Trainer of a LazyConfig: ``LazyTrainer.of(lazy)(repr_cfg_from_lazy(lazy))``; UserError if ``repr`` is wrong for
+    it, or ``train.ddp`` asks for what Trainer does not do."""
 
     lazy: DictConfig
 
     @classmethod
     def of(cls, lazy: DictConfig) -> type["LazyTrainer"]:
-        """The trainer of one LazyConfig."""
         return type(cls.__name__, (cls,), {"lazy": lazy})
 
     def __init__(self, cfg: CfgNode, wandb_project: str = "") -> None:
@@ -286,7 +267,7 @@ class LazyTrainer(Trainer):
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> dict:
-        """Evaluates by ``dataloader.evaluator`` on ``dataloader.test``; {} if there is no evaluator."""
+        """Evaluates by ``dataloader.evaluator`` on ``dataloader.test``; {} without evaluator."""
         data = cls.lazy.dataloader
         if "evaluator" not in data:
             return {}

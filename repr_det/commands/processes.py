@@ -1,4 +1,4 @@
-"""The processes of a run, which Detectron2's launch or torchrun starts: how they meet, begin and end."""
+"""The processes of a run, by Detectron2's launch or torchrun: how they meet, begin and end."""
 
 import argparse
 import contextlib
@@ -27,6 +27,7 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
+from repr_det.commands.arguments import refuse_below
 from repr_det.detectron.config import without_repr
 from repr_det.method.errors import UserError
 from repr_det.runs.files import advice_for, write_atomically
@@ -34,20 +35,21 @@ from repr_det.runs.lock import job_of, lock_folder
 from repr_det.runs.record import CONFIG_FILE
 from repr_det.runs.stopping import STATUS, Stopped, answer_signals, end_with_parent
 
+Main = Callable[[argparse.Namespace], Any]
 STOCK_CONFIG_FILE = "config_detectron2.yaml"
 _KEY = "repr_det/meeting"
 _FOR_THE_FIRST_TO_SPEAK = 5.0  # seconds
-_FOR_THE_LAST_TO_END = 30.0  # seconds; the run that is continued may be saving
+_FOR_THE_LAST_TO_END = 30.0  # seconds; it may be saving
 _USER_ERROR = re.compile(r"^repr_det\.[\w.]+Error: ")  # how a traceback ends
 _AT_THE_END = contextlib.ExitStack()
-_EARLY = MemoryHandler(1000, flushLevel=logging.CRITICAL + 1)  # what is said before a run has a log of its own
+_EARLY = MemoryHandler(1000, flushLevel=logging.CRITICAL + 1)  # before a run has a log
 _EARLY.setLevel(logging.WARNING)
 
 
 def torchrun_job() -> str:
-    """The job of torchrun, the same after a restart; "" in a process that it did not start."""
+    """The job of torchrun, the same after a restart; "" without torchrun."""
     job = os.environ.get("TORCHELASTIC_RUN_ID", "")
-    # "none" is torchrun's default; then the agent itself is the job.
+    # By default it is "none": then the agent is the job.
     return f"{socket.gethostname()} {os.getppid()}" if job == "none" else job
 
 
@@ -56,12 +58,12 @@ def _of_torchrun(key: str, otherwise: int) -> int:
 
 
 def join_torchrun(device: str, seconds: float) -> None:
-    """Makes the group of torchrun's processes; raises UserError if the others do not come within ``seconds``."""
+    """Makes the group of torchrun's processes; UserError if some do not come within ``seconds``."""
     on_gpu, timeout = torch.device(device).type == "cuda", timedelta(seconds=seconds)
     if on_gpu:
         torch.cuda.set_device(_of_torchrun("LOCAL_RANK", 0))
     try:
-        # The board must live until all have met: on rank 0 it may be the server that the others read.
+        # Keep the board until all have met: rank 0's may be the server.
         board, rank, size = next(dist.rendezvous("env://", timeout=timeout))
         store, backend = _store_of_this_start(board, rank, timeout), "nccl" if on_gpu else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
@@ -72,11 +74,8 @@ def join_torchrun(device: str, seconds: float) -> None:
 
 
 def _store_of_this_start(board: dist.Store, rank: int, timeout: timedelta) -> dist.Store:
-    """A store that rank 0 opens anew; ``board`` only tells where.
-
-    torchrun's agents share one store over all restarts, with addresses of dead processes, and each counts restarts by
-    itself: nothing in their environment names this start for all.
-    """
+    """A store that rank 0 opens anew and announces on ``board``, which torchrun's agents share over all restarts, with
+    addresses of dead processes."""
     host, deadline = os.environ["MASTER_ADDR"], time.monotonic() + timeout.total_seconds()
     if rank == 0:
         name = uuid.uuid4().hex
@@ -91,7 +90,7 @@ def _store_of_this_start(board: dist.Store, rank: int, timeout: timedelta) -> di
             store.get(name)
             store.set_timeout(timeout)
             return store
-        except RuntimeError:  # it was that of a rank 0 that is gone
+        except RuntimeError:  # of a rank 0 that is gone
             if time.monotonic() > deadline:
                 raise
         time.sleep(0.2)
@@ -99,59 +98,53 @@ def _store_of_this_start(board: dist.Store, rank: int, timeout: timedelta) -> di
 
 def _nobody_came(address: str, reason: str) -> UserError:
     return UserError(
-        f"the processes of this run did not meet at {address} ({reason.splitlines()[0]}): start all, with the same "
-        "address, a free port and a host that each can reach"
+        f"the processes of this run did not meet at {address} ({reason.splitlines()[0]}): start all with the same "
+        "address, of a free port and a host that each can reach"
     )
 
 
 def check_processes(args: argparse.Namespace) -> tuple[int, int]:
-    """Returns the numbers of processes here and of machines; raises UserError naming an option that is wrong."""
-    if not torchrun_job():
-        _check_options(args)
-        return args.num_gpus, args.num_machines
-    size, here = _of_torchrun("WORLD_SIZE", 1), _of_torchrun("LOCAL_WORLD_SIZE", 1)
-    if (args.num_gpus, args.num_machines, args.machine_rank) != (1, 1, 0):
-        raise UserError("torchrun takes --nproc_per_node and --nnodes: leave out --num-gpus and --num-machines")
-    if size % here:
-        raise UserError(f"{here} of {size} processes are here: start as many on every machine")
-    return here, size // here
-
-
-def _check_options(args: argparse.Namespace) -> None:
+    """Returns the numbers of processes here and of machines; UserError if an option is wrong."""
+    if torchrun_job():
+        size, here = _of_torchrun("WORLD_SIZE", 1), _of_torchrun("LOCAL_WORLD_SIZE", 1)
+        if (args.num_gpus, args.num_machines, args.machine_rank) != (1, 1, 0):
+            raise UserError("torchrun takes --nproc_per_node and --nnodes: leave out --num-gpus and --num-machines")
+        if size % here:
+            raise UserError(f"{here} of {size} processes are here: start as many on every machine")
+        return here, size // here
     if args.num_machines == 1:
         refuse_srun()
-    for name in ("num_gpus", "num_machines"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    refuse_below(args, num_gpus=1, num_machines=1)
     if not 0 <= args.machine_rank < args.num_machines:
         raise UserError(f"--machine-rank must be in 0 ... {args.num_machines - 1}, got {args.machine_rank}")
     if args.num_machines > 1 and args.dist_url == "auto":
         raise UserError(f"--num-machines {args.num_machines} needs --dist-url tcp://HOST:PORT, HOST being machine 0")
+    return args.num_gpus, args.num_machines
 
 
 def refuse_srun() -> None:
-    """Raises UserError in one of several tasks of srun, each of which would train for itself."""
+    """Raises UserError in one of several tasks of srun."""
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
     if int(tasks) > 1:
         raise UserError(f"srun starts {tasks} runs here: for one, srun torchrun --nnodes ... --nproc_per_node ...")
 
 
 def refuse_launchers(tool: str) -> None:
-    """Raises UserError if a tool that starts runs itself was started several times."""
+    """Raises UserError if a tool that starts runs was started several times."""
     if torchrun_job():
-        raise UserError(f"{tool} starts its runs itself: call it without torchrun (--num-gpus N for each run)")
+        raise UserError(f"{tool} starts its runs itself: call it without torchrun")
     refuse_srun()
 
 
 def run_tool(main: Callable[[], Any]) -> None:
-    """Runs a tool; a UserError or a fault of the machine ends it with one line and status 2, a signal with 75."""
-    logging.basicConfig(format="%(levelname)s: %(message)s")  # until a run has logs of its own
+    """Runs a tool: status 2 and one line for a UserError or a fault of the machine, 75 for a signal."""
+    logging.basicConfig(format="%(levelname)s: %(message)s")
     logging.getLogger().addHandler(_EARLY)
     try:
         main()
         return
     except UserError as error:
-        what = _last_line(error)
+        what = _USER_ERROR.sub("", str(error).rstrip().rpartition("\n")[2])  # of a loader's worker: a traceback
     except (OSError, RuntimeError, EOFError) as error:
         if not (advice := advice_for(error)):
             raise
@@ -162,7 +155,7 @@ def run_tool(main: Callable[[], Any]) -> None:
             _say(f"stopped by {stopped.asked} with status {STATUS}; the same command with --resume continues")
         raise
     if _of_torchrun("LOCAL_RANK", 0) > 0:
-        # What the first process here says too is said once: torchrun then ends this one.
+        # When the first has said it, torchrun ends this one.
         time.sleep(_FOR_THE_FIRST_TO_SPEAK)
     _say(f"error: {what}")
     sys.exit(2)
@@ -172,29 +165,20 @@ def _say(line: str) -> None:
     print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
 
 
-def _last_line(error: Exception) -> str:
-    """The message; of an error from another process, a traceback, the one that ends it."""
-    return _USER_ERROR.sub("", str(error).rstrip().rpartition("\n")[2])
-
-
 def write_configs(cfg: CfgNode, folder: Path) -> None:
-    """Writes config.yaml, and the config that stock tools can read."""
+    """Writes config.yaml, and one for stock tools."""
     write_atomically(folder / CONFIG_FILE, cfg.dump())
     write_atomically(folder / STOCK_CONFIG_FILE, without_repr(cfg).dump())
 
 
 def setup_process(args: argparse.Namespace, cfg: CfgNode, config: str) -> None:
-    """Lock, threads, logs and seeds of one process of a run.
-
-    As Detectron2's ``default_setup``, but config.yaml is not written: it is the record of a run that trains, see
-    ``runs.record``. ``args.resume`` becomes what rank 0 has found, see ``may_continue``. The log shows ``config``.
-    Raises UserError where another process trains in OUTPUT_DIR.
-    """
+    """Lock, threads, logs and seeds, as Detectron2's ``default_setup``; ``runs.record`` writes config.yaml.
+    ``args.resume`` becomes that of rank 0. UserError if another process trains in OUTPUT_DIR."""
     folder, rank = cfg.OUTPUT_DIR, comm.get_rank()
     if not args.eval_only and folder:
         _take(args, folder)
     if cfg.MODEL.DEVICE == "cpu" and comm.get_world_size() > 1 and "OMP_NUM_THREADS" not in os.environ:
-        # Every process would take all cores for itself, and they would wait for each other most of the time.
+        # Every process would take all cores, and they would wait for each other.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // comm.get_local_size()))
     setup_logger(folder, distributed_rank=rank, name="fvcore")
     logger = setup_logger(folder, distributed_rank=rank)
@@ -207,14 +191,14 @@ def setup_process(args: argparse.Namespace, cfg: CfgNode, config: str) -> None:
     if comm.is_main_process():
         logger.info("Running with full config:\n%s", config)
     seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + rank)
-    if precision := cfg.get("FLOAT32_PRECISION"):  # a key that Detectron2 reads and does not define
+    if precision := cfg.get("FLOAT32_PRECISION"):  # Detectron2 reads it, and does not define it
         torch.set_float32_matmul_precision(precision)
-    if not args.eval_only:  # its overhead is large beside the size of validation sets
+    if not args.eval_only:  # too slow for small validation sets
         torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
 
 
 def _log_early_warnings(warnings: list[tuple[str, str]]) -> None:
-    """Writes into the log what stands on the terminal already."""
+    """Writes into the log what is on the terminal already."""
     logging.getLogger().removeHandler(_EARLY)
     for handler in logging.getLogger("repr_det").handlers:
         if getattr(handler, "stream", None) is not sys.stdout:
@@ -223,22 +207,20 @@ def _log_early_warnings(warnings: list[tuple[str, str]]) -> None:
 
 
 def _one_line_for_user_errors(record: logging.LogRecord) -> bool:
-    """Detectron2 logs a traceback for whatever ends a run; run_tool prints one line for what a user can act on."""
+    """Drops Detectron2's traceback of what run_tool says in one line."""
     error = record.exc_info[1] if record.exc_info else None
     return not (isinstance(error, UserError) or advice_for(error))
 
 
 def may_continue(args: argparse.Namespace, folder: str) -> bool:
-    """``--resume``, or that the job that torchrun restarts has begun the run in ``folder``.
-
-    Rank 0 decides; the others may, whatever they see, and get its decision in ``setup_process``.
-    """
+    """Tells whether --resume is given, or torchrun restarts the job that began the run in ``folder``; on other ranks,
+    True until ``setup_process``."""
     has_begun = torchrun_job() != "" and job_of(folder) == torchrun_job()
     return args.resume or _of_torchrun("RANK", 0) > 0 or has_begun
 
 
 def _take(args: argparse.Namespace, folder: str) -> None:
-    """Rank 0 locks the folder; every rank learns whether it could, and whether the run is resumed."""
+    """Rank 0 locks the folder; all learn whether it could, and resumes."""
     trouble = ""
     if comm.is_main_process():
         try:
@@ -251,11 +233,11 @@ def _take(args: argparse.Namespace, folder: str) -> None:
         raise UserError(trouble)
 
 
-def launch_processes(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace, device: str) -> None:
-    """Runs ``main(args)`` in this process if torchrun started it, else in the processes that ``args`` asks for."""
+def launch_processes(main: Main, args: argparse.Namespace, device: str) -> None:
+    """Runs ``main(args)`` in this process of torchrun, or in those that ``args`` asks for."""
     args.early = [(record.name, record.getMessage()) for record in _EARLY.buffer]
     if device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # several CPU processes talk by gloo, beside GPUs too
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # several CPU processes talk by gloo
     if args.num_gpus * args.num_machines > 1:
         _launch(main, args)
         return
@@ -266,8 +248,8 @@ def launch_processes(main: Callable[[argparse.Namespace], Any], args: argparse.N
     _run(main, args)
 
 
-def _launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
-    """Detectron2's launch; a signal reaches all its processes, and what ends one ends all with one line."""
+def _launch(main: Main, args: argparse.Namespace) -> None:
+    """Detectron2's launch; signals reach all processes, and what ends one ends all with one line."""
     asked = ""
 
     def pass_on(number: int, _: object) -> None:
@@ -289,16 +271,16 @@ def _launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace)
             raise _nobody_came(args.dist_url, last) from None
         if not _USER_ERROR.match(last):
             raise
-        raise UserError(_last_line(error)) from None
+        raise UserError(_USER_ERROR.sub("", last)) from None
     except ProcessExitedException as error:
         if asked or error.exit_code == STATUS:
             raise Stopped(asked or "a signal to one of its processes") from None
         raise UserError(f"{error}, so the run stops; continue it with --resume") from None
 
 
-def _run(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
-    """Leaves the process group at the end: gloo's threads abort some processes that exit as members. One that fails
-    does not leave: its peers may still wait for it."""
+def _run(main: Main, args: argparse.Namespace) -> None:
+    """Leaves the process group at the end, or gloo's threads abort some processes; not after a failure, when peers may
+    wait."""
     try:
         with _AT_THE_END, answer_signals():
             main(args)

@@ -1,4 +1,4 @@
-"""The training command: a yaml config, or a LazyConfig (a config file in Python)."""
+"""The training command, by a yaml config or a LazyConfig (in Python)."""
 
 import argparse
 import contextlib
@@ -28,15 +28,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Run:
-    """A run that a config file describes.
-
-    Attributes:
-        cfg: what checks, hooks and loaders take.
-        text: the config as the log shows it.
-        write_config: writes config.yaml, and other files, into a folder.
-        unread: returns the keys that nothing has read.
-        naming: inside, errors name the keys of the file.
-    """
+    """A run of a config file: its text for the log, a writer of config.yaml, keys that nothing has read, and a context
+    in which errors name the file's keys."""
 
     cfg: CfgNode
     trainer: type[Trainer]
@@ -47,7 +40,6 @@ class Run:
 
 
 def run_of(args: argparse.Namespace) -> Run:
-    """Returns the run that ``args`` ask for."""
     given = (args.config_file, args.opts, args.register, args.baseline, args.eval_only, args.resume)
     if args.config_file.endswith(".py"):
         return importlib.import_module("repr_det.commands.lazy").lazy_run(*given)
@@ -56,7 +48,7 @@ def run_of(args: argparse.Namespace) -> Run:
 
 
 def start(argv: list[str] | None = None) -> None:
-    """Parses arguments, checks everything that can be checked, then launches the processes."""
+    """Parses arguments, checks the run, then launches the processes."""
     args = train_argument_parser().parse_args(argv)
     if args.wandb:
         wandb_module()
@@ -73,7 +65,7 @@ def start(argv: list[str] | None = None) -> None:
 
 def main(args: argparse.Namespace) -> dict | None:
     """One process of a run: trains and evaluates, or only evaluates."""
-    run = run_of(args)  # again in every process: data sets are registered per process
+    run = run_of(args)  # data sets are per process
     cfg = run.cfg
     setup_process(args, cfg, run.text)
     if not args.eval_only:
@@ -92,7 +84,7 @@ def main(args: argparse.Namespace) -> dict | None:
 def _train(run: Run, args: argparse.Namespace) -> dict | None:
     cfg, trainer = run.cfg, run.trainer(run.cfg, wandb_project=args.wandb)
     if unread := run.unread():
-        logger.warning("Nothing reads %s of this config: without effect here", ", ".join(unread))
+        logger.warning("Nothing reads %s of this config", ", ".join(unread))
     for hook in trainer._hooks:
         if isinstance(hook, FiniteGuard) and args.check_gradients:
             hook.check_gradients = not cfg.SOLVER.AMP.ENABLED
@@ -104,7 +96,7 @@ def _train(run: Run, args: argparse.Namespace) -> dict | None:
 
 
 def describe_run(trainer: Trainer) -> str:
-    """One line: the images and epochs of a run, and whether RePr is on."""
+    """The images and epochs of a run, and whether RePr is on."""
     cfg = trainer.cfg
     line = f"{cfg.SOLVER.MAX_ITER} iterations of {cfg.SOLVER.IMS_PER_BATCH} images"
     epochs = epochs_of(trainer, None)
@@ -112,5 +104,5 @@ def describe_run(trainer: Trainer) -> str:
         images = len(map_dataset(trainer._trainer.data_loader))
         line = f"{images} training images, {line}: {epochs:.3g} epochs"
     if cfg.REPR.ENABLED:
-        return f"{line}; RePr is on ({cfg.REPR.CRITERION}; REPR.ENABLED False switches it off)"
-    return f"{line}; RePr is off (REPR.ENABLED True, or a config repr_*.yaml, switches it on)"
+        return f"{line}; RePr is on ({cfg.REPR.CRITERION})"
+    return f"{line}; RePr is off (REPR.ENABLED)"

@@ -1,4 +1,4 @@
-"""Data sets: the embedded shapes data set, and the registration and checking of COCO-format data."""
+"""The embedded shapes data set, and the registration and checking of COCO-format data."""
 
 from repr_det.datasets.coco_format import check_coco_format
 from repr_det.datasets.evaluation import CocoEvaluator

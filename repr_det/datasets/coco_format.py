@@ -1,4 +1,4 @@
-"""A check of COCO-format data that finds what would stop Detectron2 in the middle of a run, or spoil it in silence."""
+"""A check of COCO-format data for what would stop Detectron2 during a run, or spoil it in silence."""
 
 import gc
 import os
@@ -15,7 +15,7 @@ from repr_det.datasets.findings import Findings, folded, listed, reason
 from repr_det.datasets.image_files import ImageFile, check_image_files
 from repr_det.datasets.objects import gaps_of
 
-# The types that Detectron2 and pycocotools rely on; numbers within the right type are left to ``objects``.
+# The types that Detectron2 and pycocotools rely on; ``objects`` looks at the numbers.
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Length = Annotated[Finite, Field(gt=0, multiple_of=1)]  # some tools write 640.0
 Name = Annotated[str, Field(pattern=r"\S")]
@@ -61,13 +61,7 @@ _CONTENT = TypeAdapter(Content)
 
 @dataclass(frozen=True)
 class CocoSummary:
-    """Contents of a COCO-format data set.
-
-    Attributes:
-        classes: category id -> name, in the order of the ids.
-        gaps: what stands in the way of evaluation, masks and keypoints, see ``objects.gaps_of``.
-        keypoint_numbers: the lengths of the objects' lists of keypoints, crowd regions aside, 0 for those without.
-    """
+    """Classes by ascending id, what ``objects.gaps_of`` finds, lengths of single objects' keypoint lists (or 0)."""
 
     classes: dict[int, str]
     gaps: dict[str, list[str]]
@@ -78,16 +72,13 @@ class CocoSummary:
 def check_coco_format(
     json_file: str | os.PathLike, image_root: str | os.PathLike, name: str | None = None
 ) -> CocoSummary:
-    """Check the json and the image files of a detection data set in COCO format.
-
-    Of a large data set some image files are decoded; the others are there and not empty.
+    """Check the json and the image files (of a large data set, some are decoded) of a COCO-format data set.
 
     Raises:
-        UserError: names ``name``, the file, the first thing found wrong, and what would be right; what only evaluation,
-            masks or keypoints need is in the summary
+        UserError: the first thing found wrong; what only evaluation, masks or keypoints need is in the summary
     """
     collects = gc.isenabled()
-    gc.disable()  # looking for cycles in a large json would take three times as long as the rest
+    gc.disable()  # or looking for cycles takes three times as long as the rest
     try:
         return _check(Findings(Path(json_file).expanduser(), name), Path(image_root).expanduser())
     finally:
@@ -147,7 +138,7 @@ def _read(findings: Findings) -> dict[str, Any]:
 
 
 def _by_id(content: dict[str, Any], section: str, findings: Findings) -> dict[Any, dict[str, Any]]:
-    entries: dict[Any, dict[str, Any]] = {}
+    entries = {}
     for entry in content[section]:
         if entries.setdefault(entry["id"], entry) is not entry:
             findings.fail(f"the id {entry['id']!r} occurs twice in '{section}'")
@@ -159,7 +150,7 @@ def _check_names(classes: dict[int, str], findings: Findings) -> None:
     for i, name in classes.items():
         if lowest[name] != i:
             findings.warn(f"categories {lowest[name]} and {i} are both '{name}': taken for one class")
-    spellings: dict[str, str] = {}
+    spellings = {}
     for name in lowest:
         other = spellings.setdefault(folded(name), name)
         if other != name:
@@ -167,8 +158,8 @@ def _check_names(classes: dict[int, str], findings: Findings) -> None:
 
 
 def lowest_ids(classes: dict[int, str]) -> dict[str, int]:
-    """Name -> its lowest category id, in the order of these."""
-    lowest: dict[str, int] = {}
+    """Name -> its lowest category id, in ascending order."""
+    lowest = {}
     for i in sorted(classes):
         lowest.setdefault(classes[i], i)
     return lowest

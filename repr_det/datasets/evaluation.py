@@ -12,17 +12,16 @@ from repr_det.datasets.coco_format import lowest_ids
 
 class CocoEvaluator(COCOEvaluator):
     """Detectron2's, also for data sets that list a subset of the model's classes, number them otherwise, or give a
-    class two ids: AP is the mean over the classes that the data set lists, and detections of the others do not count.
-    No json needs the 'info' that pycocotools 2.0.9 and 2.0.10 ask for."""
+    class two ids: AP is the mean over their own classes, and detections of others do not count."""
 
     def __init__(self, dataset_name: str, *args: Any, **kwargs: Any) -> None:
         super().__init__(dataset_name, *args, **kwargs)
         truth = self._coco_api
-        truth.dataset.setdefault("info", {})
+        truth.dataset.setdefault("info", {})  # pycocotools 2.0.9 and 2.0.10 ask for it
         metadata = MetadataCatalog.get(dataset_name)
         classes = metadata.get("own_classes", {})
         lowest = lowest_ids(classes)
-        # Number of a class in the model -> its number among those of the data set.
+        # The model's number of a class -> the data set's.
         self._own_numbers = {metadata.thing_classes.index(name): number for number, name in enumerate(lowest)}
         if classes:
             ids = {i: number for number, i in enumerate(lowest.values())}

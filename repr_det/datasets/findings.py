@@ -1,4 +1,4 @@
-"""Findings about data: errors and warnings of one line, and what a name or a file shows of their cause."""
+"""Errors and warnings about data, and what a name or a file shows of their cause."""
 
 import logging
 import os
@@ -16,15 +16,13 @@ _BEGINNINGS = {
     b"\xef\xbb\xbf": "begins with a byte order mark, which Detectron2 cannot read: save it without",
     b"\xff\xfe": "is UTF-16 text: save it as UTF-8",
     b"\xfe\xff": "is UTF-16 text: save it as UTF-8",
-    b"<": "is an HTML or XML page, perhaps of a failed download: fetch the file itself",
+    b"<": "is an HTML or XML page: fetch the file itself",
 }
 
 logger = logging.getLogger(__name__)
 
 
 class Findings:
-    """Reports on one annotation file of a data set, which has a name if it is registered."""
-
     def __init__(self, json_file: Path, name: str | None = None) -> None:
         self.json_file = json_file
         self.prefix = f"data set {name}: " if name else ""
@@ -43,13 +41,12 @@ class Findings:
 
 
 def listed(names: Iterable, limit: int = 8) -> str:
-    """Names the first few, for a message."""
     names = [str(name) for name in names]
     return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "") or "nothing"
 
 
 def reason(error: Exception, path: str | os.PathLike) -> str:
-    """Says why a file cannot be read: what its first bytes show that it is, or else the error's own text."""
+    """Says why a file cannot be read, by its first bytes or the error's own text."""
     try:
         with open(path, "rb") as file:
             head = file.read(64)
@@ -60,5 +57,5 @@ def reason(error: Exception, path: str | os.PathLike) -> str:
 
 
 def folded(name: str) -> str:
-    """The name without what differs between spellings: case, blanks and Unicode form (NFC or NFD)."""
+    """The name without case, blanks and Unicode form (NFC or NFD)."""
     return "".join(unicodedata.normalize("NFKC", name).casefold().split())

@@ -1,4 +1,4 @@
-"""Image files: checked before a run, and named when one cannot be read in the middle of it."""
+"""Image files: checked before a run, and named when one cannot be read during it."""
 
 import difflib
 import hashlib
@@ -19,17 +19,17 @@ from PIL import Image
 from repr_det.datasets.findings import Findings, folded, reason
 from repr_det.method.errors import UserError
 
-DECODED_BYTES = 50_000_000  # image files of no more than this are all decoded, in a second or two
+DECODED_BYTES = 50_000_000  # up to this, all images are decoded
 DECODED = 250  # of larger data sets, evenly spread
-READ_BYTES = 500_000_000  # image files of one size are compared by their content up to this
-LOOKED_FOR = 1000  # images of a test set that are looked for among those of a training set
+READ_BYTES = 500_000_000  # up to this, files of one size are compared by content
+LOOKED_FOR = 1000  # test images looked for among those of training
 LOOKED_THROUGH = 100_000  # files, for one of nearly the right name
-DARK = 64  # of images without a value of this or more the depth is looked at
-BLACK = 16  # a data set without a value of this or more is nearly black to the model
+DARK = 64  # below this value, an image's depth is looked at
+BLACK = 16  # below this value, a data set is nearly black
 
 
 class ImageFile(NamedTuple):
-    """An image file as the file system knows it; ``identity`` is one number for all names of a file."""
+    """An image file; ``identity`` is the same for all its names."""
 
     path: str
     size: int
@@ -37,7 +37,7 @@ class ImageFile(NamedTuple):
 
 
 def check_image_files(images: list[dict], image_root: Path, findings: Findings) -> list[ImageFile]:
-    """Image files are there and not empty, and those that are decoded are what the json and Detectron2 say."""
+    """Refuses image files that are absent or empty, or, if decoded, not what json and Detectron2 say."""
     if not image_root.is_dir():
         raise UserError(f"{findings.prefix}image folder {image_root} does not exist, or is not a folder")
     files = _find_files(images, image_root, findings)
@@ -53,7 +53,7 @@ def check_image_files(images: list[dict], image_root: Path, findings: Findings) 
         image, path = images[number], files[number].path
         try:
             pixels = _as_the_model_sees(path)
-        except Exception as error:  # Pillow raises many kinds: OSError, SyntaxError, DecompressionBombError, ...
+        except Exception as error:  # Pillow raises many kinds
             raise UserError(f"{findings.prefix}{path} cannot be read as an image: {reason(error, path)}") from error
         height, width = pixels.shape[:2]
         if (width, height) != (image["width"], image["height"]):
@@ -91,7 +91,7 @@ def _find_files(images: list[dict], image_root: Path, findings: Findings) -> lis
 
 
 def _files_alike(root: Path, name: str) -> list[str]:
-    """The file, if any, whose name is spelled otherwise, or that is in another folder."""
+    """A file of another spelling, or in another folder."""
     wanted = folded(ntpath.basename(name))
     some = itertools.islice(root.rglob("*"), LOOKED_THROUGH)
     alike = [path for path in some if folded(path.name) == wanted and path.is_file() and path.stat().st_size]
@@ -99,7 +99,7 @@ def _files_alike(root: Path, name: str) -> list[str]:
 
 
 def repeated_images(files: list[ImageFile]) -> list[tuple[int, int]]:
-    """Pairs of numbers (earlier, later) of one image: one file under any names, or equal content."""
+    """Pairs of numbers (earlier, later) of one image: the same file, or equal content."""
     sizes = Counter(file.size for file in files)
     alike = sum(file.size for file in files if sizes[file.size] > 1)
     first: dict[object, int] = {}
@@ -114,7 +114,7 @@ def repeated_images(files: list[ImageFile]) -> list[tuple[int, int]]:
 
 
 def shared_images(train: list[ImageFile], test: list[ImageFile]) -> tuple[list[tuple[str, str]], int]:
-    """Pairs of paths of one image in ``train`` and ``test``, and how many images of test were looked at."""
+    """Pairs of paths of one image in ``train`` and ``test``, and how many of test were looked at."""
     some = test[:: len(test) // LOOKED_FOR + 1]
     sizes = {file.size for file in some}
     candidates = [file for file in train if file.size in sizes]
@@ -124,7 +124,7 @@ def shared_images(train: list[ImageFile], test: list[ImageFile]) -> tuple[list[t
 
 
 def _as_the_model_sees(path: str) -> np.ndarray:
-    """The pixels (H, W, 3); ValueError if the file has more than 8 bits a channel."""
+    """The pixels (H, W, 3); ValueError for more than 8 bits a channel."""
     with Image.open(path) as image:
         deep = image.mode.startswith(("I", "F"))  # one channel of 16 or 32 bits
     if not deep:
@@ -139,7 +139,7 @@ def _as_the_model_sees(path: str) -> np.ndarray:
 
 
 class NamingMapper:
-    """A mapper, such as Detectron2's DatasetMapper, whose errors are a UserError that names the image file."""
+    """A mapper (such as DatasetMapper) whose errors are a UserError that names the image file."""
 
     def __init__(self, mapper: Callable[[dict], Any]) -> None:
         self.mapper = mapper
@@ -147,9 +147,9 @@ class NamingMapper:
     def __call__(self, record: dict[str, Any]) -> Any:
         try:
             return self.mapper(record)
-        except (OSError, SyntaxError, ValueError, cv2.error) as error:  # what Pillow, Detectron2 and OpenCV raise
+        except (OSError, SyntaxError, ValueError, cv2.error) as error:
             name = record.get("file_name", f"image {record.get('image_id')}")
             raise UserError(
-                f"{name} cannot be read and prepared for the model: {reason(error, name)}; "
-                "repair the file, or see INPUT if its sizes are too small for its shape, then --resume"
+                f"{name} cannot be read and prepared for the model: {reason(error, name)}; repair the file, or "
+                "see INPUT for its sizes, then --resume"
             ) from error

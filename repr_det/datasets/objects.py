@@ -1,5 +1,6 @@
-"""Annotations of the right types that cannot be right: boxes, areas, masks, keypoints, objects there twice."""
+"""Annotations that cannot be right: boxes, areas, masks, keypoints, objects listed twice."""
 
+import itertools
 import math
 import re
 import reprlib
@@ -8,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-MANY = 0.1  # share of objects from which on an oddity looks like a mistake of the whole file
-FEW = 0.001  # share of faulty objects that passes with a warning: COCO's own train2017 has 2 in 860,001
-ONE_IN = 100  # objects of which one that is faulty passes too
-ENOUGH = 50  # boxes from which on something is said of all
+MANY = 0.1  # share of odd objects that looks like a mistake of the file
+FEW = 0.001  # share of faulty objects that passes: train2017 has 2 in 860,001
+ONE_IN = 100  # objects of which one may be faulty
+ENOUGH = 50  # boxes to say something of all
 LARGEST_AREA = 1e10  # px: pycocotools ignores larger objects, and those of negative area
-LEAST_AREA, SMALL_AREA = 0.001, 0.02  # shares of their box that no objects, and only few, have less of
+LEAST_AREA, SMALL_AREA = 0.001, 0.02  # shares of its box: no object, and only few, have less
 LARGEST_SHARE = 1.1
 RIGHT_AREA = "give the object's area in pixels"
 FORM = "a bbox must be [x, y, width, height] in pixels"
@@ -21,24 +22,20 @@ BEYOND = f": {FORM}"
 NEEDED = "which COCO evaluation needs"
 LEFT_OUT = "and Detectron2 leaves it out"
 PURPOSES = ("training", "doubts", "evaluation", "area doubts", "masks", "crowd masks", "polygons", "keypoints")
-RUN = "[P-o]{0,6}[0-O]"  # of COCO's compressed RLE: groups of five bits, of which the last lacks the sixth
+RUN = "[P-o]{0,6}[0-O]"  # of COCO's compressed RLE: groups of five bits; the last lacks the sixth
 
 # Which objects are odd (N,), by purpose how many of them pass, and what is wrong.
 Row = tuple[np.ndarray, dict[str, float], str]
 
 
 class Objects:
-    """The annotations of a data set, of the types that ``coco_format`` checks.
-
-    Attributes:
-        boxes, sizes: (N, 4), as they are given, and width and height of their images (N, 2).
-        few, many: so many faulty objects may pass, and so many look like a mistake of the whole file.
-    """
+    """The annotations of a data set: boxes (N, 4) as given, number of the image (N,), its width and height (N, 2)."""
 
     def __init__(self, annotations: list[dict[str, Any]], images: dict[int | str, dict[str, Any]]) -> None:
         self.annotations = annotations
-        own = [images[entry["image_id"]] for entry in annotations]
-        self.sizes = np.array([(image["width"], image["height"]) for image in own], float)
+        numbers = {image_id: number for number, image_id in enumerate(images)}
+        self.images = np.array([numbers[entry["image_id"]] for entry in annotations])
+        self.sizes = np.array([(image["width"], image["height"]) for image in images.values()], float)[self.images]
         self.boxes = np.array([entry["bbox"] for entry in annotations], float)
         self.few = max(FEW * len(annotations), int(len(annotations) >= ONE_IN))
         self.many = MANY * len(annotations)
@@ -50,7 +47,7 @@ class Objects:
         return self.where(lambda entry: entry.get(key) is None)
 
     def first(self, odd: np.ndarray, what: str) -> str:
-        """A line that names the first of the annotations in ``odd`` (N,), and their number."""
+        """Names the first of the annotations in ``odd`` (N,), and their number."""
         number = int(odd.argmax())
         entry = self.annotations[number]
         box = ", ".join(f"{value:.6g}" for value in entry["bbox"])
@@ -63,14 +60,10 @@ class Objects:
 
 
 def gaps_of(annotations: list[dict[str, Any]], images: dict[int | str, dict[str, Any]]) -> dict[str, list[str]]:
-    """Looks at objects as the model and the evaluator will.
-
-    Returns:
-        lines by what they stand in the way of: "polygons" are masks that are polygons alone, "keypoints" their
-        evaluation; "doubts" are warnings, "area doubts" those of evaluation.
-    """
+    """Lines by what they prevent: "polygons" are masks of polygons alone, "keypoints" their evaluation; "doubts" are
+    warnings, "area doubts" those of evaluation."""
     objects = Objects(annotations, images)
-    gaps: dict[str, list[str]] = {purpose: [] for purpose in PURPOSES}
+    gaps = {purpose: [] for purpose in PURPOSES}
     for odd, limits, what in (*_box_rows(objects), *_evaluation_rows(objects), *_mask_rows(objects)):
         for purpose, limit in limits.items():
             if odd.sum() > limit:
@@ -138,8 +131,8 @@ def _mask_rows(objects: Objects) -> list[Row]:
     ]
 
 
-def _misfits(boxes: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Boxes of negative size, without area, outside their image, and reaching beyond it by more than a pixel."""
+def _misfits(boxes: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Boxes of negative size, without area, outside their image, and beyond it by more than a pixel."""
     starts, extents = boxes[:, :2], boxes[:, 2:]
     ends = starts + extents
     negative = (extents < 0).any(1)
@@ -150,7 +143,7 @@ def _misfits(boxes: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def _other_form(boxes: np.ndarray, sizes: np.ndarray) -> str:
-    """Names another reading of the four numbers by which the boxes fit much better, if there is one."""
+    """Names another reading of the four numbers by which the boxes fit much better."""
     first, second = boxes[:, :2], boxes[:, 2:]
     readings = {
         "as given": boxes,
@@ -166,7 +159,6 @@ def _other_form(boxes: np.ndarray, sizes: np.ndarray) -> str:
 
 
 def _other_scale(ends: np.ndarray, sizes: np.ndarray) -> str:
-    """Says that all boxes end far from the far sides of their images, or at a round number."""
     if len(ends) < ENOUGH:
         return ""
     last = ends.max(0)
@@ -181,17 +173,17 @@ def _other_scale(ends: np.ndarray, sizes: np.ndarray) -> str:
 def _twins(objects: Objects) -> np.ndarray:
     """Objects of the class and, to a pixel, the box of an earlier one of their image (N,)."""
     offset = 0.3717  # keeps halves and quarters from where rounding is noise
-    boxes = np.floor(objects.boxes + offset).tolist()
-    first: dict[tuple, int] = {}
-    twins = []
-    for number, (entry, box) in enumerate(zip(objects.annotations, boxes, strict=True)):
-        key = (entry["image_id"], entry["category_id"], *box)
-        twins.append(first.setdefault(key, number) != number)
-    return np.array(twins)
+    boxes = np.floor(objects.boxes.clip(-1e15, 1e15) + offset).astype(int)
+    classes = [entry["category_id"] % 2**62 for entry in objects.annotations]
+    weights = np.random.default_rng(0).integers(2**62, size=6) | 1
+    keys = np.column_stack([objects.images, classes, boxes]) @ weights  # one 64-bit hash a row
+    twins = np.ones(len(keys), bool)
+    twins[np.unique(keys, return_index=True)[1]] = False
+    return twins
 
 
 def _is_lost(segmentation: object) -> bool:
-    """Tells whether Detectron2 keeps none of the polygons, and leaves the object out."""
+    """Tells whether Detectron2 keeps none of the polygons."""
     polygons = segmentation if isinstance(segmentation, list) else []
     return bool(polygons) and not any(len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in polygons)
 
@@ -201,7 +193,7 @@ def _mask_fault(segmentation: list | dict | None, width: int, height: int) -> st
         return "no segmentation"
     if isinstance(segmentation, list):
         try:
-            if all(math.isfinite(number) for polygon in segmentation for number in polygon):
+            if all(map(math.isfinite, itertools.chain(*segmentation))):
                 return None
         except (TypeError, OverflowError):  # no number, or an integer beyond the range of floats
             pass
@@ -218,8 +210,8 @@ def _mask_fault(segmentation: list | dict | None, width: int, height: int) -> st
 
 
 def _runs(counts: str) -> list[int]:
-    """The lengths of the runs, as pycocotools' ``rleFrString`` reads them, which does not look for the end."""
-    runs: list[int] = []
+    """The lengths of the runs, as pycocotools' ``rleFrString`` reads them."""
+    runs = []
     for characters in re.findall(RUN, counts):
         run = sum((ord(character) - 48 & 31) << 5 * place for place, character in enumerate(characters))
         if ord(characters[-1]) - 48 & 16:  # negative

@@ -1,4 +1,4 @@
-"""Data sets by their registered names: registered, checked once, and given one numbering of their classes."""
+"""Data sets by their registered names: registered, checked once, their classes numbered alike."""
 
 import difflib
 import logging
@@ -19,19 +19,19 @@ from repr_det.method.errors import UserError
 
 
 def _check_once(json_file: str, image_root: str, name: str) -> CocoSummary:
-    """`check_coco_format`, remembered for as long as the json does not change."""
+    """`check_coco_format`, remembered until the json changes."""
     path = Path(json_file)
     state = (path.stat().st_mtime_ns, path.stat().st_size) if path.is_file() else None
     return _check(json_file, image_root, name, state)
 
 
 @lru_cache
-def _check(json_file: str, image_root: str, name: str, state: object) -> CocoSummary:  # state: part of the cache's key
+def _check(json_file: str, image_root: str, name: str, state: object) -> CocoSummary:  # state: for the cache
     return check_coco_format(json_file, image_root, name)
 
 
 def register_coco_format(name: str, json_file: str | os.PathLike, image_root: str | os.PathLike) -> None:
-    """Check a COCO-format data set and register it with Detectron2 under `name`; again with the same files: no effect.
+    """Check a COCO-format data set and register it with Detectron2; again with the same files: no effect.
 
     Raises:
         UserError: the name is registered with other files, or what `check_coco_format` finds
@@ -64,7 +64,7 @@ def _number(name: str, reference: Sequence[str]) -> None:
 
 
 def _load(name: str) -> list[dict]:
-    """Detectron2's dicts, the classes numbered as the metadata say now."""
+    """Detectron2's dicts, the classes numbered by the metadata."""
     check_registered(name, for_evaluation=False)  # draws shapes; a file may have changed
     metadata = MetadataCatalog.get(name)
     own, numbers = metadata.own_classes, metadata.thing_dataset_id_to_contiguous_id
@@ -81,10 +81,8 @@ def _load(name: str) -> list[dict]:
 
 
 def register_builtin() -> None:
-    """Register shapes_train, its first 75 images as shapes_train_75, shapes_val, bccd_train and bccd_val (blood cells).
-
-    They lie in shapes/ and bccd/ of $DETECTRON2_DATASETS (datasets/); shapes are drawn when first loaded.
-    """
+    """Register shapes_train, shapes_train_75, shapes_val, bccd_train and bccd_val (blood cells) of $DETECTRON2_DATASETS
+    (datasets/); shapes are drawn when first loaded."""
     root = Path(os.getenv("DETECTRON2_DATASETS", "datasets")).expanduser().absolute()
     shapes = root / "shapes"
     for part, (split, _) in PARTS.items():
@@ -106,14 +104,10 @@ def _metadata(name: str) -> Any:
 
 
 def check_registered(name: str, *, for_evaluation: bool = True) -> CocoSummary | None:
-    """Check a data set by its registered name; the shapes data set is drawn first if it is absent.
-
-    Returns:
-        the summary, or None for a data set that is not in COCO format
+    """Check a data set by its registered name (shapes are drawn if absent); None if it is not in COCO format.
 
     Raises:
-        UserError: the name is unknown, or what `check_coco_format` finds, or the json has other classes than those
-            that are registered
+        UserError: the name is unknown, what `check_coco_format` finds, or other classes than those registered
     """
     metadata = _metadata(name)
     if metadata.get("shapes_root"):
@@ -128,10 +122,10 @@ def check_registered(name: str, *, for_evaluation: bool = True) -> CocoSummary |
     findings = Findings(Path(json_file), name)
     if for_evaluation:
         findings.report(summary.gaps["evaluation"], summary.gaps["area doubts"])
-    names, ids, own = [*summary.classes.values()], [*summary.classes], metadata.get("own_classes")
-    known = [*own.values()] if own else metadata.get("thing_classes", names)
+    names, ids, own = list(summary.classes.values()), list(summary.classes), metadata.get("own_classes")
+    known = own.values() if own else metadata.get("thing_classes", names)
     known_ids = own or metadata.get("thing_dataset_id_to_contiguous_id", ids)
-    if [*known] != names or [*known_ids] != ids or (len({*names}) < len(names) and not own):
+    if list(known) != names or list(known_ids) != ids or (len(set(names)) < len(names) and not own):
         findings.fail(
             f"its categories ({listed(names)}), and their ids, must be those registered under this name "
             f"({listed(known)}); register other data under another name"
@@ -140,25 +134,24 @@ def check_registered(name: str, *, for_evaluation: bool = True) -> CocoSummary |
 
 
 def class_names(name: str) -> tuple[str, ...]:
-    """The classes of a registered data set, in the order of their contiguous ids; it may be read, see
-    `check_registered`."""
+    """The classes of a registered data set, in the order of their contiguous ids."""
     names = _metadata(name).get("thing_classes")
     if names is None:
         summary = check_registered(name, for_evaluation=False)
         if summary is None:
-            raise UserError(f"data set {name} has no thing_classes in its metadata and is not in COCO format")
+            raise UserError(f"data set {name} has no thing_classes and is not in COCO format")
         names = summary.classes.values()
     return tuple(names)
 
 
 def own_classes(name: str) -> tuple[str, ...]:
-    """The classes that a data set lists itself, if `class_names` may be those that it was mapped to."""
+    """The classes that a data set lists itself, whatever it is mapped to."""
     own = _metadata(name).get("own_classes")
     return tuple(dict.fromkeys(own.values())) if own else class_names(name)
 
 
 def any_mapped(data_sets: Sequence[Sequence[str]]) -> bool:
-    """Tells whether any name in these lists, which must be no strings, can be mapped."""
+    """Tells whether any of these can be mapped; UserError for a string in place of names."""
     for names in data_sets:
         if isinstance(names, str):
             raise UserError(f"data sets must be a tuple of names, ({names!r},), got {names!r}")
@@ -171,14 +164,12 @@ def agree_on_classes(
 ) -> tuple[str, ...]:
     """Gives all data sets of a run one numbering of the classes, and returns the classes in its order.
 
-    A data set of `register_coco_format` that lists a subset of the classes, or numbers them otherwise, is mapped by
-    name when it is loaded, and evaluated on the classes that it lists (`CocoEvaluator`). Data registered by others must
-    number them alike.
+    A data set of `register_coco_format` is mapped by name when it is loaded; others must number them alike.
 
     Args:
-        train, test: names of registered data sets, not both empty.
-        reference: the classes in the order of the model's outputs, if a checkpoint settles them; otherwise those of
-            the training set (without one, of the test set) that has most, the first of equals.
+        train, test: registered names, not both empty.
+        reference: the classes in the order of the outputs; default those of the training (or else test) set that has
+            most, the first of equals.
 
     Raises:
         UserError: a data set has classes that the reference lacks, or cannot be mapped.
@@ -190,8 +181,7 @@ def agree_on_classes(
         reference = own[source]
     for name, classes in own.items():
         both = f"data set {name} has the classes {listed(classes, 20)}, and {source} has {listed(reference, 20)}"
-        missing = [class_name for class_name in classes if class_name not in reference]
-        if missing:
+        if missing := [class_name for class_name in classes if class_name not in reference]:
             alike = [other for other in reference if folded(other) == folded(missing[0])]
             hint = f" (but {alike[0]!a}, so spell both alike)" if alike else ""
             raise UserError(f"{both}: they cannot be mapped by name, since that lacks {missing[0]!a}{hint}")

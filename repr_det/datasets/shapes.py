@@ -1,7 +1,7 @@
 """The embedded data set: textured geometric shapes with scale variation, occlusion and clutter, in COCO format.
 
-All is drawn from a seed in integer arithmetic: pixels and boxes are the same on every machine, only the compression of
-the PNG files may differ. Boxes are amodal: the full extent of a shape, clipped to the image.
+Integer arithmetic: pixels and boxes are the same on every machine. Boxes are amodal: the full extent of a shape,
+clipped to the image.
 """
 
 import json
@@ -19,11 +19,10 @@ from filelock import FileLock
 
 from repr_det.method.errors import UserError
 
-# Any change below makes another data set and needs another STAMP: older folders are rebuilt on next use.
+# Any change below needs another STAMP: older folders are rebuilt on next use.
 STAMP_OWNER = "repr_det shapes"
 STAMP = f"{STAMP_OWNER} 2 1233e76b4287e1380e500d8f5e2d4ffead26a1a659603ead6704247e9bc723c3\n"
-# Colours (blue, green, red) that OWN_COLOUR percent of the shapes have, more or less: a cue that is learnt in minutes,
-# but clutter and the other shapes have them too.
+# Colours (BGR) of OWN_COLOUR percent of the shapes: a cue that is learnt in minutes, but others have them too.
 CLASSES = {
     "circle": (40, 40, 220),
     "square": (60, 190, 40),
@@ -35,37 +34,37 @@ CLASSES = {
 CLASS_NAMES = tuple(CLASSES)
 OWN_COLOUR = 75
 SPLITS = {"train": (1, 600), "val": (2, 150)}  # split seed, number of images
-# A data set is the first images of a split: 75 can be overfitted in minutes.
+# Split and its first images; 75 are overfitted in minutes.
 PARTS = {"train": ("train", 600), "train_75": ("train", 75), "val": ("val", 150)}
-IMAGE_SIDES = (160, 184, 208)  # px; height and width are drawn independently
+IMAGE_SIDES = (160, 184, 208)  # px
 OBJECTS = (3, 6)  # shapes tried an image
-SCALES = ((20, 42, 25), (45, 112, 60), (134, 180, 15))  # diameter in px: least, most, percent of the shapes
+SCALES = ((20, 42, 25), (45, 112, 60), (134, 180, 15))  # diameter in px, percent of the shapes
 TURN = 15  # degrees, either way
-STRETCH = (72, 100)  # percent: width of a shape across its axis, relative to its length
-MIN_VISIBLE = 30  # percent of a shape (its part outside the image included) that nothing hides
-LOW_CONTRAST = 15  # percent of the shapes that have nearly the background's colour
-PATCHES = (0, 2)  # blobs of nearly the background's colour, behind everything
-CLUTTER = (1, 5)  # class-less things behind the shapes: lines, blobs, half discs, long ellipses, L shapes, wedges
-OCCLUDERS = (0, 1)  # class-less things in front of them
-NOISE = (0, 8)  # amplitude of the pixel noise, in grey levels
-BLUR = 25  # percent of the images that are blurred by the 1-2-1 kernel
-SEEN_BEFORE_BORDER = 55  # percent of a shape that must lie inside the image
-RIM = 35  # percent of the things that have a rim, one pixel wide, of another colour
-TRIES = 6  # positions tried for a shape before it is given up
+STRETCH = (72, 100)  # percent: width of a shape relative to its length
+MIN_VISIBLE = 30  # percent of a shape that nothing hides
+LOW_CONTRAST = 15  # percent of the shapes, nearly of the background's colour
+PATCHES = (0, 2)  # of nearly that colour, behind everything
+CLUTTER = (1, 5)  # class-less things behind the shapes
+OCCLUDERS = (0, 1)  # and in front of them
+NOISE = (0, 8)  # amplitude of the noise, in grey levels
+BLUR = 25  # percent of the images, by the 1-2-1 kernel
+SEEN_BEFORE_BORDER = 55  # percent of a shape inside the image
+RIM = 35  # percent of the things, one pixel wide
+TRIES = 6  # positions for a shape
 
 TEXTURES = ("solid", "solid", "stripes", "checker", "dots", "noise", "gradient")
 ONE = 4096  # fixed point of the unit circle
-SUBPIXELS = 16  # steps a pixel in which the corners of outlines are placed
+SUBPIXELS = 16  # steps a pixel for corners of outlines
 SINE = np.rint(ONE * np.sin(np.radians(np.arange(360)))).astype(np.int64)
 QUARTER = np.array([[0, 1], [-1, 0]])  # a turn by 90 degrees
-Loops = list[np.ndarray]  # closed outlines of corners (N, 2) = (x, y) within the unit circle, in fixed point
+Loops = list[np.ndarray]  # closed outlines: corners (x, y) in the unit circle, in fixed point
 _CROSS = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
 _PNG = (cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_DEFAULT)
 Place = tuple[slice, slice]
 
 
 class Dice:
-    """Random integers from the raw stream of PCG64: NumPy keeps that fixed, but not what Generator makes of it."""
+    """Random integers from the raw stream of PCG64, which NumPy keeps fixed, unlike Generator's."""
 
     def __init__(self, *key: int) -> None:
         self._bits = np.random.PCG64(list(key))
@@ -116,7 +115,7 @@ def blob(dice: Dice) -> Loops:
 
 
 def distractor(dice: Dice) -> Loops:
-    """The outline of something that is no class, often close to one."""
+    """The outline of something close to a class."""
     kind = dice.pick(("blob", "half disc", "ellipse", "L", "wedge"))
     if kind == "blob":
         return blob(dice)
@@ -132,14 +131,11 @@ def distractor(dice: Dice) -> Loops:
 
 
 def stencil(loops: Loops, radius: int, stretch: int = 100, degree: int = 0) -> np.ndarray:
-    """The loops, stretched across (percent), turned and scaled: a centred (2 * radius + 3, 2 * radius + 3) bool array.
-
-    A pixel belongs to the shape if its centre does, by the even-odd rule. Not cv2.fillPoly: its pixels differ between
-    OpenCV 4.5, 4.8 and 4.12.
-    """
+    """The loops, stretched (percent), turned and scaled: a centred (2 * radius + 3, 2 * radius + 3) bool array of the
+    pixels whose centre is inside (even-odd rule). cv2.fillPoly differs between OpenCV 4.5, 4.8 and 4.12."""
     side = 2 * radius + 3
     sine, cosine = SINE[degree % 360], SINE[(degree + 90) % 360]
-    toggles = np.zeros((side, side + 1), bool)  # where a scan line enters or leaves the shape
+    toggles = np.zeros((side, side + 1), bool)  # where a line enters or leaves the shape
     for loop in loops:
         turned = loop * (100, stretch) // 100 @ np.array([[cosine, sine], [-sine, cosine]])
         corners = (turned * radius * SUBPIXELS // ONE**2 + (radius + 1) * SUBPIXELS).tolist()
@@ -152,13 +148,13 @@ def stencil(loops: Loops, radius: int, stretch: int = 100, degree: int = 0) -> n
 
 
 def near(dice: Dice, colour: np.ndarray, low: int, high: int) -> np.ndarray:
-    """The colour with each channel moved up or down by `low` to `high` grey levels."""
+    """The colour, each channel moved by `low` to `high` grey levels."""
     steps = [dice.between(low, high) * dice.pick((-1, 1)) for _ in range(3)]
     return np.clip(colour + np.array(steps), 0, 255)
 
 
 def far(dice: Dice, colour: np.ndarray) -> np.ndarray:
-    """A random colour at an L1 distance of 150 grey levels or more."""
+    """A random colour at an L1 distance of at least 150."""
     other = dice.octets(3)
     while np.abs(other - colour).sum() < 150:
         other = dice.octets(3)
@@ -166,36 +162,34 @@ def far(dice: Dice, colour: np.ndarray) -> np.ndarray:
 
 
 def texture(dice: Dice, height: int, width: int) -> np.ndarray:
-    """A texture as a (height, width) int64 array: the share of the second colour, 0 to 256."""
+    """(height, width) int64: the share of a second colour, 0 to 256."""
     kind = dice.pick(TEXTURES)
     period = dice.between(3, 9)
     y, x = np.ogrid[:height, :width]
-    share = np.zeros((height, width), np.int64)
     if kind == "stripes":
         across, down = dice.pick(((1, 0), (0, 1), (1, 1), (1, -1), (2, 1), (1, 2)))
-        share += ((across * x + down * y) // period & 1) * 256
-    elif kind == "checker":
-        share += ((x // period + y // period) & 1) * 256
-    elif kind == "dots":
+        return ((across * x + down * y) // period & 1) * 256
+    if kind == "checker":
+        return ((x // period + y // period) & 1) * 256
+    if kind == "dots":
         half = period // 2
-        share += ((x % period - half) ** 2 + (y % period - half) ** 2 <= (period // 3) ** 2) * 256
-    elif kind == "noise":
+        return ((x % period - half) ** 2 + (y % period - half) ** 2 <= (period // 3) ** 2) * 256
+    if kind == "noise":
         block = dice.between(1, 3)
         coarse = dice.octets(-(-height // block), -(-width // block))
-        share += np.kron(coarse, np.ones((block, block), np.int64))[:height, :width]
-    elif kind == "gradient":
+        return np.kron(coarse, np.ones((block, block), np.int64))[:height, :width]
+    if kind == "gradient":
         across, down = dice.pick(((1, 0), (0, 1), (1, 1)))
-        share += (across * x + down * y) * 256 // (across * width + down * height)
-    return share
+        return (across * x + down * y) * 256 // (across * width + down * height)
+    return np.zeros((height, width), np.int64)
 
 
 def mix(first: np.ndarray, second: np.ndarray, share: np.ndarray) -> np.ndarray:
-    """Colours (..., 3) between the two, for shares (...) of the second from 0 to 256."""
     return (first * (256 - share[..., None]) + second * share[..., None]) >> 8
 
 
 class _Canvas:
-    """The image under construction and, per pixel, the index of the shape that is on top there (-1: none)."""
+    """The image under construction and, per pixel, the index of the shape on top (-1: none)."""
 
     def __init__(self, dice: Dice) -> None:
         self.dice = dice
@@ -214,7 +208,7 @@ class _Canvas:
         self.pixels += (light + (right * x + down * y + both * (x + y) // 2) // 160)[..., None]
 
     def place(self, mask: np.ndarray) -> tuple[Place, np.ndarray]:
-        """Return a random place of the stencil in the image, and the part of it that is inside."""
+        """A random place of the stencil, and its part inside the image."""
         left = self.dice.between(0, self.width - 1) - mask.shape[1] // 2
         up = self.dice.between(0, self.height - 1) - mask.shape[0] // 2
         rows = slice(max(up, 0), min(up + mask.shape[0], self.height))
@@ -286,9 +280,9 @@ def generate_shapes(split_seed: int, num_images: int) -> Iterator[tuple[np.ndarr
     """Draw the first `num_images` images of the split.
 
     Yields:
-        image: uint8 (H, W, 3), BGR, H and W from IMAGE_SIDES
+        image: uint8 (H, W, 3), BGR
         objects: per shape {"bbox": [x, y, w, h] int px, "category_id": 1-based index into CLASS_NAMES, "area": int px
-            of the shape inside the image, hidden ones included, "iscrowd": 0}
+            inside the image, hidden ones included, "iscrowd": 0}
     """
     for index in range(num_images):
         dice = Dice(split_seed, index)
@@ -309,10 +303,9 @@ def annotation_file(root: Path, part: str) -> Path:
 
 
 def build_shapes(root: str | os.PathLike) -> Path:
-    """Make sure that the folder `root` holds the data set: train/*.png, val/*.png, annotations/*.json and VERSION.
+    """Make sure that `root` holds the data set: train/*.png, val/*.png, annotations/*.json and VERSION.
 
-    It is drawn in ten seconds by one of several processes, and is there as a whole or not at all. A folder that another
-    version made, or that lacks a part, is replaced.
+    One of several processes draws it, as a whole or not at all, also in place of another version.
 
     Raises:
         UserError: `root` holds something else, or cannot be written
@@ -323,7 +316,7 @@ def build_shapes(root: str | os.PathLike) -> Path:
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(root.with_name(f".{root.name}.lock")):
-            if not _is_finished(root):  # by another process meanwhile
+            if not _is_finished(root):  # meanwhile
                 _build(root)
     except OSError as error:
         raise UserError(

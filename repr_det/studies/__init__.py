@@ -1,4 +1,1 @@
-"""Studies of RePr: overlap in a checkpoint, two variants compared over seeds.
-
-May import every other room.
-"""
+"""Overlap in a checkpoint; two variants compared over seeds. May import every other room."""

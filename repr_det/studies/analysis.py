@@ -1,6 +1,6 @@
 """``repr-det analyze``: how much the filters of a checkpoint overlap, and which ones RePr would drop.
 
-A filter of a grouped conv is compared with those of its group; without a config every conv counts as ungrouped.
+Filters are compared within their group; without a config every conv counts as ungrouped.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from repr_det.commands.arguments import add_data_argument, build_config
+from repr_det.commands.arguments import add_data_argument, build_config, refuse_below
 from repr_det.commands.data import check_datasets
 from repr_det.detectron.config import options_of_config
 from repr_det.detectron.engine import Trainer
@@ -39,19 +39,19 @@ from repr_det.runs.files import write_atomically
 from repr_det.runs.record import CONFIG_FILE
 from repr_det.runs.safe_pickle import load_checkpoint
 
-# Transposed convs keep (C_in, C_out, kh, kw): their rows are no filters. What predicts keeps all its filters.
+# Rows of transposed convs (C_in, C_out, kh, kw) are no filters. What predicts keeps all its filters.
 NOT_FILTERS = ("*deconv*", "*objectness_logits*", "*anchor_deltas*", "*predictor*", "*cls_score*", "*bbox_pred*")
-DEAD = 0.02  # a filter is dead if its norm is below this share of the median of its layer
-# O_f over that of random directions is 1.0 after training on hundreds of images, 1.1 to 3.1 after ImageNet.
+DEAD = 0.02  # a filter is dead below this share of its layer's median norm
+# O_f over that of random directions is 1.0 after hundreds of images, 1.1 to 3.1 after ImageNet.
 AS_RANDOM = 1.1
-# The columns of the table are keys of the json file; of a list of filters it shows the number.
+# Columns of the table: keys of the json file, for lists of filters their number.
 COUNTS = ("near_duplicates", "dead", "idle", "zero", "dropped")
 COLUMNS = ("name", "filters", "dimension", "overlap_mean", "overlap_random", *COUNTS)
 Patterns = Sequence[str] | None
 
 
 def layers_of_model(path: Path, cfg: CfgNode) -> tuple[nn.Module, list[FilterLayer], int | None]:
-    """Loads a checkpoint as training does, and finds the layers that RePr applies to; returns its iteration too."""
+    """Loads a checkpoint as training does; returns model, layers and iteration."""
     model = build_model(cfg)
     participants = Participants(find_filter_layers(model, cfg.REPR.LAYERS.INCLUDE, cfg.REPR.LAYERS.EXCLUDE), model)
     with undisturbed(model, trains=False), torch.enable_grad():
@@ -69,7 +69,7 @@ def layers_of_model(path: Path, cfg: CfgNode) -> tuple[nn.Module, list[FilterLay
 
 
 def layers_of_file(path: Path, include: Patterns, exclude: Patterns) -> tuple[list[FilterLayer], int | None]:
-    """Chooses 4-D weights by name, by default Detectron2's backbone if there is one; returns the iteration too."""
+    """Chooses 4-D weights by name, default Detectron2's backbone, else all; returns the iteration too."""
     loaded = load_checkpoint(path)
     keys = ("model", "state_dict", "model_state", "blobs")
     weights = next((loaded[key] for key in keys if isinstance(loaded.get(key), dict)), loaded)
@@ -102,13 +102,13 @@ def analyze(
     num_batches: int = 0,
     num_pairs: int = 10,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Describes each layer, its filters by their index; and the pairs of its filters with the largest |cosine|."""
+    """Describes layers, with filters by index; and the pairs of filters with the largest |cosine|."""
     if get_criterion(criterion).needs_data and passes is None:
         raise UserError(f"criterion {criterion!r} looks at training batches: give --config-file and --batches")
     context = Context(torch.Generator().manual_seed(0), passes, num_batches)
     scores = get_criterion(criterion).score(layers, context)
     redundancy = None if passes is None else CRITERIA["redundant"].score(layers, context)
-    # As in a drop, filters that are zero go first.
+    # As in a drop, zero filters go first.
     used = {layer.name: layer.weight.detach().flatten(1).any(1) for layer in layers}
     ranked = {name: score.masked_fill(~used[name], math.inf) for name, score in scores.items()}
     dropped = select_filters(ranked, drop_ratio, max_drop_per_layer)
@@ -118,7 +118,7 @@ def analyze(
         norms = layer.weight.detach().flatten(1).norm(dim=1)
         near = (cosines.abs() > NEAR_DUPLICATE).any(1)
         masks = {"zero": ~there, "dropped": dropped[layer.name], "near_duplicates": near}
-        masks["dead"] = there & (norms < DEAD * norms[there].nanmedian())  # none if nothing is there
+        masks["dead"] = there & (norms < DEAD * norms[there].nanmedian())
         if redundancy is not None:
             masks["idle"] = there & (redundancy[layer.name] == math.inf)
         lists = {name: mask.nonzero().flatten().tolist() for name, mask in masks.items()}
@@ -131,14 +131,14 @@ def analyze(
 
 
 def _cosines(layer: FilterLayer) -> Tensor:
-    """(J, J) cosines of two filters of one group; 0 on the diagonal and elsewhere."""
+    """(J, J) cosines within groups, else 0, as on the diagonal."""
     units = unit_filters(layer.weight).chunk(layer.conv.groups)
     return torch.block_diag(*(unit @ unit.T for unit in units)).fill_diagonal_(0)
 
 
 def _overlap(layer: FilterLayer, cosines: Tensor, used: Tensor) -> dict[str, Any]:
     groups, dimension = layer.conv.groups, layer.weight[0].numel()
-    # O_f among the filters in use: those that are zero overlap with nothing and are not counted.
+    # O_f among the filters that are not zero.
     counts = used.view(groups, -1).sum(1).clamp(min=1)
     overlap = cosines.abs().sum(1) / counts.repeat_interleave(len(used) // groups)
     expected = sum(number * expected_overlap(number, dimension) for number in counts.tolist())
@@ -154,7 +154,6 @@ def _overlap(layer: FilterLayer, cosines: Tensor, used: Tensor) -> dict[str, Any
 
 
 def summary(layers: Sequence[dict[str, Any]], num_batches: int) -> dict[str, Any]:
-    """Counts over all layers, and a sentence on whether there is anything to remove."""
     counts = {key: sum(len(layer[key]) for layer in layers) for key in COUNTS if key in layers[0]}
     counts["filters"] = sum(layer["filters"] for layer in layers)
     used = counts["filters"] - counts["zero"]
@@ -173,7 +172,6 @@ def summary(layers: Sequence[dict[str, Any]], num_batches: int) -> dict[str, Any
 
 
 def as_text(found: dict[str, Any]) -> str:
-    """The verdict, a row for every layer, and the pairs."""
     rows = []
     for layer in [*found["layers"], {"name": "all", **found}]:
         cells = [layer.get(key) for key in COLUMNS]
@@ -192,7 +190,6 @@ def as_text(found: dict[str, Any]) -> str:
 
 
 def plot(path: Path, layers: Sequence[dict[str, Any]]) -> None:
-    """Draws O_f of the filters of every layer, with that of random directions."""
     figure = Figure(figsize=(4 + 0.19 * len(layers), 5), layout="constrained")
     ax = figure.subplots()
     names = [layer["name"] for layer in layers]
@@ -208,7 +205,6 @@ def plot(path: Path, layers: Sequence[dict[str, Any]]) -> None:
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """The parser of the command line."""
     parser = argparse.ArgumentParser(
         description="How much the filters of a checkpoint overlap, and which ones RePr would drop. With a config, "
         "--batches finds idle filters on DATASETS.TRAIN."
@@ -230,14 +226,11 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parses arguments, then reads the checkpoint and shows it."""
     args = argument_parser().parse_intermixed_args(argv)
     for path in (args.json, args.plot):
         if path is not None and not path.absolute().parent.is_dir():
             raise UserError(f"{path}: the folder {path.parent} does not exist")
-    for name in ("batches", "pairs"):
-        if getattr(args, name) < 0:
-            raise UserError(f"--{name} must be at least 0, got {getattr(args, name)}")
+    refuse_below(args, batches=0, pairs=0)
     config_file = args.config_file
     if args.include or args.exclude:
         if config_file:
@@ -249,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             config_file = str(beside)
     passes = None
     if config_file:
-        # Nothing is evaluated, and what would be need not be there.
+        # Test data need not be there.
         cfg = build_config(config_file, [*args.opts, "MODEL.DEVICE", "cpu", "DATASETS.TEST", "()"], args.register)
         model, layers, iteration = layers_of_model(args.checkpoint, cfg)
         defaults = options_of_config(cfg)

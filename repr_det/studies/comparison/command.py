@@ -1,4 +1,4 @@
-"""The command ``repr-det compare``: from a config and seeds, or from finished folders, to results and report."""
+"""``repr-det compare``: from a config and seeds, or finished folders, to results and report."""
 
 import argparse
 import itertools
@@ -13,7 +13,7 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
-from repr_det.commands.arguments import add_data_argument, build_config
+from repr_det.commands.arguments import add_data_argument, build_config, refuse_below
 from repr_det.commands.checks import check_run
 from repr_det.commands.processes import refuse_launchers
 from repr_det.datasets import register_builtin, register_coco_format
@@ -40,7 +40,7 @@ from repr_det.studies.comparison.records import (
 from repr_det.studies.comparison.report import write_report
 from repr_det.studies.comparison.runner import run_all, say
 
-_SETTINGS_FILE = "comparison.json"  # how the comparison was asked for, for --report-only
+_SETTINGS_FILE = "comparison.json"  # the request, for --report-only
 _DESCRIPTION = """Compares RePr with its baseline, or a config with another: same seeds, data order and iterations.
 
   from a config:          --config-file shapes_r18_fpn.yaml --seeds 1 2 3 [KEY VALUE ...]
@@ -50,26 +50,26 @@ _DESCRIPTION = """Compares RePr with its baseline, or a config with another: sam
 
 The same command continues what was stopped. TEST.EVAL_PERIOD 0 becomes a tenth of MAX_ITER unless it is a KEY VALUE.
 """
-# Arguments that each way needs, and those that it takes besides those of every way.
+# Arguments that each way needs, and others that it takes.
 _WAYS = (
     ({"config_file", "seeds"}, {"against", "opts"}),
     ({"baseline_runs", "repr_runs", "output"}, set()),
     ({"report_only", "output"}, set()),
 )
+_HOW = "--config-file and --seeds, or --baseline-runs, --repr-runs and --output, or --report-only and --output"
 _EVERY_WAY = {"output", "jobs", "num_gpus", "eval_images", "register"}
 _OWN_KEYS = {"SEED": "--seeds", "OUTPUT_DIR": "--output", "REPR.ENABLED": "the arm"}
-_TAKEN = {"difference", "sentence", "verdict"}  # names that results have beside those of the arms
+_TAKEN = {"difference", "sentence", "verdict"}  # names beside arms in results
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """The parser of the command line."""
     parser = argparse.ArgumentParser(description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-file", default="", help="config with RePr, or any with --against")
     parser.add_argument("--against", default="", help="config of the reference (default: its baseline)")
     parser.add_argument("--seeds", nargs="+", default=[], metavar="SEED")
     for arm in (BASELINE, REPR):
         parser.add_argument(f"--{arm}-runs", type=Path, nargs="+", default=[], metavar="DIR", help="finished folders")
-    parser.add_argument("--output", type=Path, help="default: OUTPUT_DIR of the config with the suffix _comparison")
+    parser.add_argument("--output", type=Path, help="default: OUTPUT_DIR with the suffix _comparison")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once (default 1)")
     parser.add_argument("--num-gpus", type=int, default=1, help="GPUs of each run (default 1)")
     parser.add_argument("--eval-images", type=int, default=6, help="validation images in the report (default 6)")
@@ -80,7 +80,7 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The arguments; argparse takes KEY VALUE pairs behind the seeds for seeds."""
+    """Parses arguments; argparse takes KEY VALUE pairs behind the seeds for seeds."""
     args = argument_parser().parse_args(argv)
     words = args.seeds
     seeds = list(itertools.takewhile(re.compile(r"-?\d+").fullmatch, words))
@@ -88,21 +88,17 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if behind and (not seeds or len(behind) % 2):
         raise UserError(f"--seeds must be integers, and KEY VALUE pairs may follow; got {' '.join(words)}")
     args.opts = behind + (args.opts[1:] if args.opts[:1] == ["--"] else args.opts)
-    for name, least in (("jobs", 1), ("num_gpus", 1), ("eval_images", 0)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
+    refuse_below(args, jobs=1, num_gpus=1, eval_images=0)
     given = {name for name, value in vars(args).items() if value}
     if not any(needed <= given <= needed | more | _EVERY_WAY for needed, more in _WAYS):
-        ways = "--config-file and --seeds, or --baseline-runs, --repr-runs and --output, or --report-only and --output"
-        raise UserError(f"give {ways}")
+        raise UserError(f"give {_HOW}")
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs the command; ``runner.run_comparison_tool`` reports what it raises."""
+    """Runs the command, inside ``runner.run_comparison_tool``."""
     args = parse(argv)
     refuse_launchers("compare.py")
-    settings: dict[str, Any] = {}
     if args.report_only:
         study, settings = _remembered(args.output)
     elif args.config_file:
@@ -113,7 +109,8 @@ def main(argv: list[str] | None = None) -> None:
     else:
         runs = [run_from_folder(folder, BASELINE) for folder in args.baseline_runs]
         study = Study((*runs, *(run_from_folder(folder, REPR) for folder in args.repr_runs)))
-    settings = settings or _settings(args, study, sys.argv[1:] if argv is None else argv)
+    if not args.report_only:
+        settings = _settings(args, study, sys.argv[1:] if argv is None else argv)
     register_builtin()
     for words in settings["register"]:
         register_coco_format(*words)
@@ -140,14 +137,11 @@ def plan_study(
     num_gpus: int = 1,
     against: str = "",
 ) -> tuple[Study, Path]:
-    """Plans both arms for every seed, in folders of ``output``, which it returns too.
-
-    Args:
-        output: by default OUTPUT_DIR of the config with the suffix _comparison.
-        against: the config of the reference; "" takes the baseline of ``config_file``.
+    """Plans both arms for every seed, in folders of ``output`` (default OUTPUT_DIR with the suffix _comparison), also
+    returned; ``against`` is the config of the reference (default the baseline of ``config_file``).
 
     Raises:
-        UserError: something would stop a run before its first step, or a folder holds another run.
+        UserError: a run would not start, or a folder holds another one.
     """
     opts = list(opts)
     for key in opts[::2]:
@@ -184,7 +178,7 @@ def plan_study(
 
 
 def arm_names(*config_files: str) -> tuple[str, ...]:
-    """The stems of the files, with their folders' names if the stems are the same."""
+    """The stems of the files, with their folders' names if the stems are equal."""
     paths = [Path(file).resolve() for file in config_files]
     names = tuple(path.stem for path in paths)
     if names[0] == names[1]:

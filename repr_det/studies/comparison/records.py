@@ -1,4 +1,4 @@
-"""The runs of a comparison, which of them may be compared, and one table of what they have reached."""
+"""The runs of a comparison, which may be compared, and one table of their results."""
 
 import contextlib
 import json
@@ -40,13 +40,12 @@ Settings = dict[str, Any]  # a flat config: SOLVER.MAX_ITER -> its value
 
 
 def title(arm: str) -> str:
-    """The name of an arm for people."""
     return "RePr" if arm == REPR else arm
 
 
 @dataclass(frozen=True)
 class Run:
-    """A training run; ``arguments`` are those of ``repr_det.train`` (none if it was trained elsewhere)."""
+    """A training run; without arguments of ``repr_det.train`` if trained elsewhere."""
 
     arm: str
     seed: int
@@ -61,14 +60,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Study:
-    """The runs of two arms, the reference first, paired by seed (else UserError); ``any_config`` if they need to share
-    only SHARED."""
+    """The runs of two arms, the reference first, paired by seed; with ``any_config`` they share only SHARED."""
 
     runs: tuple[Run, ...]
     any_config: bool = False
 
     def __post_init__(self) -> None:
-        first: dict[tuple[str, int], Run] = {}
+        first = {}
         for run in self.runs:
             if run.seed < 0:
                 raise UserError(f"{run.folder} has SEED {run.seed}: runs are paired by seed, it must be 0 or more")
@@ -94,7 +92,7 @@ class Study:
 
 
 def read_json(path: Path) -> Any:
-    """Reads a json file. UserError if it is damaged."""
+    """UserError if the file is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -102,7 +100,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """One json object a line, without lines that a crash cut short; [] if there is no file."""
+    """One object a line, without lines that a crash cut short; [] without file."""
     found = []
     if path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -112,21 +110,21 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def read_metrics(folder: Path) -> dict[int, dict[str, float]]:
-    """Iteration -> everything logged for it, in order. A resumed run repeats iterations: the later line counts."""
-    rows: dict[int, dict[str, float]] = {}
+    """Iteration -> everything logged for it. A resumed run repeats iterations: the later line counts."""
+    rows = {}
     for line in read_json_lines(folder / METRICS_FILE):
         rows.setdefault(line["iteration"], {}).update(line)
     return dict(sorted(rows.items()))
 
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
-    """The transitions of a RePr run in order; [] for a baseline."""
+    """The transitions of a run, [] for a baseline."""
     return read_json_lines(folder / EVENTS_FILE)
 
 
 def final_row(rows: dict[int, dict[str, float]], max_iter: int) -> dict[str, float]:
-    """The evaluation after the last iteration, {} if the run is not finished. Its AP may be NaN."""
-    # A run that is resumed after its last step logs its evaluation one iteration later.
+    """The evaluation after the last iteration, {} if unfinished. Its AP may be NaN."""
+    # A run resumed after its last step logs it one iteration later.
     return next((row for i, row in reversed(rows.items()) if i >= max_iter and "bbox/AP" in row), {})
 
 
@@ -135,7 +133,7 @@ def is_finished(run: Run) -> bool:
 
 
 def read_config(folder: Path) -> CfgNode:
-    """The config of a run as it was given; keys of REPR that came after its version have their defaults."""
+    """The config of a run as given; keys newer than it have their defaults."""
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise UserError(f"{path} is missing: give the OUTPUT_DIR of a Detectron2 run")
@@ -147,7 +145,7 @@ def read_config(folder: Path) -> CfgNode:
 
 
 def read_settings(folder: Path) -> Settings:
-    """The config of a run, scaled to its number of processes if SOLVER.REFERENCE_WORLD_SIZE asks for it."""
+    """The config of a run, scaled to its processes."""
     cfg = read_config(folder)
     if not cfg.SOLVER.REFERENCE_WORLD_SIZE:
         return flatten(cfg)
@@ -159,12 +157,12 @@ def read_settings(folder: Path) -> Settings:
 
 
 def flatten(cfg: CfgNode) -> Settings:
-    """The values of a config as they stand in a yaml file."""
+    """The values of a config as in a yaml file."""
     return pd.json_normalize(yaml.safe_load(cfg.dump())).to_dict("records")[0]
 
 
 def run_from_folder(folder: Path, arm: str) -> Run:
-    """A run that was trained already. UserError if it is of the other arm."""
+    """A trained run; UserError if it is of the other arm."""
     config = read_settings(folder)
     if config["REPR.ENABLED"] != (arm == REPR):
         raise UserError(f"{folder} has REPR.ENABLED {config['REPR.ENABLED']}: it does not belong to --{arm}-runs")
@@ -172,7 +170,7 @@ def run_from_folder(folder: Path, arm: str) -> Run:
 
 
 def check_comparable(study: Study) -> None:
-    """Refuses runs that are not finished, arms that differ in more than they may, and an arm whose runs differ."""
+    """Refuses unfinished runs, and differences between arms and within one."""
     for run in study.runs:
         if not is_finished(run):
             command = f"python -m repr_det.train --config-file {run.folder / CONFIG_FILE} --resume"
@@ -189,7 +187,7 @@ def check_comparable(study: Study) -> None:
 
 
 def refuse_differences(configs: dict[Any, Settings], free: Sequence[str] = FREE, only_shared: bool = False) -> None:
-    """Refuses configs, by their names for the message, that differ from the first one in keys that are not ``free``."""
+    """Refuses configs (by name) that differ from the first one in keys that are not ``free``."""
     first, reference = next(iter(configs.items()))
     for name, config in configs.items():
         for key in differing_keys(reference, config, free):
@@ -199,24 +197,23 @@ def refuse_differences(configs: dict[Any, Settings], free: Sequence[str] = FREE,
 
 
 def differing_keys(a: Settings, b: Settings, free: Sequence[str] = FREE) -> list[str]:
-    """The keys whose values differ, and those that only one has."""
+    """The keys whose values differ, or that only one has."""
     found = [key for key in {**a, **b} if key not in a or key not in b or a[key] != b[key]]
     return sorted(key for key in found if not key.startswith(tuple(free)))
 
 
 def check_same_data(folders: Iterable[Path]) -> None:
-    """Refuses a data set's name that stands for two contents: in two runs, in a resumed run, or in this process. Runs
-    of versions that kept no record are taken as they are."""
-    used: list[tuple[Any, str, dict[str, Any]]] = []
+    """Refuses a data set's name with two contents: in two runs, a resumed run, or this process."""
+    used = []  # place, name, entry
     for folder in folders:
         for path in sorted(folder.glob(f"{Path(DATA_FILE).stem}*.json")):
             used += [(folder, name, entry) for name, entry in read_json(path).items()]
     registered = {name for _, name, _ in used}.intersection(DatasetCatalog)
     used += [("this command", name, entry) for name, entry in describe_data_sets(sorted(registered)).items()]
-    first: dict[str, tuple[Any, dict[str, Any]]] = {}
+    first = {}
     for place, name, entry in used:
         other, known = first.setdefault(name, (place, entry))
-        # What is described before its file is there, as shapes are, has no hash.
+        # Shapes that were not drawn yet have no hash.
         keys = ("sha256",) if entry["sha256"] and known["sha256"] else ("classes", "images")
         if any(entry[key] != known[key] for key in keys):
             files = f"{known['file']} in the first and {entry['file']}, with other content, in the second"
@@ -225,11 +222,12 @@ def check_same_data(folders: Iterable[Path]) -> None:
 
 @dataclass
 class Comparison:
-    """The table of final values, the AP over training, and the content of results.json.
+    """Results of a study.
 
     Attributes:
-        table: columns seed, arm, metric (COCO's, and AP-<class> of each class), value (NaN if there is no such object).
+        table: columns seed, arm, metric (COCO's, and AP-<class>), value (NaN without such objects).
         curves: iterations trained -> validation AP, a column (arm, seed) each.
+        results: the content of results.json.
     """
 
     study: Study
@@ -239,7 +237,7 @@ class Comparison:
 
 
 def compare(study: Study) -> Comparison:
-    """Computes every number of the report from finished, comparable runs."""
+    """Computes every number of the report from comparable runs."""
     lines, curves = [], {}
     notes = ["One seed says nothing about the spread between runs."] if len(study.seeds) == 1 else []
     for run in [run for arm in study.arms for run in study.of(arm)]:
@@ -267,7 +265,7 @@ def compare(study: Study) -> Comparison:
 
 
 def metric_row(table: pd.DataFrame, metric: str, arms: Sequence[str]) -> dict[str, Any]:
-    """Both arms over the seeds that both have, and the second minus the first."""
+    """Both arms over their common seeds, and the second minus the first."""
     by_seed = table[table["metric"] == metric].pivot(index="seed", columns="arm", values="value")
     by_seed = by_seed.reindex(columns=arms)
     by_seed[by_seed.isna().any(axis=1)] = math.nan
@@ -285,7 +283,6 @@ def metric_row(table: pd.DataFrame, metric: str, arms: Sequence[str]) -> dict[st
 
 
 def lines_of(rows: dict[str, Any], arms: Sequence[str]) -> list[dict[str, str]]:
-    """A line a metric for people: column -> cell."""
     lines = []
     for name, row in rows.items():
         line = {"": name}
@@ -301,12 +298,11 @@ def lines_of(rows: dict[str, Any], arms: Sequence[str]) -> list[dict[str, str]]:
 
 
 def metrics_table(results: dict[str, Any], arms: Sequence[str]) -> str:
-    """COCO's metrics for a terminal."""
     return tabulate(lines_of(results["metrics"], arms), headers="keys", disable_numparse=True)
 
 
 def write_results(comparison: Comparison, folder: Path) -> None:
-    """Writes results.csv, the tidy table, and results.json, with null if there is no number."""
+    """Writes results.csv, the table, and results.json, with null for NaN."""
     write_atomically(folder / "results.csv", comparison.table.to_csv(index=False, float_format="%.4f", na_rep="n/a"))
     without_nan = json.loads(json.dumps(comparison.results), parse_constant=lambda word: None)
     write_atomically(folder / "results.json", json.dumps(without_nan, indent=1, ensure_ascii=False))

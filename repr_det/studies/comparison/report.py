@@ -1,4 +1,4 @@
-"""report.html: one self-contained page, verdict first; works without scripts and without a network."""
+"""report.html: one self-contained page, verdict first, without scripts and network."""
 
 import base64
 import io
@@ -41,8 +41,8 @@ from repr_det.studies.comparison.records import (
 _COLOURS = ("#2c6aa0", "#d5622a")  # of the reference and of the other arm, as in the page
 _SCORE_THRESHOLD = 0.5
 _DROPPED = "Share of each layer that a drop took, in percent, over all drops and seeds"
-_OVERLAP = "Inter-filter orthogonality O_f in the final models: 0 if a filter is orthogonal to all others of its layer"
-_WIDTH = 7.2  # inches; the page shows them at about their size
+_OVERLAP = "Inter-filter orthogonality O_f in the final models: 0 for filters orthogonal to all others"
+_WIDTH = 7.2  # inches
 _STYLE = {
     "text.parse_math": False,
     "font.size": 8.5,
@@ -57,7 +57,7 @@ _STYLE = {
 
 
 def write_report(comparison: Comparison, settings: dict[str, Any], output: Path, images: int) -> Path:
-    """Writes report.html; ``settings`` say how the comparison was asked for. Returns the path."""
+    """Writes report.html with pictures of some ``images``; ``settings`` are the request."""
     study, results = comparison.study, comparison.results
     firsts = [study.of(arm)[0] for arm in study.arms]
     configs = [read_settings(run.folder) for run in firsts]
@@ -82,7 +82,7 @@ def write_report(comparison: Comparison, settings: dict[str, Any], output: Path,
 
 
 def _pictures(runs: Sequence[Run], results: dict[str, Any], number: int) -> dict[str, str]:
-    """Name -> truth and what each run detects, on ``number`` images spread evenly over the data set."""
+    """Name -> truth and detections, on images spread evenly over the data set."""
     files = [run.folder / "inference" / "coco_instances_results.json" for run in runs]
     if not number or not all(file.is_file() for file in files):
         return {}
@@ -106,8 +106,7 @@ def _pictures(runs: Sequence[Run], results: dict[str, Any], number: int) -> dict
 
 
 def _detections(file: Path, to_class: dict[int, int]) -> dict[int, list[dict[str, Any]]]:
-    """Image id -> annotations as Detectron2 has them, of a file of COCO results."""
-    found: dict[int, list[dict[str, Any]]] = {}
+    found = {}
     for one in read_json(file):
         if one["score"] >= _SCORE_THRESHOLD:
             category = to_class.get(one["category_id"], one["category_id"])
@@ -117,7 +116,6 @@ def _detections(file: Path, to_class: dict[int, int]) -> dict[int, list[dict[str
 
 
 def _picture(path: str, panels: dict[str, list[dict[str, Any]]], classes: Sequence[str]) -> str:
-    """The image once a panel, with the boxes of ``panels`` (title -> annotations)."""
     image = read_image(path, "RGB")
     height = _WIDTH / len(panels) * image.shape[0] / image.shape[1] + 0.25
     figure = Figure(figsize=(_WIDTH, height), layout="constrained", dpi=150, facecolor="#fdfcfa")
@@ -137,7 +135,6 @@ def _picture(path: str, panels: dict[str, list[dict[str, Any]]], classes: Sequen
 
 
 def _ap(comparison: Comparison) -> str:
-    """The difference in AP of every seed with its interval, and the AP of both arms over training."""
     figure = Figure(figsize=(_WIDTH, 2.9), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 3))
     difference = comparison.results["metrics"]["AP"]["difference"]
@@ -172,7 +169,6 @@ def phases(events: Sequence[dict[str, Any]], max_iter: int) -> list[tuple[int, i
 
 
 def _filters(study: Study) -> dict[str, str]:
-    """Caption -> figure, of the filters that drops took and of O_f in the final models."""
     sizes = {}  # run -> layer -> its filters
     for run in study.runs:
         overlaps = read_json_lines(run.folder / OVERLAPS_FILE)
@@ -193,7 +189,7 @@ def _filters(study: Study) -> dict[str, str]:
 
 
 def _by_layer(arms: Sequence[str], lines: Sequence[tuple[str, str, float]]) -> str:
-    """A bar from the 5th to the 95th percentile of the values (arm, layer, value) of a layer, a tick at the median."""
+    """Draws the 5th to the 95th percentile and the median of lines (arm, layer, value)."""
     if not lines:
         return ""
     values = pd.DataFrame(lines, columns=["arm", "layer", "value"])

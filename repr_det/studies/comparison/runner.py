@@ -1,4 +1,4 @@
-"""Trains runs as subprocesses: several at once, resumed where they stopped, ended with their parent."""
+"""Trains runs as subprocesses: several at once, resumed, ended with their parent."""
 
 import contextlib
 import os
@@ -28,16 +28,16 @@ _STEP = 0.05  # share of all iterations between two lines of progress
 
 
 class RunFailed(SystemExit):
-    """A run ended without its final evaluation. Python prints the message and exits with status 1."""
+    """A run ended without its final evaluation; Python exits with its message and status 1."""
 
 
 def run_comparison_tool(main: Callable[[], Any]) -> None:
-    """Runs a tool that trains: status 2 for a UserError, 1 for a run that failed, 130 for Ctrl-C, 143 for SIGTERM."""
+    """Runs a tool: status 2 for a UserError, 1 for a failed run, 130 for Ctrl-C, 143 for SIGTERM."""
     signal.signal(signal.SIGTERM, _terminate)
     try:
         run_tool(main)
     except KeyboardInterrupt as error:
-        sys.stderr.write(f"{Path(sys.argv[0]).name}: stopped; the same command continues where it stopped\n")
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: stopped; the same command continues\n")
         sys.exit(143 if error.args else 130)
 
 
@@ -50,8 +50,8 @@ def say(text: str) -> None:
 
 
 def run_all(runs: Sequence[Run], jobs: int = 1, num_gpus: int = 1) -> None:
-    """Trains the runs that are not finished, ``jobs`` at once, resumes those that had begun, and appends the output of
-    each to its folder's stdout.txt. If one fails (RunFailed), the others are ended."""
+    """Trains or resumes unfinished runs, ``jobs`` at once, with output in stdout.txt. If one fails (RunFailed), the
+    others are ended."""
     waiting = [run for run in runs if not is_finished(run)]
     done = [run.name for run in runs if run not in waiting]
     if done:
@@ -78,8 +78,6 @@ def run_all(runs: Sequence[Run], jobs: int = 1, num_gpus: int = 1) -> None:
 
 
 class _Progress:
-    """A line for every twentieth of the iterations of all runs."""
-
     def __init__(self, runs: Sequence[Run]) -> None:
         self.runs = list(runs)
         self.total = sum(run.max_iter for run in runs)
@@ -117,7 +115,7 @@ def _start(run: Run, environment: dict[str, str]) -> subprocess.Popen:
 
 
 def _environment(slot: int, jobs: int, num_gpus: int) -> dict[str, str]:
-    """Its share of the CPU threads, unless OMP_NUM_THREADS is set, and GPUs of its own if there are enough."""
+    """A share of the CPU threads, unless OMP_NUM_THREADS is set, and own GPUs if there are enough."""
     environment = dict(os.environ, PYTHONUNBUFFERED="1")
     environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // jobs)))
     numbers = ",".join(map(str, range(torch.cuda.device_count())))
@@ -128,11 +126,11 @@ def _environment(slot: int, jobs: int, num_gpus: int) -> dict[str, str]:
 
 
 def _stop(processes: Sequence[subprocess.Popen]) -> None:
-    """SIGTERM to their process groups, SIGKILL to what is left after a grace period or a second Ctrl-C."""
+    """SIGTERM to their process groups, SIGKILL after a grace period or a second Ctrl-C."""
     deadline = time.monotonic() + _GRACE_SECONDS
     for number in (signal.SIGTERM, signal.SIGKILL):
         for process in processes:
-            with contextlib.suppress(ProcessLookupError, PermissionError):  # it has ended
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # has ended
                 os.killpg(process.pid, number)
         with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
             for process in processes:

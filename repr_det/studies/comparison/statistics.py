@@ -1,4 +1,4 @@
-"""Means, spreads and intervals over seeds, the difference that a number of seeds can show, and all of it in words."""
+"""Means, spreads and intervals over seeds, the difference that seeds can show, and their words."""
 
 import bisect
 import math
@@ -10,15 +10,15 @@ import numpy as np
 from scipy import optimize, stats
 
 CONFIDENCE = 0.95
-POWER = 0.8  # the probability with which a difference of the stated size gets its verdict
-MIN_PAIRS = 3  # fewer say nothing: two equal differences have an interval without width
+POWER = 0.8  # probability that a difference of the stated size gets its verdict
+MIN_PAIRS = 3  # two equal differences have an interval without width
 MOST_SEEDS = 10_000
 _NO_SPREAD = 1e-9  # of differences, relative to their size: rounding
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Values of the seeds (NaN if there is none); of the finite ones mean, standard deviation (n - 1) and number."""
+    """Values of the seeds; of the finite ones mean, standard deviation (n - 1) and number."""
 
     values: tuple[float, ...]
     mean: float
@@ -28,7 +28,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Difference(Summary):
-    """One arm minus its reference, paired by seed, and the 95 % confidence interval of its mean; else NaN."""
+    """One arm minus its reference, paired by seed, and the 95 % interval of its mean (or NaN)."""
 
     low: float
     high: float
@@ -54,7 +54,6 @@ class Difference(Summary):
 
 
 def summarize(values: Sequence[float]) -> Summary:
-    """Summarizes the finite values."""
     found = np.asarray(values, dtype=float)[np.isfinite(values)]
     mean = float(found.mean()) if len(found) else math.nan
     sd = float(found.std(ddof=1)) if len(found) > 1 else math.nan
@@ -62,10 +61,7 @@ def summarize(values: Sequence[float]) -> Summary:
 
 
 def paired_difference(baseline: Sequence[float], repr_: Sequence[float]) -> Difference:
-    """Subtracts the baseline, with Student's t interval over the pairs (their differences taken as normal).
-
-    Both have one value a pair, in the same order; NaN if there is none.
-    """
+    """Subtracts the baseline, pair by pair, with Student's t interval (differences taken as normal)."""
     values = np.asarray(repr_, dtype=float) - np.asarray(baseline, dtype=float)
     found = summarize(values.tolist())
     there = values[np.isfinite(values)]
@@ -76,15 +72,15 @@ def paired_difference(baseline: Sequence[float], repr_: Sequence[float]) -> Diff
 
 
 def power(difference: float, sd: float, n: int) -> float:
-    """The probability that ``n`` pairs with the deviation ``sd`` give a true difference its verdict (paired t test)."""
+    """The probability that ``n`` pairs give a true difference its verdict (paired t test)."""
     bound = stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)
     shift = min(difference / sd * math.sqrt(n), 100.0)  # beyond 100 the power is 1, and scipy's is NaN
     return float(stats.nct.sf(bound, n - 1, shift))
 
 
 def could_show(found: Difference) -> dict[str, Any]:
-    """The true difference that has POWER with as many pairs of the same spread, the pairs with which a difference of 1
-    has it (at most MOST_SEEDS + 1), and both in words; None and "" without a verdict."""
+    """The true difference that so many pairs of this spread show with POWER, the pairs that show a difference of 1 (at
+    most MOST_SEEDS + 1), and both in words; None and "" without a verdict."""
     if found.why_no_verdict:
         return {"detectable": None, "seeds_for_1": None, "sentence": ""}
     most = 100.0 * found.sd / math.sqrt(found.n)
@@ -100,14 +96,14 @@ def could_show(found: Difference) -> dict[str, Any]:
 
 
 def number(value: float, sign: bool = False) -> str:
-    """The one form of a number for people: "41.3", "+0.8", "n/a"."""
+    """ "41.3", "+0.8", "n/a"."""
     if not math.isfinite(value):
         return "n/a"
     return f"{value:+.1f}" if sign else f"{value:.1f}"
 
 
 def interval(low: float, high: float) -> str:
-    """The one form of an interval for people: "-0.3 .. +1.9", "n/a"."""
+    """ "-0.3 .. +1.9", "n/a"."""
     return f"{number(low, sign=True)} .. {number(high, sign=True)}" if math.isfinite(low) else "n/a"
 
 
