@@ -104,5 +104,5 @@ def describe_run(trainer: Trainer) -> str:
         images = len(map_dataset(trainer._trainer.data_loader))
         line = f"{images} training images, {line}: {epochs:.3g} epochs"
     if cfg.REPR.ENABLED:
-        return f"{line}; RePr is on ({cfg.REPR.CRITERION})"
-    return f"{line}; RePr is off (REPR.ENABLED)"
+        return f"{line}; RePr is on ({cfg.REPR.CRITERION}; REPR.ENABLED False switches it off)"
+    return f"{line}; RePr is off (REPR.ENABLED True, or a config repr_*.yaml, switches it on)"
