@@ -4,39 +4,26 @@ import numpy as np
 import pytest
 import torch
 from test_orthogonality import generator, randn
-from textbook import textbook_overlap
+from textbook import unit_rows
 
-from repr_det.method.orthogonality import inter_filter_orthogonality, least_overlap_filters
-
-
-def unit_rows(*weights: torch.Tensor) -> np.ndarray:
-    """(n, d) float64 unit rows; rows without a direction are left out."""
-    rows = np.concatenate([w.detach().double().flatten(1).numpy() for w in weights])
-    rows = rows[np.isfinite(rows).all(1)]
-    rows = rows[np.abs(rows).max(1, initial=0) > 0]
-    rows = rows / np.abs(rows).max(1, keepdims=True)
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
-
-
-def objective(new: torch.Tensor, others: np.ndarray) -> float:
-    return float(((others @ new.double().flatten(1).numpy().T) ** 2).sum())
+from repr_det.method.orthogonality import least_overlap_filters
 
 
 def assert_least(new: torch.Tensor, *others: torch.Tensor, rel: float = 1e-5, atol: float = 1e-5) -> None:
     """Bases, each orthonormal, with the least total overlap that d directions can have: eigenvalues of A^T A; at most
     1e-5 each if there is a null space for all."""
-    rows = unit_rows(*others)
-    dimension = new[0].numel()
-    for block in new.double().flatten(1).split(dimension):
-        torch.testing.assert_close(block @ block.T, torch.eye(len(block)).double(), rtol=0, atol=atol)
+    rows, found, dimension = unit_rows(*others), new.double().flatten(1).numpy(), new[0].numel()
+    for block in np.split(found, range(dimension, len(found), dimension)):
+        np.testing.assert_allclose(block @ block.T, np.eye(len(block)), rtol=0, atol=atol)
     values, vectors = np.linalg.eigh(rows.T @ rows)
     whole, rest = divmod(len(new), dimension)
     best = whole * values.sum() + values[:rest].clip(0).sum()
-    assert objective(new, rows) == pytest.approx(best, rel=rel, abs=1e-9)
+    cosines = np.abs(rows @ found.T)
+    assert (cosines**2).sum() == pytest.approx(best, rel=rel, abs=1e-9)
     if whole == 0 and values[rest - 1] < 1e-10:
-        assert np.abs(rows @ new.double().flatten(1).numpy().T).max(initial=0) <= 1e-5
+        assert cosines.max(initial=0) <= 1e-5
     elif whole == 0 and rest and values[rest] - values[rest - 1] > 1e-2:  # these directions and no others
-        found, span = new.double().flatten(1).numpy(), vectors[:, :rest]
+        span = vectors[:, :rest]
         assert np.linalg.norm(found - found @ span @ span.T, 2) <= 1e-4
 
 
@@ -114,6 +101,7 @@ ODD = [
     *((dependent, *sizes, kind) for sizes in RANKS for kind in ("combinations", "copies")),
     *((nearly_copies, 10.0**-power, copies) for power in (2, 5, 6, 7) for copies in (0, 2, 500)),
     *((without_a_direction, *sizes, bad) for sizes in ODD_SIZES for bad in (0.0, float("nan"), float("inf"))),
+    *((lambda size: (size * randn(12, 36, seed=1).double(), randn(6, 36, seed=2)), size) for size in (1e-20, 1e20)),
     *((lambda *sizes: (torch.zeros(sizes[0], 8), torch.zeros(sizes[1], 8)), *sizes) for sizes in [(0, 3), (9, 20)]),
 ]
 
@@ -137,9 +125,6 @@ def test_eigenvalues_that_differ_clearly_are_not_mixed(gap):
     assert new.abs()[0, 1] > 1 - 1e-12
 
 
-# --- randomness -----------------------------------------------------------------------------------------------------
-
-
 def stacked_bases(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     rng = np.random.default_rng(1)
     bases = [np.linalg.qr(rng.standard_normal((16, 16)))[0] for _ in range(3)]
@@ -149,12 +134,9 @@ def stacked_bases(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
 
 DEGENERATE = {
     "null space": lambda: (randn(4, 16, seed=1), randn(3, 16, seed=2)),
-    "zero rows, n + M = d": lambda: (torch.zeros(13, 16), torch.eye(16)[:1]),
-    "copies, n + M = d": lambda: (randn(1, 16, seed=1).repeat(14, 1), randn(1, 16, seed=1)),
     "bases in double": lambda: stacked_bases(torch.float64),
     "bases in single": lambda: stacked_bases(torch.float32),
     "one whole basis, M = d": lambda: (randn(9, 8, seed=1), randn(8, 8, seed=2)),
-    "M > d": lambda: (randn(9, 8, seed=1), randn(16, 8, seed=2)),
 }
 
 
@@ -163,8 +145,6 @@ def test_directions_inside_an_eigenspace_depend_on_the_seed(case):
     kept, dropped = DEGENERATE[case]()
     first, second = (least_overlap_filters(kept, dropped, generator(seed)) for seed in (1, 2))
     assert (first - second).norm(dim=1).min() > 1e-2
-    others = unit_rows(kept, dropped)
-    assert objective(first, others) == pytest.approx(objective(second, others), rel=1e-5, abs=1e-9)
 
 
 @pytest.mark.parametrize("case", ["null space", "one whole basis, M = d"])
@@ -193,14 +173,6 @@ def test_a_direction_that_is_determined_has_either_sign():
     assert 70 < (draws @ draws[0] > 0).sum() < 130  # four standard deviations
 
 
-@pytest.mark.parametrize("size", [1e-20, 1e20])
-def test_size_and_type_of_the_kept_filters_do_not_matter(size):
-    kept, dropped = randn(12, 4, 3, 3, seed=1).double() * size, randn(6, 4, 3, 3, seed=2)
-    new = least_overlap_filters(kept, dropped, generator(0))
-    assert_least(new, kept, dropped)
-    assert new.dtype == torch.float32
-
-
 def test_no_dropped_filters_no_new_ones_and_shapes_that_differ_are_refused():
     assert least_overlap_filters(randn(3, 2, 3, 3), randn(0, 2, 3, 3)).shape == (0, 2, 3, 3)
     with pytest.raises(ValueError, match=r"differ in shape: \(3, 2, 3, 3\), \(2, 2, 1, 1\)"):
@@ -211,6 +183,4 @@ def test_autocast_does_not_lower_the_precision():
     kept, dropped = randn(180, 576, seed=1), randn(76, 576, seed=2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         new = least_overlap_filters(kept, dropped, generator(0))
-        score = inter_filter_orthogonality(kept[:40])
     assert_least(new, kept, dropped)
-    np.testing.assert_allclose(score.numpy(), textbook_overlap(kept[:40]), atol=1e-12)
