@@ -53,16 +53,12 @@ def test_restored_channels_have_their_moments_of_before_the_drop(model, fused, s
             assert (net.norms()[name].running_var >= 0).all()
 
 
-def test_keeping_the_statistics_gives_other_moments_and_needs_no_batches():
-    net, _, scheme, images = make(frozen_norm="keep", log=(log := []))
-    before, old = moments_of(net, images), copy.deepcopy(dict(net.named_buffers()))
-    scheme.drop()
-    masks = dict(scheme.masks)
-    scheme.restore()
+def test_keeping_the_statistics_needs_no_batches():
+    net, _, scheme, _ = make(frozen_norm="keep", log=(log := []))
+    old = copy.deepcopy(dict(net.named_buffers()))
+    scheme.drop(), scheme.restore()
     assert log == []
     assert_same_weights(dict(net.named_buffers()), old)
-    with pytest.raises(AssertionError):  # so the check sees the difference
-        assert_same_moments(moments_of(net, images), before, masks)
 
 
 CHOSEN = [1, 4, 7, 9, 11, 12]
