@@ -68,10 +68,8 @@ SIZES = [
     (44, 10, (64,)),  # two-dimensional weights; n + M = d
     # No null space, or not enough of it.
     (180, 76, (64, 1, 1)),  # conv3 of res2: 256 filters in 64 dimensions; M > d
-    (20, 8, (16, 1, 1)),  # n >= d
     (7, 6, (16,)),  # n < d < n + M: a null space of 3 for 6
     (3, 16, (16,)),  # M = d
-    (0, 5, (8,)),  # only the old filters
     (2, 1, (1,)),
     # More than there are dimensions: rotated bases.
     (30, 16, (8,)),

@@ -266,7 +266,6 @@ def test_a_group_that_returns_whole_is_named(caplog):
         ({"warmup_iters": -1}, 0, 3),  # as long as the filters were out
         ({"warmup_iters": -1, "s1_iters": 0, "s2_iters": 0}, 0, 10),  # derived phases
         ({"warmup_iters": 7}, 2, 14),
-        ({"warmup_iters": -1}, 2, 6),
     ],
 )
 def test_length_of_the_warm_up(options, reference, length):
