@@ -1,4 +1,8 @@
-"""Ranking criteria against closed forms in NumPy."""
+"""Ranking criteria against closed forms in NumPy, and the worst share over the network under a per-layer cap against a
+loop that takes one filter after the other."""
+
+from fractions import Fraction
+from math import ceil, floor
 
 import numpy as np
 import pytest
@@ -6,22 +10,21 @@ import torch
 from textbook import textbook_overlap
 from torch import nn
 
-from repr_det.method.criteria import CRITERIA, Context, get_criterion
-from repr_det.method.errors import UserError
+from repr_det import RePrScheme, UserError
+from repr_det.method.criteria import Context, get_criterion, select_filters
 from repr_det.method.layers import FilterLayer, find_filter_layers
 
-# (J, C_in / groups, kh, kw): one filter, fewer filters than d, as many, more, depth-wise, wide.
-SHAPES = [(1, 4, 3, 3), (8, 16, 3, 3), (36, 4, 3, 3), (64, 16, 1, 1), (12, 1, 3, 3), (16, 64, 3, 3)]
+# (J, C_in / groups, kernel, groups): one filter, fewer filters than d, as many, more, with one channel, wide, grouped.
+SHAPES = [(1, 4, 3, 1), (8, 16, 3, 1), (36, 4, 3, 1), (64, 16, 1, 1), (12, 1, 3, 1), (16, 64, 3, 1), (32, 4, 3, 4)]
+NEVER = float("-inf")
 
 
 def make(shapes=SHAPES, seed: int = 0) -> list[FilterLayer]:
     generator = torch.Generator().manual_seed(seed)
     model = nn.ModuleDict()
-    for number, (filters, inputs, height, width) in enumerate(shapes):
-        conv = nn.Conv2d(inputs, filters, (height, width))
-        with torch.no_grad():
-            conv.weight.copy_(torch.randn(conv.weight.shape, generator=generator) * 10.0 ** (number - 2))
-        model[f"conv{number}"] = conv
+    for number, (filters, inputs, kernel, groups) in enumerate(shapes):
+        model[f"conv{number}"] = conv = nn.Conv2d(inputs * groups, filters, kernel, groups=groups)
+        conv.weight.data = torch.randn(conv.weight.shape, generator=generator) * 10.0 ** (number - 2)
     return find_filter_layers(model, ["*"])
 
 
@@ -68,7 +71,8 @@ FORMULAS = {
 def test_a_criterion_is_its_formula(name):
     layers, (formula, tolerance) = make(), FORMULAS[name]
     for layer, found in zip(layers, scores(name, layers).values(), strict=True):
-        np.testing.assert_allclose(found, formula(layer.weight), rtol=tolerance, atol=1e-7)
+        wanted = np.concatenate([formula(weight) for weight in layer.weight.chunk(layer.conv.groups)])
+        np.testing.assert_allclose(found, wanted, rtol=tolerance, atol=1e-7)
     assert all(torch.equal(layer.weight, other.weight) for layer, other in zip(layers, make(), strict=True))
 
 
@@ -97,8 +101,125 @@ def test_scores_are_never_nan(name, bad, dtype):
         assert not np.isnan(layer_scores).any()
 
 
-@pytest.mark.parametrize("name", ["orto", "", None])
-def test_unknown_names_are_refused_with_the_known_ones(name):
+GROUPS, WIDTH = 4, 8
+
+
+@pytest.mark.parametrize("in_channels", [16, 64])  # 36 and 144 dimensions
+@pytest.mark.parametrize("whole", [False, True], ids=["", "a whole group"])
+def test_new_filters_avoid_those_of_their_group(in_channels, whole):
+    """Filters of different groups look at different channels."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(in_channels, GROUPS * WIDTH, 3, padding=1, groups=GROUPS, bias=False)
+    net = nn.Sequential(conv, nn.BatchNorm2d(GROUPS * WIDTH))
+
+    def score(layer):
+        return torch.arange(GROUPS * WIDTH) < WIDTH if whole else torch.rand(layer.num_filters, generator=generator)
+
+    generator = torch.Generator().manual_seed(0)
+    layers, optimizer = find_filter_layers(net, ["*"]), torch.optim.SGD(net.parameters(), 0.1)
+    scheme = RePrScheme(layers, optimizer, criterion=lambda layer: score(layer).float(), drop_ratio=0.4)
+    old = net[0].weight.detach().clone()
+    scheme.drop()
+    mask = scheme.masks["0"].numpy()
+    assert mask[:WIDTH].all() or not whole
+    transition = scheme.restore()
+    new = net[0].weight.detach()
+    largest = 0.0
+    for before, now, returned in zip(old.chunk(GROUPS), new.chunk(GROUPS), np.split(mask, GROUPS), strict=True):
+        before, now = (nn.functional.normalize(w.flatten(1).double()).numpy() for w in (before, now))
+        cosines = np.abs(before @ now[returned].T)  # kept filters and the old values of the returned ones
+        largest = max(largest, cosines.max(initial=0))
+        gram = now[returned] @ now[returned].T
+        np.testing.assert_allclose(gram, np.eye(len(gram)), atol=1e-5)
+    assert transition.max_cosine["0"] == pytest.approx(largest, abs=1e-6) and largest < 1e-5
+    np.testing.assert_allclose(transition.overlaps["0"], textbook_overlap(new, GROUPS), atol=2e-6)
+    assert transition.overlap_after == pytest.approx(textbook_overlap(new, GROUPS).mean(), abs=1e-9)
+    parts = zip(old.chunk(GROUPS), np.split(~mask, GROUPS), strict=True)
+    before = np.concatenate([textbook_overlap(part[rows]) for part, rows in parts])
+    assert transition.overlap_before == pytest.approx(before.mean(), abs=1e-6)
+    kept = old[~mask].flatten(1).norm(dim=1).mean()
+    torch.testing.assert_close(new[mask].flatten(1).norm(dim=1), kept.expand(int(mask.sum())))
+
+
+def greedy(scores, ratio: str, cap: str) -> dict[str, list[int]]:
+    """Filters in the order (largest score, first layer, first index), each taken unless its layer is at its cap.
+
+    Shares are decimal strings: floor and ceil are exact in fractions.
+    """
+    names = list(scores)
+    ranked = sorted((-float(s), names.index(n), i) for n in names for i, s in enumerate(scores[n]))
+    total = floor(Fraction(ratio) * len(ranked))
+    caps = [min(len(scores[n]) - 1, ceil(Fraction(cap) * len(scores[n]))) for n in names]
+    taken = {n: [] for n in names}
+    for score, layer, index in ranked:
+        room = sum(map(len, taken.values())) < total and len(taken[names[layer]]) < caps[layer]
+        if room and score != -NEVER:
+            taken[names[layer]].append(index)
+    return {n: sorted(v) for n, v in taken.items()}
+
+
+def selected(scores, ratio: str, cap: str) -> dict[str, list[int]]:
+    before = {name: score.clone() for name, score in scores.items()}
+    masks = select_filters(scores, float(ratio), float(cap))
+    assert list(masks) == list(scores)
+    for name, mask in masks.items():
+        assert mask.dtype == torch.bool and mask.shape == scores[name].shape
+        assert torch.equal(scores[name], before[name])
+    return {name: mask.nonzero().flatten().tolist() for name, mask in masks.items()}
+
+
+@pytest.mark.parametrize("levels", [None, 1, 2, 5])
+@pytest.mark.parametrize(
+    ("ratio", "cap"), [("0.3", "0.5"), ("0.3", "0.3"), ("0.1", "1"), ("0.29", "0.29"), ("0.05", "0.07")]
+)
+def test_selection_is_the_greedy_one(ratio, cap, levels):
+    """``levels`` distinct scores (many ties), or ones that differ in double precision; some are never to be dropped."""
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        scores = {}
+        for layer in rng.permutation(rng.integers(1, 9)):
+            size = int(rng.integers(1, 41))
+            values = rng.integers(0, levels, size) if levels else 1 + 1e-12 * rng.standard_normal(size)
+            scores[f"layer{layer}"] = torch.tensor(np.where(rng.random(size) < 0.05, NEVER, values))
+        assert selected(scores, ratio, cap) == greedy(scores, ratio, cap)
+
+
+@pytest.mark.parametrize("size", [10, 30, 64, 100])
+def test_shares_are_decimal_numbers(size):
+    # 0.29 * 100 is 28.999999999999996 in binary, 0.1 * 30 is 3.0000000000000004.
+    for percent in range(2, 100):
+        exact = Fraction(percent, 100)
+        found = select_filters({"a": torch.zeros(size)}, percent / 100, 1.0)["a"]
+        assert found.sum() == min(floor(exact * size), size - 1), percent
+        # The second layer is large and good, so that only the cap limits the first.
+        capped = select_filters({"a": torch.ones(size), "b": torch.zeros(49 * size)}, 0.02, percent / 100)["a"]
+        assert capped.sum() == min(ceil(exact * size), size - 1), percent
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64, torch.int64], ids=str)
+def test_scores_of_any_type_and_without_limits(dtype):
+    scores = {"a": torch.tensor([1, 3, 2, 0, 0, 0]).to(dtype), "b": torch.tensor([5, -4, 0, 0]).to(dtype)}
+    assert selected(scores, "0.3", "1") == {"a": [1, 2], "b": [0]}
+    if dtype.is_floating_point:
+        scores["b"][1], scores["a"][0] = float("inf"), NEVER
+        assert selected(scores, "0.3", "1") == {"a": [1], "b": [0, 1]}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "ratio", "cap", "told"),
+    [
+        ([10], 0.0, 0.5, "drop_ratio= must be in (0, 1), got 0.0"),
+        ([10], 0.3, 1.01, "max_drop_per_layer= must be in (0, 1], got 1.01"),
+        ([10, 20], 0.3, 0.2, "max_drop_per_layer= 0.2 lets 6 of 30 filters be dropped, drop_ratio= 0.3 needs 9"),
+        ([1] * 10, 0.3, 1.0, "lets 0 of 10 filters be dropped, drop_ratio= 0.3 needs 3 (one of a layer stays)"),
+    ],
+)  # fmt: skip
+def test_shares_that_cannot_be_had_are_refused(sizes, ratio, cap, told):
     with pytest.raises(UserError) as error:
-        get_criterion(name)
-    assert str(error.value) == f"criterion= must be one of {', '.join(sorted(CRITERIA))}, got {name!r}"
+        select_filters({str(i): torch.ones(size) for i, size in enumerate(sizes)}, ratio, cap)
+    assert told in str(error.value)
+
+
+def test_scores_that_are_not_numbers_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"filter 2 of res4\.0\.conv1 is NaN"):
+        select_filters({"res3": torch.ones(4), "res4.0.conv1": torch.tensor([1, 2, float("nan")])}, 0.3, 0.5)

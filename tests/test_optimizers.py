@@ -210,17 +210,14 @@ class Forgetful(torch.optim.SGD):
 @pytest.mark.parametrize("is_remade", [False, True])
 def test_what_moves_dropped_filters_is_named_after_the_drop(is_remade):
     """Gradients are held for any optimizer; what momentum moves is seen of one that RePr does not know."""
-    net = readable_net()
+    net = plain_net()
+    remade = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-2)
+    train(net, remade)
     optimizer = torch.optim.Adam(net.parameters()) if is_remade else Forgetful(net.parameters(), lr=1e-3)
-    one = RePr(net, optimizer, 100, schedule=RePrSchedule(5, 5, 1))
-    for step in range(5):
-        if is_remade and step == 2:
-            optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-2)
-        train(net, optimizer, steps=1)
-        one.step()
-    train(net, optimizer, steps=1)
+    _, _, scheme, _ = in_sub_network(net, optimizer)
+    train(net, remade if is_remade else optimizer, steps=1)
     with pytest.raises(UserError, match=r"dropped filters of 0 are not zero any more .*\(their weight\)"):
-        one.step()
+        scheme.check()
 
 
 def test_cumulative_statistics_begin_anew_where_the_network_changes():
@@ -230,15 +227,13 @@ def test_cumulative_statistics_begin_anew_where_the_network_changes():
     _, optimizer, scheme = plain_scheme(net)
     train(net, optimizer, steps=20)
     for transition in (scheme.drop, scheme.restore):
-        before = net[4].num_batches_tracked.item()
         transition()
-        assert net[1].num_batches_tracked == 0 and net[4].num_batches_tracked == before
+        assert net[1].num_batches_tracked == 0 and net[4].num_batches_tracked > 0
         with torch.no_grad():
             net(IMAGES)
             seen = net[0](IMAGES)
         torch.testing.assert_close(net[1].running_mean, seen.mean((0, 2, 3)))
         train(net, optimizer, steps=3)
-        assert net[1].num_batches_tracked == 4
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from gpu_nets import BATCHES, Net, loss_of
+from gpu_nets import Loop
+from gpu_nets import Net as GroupedNet
 from small_loop import config, small_trainer
 from small_loop import train as train_hooked
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
+from traced_nets import Net
 
 from repr_det import RePrHook
 from repr_det.method.layers import find_filter_layers
@@ -19,7 +21,6 @@ from repr_det.method.returning import aligned_readers
 from repr_det.method.scheme import RePrScheme
 
 FROZEN = torchvision.ops.FrozenBatchNorm2d
-BUILDS = [BasicBlock, Bottleneck]
 
 
 def resnet(kind=BasicBlock, norm=nn.BatchNorm2d) -> nn.Sequential:
@@ -52,11 +53,11 @@ def step(model, optimizer, scheme, number=0):
     scheme.check()
 
 
-def in_sub_network(model, layers=("[34].conv*",), returns="function_preserving", **options):
+def in_sub_network(model, layers=("[34].conv*",), kind=torch.optim.SGD, **options):
     """A scheme in the sub-network phase after some steps, so that momentum is there to be dealt with."""
-    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
-    options = {"frozen_norm": "keep", "max_drop_per_layer": 0.3, **options}
-    scheme = RePrScheme(find_filter_layers(model, layers), optimizer, model=model, returns=returns, **options)
+    optimizer = kind(model.parameters(), 0.01, **({"momentum": 0.9} if kind is torch.optim.SGD else {}))
+    options = {"frozen_norm": "keep", "max_drop_per_layer": 0.3, "returns": "function_preserving", **options}
+    scheme = RePrScheme(find_filter_layers(model, layers), optimizer, model=model, **options)
     for number in range(4):
         step(model, optimizer, scheme, number)
         if number == 1:
@@ -75,7 +76,7 @@ def largest_change(model, before) -> float:
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
 
 
-@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("build", [BasicBlock, Bottleneck])
 def test_function_preserving_restore_changes_no_output_and_everything_learns(build):
     model = resnet(build)
     optimizer, scheme = in_sub_network(model)
@@ -196,39 +197,80 @@ def test_what_is_closed_behind_a_frozen_norm_does_not_return_closed():
 
 def test_a_filter_returns_whole_also_where_it_reads_channels_that_return():
     """Kept and old filters have no weights on channels that were silent, so new ones may lie there alone."""
-    net = Net()
-    optimizer, options = torch.optim.SGD(net.parameters(), 0.05, momentum=0.9), {"returns": "function_preserving"}
-    scheme = RePrScheme(find_filter_layers(net, ["*"]), optimizer, model=net, criterion="random", **options)
-    for number in range(24):
-        optimizer.zero_grad()
-        loss_of(net, BATCHES[number % 4]).backward()
-        optimizer.step()
-        scheme.check()
-        if number in (5, 17):
-            scheme.drop()
-        elif number in (11, 23):
-            masks = dict(scheme.masks)
-            scheme.restore()
-            for layer in scheme.layers:
-                sizes = layer.weight.detach().flatten(1).norm(dim=1)
-                new, kept = sizes[masks[layer.name]], sizes[~masks[layer.name]]
-                assert torch.allclose(new, kept.mean().expand_as(new), rtol=0.3), layer.name
-    assert scheme.cycle == 2
+    loop = Loop(GroupedNet(), criterion="random", returns="function_preserving")
+    for _ in range(24):
+        masks = dict(loop.training.scheme.masks)
+        done, _ = loop.step()
+        for layer in loop.training.scheme.layers if done is not None and done.event == "restore" else ():
+            sizes = layer.weight.detach().flatten(1).norm(dim=1)
+            new, kept = sizes[masks[layer.name]], sizes[~masks[layer.name]]
+            assert torch.allclose(new, kept.mean().expand_as(new), rtol=0.3), layer.name
+    loop.assert_two_cycles()
+
+
+def block(net, x):
+    out = net.bn1(net.conv1(x)).relu()
+    out = net.bn2(net.conv2(out)).relu()
+    return (x + net.bn3(net.conv3(out))).relu()
+
+
+def grouped(groups, norm=nn.BatchNorm2d) -> Net:
+    torch.manual_seed(0)
+    convs = {"conv1": nn.Conv2d(3, 32, 1, bias=False), "conv3": nn.Conv2d(32, 3, 1, bias=False)}
+    convs["conv2"] = nn.Conv2d(32, 32, 3, padding=1, groups=groups, bias=False)
+    return Net(block, **convs, bn1=norm(32), bn2=norm(32), bn3=norm(3)).double()
+
+
+@pytest.mark.parametrize("groups", [1, 4, 32])
+def test_a_restore_in_front_of_grouped_readers_changes_no_output(groups, caplog):
+    """A depthwise reader leaves it to gamma: it has one kernel a channel, without it its own filter would be zero."""
+    net = grouped(groups)
+    optimizer, scheme = in_sub_network(net, ["conv[12]"], torch.optim.Adam, criterion="random")
+    masks, before = dict(scheme.masks), outputs(net)
+    scheme.restore()
+    assert largest_change(net, before) <= 1e-12
+    assert not caplog.text and (net.conv2.weight.flatten(1).norm(dim=1) > 0).all()
+    size, state = 32 // groups, optimizer.state[net.conv2.weight]
+    assert net.bn1.weight[masks["conv1"]].any() == (groups < 32)
+    for channel in masks["conv1"].nonzero().flatten().tolist() if groups < 32 else ():
+        kept = (torch.arange(32) // size == channel // size) & ~masks["conv2"]
+        for tensor in (net.conv2.weight, state["exp_avg"]):
+            assert not tensor[kept][:, channel % size].any()
+        assert (state["exp_avg_sq"][kept][:, channel % size] > 0).all()
+
+
+def test_a_depthwise_reader_of_a_conv_without_a_norm_is_named(caplog):
+    assert in_sub_network(grouped(32, lambda channels: nn.Identity()), ["conv[12]"])[1].loud == ["conv1"]
+    assert "filters of conv1 cannot return without changing the network's output" in caplog.text
+
+
+def test_a_group_that_returns_whole_is_named(caplog):
+    """Channels 2 and 3 are all that a filter of the reader sees; 4 is half of what another one sees."""
+
+    def chosen(layer):
+        return torch.tensor([0.0 if layer.name == "conv1" and i in (2, 3, 4) else -np.inf for i in range(32)])
+
+    net = grouped(16)
+    _, scheme = in_sub_network(net, ["conv[12]"], criterion=chosen)
+    assert scheme.masks["conv1"].nonzero().flatten().tolist() == [2, 3, 4]
+    scheme.restore()
+    assert "RePr: 2 filters of conv1 return as published: all channels of a group" in caplog.text
+    assert net.conv2.weight[2:4].flatten(1).norm(dim=1).min() > 0
+    assert not net.conv2.weight[4:6, 0].any() and net.conv2.weight[4:6, 1].all()
 
 
 @pytest.mark.parametrize(
-    ("opts", "length"),
+    ("options", "reference", "length"),
     [
-        ([], 0),
-        (["REPR.REINIT.WARMUP_ITERS", "-1"], 3),  # as long as the filters were out
-        (["REPR.REINIT.WARMUP_ITERS", "-1", "REPR.S1_ITERS", "0", "REPR.S2_ITERS", "0"], 10),  # derived phases
-        (["REPR.REINIT.WARMUP_ITERS", "7", "SOLVER.REFERENCE_WORLD_SIZE", "2"], 14),
-        (["REPR.REINIT.WARMUP_ITERS", "-1", "SOLVER.REFERENCE_WORLD_SIZE", "2"], 6),
+        ({}, 0, 0),
+        ({"warmup_iters": -1}, 0, 3),  # as long as the filters were out
+        ({"warmup_iters": -1, "s1_iters": 0, "s2_iters": 0}, 0, 10),  # derived phases
+        ({"warmup_iters": 7}, 2, 14),
     ],
 )
-def test_length_of_the_warm_up(opts, length):
-    cfg = config(120, s1_iters=6, s2_iters=3, layers=["backbone.conv*"])
-    cfg.merge_from_list(opts)
+def test_length_of_the_warm_up(options, reference, length):
+    cfg = config(120, **{"s1_iters": 6, "s2_iters": 3, "layers": ["backbone.conv*"], **options})
+    cfg.SOLVER.REFERENCE_WORLD_SIZE = reference
     hook = RePrHook(cfg)
     train_hooked(small_trainer(hook, steps=240), stop=1)
     assert hook.repr.warmup_iters == length

@@ -55,7 +55,6 @@ def test_derived_schedules(max_iter, first_step, cycles, start, s1, s2):
         (RePrSchedule, (20, 10, 3, -1), "start_iter= must be an integer of at least 0, got -1"),
         (RePrSchedule, (0, 10, 3, 0), "s1_iters= must be an integer of at least 1, got 0"),
         (RePrSchedule, (20, -5, 3, 0), "s2_iters= must be an integer of at least 1, got -5"),
-        (RePrSchedule, (20.0, 10, 3, 0), "s1_iters= must be an integer of at least 1, got 20.0"),
     ],
 )  # fmt: skip
 def test_what_is_no_schedule(make, arguments, told):

@@ -10,7 +10,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python3}
-TESTS='tests/test_loop.py tests/test_schedule.py tests/test_selection.py tests/test_held_filters.py'
+TESTS='tests/test_loop.py tests/test_schedule.py tests/test_criteria.py tests/test_held_filters.py'
 
 for version in "${@:-2.4.1 2.14.1}"; do
     for torch in $version; do
