@@ -6,6 +6,7 @@ import logging
 import os
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from conftest import assert_same_weights
 from detectron2 import evaluation
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.engine import HookBase, SimpleTrainer, hooks
+from detectron2.engine import HookBase, hooks
 from detectron2.solver import build_lr_scheduler
 from small_loop import config as small_config
 from small_loop import small_trainer, train
@@ -170,9 +171,7 @@ def test_record_of_a_run(tmp_path, data_set, caplog):
 
     def begin(text, start, end=9):
         record = RunRecord(str(run), lambda folder: (folder / "config.yaml").write_text(text), [data_set])
-        trainer = SimpleTrainer(nn.Linear(1, 1), [], None)
-        trainer.start_iter, trainer.max_iter = start, end
-        trainer.register_hooks([record])
+        record.trainer = SimpleNamespace(start_iter=start, max_iter=end)
         with caplog.at_level(logging.WARNING, "repr_det.resume"):
             record.before_train()
         return {path.name: path.read_text() for path in run.iterdir() if path.suffix == ".yaml"}

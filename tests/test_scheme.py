@@ -20,8 +20,7 @@ OPTIMIZERS = {
     "adam": lambda p: torch.optim.Adam(p, 1e-2, weight_decay=1e-2),
     "amsgrad": lambda p: torch.optim.Adam(p, 1e-2, amsgrad=True),
     "adamw": lambda p: torch.optim.AdamW(p, 1e-2, weight_decay=0.1),
-    "clipped sgd": lambda p: clipped(torch.optim.SGD)(p, 0.05, momentum=0.9),
-    "clipped adamw": lambda p: clipped(torch.optim.AdamW)(p, 1e-2),
+    "clipped sgd": lambda p: Clipped(p, 0.05, momentum=0.9),
 }
 WIDTH = 32
 
@@ -48,15 +47,12 @@ class ResidualNet(nn.Module):
         return self.classifier(self.conv3(out).mean((2, 3)))
 
 
-def clipped(kind):
+class Clipped(torch.optim.SGD):
     """Detectron2's full-model clipping: the norm is that of all gradients together."""
 
-    class Clipped(kind):
-        def step(self, closure=None):
-            torch.nn.utils.clip_grad_norm_([p for g in self.param_groups for p in g["params"]], 0.05)
-            return super().step(closure)
-
-    return Clipped
+    def step(self, closure=None):
+        torch.nn.utils.clip_grad_norm_([p for g in self.param_groups for p in g["params"]], 0.05)
+        return super().step(closure)
 
 
 def optimizer_of(net, optimizer):
