@@ -17,7 +17,6 @@ LOOP = dict(total_steps=8, layers=["backbone.*"], schedule=RePrSchedule(3, 2, 1)
 
 @pytest.fixture
 def cpu_amp(monkeypatch):
-    """Makes AMPTrainer run on the CPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda.amp, "autocast", lambda dtype: torch.autocast("cpu", dtype=dtype))
     monkeypatch.setattr(torch.cuda.amp, "GradScaler", lambda: torch.amp.GradScaler("cpu"))

@@ -40,18 +40,14 @@ def test_restores_fall_at_the_full_rate(opts, horizon):
     assert all(found[i] > 0.5 * max(found) for i in schedule.restore_iters)
 
 
-def composite(first, second, length, scaling):
-    return fvcore.CompositeParamScheduler([first, second], lengths=[length, 1 - length], interval_scaling=[scaling] * 2)
-
-
 COSINE, ONE = fvcore.CosineParamScheduler(1.0, 0.0), fvcore.ConstantParamScheduler(1.0)
+LAST_STEP = fvcore.CompositeParamScheduler([COSINE, fvcore.ConstantParamScheduler(0.001)], [0.9, 0.1], ["fixed"] * 2)
 
 
 @pytest.mark.parametrize(
     ("multiplier", "expected"),
     [
-        (composite(ONE, COSINE, 0.6, "rescaled"), (800,)),
-        (composite(COSINE, fvcore.ConstantParamScheduler(0.001), 0.9, "fixed"), (500,)),  # with a last step
+        (LAST_STEP, (500,)),
         (fvcore.PolynomialDecayParamScheduler(1.0, 2.0), (293,)),  # (1 - x)^2 = 1/2
         (fvcore.StepParamScheduler(5, [1.0, 0.8, 0.3, 0.1, 0.05]), (200, 400, 600, 800)),
         (fvcore.LinearParamScheduler(0.0, 1.0), ()),  # rising

@@ -3,6 +3,7 @@
 import copy
 import gc
 import re
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -59,8 +60,7 @@ def test_what_moved_dropped_filters_is_named_at_the_restore():
 def test_weights_that_are_not_finite_are_named(transition, tensor, value):
     scheme = in_sub_network()[2] if transition == "restore" else plain_scheme()[2]
     layer = scheme.layers[1]
-    kept = (~scheme.masks[layer.name]).nonzero()[0, 0] if scheme.masks else 2
-    layer.tensors()[tensor].data[kept] = float(value)
+    layer.tensors()[tensor].data[layer.weight.flatten(1).any(1).nonzero()[0]] = float(value)
     with pytest.raises(UserError, match=rf"the {tensor} of 3 is not finite at the {transition} of cycle 1"):
         getattr(scheme, transition)()
     assert scheme.is_sub == (transition == "restore") and scheme.cycle == 0
@@ -244,17 +244,13 @@ def test_a_layer_that_is_frozen_while_filters_are_out_gets_its_old_ones():
 
 def test_what_moves_dropped_filters_is_seen_after_1_2_4_and_8_steps():
     net, opt, scheme, masks = in_sub_network()
-    seen = []
     for step in range(1, 11):
         train(net, opt, steps=1)
         net[0].weight.data[masks["0"]] = 1e-3
-        try:
+        message = f"dropped filters of 0 are not zero any more {step} steps after the drop of cycle 1"
+        with pytest.raises(UserError, match=message) if step in (1, 2, 4, 8) else nullcontext():
             scheme.check()
-        except UserError as error:
-            assert f"dropped filters of 0 are not zero any more {step} steps after the drop of cycle 1" in str(error)
-            seen.append(step)
         net[0].weight.data[masks["0"]] = 0
-    assert seen == [1, 2, 4, 8]
 
 
 def test_channels_that_are_not_0_in_the_first_pass_of_the_sub_network_are_named():

@@ -2,7 +2,6 @@
 
 import argparse
 import copy
-import json
 import math
 
 import numpy as np
@@ -14,6 +13,7 @@ from detectron2.config import get_cfg
 from detectron2.engine import DefaultTrainer, HookBase, default_setup
 from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
+from outcomes import json_lines
 from small_loop import OPTIONS, config, hook_of, small_trainer, spelled, train
 from test_options import OTHERS
 
@@ -36,17 +36,10 @@ def trained(trainer_class, cfg, *registered, resume=False):
     return trainer
 
 
-def events_in(folder) -> list[dict]:
-    return [json.loads(line) | {"seconds": 0} for line in (folder / "repr_events.jsonl").read_text().splitlines()]
-
-
-def zero_filters(layer) -> torch.Tensor:
-    """(J,), True where a filter and its norm are zero."""
-    return (layer.weight.flatten(1) == 0).all(1) & (layer.norm.weight == 0) & (layer.norm.bias == 0)
-
-
-def a_layer(model):
-    return model.get_submodule("backbone.bottom_up.res3.0.conv1")
+def zero_filters(model) -> int:
+    """The number of filters of a layer that are zero, and their norm too."""
+    layer = model.get_submodule("backbone.bottom_up.res3.0.conv1")
+    return int(((layer.weight.flatten(1) == 0).all(1) & (layer.norm.weight == 0) & (layer.norm.bias == 0)).sum())
 
 
 class Seen(HookBase):
@@ -78,11 +71,11 @@ def test_one_run(tiny_cfg, tmp_path):
     """Filters, events, scalars, the checkpoint of the sub-network and the config beside the run."""
     data = ["REPR.CRITERION", "apoz", "REPR.CRITERION_BATCHES", 2, "DATASETS.TEST", "()"]
     cfg = tiny_cfg(*SCHEDULE, *data, "SOLVER.CHECKPOINT_PERIOD", 2)
-    seen = Seen(lambda trainer: int(zero_filters(a_layer(trainer.model)).sum()))
+    seen = Seen(lambda trainer: zero_filters(trainer.model))
     trainer = trained(Trainer, cfg, seen)
     assert [seen.found[i] > 0 for i in range(8)] == [False, True, False, False, True, False, False, False]
 
-    events = events_in(tmp_path / "run")
+    events = json_lines(tmp_path / "run" / "repr_events.jsonl")
     when = [(1, "drop", 0), (2, "restore", 0), (4, "drop", 1), (5, "restore", 1)]
     assert [(e["iteration"], e["event"], e["cycle"]) for e in events] == when
     body = trainer.model.backbone.bottom_up
@@ -120,7 +113,7 @@ def test_in_a_stock_trainer_it_moves_and_logs(tiny_cfg, tmp_path):
     class Evaluated(DefaultTrainer):
         @classmethod
         def test(cls, cfg, model, evaluators=None):
-            layers.append(int(zero_filters(a_layer(model)).sum()))
+            layers.append(zero_filters(model))
             return {}
 
     default_setup(cfg, argparse.Namespace())
@@ -135,8 +128,7 @@ def test_in_a_stock_trainer_it_moves_and_logs(tiny_cfg, tmp_path):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_options_by_plain_arguments_and_by_a_config(way):
-    """With every option away from its default."""
+def test_every_option_by_plain_arguments_and_by_a_config(way):
     chosen = OTHERS | {"layers": ["backbone.conv?"], "criterion": "apoz", "frozen_norm": "recalibrate", "num_cycles": 2}
     hook = hook_of(way, 20, **chosen)
     train(small_trainer(hook, steps=20, norm="FrozenBN"))
@@ -162,7 +154,6 @@ def test_wrong_options_are_refused_before_the_first_step_by_the_names_that_were_
 @pytest.mark.parametrize("way", [*WAYS, "a schedule that is known in before_train"])
 @pytest.mark.parametrize("name", ["s1_iters", "drop_ratio", "layers"])
 def test_a_resumed_run_must_have_the_same_options(way, name):
-    """Every option in test_options."""
 
     def begun(**options):
         return small_trainer(hook_of(way, 20, **OPTIONS | options) if way in WAYS else RePrHook(**OPTIONS | options))

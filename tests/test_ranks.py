@@ -19,7 +19,6 @@ BACKENDS = ["gloo", *(pytest.param(name, marks=TWO_GPUS) for name in ("nccl", "c
 
 @pytest.fixture(scope="module", params=[*BACKENDS, pytest.param("cuda:xccl", marks=[*TWO_GPUS, SIMULATED])])
 def ranks(request, tmp_path_factory):
-    """What each of the two found."""
     folder, backend = tmp_path_factory.mktemp("ranks"), request.param
     words = [[str(rank), str(folder), backend] for rank in (0, 1)]
     if backend == "gloo":

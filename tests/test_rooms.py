@@ -9,11 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import assert_same_weights, end_of
-from detectron2.engine import HookBase
+from conftest import At, assert_same_weights, end_of
 from torch import nn
 
-from repr_det import RePr, RePrHook, RePrSchedule
+from repr_det import RePr, RePrSchedule
 
 HERE = Path(__file__).parent
 
@@ -77,19 +76,14 @@ def test_a_run_of_version_0_1_0_is_resumed(tiny_cfg, tmp_path):
     state = start["trainer"]["hooks"]["RePrHook"]["scheme"]
     assert any(mask.any() for mask in state["masks"].values())
 
-    class Look(HookBase):
-        def before_step(self):
-            if self.trainer.iter == 4:  # the last one of the sub-network
-                scheme = next(hook.scheme for hook in self.trainer._hooks if isinstance(hook, RePrHook))
-                assert scheme.is_sub and scheme.cycle == state["cycle"] == 0
-                assert_same_weights(scheme.masks, state["masks"])
-            elif self.trainer.iter == 5:
-                for name, old in state["old"].items():
-                    weight, mask = self.trainer.model.get_submodule(name).weight.detach(), state["masks"][name]
-                    assert_new_directions(weight, mask, old["weight"])
-                    assert weight[mask].flatten(1).any(1).all(), name
+    def look():
+        for name, old in state["old"].items():
+            weight, mask = returned.trainer.model.get_submodule(name).weight.detach(), state["masks"][name]
+            assert_new_directions(weight, mask, old["weight"])
+            assert weight[mask].flatten(1).any(1).all(), name
 
-    found = end_of(tiny_cfg(*opts.split(), "OUTPUT_DIR", str(folder)), Look(), resume=True)
+    returned = At(5, look)
+    found = end_of(tiny_cfg(*opts.split(), "OUTPUT_DIR", folder), returned, resume=True)
     for name, value in found.items():
         assert torch.isfinite(value).all(), name
     assert not any(torch.equal(found[f"{name}.weight"], start["model"][f"{name}.weight"]) for name in state["masks"])
