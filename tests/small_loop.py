@@ -40,7 +40,6 @@ def batch(number: int) -> torch.Tensor:
 
 
 def small_trainer(*hooks: HookBase, steps: int = 8, norm: str = "BN", rate: float = 0.05) -> SimpleTrainer:
-    """A trainer for ``train``."""
     torch.manual_seed(0)
     model = TwoConvs(norm)
     trainer = SimpleTrainer(model, [batch(i) for i in range(steps)], torch.optim.SGD(model.parameters(), rate, 0.9))
@@ -59,7 +58,6 @@ def train(trainer: SimpleTrainer, start: int = 0, stop: int | None = None) -> No
 
 
 def config(steps: int = 8, **options) -> CfgNode:
-    """A config that sets options of RePr."""
     cfg = get_cfg()
     add_repr_config(cfg)
     cfg.merge_from_list(["REPR.ENABLED", True, "OUTPUT_DIR", "", "SEED", 7, "SOLVER.STEPS", (), "MODEL.WEIGHTS", ""])

@@ -2,7 +2,6 @@
 
 import argparse
 import copy
-import json
 import math
 
 import numpy as np
@@ -11,10 +10,11 @@ import torch
 from conftest import assert_same_weights
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
-from detectron2.engine import DefaultTrainer, HookBase, default_setup, hooks
+from detectron2.engine import DefaultTrainer, HookBase, default_setup
 from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
-from small_loop import OPTIONS, TwoConvs, config, hook_of, small_trainer, spelled, train
+from outcomes import json_lines
+from small_loop import OPTIONS, config, hook_of, small_trainer, spelled, train
 from test_options import OTHERS
 
 from repr_det import RePrHook, Trainer, UserError
@@ -36,23 +36,10 @@ def trained(trainer_class, cfg, *registered, resume=False):
     return trainer
 
 
-def plain_hook(cfg) -> RePrHook:
-    """The hook of a config, by plain arguments."""
-    options = {"output_dir": cfg.OUTPUT_DIR, "seed": cfg.SEED, "images_per_batch": cfg.SOLVER.IMS_PER_BATCH}
-    return RePrHook(**options, **vars(options_of_config(cfg)))
-
-
-def events_in(folder) -> list[dict]:
-    return [json.loads(line) | {"seconds": 0} for line in (folder / "repr_events.jsonl").read_text().splitlines()]
-
-
-def zero_filters(layer) -> torch.Tensor:
-    """(J,), True where a filter and its norm are zero."""
-    return (layer.weight.flatten(1) == 0).all(1) & (layer.norm.weight == 0) & (layer.norm.bias == 0)
-
-
-def a_layer(model):
-    return model.get_submodule("backbone.bottom_up.res3.0.conv1")
+def zero_filters(model) -> int:
+    """The number of filters of a layer that are zero, and their norm too."""
+    layer = model.get_submodule("backbone.bottom_up.res3.0.conv1")
+    return int(((layer.weight.flatten(1) == 0).all(1) & (layer.norm.weight == 0) & (layer.norm.bias == 0)).sum())
 
 
 class Seen(HookBase):
@@ -69,41 +56,34 @@ def state_of(trainer):
     return {name: value.clone() for name, value in trainer.model.state_dict().items()}
 
 
-@pytest.mark.parametrize("how", ["off", "before the first drop", "plain arguments on a stock trainer"])
+@pytest.mark.parametrize("enabled", [False, True])
 @pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
-def test_changes_nothing_bit_for_bit(tiny_cfg, tmp_path, how, norm):
+def test_changes_nothing_bit_for_bit_before_the_first_drop(tiny_cfg, tmp_path, enabled, norm):
     common = ["MODEL.RESNETS.NORM", norm, "SOLVER.BASE_LR", "0.0005", "SOLVER.MAX_ITER", 7, "DATASETS.TEST", "()"]
     late = ["REPR.START_ITER", 4, "REPR.S1_ITERS", 1, "REPR.S2_ITERS", 1, "REPR.NUM_CYCLES", 1]
-    cfg = tiny_cfg(*common, *late, "REPR.ENABLED", how != "off")
-    stock_cfg = without_repr(tiny_cfg(*common, "OUTPUT_DIR", tmp_path / "stock"))
-    seen = [Seen(state_of), Seen(state_of)]
-    if how.startswith("plain"):
-        trained(DefaultTrainer, without_repr(cfg), seen[0], plain_hook(cfg))
-    else:
-        trained(Trainer, cfg, seen[0])
-    trained(DefaultTrainer, stock_cfg, seen[1])
-    assert_same_weights(seen[0].found[3], seen[1].found[3])
+    ours, stock = Seen(state_of), Seen(state_of)
+    trained(Trainer, tiny_cfg(*common, *late, "REPR.ENABLED", enabled), ours)
+    trained(DefaultTrainer, without_repr(tiny_cfg(*common, "OUTPUT_DIR", tmp_path / "stock")), stock)
+    assert_same_weights(ours.found[3], stock.found[3])
 
 
 def test_one_run(tiny_cfg, tmp_path):
-    """Place of the hook, filters, events, scalars, the checkpoint of the sub-network and the config beside the run."""
+    """Filters, events, scalars, the checkpoint of the sub-network and the config beside the run."""
     data = ["REPR.CRITERION", "apoz", "REPR.CRITERION_BATCHES", 2, "DATASETS.TEST", "()"]
     cfg = tiny_cfg(*SCHEDULE, *data, "SOLVER.CHECKPOINT_PERIOD", 2)
-    seen = Seen(lambda trainer: int(zero_filters(a_layer(trainer.model)).sum()))
+    seen = Seen(lambda trainer: zero_filters(trainer.model))
     trainer = trained(Trainer, cfg, seen)
-    order = [type(h) for h in trainer._hooks]
-    assert order.index(hooks.LRScheduler) < order.index(RePrHook) < order.index(hooks.PeriodicCheckpointer)
     assert [seen.found[i] > 0 for i in range(8)] == [False, True, False, False, True, False, False, False]
 
-    events = events_in(tmp_path / "run")
+    events = json_lines(tmp_path / "run" / "repr_events.jsonl")
     when = [(1, "drop", 0), (2, "restore", 0), (4, "drop", 1), (5, "restore", 1)]
     assert [(e["iteration"], e["event"], e["cycle"]) for e in events] == when
     body = trainer.model.backbone.bottom_up
     filters = sum(m.out_channels for n, m in body.named_modules() if n[:3] == "res" and n[-5:-1] == "conv")
     dropped = math.floor(0.3 * filters)
-    keys = "iteration event cycle dropped overlap_before overlap_after max_cosine seconds"
+    keys = set("iteration event cycle dropped overlap_before overlap_after max_cosine seconds".split())
     for event in events:
-        assert sum(len(v) for v in event["dropped"].values()) == dropped and set(event) == set(keys.split())
+        assert sum(map(len, event["dropped"].values())) == dropped and event.keys() == keys
     # 3x3 convs have room for orthogonal filters: d >= J + M.
     assert events[1]["max_cosine"]["backbone.bottom_up.res2.0.conv1"] <= 1e-5
     assert events[1]["overlap_after"] < events[0]["overlap_before"]
@@ -119,12 +99,6 @@ def test_one_run(tiny_cfg, tmp_path):
     stock = build_model(without_repr(cfg))
     assert set(saved) == {"model", "trainer", "iteration"} and saved["model"].keys() == stock.state_dict().keys()
     assert set(DetectionCheckpointer(stock).load(str(path))) <= {"trainer", "iteration"}
-    masks = saved["trainer"]["hooks"]["RePrHook"]["scheme"]["masks"]
-    assert sum(int(mask.sum()) for mask in masks.values()) == dropped
-    assert not any(stock.get_submodule(name).weight[mask].any() for name, mask in masks.items())
-    stock.eval()
-    with torch.no_grad():
-        assert len(stock([{"image": torch.zeros(3, 64, 64)}])) == 1
     write_configs(cfg, tmp_path)
     config = get_cfg()
     config.merge_from_file(str(tmp_path / STOCK_CONFIG_FILE))
@@ -139,7 +113,7 @@ def test_in_a_stock_trainer_it_moves_and_logs(tiny_cfg, tmp_path):
     class Evaluated(DefaultTrainer):
         @classmethod
         def test(cls, cfg, model, evaluators=None):
-            layers.append(int(zero_filters(a_layer(model)).sum()))
+            layers.append(zero_filters(model))
             return {}
 
     default_setup(cfg, argparse.Namespace())
@@ -153,32 +127,12 @@ def test_in_a_stock_trainer_it_moves_and_logs(tiny_cfg, tmp_path):
     assert {line: log.count(line) for line in lines} == lines
 
 
-@pytest.mark.parametrize(("norm", "stop"), [("BN", 5), ("FrozenBN", 2), ("FrozenBN", 5)])
-def test_alone_in_a_simple_trainer_and_resumed_bit_for_bit(norm, stop):
-    def begun():
-        return small_trainer(RePrHook(seed=3, **OPTIONS), norm=norm)
-
-    straight, stopped, resumed = begun(), begun(), begun()
-    train(straight)
-    train(stopped, stop=stop)
-    resumed.model.load_state_dict(stopped.model.state_dict())
-    resumed.load_state_dict(copy.deepcopy(stopped.state_dict()))
-    resumed._data_loader_iter_obj = iter(resumed.data_loader[stop:])  # calibration reads it from its beginning
-    train(resumed, stop)
-    assert_same_weights(straight.model.state_dict(), resumed.model.state_dict())
-
-
-def test_plain_arguments_are_those_of_a_config_bit_for_bit():
-    """With every option away from its default."""
+@pytest.mark.parametrize("way", WAYS)
+def test_every_option_by_plain_arguments_and_by_a_config(way):
     chosen = OTHERS | {"layers": ["backbone.conv?"], "criterion": "apoz", "frozen_norm": "recalibrate", "num_cycles": 2}
-    ends = []
-    for way in WAYS:
-        hook = hook_of(way, 20, **chosen)
-        trainer = small_trainer(hook, steps=20, norm="FrozenBN")
-        train(trainer)
-        ends.append(state_of(trainer))
-        assert vars(hook.options) == chosen and hook.scheme.cycle == 2
-    assert_same_weights(*ends)
+    hook = hook_of(way, 20, **chosen)
+    train(small_trainer(hook, steps=20, norm="FrozenBN"))
+    assert vars(hook.options) == chosen and hook.scheme.cycle == 2
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -200,7 +154,6 @@ def test_wrong_options_are_refused_before_the_first_step_by_the_names_that_were_
 @pytest.mark.parametrize("way", [*WAYS, "a schedule that is known in before_train"])
 @pytest.mark.parametrize("name", ["s1_iters", "drop_ratio", "layers"])
 def test_a_resumed_run_must_have_the_same_options(way, name):
-    """Every option in test_options."""
 
     def begun(**options):
         return small_trainer(hook_of(way, 20, **OPTIONS | options) if way in WAYS else RePrHook(**OPTIONS | options))
@@ -215,21 +168,14 @@ def test_a_resumed_run_must_have_the_same_options(way, name):
     assert spelled(f"trained with {{{name}}} {was}, this run has {OTHERS[name]}", way) in str(error.value)
 
 
-def test_a_state_of_another_iteration_is_refused():
-    trainer, other = (small_trainer(RePrHook(**OPTIONS)) for _ in range(2))
-    train(trainer, stop=5)  # in the sub-network phase
-    other.model.load_state_dict(trainer.model.state_dict())
-    other.load_state_dict(trainer.state_dict())
-    with pytest.raises(UserError, match="iteration 2 is not in cycle 0 of RePr, sub phase, where this trainer is"):
-        train(other, 2)
-
-
-def test_a_resumed_run_may_have_other_batches():
+def test_a_resumed_run_begins_where_its_state_was_and_may_have_other_batches():
     """How many of them are looked at follows from their size, unless an option says it."""
     trainer, larger = (small_trainer(RePrHook(**OPTIONS, images_per_batch=n), norm="FrozenBN") for n in (4, 8))
     train(trainer, stop=5)
     larger.model.load_state_dict(trainer.model.state_dict())
     larger.load_state_dict(trainer.state_dict())
+    with pytest.raises(UserError, match="iteration 2 is not in cycle 0 of RePr, sub phase, where this trainer is"):
+        train(larger, 2)
     train(larger, 5)
     assert larger._hooks[0].scheme.cycle == 1
 
@@ -253,33 +199,19 @@ def test_arguments_beside_a_config():
     assert torch.equal(trainer.model.backbone.conv1.weight, average.backbone.conv1.weight)
 
 
-def test_modules_that_are_no_averages():
-    """One whose making failed, and one without numbers, as checks before a run leave them behind."""
-    unmade = TwoConvs.__new__(TwoConvs)
-    with torch.device("meta"):
-        shapes = TwoConvs()
-    train(small_trainer(RePrHook(**OPTIONS)))
-    assert not vars(unmade) and shapes.head.weight.is_meta
-
-
 def first_ones(layer):
     return -torch.arange(layer.num_filters)
 
 
-def test_a_function_as_criterion_and_a_state_of_plain_types(tmp_path):
-    hook = RePrHook(**OPTIONS, criterion=first_ones)
-    trainer = small_trainer(hook)
+def test_a_function_as_criterion():
+    trainer, other = small_trainer(RePrHook(**OPTIONS, criterion=first_ones)), small_trainer(RePrHook(**OPTIONS))
     train(trainer, stop=5)
-    assert {name: mask.nonzero().flatten().tolist() for name, mask in hook.scheme.masks.items()} == {
-        "backbone.conv1": [0, 1, 2, 3],
-        "backbone.conv2": [0, 1, 2],
-    }
-    torch.save(trainer.state_dict(), tmp_path / "state.pth")
-    state = torch.load(tmp_path / "state.pth", weights_only=True)
+    masks = trainer._hooks[0].scheme.masks
+    found = {name: mask.nonzero().flatten().tolist() for name, mask in masks.items()}
+    assert found == {"backbone.conv1": [0, 1, 2, 3], "backbone.conv2": [0, 1, 2]}
+    other.load_state_dict(trainer.state_dict())
     with pytest.raises(UserError, match=r"criterion= test_hook\.first_ones, this run has ortho"):
-        trainer = small_trainer(RePrHook(**OPTIONS))
-        trainer.load_state_dict(state)
-        train(trainer, 5)
+        train(other, 5)
 
 
 def test_reference_world_size_scales_the_schedule(tiny_cfg):

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import weakref
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,10 +13,11 @@ from conftest import assert_same_weights
 from detectron2 import evaluation
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.engine import HookBase, SimpleTrainer, hooks
+from detectron2.engine import HookBase, hooks
 from detectron2.solver import build_lr_scheduler
-from small_loop import batch, small_trainer, train
+from outcomes import json_lines
 from small_loop import config as small_config
+from small_loop import small_trainer, train
 from torch import nn
 
 from repr_det import RePrHook, UserError
@@ -34,37 +35,27 @@ def config(folder, *opts):
     return cfg
 
 
-def batches(start):
-    return [batch(number) for number in range(start, 12)]
-
-
-def trained(folder, cfg, stop=None, resume=False, late=False, front=(), loader=batches, norm="BN"):
-    """Trains up to iteration ``stop``; late: RePrHook is registered after the checkpoint is loaded."""
+def trained(folder, cfg, stop=None, resume=False, front=(), loader=None, norm="BN"):
     os.makedirs(folder, exist_ok=True)
     trainer = small_trainer(*front, steps=12, norm=norm, rate=0.1)
     trainer.checkpointer = AtomicCheckpointer(trainer.model, str(folder), trainer=weakref.proxy(trainer))
-    if not late:
-        trainer.register_hooks([RePrHook(cfg)])
+    trainer.register_hooks([RePrHook(cfg)])
     trainer.start_iter = trainer.checkpointer.resume_or_load("", resume=resume).get("iteration", -1) + 1
-    if late:
-        trainer.register_hooks([RePrHook(cfg)])
-    trainer.data_loader = loader(trainer.start_iter)
+    if loader is None:  # passes of transitions begin at its beginning
+        trainer._data_loader_iter_obj = iter(trainer.data_loader[trainer.start_iter :])
+    else:
+        trainer.data_loader = loader
     train(trainer, trainer.start_iter, stop)
     trainer.checkpointer.save("last", iteration=(stop or 12) - 1)
     return trainer.model.state_dict()
 
 
 def events(folder):
-    lines = [json.loads(line) for line in (Path(folder) / "repr_events.jsonl").read_text().splitlines()]
+    lines = json_lines(folder / "repr_events.jsonl")
     return [(line["iteration"], line["event"], line["cycle"]) for line in lines]
 
 
 ALL = [(1, "drop", 0), (3, "restore", 0), (5, "drop", 1), (7, "restore", 1)]
-
-
-@pytest.fixture
-def straight(tmp_path):
-    return trained(tmp_path / "straight", config(tmp_path / "straight"))
 
 
 def test_a_trainer_that_trains_again_goes_on_or_is_refused(tmp_path):
@@ -73,24 +64,15 @@ def test_a_trainer_that_trains_again_goes_on_or_is_refused(tmp_path):
     with pytest.raises(UserError, match="iteration 0 is not in cycle 2 of RePr"):
         trainer.train(0, 10)
     trainer.train(10, 12)
+    with pytest.raises(UserError, match="is not in cycle 0 of RePr, full phase, where this trainer is: load a check"):
+        small_trainer(RePrHook(config(tmp_path)), steps=12).train(3, 12)  # registered after the state was loaded
     assert events(tmp_path) == ALL
 
 
-@pytest.mark.parametrize("stop", [2, 5])  # behind a drop, behind a restore
-def test_hook_registered_after_the_checkpoint_was_loaded(tmp_path, stop):
-    cfg = config(tmp_path / "run")
-    trained(tmp_path / "run", cfg, stop)
-    before = events(tmp_path / "run")
-    with pytest.raises(
-        UserError, match="is not in cycle 0 of RePr, full phase, where this trainer is: load a checkpoint"
-    ):
-        trained(tmp_path / "run", cfg, resume=True, late=True)
-    assert events(tmp_path / "run") == before
-
-
-@pytest.mark.parametrize("at", [1, 7])  # a drop, a restore
-def test_saved_in_front_of_the_transition_of_the_same_iteration(tmp_path, straight, at):
-    """The next drop or restore is owed, and made when the run is resumed."""
+@pytest.mark.parametrize(("at", "norm"), [(1, "BN"), (7, "BN"), (2, "FrozenBN"), (4, "FrozenBN")])
+def test_saved_in_front_of_the_transition_of_the_same_iteration(tmp_path, at, norm):
+    """After 1 and 7 the next drop or restore is owed, and made when the run is resumed."""
+    straight = trained(tmp_path / "straight", config(tmp_path / "straight"), norm=norm)
     cfg = config(tmp_path / "run")
 
     class SaveInFront(HookBase):
@@ -98,9 +80,9 @@ def test_saved_in_front_of_the_transition_of_the_same_iteration(tmp_path, straig
             if self.trainer.iter == at:
                 self.trainer.checkpointer.save(f"mine_{at}", iteration=at)
 
-    trained(tmp_path / "run", cfg, at + 1, front=[SaveInFront()])
+    trained(tmp_path / "run", cfg, at + 1, front=[SaveInFront()], norm=norm)
     (tmp_path / "run" / "last_checkpoint").write_text(f"mine_{at}.pth")
-    assert_same_weights(trained(tmp_path / "run", cfg, resume=True), straight)
+    assert_same_weights(trained(tmp_path / "run", cfg, resume=True, norm=norm), straight)
     assert events(tmp_path / "run") == ALL
 
 
@@ -113,15 +95,13 @@ def test_place_before_everything_that_saves(tmp_path):
 
 
 def test_data_that_a_transition_needs_is_missed_before_the_first_step(tmp_path):
-    def once(start):
+    def once():
         yield pytest.fail("a step was made")
 
     with pytest.raises(UserError, match="this trainer's data loader is an iterator"):
-        trained(tmp_path, config(tmp_path), norm="FrozenBN", loader=once)
+        trained(tmp_path, config(tmp_path), norm="FrozenBN", loader=once())
     with pytest.raises(UserError, match="the criterion looks at training batches, and none can be drawn"):
-        trained(tmp_path, config(tmp_path, "REPR.CRITERION", "apoz"), loader=lambda start: [])
-    trained(tmp_path, config(tmp_path), norm="FrozenBN")  # calibrated on this loader
-    assert events(tmp_path) == ALL
+        trained(tmp_path, config(tmp_path, "REPR.CRITERION", "apoz"), loader=[])
 
 
 def stepped(steps, rate=0.001, **options):
@@ -179,9 +159,7 @@ def test_record_of_a_run(tmp_path, data_set, caplog):
 
     def begin(text, start, end=9):
         record = RunRecord(str(run), lambda folder: (folder / "config.yaml").write_text(text), [data_set])
-        trainer = SimpleTrainer(nn.Linear(1, 1), [], None)
-        trainer.start_iter, trainer.max_iter = start, end
-        trainer.register_hooks([record])
+        record.trainer = SimpleNamespace(start_iter=start, max_iter=end)
         with caplog.at_level(logging.WARNING, "repr_det.resume"):
             record.before_train()
         return {path.name: path.read_text() for path in run.iterdir() if path.suffix == ".yaml"}
@@ -197,18 +175,11 @@ def test_record_of_a_run(tmp_path, data_set, caplog):
     assert "config.yaml is not that of the run so far" in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("kind", "owner", "evaluator"),
-    [
-        (None, evaluators, "CocoEvaluator"),
-        ("sem_seg", evaluation, "SemSegEvaluator"),
-        ("pascal_voc", evaluation, "PascalVOCDetectionEvaluator"),
-    ],
-)
-def test_evaluator_of_a_data_set(tmp_path, data_set, monkeypatch, kind, owner, evaluator):
-    monkeypatch.setattr(owner, evaluator, lambda *_, **__: evaluator)
-    if kind is not None:
-        MetadataCatalog.get(data_set).evaluator_type = kind
+@pytest.mark.parametrize(("kind", "evaluator"), [("sem_seg", "SemSeg"), ("pascal_voc", "PascalVOCDetection")])
+def test_evaluator_of_a_data_set(tmp_path, data_set, monkeypatch, kind, evaluator):
+    """Of COCO, the default: test_classes."""
+    monkeypatch.setattr(evaluation, f"{evaluator}Evaluator", lambda *_, **__: evaluator)
+    MetadataCatalog.get(data_set).evaluator_type = kind
     evaluators.check_evaluators([data_set])
     assert evaluators.build_evaluator(data_set, str(tmp_path)) == evaluator
 

@@ -13,7 +13,6 @@ TRANSITIONS = (
 
 
 def run(folder, data, *opts, processes=2, flags=(), before="misbehaviour:end_in", arguments=()):
-    """Exit status and output."""
     folder.mkdir(exist_ok=True)
     words = train_words(data, folder / "run", *TRANSITIONS, *opts)
     words[2:2] = ["--num-gpus", processes, *flags]

@@ -9,11 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import SMALL, assert_same_weights, end_of
-from detectron2.engine import HookBase
+from conftest import At, assert_same_weights, end_of
 from torch import nn
 
-from repr_det import RePr, RePrHook, RePrSchedule
+from repr_det import RePr, RePrSchedule
 
 HERE = Path(__file__).parent
 
@@ -27,21 +26,16 @@ def assert_new_directions(weight: torch.Tensor, mask: torch.Tensor, old: torch.T
         assert cosines.max() < 1e-5
 
 
-def loop_net(norm) -> nn.Sequential:
-    return nn.Sequential(
-        *(nn.Conv2d(3, 8, 3, bias=False), norm(8), nn.ReLU(), nn.Conv2d(8, 10, 3), norm(10), nn.ReLU()),
-        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(10, 3)),
-    )
-
-
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d, torchvision.ops.FrozenBatchNorm2d])
 def test_a_loop_of_version_0_2_0_is_resumed(norm):
-    """Its state is that of a plain loop in the sub-network phase, written by 0.2.0."""
     with lzma.open(HERE / "data" / "loop_of_version_0_2_0.pt.xz") as file:
         saved = torch.load(io.BytesIO(file.read()), weights_only=True)[norm.__name__]
     draw = torch.Generator().manual_seed(1)
     batches = [(torch.randn(6, 3, 8, 8, generator=draw), torch.randint(3, (6,), generator=draw)) for _ in range(12)]
-    model = loop_net(norm)
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, bias=False), norm(8), nn.ReLU(), nn.Conv2d(8, 10, 3), norm(10), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(10, 3)),
+    )
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     keys = {"loader": batches[:4], "loss": lambda batch: F.cross_entropy(model(batch[0]), batch[1])}
     one = RePr(model, optimizer, 12, schedule=RePrSchedule(3, 4, 1), **keys)
@@ -69,34 +63,27 @@ def test_a_loop_of_version_0_2_0_is_resumed(norm):
 
 
 def test_a_run_of_version_0_1_0_is_resumed(tiny_cfg, tmp_path):
-    """Its checkpoint lies in the sub-network phase."""
     folder = tmp_path / "run"
     with tarfile.open(HERE / "data" / "run_of_version_0_1_0.tar.xz") as archive:
         archive.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))  # not in 3.11.2
-    tiny = (
+    opts = (
         "MODEL.BACKBONE.NAME build_resnet_fpn_backbone MODEL.RESNETS.DEPTH 50 MODEL.RESNETS.RES2_OUT_CHANNELS 4 "
         "MODEL.RESNETS.WIDTH_PER_GROUP 2 MODEL.RESNETS.STEM_OUT_CHANNELS 4 MODEL.FPN.OUT_CHANNELS 8 "
         "MODEL.ROI_BOX_HEAD.FC_DIM 8 SOLVER.MAX_ITER 8 "
         "REPR.ENABLED True REPR.S1_ITERS 2 REPR.S2_ITERS 3 REPR.NUM_CYCLES 1 SOLVER.CHECKPOINT_PERIOD 4"
     )
     start = torch.load(folder / "model_0000003.pth", weights_only=True)
-    state = start["trainer"]["hooks"]["RePrHook"]
-    state = state.get("scheme", state)
+    state = start["trainer"]["hooks"]["RePrHook"]["scheme"]
     assert any(mask.any() for mask in state["masks"].values())
 
-    class Look(HookBase):
-        def before_step(self):
-            if self.trainer.iter == 4:  # the last one of the sub-network
-                scheme = next(hook.scheme for hook in self.trainer._hooks if isinstance(hook, RePrHook))
-                assert scheme.is_sub and scheme.cycle == state["cycle"] == 0
-                assert_same_weights(scheme.masks, state["masks"])
-            elif self.trainer.iter == 5:
-                for name, old in state["old"].items():
-                    weight, mask = self.trainer.model.get_submodule(name).weight.detach(), state["masks"][name]
-                    assert_new_directions(weight, mask, old["weight"])
-                    assert weight[mask].flatten(1).any(1).all(), name
+    def look():
+        for name, old in state["old"].items():
+            weight, mask = returned.trainer.model.get_submodule(name).weight.detach(), state["masks"][name]
+            assert_new_directions(weight, mask, old["weight"])
+            assert weight[mask].flatten(1).any(1).all(), name
 
-    found = end_of(tiny_cfg(*SMALL, *tiny.split(), "OUTPUT_DIR", str(folder)), Look(), resume=True)
+    returned = At(5, look)
+    found = end_of(tiny_cfg(*opts.split(), "OUTPUT_DIR", folder), returned, resume=True)
     for name, value in found.items():
         assert torch.isfinite(value).all(), name
     assert not any(torch.equal(found[f"{name}.weight"], start["model"][f"{name}.weight"]) for name in state["masks"])
