@@ -11,14 +11,23 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 
-from repr_det import datasets
+from repr_det import UserError, datasets
 from repr_det.datasets.findings import Findings
 
 SIZES = {1: (40, 30), 2: (30, 40), 5: (64, 64)}  # image id -> width, height
 
 
+def annotations_of(boxes):
+    """Annotations of (image id, category id, box [x, y, width, height])."""
+    return [
+        {"id": n, "image_id": i, "category_id": c, "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
+        for n, (i, c, box) in enumerate(boxes, 1)
+    ]
+
+
 class Folder:
-    """Three images (the last without objects), four boxes, two classes; `content` is what the json will hold."""
+    """Three images (the last without objects), four boxes, two classes; `content` is what the json will hold, or its
+    bytes."""
 
     def __init__(self, root: Path) -> None:
         self.json, self.images = root / "truth.json", root / "images"
@@ -28,15 +37,14 @@ class Folder:
         boxes = [(1, 3, [2, 3, 10, 12]), (1, 7, [20.5, 1, 15, 20]), (2, 3, [0, 0, 30, 40]), (2, 7, [5, 5, 9, 9])]
         self.content = {
             "images": [{"id": i, "file_name": f"{i}.jpg", "width": w, "height": h} for i, (w, h) in SIZES.items()],
-            "annotations": [
-                {"id": n, "image_id": i, "category_id": c, "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
-                for n, (i, c, box) in enumerate(boxes, 1)
-            ],
+            "annotations": annotations_of(boxes),
             "categories": [{"id": 3, "name": "cell"}, {"id": 7, "name": "plate"}],
         }
 
     def check(self, name=None, for_evaluation=True):
-        if self.content is not None:
+        if isinstance(self.content, bytes):
+            self.json.write_bytes(self.content)
+        elif self.content is not None:
             self.json.write_text(json.dumps(self.content))
         summary = datasets.check_coco_format(self.json, self.images, name)
         if for_evaluation:
@@ -55,6 +63,14 @@ def catalogs(monkeypatch):
     own = ("bccd_", "shapes_")
     for catalog in (DatasetCatalog, MetadataCatalog):
         monkeypatch.setattr(catalog, "data", {k: v for k, v in catalog.data.items() if not k.startswith(own)})
+
+
+def refused(action, *args, **options):
+    """The one line by which a call is refused."""
+    with pytest.raises(UserError) as error:
+        action(*args, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
 
 
 def put(*where, **values):
