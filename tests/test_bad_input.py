@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -38,8 +39,6 @@ REPR = [
     ("SOLVER.MAX_ITER 27", "= 27 iterations and then some of the full network, but SOLVER.MAX_ITER is 27"),
     ("REPR.S1_ITERS 0 REPR.S2_ITERS 0 SOLVER.MAX_ITER 8", "do not fit between REPR.START_ITER 0 and 6"),
     ("REPR.LAYERS.INCLUDE ['nothing.*']", "matches no trainable Conv2d; the closest trainable ones: backbone."),
-    ("REPR.LAYERS.INCLUDE ['backbone.bottom_up.res2*conv*'] MODEL.BACKBONE.FREEZE_AT 2", "2 that match are"),
-    ("REPR.LAYERS.INCLUDE [3]", "REPR.LAYERS.INCLUDE must be a list of patterns, got [3]"),
     ("REPR.DROP_RATE 0.3", "Non-existent key: REPR.DROP_RATE: did you mean REPR.DROP_RATIO"),
     ("REPR.ENABLED", "must be KEY VALUE pairs, got"),
 ]
@@ -250,13 +249,11 @@ def test_a_sub_network_is_no_start(tiny_cfg, tmp_path, weights, caplog):
 def test_the_meta_device_is_left_where_a_model_needs_numbers(tiny_cfg):
     built = []
 
-    class Counting(Trainer):
-        @classmethod
-        def build_model(cls, cfg):
-            layer = torch.nn.Linear(2, 2)
-            built.append(layer.weight.device.type)
-            layer.share = layer.weight.sum().item()
-            return layer
+    def build_model(cfg):
+        layer = torch.nn.Linear(2, 2)
+        built.append(layer.weight.device.type)
+        layer.share = layer.weight.sum().item()
+        return layer
 
-    check_run(tiny_cfg(), trainer=Counting)
+    check_run(tiny_cfg(), trainer=Mock(build_model=build_model))
     assert built == ["meta", "cpu"]
