@@ -11,14 +11,23 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 
-from repr_det import datasets
+from repr_det import UserError, datasets
 from repr_det.datasets.findings import Findings
 
 SIZES = {1: (40, 30), 2: (30, 40), 5: (64, 64)}  # image id -> width, height
 
 
+def annotations_of(boxes):
+    """Annotations of (image id, category id, box [x, y, width, height])."""
+    return [
+        {"id": n, "image_id": i, "category_id": c, "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
+        for n, (i, c, box) in enumerate(boxes, 1)
+    ]
+
+
 class Folder:
-    """Three images (the last without objects), four boxes, two classes; `content` is what the json will hold."""
+    """Three images (the last without objects), four boxes, two classes; `content` is what the json will hold, or its
+    bytes."""
 
     def __init__(self, root: Path) -> None:
         self.json, self.images = root / "truth.json", root / "images"
@@ -28,15 +37,14 @@ class Folder:
         boxes = [(1, 3, [2, 3, 10, 12]), (1, 7, [20.5, 1, 15, 20]), (2, 3, [0, 0, 30, 40]), (2, 7, [5, 5, 9, 9])]
         self.content = {
             "images": [{"id": i, "file_name": f"{i}.jpg", "width": w, "height": h} for i, (w, h) in SIZES.items()],
-            "annotations": [
-                {"id": n, "image_id": i, "category_id": c, "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
-                for n, (i, c, box) in enumerate(boxes, 1)
-            ],
+            "annotations": annotations_of(boxes),
             "categories": [{"id": 3, "name": "cell"}, {"id": 7, "name": "plate"}],
         }
 
     def check(self, name=None, for_evaluation=True):
-        if self.content is not None:
+        if isinstance(self.content, bytes):
+            self.json.write_bytes(self.content)
+        elif self.content is not None:
             self.json.write_text(json.dumps(self.content))
         summary = datasets.check_coco_format(self.json, self.images, name)
         if for_evaluation:
@@ -57,44 +65,56 @@ def catalogs(monkeypatch):
         monkeypatch.setattr(catalog, "data", {k: v for k, v in catalog.data.items() if not k.startswith(own)})
 
 
-def put(*where, **values):
-    """A change of a folder that sets keys of an entry, or of all of the json; ... takes one away."""
+def refused(action, *args, **options):
+    """The one line by which a call is refused."""
+    with pytest.raises(UserError) as error:
+        action(*args, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
 
-    def change(folder):
-        entry = folder.content
-        for step in where:
-            entry = entry[step]
-        entry.update(values)
-        for key in [key for key, value in values.items() if value is ...]:
-            del entry[key]
 
-    return change
+def change(edit):
+    """``edit(folder, ...)``, called without the folder, is a change that is made in one later."""
+    return lambda *args, **options: lambda folder: edit(folder, *args, **options)
+
+
+@change
+def put(folder, *where, **values):
+    """Sets keys of an entry, or of all of the json; ... takes one away."""
+    entry = folder.content
+    for step in where:
+        entry = entry[step]
+    entry.update(values)
+    for key in [key for key, value in values.items() if value is ...]:
+        del entry[key]
 
 
 image, annotation, category = partial(put, "images"), partial(put, "annotations"), partial(put, "categories")
 
 
-def every(values):
+@change
+def every(folder, values):
     """``values(annotation)`` goes into each annotation."""
-    return lambda folder: [entry.update(values(entry)) for entry in folder.content["annotations"]]
+    for entry in folder.content["annotations"]:
+        entry.update(values(entry))
 
 
-def detections(record, boxes, classes, scores=None):
-    """What a model would put out for an image: boxes [x, y, width, height], certain unless ``scores`` are given."""
-    boxes = torch.tensor(boxes, dtype=torch.float).reshape(-1, 4)
-    scores = torch.ones(len(boxes)) if scores is None else scores
-    found = Instances((record["height"], record["width"]), scores=scores)
-    found.pred_boxes = Boxes(torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1))
-    found.pred_classes = torch.tensor(classes, dtype=torch.long)
-    return [{"instances": found}]
+def evaluate(evaluator, found):
+    """COCO evaluation of a model that finds (record of an image, boxes, classes), the first box the most certain."""
+    evaluator.reset()
+    for record, boxes, classes in found:
+        instances = Instances((record["height"], record["width"]), scores=torch.linspace(0.9, 0.5, len(boxes)))
+        boxes = torch.tensor(boxes, dtype=torch.float).reshape(-1, 4)
+        instances.pred_boxes = Boxes(torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1))
+        instances.pred_classes = torch.tensor(classes, dtype=torch.long)
+        evaluator.process([record], [{"instances": instances}])
+    return evaluator.evaluate()["bbox"]
 
 
 def ap_of_the_truth(name):
     """Stock COCO evaluation of the true boxes of a registered data set."""
-    records = DatasetCatalog.get(name)
-    evaluator = COCOEvaluator(name, ("bbox",), distributed=False)
-    evaluator.reset()
-    for record in records:
-        boxes, classes = ([truth[key] for truth in record["annotations"]] for key in ("bbox", "category_id"))
-        evaluator.process([record], detections(record, boxes, classes))
-    return evaluator.evaluate()["bbox"]["AP"]
+    found = [
+        (record, *([truth[key] for truth in record["annotations"]] for key in ("bbox", "category_id")))
+        for record in DatasetCatalog.get(name)
+    ]
+    return evaluate(COCOEvaluator(name, ("bbox",), distributed=False), found)["AP"]

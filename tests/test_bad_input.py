@@ -2,49 +2,43 @@
 
 import os
 import pickle
+from unittest.mock import Mock
 
-import numpy as np
 import pytest
 import torch
-from conftest import R18, ROOT, SMALL, assert_same_weights, end_of
+from coco_folder import refused
+from conftest import ROOT, SMALL, assert_same_weights, end_of
 from detectron2 import model_zoo
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 
-from repr_det import Trainer, UserError
+from repr_det import Trainer
 from repr_det.commands.arguments import build_config
 from repr_det.commands.checks import check_run
+from repr_det.commands.train import describe_run
 from repr_det.detectron.config import scale_to_world, without_repr
-from repr_det.runs.files import run_traces
 
 ON = ["REPR.ENABLED", "True", "SOLVER.MAX_ITER", "40", "REPR.S1_ITERS", "6", "REPR.S2_ITERS", "3"]
 CONFIG = str(ROOT / "configs" / "baseline_r50_fpn.yaml")
 BOMB = "touch executed"
 
 
-def refused(make, *opts, **options) -> str:
-    with pytest.raises(UserError) as error:
-        check_run(make(*opts), **options)
-    assert "\n" not in str(error.value)
-    return str(error.value)
+def refused_run(make, *opts, **options) -> str:
+    return refused(lambda: check_run(make(*opts), **options))
 
 
 @pytest.fixture(scope="module")
 def weights(tiny_data) -> dict[str, torch.Tensor]:
-    """Those of the tiny detector."""
     return build_model(build_config(CONFIG, SMALL)).state_dict()
 
 
 # Every option of REPR in test_options.
 REPR = [
-    ("REPR.DROP_RATIO 1.3", "REPR.DROP_RATIO must be in (0, 1), got 1.3"),
     ("REPR.DROP_RATIO much", "command line: Type mismatch"),
     ("REPR.START_ITER -1 SOLVER.REFERENCE_WORLD_SIZE 2 SOLVER.IMS_PER_BATCH 4", "REPR.START_ITER must be an integer"),
     ("SOLVER.MAX_ITER 27", "= 27 iterations and then some of the full network, but SOLVER.MAX_ITER is 27"),
     ("REPR.S1_ITERS 0 REPR.S2_ITERS 0 SOLVER.MAX_ITER 8", "do not fit between REPR.START_ITER 0 and 6"),
     ("REPR.LAYERS.INCLUDE ['nothing.*']", "matches no trainable Conv2d; the closest trainable ones: backbone."),
-    ("REPR.LAYERS.INCLUDE ['backbone.bottom_up.res2*conv*'] MODEL.BACKBONE.FREEZE_AT 2", "2 that match are"),
-    ("REPR.LAYERS.INCLUDE [3]", "REPR.LAYERS.INCLUDE must be a list of patterns, got [3]"),
     ("REPR.DROP_RATE 0.3", "Non-existent key: REPR.DROP_RATE: did you mean REPR.DROP_RATIO"),
     ("REPR.ENABLED", "must be KEY VALUE pairs, got"),
 ]
@@ -59,15 +53,10 @@ BOTH = [
     ("MODEL.WEIGHTS nowhere/model.pth", "MODEL.WEIGHTS 'nowhere/model.pth' cannot be read"),
     ("SOLVER.CHECKPOINT_PERIOD 0", "SOLVER.CHECKPOINT_PERIOD must be at least 1, got 0"),
     ("TEST.AUG.ENABLED True MODEL.META_ARCHITECTURE ProposalNetwork", "TEST.AUG.ENABLED True: TTA is only"),
-    ("MODEL.KEYPOINT_ON True", "MODEL.KEYPOINT_ON is True, but "),
-    ("MODEL.MASK_ON True", "segmentation"),
     ("MODEL.ANCHOR_GENERATOR.SIZES [[8],[16]]", "MODEL: "),
-    (" ".join([*R18, "MODEL.RESNETS.DEPTH 19"]), "MODEL: 19"),
     ("SOLVER.STEPS (12,40) SOLVER.MAX_ITER 40", "SOLVER: no learning-rate schedule of STEPS (12, 40)"),
-    ("SOLVER.LR_SCHEDULER_NAME Foo", "Unknown LR scheduler: Foo"),
     ("SOLVER.CLIP_GRADIENTS.ENABLED True SOLVER.CLIP_GRADIENTS.CLIP_TYPE foo", "SOLVER: 'foo' is not"),
     ("INPUT.CROP.ENABLED True INPUT.CROP.TYPE absolut", "CROP.TYPE absolut, "),
-    ("INPUT.MIN_SIZE_TRAIN_SAMPLING range", "short_edge_length must be two values using 'range' sample style. Got (64"),
     ("INPUT.FORMAT XYZ", "INPUT: no images by FORMAT XYZ, "),
     ("DATALOADER.SAMPLER_TRAIN Foo", "DATALOADER.SAMPLER_TRAIN must be one of TrainingSampler, "),
     ("MODEL.LOAD_PROPOSALS True DATASETS.PROPOSAL_FILES_TRAIN ('nope.pkl',)", "PROPOSAL_FILES_TRAIN 'nope.pkl' cannot"),
@@ -84,12 +73,11 @@ if not torch.cuda.is_available():
 )
 def test_keys(tiny_cfg, tmp_path, arm, opts, message):
     """Both arms get the same checks."""
-    assert message in refused(tiny_cfg, *arm, *opts.split())
+    assert message in refused_run(tiny_cfg, *arm, *opts.split())
     assert not (tmp_path / "run").exists()
 
 
 def test_what_has_no_effect_is_said(tiny_cfg, caplog):
-    """And what is sound: 1 image for 1 process is 2 for 2."""
     scaled = ["SOLVER.REFERENCE_WORLD_SIZE", 2, "SOLVER.IMS_PER_BATCH", 2]
     check_run(tiny_cfg(*scaled), num_gpus=3)  # trains with a batch of 3
     assert scale_to_world(without_repr(tiny_cfg(*scaled, "SOLVER.MAX_ITER", 4)), 1).SOLVER.MAX_ITER == 8
@@ -103,7 +91,6 @@ def test_what_has_no_effect_is_said(tiny_cfg, caplog):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "is not a file"),
         ("MODEL: [1, 2", "not valid YAML"),
         ("REPR:\n  ENABLE: True\n", "Non-existent config key: REPR.ENABLE: did you mean REPR.ENABLED"),
         ("SOLVER:\n  MAX_ITER: 5\n  BASE_LR: 0.1\n  MAX_ITER: 6\n", "the key MAX_ITER stands there twice"),
@@ -113,21 +100,17 @@ def test_what_has_no_effect_is_said(tiny_cfg, caplog):
         ("_BASE_: 'my config ü.yaml'\n", "builds on this file again"),
         ("_BASE_:\n", "_BASE_ is empty: give what belongs to it, or leave it out"),
         ("", "must hold config keys with their values (MODEL: ...), got nothing"),
-        ("MODEL:\n", "MODEL is empty: give what belongs to it, or leave it out"),
         (f"SEED: !!python/object/apply:os.system ['{BOMB}']\n", "not valid YAML: could not determine a"),
         ('SEED: !!python/object/apply:eval [\'open("executed", "w")\']\n', "is not arithmetic"),
         ("SEED: !!python/object/apply:eval ['().__class__']\n", "'().__class__' is not arithmetic"),
-        ("\x00\x01", ""),
     ],
 )
 def test_config_files(tmp_path, monkeypatch, text, message):
     path = tmp_path / "my config ü.yaml"
     monkeypatch.chdir(tmp_path)
-    if text is not None:
-        path.write_text(text)
-    with pytest.raises(UserError) as error:
-        build_config(str(path), [])
-    assert message in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
+    path.write_text(text)
+    line = refused(build_config, str(path), [])
+    assert message in line and str(path) in line
     assert not (tmp_path / "executed").exists()
 
 
@@ -144,29 +127,26 @@ def test_home_and_variables_in_output_dir(monkeypatch, tmp_path):
     monkeypatch.setenv("WHERE", str(tmp_path))
     for given in ("~/x", "$WHERE/x", "${WHERE}/x"):
         assert str(tmp_path / "x") == build_config(CONFIG, ["OUTPUT_DIR", given]).OUTPUT_DIR
-    with pytest.raises(UserError, match=r"OUTPUT_DIR '\$NOWHERE/x': the variable NOWHERE is not set"):
-        build_config(CONFIG, ["OUTPUT_DIR", "$NOWHERE/x"])
+    message = "OUTPUT_DIR '$NOWHERE/x': the variable NOWHERE is not set"
+    assert message in refused(build_config, CONFIG, ["OUTPUT_DIR", "$NOWHERE/x"])
     for given, folder in (([], "output/repr_r50_fpn_baseline"), (["OUTPUT_DIR", "x"], "x")):
         cfg = build_config("repr_r50_fpn.yaml", given, baseline=True)
         assert not cfg.REPR.ENABLED and cfg.OUTPUT_DIR.endswith(folder)
 
 
-@pytest.mark.parametrize("trace", ["model_0000003.pth", "repr_events.jsonl"])
-def test_folder_of_another_run_is_left_alone(tiny_cfg, tmp_path, trace):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / trace).write_text("precious")
-    assert f"holds another run ({trace}): add --resume" in refused(tiny_cfg, *ON)
-    assert {p.name: p.read_text() for p in (tmp_path / "run").iterdir()} == {trace: "precious"}
-
-
-def test_a_folder_in_which_nothing_was_trained_blocks_no_start(tiny_cfg, tmp_path):
-    (tmp_path / "run" / "inference").mkdir(parents=True)
+def test_folders_that_hold_another_run_and_those_in_which_nothing_was_trained(tiny_cfg, tmp_path):
+    run = tmp_path / "run"
+    (run / "inference").mkdir(parents=True)
     for name in ("config.yaml", "config_detectron2.yaml", "log.txt", "data_sets.json"):
-        (tmp_path / "run" / name).write_text("{}")
+        (run / name).write_text("{}")
     for name in ("metrics.json", "repr_events.jsonl"):  # opened, and the run stopped before its first step
-        (tmp_path / "run" / name).write_text("")
-    assert run_traces(tmp_path / "run") == []
+        (run / name).touch()
     check_run(tiny_cfg())
+    for trace in ("repr_events.jsonl", "model_0000003.pth"):
+        (run / trace).write_text("precious")
+        assert f"holds another run ({trace}): add --resume" in refused_run(tiny_cfg, *ON)
+        (run / trace).rename(tmp_path / trace)
+        assert (tmp_path / trace).read_text() == "precious"
 
 
 def test_resume_of_another_arm_or_with_other_options(tiny_cfg, tmp_path):
@@ -177,26 +157,19 @@ def test_resume_of_another_arm_or_with_other_options(tiny_cfg, tmp_path):
     for_one = ["REPR.S1_ITERS", 4, "REPR.S2_ITERS", 4, "SOLVER.MAX_ITER", 12, "SOLVER.REFERENCE_WORLD_SIZE", 1]
     check_run(tiny_cfg(*opts, *for_one), resume=True, num_gpus=2)
     before = {path: path.stat().st_mtime for path in (tmp_path / "run").rglob("*")}
-    for key, value, message in (
-        ("REPR.S1_ITERS", 3, "trained with REPR.S1_ITERS 2, this run has 3"),
-        ("REPR.DROP_RATIO", 0.2, "trained with REPR.DROP_RATIO 0.3, this run has 0.2"),
-        ("REPR.ENABLED", False, "was trained with RePr on, this run has it off"),
-    ):
-        assert message in refused(tiny_cfg, *opts, key, value, resume=True)
+    message = "trained with REPR.DROP_RATIO 0.3, this run has 0.2"
+    assert message in refused_run(tiny_cfg, *opts, "REPR.DROP_RATIO", 0.2, resume=True)
+    message = "was trained with RePr on, this run has it off"
+    assert message in refused_run(tiny_cfg, *opts, "REPR.ENABLED", False, resume=True)
     assert before == {path: path.stat().st_mtime for path in (tmp_path / "run").rglob("*")}
 
 
 def test_output_folder_that_cannot_be_made(tiny_cfg, tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    cases = {"": "OUTPUT_DIR is empty", tmp_path / "file": "cannot be written ("}
-    cases |= {
-        tmp_path / "file" / "run": "cannot be written (Not a directory)",
-        tmp_path / "link": "cannot be written (",
-    }
-    cases["/proc/self/run"] = "cannot be written"  # not by root either
-    for folder, message in cases.items():
-        assert message in refused(tiny_cfg, *ON, "OUTPUT_DIR", folder)
+    assert "OUTPUT_DIR is empty" in refused_run(tiny_cfg, *ON, "OUTPUT_DIR", "")
+    for folder in (tmp_path / "file", tmp_path / "file" / "run", tmp_path / "link", "/proc/self/run"):
+        assert "cannot be written (" in refused_run(tiny_cfg, *ON, "OUTPUT_DIR", folder)
 
 
 class Bomb:
@@ -207,33 +180,33 @@ class Bomb:
 def test_files_that_hold_no_weights(tiny_cfg, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"model": Bomb()}, "bomb.pth")
+    (tmp_path / "bomb.pkl").write_bytes(pickle.dumps({"model": Bomb()}))
     torch.save({"net": {"conv.weight": torch.zeros(3)}}, "odd.pth")
     torch.save({"model": {"backbone.x": torch.zeros(3)}, "iteration": 3}, "truncated.pth")
     os.truncate("truncated.pth", 500)
-    contents = {"bomb.pkl": pickle.dumps({"model": Bomb()}), "text.pkl": b"not a pickle", "empty.pth": b""}
-    contents["truncated.pkl"] = pickle.dumps({"model": {"w": np.zeros(100)}})[:80]
-    damaged = dict.fromkeys(("damaged.pth.tar", "damaged", "text.pth"), b"not a checkpoint")
-    for name, content in (contents | damaged).items():
-        (tmp_path / name).write_bytes(content)
+    (tmp_path / "empty.pth").touch()
+    damaged = ("text.pkl", "damaged.pth.tar", "damaged")
+    for name in damaged:
+        (tmp_path / name).write_bytes(b"not a checkpoint")
     for path in list(tmp_path.iterdir()):
-        line = refused(tiny_cfg, *ON, "MODEL.WEIGHTS", str(path))
+        line = refused_run(tiny_cfg, *ON, "MODEL.WEIGHTS", str(path))
         assert path.name in line
-        assert "not a readable torch checkpoint" in line or path.name not in {*damaged, "truncated.pth"}
+        assert "not a readable torch checkpoint" in line or path.name not in (*damaged[1:], "truncated.pth")
     assert not (tmp_path / "executed").exists() and not (tmp_path / "run").exists()
 
 
 def test_weights_that_can_be_begun_with(tiny_cfg, tmp_path, weights):
     """--eval-only needs all of them; ?matching_heuristics=True finds other names; official pickles load."""
-    assert "--eval-only needs a checkpoint" in refused(tiny_cfg, eval_only=True)
+    assert "--eval-only needs a checkpoint" in refused_run(tiny_cfg, eval_only=True)
     torch.save({"model": weights}, tmp_path / "whole.pth")
     check_run(tiny_cfg("MODEL.WEIGHTS", str(tmp_path / "whole.pth")), eval_only=True)
     part = {k.removeprefix("backbone.bottom_up."): v for k, v in weights.items() if "bottom_up" in k}
     torch.save(part, tmp_path / "part.pth")
     path = str(tmp_path / "part.pth")
-    assert "does not hold any weight of this model" in refused(tiny_cfg, "MODEL.WEIGHTS", path)
-    assert "Unsupported query remaining" in refused(tiny_cfg, "MODEL.WEIGHTS", f"{path}?strict=1")
+    assert "does not hold any weight of this model" in refused_run(tiny_cfg, "MODEL.WEIGHTS", path)
+    assert "Unsupported query remaining" in refused_run(tiny_cfg, "MODEL.WEIGHTS", f"{path}?strict=1")
     heuristics = ["MODEL.WEIGHTS", f"{path}?matching_heuristics=True"]
-    assert "does not hold all weights of this model" in refused(tiny_cfg, *heuristics, eval_only=True)
+    assert "does not hold all weights of this model" in refused_run(tiny_cfg, *heuristics, eval_only=True)
     official = {k: v.numpy() for k, v in part.items()}
     with open(tmp_path / "R-18.pkl", "wb") as file:
         pickle.dump({"model": official, "__author__": "torchvision", "matching_heuristics": True}, file)
@@ -242,6 +215,8 @@ def test_weights_that_can_be_begun_with(tiny_cfg, tmp_path, weights):
         trainer = Trainer(tiny_cfg(*opts))
         trainer.resume_or_load(resume=False)
         assert_same_weights(trainer.model.backbone.bottom_up.state_dict(), part)
+    said = "12 training images, 90000 iterations of 2 images: 1.5e+04 epochs; RePr is off (REPR.ENABLED True, or a "
+    assert describe_run(trainer).startswith(said)
 
 
 def test_weights_that_a_resumed_run_does_not_read(tiny_cfg, tmp_path, weights):
@@ -252,9 +227,9 @@ def test_weights_that_a_resumed_run_does_not_read(tiny_cfg, tmp_path, weights):
     for eval_only in (False, True):
         check_run(tiny_cfg(*gone), resume=True, eval_only=eval_only)
     wider = [*gone, "MODEL.FPN.OUT_CHANNELS", "32"]
-    assert "does not hold all weights" in refused(tiny_cfg, *wider, resume=True)
+    assert "does not hold all weights" in refused_run(tiny_cfg, *wider, resume=True)
     checkpoint.unlink()
-    assert "gone.pth" in refused(tiny_cfg, *gone, resume=True)
+    assert "gone.pth" in refused_run(tiny_cfg, *gone, resume=True)
 
 
 def test_a_sub_network_is_no_start(tiny_cfg, tmp_path, weights, caplog):
@@ -266,24 +241,19 @@ def test_a_sub_network_is_no_start(tiny_cfg, tmp_path, weights, caplog):
     opts = ["MODEL.WEIGHTS", str(tmp_path / "sub.pth")]
     what = f"sub.pth holds a sub-network: 2 filters of {conv} are zero with their norm"
     for arm in ([], ON):
-        assert what in refused(tiny_cfg, *arm, *opts)
+        assert what in refused_run(tiny_cfg, *arm, *opts)
     check_run(tiny_cfg(*opts), eval_only=True)
     assert f"{what}; its AP" in caplog.text
-    weights[f"{conv}.norm.bias"][:] = 1  # a channel that says something
-    torch.save({"model": weights}, tmp_path / "sub.pth")
-    check_run(tiny_cfg(*opts))
 
 
 def test_the_meta_device_is_left_where_a_model_needs_numbers(tiny_cfg):
     built = []
 
-    class Counting(Trainer):
-        @classmethod
-        def build_model(cls, cfg):
-            layer = torch.nn.Linear(2, 2)
-            built.append(layer.weight.device.type)
-            layer.share = layer.weight.sum().item()
-            return layer
+    def build_model(cfg):
+        layer = torch.nn.Linear(2, 2)
+        built.append(layer.weight.device.type)
+        layer.share = layer.weight.sum().item()
+        return layer
 
-    check_run(tiny_cfg(), trainer=Counting)
+    check_run(tiny_cfg(), trainer=Mock(build_model=build_model))
     assert built == ["meta", "cpu"]

@@ -1,20 +1,28 @@
-"""Names of data sets, and their classes: compared and mapped by name, or refused naming both lists."""
+"""Data sets by name: their classes, mapped or refused naming both lists, and what they lack that a run needs."""
 
 import json
 import logging
+import shutil
 
 import pytest
-import torch
-from coco_folder import Folder, annotation, detections
+from coco_folder import Folder, annotation, annotations_of, evaluate, every, put, refused
+from conftest import ROOT, SMALL
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.evaluation import COCOEvaluator
+from PIL import Image
 from pycocotools.coco import COCO
 
-from repr_det.datasets import CocoEvaluator, registered
-from repr_det.detectron.evaluators import build_evaluator
-from repr_det.method.errors import UserError
+from repr_det.commands import checks
+from repr_det.commands.arguments import build_config
+from repr_det.commands.checks import check_run
+from repr_det.commands.data import DATA_FILE, check_datasets
+from repr_det.datasets import CocoEvaluator, check_registered, class_names, register_coco_format, registered
 
+CONFIG = str(ROOT / "configs" / "baseline_r50_fpn.yaml")
+MASK_ON = ["MODEL.MASK_ON", "True"]
+UNCHANGED = put()
+BITMASK = [*MASK_ON, "INPUT.MASK_FORMAT", "bitmask"]
 CLASSES = {1: "cell", 2: "plate", 3: "drop"}
 BOXES = [(1, "cell", [2, 3, 10, 12]), (1, "plate", [20, 1, 15, 20])]
 FOUND = [*BOXES, (1, "drop", [3, 3, 9, 9]), (2, "drop", [0, 0, 20, 30]), (2, "drop", [5, 5, 9, 9])]
@@ -24,11 +32,7 @@ BOXES += [(2, "drop", [0, 0, 20, 30]), (2, "cell", [5, 5, 9, 9])]
 def write(folder: Folder, categories: dict[int, str], name: str):
     """The same objects under other ids; those of a class that is not listed are left out. Returns the json's path."""
     ids = {name: i for i, name in categories.items()}
-    annotations = [
-        {"id": n, "image_id": i, "category_id": ids[c], "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
-        for n, (i, c, box) in enumerate(BOXES, 1)
-        if c in ids
-    ]
+    annotations = annotations_of([(i, ids[c], box) for i, c, box in BOXES if c in ids])
     classes = [{"id": i, "name": c} for i, c in categories.items()]
     path = folder.json.with_name(f"{name}.json")
     path.write_text(json.dumps(folder.content | {"categories": classes, "annotations": annotations}))
@@ -37,7 +41,7 @@ def write(folder: Folder, categories: dict[int, str], name: str):
 
 def register(folder: Folder, **data_sets: dict[int, str]) -> None:
     for name, categories in data_sets.items():
-        registered.register_coco_format(name, write(folder, categories, name), folder.images)
+        register_coco_format(name, write(folder, categories, name), folder.images)
 
 
 def register_stock(path, folder: Folder) -> None:
@@ -51,28 +55,26 @@ def classes_as_loaded(name: str) -> dict[int, list[int]]:
 
 def evaluated(evaluator: COCOEvaluator, folder: Folder) -> dict[str, float]:
     """Of a model with the classes of CLASSES in this order."""
-    order = list(CLASSES.values())
-    evaluator.reset()
+    order, found = list(CLASSES.values()), []
     for entry in folder.content["images"]:
-        found = [(order.index(c), box) for i, c, box in FOUND if i == entry["id"]]
-        output = detections(
-            entry, [box for _, box in found], [c for c, _ in found], torch.linspace(0.9, 0.5, len(found))
-        )
-        evaluator.process([{"image_id": entry["id"]}], output)
-    return evaluator.evaluate()["bbox"]
+        own = [(box, order.index(c)) for image_id, c, box in FOUND if image_id == entry["id"]]
+        found.append((entry | {"image_id": entry["id"]}, [box for box, _ in own], [number for _, number in own]))
+    return evaluate(evaluator, found)
 
 
 SUBSETS = [{1: "cell", 3: "drop"}, {4: "drop", 5: "cell"}, {2: "drop"}]
 
 
 @pytest.mark.parametrize("ids", [CLASSES, {0: "drop", 7: "cell", 90: "plate"}, *SUBSETS])
-def test_other_ids_and_a_subset_are_evaluated_as_stock_detectron2_does(folder, catalogs, tmp_path, ids):
+def test_other_ids_and_a_subset_are_evaluated_as_stock_detectron2_does(folder, catalogs, tmp_path, monkeypatch, ids):
     """The stock one gets the file that numbers the classes as the model does."""
     register(folder, t=CLASSES, v=ids)
-    assert registered.agree_on_classes(("t",), ("v",)) == registered.class_names("v") == ("cell", "plate", "drop")
+    assert registered.agree_on_classes(("t",), ("v",)) == class_names("v") == ("cell", "plate", "drop")
     assert registered.own_classes("v") == tuple(ids[i] for i in sorted(ids))
     register_stock(folder.json.with_name("t.json"), folder)
     stock = evaluated(COCOEvaluator("stock", ("bbox",), False), folder)
+    load = COCO.loadRes  # that of pycocotools 2.0.9 and 2.0.10 reads "info", which this json lacks
+    monkeypatch.setattr(COCO, "loadRes", lambda self, found: self.dataset["info"] is None or load(self, found))
     found = evaluated(CocoEvaluator("v", ("bbox",), False, output_dir=str(tmp_path / "out")), folder)
     assert stock["AP-plate"] == pytest.approx(100) and stock["AP-cell"] < 60
     wanted = {f"AP-{c}": stock[f"AP-{c}"] for c in ids.values()}
@@ -82,6 +84,7 @@ def test_other_ids_and_a_subset_are_evaluated_as_stock_detectron2_does(folder, c
     if len(ids) == 3:
         assert classes_as_loaded("t") == classes_as_loaded("v") == {1: [0, 1], 2: [2, 0], 5: []}
         assert found == pytest.approx(stock, nan_ok=True)
+        assert evaluated(CocoEvaluator("stock", ("bbox",), False), folder) == pytest.approx(stock, nan_ok=True)
     written = json.loads((tmp_path / "out" / "coco_instances_results.json").read_text())
     assert {d["category_id"] for d in written} == set(ids)  # in the ids of its own file
 
@@ -112,21 +115,9 @@ def test_what_cannot_be_mapped_names_both_lists(folder, catalogs):
         ("x", "x", ("pläte",), rf"{lacks} 'Pla\u0308te' (but 'pl\xe4te', so spell both alike)"),
         ("t", "stock", None, "stock has the classes plate, cell, and t has cell, plate: register it with --register"),
     ):
-        with pytest.raises(UserError) as error:
-            registered.agree_on_classes((train,), (test,), reference)
-        assert message in str(error.value)
-    with pytest.raises(UserError, match=r"data sets must be a tuple of names, \('t',\), got 't'"):
-        registered.any_mapped(("t", ("v",)))
-
-
-def test_a_json_without_info_is_evaluated_by_every_pycocotools(folder, catalogs, monkeypatch):
-    """2.0.9 and 2.0.10 read dataset["info"] in loadRes."""
-    register(folder, t=CLASSES)
-    register_stock(folder.json.with_name("t.json"), folder)
-    load = COCO.loadRes
-    monkeypatch.setattr(COCO, "loadRes", lambda self, found: self.dataset["info"] is None or load(self, found))
-    for name in ("t", "stock"):
-        assert evaluated(build_evaluator(name, str(folder.json.parent / "out")), folder)["AP"] > 0
+        assert message in refused(registered.agree_on_classes, (train,), (test,), reference)
+    message = "data sets must be a tuple of names, ('t',), got 't'"
+    assert message in refused(registered.any_mapped, ("t", ("v",)))
 
 
 def test_a_class_with_two_ids_is_one_class(folder, catalogs, caplog):
@@ -136,20 +127,19 @@ def test_a_class_with_two_ids_is_one_class(folder, catalogs, caplog):
     content["categories"].insert(0, {"id": 0, "name": "cell"})
     content["annotations"][0]["category_id"] = 0
     path.write_text(json.dumps(content))
-    registered.register_coco_format("v", path, folder.images)
+    register_coco_format("v", path, folder.images)
     assert "categories 0 and 1 are both 'cell': taken for one class" in caplog.text
     assert registered.agree_on_classes(("t",), ("v",)) == ("cell", "plate", "drop")
     assert classes_as_loaded("v") == classes_as_loaded("t")
     found = evaluated(CocoEvaluator("v", ("bbox",), False), folder)
     assert found == pytest.approx(evaluated(CocoEvaluator("t", ("bbox",), False), folder), nan_ok=True)
     register_stock(path, folder)
-    with pytest.raises(UserError, match=r"its categories \(cell, cell, plate, drop\), and their ids, must be"):
-        registered.check_registered("stock")  # Detectron2 takes them for two
+    # Detectron2 takes them for two.
+    assert "categories (cell, cell, plate, drop), and their ids, must be" in refused(check_registered, "stock")
 
 
 def test_registering_twice_and_with_other_files(folder, catalogs, tmp_path, monkeypatch):
     folder.check()
-    register_coco_format, check_registered = registered.register_coco_format, registered.check_registered
     register_coco_format("mine", folder.json, folder.images)
     monkeypatch.chdir(folder.json.parent)
     register_coco_format("mine", "truth.json", "images")
@@ -157,53 +147,177 @@ def test_registering_twice_and_with_other_files(folder, catalogs, tmp_path, monk
     register_coco_format("mine", tmp_path / "link" / "truth.json", tmp_path / "link" / "images")
     other = Folder(tmp_path / "other")
     for name, json_file, images, message in (
-        ("mine", other.json, folder.images, r"data set mine is already registered with .*truth\.json"),
-        ("mine", folder.json, other.images, r"data set mine is already registered with .*truth\.json"),
+        ("mine", other.json, folder.images, f"data set mine is already registered with {folder.json}"),
+        ("mine", folder.json, other.images, f"data set mine is already registered with {folder.json}"),
         ("voc_2007_val", folder.json, folder.images, "voc_2007_val is already registered with other data"),
         ("", folder.json, folder.images, "must not be empty"),
+        ("new", folder.json, "moved", "data set new: image folder "),
     ):
-        with pytest.raises(UserError, match=message):
-            register_coco_format(name, json_file, images)
-    assert registered.class_names("mine") == ("cell", "plate") and len(DatasetCatalog.get("mine")) == 3
+        assert message in refused(register_coco_format, name, json_file, images)
+    assert "new" not in DatasetCatalog
+    assert class_names("mine") == ("cell", "plate") and len(DatasetCatalog.get("mine")) == 3
     annotation(0, area=...)(folder)  # a changed json is checked again
     folder.check(for_evaluation=False)
     assert check_registered("mine", for_evaluation=False).gaps["evaluation"]
-    with pytest.raises(UserError, match=r"data set mine: .*annotation 1 must have a finite number as 'area'"):
-        check_registered("mine")
+    assert "annotation 1 must have a finite number as 'area'" in refused(check_registered, "mine")
     folder.content["categories"][0]["name"] = "cells"
     folder.check(for_evaluation=False)
-    for read in (lambda name: check_registered(name, for_evaluation=False), DatasetCatalog.get):
-        with pytest.raises(
-            UserError, match=r"its categories \(cells, plate\), and their ids, must be those registered"
-        ):
-            read("mine")
-
-
-def test_wrong_data_are_not_registered(folder, catalogs):
-    annotation(0, area="12")(folder)
-    folder.check(for_evaluation=False)
-    folder.images.rename(folder.images.with_name("moved"))
-    with pytest.raises(UserError, match=r"data set mine: image folder .* does not exist"):
-        registered.register_coco_format("mine", folder.json, folder.images)
-    assert "mine" not in DatasetCatalog
+    message = "its categories (cells, plate), and their ids, must be those registered"
+    assert message in refused(check_registered, "mine", for_evaluation=False)
+    assert message in refused(DatasetCatalog.get, "mine")
 
 
 def test_names_that_come_with_the_packages(catalogs, folder, tmp_path, monkeypatch):
-    for check in (registered.check_registered, registered.class_names):
-        for name, hint in (("coco_2017_trian", "did you mean coco_2017_train .*--reg"), ("zzz", "Register your own")):
-            with pytest.raises(UserError, match=f"unknown data set '{name}': {hint}"):
-                check(name)
+    for check in (check_registered, class_names):
+        assert "did you mean coco_2017_train" in refused(check, "coco_2017_trian")
+        assert "unknown data set 'zzz': Register your own with --register NAME" in refused(check, "zzz")
     assert "zzz" not in MetadataCatalog.list()
-    assert len(registered.class_names("coco_2017_val")) == 80
-    assert registered.check_registered("voc_2007_val") is None
+    assert len(class_names("coco_2017_val")) == 80
+    assert check_registered("voc_2007_val") is None
     folder.check()
-    metadata = MetadataCatalog.get("coco_2017_val")
-    for key, value in (("json_file", folder.json), ("image_root", folder.images)):
-        monkeypatch.setitem(vars(metadata), key, str(value))
-    with pytest.raises(UserError, match=r"its categories \(cell, plate\), and their ids, .* name \(person, bicycle"):
-        registered.check_registered("coco_2017_val")
+    metadata = vars(MetadataCatalog.get("coco_2017_val"))
+    monkeypatch.setitem(metadata, "json_file", str(folder.json))
+    monkeypatch.setitem(metadata, "image_root", str(folder.images))
+    assert "must be those registered under this name (person, bicycle" in refused(check_registered, "coco_2017_val")
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     for _ in range(2):
         registered.register_builtin()
-    with pytest.raises(UserError, match=rf"bccd_val: .*_val\.json does not .* DETECTRON2_DATASETS is '{tmp_path}'"):
-        registered.check_registered("bccd_val")
+    assert f"does not exist; DETECTRON2_DATASETS is '{tmp_path}'" in refused(check_registered, "bccd_val")
+
+
+@pytest.fixture
+def mine(folder, catalogs, tmp_path):
+    """``mine(KEY, VALUE, ..., edit=)``: a config that trains on the folder after a change of it."""
+
+    def make(*opts: str, edit=UNCHANGED):
+        edit(folder)
+        folder.check(for_evaluation=False)
+        own = [*SMALL, "DATASETS.TRAIN", "('mine',)", "DATASETS.TEST", "('mine',)", "OUTPUT_DIR", str(tmp_path / "run")]
+        return build_config(CONFIG, [*own, *opts], [["mine", str(folder.json), str(folder.images)]])
+
+    return make
+
+
+def masks(**second):
+    """A change: a polygon for each object, and other values for the second one."""
+    polygons = every(lambda a: {"segmentation": [[2, 3, 12, 3, 12, 15]]})
+    return lambda folder: (polygons(folder), annotation(1, **second)(folder))
+
+
+def test_masks(mine):
+    assert "segmentation" in refused(check_run, mine(*MASK_ON))
+    check_run(mine(*MASK_ON, edit=masks()))
+    rle = masks(segmentation={"size": [30, 40], "counts": [0, 1200]})
+    message = refused(check_run, mine(*MASK_ON, edit=rle))
+    assert message.startswith("INPUT.MASK_FORMAT is 'polygon', but ") and message.endswith(": set it to bitmask")
+    check_run(mine(*BITMASK, edit=rle))
+    wrong = masks(segmentation=[[1, 2, "3", 4, 5, 6]])
+    check_run(mine(edit=wrong))
+    message = refused(check_run, mine(*MASK_ON, edit=wrong))
+    assert message.startswith("MODEL.MASK_ON is True, but in mine annotation 2 has a polygon")
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ({"segmentation": [], "iscrowd": 1}, "segmentation"),
+        ({"segmentation": {"size": [30, 40], "counts": [0, 1300]}}, "RLE whose counts add up to 1300, not to 1200"),
+        (
+            {"segmentation": {"size": [40, 30], "counts": "x"}},
+            "RLE of the size [40, 30], which must be [height, width]",
+        ),
+        ({"segmentation": [[1, 2, 3, float("nan"), 5, 6]]}, "a polygon with a coordinate that is no finite number"),
+        ({"segmentation": [[1, 2, 3, 10**400, 5, 6]]}, "a polygon with a coordinate that is no finite number"),
+    ],
+)
+def test_masks_that_are_only_evaluated(mine, folder, second, message):
+    """pycocotools would end in a KeyError, or not at all, after the training."""
+    train = Folder(folder.json.parents[1] / "train")
+    masks()(train)
+    train.check()
+    register_coco_format("sound", str(train.json), str(train.images))
+    assert message in refused(check_run, mine(*BITMASK, "DATASETS.TRAIN", "('sound',)", edit=masks(**second)))
+
+
+@pytest.mark.parametrize(("odd", "shown"), [([1, 2, 2] * 17, ""), ([1, 2, 2] * 16, "48, 51"), (None, "0, 51")])
+def test_keypoints_need_metadata_and_one_number(mine, odd, shown):
+    """Detectron2 stacks them, and would end in a ValueError at the first image that has both."""
+
+    def keypoints(folder):
+        every(lambda a: {"keypoints": [1, 2, 2] * 17})(folder)
+        annotation(0, area=...)(folder)  # which only evaluation needs
+        annotation(1, keypoints=odd)(folder)
+
+    cfg = mine("MODEL.KEYPOINT_ON", "True", "DATASETS.TEST", "()", edit=keypoints)
+    assert "keypoint_names" in refused(check_run, cfg)
+    MetadataCatalog.get("mine").set(keypoint_names=["nose"] * 17, keypoint_flip_map=[])
+    if shown:
+        assert f"{shown} numbers" in refused(check_run, cfg)
+    else:
+        check_datasets(cfg)
+        assert "must have a finite number as 'area'" in refused(check_run, mine())
+
+
+def two_files(folder: Folder, val_ids: dict[int, str]) -> list[list[str]]:
+    """--register of t and v, which lists other classes."""
+    files = {"t": {3: "cell", 7: "plate"}, "v": val_ids}
+    return [[name, str(write(folder, ids, name)), str(folder.images)] for name, ids in files.items()]
+
+
+def config(register, *opts, **options):
+    own = [*SMALL, "DATASETS.TRAIN", "('t',)", "DATASETS.TEST", "('v',)", *map(str, opts)]
+    at = own.index("MODEL.ROI_HEADS.NUM_CLASSES")
+    del own[at : at + 2]
+    return build_config(CONFIG, own, register, **options)
+
+
+def test_a_registered_data_set_that_no_key_names(folder, catalogs, mine, caplog):
+    config(two_files(folder, {9: "cell"}), "DATASETS.TEST", "()")
+    assert "--register v: no key names it, the run trains on t and " in caplog.text
+    config(two_files(folder, {9: "cell"}), "DATASETS.TRAIN", "('shapes_train',)", eval_only=True)
+    others = ["DATASETS.TRAIN", "('shapes_train',)", "DATASETS.TEST", "('shapes_val',)"]
+    message = "--register mine: no key names it, the run trains on shapes_train and tests on shapes_val"
+    assert message in refused(mine, *others)
+
+
+def test_images_of_training_in_the_test_set_are_told(folder, catalogs, tmp_path, caplog):
+    register = two_files(folder, {3: "cell", 7: "plate"})
+    register[1][2] = shutil.copytree(folder.images, tmp_path / "copied")
+    Image.new("RGB", (64, 64), (200, 1, 1)).save(tmp_path / "copied" / "5.jpg")  # one of its own
+    cfg = config(register, "OUTPUT_DIR", tmp_path / "run")
+    check_datasets(cfg)
+    (told,) = caplog.messages
+    shared = "2 of 3 images of v (DATASETS.TEST) that were compared are in t (DATASETS.TRAIN) too, such as "
+    assert told.startswith(f"{shared}{tmp_path / 'copied' / '1.jpg'}")
+    caplog.clear()
+    check_datasets(cfg, eval_only=True)
+    assert not caplog.records
+
+
+def test_the_classes_of_the_checkpoint_hold(folder, catalogs, tmp_path, monkeypatch):
+    """Same number of classes, other names or another order."""
+    monkeypatch.setattr(checks, "_check_weights", lambda *args: None)
+    (tmp_path / "model_0000003.pth").touch()
+    register = two_files(folder, {9: "cell"})
+    given = ["DATASETS.TRAIN", "('t',)", "DATASETS.TEST", "('v',)", "MODEL.ROI_HEADS.NUM_CLASSES", "9"]
+    assert build_config(CONFIG, given, register).MODEL.ROI_HEADS.NUM_CLASSES == 9
+    cfg = config(register, "OUTPUT_DIR", tmp_path)
+    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 2
+    for classes in (["plate", "cell"], ["cell", "plates"], ["cell", "plate"]):
+        (tmp_path / DATA_FILE).write_text(json.dumps({"t": {"classes": classes}, "v": {"classes": ["plate"]}}))
+        if classes != ["cell", "plate"]:
+            message = f"has the classes {classes[0]}, {classes[1]}, in this order, and these data have cell"
+            assert message in refused(check_run, cfg, resume=True)
+    check_run(cfg, resume=True)
+
+
+def test_evaluation_follows_the_classes_of_the_checkpoint(folder, catalogs, tmp_path):
+    """--eval-only with the validation set alone: its own order of the classes says nothing of the model's."""
+    register = two_files(folder, {1: "plate", 2: "cell"})[1:]
+    (tmp_path / DATA_FILE).write_text(json.dumps({"t": {"classes": ["cell", "drop", "plate"]}}))
+    opts = ["MODEL.WEIGHTS", tmp_path / "model_final.pth"]
+    cfg = config(register, *opts, eval_only=True)
+    check_datasets(cfg, eval_only=True)
+    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 3 and class_names("v") == ("cell", "drop", "plate")
+    (tmp_path / DATA_FILE).write_text(json.dumps({"t": {"classes": ["cell", "plates"]}}))
+    assert "the checkpoint has cell, plates: " in refused(config, register, *opts, eval_only=True)

@@ -3,15 +3,26 @@
 import gzip
 import itertools
 import json
-import math
 import os
 import reprlib
-import unicodedata
+import shutil
 
 import cv2
 import numpy as np
 import pytest
-from coco_folder import SIZES, Folder, annotation, ap_of_the_truth, category, every, image, put
+from coco_folder import (
+    SIZES,
+    Folder,
+    annotation,
+    annotations_of,
+    ap_of_the_truth,
+    category,
+    change,
+    every,
+    image,
+    put,
+    refused,
+)
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, DatasetMapper
 from detectron2.data.datasets import register_coco_instances
@@ -19,7 +30,6 @@ from PIL import Image
 from pycocotools import mask as mask_utils
 
 from repr_det.datasets import image_files, objects
-from repr_det.method.errors import UserError
 
 
 def as_detectron2_reads_it(folder):
@@ -34,22 +44,13 @@ def test_a_sound_folder(folder, caplog):
     summary = folder.check()
     assert summary.classes == {3: "cell", 7: "plate"} and len(summary.files) == 3
     assert [purpose for purpose, lines in summary.gaps.items() if lines] == ["masks", "keypoints"]
-    assert summary.gaps["masks"] == [
-        "annotation 1 has no segmentation (bbox [2, 3, 10, 12], area 120, in image 1 of 40x30; 4 such of 4)"
-    ]
-    assert summary.gaps["keypoints"][0].startswith("annotation 1 has no 'keypoints', which COCO evaluation needs")
+    what = "annotation 1 has no segmentation (bbox [2, 3, 10, 12], area 120, in image 1 of 40x30; 4 such of 4)"
+    assert summary.gaps["masks"] == [what]
     assert not caplog.records
 
 
-def refused(folder):
-    with pytest.raises(UserError) as caught:
-        folder.check("mine")
-    text = str(caught.value)
-    assert text.startswith("data set mine: ") and "\n" not in text and len(text) < 500 + 2 * len(str(folder.json))
-    return text
-
-
 NAN, INF, HUGE = float("nan"), float("inf"), 10**400
+RUNS = [{"size": [40, 30], "counts": counts} for counts in (7, [0, -1], [2**40])]  # no masks in RLE
 WRONG_TYPES = {
     ("images", "id"): [..., 1.5],
     ("images", "file_name"): [..., ""],
@@ -60,54 +61,30 @@ WRONG_TYPES = {
     ("annotations", "id"): [..., "1"],
     ("annotations", "image_id"): [..., [2]],
     ("annotations", "category_id"): [..., 3.0, True],
-    ("annotations", "bbox"): [..., [1, 2, 3], [1, 2, 3, "4"], [1, 2, 3, 4, 30], [1, 2, NAN, 4], [1, 2, HUGE, 4]],
+    ("annotations", "bbox"): [..., [1, 2, 3], [1, 2, 3, "4"], [1, 2, NAN, 4], [1, 2, HUGE, 4]],
     ("annotations", "iscrowd"): [2],
     ("annotations", "ignore"): [1],
-    ("annotations", "segmentation"): [
-        *([1, 2, 3, 4, 5, 6], {"size": [4, 4]}, {"size": [10], "counts": "abc"}, {"size": ["4", "4"], "counts": "a"}),
-        *({"size": [40, 30], "counts": counts} for counts in (7, [0, -1], [2**40])),
-    ],
+    ("annotations", "segmentation"): [[1, 2, 3, 4, 5, 6], {"size": [4, 4]}, {"size": [10], "counts": "abc"}, *RUNS],
     ("annotations", "keypoints"): [[[1, 2, 2]], [1, None, 2], "1 2 2"],
 }
 
 
-@pytest.mark.parametrize(
-    "section, key, value", [(*place, value) for place, values in WRONG_TYPES.items() for value in values]
-)
-def test_wrong_types(folder, section, key, value):
-    entry = folder.content[section][1]
-    entry[key] = value
-    if value is ...:
-        del entry[key]
-    named = f" (id {entry['id']})" if key != "id" else ""
-    shown = reprlib.repr(None if value is ... else value)
-    assert f"{folder.json}: entry 1 of '{section}'{named} has a wrong '{key}', {shown}: " in refused(folder)
+@change
+def given(folder, **attributes):
+    vars(folder).update(attributes)
 
 
-def raw(text):
-    """The json is this."""
-
-    def change(folder):
-        folder.content = None
-        folder.json.write_bytes(text)
-
-    return change
-
-
-def file(number, content, suffix=".jpg"):
-    """The image of this number in the json is this: bytes, or an array."""
-
-    def change(folder):
-        path = folder.images / f"{[*SIZES][number]}{suffix}"
-        image(number, file_name=path.name)(folder)
-        if isinstance(content, bytes):
-            path.write_bytes(content)
-        elif content.ndim == 3:
-            cv2.imwrite(str(path), content)
-        else:
-            Image.fromarray(content).save(path)
-
-    return change
+@change
+def file(folder, number, content, suffix=".jpg"):
+    """The image of this number in the json is this: bytes, or an array (H, W) or (H, W, 3)."""
+    path = folder.images / f"{[*SIZES][number]}{suffix}"
+    image(number, file_name=path.name)(folder)
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content.ndim == 3:
+        cv2.imwrite(str(path), content)
+    else:
+        Image.fromarray(content).save(path)
 
 
 def noise(largest, kind=np.uint16, channels=(3,)):
@@ -119,15 +96,12 @@ def truncated(folder):
     file(2, (folder.images / "5.jpg").read_bytes()[:2000])(folder)
 
 
-def renamed(there, named):
+@change
+def renamed(folder, there, named):
     """The first image lies ``there`` and is ``named`` otherwise."""
-
-    def change(folder):
-        (folder.images / there).parent.mkdir(exist_ok=True)
-        (folder.images / "1.jpg").rename(folder.images / there)
-        image(0, file_name=named)(folder)
-
-    return change
+    (folder.images / there).parent.mkdir(exist_ok=True)
+    (folder.images / "1.jpg").rename(folder.images / there)
+    image(0, file_name=named)(folder)
 
 
 def pipe(folder):
@@ -135,49 +109,36 @@ def pipe(folder):
     os.mkfifo(folder.json)
 
 
-ACCENT = "Bläschen.jpg"
-DECOMPOSED = unicodedata.normalize("NFD", ACCENT)
-NEARLY = [
-    *((DECOMPOSED, ACCENT), (ACCENT, DECOMPOSED), ("B (1).jpg", "b (1).JPG"), ("a b.jpg", "a b.jpg ")),
-    *(
-        ("é/1.jpg", "e\u0301/1.jpg"),
-        ("s/b.jpg", "s\\b.jpg"),
-        ("s/b.jpg", "C:\\b.jpg"),
-        ("b.jpg", "https://x.org/b.jpg"),
-    ),
-]
+NEARLY = [("Bla\u0308schen.jpg", "Bläschen.jpg"), ("B (1).jpg", "b (1).JPG"), ("a b.jpg", "a b.jpg ")]
+NEARLY += [("é/1.jpg", "e\u0301/1.jpg"), ("s/b.jpg", "C:\\b.jpg"), ("b.jpg", "https://x.org/b.jpg")]
 LOST = "annotation 3 has a segmentation without a polygon of 3 points or more, and Detectron2 leaves it out"
-BOX = "(bbox [0, 0, 30, 40], area "
 ABSENT = "of 3 image files are missing or empty in "
 UNREADABLE = "cannot be read as an image: "
 DEEP = f"{UNREADABLE}its pixels have more than 8 bits"
 LISTS = "truth.json: must hold lists of objects 'images', 'annotations' and 'categories': "
 NOT_JSON = "truth.json: cannot be read as JSON: "
 WRONG = [
-    # the json
-    (raw(b""), f"{NOT_JSON}EOF while parsing a value at line 1 column 0"),
-    (raw(b'{"images": [\n  {"id": 1, "fi'), "EOF while parsing a string at line 2 column 15"),
-    (raw(b"[]"), f"{LISTS}Input should be a valid dictionary"),
-    (raw(b'\xef\xbb\xbf{"images": []}'), "begins with a byte order mark, which Detectron2 cannot read: save it"),
-    (raw('{"images": []}'.encode("utf-16")), "is UTF-16 text: save it as UTF-8"),
-    (raw(gzip.compress(b"{}")), "is compressed by gzip: unpack it with 'gunzip'"),
-    (lambda folder: vars(folder).update(content=None), f"{NOT_JSON}[Errno 2] No such file or directory"),
-    (lambda folder: vars(folder).update(content=None, json=folder.images), "images: is not a file"),
+    (given(content=b'{"images": [\n  {"id": 1, "fi'), f"{NOT_JSON}EOF while parsing a string at line 2 column 15"),
+    (given(content=b"[]"), f"{LISTS}Input should be a valid dictionary"),
+    (given(content=b'\xef\xbb\xbf{"images": []}'), "begins with a byte order mark, which Detectron2 cannot read: save"),
+    (given(content='{"images": []}'.encode("utf-16")), "is UTF-16 text: save it as UTF-8"),
+    (given(content=gzip.compress(b"{}")), "is compressed by gzip: unpack it with 'gunzip'"),
+    (given(content=None), f"{NOT_JSON}[Errno 2] No such file or directory"),
     (pipe, "pipe.json: is not a file"),
-    # its entries
+    (
+        image(1, width=0),
+        "truth.json: entry 1 of 'images' (id 2) has a wrong 'width', 0: Input should be greater than 0",
+    ),
     (put(images=...), f"{LISTS}images: Field required"),
-    *((put(**{key: []}), f"{LISTS}{key}: List should have at least 1") for key in ("images", "annotations")),
-    (put(categories=[]), f"{LISTS}categories: List should have at least 1"),
-    *((put(images=value), f"{LISTS}images: Input should be a valid list") for value in ({"1": {}}, None)),
+    *((put(**{key: []}), f"{LISTS}{key}: List should have") for key in ("images", "annotations", "categories")),
+    (put(images={"1": {}}), f"{LISTS}images: Input should be a valid list"),
     (put(images=["cell"]), f"{LISTS}images: 0: Input should be a valid dictionary"),
     (image(1, id=1), "the id 1 occurs twice in 'images'"),
     (image(2, id="five"), "image ids must be all integers or all strings"),
     (category(1, id=3), "the id 3 occurs twice in 'categories'"),
     (annotation(1, id=1), "the id 1 occurs twice in 'annotations'"),
     (annotation(2, image_id=9), "annotation 3 names image_id 9, not in 'images' (1, 2, 5)"),
-    (annotation(2, image_id="2"), "annotation 3 names image_id '2', not in 'images' (1, 2, 5)"),
     (annotation(2, category_id=0), "annotation 3 names category_id 0, not in 'categories' (3, 7)"),
-    # objects
     (annotation(2, bbox=[9, 9, -3, 4]), "annotation 3 has a bbox of negative size: a bbox must be [x, y, width, "),
     (annotation(2, bbox=[9, 9, 3, 0]), "annotation 3 has a bbox without area, and Detectron2 leaves it out"),
     (annotation(2, bbox=[30, 0, 5, 5]), "(bbox [30, 0, 5, 5], area 1200, in image 2 of 30x40; 1 such of 4)"),
@@ -185,84 +146,75 @@ WRONG = [
     (every(lambda a: {"bbox": [v / 64 for v in a["bbox"]]}), "a bbox of a pixel or less: give pixels"),
     *((annotation(2, segmentation=value), LOST) for value in ([[2, 3, 12, 15]], [[]], [[1, 2, 3, 4, 5, 6, 7]])),
     (every(lambda a: {"iscrowd": 1}), "annotation 1 is a crowd region (iscrowd 1), as all are"),
-    *((annotation(2, area=value), "annotation 3 must have a finite number as 'area', which") for value in (..., "12")),
+    (annotation(2, area=...), "annotation 3 must have a finite number as 'area', which COCO evaluation needs: give"),
     (annotation(2, iscrowd=...), "annotation 3 has no 'iscrowd', which COCO evaluation needs: give 0 for a single"),
-    *((annotation(2, area=value), f"{BOX}{reprlib.repr(value)}") for value in ([12], NAN, True, HUGE, -0.5, 1.2e12)),
+    *((annotation(2, area=value), f"area {reprlib.repr(value)}") for value in ("12", NAN, True, HUGE, -0.5, 1.2e12)),
     (every(lambda a: {"area": -a["area"]}), "has an 'area' that COCO evaluation ignores: give the object's area in"),
-    # image files
     *((renamed(there, named), f"({there!a} is there: spell names alike") for there, named in NEARLY),
     *((image(0, file_name=name), f"1 {ABSENT}") for name in ("no.jpg", "n\0.jpg")),
     (lambda folder: [(folder.images / f"{i}.jpg").write_bytes(b"") for i in (2, 5)], f"2 {ABSENT}"),
     (renamed("x/1.jpg", "x"), f"1 {ABSENT}"),
-    (lambda folder: vars(folder).update(images=folder.images / "moved"), "images/moved does not exist, or is not a "),
     (lambda folder: vars(folder).update(images=folder.json), "truth.json does not exist, or is not a folder"),
     (image(0, width=30, height=40), "image 1 must have the width and height of '1.jpg', 40x30 (EXIF orientation "),
     (file(1, b"no image"), f"2.jpg {UNREADABLE}cannot identify image file"),
     (file(1, b"version https://git-lfs.github.com/spec/v1\n"), f"2.jpg {UNREADABLE}it is a Git LFS pointer"),
     (truncated, "image file is truncated"),
     *((file(2, noise(1023), suffix), DEEP) for suffix in (".png", ".tif", ".ppm")),
-    (file(2, noise(4095, channels=(1,)), ".png"), DEEP),
-    *((file(2, noise(9, kind, ()), ".tif"), DEEP) for kind in (np.int32, np.float32)),
+    *((file(2, noise(9, kind, ()), ".tif"), DEEP) for kind in (np.uint16, np.int32, np.float32)),
 ]
+for (section, key), values in WRONG_TYPES.items():
+    for value in values:
+        shown = reprlib.repr(None if value is ... else value)
+        WRONG.append((put(section, 1, **{key: value}), f" has a wrong '{key}', {shown}: "))
 
 
-@pytest.mark.parametrize("change, message", WRONG, ids=[f"{n} {message[:50]}" for n, (_, message) in enumerate(WRONG)])
-def test_wrong_data(folder, change, message):
-    change(folder)
-    assert message in refused(folder)
-
-
-# ---- warned of: what is doubtful, and a few objects that are left out ----
+@pytest.mark.parametrize("edit, message", WRONG, ids=[f"{n} {message[:50]}" for n, (_, message) in enumerate(WRONG)])
+def test_wrong_data(folder, edit, message):
+    edit(folder)
+    text = refused(folder.check, "mine")
+    assert message in text and text.startswith("data set mine: ") and len(text) < 500 + 2 * len(str(folder.json))
 
 
 def many(folder, count=60):
     """Boxes everywhere in the images, larger and smaller ones."""
-    generator = np.random.default_rng(0)
-    folder.content["annotations"] = []
+    generator, boxes = np.random.default_rng(0), []
     for number in range(1, count + 1):
         image_id = [*SIZES][number % 3]
         extent = generator.uniform(0.1, 0.9, 2) * SIZES[image_id]
-        box = [*(generator.uniform(0, 1, 2) * (SIZES[image_id] - extent)).tolist(), *extent.tolist()]
-        entry = {"id": number, "image_id": image_id, "category_id": 3, "bbox": box, "area": box[2] * box[3]}
-        folder.content["annotations"].append(entry | {"iscrowd": 0})
+        corner = generator.uniform(0, 1, 2) * (SIZES[image_id] - extent)
+        boxes.append((image_id, 3, [*corner.tolist(), *extent.tolist()]))
+    folder.content["annotations"] = annotations_of(boxes)
 
 
-def boxes(form):
+@change
+def boxes(folder, form):
     """The boxes in another form, with areas that fit."""
-
-    def values(entry):
-        box = form(*entry["bbox"])
-        return {"bbox": box, "area": box[2] * box[3]}
-
-    return every(values)
+    for entry in folder.content["annotations"]:
+        box = entry["bbox"] = form(*entry["bbox"])
+        entry["area"] = box[2] * box[3]
 
 
 def areas(factor):
     return every(lambda a: {"area": a["area"] * factor})
 
 
-def repeat(shift=0, count=60, **values):
-    def change(folder):
-        for a in folder.content["annotations"][:count]:
-            copy = a | {"id": a["id"] + 1000, "bbox": [v + shift for v in a["bbox"]]} | values
-            folder.content["annotations"].append(copy)
-
-    return change
+@change
+def repeat(folder, shift=0, count=60, **values):
+    for a in folder.content["annotations"][:count]:
+        copy = a | {"id": a["id"] + 1000, "bbox": [v + shift for v in a["bbox"]]} | values
+        folder.content["annotations"].append(copy)
 
 
 def percent(folder):
-    """Boxes as parts of a hundred, in images that are larger."""
+    """Boxes that end at 100, in images that are larger."""
     for entry in folder.content["images"]:
-        size = entry["width"], entry["height"] = 4 * entry["width"], 4 * entry["height"]
-        Image.new("RGB", size, (9, 80, 120 + entry["id"])).save(folder.images / entry["file_name"])
-    for entry in folder.content["annotations"]:
-        entry["bbox"] = (100 * np.array(entry["bbox"]) / (2 * SIZES[entry["image_id"]])).tolist()
-        entry["area"] = entry["bbox"][2] * entry["bbox"][3]
+        entry["width"] = entry["height"] = 120
+        Image.new("RGB", (120, 120), (9, 80, 120 + entry["id"])).save(folder.images / entry["file_name"])
+    boxes(lambda x, y, *_: [x, y, 100 - x, 100 - y])(folder)
 
 
-READ_AS = "60 of 60 boxes fit their images: a bbox must be [x, y, width, height] in pixels"
 DOUBTFUL = [
-    (boxes(lambda x, y, w, h: [x, y, x + w, y + h]), f"; read as two corners [x1, y1, x2, y2], {READ_AS}"),
+    (boxes(lambda x, y, w, h: [x, y, x + w, y + h]), "; read as two corners [x1, y1, x2, y2], 60 of 60 boxes fit"),
     (boxes(lambda x, y, w, h: [x + w / 2, y + h / 2, w, h]), "; read as [centre x, centre y, width, height], 60 of 60"),
     (boxes(lambda *box: [v * 0.5 for v in box]), "ends, as all do, within 60% of its image, like one of an image of"),
     (percent, "annotation 1 ends, as all do, at 100 or before, like a part of 100"),
@@ -270,8 +222,7 @@ DOUBTFUL = [
     (areas(1 / 80), "60 such of 60)"),
     (areas(9), "60 such of 60)"),
     (repeat(), "annotation 1001 has class and box of another object of its image: list it once (bbox ["),
-    (repeat(0.001), " such of 120)"),
-    (lambda folder: (boxes(lambda *box: [*map(math.ceil, box)])(folder), repeat(-0.001)(folder)), "60 such of 120)"),
+    (lambda folder: (boxes(lambda *box: np.ceil(box).tolist())(folder), repeat(-0.001)(folder)), "60 such of 120)"),
     (annotation(0, id=0), "annotation id 0 means 'no match' to pycocotools"),
     (category(1, name="Cell"), "'cell' and 'Cell', one name in two spellings, are taken for two classes"),
 ]
@@ -284,12 +235,12 @@ SOUND = [
 ]
 
 
-@pytest.mark.parametrize("change, message", [*DOUBTFUL, *((change, None) for change in SOUND)])
-def test_what_is_doubtful_is_one_warning_that_names_the_first_entry(folder, caplog, change, message):
+@pytest.mark.parametrize("edit, message", [*DOUBTFUL, *((edit, None) for edit in SOUND)])
+def test_what_is_doubtful_is_one_warning_that_names_the_first_entry(folder, caplog, edit, message):
     many(folder)
     folder.check()
     assert not caplog.records
-    change(folder)
+    edit(folder)
     folder.check(name="cells")
     assert len(caplog.messages) == (message is not None)
     assert all(line.startswith(f"data set cells: {folder.json}: ") and message in line for line in caplog.messages)
@@ -310,23 +261,18 @@ def test_a_few_useless_objects_are_left_out_and_told(folder, catalogs, caplog, d
     if "leaves it out" in caplog.text:
         assert len(as_detectron2_reads_it(folder)[0]["instances"]) == total - allowed
     annotation(30, **damage)(folder)
-    assert f"{allowed + 1} such of {total})" in refused(folder)
+    assert f"{allowed + 1} such of {total})" in refused(folder.check)
 
 
-@pytest.mark.parametrize("same", ["1.jpg", "./../images/1.jpg", "link.jpg", "copy.jpg"])
-def test_one_image_under_several_ids_is_told(folder, caplog, same):
-    """One entry an object, as some tools export; frames of several videos under one name."""
-    if same == "link.jpg":
-        (folder.images / same).symlink_to(folder.images / "1.jpg")
-    elif same == "copy.jpg":
-        (folder.images / same).write_bytes((folder.images / "1.jpg").read_bytes())
-    folder.content["images"].append({"id": 9, "file_name": same, "width": 40, "height": 30})
-    files = folder.check().files
-    assert image_files.shared_images(files, files[3:]) == ([(files[0].path, files[3].path)], 1)
+@pytest.mark.parametrize(("compared", "make"), [(0, os.symlink), (image_files.READ_BYTES, shutil.copy)])
+def test_one_image_under_several_ids_is_told(folder, caplog, monkeypatch, compared, make):
+    """One file under several names, or equal content if that is not too much to read."""
+    monkeypatch.setattr(image_files, "READ_BYTES", compared)
+    make(folder.images / "1.jpg", folder.images / "same.jpg")
+    folder.content["images"].append({"id": 9, "file_name": "same.jpg", "width": 40, "height": 30})
+    folder.check()
     (line,) = caplog.messages
-    assert (
-        f"1 of 4 entries of 'images' repeat the image of another one (the first: 1, '1.jpg', and 9, '{same}')" in line
-    )
+    assert "1 of 4 entries of 'images' repeat the image of another one (the first: 1, '1.jpg', and 9, 's" in line
 
 
 def test_few_images_of_a_large_data_set_are_decoded(folder, monkeypatch):
@@ -336,11 +282,8 @@ def test_few_images_of_a_large_data_set_are_decoded(folder, monkeypatch):
     folder.check()
 
 
-def test_dark_images_are_warned_of_and_colours_that_use_16_bits_pass(folder, caplog):
+def test_dark_images_are_warned_of(folder, caplog):
     """Fractions saved as whole numbers, or masks in place of pictures."""
-    file(2, noise(65535), ".png")(folder)
-    folder.check()
-    assert not caplog.records
     for number, (width, height) in enumerate(SIZES.values()):
         file(number, np.full((height, width), number + 1, np.uint8), ".png")(folder)
     folder.check()
@@ -354,26 +297,15 @@ def test_an_error_in_the_middle_of_a_run_names_the_image(tmp_path):
     cfg = get_cfg()
     cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN = (96,), 160
     mapper = image_files.NamingMapper(DatasetMapper(cfg, True))
-    with pytest.raises(UserError) as error:
-        mapper({"file_name": str(path), "width": 5000, "height": 3})
-    assert str(error.value).startswith(f"{path} cannot be read and prepared for the model: ")
-    assert "see INPUT" in str(error.value)
+    text = refused(mapper, {"file_name": str(path), "width": 5000, "height": 3})
+    assert text.startswith(f"{path} cannot be read and prepared for the model: ") and "see INPUT" in text
 
 
-def picture(mode="RGB", suffix="jpg", turned=False, **options):
+@change
+def picture(folder, mode="RGB", suffix="jpg", turned=False, **options):
     """Saves image 1 anew, turned by a quarter where the EXIF orientation turns it back."""
-
-    def change(folder):
-        Image.new(mode, SIZES[1][:: -1 if turned else 1]).save(folder.images / f"1.{suffix}", **options)
-        image(0, file_name=f"1.{suffix}")(folder)
-
-    return change
-
-
-def orientation(number):
-    exif = Image.Exif()
-    exif[274] = number
-    return exif
+    Image.new(mode, SIZES[1][:: -1 if turned else 1]).save(folder.images / f"1.{suffix}", **options)
+    image(0, file_name=f"1.{suffix}")(folder)
 
 
 def string_image_ids(folder):
@@ -382,24 +314,20 @@ def string_image_ids(folder):
     every(lambda a: {"image_id": str(a["image_id"])})(folder)
 
 
-def minival(folder):
-    folder.json = folder.json.with_name("instances_minival2014.json")
-    annotation(1, id=1)(folder)
-
-
-CROWD = {"counts": [0, 600, 600], "size": [30, 40]}
-UNSORTED = [{"id": 7, "name": "plate"}, {"id": 90, "name": "none"}, {"id": 3, "name": "cell"}]
+EXIF = Image.Exif()
+EXIF[274] = 6  # orientation: turned by a quarter
 ODD = {
-    "RLE crowd": annotation(0, iscrowd=1, segmentation=CROWD),
+    "RLE crowd": annotation(0, iscrowd=1, segmentation={"counts": [0, 600, 600], "size": [30, 40]}),
     "flags of other tools": every(lambda a: {"iscrowd": False}),
     "lengths of other tools": image(0, width=40.0, height=30.0),
     "palette": picture("P", "png"),
-    "EXIF, rotated": picture(turned=True, exif=orientation(6)),
+    "EXIF, rotated": picture(turned=True, exif=EXIF),
     "damaged EXIF": picture(exif=b"Exif\0\0MM\0*\xff\xff\xff\xff"),
     "unicode subfolder": renamed("große Bilder 細胞/ein s.jpg", "große Bilder 細胞/ein s.jpg"),
-    "repeated ids of COCO minival": minival,
+    "repeated ids of COCO minival": annotation(1, id=1),
     "a box sticks out": annotation(0, bbox=[-2, -2.5, 50, 60]),
-    "unsorted sparse categories": put(categories=UNSORTED),
+    "unsorted sparse categories": put(categories=[{"id": 7, "name": "plate"}, {"id": 3, "name": "cell"}]),
+    "colours that use 16 bits": file(2, noise(65535), ".png"),
     "string image ids": string_image_ids,
     "extras": annotation(0, segmentation=[[2, 3, 12, 3, 12, 15]], score=0.3, info={}, keypoints=[1, 2, 2] * 17),
 }
@@ -407,7 +335,7 @@ ODD = {
 
 @pytest.mark.parametrize("name", ODD)
 def test_odd_but_sound_data_pass_here_and_in_detectron2(tmp_path, catalogs, name):
-    folder = Folder(tmp_path / "a folder with späces")
+    folder = Folder(tmp_path / "a folder with späces" / name)
     ODD[name](folder)
     summary = folder.check()
     records = as_detectron2_reads_it(folder)
@@ -416,20 +344,6 @@ def test_odd_but_sound_data_pass_here_and_in_detectron2(tmp_path, catalogs, name
     names = [*summary.classes.values()]
     assert records[1]["instances"].gt_classes.tolist() == [names.index("cell"), names.index("plate")]
     assert not summary.gaps["polygons"]
-    if name == "EXIF, rotated":
-        image(0, width=SIZES[1][1], height=SIZES[1][0])(folder)
-        assert "'1.jpg', 40x30" in refused(folder)
-
-
-def test_boxes_can_be_trained_beside_masks_that_cannot(folder):
-    every(lambda a: {"segmentation": [[0, 0, 9, 0, 9, 9]]})(folder)
-    assert not folder.check().gaps["masks"]
-    odd = {value: "a polygon with a coordinate that is no finite number" for value in ("4", NAN, HUGE)}
-    cases = [([[1, 2, 3, value, 5, 6]], f"{message}: [[1, 2, 3, ") for value, message in odd.items()]
-    cases.append(({"size": [30, 40], "counts": "x"}, "RLE of the size [30, 40], which must be [height, width], "))
-    for segmentation, gap in cases:
-        annotation(2, segmentation=segmentation)(folder)
-        assert folder.check().gaps["masks"][0].startswith(f"annotation 3 has {gap}")
 
 
 def test_every_string_of_pycocotools_is_read():
@@ -445,27 +359,23 @@ def test_every_string_of_pycocotools_is_read():
             assert fault.startswith("RLE whose counts")
 
 
-def ap_as_it_is_now(folder, name):
-    folder.json.write_text(json.dumps(folder.content))
-    register_coco_instances(name, {}, str(folder.json), str(folder.images))
-    return ap_of_the_truth(name)
-
-
 def test_what_is_said_of_evaluation_is_true_of_the_stock_one(folder, catalogs):
+    def ap_after(*edits):
+        for edit in edits:
+            edit(folder)
+        folder.json.write_text(json.dumps(folder.content))
+        name = f"data set {len(DatasetCatalog.list())}"
+        register_coco_instances(name, {}, str(folder.json), str(folder.images))
+        return ap_of_the_truth(name)
+
     put(info={})(folder)
-    for area in (0, 1e10):
-        every(lambda a, area=area: {"area": area})(folder)
-        folder.check()
-        assert ap_as_it_is_now(folder, f"within_{area}") == pytest.approx(100)
-    for area in (-1, 1.1e10):
-        every(lambda a, area=area: {"area": area})(folder)
-        assert np.isnan(ap_as_it_is_now(folder, f"ignored_{area}"))
-    every(lambda a: {"area": 100})(folder)
-    annotation(0, id=0)(folder)
-    assert ap_as_it_is_now(folder, "zero") < 90
+    for area, ap in ((0, 100), (1e10, 100), (-1, NAN), (1.1e10, NAN)):
+        assert ap_after(every(lambda a, area=area: {"area": area})) == pytest.approx(ap, nan_ok=True)
+        if ap == 100:
+            folder.check()
+    assert ap_after(every(lambda a: {"area": 100}), annotation(0, id=0)) < 90
     for key in ("area", "iscrowd"):
-        annotation(2, **{key: ...})(folder)
-        assert f"'{key}'" in folder.check(for_evaluation=False).gaps["evaluation"][0]
         with pytest.raises(KeyError, match=key):
-            ap_as_it_is_now(folder, key)
+            ap_after(annotation(2, **{key: ...}))
+        assert f"'{key}'" in folder.check(for_evaluation=False).gaps["evaluation"][0]
         annotation(2, area=100)(folder)

@@ -6,21 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_same_weights
+from coco_folder import refused
+from conftest import ROOT, assert_same_weights
 from detectron2.config import LazyConfig
 from detectron2.modeling import build_model
 from fvcore.common.param_scheduler import CosineParamScheduler
 from omegaconf import OmegaConf
 from outcomes import json_lines
 
-from repr_det import RePrHook, UserError, find_filter_layers
+from repr_det import RePrHook, find_filter_layers
 from repr_det.commands.arguments import build_config
 from repr_det.commands.lazy import LazyTrainer, instantiate, load_lazy_config, record_reads, repr_cfg_from_lazy
 from repr_det.commands.train import start
 from repr_det.detectron.config import validate_repr_config
-from repr_det.studies.comparison.records import read_events
 
-ROOT = Path(__file__).resolve().parents[1]
 CONFIG = str(ROOT / "configs" / "lazy" / "repr_faster_rcnn_r50_fpn.py")
 SMALL = f"""
 from detectron2.config import LazyCall as L
@@ -79,7 +78,6 @@ def test_a_node_of_version_0_2_0_says_the_same(caplog):
     lazy = load_lazy_config(CONFIG, ["train.max_iter=900"])
     lazy.repr.update(s1_iters=1, s2_iters=2, num_cycles=1, drop_ratio=0.2, exclude=["*.conv3"], scale="old")
     new = repr_cfg_from_lazy(lazy)
-    assert instantiate(lazy.repr).options.resumed() == RePrHook(new).options.resumed()
     lazy.repr = OLD_NODE | options
     with caplog.at_level(logging.WARNING):
         old = repr_cfg_from_lazy(lazy)
@@ -110,7 +108,7 @@ def test_trains_evaluates_and_resumes_bit_for_bit(small_config, tmp_path):
         return torch.load(tmp_path / name / "model_final.pth", weights_only=True)["model"]
 
     straight = run("a")
-    events = read_events(tmp_path / "a")
+    events = json_lines(tmp_path / "a" / "repr_events.jsonl")
     assert [(e["event"], e["iteration"]) for e in events] == [("drop", 0), ("restore", 2)]
     assert list(events[0]["dropped"]) == ["backbone.bottom_up.res4.0.conv2"]
     assert "bbox/AP" in json_lines(tmp_path / "a" / "metrics.json")[-1]
@@ -119,30 +117,24 @@ def test_trains_evaluates_and_resumes_bit_for_bit(small_config, tmp_path):
     (tmp_path / "b").mkdir()
     shutil.copy(tmp_path / "a" / "model_0000001.pth", tmp_path / "b")  # in the sub-network phase
     assert_same_weights(straight, run("b", "--resume"))
-    assert [e["event"] for e in read_events(tmp_path / "b")] == ["restore"]
-    with pytest.raises(UserError, match="holds another run"):
-        run("a")
-    with pytest.raises(UserError, match="--eval-only needs a checkpoint"):
-        run("a", "--baseline", "--eval-only")
+    assert [e["event"] for e in json_lines(tmp_path / "b" / "repr_events.jsonl")] == ["restore"]
+    assert "holds another run" in refused(run, "a")
+    assert "--eval-only needs a checkpoint" in refused(run, "a", "--baseline", "--eval-only")
     run("a", "--baseline", "--eval-only", "--resume")
 
 
 @pytest.mark.parametrize(
     ("file", "override", "message"),
     [
-        ("nope", None, "--config-file 'nope.py' is not a file, nor the name of a shipped config: "),
         ("broken", None, "broken.py: name 'models' is not defined"),
         ("empty", None, "empty.py lacks model: define model, dataloader"),
         ("small", "repr.NOPE=1", "the node repr of the LazyConfig: Non-existent key: REPR.NOPE"),
         ("small", "repr.drop_ratio=many", "the node repr of the LazyConfig: Type mismatch"),
-        ("small", "repr=3", "the node repr of the LazyConfig: "),
         ("small", "repr.s1_iters=50", "needs repr.start_iter 0 + repr.num_cycles 1 x (repr.s1_iters 50 + repr.s2"),
-        ("small", "repr.returns=median_gamma", "repr.returns must be one of as_published, function_preserving"),
         ("old", "repr.NOPE=1", "the node repr of the LazyConfig: Non-existent config key: REPR.NO"),
         ("old", "repr.DROP_RATIO=1.5", "repr.DROP_RATIO must be in (0, 1), got 1.5"),
         ("small", "DROP_RATIO", "overrides must be path.key=value"),
         ("small", "train.max_iter=soon", "for config key: train.max_iter"),
-        ("small", "+train.output_dir=7", "for config key: train.output_dir"),
         ("small", "train.init_checkpoint=gone.pth", "train.init_checkpoint 'gone.pth' cannot be read"),
         ("small", "model.roi_heads.num_classes=7", "model.roi_heads.num_classes is 7, but tiny_train has 2 classes"),
         ("small", "dataloader.evaluator.dataset_name=v", "must be that of dataloader.test ('tiny_val',), got 'v'"),
@@ -159,9 +151,8 @@ def test_wrong_input_gets_one_line_before_the_first_step(small_config, tmp_path,
     Path("broken.py").write_text("model = models.resnet")
     Path("empty.py").write_text("train = dict(max_iter=3)")
     Path("old.py").write_text(f"{SMALL}\nrepr = {OLD_NODE}\n")
-    with pytest.raises(UserError) as error:
-        start(["--config-file", f"{file}.py", "train.output_dir=x", *([override] if override else [])])
-    assert message in str(error.value) and "\n" not in str(error.value)
+    words = ["--config-file", f"{file}.py", "train.output_dir=x", *([override] if override else [])]
+    assert message in refused(start, words)
     assert not Path("x").exists()
 
 
@@ -172,14 +163,12 @@ def test_what_may_be_set(small_config):
     assert all(OmegaConf.select(cfg, key) == 3 for key in (*keys, "train.mine"))
 
 
-@pytest.mark.parametrize("mine", [False, True])
-def test_what_nothing_reads_is_found_by_the_reads(small_config, mine):
+def test_what_nothing_reads_is_found_by_the_reads(small_config):
     """detrex's keys, and a node of one's own; Detectron2's are all read."""
     cfg = load_lazy_config(small_config, [])
-    if mine:
-        cfg.train.update(clip_grad={"enabled": True, "params": {"max_norm": 0.1}}, model_ema={"enabled": True})
-        cfg.ema = {"decay": 0.9}
+    cfg.train.update(clip_grad={"enabled": True, "params": {"max_norm": 0.1}}, model_ema={"enabled": True})
+    cfg.ema = {"decay": 0.9}
     cfg.image_size = 3  # used while the file was read
     unread = record_reads(cfg)
     LazyTrainer.of(cfg)(repr_cfg_from_lazy(cfg))
-    assert unread() == (["ema.decay", "train.clip_grad", "train.model_ema"] if mine else [])
+    assert unread() == ["ema.decay", "train.clip_grad", "train.model_ema"]

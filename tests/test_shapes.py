@@ -10,12 +10,11 @@ from unittest.mock import Mock
 import cv2
 import numpy as np
 import pytest
-from coco_folder import ap_of_the_truth
+from coco_folder import ap_of_the_truth, refused
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from repr_det import datasets
 from repr_det.datasets import shapes
-from repr_det.method.errors import UserError
 
 PINNED = {
     "train": "5810b0c366d207ddbb5ced37ae3ac1f79d860162de5a1ceafbe30c0455f9de10",
@@ -23,27 +22,16 @@ PINNED = {
 }
 
 
-@pytest.fixture(scope="module")
-def sample():
-    """The first 60 validation images."""
-    return list(shapes.generate_shapes(shapes.SPLITS["val"][0], 60))
-
-
-def test_pixels_and_annotations_are_the_pinned_ones(sample):
-    """They do not depend on how many are drawn, and the two splits share none."""
-    train = list(shapes.generate_shapes(shapes.SPLITS["train"][0], 20))
-    for split, drawn in (("train", train), ("val", sample[:20])):
+def test_pixels_and_annotations_are_the_pinned_ones():
+    """And the two splits share no image."""
+    images = []
+    for split, pinned in PINNED.items():
         digest = hashlib.sha256()
-        for image, objects in drawn:
+        for image, objects in shapes.generate_shapes(shapes.SPLITS[split][0], 20):
             digest.update(repr(image.shape).encode() + image.tobytes() + json.dumps(objects, sort_keys=True).encode())
-        assert digest.hexdigest() == PINNED[split]
-    assert len({image.tobytes() for image, _ in train + sample}) == 80
-
-
-def test_the_sine_table_is_far_from_rounding_ties():
-    """So that another libm cannot round an entry the other way."""
-    exact = [shapes.ONE * math.sin(math.radians(degree)) for degree in range(360)]
-    assert min(abs(abs(value - math.floor(value)) - 0.5) for value in exact) > 1e-6
+            images.append(image.tobytes())
+        assert digest.hexdigest() == pinned
+    assert len({*images}) == 40
 
 
 @pytest.mark.parametrize("name", shapes.CLASS_NAMES)
@@ -63,11 +51,9 @@ def test_stencil_against_opencvs_distance_to_the_outline(name):
 
 
 def test_box_and_area_of_a_single_shape_are_those_of_the_pixels_it_changes(monkeypatch):
-    monkeypatch.setattr(shapes, "TEXTURES", ("solid",))
-    off = {"CLUTTER": (0, 0), "OCCLUDERS": (0, 0), "NOISE": (0, 0), "PATCHES": (0, 0), "BLUR": 0, "LOW_CONTRAST": 0}
-    for key, value in off.items():
+    plain = dict.fromkeys(("CLUTTER", "OCCLUDERS", "NOISE", "PATCHES"), (0, 0)) | {"BLUR": 0, "LOW_CONTRAST": 0}
+    for key, value in (plain | {"TEXTURES": ("solid",), "OBJECTS": (1, 1)}).items():
         monkeypatch.setattr(shapes, key, value)
-    monkeypatch.setattr(shapes, "OBJECTS", (1, 1))
     drawn = list(shapes.generate_shapes(5, 60))
     monkeypatch.setattr(shapes, "OBJECTS", (0, 0))
     clipped = 0
@@ -94,21 +80,6 @@ def test_every_object_stays_visible_and_many_are_partly_hidden(monkeypatch):
     assert 0.15 < (visible < 0.9 * np.array(areas)).mean() < 0.8
 
 
-def test_images_and_objects_have_the_documented_form_and_every_scale_and_class(sample):
-    for image, objects in sample:
-        assert image.dtype == np.uint8 and {*image.shape[:2]} <= {*shapes.IMAGE_SIDES}
-        assert 1 <= len(objects) <= shapes.OBJECTS[1]
-        for thing in objects:
-            x, y, w, h = thing["bbox"]
-            assert x >= 0 and y >= 0 and x + w <= image.shape[1] and y + h <= image.shape[0]
-            assert 0 < thing["area"] <= w * h
-    objects = [thing for _, things in sample for thing in things]
-    small, medium, large = np.histogram([o["area"] for o in objects], [0, 32**2, 96**2, 1e9])[0] / len(objects)
-    assert small > 0.2 and medium > 0.4 and large > 0.02
-    counts = np.bincount([thing["category_id"] for thing in objects])
-    assert counts[0] == 0 and len(counts) == 7 and counts[1:].min() > 0.05 * len(objects)
-
-
 @pytest.fixture
 def few_images(monkeypatch):
     monkeypatch.setattr(shapes, "SPLITS", {"train": (1, 4), "val": (2, 3)})
@@ -119,22 +90,11 @@ def contents(root):
     return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
 
 
-def put(before, root):
-    if before == "empty":
-        root.mkdir()
-    elif before == "outdated":
-        shapes.build_shapes(root)
-        (root / "VERSION").write_text("repr_det shapes 0 abc\n")
-        (root / "train" / "old.png").write_bytes(b"old")
-
-
 def test_the_folder_holds_what_is_generated_and_is_reused_silently(few_images, tmp_path, capsys):
     root = shapes.build_shapes(tmp_path / "a folder" / "shäpes")
     assert capsys.readouterr().err.count("\n") == 1
     for split, (seed, count) in shapes.SPLITS.items():
         truth = json.loads((root / "annotations" / f"{split}.json").read_text())
-        assert [c["name"] for c in truth["categories"]] == list(shapes.CLASS_NAMES)
-        assert [a["id"] for a in truth["annotations"]] == list(range(1, len(truth["annotations"]) + 1))
         assert len(list((root / split).iterdir())) == len(truth["images"]) == count
         for entry, (image, objects) in zip(truth["images"], shapes.generate_shapes(seed, count), strict=True):
             stored = cv2.imdecode(np.fromfile(root / split / entry["file_name"], np.uint8), cv2.IMREAD_COLOR)
@@ -157,8 +117,7 @@ def test_what_is_in_the_way_is_left_alone(few_images, tmp_path, foreign):
     root.mkdir()
     (root / foreign).write_bytes(b"\xffmine")
     for place in (root, root / foreign, root / foreign / "inside"):
-        with pytest.raises(UserError, match=r"cannot be written to .*: empty it, or set DETECTRON2_DATASETS to"):
-            shapes.build_shapes(place)
+        assert "cannot be written to " in refused(shapes.build_shapes, place)
     assert contents(root) == {f".{foreign}.lock": b"", foreign: b"\xffmine"}
 
 
@@ -166,7 +125,12 @@ def test_what_is_in_the_way_is_left_alone(few_images, tmp_path, foreign):
 def test_an_interrupted_build_changes_nothing_and_of_several_one_draws(few_images, tmp_path, monkeypatch, before):
     reference = contents(shapes.build_shapes(tmp_path / "reference" / "shapes"))
     root, write, writes, start = tmp_path / "shapes", shapes._write, [], threading.Barrier(4, timeout=60)
-    put(before, root)
+    if before == "empty":
+        root.mkdir()
+    elif before == "outdated":
+        shapes.build_shapes(root)
+        (root / "VERSION").write_text("repr_det shapes 0 abc\n")
+        (root / "train" / "old.png").touch()
     wanted = contents(root)
     encoded = cv2.imencode(".png", np.zeros((9, 9, 3), np.uint8))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -190,9 +154,6 @@ def test_registration_is_lazy_and_may_be_repeated(few_images, catalogs, tmp_path
     assert not root.exists()
     datasets.check_registered("shapes_train_75")  # before anything is loaded, as the commands do
     records = DatasetCatalog.get("shapes_train")
-    truth = json.loads((root / "annotations" / "train.json").read_text())
-    loaded = [(r["image_id"], o["category_id"] + 1, o["bbox"]) for r in records for o in r["annotations"]]
-    assert loaded == [(a["image_id"], a["category_id"], a["bbox"]) for a in truth["annotations"]]
     assert MetadataCatalog.get("shapes_val").thing_classes == list(shapes.CLASS_NAMES)
     assert DatasetCatalog.get("shapes_train_75") == records[:2] and len(records) == 4
     assert ap_of_the_truth("shapes_val") == pytest.approx(100)
