@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from detectron2.layers import Conv2d, FrozenBatchNorm2d, get_norm
-from test_new_filters import unit_rows
+from test_orthogonality import unit_rows
 from torch import nn
 
 from repr_det import RePrScheme, UserError, find_filter_layers
