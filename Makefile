@@ -12,8 +12,8 @@ PYTHON ?= python3
 export PYTHON
 
 PROCESSES ?= 2
-NUMERIC = $(addprefix tests/test_, $(addsuffix .py, orthogonality new_filters selection criteria data_criteria redundancy \
-    scheme returning calibration held_filters groups proof optimizers rooms ranks))
+NUMERIC = $(addprefix tests/test_, $(addsuffix .py, orthogonality criteria data_criteria redundancy scheme returning calibration \
+    held_filters proof optimizers rooms ranks))
 
 .PHONY: install test slow portable demo lint docs soak gpu-report clean
 
@@ -23,10 +23,10 @@ install:
 PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n $(PROCESSES) --dist loadfile $(COVERAGE)
 
 test: install
-	$(PYTEST) -m "not slow" tests
+	$(PYTEST) -m "not slow"
 
 slow: install
-	$(PYTEST) -m slow tests
+	$(PYTEST) -m slow
 
 portable: install
 	OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 \

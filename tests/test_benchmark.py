@@ -4,10 +4,7 @@ import collections
 import json
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from types import SimpleNamespace
 
 import benchmark
 import numpy as np
@@ -36,18 +33,6 @@ def test_wrong_arguments(flags, message):
     assert message in str(error.value)
 
 
-def test_on_a_gpu_the_stock_step_is_the_case(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match="torch sees no GPU"):
-        parse(["--device", "cuda"])
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    args, cfg, size = parse(["--device", "cuda", "SOLVER.AMP.ENABLED", "True"])
-    assert (args.heads, size, cfg.MODEL.DEVICE, cfg.SOLVER.IMS_PER_BATCH) == ("stock", (800, 1333), "cuda", 2)
-    assert parse(["--device", "cuda", "--size", "640x64"])[2] == (640, 64)
-    args, cfg, size = parse([])
-    assert (args.heads, size, cfg.MODEL.ROI_BOX_HEAD.NUM_FC) == ("small", (320, 320), 1)
-
-
 def test_ratios_are_those_of_a_round():
     rng = np.random.default_rng(1)
     machine = rng.uniform(1, 3, 11)  # a shared machine: each round is as slow as the others make it
@@ -57,18 +42,6 @@ def test_ratios_are_those_of_a_round():
     assert "to_stock" not in stock and quartiles == pytest.approx(np.percentile(machine, [25, 50, 75]))
     assert first["to_stock"] == pytest.approx({"median": 1.01, "q1": 1.01, "q3": 1.01})
     assert second["to_stock"]["q3"] == pytest.approx(np.percentile(np.divide(seconds[S2], machine), 75))
-
-
-def test_arms_take_turns():
-    calls = []
-
-    def step(name):
-        time.sleep(0.02)
-        calls.append(name)
-
-    arms = {name: SimpleNamespace(step=partial(step, name)) for name in "abc"}
-    seconds = benchmark.take_turns("step", arms, 3, time.perf_counter)
-    assert "".join(calls) == "aabbccbbccaaccaabb" and {len(values) for values in seconds.values()} == {3}
 
 
 def test_share_of_a_run():

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-import sys
+from pathlib import Path
 
 import averages
 import cifar10
@@ -16,13 +16,13 @@ import tables
 import torch
 from cifar import data, network, records, training
 from cifar.records import Settings
-from conftest import ROOT
 from PIL import Image
 from torch import nn
 
 from repr_det import UserError
 
-FOLDER = ROOT / "docs" / "evidence"
+FOLDER = Path(__file__).parent
+ROOT = FOLDER.parents[1]
 
 
 def test_the_table_pairs_forms_with_the_baseline_of_the_same_setting(tmp_path):
@@ -113,16 +113,6 @@ def test_a_line_of_the_cifar_tables_is_the_runs_of_its_options(tmp_path):
     ]
 
 
-def test_label_noise_is_studied_at_the_setting_that_served_the_standard_network_best():
-    study = modern.LabelNoise()
-    study.records = {}
-    grid = list(study.runs([]))
-    study.records = {settings.key: {"final": index == 3} for index, settings in enumerate(grid)}
-    chosen = list(study.runs([0]))[len(grid) :]
-    assert [settings.arm for settings in chosen] == modern.ARMS
-    assert {dataclasses.replace(settings, arm="standard", seed=100) for settings in chosen} == {grid[3]}
-
-
 @pytest.mark.parametrize("study", [modern.LabelNoise, modern.ResNet20])
 def test_a_study_trains_what_is_missing_and_tells_it_by_seed(study, monkeypatch, tmp_path):
     ends = {"standard": 50.0, "ortho": 52.0, "random": 49.0}
@@ -153,9 +143,6 @@ def test_averages_end_as_the_page_says():
     assert f"{last['5 %', 'not told']:.1f}" == f"{last['5 %', 'averages=']:.1f}"
 
 
-TINY = ["--train-images", "40", "--batch-size", "8", "--epochs", "10", "--criterion-batches", "2", "--seeds", "0"]
-
-
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """Images of noise, brighter from class to class."""
@@ -177,17 +164,6 @@ def settings(**options) -> Settings:
         common |= {"s1": 20.0, "s2": 10.0, "cycles": 3, "drop_ratio": 0.3, "max_drop_per_layer": 0.5}
         common |= {"skip_first": False, "scale": "kept", "criterion_batches": 2}
     return Settings(**(common | options))
-
-
-def test_released_setting_is_the_authors_schedule():
-    args = cifar10.parse(["--setting", "released", "--train-images", "45000", "--rows", "ortho_released"])
-    (run,) = cifar10.plan(args, "digest")[:1]
-    schedule = training.schedule_of(run)
-    steps = -(-45_000 // 64)  # the author leaves the last batch of an epoch out
-    assert (schedule.s1_iters, schedule.s2_iters, schedule.num_cycles) == (20 * steps, 20 * steps, 9)
-    assert run.epochs * steps - schedule.end_iter == 19 * steps
-    assert run.lr_half_life / 100 * run.epochs * (steps - 1) == pytest.approx(25_000)
-    assert (run.network, run.optimizer, run.lr, run.drop_ratio) == ("5x5", "sgd", 0.05, 0.5)
 
 
 def filters(model: nn.Module) -> list[torch.Tensor]:
@@ -227,26 +203,3 @@ def test_records_survive_a_kill_and_later_fields(tmp_path):
     records.append(file, {"settings": {"row": "standard", "colour": "red"}})
     with pytest.raises(UserError, match=r"jsonl, line 3 is no run of this program \(.*colour.*\): delete the line"):
         records.read(file)
-
-
-def test_a_study_trains_what_is_missing_with_teacher_and_first_weights(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(training, "prepare_process", lambda: None)  # it would outlive the test
-    options = "--distill 0.5 --teacher-epochs 1 --warm-images 20 --warm-epochs 2 --rows standard".split()
-
-    def study(*options):
-        monkeypatch.setattr(sys, "argv", ["", "--data", str(folder), "--output", str(tmp_path), *TINY, *options])
-        cifar10.main()
-        return records.read(tmp_path / "runs.jsonl")
-
-    study(*options)
-    held = study(*options, "ortho")
-    found = [(s.network, s.row, s.train_images, s.epochs, s.warm_images) for s, _ in held]
-    assert found[:2] == [("teacher", "standard", 40, 1, 0), ("3x3", "standard", 20, 2, 0)]
-    assert found[2:] == [("3x3", "standard", 40, 10, 20), ("3x3", "ortho", 40, 10, 20)]
-    assert held[2][0].teacher == held[0][0].key and "ortho, seed 0: " in capsys.readouterr().out
-    for finished, _ in held[:2]:  # the weights that others need are trained again
-        file = cifar10.weights_file(tmp_path, finished)
-        before = torch.load(file)
-        file.unlink()
-        assert study(*options)[-1] == held[-1]
-        assert all(torch.equal(value, before[name]) for name, value in torch.load(file).items())
