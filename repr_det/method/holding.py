@@ -126,17 +126,22 @@ class HeldFilters:
         if self._steps % _EVERY == 0 or self._steps.bit_count() == 1:
             self.check_zero(f"{self._steps} steps after the drop of cycle {cycle}")
 
-    def check_zero(self, when: str) -> None:
-        """Raises UserError where a dropped filter is not 0."""
+    def not_zero(self) -> list[tuple[str, str]]:
+        """Names of layers and of their tensors whose dropped filters are not 0."""
         flags = {}
         for layer in self.layers:
             for name, tensor in layer.tensors().items():
                 rows = self.rows[layer.name].to(tensor.device)
                 flags[layer.name, name] = tensor.detach().index_select(0, rows).any()
-        if found := _true_ones(flags):
+        return _true_ones(flags)
+
+    def check_zero(self, when: str) -> None:
+        """Raises UserError where a dropped filter is not 0."""
+        if found := self.not_zero():
+            layer, tensor = found[0]
             raise UserError(
-                f"dropped filters of {found[0][0]} are not zero any more {when} (their {found[0][1]}): another "
-                "optimizer, loaded weights or a swapped-in average has written to them"
+                f"dropped filters of {layer} are not zero any more {when} (their {tensor}): another optimizer, loaded "
+                "weights or a swapped-in average has written to them"
             )
 
     def release(self) -> None:

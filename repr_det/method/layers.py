@@ -51,6 +51,7 @@ class FilterLayer:
 
     @property
     def num_filters(self) -> int:
+        """J."""
         return self.conv.out_channels
 
     @property
@@ -66,6 +67,7 @@ class FilterLayer:
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def parameters(self) -> Iterator[nn.Parameter]:
+        """The members of ``tensors`` that an optimizer may move."""
         return (t for t in self.tensors().values() if isinstance(t, nn.Parameter))
 
     def running_statistics(self) -> dict[str, Tensor]:

@@ -116,6 +116,7 @@ class RePrScheme:
 
     @property
     def num_dropped(self) -> int:
+        """The number of filters that are out now."""
         return sum(int(mask.sum()) for mask in self.masks.values())
 
     def check(self) -> None:
@@ -146,7 +147,7 @@ class RePrScheme:
         self._check_participants()
         check_optimizer_state(self.layers, self.optimizers)
         values = self._checked_values("drop")
-        masks = self._select(values)
+        masks = self._select(self._scores(), values)
         overlaps = self._overlaps(values, {})
         kept = self._overlaps(values, masks)
         held = HeldFilters(self.layers, masks, self.optimizers)
@@ -325,11 +326,13 @@ class RePrScheme:
         seconds = time.perf_counter() - start
         return Transition(event, self.cycle, dropped, before, after, cosines, seconds, rounded)
 
-    def _select(self, values: Values) -> dict[str, Tensor]:
-        """Layer name -> (J,) bool, True = drop, of rank 0. Zero filters go first; layers that do not learn keep all."""
+    def _scores(self) -> dict[str, Tensor]:
         generator = generator_of(self.seed, self.cycle, 0, 0)
         context = Context(generator, self.passes, self.options.criterion_batches, self.cycle)
-        scores = self.criterion.score(self.layers, context)
+        return self.criterion.score(self.layers, context)
+
+    def _select(self, scores: Mapping[str, Tensor], values: Values) -> dict[str, Tensor]:
+        """Layer name -> (J,) bool, True = drop, of rank 0. Zero filters go first; layers that do not learn keep all."""
         frozen = self._learning.without(self.layers)
         listed = [f"{name} ({why})" for name, why in frozen.items()]
         if len(frozen) == len(self.layers):
