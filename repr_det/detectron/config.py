@@ -1,6 +1,7 @@
 """The config node REPR, made from ``RePrOptions``, and the decays of a learning-rate schedule."""
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -124,7 +125,13 @@ def decays(multiplier: Callable[[float], float], max_iter: int) -> tuple[int, ..
 
 
 def decays_of_config(cfg: CfgNode) -> tuple[int, ...]:
-    """``decays`` of the scheduler that Detectron2 builds for SOLVER."""
+    """``decays`` of the scheduler that Detectron2 builds for SOLVER; remembered, for it asks for every iteration."""
+    return _decays_of_solver(cfg.SOLVER.dump())
+
+
+@functools.lru_cache
+def _decays_of_solver(solver: str) -> tuple[int, ...]:
+    cfg = CfgNode({"SOLVER": CfgNode.load_cfg(solver)})
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     logger = logging.getLogger("detectron2.solver.build")
     level = logger.level

@@ -14,7 +14,7 @@ from repr_det.method.criteria import drop_total
 from repr_det.method.errors import UserError
 from repr_det.method.holding import Transition
 from repr_det.method.layers import find_filter_layers, what_attention_means
-from repr_det.method.options import RePrOptions, about_option
+from repr_det.method.options import RePrOptions, check_count
 from repr_det.method.passes import TrainingPasses, passes_over
 from repr_det.method.schedule import RePrSchedule
 from repr_det.method.scheme import RePrScheme
@@ -71,7 +71,7 @@ class RePr:
         **options: Any,
     ) -> None:
         self.options = RePrOptions.of(options)
-        about_option("num_cycles").check("total_steps", total_steps)
+        check_count("total_steps", total_steps)
         if not isinstance(first_step, int) or not 0 <= first_step <= total_steps:
             raise UserError(f"first_step= must be 0 to total_steps= {total_steps}, got {first_step!r}")
         if (loader is None) != (loss is None) or (loader is not None and passes is not None):

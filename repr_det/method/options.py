@@ -142,6 +142,11 @@ class RePrOptions:
         return {CONFIG_KEYS[name]: _storable(getattr(self, name)) for name in names}
 
 
+def check_count(name: str, value: Any) -> None:
+    """Raises OptionError unless ``value`` is an integer of at least 1."""
+    About("", "", least=1).check(name, value)
+
+
 def about_option(name: str) -> About:
     return RePrOptions.__dataclass_fields__[name].metadata["about"]
 

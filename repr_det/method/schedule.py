@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from repr_det.method.errors import OptionError
-from repr_det.method.options import about_option
+from repr_det.method.options import about_option, check_count
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class RePrSchedule:
 
     def __post_init__(self) -> None:
         for name in ("s1_iters", "s2_iters", "num_cycles"):  # the options may be 0: derived
-            about_option("num_cycles").check(name, getattr(self, name))
+            check_count(name, getattr(self, name))
         about_option("start_iter").check("start_iter", self.start_iter)
 
     @classmethod
@@ -31,7 +31,7 @@ class RePrSchedule:
         """S1 : S2 = 2 : 1 in three quarters of the iterations before the learning rate first decays (else of all):
         10000 / 5000 for N = 3 and a first decay at 60000."""
         horizon = max_iter if first_lr_step is None else min(first_lr_step, max_iter)
-        about_option("num_cycles").check("num_cycles", num_cycles)
+        check_count("num_cycles", num_cycles)
         cycle = (horizon * 3 // 4 - start_iter) // num_cycles
         if cycle < 3:
             raise OptionError(

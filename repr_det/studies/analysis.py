@@ -103,11 +103,14 @@ def analyze(
     num_pairs: int = 10,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Describes layers, with filters by index; and the pairs of filters with the largest |cosine|."""
-    if get_criterion(criterion).needs_data and passes is None:
+    chosen, redundant = get_criterion(criterion), CRITERIA["redundant"]
+    if chosen.needs_data and passes is None:
         raise UserError(f"criterion {criterion!r} looks at training batches: give --config-file and --batches")
     context = Context(torch.Generator().manual_seed(0), passes, num_batches)
-    scores = get_criterion(criterion).score(layers, context)
-    redundancy = None if passes is None else CRITERIA["redundant"].score(layers, context)
+    scores = chosen.score(layers, context)
+    redundancy = None
+    if passes is not None:
+        redundancy = scores if chosen is redundant else redundant.score(layers, context)
     # As in a drop, zero filters go first.
     used = {layer.name: layer.weight.detach().flatten(1).any(1) for layer in layers}
     ranked = {name: score.masked_fill(~used[name], math.inf) for name, score in scores.items()}
