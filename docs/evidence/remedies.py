@@ -13,7 +13,7 @@ import itertools
 import json
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -33,6 +33,7 @@ SHARE = 0.75
 SHORT = "--train-images 25000 --epochs 12 --s1 13 --s2 7"
 GROWN = "--train-images 25000 --epochs 10 --max-drop-per-layer 0.75"
 EARLY = "--s1 2.5 --s2 1.25"
+FIRST, FRESH = range(5), range(5, 10)  # seeds of a question, and of what confirms its answer
 
 Remedy = Callable[[nn.Sequential], None]
 Record = dict[str, Any]
@@ -199,21 +200,24 @@ def last_epoch(record: Record) -> float:
     return record["final"]
 
 
-def finished(study: Study, name: str, row: str, value: Callable[[Record], float]) -> dict[int, float]:
+def finished(
+    study: Study, name: str, row: str, value: Callable[[Record], float], seeds: Iterable[int]
+) -> dict[int, float]:
     """Seed -> value of the runs of a row that are there."""
-    found = {seed: study.record(name, row, seed) for seed in range(20)}
+    found = {seed: study.record(name, row, seed) for seed in seeds}
     return {seed: value(record) for seed, record in found.items() if record}
 
 
-def table(study: Study, name: str) -> str:
+def table(study: Study, name: str, seeds: Iterable[int] = FIRST) -> str:
     """Test accuracy in percent: last epoch, mean of the last five, and differences of that mean paired by seed."""
     alone = next(iter(STUDIES[name]))
-    baseline = finished(study, name, alone, mean_of_last_five)
+    baseline = finished(study, name, alone, mean_of_last_five, seeds)
     lines = []
     for row in STUDIES[name]:
-        values = finished(study, name, row, mean_of_last_five)
+        values = finished(study, name, row, mean_of_last_five, seeds)
         if values:
-            tests = [spread(finished(study, name, row, value).values()) for value in (last_epoch, mean_of_last_five)]
+            ends = finished(study, name, row, last_epoch, seeds)
+            tests = [spread(ends.values()), spread(values.values())]
             difference = interval(paired(baseline, values)) if row != alone else ""
             lines.append([row, str(len(values)), *tests, difference])
         else:
@@ -222,15 +226,16 @@ def table(study: Study, name: str) -> str:
     return markdown(head, lines)
 
 
-def verdicts(study: Study) -> str:
+def verdicts(study: Study, names: Iterable[str] = STUDIES, seeds: Iterable[int] = FIRST) -> str:
     """Every form of RePr against every remedy, paired by seed."""
     lines = []
-    for name, rows in STUDIES.items():
+    for name in names:
+        rows = STUDIES[name]
         forms = [row for row in rows if row.startswith("RePr")]
         remedies = [row for row in rows if rows[row].remedy]
         for form, remedy in itertools.product(forms, remedies):
             pairs = [
-                paired(finished(study, name, remedy, value), finished(study, name, form, value))
+                paired(*(finished(study, name, row, value, seeds) for row in (remedy, form)))
                 for value in (mean_of_last_five, last_epoch)
             ]
             lines.append([name, form, remedy, *(interval(pair) if pair else "not yet run" for pair in pairs)])
@@ -259,6 +264,8 @@ def main() -> None:
     for name in STUDIES:
         print(name, table(study, name), sep="\n\n", end="\n\n")
     print(verdicts(study))
+    print(f"widened, seeds {FRESH[0]} to {FRESH[-1]}", table(study, "widened", FRESH), sep="\n\n", end="\n\n")
+    print(verdicts(study, ["widened"], FRESH))
 
 
 if __name__ == "__main__":

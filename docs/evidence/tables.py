@@ -32,8 +32,9 @@ def of_cifar(table: Callable[[cifar10_tables.Study], str]) -> Callable[[], str]:
     return lambda: table(study())
 
 
-def of_remedies(name: str) -> Callable[[], str]:
-    return lambda: remedies.table(remedies.Study(study().digest), name)
+@functools.cache
+def remedy_study() -> remedies.Study:
+    return remedies.Study(study().digest)
 
 
 def of_transfer() -> str:
@@ -54,8 +55,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "fine-tuning-summary": fine_tuning_report.summary,
     "fine-tuning": fine_tuning_report.table,
     "fine-tuning-forms": fine_tuning_report.forms,
-    **{f"remedies-{name}": of_remedies(name) for name in remedies.STUDIES},
-    "remedies-verdicts": lambda: remedies.verdicts(remedies.Study(study().digest)),
+    **{f"remedies-{name}": lambda name=name: remedies.table(remedy_study(), name) for name in remedies.STUDIES},
+    "remedies-verdicts": lambda: remedies.verdicts(remedy_study()),
+    "remedies-widened-fresh": lambda: remedies.table(remedy_study(), "widened", remedies.FRESH),
+    "remedies-widened-fresh-verdicts": lambda: remedies.verdicts(remedy_study(), ["widened"], remedies.FRESH),
     **{name.replace("_", "-"): lambda study=study: study().table() for name, study in modern.STUDIES.items()},
     "transfer": of_transfer,
 }

@@ -158,6 +158,19 @@ def folder(tmp_path, monkeypatch):
     return tmp_path / "images"
 
 
+def test_two_runs_may_decode_the_images_at_once(folder, tmp_path, monkeypatch):
+    save, loaded = torch.save, []
+
+    def save_as_another_run_begins(*arguments):
+        save(*arguments)
+        monkeypatch.setattr(torch, "save", save)
+        loaded.append(data.load(folder, tmp_path))
+
+    monkeypatch.setattr(torch, "save", save_as_another_run_begins)
+    loaded.append(data.load(folder, tmp_path))
+    assert loaded[0].digest == loaded[1].digest and len(list(tmp_path.glob("*.pt"))) == 1
+
+
 def settings(**options) -> Settings:
     common = {"train_images": 40, "batch_size": 8, "epochs": 10}
     if options.get("row", "standard") != "standard":

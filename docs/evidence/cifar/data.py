@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from repr_det import UserError
+from repr_det.runs.files import replacing
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 NUMBERS = {"train": 50_000, "test": 10_000}
@@ -69,9 +70,8 @@ def load(source: Path, cache: Path) -> Cifar10:
         read = _reader(source)
         parts = {part: read(part) for part in NUMBERS}
         cache.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(".tmp")
-        torch.save({p: (i.pixels, i.classes) for p, i in parts.items()} | {"digest": _digest(parts)}, temporary)
-        temporary.replace(file)
+        with replacing(file, "wb") as whole:  # another run may be decoding the same
+            torch.save({p: (i.pixels, i.classes) for p, i in parts.items()} | {"digest": _digest(parts)}, whole)
     held = torch.load(file, weights_only=True)
     return Cifar10(Images(*held["train"]), Images(*held["test"]), held["digest"])
 
