@@ -3,10 +3,12 @@
 import errno
 import logging
 import os
+from contextlib import nullcontext
 
 import pytest
 import torch
 from conftest import At, interrupt
+from detectron2.engine import hooks
 from torch import nn
 
 from repr_det import Trainer, UserError
@@ -120,6 +122,21 @@ def test_one_trainer_trains_once(tiny_cfg, enabled):
         trainer.train()
     with pytest.raises(UserError, match=r"this trainer has trained .*: make another one and call resume_or_load"):
         trainer.train()
+
+
+def test_a_resumed_run_keeps_its_best_checkpoint(tiny_cfg, tmp_path, monkeypatch):
+    cfg = tiny_cfg(*RUN, "SOLVER.MAX_ITER", 8, "TEST.EVAL_PERIOD", 2, "SOLVER.CHECKPOINT_PERIOD", 4)
+    ap = iter([50.0, 40.0, 40.0, 45.0, 45.0])  # the resumed run evaluates again after its checkpoint
+    monkeypatch.setattr(Trainer, "test", lambda self, cfg, model: {"bbox": {"AP": next(ap)}})
+    for stopped in (True, False):
+        trainer = Trainer(cfg)
+        best = hooks.BestCheckpointer(2, trainer.checkpointer, "bbox/AP")
+        trainer.register_hooks([best, *([At(5, interrupt)] if stopped else [])])
+        trainer.resume_or_load(resume=True)
+        with pytest.raises(KeyboardInterrupt) if stopped else nullcontext():
+            trainer.train()
+    assert (best.best_metric, best.best_iter, next(ap, None)) == (50.0, 1, None)
+    assert torch.load(tmp_path / "run" / "model_best.pth", weights_only=True)["iteration"] == 1
 
 
 def test_training_in_pieces_is_told_its_cause(tiny_cfg):
