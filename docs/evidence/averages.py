@@ -13,9 +13,9 @@ from a restore, the loss of an average was 8.7 that begins again, 1.3 with filte
 RePr (three seeds).
 """
 
+import argparse
 import json
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -126,4 +126,6 @@ def main(seeds: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    main([int(seed) for seed in sys.argv[1:]])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("seeds", nargs="*", type=int)
+    main(parser.parse_args().seeds)

@@ -160,12 +160,13 @@ def _short(study: Study, head: str, settings: dict[str, tuple[str, list[str]]]) 
 
 
 def summary(study: Study) -> str:
-    """The rows of SUMMARY: mean of the last 5 % of the epochs; after 12 epochs that is the last one."""
+    """The rows of SUMMARY, of the seeds that both arms have: mean of the last 5 % of the epochs; after 12 epochs that is
+    the last one."""
     lines = []
     for label, (options, rows) in SUMMARY.items():
-        standard = study.arm("standard", options)
         for row in rows:
             arm = study.arm(row, options)
+            standard = {seed: record for seed, record in study.arm("standard", options).items() if seed in arm}
             tests = [spread(map(tail, each.values())) for each in (standard, arm)]
             lines.append([label if row == rows[0] else "", row.replace("_", " "), *tests, versus(standard, arm, tail)])
     return markdown(["data", "criterion", "standard", "RePr", "RePr - standard (95 % CI)"], lines)

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
 """The search for a form of RePr that helps when a trained backbone is fine-tuned: one run from a JSON description.
 
-docs/evidence/fine_tuning_search.py --data FOLDER --weights thin_resnet50.pkl --results search.jsonl '{"name": ...}' ...
+docs/evidence/fine_tuning_search.py --data FOLDER --weights thin_resnet50.pkl --results search.jsonl '{"name": ...}'
 
-Every description is one run: a half-width R50-FPN with ImageNet weights and FrozenBN (stem and res2 frozen), about
+A description is one run: a half-width R50-FPN with ImageNet weights and FrozenBN (stem and res2 frozen), about
 176 px, batch 4, SGD with warm-up and two steps, one thread, bf16 autocast in training unless the description says
-otherwise. A run that the results hold already is skipped, so a list that was killed resumes with the same command. What
+otherwise. A run that the results hold already is skipped, so a list of commands that was killed is given again. What
 a description may say, besides name and seed:
 
     data         "raccoon" or "bccd": FOLDER/NAME/annotations/instances_{train,val}.json, FOLDER/NAME/{train,val}/;

@@ -3,7 +3,7 @@
 
 docs/evidence/remedies.py --data DATA --cache FOLDER [--studies copies dead widened] [--seeds 0 1 2]
 
-Trains what is missing in remedies.jsonl and, for rows that examples/cifar10.py trains as well, in cifar10.jsonl of this
+Trains what is missing in remedies.jsonl and, for rows that cifar10.py trains as well, in cifar10.jsonl of this
 folder, one line a finished run; the same command goes on, on any machine. At the end come the tables of all lines.
 What the rows are, and what was expected before the first run, is in remedies.md.
 """
@@ -23,7 +23,6 @@ import torch
 from telling import interval, markdown, paired, spread
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 import cifar10
 from cifar import data, network, records, training
 
@@ -94,8 +93,8 @@ class Row:
     """One line of a table.
 
     Attributes:
-        options: of examples/cifar10.py.
-        remedy: what is done to the network at the start; None: examples/cifar10.py trains the same, unless grown.
+        options: of cifar10.py.
+        remedy: what is done to the network at the start; None: cifar10.py trains the same, unless grown.
         network: that is trained.
         grown: the narrow network, widened by copies, is what training begins with.
     """
