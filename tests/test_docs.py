@@ -114,7 +114,8 @@ def test_the_snippet_of_the_readme_prints_what_stands_below_it(caplog):
 
 def test_the_plain_pytorch_snippet_runs():
     block = re.search(
-        r"((?:    .*\n|\n)*    repr_training = RePr(?:    .*\n|.*\n)+?)\n\S", (ROOT / "docs" / "own_loop.md").read_text()
+        r"((?:    .*\n|\n)*    repr_training = RePr(?:    .*\n|.*\n)+?)\n\S",
+        (ROOT / "docs" / "own_loop.md").read_text(),
     )[1]
     model = nn.ModuleDict({"backbone": nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))})
     model.forward = model["backbone"].forward

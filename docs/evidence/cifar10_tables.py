@@ -160,8 +160,7 @@ def _short(study: Study, head: str, settings: dict[str, tuple[str, list[str]]]) 
 
 
 def summary(study: Study) -> str:
-    """The rows of SUMMARY, of the seeds that both arms have: mean of the last 5 % of the epochs; after 12 epochs that is
-    the last one."""
+    """The rows of SUMMARY, on seeds that both arms have: mean of the last 5 % of the epochs, of 12 the last."""
     lines = []
     for label, (options, rows) in SUMMARY.items():
         for row in rows:

@@ -12,19 +12,17 @@ import argparse
 import itertools
 import json
 import statistics
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import cifar10
 import torch
+from cifar import data, network, records, training
 from telling import interval, markdown, paired, spread
 from torch import nn
-
-import cifar10
-from cifar import data, network, records, training
 
 RUNS, SHARED = (Path(__file__).with_name(name) for name in ("remedies.jsonl", "cifar10.jsonl"))
 OLD = 8  # filters of a conv that are no copies, not dead, or the narrow network's; the others are the last 24 of 32
