@@ -1,6 +1,7 @@
 """``repr-det analyze`` on checkpoints whose answer is known: numbers against NumPy, the drop against RePrScheme's."""
 
 import json
+import math
 import pickle
 import re
 
@@ -136,6 +137,8 @@ def test_the_config_beside_a_checkpoint(run, tmp_path, tiny_cfg):
     assert all(torch.equal(layer.weight, weight) for layer, weight in zip(layers, wanted, strict=True))
     with pytest.raises(UserError, match=r"has no backbone.bottom_up.res5.0.conv2.weight of \(\d+, \d+, 3, 3\): give"):
         run({name: value for name, value in saved.items() if "res5.0.conv2" not in name})
+    with pytest.raises(UserError, match=r"(\d+) of \1 filters of backbone.bottom_up.res5.0.conv2 hold NaN"):
+        run(saved | {"backbone.bottom_up.res5.0.conv2.weight": math.nan * wanted[1]})
     (tmp_path / "config.yaml").write_text("model: {}\n")
     assert len(run(saved)[0]["layers"]) >= 8
 
@@ -166,6 +169,7 @@ def test_training_batches_show_which_filters_are_idle(run, tiny_data, tiny_cfg):
         ("{tmp}/w.pth --criterion apoz", "'apoz' looks at training batches: give --config-file and --batches"),
         ("{tmp}/w.pth --batches -1", "--batches must be at least 0, got -1"),
         ("{tmp}/w.pth REPR.DROP_RATIO 0.2", "KEY VALUE ['REPR.DROP_RATIO', '0.2'] needs --config-file"),
+        ("{tmp}/nan.pth", "nan.pth: 2 of 32 filters of b.conv hold NaN or infinity: give"),
         ("{tmp}/w.pth --criterion nope", "--criterion must be one of"),
         ("{tmp}/w.pth --drop-ratio 1.5", "--drop-ratio must be in (0, 1), got 1.5"),
         ("{tmp}/w.pth --json no/such/folder.json", "no/such/folder.json: the folder no/such does not exist"),
@@ -176,6 +180,9 @@ def test_training_batches_show_which_filters_are_idle(run, tiny_data, tiny_cfg):
 def test_wrong_arguments_and_files_get_one_line(tmp_path, words, fragment):
     torch.save(random_weights(), tmp_path / "w.pth")
     torch.save({"iteration": 3}, tmp_path / "none.pth")
+    diverged = random_weights()
+    diverged["b.conv.weight"][[3, 9], 1] = torch.tensor([math.nan, math.inf])[:, None, None]
+    torch.save(diverged, tmp_path / "nan.pth")
     (tmp_path / "cut.pkl").write_bytes(pickle.dumps({"w": np.zeros((4, 2, 3, 3))})[:-60])
     with pytest.raises(UserError) as error:
         main(words.replace("{tmp}", str(tmp_path)).split())

@@ -58,11 +58,10 @@ def layers_of_model(path: Path, cfg: CfgNode) -> tuple[nn.Module, list[FilterLay
         model([{"image": torch.full((3, 128, 128), 128.0)}])
     layers = participants.hear()
     participants.close()
+    checkpointer = AtomicCheckpointer(model)
+    loaded = checkpointer.load(str(path))
     for layer in layers:
-        nn.init.constant_(layer.weight, math.nan)
-    loaded = AtomicCheckpointer(model).load(str(path))
-    for layer in layers:
-        if layer.weight.isnan().all():
+        if f"{layer.name}.weight" in checkpointer.unfit:
             shape = tuple(layer.weight.shape)
             raise UserError(f"{path} has no {layer.name}.weight of {shape}: give --config-file of its own run")
     return model, layers, loaded.get("iteration")
@@ -91,6 +90,13 @@ def layers_of_file(path: Path, include: Patterns, exclude: Patterns) -> tuple[li
         names = ", ".join(map(str, list(convs or loaded)[:8])) or "nothing"
         raise UserError(f"{path}: no 4-D weight matches --include {' '.join(include)}; it holds {names}")
     return layers, loaded.get("iteration")
+
+
+def refuse_not_finite(path: Path, layers: Sequence[FilterLayer]) -> None:
+    for layer in layers:
+        if number := int((~layer.weight.isfinite()).flatten(1).any(1).sum()):
+            what = f"{number} of {layer.num_filters} filters of {layer.name} hold NaN or infinity"
+            raise UserError(f"{path}: {what}: give a checkpoint from before its training diverged")
 
 
 def analyze(
@@ -260,6 +266,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 raise UserError(f"{flag} {values} needs --config-file")
         layers, iteration = layers_of_file(args.checkpoint, args.include, args.exclude)
         defaults = RePrOptions()
+    refuse_not_finite(args.checkpoint, layers)
     options = {}
     for name in ("criterion", "drop_ratio", "max_drop_per_layer"):
         given = getattr(args, name)
