@@ -14,7 +14,7 @@ from torch import nn
 
 from repr_det import RePrScheme, UserError
 from repr_det.method.layers import FilterLayer
-from repr_det.studies.analysis import analyze, layers_of_model, main
+from repr_det.studies.analysis import analyze, expected_near_duplicates, layers_of_model, main
 
 CONFIG = ["--config-file", str(ROOT / "configs" / "baseline_r50_fpn.yaml")]
 
@@ -62,7 +62,7 @@ def test_numbers_verdict_and_plot(run, tmp_path):
     total = overlaps(weight[used]).sum() + overlaps(other).sum()
     assert found["overlap_factor"] == pytest.approx(total / (30 * expected + 31 * expected), rel=0.01)
     assert text.startswith("There is something to remove: mean O_f is 1.0") and ", iteration 11, layers by name" in text
-    assert "of 63 filters 2 are near-duplicates (|cos| > 0.9), 1 dead" in found["verdict"]
+    assert "of 63 filters 2 are near-duplicates (|cos| > 0.9; random directions: 0), 1 dead" in found["verdict"]
     assert re.search(r"^all +64 .* 1 +19$", text, re.MULTILINE)  # filters, zero, dropped
     pair, second, _ = found["pairs"]
     assert (pair["layer"], pair["i"], pair["j"]) == ("a", 3, 5) and pair["cosine"] < -0.99
@@ -70,6 +70,22 @@ def test_numbers_verdict_and_plot(run, tmp_path):
     assert (tmp_path / "x.svg").read_text().lstrip().startswith("<?xml")
     empty = {"b.weight": weights["b.conv.weight"], "c.weight": torch.zeros(4, 2, 1, 1)}
     assert run(empty)[1].startswith("There is nothing to remove: mean O_f is ")
+
+
+# P(|cos| > 0.9) of random directions: lengths of arcs, areas of spherical caps, and simulated.
+@pytest.mark.parametrize(("dimension", "near"), [(2, 2 / np.pi * np.arccos(0.9)), (3, 0.1), (9, None)])
+def test_near_duplicates_by_chance_are_nothing_to_remove(run, dimension, near):
+    torch.manual_seed(0)
+    if near is None:
+        first, second = nn.functional.normalize(torch.randn(2, 500_000, dimension), dim=2)
+        near = ((first * second).sum(1).abs() > 0.9).double().mean().item()
+    weights = {"dw.weight": torch.rand(960, dimension, 1, 1) - 0.5, "pw.weight": torch.randn(64, 256, 1, 1)}
+    found, text = run(weights)
+    assert found["near_random"] == pytest.approx(960 * (1 - (1 - near) ** 959), rel=0.1)
+    assert text.startswith("There is nothing to remove") and f"random directions: {found['near_random']:.0f})" in text
+    assert expected_near_duplicates(960, 1) == 960
+    weights["pw.weight"][5] = weights["pw.weight"][3]
+    assert run(weights)[1].startswith("There is something to remove")
 
 
 @pytest.mark.parametrize("criterion", ["ortho", "weight_norm"])

@@ -18,6 +18,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from matplotlib.figure import Figure
+from scipy import special, stats
 from tabulate import tabulate
 from torch import Tensor, nn
 
@@ -44,9 +45,10 @@ NOT_FILTERS = ("*deconv*", "*objectness_logits*", "*anchor_deltas*", "*predictor
 DEAD = 0.02  # a filter is dead below this share of its layer's median norm
 # O_f over that of random directions is 1.0 after hundreds of images, 1.1 to 3.1 after ImageNet.
 AS_RANDOM = 1.1
+_CHANCE = 1e-4  # a layer's near-duplicates of less probability are not by chance
 # Columns of the table: keys of the json file, for lists of filters their number.
 COUNTS = ("near_duplicates", "dead", "idle", "zero", "dropped")
-COLUMNS = ("name", "filters", "dimension", "overlap_mean", "overlap_random", *COUNTS)
+COLUMNS = ("name", "filters", "dimension", "overlap_mean", "overlap_random", "near_random", *COUNTS)
 Patterns = Sequence[str] | None
 
 
@@ -151,6 +153,7 @@ def _overlap(layer: FilterLayer, cosines: Tensor, used: Tensor) -> dict[str, Any
     counts = used.view(groups, -1).sum(1).clamp(min=1)
     overlap = cosines.abs().sum(1) / counts.repeat_interleave(len(used) // groups)
     expected = sum(number * expected_overlap(number, dimension) for number in counts.tolist())
+    near = sum(expected_near_duplicates(number, dimension) for number in counts.tolist())
     number_used = max(1, int(used.sum()))
     return {
         "name": layer.name,
@@ -159,7 +162,21 @@ def _overlap(layer: FilterLayer, cosines: Tensor, used: Tensor) -> dict[str, Any
         "overlap": [round(value, 7) for value in overlap.tolist()],
         "overlap_mean": overlap.sum().item() / number_used,
         "overlap_random": expected / number_used,
+        "near_random": near,
     }
+
+
+def expected_near_duplicates(num_filters: int, dimension: int) -> float:
+    """Of random directions; the squared cosine of two is Beta(1 / 2, (d - 1) / 2) distributed."""
+    near = special.betainc((dimension - 1) / 2, 0.5, 1 - NEAR_DUPLICATE**2) if dimension > 1 else 1.0
+    return num_filters * (1 - (1 - near) ** (num_filters - 1))
+
+
+def _more_than_by_chance(layer: dict[str, Any]) -> bool:
+    """Tells whether so many pairs are improbable even where chance makes twice those of random directions: uniform
+    weights of 9 dimensions have 1.3 times as many."""
+    pairs = (len(layer["near_duplicates"]) + 1) // 2  # at least
+    return stats.poisson.sf(pairs - 1, layer["near_random"]) < _CHANCE
 
 
 def summary(layers: Sequence[dict[str, Any]], num_batches: int) -> dict[str, Any]:
@@ -167,15 +184,18 @@ def summary(layers: Sequence[dict[str, Any]], num_batches: int) -> dict[str, Any
     counts["filters"] = sum(layer["filters"] for layer in layers)
     used = counts["filters"] - counts["zero"]
     expected = sum(layer["overlap_random"] * (layer["filters"] - len(layer["zero"])) for layer in layers)
+    counts["near_random"] = sum(layer["near_random"] for layer in layers)
     factor = sum(sum(layer["overlap"]) for layer in layers) / expected if expected else 1.0
     what = (
         f"mean O_f is {factor:.2f} times that of random directions; of {used} filters {counts['near_duplicates']} are "
-        f"near-duplicates (|cos| > {NEAR_DUPLICATE:g}), {counts['dead']} dead (norm below {DEAD:.0%} of the median)"
+        f"near-duplicates (|cos| > {NEAR_DUPLICATE:g}; random directions: {counts['near_random']:.0f}), "
+        f"{counts['dead']} dead (norm below {DEAD:.0%} of the median)"
     )
     if num_batches:
         what += f", {counts['idle']} idle (no output above 0 and no gradient on {num_batches} training batches)"
     verdict = f"There is nothing to remove: {what}. A drop then follows the layers' dimensions, not redundancy."
-    if factor >= AS_RANDOM or counts["near_duplicates"] or counts["dead"] or counts.get("idle"):
+    copies = any(map(_more_than_by_chance, layers))
+    if factor >= AS_RANDOM or copies or counts["dead"] or counts.get("idle"):
         verdict = f"There is something to remove: {what}."
     return {"verdict": verdict, "overlap_factor": factor, **counts}
 
@@ -190,7 +210,7 @@ def as_text(found: dict[str, Any]) -> str:
         found["verdict"],
         f"{found['checkpoint']}, iteration {iteration}, layers by {found['config'] or 'name'}",
         tabulate(rows, COLUMNS, floatfmt=".4f"),
-        "overlap: inter-filter orthogonality O_f (random: its value for random directions); dropped: by "
+        "overlap: inter-filter orthogonality O_f (random: of random directions, also for near-duplicates); dropped: by "
         f"{found['criterion']} at drop ratio {found['drop_ratio']:g}, cap {found['max_drop_per_layer']:g}",
     ]
     if found["pairs"]:
