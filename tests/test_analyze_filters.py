@@ -136,6 +136,19 @@ def test_names_choose_layers(run):
     assert names() == ["backbone.bottom_up.res2.0.conv1"]
 
 
+CYCLE = {"again": {}}
+CYCLE["again"]["again"] = CYCLE
+
+
+@pytest.mark.parametrize("saved", [CYCLE, {"optimizer": {"state": {0: {"momentum": torch.ones(4, 2, 1, 1)}}}}])
+def test_weights_are_found_wherever_they_lie(run, saved):
+    """PyTorch's tutorial saves them as model_state_dict; a counter may be a tensor, and a layer have no filter left."""
+    weights = random_weights() | {"gone.weight": torch.zeros(0, 32, 3, 3)}
+    found, text = run(saved | {"iteration": torch.tensor(11), "model_state_dict": weights})
+    assert [layer["name"] for layer in found["layers"]] == ["a", "b.conv"]
+    assert found["iteration"] == 11 and ", iteration 11," in text
+
+
 def test_the_config_beside_a_checkpoint(run, tmp_path, tiny_cfg):
     """It names the layers, also of NumPy arrays under Caffe2's names as in the model zoo; a LazyConfig's does not."""
     cfg = tiny_cfg("REPR.LAYERS.INCLUDE", ["*res5.0.conv?"], "REPR.CRITERION", "redundant")
@@ -185,6 +198,7 @@ def test_training_batches_show_which_filters_are_idle(run, tiny_data, tiny_cfg):
         ("{tmp}/w.pth --criterion apoz", "'apoz' looks at training batches: give --config-file and --batches"),
         ("{tmp}/w.pth --batches -1", "--batches must be at least 0, got -1"),
         ("{tmp}/w.pth REPR.DROP_RATIO 0.2", "KEY VALUE ['REPR.DROP_RATIO', '0.2'] needs --config-file"),
+        ("{tmp}/w.pth --exclude *", "w.pth: no 4-D weight matches --include * and not --exclude *; it holds a, b.conv"),
         ("{tmp}/nan.pth", "nan.pth: 2 of 32 filters of b.conv hold NaN or infinity: give"),
         ("{tmp}/w.pth --criterion nope", "--criterion must be one of"),
         ("{tmp}/w.pth --drop-ratio 1.5", "--drop-ratio must be in (0, 1), got 1.5"),

@@ -72,26 +72,32 @@ def layers_of_model(path: Path, cfg: CfgNode) -> tuple[nn.Module, list[FilterLay
 def layers_of_file(path: Path, include: Patterns, exclude: Patterns) -> tuple[list[FilterLayer], int | None]:
     """Chooses 4-D weights by name, default Detectron2's backbone, else all; returns the iteration too."""
     loaded = load_checkpoint(path)
-    keys = ("model", "state_dict", "model_state", "blobs")
-    weights = next((loaded[key] for key in keys if isinstance(loaded.get(key), dict)), loaded)
+    dicts = [loaded]
+    for one in dicts:  # outer ones first, each once: a pickle may hold a dict that holds itself
+        dicts += [x for x in one.values() if isinstance(x, dict) and not any(x is known for known in dicts)]
     convs = {}
-    for name, value in weights.items():
-        if getattr(value, "ndim", 0) == 4:
-            filters, inputs, *kernel = value.shape
-            conv = nn.Conv2d(inputs, filters, tuple(kernel), bias=False, device="meta")
-            conv.weight = nn.Parameter(torch.as_tensor(value).float())
-            convs[str(name).removeprefix("module.").removesuffix(".weight")] = conv
+    for name, value in next(filter(None, map(_conv_weights, dicts)), {}).items():
+        filters, inputs, *kernel = value.shape
+        conv = nn.Conv2d(inputs, filters, tuple(kernel), bias=False, device="meta")
+        conv.weight = nn.Parameter(torch.as_tensor(value).float())
+        convs[str(name).removeprefix("module.").removesuffix(".weight")] = conv
 
     def matching(patterns: Sequence[str]) -> list[str]:
         return [x for x in convs if any(fnmatch.fnmatch(x, pattern.removesuffix(".weight")) for pattern in patterns)]
 
     include = include or (DETECTRON2_LAYERS if matching(DETECTRON2_LAYERS) else ["*"])
-    excluded = matching([*(exclude or NOT_FILTERS), "*_momentum"])
+    exclude = exclude or NOT_FILTERS
+    excluded = matching([*exclude, "*_momentum"])
     layers = [FilterLayer(name, convs[name]) for name in matching(include) if name not in excluded]
     if not layers:
         names = ", ".join(map(str, list(convs or loaded)[:8])) or "nothing"
-        raise UserError(f"{path}: no 4-D weight matches --include {' '.join(include)}; it holds {names}")
+        left = f" and not --exclude {' '.join(exclude)}" if matching(include) else ""
+        raise UserError(f"{path}: no 4-D weight matches --include {' '.join(include)}{left}; it holds {names}")
     return layers, loaded.get("iteration")
+
+
+def _conv_weights(weights: dict[Any, Any]) -> dict[Any, Any]:
+    return {name: value for name, value in weights.items() if getattr(value, "ndim", 0) == 4 and all(value.shape)}
 
 
 def refuse_not_finite(path: Path, layers: Sequence[FilterLayer]) -> None:
@@ -306,6 +312,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     print(as_text(found))
     if args.json:
-        write_atomically(args.json, json.dumps(found, indent=1) + "\n")
+        write_atomically(args.json, json.dumps(found, indent=1, default=int) + "\n")
     if args.plot:
         plot(args.plot, analyzed)
