@@ -9,12 +9,13 @@ from xml.etree import ElementTree
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from finished_runs import METRICS, OPTS, REPR_CONFIG, compare_folders, results_of, write_lines
 
 from repr_det.method.errors import UserError
 from repr_det.studies.comparison.command import main
 from repr_det.studies.comparison.records import Run, Study, compare, metric_row
-from repr_det.studies.comparison.report import phases
+from repr_det.studies.comparison.report import filter_values, phases
 from repr_det.studies.comparison.statistics import could_show, paired_difference, summarize, verdict_sentence
 
 
@@ -107,6 +108,20 @@ def test_report_says_what_is_missing(finished, tmp_path):
     compare_folders(tmp_path, [base], [other], "--eval-images", "1")
     page = Page(tmp_path / "out")
     assert "Filters Bar" not in page.text and page.tags.count("img") == 1
+
+
+def test_overlap_of_grouped_convs(finished, tmp_path):
+    """Filters equal to those of other groups and orthogonal in their own, as training measures it."""
+    opts = "MODEL.BACKBONE.NAME build_resnet_fpn_backbone MODEL.RESNETS.DEPTH 50 MODEL.RESNETS.NUM_GROUPS 4".split()
+    runs = [Run(arm, 1, finished(arm, 1, *opts), 40) for arm in ("baseline", "repr")]
+    weight = torch.linalg.qr(torch.randn(72, 72))[0].repeat(4, 1).view(288, 8, 3, 3)
+    torch.save({"model": {"backbone.bottom_up.res2.0.conv2.weight": weight}}, runs[1].folder / "model_final.pth")
+    config = runs[0].folder / "config.yaml"
+    config.write_text(config.read_text().replace("build_resnet_fpn_backbone", "their_own"))
+    notes = []
+    overlap = list(filter_values(Study(tuple(runs)), notes).values())[1]
+    assert {arm for arm, *_ in overlap} == {"repr"} and max(value for *_, value in overlap) < 1e-6
+    assert len(overlap) == 288 and len(notes) == 1 and "No O_f of baseline: MODEL: No object named 'their_own'" in notes[0]
 
 
 def test_ap_over_training(finished):
