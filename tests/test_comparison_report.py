@@ -135,7 +135,10 @@ def test_a_pair_that_lacks_the_value_takes_no_part():
     aps = {"baseline": [31.0, 32.0, 33.0, 34.0], "repr": [50.0, math.nan, 52.0, 52.0]}
     lines = [(seed, arm, "AP", aps[arm][seed]) for arm in aps for seed in range(4)]
     table = pd.DataFrame(lines, columns=["seed", "arm", "metric", "value"])
-    for found in (table, table.dropna()):  # no objects; no line of a class that was never detected
+    both = table[table["seed"] != 1]  # which other lines of the table have
+    other = table.assign(metric="AP50")
+    # No objects; no line of a class that was never detected, in one arm and in both.
+    for found in (table, table.dropna(), pd.concat([both, other])):
         row = metric_row(found, "AP", ("baseline", "repr"))
         assert row["sentence"].endswith("3 seeds: no verdict (1 of 4 pairs of runs without the value)")
         assert row["baseline"]["mean"] == pytest.approx((31 + 33 + 34) / 3) and row["difference"]["n"] == 3

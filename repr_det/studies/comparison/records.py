@@ -265,9 +265,9 @@ def compare(study: Study) -> Comparison:
 
 
 def metric_row(table: pd.DataFrame, metric: str, arms: Sequence[str]) -> dict[str, Any]:
-    """Both arms over their common seeds, and the second minus the first."""
+    """Both arms over the seeds of the table, and the second minus the first."""
     by_seed = table[table["metric"] == metric].pivot(index="seed", columns="arm", values="value")
-    by_seed = by_seed.reindex(columns=arms)
+    by_seed = by_seed.reindex(index=sorted(table["seed"].unique()), columns=arms)
     by_seed[by_seed.isna().any(axis=1)] = math.nan
     reference, other = (by_seed[arm].tolist() for arm in arms)
     difference = paired_difference(reference, other)
