@@ -85,27 +85,28 @@ def write_report(comparison: Comparison, settings: dict[str, Any], output: Path,
     return output / "report.html"
 
 
-def _pictures(runs: Sequence[Run], results: dict[str, Any], number: int) -> dict[str, str]:
-    """Name -> truth and detections, on images spread evenly over the data set."""
+def _pictures(runs: Sequence[Run], results: dict[str, Any], number: int) -> list[tuple[str, str]]:
+    """Names with truth and detections, on images spread evenly over the data set."""
     files = [run.folder / "inference" / "coco_instances_results.json" for run in runs]
     if not number or not all(file.is_file() for file in files):
-        return {}
+        return []
     try:
         check_datasets(read_config(runs[0].folder), eval_only=True)
     except UserError as error:
         results["notes"].append(f"No pictures of detections: {error}.")
-        return {}
+        return []
     metadata = MetadataCatalog.get(results["dataset"])
     to_class = getattr(metadata, "thing_dataset_id_to_contiguous_id", {})
     detections = [_detections(file, to_class) for file in files]
     images = [image for image in DatasetCatalog.get(results["dataset"]) if image.get("annotations")]
     places = np.linspace(0, len(images) - 1, min(number, len(images))).round().astype(int)
-    drawn = {}
+    drawn = []
     for entry in [images[place] for place in np.unique(places)]:
         panels = {"ground truth": entry["annotations"]}
         for run, found in zip(runs, detections, strict=True):
             panels[f"{title(run.arm)}, score ≥ {_SCORE_THRESHOLD}"] = found.get(entry["image_id"], [])
-        drawn[os.path.basename(entry["file_name"])] = _picture(entry["file_name"], panels, metadata.thing_classes)
+        picture = _picture(entry["file_name"], panels, metadata.thing_classes)
+        drawn.append((os.path.basename(entry["file_name"]), picture))
     return drawn
 
 
