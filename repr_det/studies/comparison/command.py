@@ -17,7 +17,7 @@ from repr_det.commands.arguments import add_data_argument, build_config, refuse_
 from repr_det.commands.checks import check_run
 from repr_det.commands.processes import refuse_launchers
 from repr_det.datasets import register_builtin, register_coco_format
-from repr_det.detectron.config import scale_to_world
+from repr_det.detectron.config import as_user_error, scale_to_world
 from repr_det.method.errors import UserError
 from repr_det.runs.files import run_traces, write_atomically
 from repr_det.runs.record import CONFIG_FILE
@@ -88,6 +88,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if behind and (not seeds or len(behind) % 2):
         raise UserError(f"--seeds must be integers, and KEY VALUE pairs may follow; got {' '.join(words)}")
     args.opts = behind + (args.opts[1:] if args.opts[:1] == ["--"] else args.opts)
+    args.register = [[name, *(os.path.abspath(os.path.expanduser(x)) for x in paths)] for name, *paths in args.register]
     refuse_below(args, jobs=1, num_gpus=1, eval_images=0)
     given = {name for name, value in vars(args).items() if value}
     if not any(needed <= given <= needed | more | _EVERY_WAY for needed, more in _WAYS):
@@ -100,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     refuse_launchers("compare.py")
     if args.report_only:
-        study, settings = _remembered(args.output)
+        study, settings = _remembered(args.output, args.register)
     elif args.config_file:
         request = (args.config_file, args.seeds, args.output, args.register, args.opts, args.num_gpus, args.against)
         study, args.output = plan_study(*request)
@@ -218,13 +219,15 @@ def _remember(output: Path, settings: dict[str, Any]) -> None:
     write_atomically(output / _SETTINGS_FILE, json.dumps(settings, indent=1, ensure_ascii=False))
 
 
-def _remembered(output: Path) -> tuple[Study, dict[str, Any]]:
+def _remembered(output: Path, register: Sequence[Sequence[str]]) -> tuple[Study, dict[str, Any]]:
     path = output / _SETTINGS_FILE
     if not path.is_file():
         raise UserError(f"{path} is missing: {output} holds no comparison")
-    settings = read_json(path)
-    runs = []
-    for run in settings["runs"]:
-        folder = Path(os.path.normpath(output / run["folder"]))
-        runs.append(Run(run["arm"], run["seed"], folder, run["max_iter"]))
+    settings, runs = read_json(path), []
+    with as_user_error(f"{path} is damaged"):
+        for run in settings["runs"]:
+            folder = Path(os.path.normpath(output / run["folder"]))
+            runs.append(Run(run["arm"], run["seed"], folder, run["max_iter"]))
+        data = {name: paths for name, *paths in (*settings["register"], *register)}
+    settings["register"] = [[name, *paths] for name, paths in data.items()]
     return Study(tuple(runs), settings.get("any_config", False)), settings  # 0.2.0 compared baseline and RePr only
