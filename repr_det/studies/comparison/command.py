@@ -35,6 +35,7 @@ from repr_det.studies.comparison.records import (
     read_json,
     refuse_differences,
     run_from_folder,
+    settings_of_parts,
     write_results,
 )
 from repr_det.studies.comparison.report import write_report
@@ -115,9 +116,9 @@ def main(argv: list[str] | None = None) -> None:
     register_builtin()
     for words in settings["register"]:
         register_coco_format(*words)
-    check_comparable(study)
+    notes = check_comparable(study)
     _remember(args.output, settings)
-    comparison = compare(study)
+    comparison = compare(study, notes)
     report = write_report(comparison, settings, args.output, args.eval_images)
     results = comparison.results
     write_results(comparison, args.output)
@@ -192,7 +193,8 @@ def arm_names(*config_files: str) -> tuple[str, ...]:
 def _check_run(run: Run, cfg: CfgNode, num_gpus: int) -> None:
     if (run.folder / CONFIG_FILE).exists():
         free = ("OUTPUT_DIR",) if cfg.REPR.ENABLED else ("OUTPUT_DIR", "REPR.")
-        refuse_differences({run.folder: flatten(read_config(run.folder)), "this command": flatten(cfg)}, free)
+        parts, _ = settings_of_parts(run.folder, lambda *file: flatten(read_config(*file)))
+        refuse_differences({**parts, "this command": flatten(cfg)}, free)
     if not is_finished(run):
         check_run(cfg, resume=bool(run_traces(run.folder)), num_gpus=num_gpus)
 
