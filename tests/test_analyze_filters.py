@@ -72,16 +72,13 @@ def test_numbers_verdict_and_plot(run, tmp_path):
     assert run(empty)[1].startswith("There is nothing to remove: mean O_f is ")
 
 
-# P(|cos| > 0.9) of random directions: lengths of arcs, areas of spherical caps, and simulated.
-@pytest.mark.parametrize(("dimension", "near"), [(2, 2 / np.pi * np.arccos(0.9)), (3, 0.1), (9, None)])
+# P(|cos| > 0.9) of random directions: length of an arc, areas of spherical caps (polynomials).
+@pytest.mark.parametrize(("dimension", "near"), [(2, 2 / np.pi * np.arccos(0.9)), (3, 0.1), (5, 0.0145), (9, 3.86e-4)])
 def test_near_duplicates_by_chance_are_nothing_to_remove(run, dimension, near):
     torch.manual_seed(0)
-    if near is None:
-        first, second = nn.functional.normalize(torch.randn(2, 500_000, dimension), dim=2)
-        near = ((first * second).sum(1).abs() > 0.9).double().mean().item()
     weights = {"dw.weight": torch.rand(960, dimension, 1, 1) - 0.5, "pw.weight": torch.randn(64, 256, 1, 1)}
     found, text = run(weights)
-    assert found["near_random"] == pytest.approx(960 * (1 - (1 - near) ** 959), rel=0.1)
+    assert found["near_random"] == pytest.approx(960 * (1 - (1 - near) ** 959), rel=0.01)
     assert text.startswith("There is nothing to remove") and f"random directions: {found['near_random']:.0f})" in text
     assert expected_near_duplicates(960, 1) == 960
     weights["pw.weight"][5] = weights["pw.weight"][3]
@@ -136,15 +133,12 @@ def test_names_choose_layers(run):
     assert names() == ["backbone.bottom_up.res2.0.conv1"]
 
 
-CYCLE = {"again": {}}
-CYCLE["again"]["again"] = CYCLE
-
-
-@pytest.mark.parametrize("saved", [CYCLE, {"optimizer": {"state": {0: {"momentum": torch.ones(4, 2, 1, 1)}}}}])
-def test_weights_are_found_wherever_they_lie(run, saved):
+def test_weights_are_found_wherever_they_lie(run):
     """PyTorch's tutorial saves them as model_state_dict; a counter may be a tensor, and a layer have no filter left."""
-    weights = random_weights() | {"gone.weight": torch.zeros(0, 32, 3, 3)}
-    found, text = run(saved | {"iteration": torch.tensor(11), "model_state_dict": weights})
+    saved = {"optimizer": {"state": {0: {"momentum": torch.ones(4, 2, 1, 1)}}}, "iteration": torch.tensor(11)}
+    saved["optimizer"]["itself"] = saved
+    saved["model_state_dict"] = random_weights() | {"gone.weight": torch.zeros(0, 32, 3, 3)}
+    found, text = run(saved)
     assert [layer["name"] for layer in found["layers"]] == ["a", "b.conv"]
     assert found["iteration"] == 11 and ", iteration 11," in text
 
@@ -199,7 +193,7 @@ def test_training_batches_show_which_filters_are_idle(run, tiny_data, tiny_cfg):
         ("{tmp}/w.pth --batches -1", "--batches must be at least 0, got -1"),
         ("{tmp}/w.pth REPR.DROP_RATIO 0.2", "KEY VALUE ['REPR.DROP_RATIO', '0.2'] needs --config-file"),
         ("{tmp}/w.pth --exclude *", "w.pth: no 4-D weight matches --include * and not --exclude *; it holds a, b.conv"),
-        ("{tmp}/nan.pth", "nan.pth: 2 of 32 filters of b.conv hold NaN or infinity: give"),
+        ("{tmp}/nan.pth", "2 of 3 filters of b hold NaN or infinity: give"),
         ("{tmp}/w.pth --criterion nope", "--criterion must be one of"),
         ("{tmp}/w.pth --drop-ratio 1.5", "--drop-ratio must be in (0, 1), got 1.5"),
         ("{tmp}/w.pth --json no/such/folder.json", "no/such/folder.json: the folder no/such does not exist"),
@@ -210,9 +204,7 @@ def test_training_batches_show_which_filters_are_idle(run, tiny_data, tiny_cfg):
 def test_wrong_arguments_and_files_get_one_line(tmp_path, words, fragment):
     torch.save(random_weights(), tmp_path / "w.pth")
     torch.save({"iteration": 3}, tmp_path / "none.pth")
-    diverged = random_weights()
-    diverged["b.conv.weight"][[3, 9], 1] = torch.tensor([math.nan, math.inf])[:, None, None]
-    torch.save(diverged, tmp_path / "nan.pth")
+    torch.save({"b.weight": torch.tensor([1.0, math.nan, math.inf]).view(3, 1, 1, 1)}, tmp_path / "nan.pth")
     (tmp_path / "cut.pkl").write_bytes(pickle.dumps({"w": np.zeros((4, 2, 3, 3))})[:-60])
     with pytest.raises(UserError) as error:
         main(words.replace("{tmp}", str(tmp_path)).split())

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from repr_det.commands.arguments import add_data_argument, build_config, refuse_below
 from repr_det.commands.data import check_datasets
-from repr_det.detectron.config import options_of_config
+from repr_det.detectron.config import as_user_error, options_of_config
 from repr_det.detectron.engine import Trainer
 from repr_det.detectron.passes import training_passes
 from repr_det.method.criteria import CRITERIA, NEAR_DUPLICATE, Context, get_criterion, select_filters
@@ -45,7 +45,9 @@ NOT_FILTERS = ("*deconv*", "*objectness_logits*", "*anchor_deltas*", "*predictor
 DEAD = 0.02  # a filter is dead below this share of its layer's median norm
 # O_f over that of random directions is 1.0 after hundreds of images, 1.1 to 3.1 after ImageNet.
 AS_RANDOM = 1.1
-_CHANCE = 1e-4  # a layer's near-duplicates of less probability are not by chance
+# Near-duplicates are no chance if so many pairs are less probable than this even at twice the rate of random directions
+# (uniform weights of 9 dimensions: 1.3 times).
+_CHANCE = 1e-4
 # Columns of the table: keys of the json file, for lists of filters their number.
 COUNTS = ("near_duplicates", "dead", "idle", "zero", "dropped")
 COLUMNS = ("name", "filters", "dimension", "overlap_mean", "overlap_random", "near_random", *COUNTS)
@@ -64,8 +66,8 @@ def layers_of_model(path: Path, cfg: CfgNode) -> tuple[nn.Module, list[FilterLay
     loaded = checkpointer.load(str(path))
     for layer in layers:
         if f"{layer.name}.weight" in checkpointer.unfit:
-            shape = tuple(layer.weight.shape)
-            raise UserError(f"{path} has no {layer.name}.weight of {shape}: give --config-file of its own run")
+            weight = f"{layer.name}.weight of {tuple(layer.weight.shape)}"
+            raise UserError(f"{path} has no {weight}: give --config-file of its own run")
     return model, layers, loaded.get("iteration")
 
 
@@ -76,7 +78,8 @@ def layers_of_file(path: Path, include: Patterns, exclude: Patterns) -> tuple[li
     for one in dicts:  # outer ones first, each once: a pickle may hold a dict that holds itself
         dicts += [x for x in one.values() if isinstance(x, dict) and not any(x is known for known in dicts)]
     convs = {}
-    for name, value in next(filter(None, map(_conv_weights, dicts)), {}).items():
+    found = ({k: x for k, x in one.items() if getattr(x, "ndim", 0) == 4 and all(x.shape)} for one in dicts)
+    for name, value in next(filter(None, found), {}).items():
         filters, inputs, *kernel = value.shape
         conv = nn.Conv2d(inputs, filters, tuple(kernel), bias=False, device="meta")
         conv.weight = nn.Parameter(torch.as_tensor(value).float())
@@ -96,17 +99,6 @@ def layers_of_file(path: Path, include: Patterns, exclude: Patterns) -> tuple[li
     return layers, loaded.get("iteration")
 
 
-def _conv_weights(weights: dict[Any, Any]) -> dict[Any, Any]:
-    return {name: value for name, value in weights.items() if getattr(value, "ndim", 0) == 4 and all(value.shape)}
-
-
-def refuse_not_finite(path: Path, layers: Sequence[FilterLayer]) -> None:
-    for layer in layers:
-        if number := int((~layer.weight.isfinite()).flatten(1).any(1).sum()):
-            what = f"{number} of {layer.num_filters} filters of {layer.name} hold NaN or infinity"
-            raise UserError(f"{path}: {what}: give a checkpoint from before its training diverged")
-
-
 def analyze(
     layers: Sequence[FilterLayer],
     criterion: str = "ortho",
@@ -117,6 +109,10 @@ def analyze(
     num_pairs: int = 10,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Describes layers, with filters by index; and the pairs of filters with the largest |cosine|."""
+    for layer in layers:
+        if number := int((~layer.weight.isfinite()).flatten(1).any(1).sum()):
+            found = f"{number} of {layer.num_filters} filters of {layer.name} hold NaN or infinity"
+            raise UserError(f"{found}: give a checkpoint from before its training diverged")
     chosen, redundant = get_criterion(criterion), CRITERIA["redundant"]
     if chosen.needs_data and passes is None:
         raise UserError(f"criterion {criterion!r} looks at training batches: give --config-file and --batches")
@@ -159,7 +155,6 @@ def _overlap(layer: FilterLayer, cosines: Tensor, used: Tensor) -> dict[str, Any
     counts = used.view(groups, -1).sum(1).clamp(min=1)
     overlap = cosines.abs().sum(1) / counts.repeat_interleave(len(used) // groups)
     expected = sum(number * expected_overlap(number, dimension) for number in counts.tolist())
-    near = sum(expected_near_duplicates(number, dimension) for number in counts.tolist())
     number_used = max(1, int(used.sum()))
     return {
         "name": layer.name,
@@ -168,7 +163,7 @@ def _overlap(layer: FilterLayer, cosines: Tensor, used: Tensor) -> dict[str, Any
         "overlap": [round(value, 7) for value in overlap.tolist()],
         "overlap_mean": overlap.sum().item() / number_used,
         "overlap_random": expected / number_used,
-        "near_random": near,
+        "near_random": sum(expected_near_duplicates(number, dimension) for number in counts.tolist()),
     }
 
 
@@ -176,13 +171,6 @@ def expected_near_duplicates(num_filters: int, dimension: int) -> float:
     """Of random directions; the squared cosine of two is Beta(1 / 2, (d - 1) / 2) distributed."""
     near = special.betainc((dimension - 1) / 2, 0.5, 1 - NEAR_DUPLICATE**2) if dimension > 1 else 1.0
     return num_filters * (1 - (1 - near) ** (num_filters - 1))
-
-
-def _more_than_by_chance(layer: dict[str, Any]) -> bool:
-    """Tells whether so many pairs are improbable even where chance makes twice those of random directions: uniform
-    weights of 9 dimensions have 1.3 times as many."""
-    pairs = (len(layer["near_duplicates"]) + 1) // 2  # at least
-    return stats.poisson.sf(pairs - 1, layer["near_random"]) < _CHANCE
 
 
 def summary(layers: Sequence[dict[str, Any]], num_batches: int) -> dict[str, Any]:
@@ -200,8 +188,8 @@ def summary(layers: Sequence[dict[str, Any]], num_batches: int) -> dict[str, Any
     if num_batches:
         what += f", {counts['idle']} idle (no output above 0 and no gradient on {num_batches} training batches)"
     verdict = f"There is nothing to remove: {what}. A drop then follows the layers' dimensions, not redundancy."
-    copies = any(map(_more_than_by_chance, layers))
-    if factor >= AS_RANDOM or copies or counts["dead"] or counts.get("idle"):
+    more = (stats.poisson.sf((len(layer["near_duplicates"]) - 1) // 2, layer["near_random"]) for layer in layers)
+    if factor >= AS_RANDOM or min(more) < _CHANCE or counts["dead"] or counts.get("idle"):
         verdict = f"There is something to remove: {what}."
     return {"verdict": verdict, "overlap_factor": factor, **counts}
 
@@ -233,10 +221,8 @@ def plot(path: Path, layers: Sequence[dict[str, Any]]) -> None:
     ax.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
     ax.set_ylabel("inter-filter orthogonality $O_f$")
     ax.legend()
-    try:
+    with as_user_error(f"--plot {path}"):  # matplotlib lists the formats that it knows
         figure.savefig(path)
-    except ValueError as error:  # matplotlib lists the formats that it knows
-        raise UserError(f"--plot {path}: {error}") from error
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -292,11 +278,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 raise UserError(f"{flag} {values} needs --config-file")
         layers, iteration = layers_of_file(args.checkpoint, args.include, args.exclude)
         defaults = RePrOptions()
-    refuse_not_finite(args.checkpoint, layers)
-    options = {}
-    for name in ("criterion", "drop_ratio", "max_drop_per_layer"):
-        given = getattr(args, name)
-        options[name] = getattr(defaults, name) if given is None else given
+    names = ("criterion", "drop_ratio", "max_drop_per_layer")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    options = {name: getattr(defaults, name) for name in names} | given
     if args.criterion is None and get_criterion(options["criterion"]).needs_data and not args.batches:
         options["criterion"] = "ortho"
     with spelling({name: f"--{name.replace('_', '-')}" for name in options}):

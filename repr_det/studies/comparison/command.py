@@ -201,23 +201,18 @@ def _check_run(run: Run, cfg: CfgNode, num_gpus: int) -> None:
 
 def _settings(args: argparse.Namespace, study: Study, argv: list[str]) -> dict[str, Any]:
     program = sys.argv[0] if sys.argv[0].startswith("repr-det") else "python tools/compare.py"
-    runs = []
-    for run in study.runs:
-        folder = os.path.relpath(run.folder, args.output)
-        runs.append({"arm": run.arm, "seed": run.seed, "folder": folder, "max_iter": run.max_iter})
+    runs = [(run, os.path.relpath(run.folder, args.output)) for run in study.runs]
     return {
         "command": f"{program} {shlex.join(argv)}",
         "any_config": study.any_config,
         "register": args.register,
-        "runs": runs,
+        "runs": [{"arm": x.arm, "seed": x.seed, "folder": y, "max_iter": x.max_iter} for x, y in runs],
     }
 
 
 def _remember(output: Path, settings: dict[str, Any]) -> None:
-    try:
+    with as_user_error(f"--output {output} cannot be written"):
         output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {output} cannot be written: {error.strerror}") from error
     write_atomically(output / _SETTINGS_FILE, json.dumps(settings, indent=1, ensure_ascii=False))
 
 
@@ -225,11 +220,10 @@ def _remembered(output: Path, register: Sequence[Sequence[str]]) -> tuple[Study,
     path = output / _SETTINGS_FILE
     if not path.is_file():
         raise UserError(f"{path} is missing: {output} holds no comparison")
-    settings, runs = read_json(path), []
+    settings = read_json(path)
     with as_user_error(f"{path} is damaged"):
-        for run in settings["runs"]:
-            folder = Path(os.path.normpath(output / run["folder"]))
-            runs.append(Run(run["arm"], run["seed"], folder, run["max_iter"]))
+        folders = [Path(os.path.normpath(output / run["folder"])) for run in settings["runs"]]
+        runs = [Run(x["arm"], x["seed"], y, x["max_iter"]) for x, y in zip(settings["runs"], folders, strict=True)]
         data = {name: paths for name, *paths in (*settings["register"], *register)}
     settings["register"] = [[name, *paths] for name, paths in data.items()]
     return Study(tuple(runs), settings.get("any_config", False)), settings  # 0.2.0 compared baseline and RePr only

@@ -16,7 +16,7 @@ from detectron2.data import DatasetCatalog
 from tabulate import tabulate
 
 from repr_det.commands.arguments import merge_config_file
-from repr_det.detectron.config import add_repr_config, scale_to_world
+from repr_det.detectron.config import add_repr_config, as_user_error, scale_to_world
 from repr_det.method.errors import UserError
 from repr_det.runs.files import EVENTS_FILE, METRICS_FILE, write_atomically
 from repr_det.runs.record import CONFIG_FILE, DATA_FILE, describe_data_sets
@@ -95,10 +95,8 @@ class Study:
 
 def read_json(path: Path) -> Any:
     """UserError if the file is damaged."""
-    try:
+    with as_user_error(f"{path} is damaged"):
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}") from error
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
@@ -189,17 +187,16 @@ def check_comparable(study: Study) -> list[str]:
             raise UserError(
                 f"{run.folder} has no evaluation on one data set after SOLVER.MAX_ITER {run.max_iter}: run {command}"
             )
-    parts = {run: settings_of_parts(run.folder) for run in study.runs}
-
-    def configs(runs: Sequence[Run]) -> dict[Path, Settings]:
-        return {place: settings for run in runs for place, settings in parts[run][0].items()}
-
-    refuse_differences(configs(study.runs), only_shared=study.any_config)
-    for arm in study.arms:
-        own = configs(study.of(arm))
+    configs, notes = {arm: {} for arm in study.arms}, []
+    for run in study.runs:
+        parts, found = settings_of_parts(run.folder)
+        configs[run.arm] |= parts
+        notes += found
+    reference, other = configs.values()
+    refuse_differences(reference | other, only_shared=study.any_config)
+    for own in configs.values():
         enabled = any(config["REPR.ENABLED"] for config in own.values())
         refuse_differences(own, FREE_WITHIN_REPR if enabled else FREE)
-    notes = [note for _, found in parts.values() for note in found]
     return notes + check_same_data([run.folder for run in study.runs])
 
 
@@ -220,8 +217,7 @@ def differing_keys(a: Settings, b: Settings, free: Sequence[str] = FREE) -> list
 
 
 def check_same_data(folders: Iterable[Path]) -> list[str]:
-    """Refuses a data set's name with two contents: in two runs, a resumed run, or this process. Returns a note on every
-    data set whose images lay in two folders."""
+    """Refuses a data set's name with two contents, in runs or this process; returns notes on other image folders."""
     used, notes = [], {}  # place, name, entry
     for folder in folders:
         for path in sorted(folder.glob(f"{Path(DATA_FILE).stem}*.json")):

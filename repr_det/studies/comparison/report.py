@@ -105,8 +105,8 @@ def _pictures(runs: Sequence[Run], results: dict[str, Any], number: int) -> list
         panels = {"ground truth": entry["annotations"]}
         for run, found in zip(runs, detections, strict=True):
             panels[f"{title(run.arm)}, score ≥ {_SCORE_THRESHOLD}"] = found.get(entry["image_id"], [])
-        picture = _picture(entry["file_name"], panels, metadata.thing_classes)
-        drawn.append((os.path.basename(entry["file_name"]), picture))
+        path = entry["file_name"]
+        drawn.append((os.path.basename(path), _picture(path, panels, metadata.thing_classes)))
     return drawn
 
 
@@ -180,7 +180,7 @@ def filter_values(study: Study, notes: list[str]) -> dict[str, list[tuple[str, s
         overlaps = read_json_lines(run.folder / OVERLAPS_FILE)
         sizes[run] = {layer: len(values) for layer, values in overlaps[0]["overlap"].items()} if overlaps else {}
     layers = list(dict.fromkeys(layer for found in sizes.values() for layer in found))
-    groups = {}  # arm -> layer -> groups of its conv
+    groups = dict.fromkeys(study.arms, {})  # arm -> layer -> groups of its conv
     for run in (study.of(arm)[0] for arm in study.arms if layers):
         try:
             modules = model_of_shapes(read_config(run.folder), Trainer).named_modules()
@@ -193,11 +193,10 @@ def filter_values(study: Study, notes: list[str]) -> dict[str, list[tuple[str, s
         for layer, size in sizes[run].items():
             dropped += [(run.arm, layer, 100 * len(drop.get(layer, ())) / size) for drop in drops]
         path = run.folder / FINAL_CHECKPOINT
-        known = groups.get(run.arm, {})
-        model = load_checkpoint(path)["model"] if known and path.is_file() else {}
+        model = load_checkpoint(path)["model"] if groups[run.arm] and path.is_file() else {}
         for layer in layers:
-            if layer in known and f"{layer}.weight" in model:
-                found = inter_filter_orthogonality(model[f"{layer}.weight"].float(), known[layer])
+            if layer in groups[run.arm] and f"{layer}.weight" in model:
+                found = inter_filter_orthogonality(model[f"{layer}.weight"].float(), groups[run.arm][layer])
                 overlap += [(run.arm, layer, value) for value in found.tolist()]
     return {_DROPPED: dropped, _OVERLAP: overlap}
 
