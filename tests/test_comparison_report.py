@@ -80,11 +80,11 @@ def test_report_only_from_another_folder(finished, named_data, tmp_path, monkeyp
     monkeypatch.chdir(named_data[0].parent)
     compare_folders(tmp_path, *folders, "--register", "near", "odd.json", "images")
     monkeypatch.chdir(tmp_path)
-    main(["--report-only", "--output", "out", "--eval-images", "0"])
+    main("--report-only --output out --eval-images 0".split())
     shutil.copytree(named_data[0].parent, tmp_path / "moved", symlinks=True)
     for catalog in (DatasetCatalog, MetadataCatalog):
         catalog.remove("near")
-    main(["--report-only", "--output", "out", "--eval-images", "0", *"--register near moved/odd.json moved/images".split()])
+    main("--report-only --output out --eval-images 0 --register near moved/odd.json moved/images".split())
     assert MetadataCatalog.get("near").json_file == str(tmp_path / "moved" / "odd.json")
 
 

@@ -180,7 +180,7 @@ def filter_values(study: Study, notes: list[str]) -> dict[str, list[tuple[str, s
         overlaps = read_json_lines(run.folder / OVERLAPS_FILE)
         sizes[run] = {layer: len(values) for layer, values in overlaps[0]["overlap"].items()} if overlaps else {}
     layers = list(dict.fromkeys(layer for found in sizes.values() for layer in found))
-    groups = dict.fromkeys(study.arms, {})  # arm -> layer -> groups of its conv
+    groups = {arm: {} for arm in study.arms}  # arm -> layer -> groups of its conv
     for run in (study.of(arm)[0] for arm in study.arms if layers):
         try:
             modules = model_of_shapes(read_config(run.folder), Trainer).named_modules()
