@@ -26,14 +26,21 @@ def write_lines(path, *lines):
 
 @pytest.fixture(scope="session")
 def named_data(tmp_path_factory, tiny_data):
-    """The tiny images with class names that HTML and file formats trip over, registered as odd_train and odd_val."""
+    """The tiny images, all of one base name, with class names that HTML and file formats trip over, registered as
+    odd_train and odd_val."""
     path = tmp_path_factory.mktemp("odd") / "odd.json"
+    images = path.with_name("images")
     content = json.loads((tiny_data / "tiny.json").read_text())
     content["categories"] = [dict(id=1, name="<b>bläu & “x”</b>"), dict(id=2, name="绿色/$g$")]
+    for image in content["images"]:
+        folder = images / str(image["id"])
+        folder.mkdir(parents=True)
+        (folder / "image.png").symlink_to(tiny_data / "images" / image["file_name"])
+        image["file_name"] = f"{folder.name}/image.png"
     path.write_text(json.dumps(content), encoding="utf-8")
     for name in ("odd_train", "odd_val"):
-        register_coco_format(name, str(path), str(tiny_data / "images"))
-    return path, tiny_data / "images"
+        register_coco_format(name, str(path), str(images))
+    return path, images
 
 
 @pytest.fixture

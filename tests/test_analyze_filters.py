@@ -1,6 +1,7 @@
 """``repr-det analyze`` on checkpoints whose answer is known: numbers against NumPy, the drop against RePrScheme's."""
 
 import json
+import math
 import pickle
 import re
 
@@ -13,7 +14,7 @@ from torch import nn
 
 from repr_det import RePrScheme, UserError
 from repr_det.method.layers import FilterLayer
-from repr_det.studies.analysis import analyze, layers_of_model, main
+from repr_det.studies.analysis import analyze, expected_near_duplicates, layers_of_model, main
 
 CONFIG = ["--config-file", str(ROOT / "configs" / "baseline_r50_fpn.yaml")]
 
@@ -61,7 +62,7 @@ def test_numbers_verdict_and_plot(run, tmp_path):
     total = overlaps(weight[used]).sum() + overlaps(other).sum()
     assert found["overlap_factor"] == pytest.approx(total / (30 * expected + 31 * expected), rel=0.01)
     assert text.startswith("There is something to remove: mean O_f is 1.0") and ", iteration 11, layers by name" in text
-    assert "of 63 filters 2 are near-duplicates (|cos| > 0.9), 1 dead" in found["verdict"]
+    assert "of 63 filters 2 are near-duplicates (|cos| > 0.9; random directions: 0), 1 dead" in found["verdict"]
     assert re.search(r"^all +64 .* 1 +19$", text, re.MULTILINE)  # filters, zero, dropped
     pair, second, _ = found["pairs"]
     assert (pair["layer"], pair["i"], pair["j"]) == ("a", 3, 5) and pair["cosine"] < -0.99
@@ -69,6 +70,19 @@ def test_numbers_verdict_and_plot(run, tmp_path):
     assert (tmp_path / "x.svg").read_text().lstrip().startswith("<?xml")
     empty = {"b.weight": weights["b.conv.weight"], "c.weight": torch.zeros(4, 2, 1, 1)}
     assert run(empty)[1].startswith("There is nothing to remove: mean O_f is ")
+
+
+# P(|cos| > 0.9) of random directions: length of an arc, areas of spherical caps (polynomials).
+@pytest.mark.parametrize(("dimension", "near"), [(2, 2 / np.pi * np.arccos(0.9)), (3, 0.1), (5, 0.0145), (9, 3.86e-4)])
+def test_near_duplicates_by_chance_are_nothing_to_remove(run, dimension, near):
+    torch.manual_seed(0)
+    weights = {"dw.weight": torch.rand(960, dimension, 1, 1) - 0.5, "pw.weight": torch.randn(64, 256, 1, 1)}
+    found, text = run(weights)
+    assert found["near_random"] == pytest.approx(960 * (1 - (1 - near) ** 959), rel=0.01)
+    assert text.startswith("There is nothing to remove") and f"random directions: {found['near_random']:.0f})" in text
+    assert expected_near_duplicates(960, 1) == 960
+    weights["pw.weight"][5] = weights["pw.weight"][3]
+    assert run(weights)[1].startswith("There is something to remove")
 
 
 @pytest.mark.parametrize("criterion", ["ortho", "weight_norm"])
@@ -119,6 +133,16 @@ def test_names_choose_layers(run):
     assert names() == ["backbone.bottom_up.res2.0.conv1"]
 
 
+def test_weights_are_found_wherever_they_lie(run):
+    """PyTorch's tutorial saves them as model_state_dict; a counter may be a tensor, and a layer have no filter left."""
+    saved = {"optimizer": {"state": {0: {"momentum": torch.ones(4, 2, 1, 1)}}}, "iteration": torch.tensor(11)}
+    saved["optimizer"]["itself"] = saved
+    saved["model_state_dict"] = random_weights() | {"gone.weight": torch.zeros(0, 32, 3, 3)}
+    found, text = run(saved)
+    assert [layer["name"] for layer in found["layers"]] == ["a", "b.conv"]
+    assert found["iteration"] == 11 and ", iteration 11," in text
+
+
 def test_the_config_beside_a_checkpoint(run, tmp_path, tiny_cfg):
     """It names the layers, also of NumPy arrays under Caffe2's names as in the model zoo; a LazyConfig's does not."""
     cfg = tiny_cfg("REPR.LAYERS.INCLUDE", ["*res5.0.conv?"], "REPR.CRITERION", "redundant")
@@ -136,6 +160,8 @@ def test_the_config_beside_a_checkpoint(run, tmp_path, tiny_cfg):
     assert all(torch.equal(layer.weight, weight) for layer, weight in zip(layers, wanted, strict=True))
     with pytest.raises(UserError, match=r"has no backbone.bottom_up.res5.0.conv2.weight of \(\d+, \d+, 3, 3\): give"):
         run({name: value for name, value in saved.items() if "res5.0.conv2" not in name})
+    with pytest.raises(UserError, match=r"(\d+) of \1 filters of backbone.bottom_up.res5.0.conv2 hold NaN"):
+        run(saved | {"backbone.bottom_up.res5.0.conv2.weight": math.nan * wanted[1]})
     (tmp_path / "config.yaml").write_text("model: {}\n")
     assert len(run(saved)[0]["layers"]) >= 8
 
@@ -166,6 +192,8 @@ def test_training_batches_show_which_filters_are_idle(run, tiny_data, tiny_cfg):
         ("{tmp}/w.pth --criterion apoz", "'apoz' looks at training batches: give --config-file and --batches"),
         ("{tmp}/w.pth --batches -1", "--batches must be at least 0, got -1"),
         ("{tmp}/w.pth REPR.DROP_RATIO 0.2", "KEY VALUE ['REPR.DROP_RATIO', '0.2'] needs --config-file"),
+        ("{tmp}/w.pth --exclude *", "w.pth: no 4-D weight matches --include * and not --exclude *; it holds a, b.conv"),
+        ("{tmp}/nan.pth", "2 of 3 filters of b hold NaN or infinity: give"),
         ("{tmp}/w.pth --criterion nope", "--criterion must be one of"),
         ("{tmp}/w.pth --drop-ratio 1.5", "--drop-ratio must be in (0, 1), got 1.5"),
         ("{tmp}/w.pth --json no/such/folder.json", "no/such/folder.json: the folder no/such does not exist"),
@@ -176,6 +204,7 @@ def test_training_batches_show_which_filters_are_idle(run, tiny_data, tiny_cfg):
 def test_wrong_arguments_and_files_get_one_line(tmp_path, words, fragment):
     torch.save(random_weights(), tmp_path / "w.pth")
     torch.save({"iteration": 3}, tmp_path / "none.pth")
+    torch.save({"b.weight": torch.tensor([1.0, math.nan, math.inf]).view(3, 1, 1, 1)}, tmp_path / "nan.pth")
     (tmp_path / "cut.pkl").write_bytes(pickle.dumps({"w": np.zeros((4, 2, 3, 3))})[:-60])
     with pytest.raises(UserError) as error:
         main(words.replace("{tmp}", str(tmp_path)).split())

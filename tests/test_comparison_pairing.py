@@ -4,7 +4,7 @@ import json
 
 import pytest
 import yaml
-from finished_runs import BASELINE_CONFIG, OPTS, REPR_CONFIG, compare_folders
+from finished_runs import BASELINE_CONFIG, OPTS, REPR_CONFIG, compare_folders, results_of
 
 from repr_det.method.errors import UserError
 from repr_det.runs.record import describe_data_sets
@@ -48,6 +48,22 @@ def test_seeds_arms_and_settings_must_fit(finished, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_resumed_run_is_compared_by_its_settings_from_the_start(finished, tmp_path):
+    base, other = finished("baseline", 1), finished("repr", 1)
+    before, config = other / "config_until_0000019.yaml", (other / "config.yaml").read_text()
+    before.write_text(config.replace("MAX_ITER: 40", "MAX_ITER: 20").replace("VIS_PERIOD: 0", "VIS_PERIOD: 5"))
+    compare_folders(tmp_path, [base], [other])
+    note = f"{before}: SOLVER.MAX_ITER was 20 and became 40."
+    assert note in results_of(tmp_path / "out")["notes"] and note in (tmp_path / "out" / "report.html").read_text()
+    # The baseline has no REPR to differ in.
+    changes = ((base, "SOLVER", "BASE_LR", "0.005", "0.5"), (other, "REPR", "CRITERION", "ortho", "random"))
+    for first, node, key, old, new in changes:
+        before.write_text(config.replace(f"{key}: {old}", f"{key}: {new}"))
+        message = f"{first} and {before} cannot be compared: {node}.{key} is {old} in the first and {new} in the"
+        with pytest.raises(UserError, match=message):
+            compare_folders(tmp_path, [base], [other])
+
+
 def test_max_iter_is_that_of_the_scaled_config(finished):
     """SOLVER.REFERENCE_WORLD_SIZE 2 and one process: twice as many iterations."""
     folder = finished("baseline", 1, "SOLVER.REFERENCE_WORLD_SIZE", 2)  # evaluated after 40 of 80 iterations
@@ -72,7 +88,11 @@ def test_runs_on_other_data_of_one_name_are_refused(finished, named_data, tmp_pa
     check_same_data([base, other])
     for changed in ({"file": "/elsewhere/odd.json"}, {"sha256": None}):
         recorded(other, **changed)
-        check_same_data([base, other])
+        assert check_same_data([base, other]) == []
+    recorded(other, image_root="/denoised")
+    folders = f"in {named_data[1]} for {base}, in /denoised for {other}."
+    compare_folders(tmp_path, [base], [other])
+    assert f"The images of odd_val were those {folders}" in results_of(tmp_path / "out")["notes"]
     recorded(other, sha256=None, images=3)
     with pytest.raises(UserError, match="odd_val was"):
         check_same_data([base, other])
@@ -147,6 +167,7 @@ def test_plan_of_two_configs(named_data, tmp_path):
     for change, message in (
         ("SOLVER: {MAX_ITER: 50}", "SOLVER.MAX_ITER is 90000 in the first and 50 in the second"),
         ("DATASETS: {TEST: [coco_2017_train]}", r"TEST is \['coco_2017_val'\] in the first and \['coco_2017_train"),
+        ("SOLVER: {IMS_PER_BATCH: 4}", "SOLVER.IMS_PER_BATCH is 16 in the first and 4 in the second"),
         ("DATALOADER: {SAMPLER_TRAIN: RandomSubsetTrainingSampler}", "DATALOADER.SAMPLER_TRAIN is Training"),
     ):
         warm.write_text(f"_BASE_: {BASELINE_CONFIG}\n{change}\n")
@@ -177,3 +198,7 @@ def test_folders_that_hold_runs_already(finished, named_data, tmp_path):
         message = f"{folder} and this command cannot be compared: {key} is {held} in the first and {wanted} in the"
         with pytest.raises(UserError, match=message):
             planned(tmp_path, *OPTS, key, wanted)
+    before = (folders[1] / "config.yaml").read_text().replace("BASE_LR: 0.005", "BASE_LR: 0.5")
+    (folders[1] / "config_until_0000019.yaml").write_text(before)
+    with pytest.raises(UserError, match=r"config_until_0000019.yaml cannot be compared: SOLVER.BASE_LR is 0.005 in"):
+        planned(tmp_path, *OPTS)

@@ -4,17 +4,20 @@ and simulations."""
 import dataclasses
 import json
 import math
+import shutil
 from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from finished_runs import METRICS, OPTS, REPR_CONFIG, compare_folders, results_of, write_lines
 
 from repr_det.method.errors import UserError
 from repr_det.studies.comparison.command import main
 from repr_det.studies.comparison.records import Run, Study, compare, metric_row
-from repr_det.studies.comparison.report import phases
+from repr_det.studies.comparison.report import filter_values, phases
 from repr_det.studies.comparison.statistics import could_show, paired_difference, summarize, verdict_sentence
 
 
@@ -64,9 +67,25 @@ def test_report_of_finished_folders(finished, tmp_path, capsys):
     (out / "report.html").unlink()
     main(["--report-only", "--output", str(out), "--eval-images", "4"])
     assert Page(out).tags == page.tags and results_of(out) == results
-    (out / "comparison.json").write_text("{")
-    with pytest.raises(UserError, match=r"comparison.json is damaged: "):
-        main(["--report-only", "--output", str(out)])
+    for content in ("{", "{}", "[]"):
+        (out / "comparison.json").write_text(content)
+        with pytest.raises(UserError, match=r"comparison.json is damaged: "):
+            main(["--report-only", "--output", str(out)])
+
+
+def test_report_only_from_another_folder(finished, named_data, tmp_path, monkeypatch):
+    """The data are found again; what is registered anew takes their place."""
+    opts = ("DATASETS.TRAIN", "('near',)", "DATASETS.TEST", "('near',)")
+    folders = [[finished(arm, 1, *opts)] for arm in ("baseline", "repr")]
+    monkeypatch.chdir(named_data[0].parent)
+    compare_folders(tmp_path, *folders, "--register", "near", "odd.json", "images")
+    monkeypatch.chdir(tmp_path)
+    main("--report-only --output out --eval-images 0".split())
+    shutil.copytree(named_data[0].parent, tmp_path / "moved", symlinks=True)
+    for catalog in (DatasetCatalog, MetadataCatalog):
+        catalog.remove("near")
+    main("--report-only --output out --eval-images 0 --register near moved/odd.json moved/images".split())
+    assert MetadataCatalog.get("near").json_file == str(tmp_path / "moved" / "odd.json")
 
 
 def test_two_configs(finished, tmp_path, capsys):
@@ -109,6 +128,21 @@ def test_report_says_what_is_missing(finished, tmp_path):
     assert "Filters Bar" not in page.text and page.tags.count("img") == 1
 
 
+def test_overlap_of_grouped_convs(finished, tmp_path):
+    """Filters equal to those of other groups and orthogonal in their own, as training measures it."""
+    opts = "MODEL.BACKBONE.NAME build_resnet_fpn_backbone MODEL.RESNETS.DEPTH 50 MODEL.RESNETS.NUM_GROUPS 4".split()
+    runs = [Run(arm, 1, finished(arm, 1, *opts), 40) for arm in ("baseline", "repr")]
+    weight = torch.linalg.qr(torch.randn(72, 72))[0].repeat(4, 1).view(288, 8, 3, 3)
+    torch.save({"model": {"backbone.bottom_up.res2.0.conv2.weight": weight}}, runs[1].folder / "model_final.pth")
+    config = runs[0].folder / "config.yaml"
+    config.write_text(config.read_text().replace("build_resnet_fpn_backbone", "their_own"))
+    notes = []
+    overlap = list(filter_values(Study(tuple(runs)), notes).values())[1]
+    assert {arm for arm, *_ in overlap} == {"repr"} and max(value for *_, value in overlap) < 1e-6
+    assert len(overlap) == 288 and len(notes) == 1
+    assert notes[0].startswith("No O_f of baseline: MODEL: No object named 'their_own'")
+
+
 def test_ap_over_training(finished):
     """Of runs that were resumed and killed while they wrote a line."""
     runs = (Run(arm, 1, finished(arm, 1, ap=ap), 40) for arm, ap in (("baseline", 30.0), ("repr", math.nan)))
@@ -120,7 +154,8 @@ def test_a_pair_that_lacks_the_value_takes_no_part():
     aps = {"baseline": [31.0, 32.0, 33.0, 34.0], "repr": [50.0, math.nan, 52.0, 52.0]}
     lines = [(seed, arm, "AP", aps[arm][seed]) for arm in aps for seed in range(4)]
     table = pd.DataFrame(lines, columns=["seed", "arm", "metric", "value"])
-    for found in (table, table.dropna()):  # no objects; no line of a class that was never detected
+    neither = pd.concat([table[table["seed"] != 1], table.assign(metric="AP50")])
+    for found in (table, table.dropna(), neither):  # no objects; no line of a class that was never detected
         row = metric_row(found, "AP", ("baseline", "repr"))
         assert row["sentence"].endswith("3 seeds: no verdict (1 of 4 pairs of runs without the value)")
         assert row["baseline"]["mean"] == pytest.approx((31 + 33 + 34) / 3) and row["difference"]["n"] == 3

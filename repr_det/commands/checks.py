@@ -65,7 +65,7 @@ def check_run(
         _check_input(scaled)
         if resume:
             check_same_classes(class_names(cfg.DATASETS.TRAIN[0]), cfg.OUTPUT_DIR)
-    model = _model_of_shapes(cfg, trainer)
+    model = model_of_shapes(cfg, trainer)
     _check_model(cfg, model, eval_only, processes)
     _check_weights(scaled, model, resume, eval_only)
 
@@ -129,7 +129,7 @@ def _check_output_folder(cfg: CfgNode, resume: bool) -> None:
         refuse_used(folder, "add --resume")
 
 
-def _model_of_shapes(cfg: CfgNode, trainer: type[Trainer]) -> nn.Module:
+def model_of_shapes(cfg: CfgNode, trainer: type[Trainer]) -> nn.Module:
     """The model on the meta device; on the CPU if its making needs numbers."""
 
     def build(device: str) -> nn.Module:

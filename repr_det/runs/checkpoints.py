@@ -1,7 +1,7 @@
 """Checkpoints of a run."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,11 @@ _TAG = "last_checkpoint"
 class AtomicCheckpointer(DetectionCheckpointer):
     """DetectionCheckpointer whose files are whole or absent, and that executes nothing that a file contains.
 
-    Without ``last_checkpoint`` it takes the newest checkpoint of the folder."""
+    Without ``last_checkpoint`` it takes the newest checkpoint of the folder. ``unfit`` are the parameters that the last
+    one lacked or had in another shape."""
 
     _resuming = False
+    unfit: Sequence[str] = ()
 
     def save(self, name: str, **kwargs: Any) -> None:
         """As in Detectron2; ``last_checkpoint`` changes once the file is on the disk."""
@@ -88,6 +90,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         found = super()._load_model(checkpoint)
         parameters = {name for name, _ in self.model.named_parameters()}
         unfit = [n for n in (*found.missing_keys, *(n for n, *_ in found.incorrect_shapes)) if n in parameters]
+        self.unfit = unfit
         if unfit and (self._resuming or len(unfit) == len(parameters)):
             most = "all weights" if self._resuming else "any weight"
             raise UserError(

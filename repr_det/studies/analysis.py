@@ -18,12 +18,13 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from matplotlib.figure import Figure
+from scipy import special, stats
 from tabulate import tabulate
 from torch import Tensor, nn
 
 from repr_det.commands.arguments import add_data_argument, build_config, refuse_below
 from repr_det.commands.data import check_datasets
-from repr_det.detectron.config import options_of_config
+from repr_det.detectron.config import as_user_error, options_of_config
 from repr_det.detectron.engine import Trainer
 from repr_det.detectron.passes import training_passes
 from repr_det.method.criteria import CRITERIA, NEAR_DUPLICATE, Context, get_criterion, select_filters
@@ -44,9 +45,12 @@ NOT_FILTERS = ("*deconv*", "*objectness_logits*", "*anchor_deltas*", "*predictor
 DEAD = 0.02  # a filter is dead below this share of its layer's median norm
 # O_f over that of random directions is 1.0 after hundreds of images, 1.1 to 3.1 after ImageNet.
 AS_RANDOM = 1.1
+# Near-duplicates are no chance if so many pairs are less probable than this even at twice the rate of random directions
+# (uniform weights of 9 dimensions: 1.3 times).
+_CHANCE = 1e-4
 # Columns of the table: keys of the json file, for lists of filters their number.
 COUNTS = ("near_duplicates", "dead", "idle", "zero", "dropped")
-COLUMNS = ("name", "filters", "dimension", "overlap_mean", "overlap_random", *COUNTS)
+COLUMNS = ("name", "filters", "dimension", "overlap_mean", "overlap_random", "near_random", *COUNTS)
 Patterns = Sequence[str] | None
 
 
@@ -58,38 +62,40 @@ def layers_of_model(path: Path, cfg: CfgNode) -> tuple[nn.Module, list[FilterLay
         model([{"image": torch.full((3, 128, 128), 128.0)}])
     layers = participants.hear()
     participants.close()
+    checkpointer = AtomicCheckpointer(model)
+    loaded = checkpointer.load(str(path))
     for layer in layers:
-        nn.init.constant_(layer.weight, math.nan)
-    loaded = AtomicCheckpointer(model).load(str(path))
-    for layer in layers:
-        if layer.weight.isnan().all():
-            shape = tuple(layer.weight.shape)
-            raise UserError(f"{path} has no {layer.name}.weight of {shape}: give --config-file of its own run")
+        if f"{layer.name}.weight" in checkpointer.unfit:
+            weight = f"{layer.name}.weight of {tuple(layer.weight.shape)}"
+            raise UserError(f"{path} has no {weight}: give --config-file of its own run")
     return model, layers, loaded.get("iteration")
 
 
 def layers_of_file(path: Path, include: Patterns, exclude: Patterns) -> tuple[list[FilterLayer], int | None]:
     """Chooses 4-D weights by name, default Detectron2's backbone, else all; returns the iteration too."""
     loaded = load_checkpoint(path)
-    keys = ("model", "state_dict", "model_state", "blobs")
-    weights = next((loaded[key] for key in keys if isinstance(loaded.get(key), dict)), loaded)
+    dicts = [loaded]
+    for one in dicts:  # outer ones first, each once: a pickle may hold a dict that holds itself
+        dicts += [x for x in one.values() if isinstance(x, dict) and not any(x is known for known in dicts)]
     convs = {}
-    for name, value in weights.items():
-        if getattr(value, "ndim", 0) == 4:
-            filters, inputs, *kernel = value.shape
-            conv = nn.Conv2d(inputs, filters, tuple(kernel), bias=False, device="meta")
-            conv.weight = nn.Parameter(torch.as_tensor(value).float())
-            convs[str(name).removeprefix("module.").removesuffix(".weight")] = conv
+    found = ({k: x for k, x in one.items() if getattr(x, "ndim", 0) == 4 and all(x.shape)} for one in dicts)
+    for name, value in next(filter(None, found), {}).items():
+        filters, inputs, *kernel = value.shape
+        conv = nn.Conv2d(inputs, filters, tuple(kernel), bias=False, device="meta")
+        conv.weight = nn.Parameter(torch.as_tensor(value).float())
+        convs[str(name).removeprefix("module.").removesuffix(".weight")] = conv
 
     def matching(patterns: Sequence[str]) -> list[str]:
         return [x for x in convs if any(fnmatch.fnmatch(x, pattern.removesuffix(".weight")) for pattern in patterns)]
 
     include = include or (DETECTRON2_LAYERS if matching(DETECTRON2_LAYERS) else ["*"])
-    excluded = matching([*(exclude or NOT_FILTERS), "*_momentum"])
+    exclude = exclude or NOT_FILTERS
+    excluded = matching([*exclude, "*_momentum"])
     layers = [FilterLayer(name, convs[name]) for name in matching(include) if name not in excluded]
     if not layers:
         names = ", ".join(map(str, list(convs or loaded)[:8])) or "nothing"
-        raise UserError(f"{path}: no 4-D weight matches --include {' '.join(include)}; it holds {names}")
+        left = f" and not --exclude {' '.join(exclude)}" if matching(include) else ""
+        raise UserError(f"{path}: no 4-D weight matches --include {' '.join(include)}{left}; it holds {names}")
     return layers, loaded.get("iteration")
 
 
@@ -103,6 +109,10 @@ def analyze(
     num_pairs: int = 10,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Describes layers, with filters by index; and the pairs of filters with the largest |cosine|."""
+    for layer in layers:
+        if number := int((~layer.weight.isfinite()).flatten(1).any(1).sum()):
+            found = f"{number} of {layer.num_filters} filters of {layer.name} hold NaN or infinity"
+            raise UserError(f"{found}: give a checkpoint from before its training diverged")
     chosen, redundant = get_criterion(criterion), CRITERIA["redundant"]
     if chosen.needs_data and passes is None:
         raise UserError(f"criterion {criterion!r} looks at training batches: give --config-file and --batches")
@@ -153,7 +163,14 @@ def _overlap(layer: FilterLayer, cosines: Tensor, used: Tensor) -> dict[str, Any
         "overlap": [round(value, 7) for value in overlap.tolist()],
         "overlap_mean": overlap.sum().item() / number_used,
         "overlap_random": expected / number_used,
+        "near_random": sum(expected_near_duplicates(number, dimension) for number in counts.tolist()),
     }
+
+
+def expected_near_duplicates(num_filters: int, dimension: int) -> float:
+    """Of random directions; the squared cosine of two is Beta(1 / 2, (d - 1) / 2) distributed."""
+    near = special.betainc((dimension - 1) / 2, 0.5, 1 - NEAR_DUPLICATE**2) if dimension > 1 else 1.0
+    return num_filters * (1 - (1 - near) ** (num_filters - 1))
 
 
 def summary(layers: Sequence[dict[str, Any]], num_batches: int) -> dict[str, Any]:
@@ -161,15 +178,18 @@ def summary(layers: Sequence[dict[str, Any]], num_batches: int) -> dict[str, Any
     counts["filters"] = sum(layer["filters"] for layer in layers)
     used = counts["filters"] - counts["zero"]
     expected = sum(layer["overlap_random"] * (layer["filters"] - len(layer["zero"])) for layer in layers)
+    counts["near_random"] = sum(layer["near_random"] for layer in layers)
     factor = sum(sum(layer["overlap"]) for layer in layers) / expected if expected else 1.0
     what = (
         f"mean O_f is {factor:.2f} times that of random directions; of {used} filters {counts['near_duplicates']} are "
-        f"near-duplicates (|cos| > {NEAR_DUPLICATE:g}), {counts['dead']} dead (norm below {DEAD:.0%} of the median)"
+        f"near-duplicates (|cos| > {NEAR_DUPLICATE:g}; random directions: {counts['near_random']:.0f}), "
+        f"{counts['dead']} dead (norm below {DEAD:.0%} of the median)"
     )
     if num_batches:
         what += f", {counts['idle']} idle (no output above 0 and no gradient on {num_batches} training batches)"
     verdict = f"There is nothing to remove: {what}. A drop then follows the layers' dimensions, not redundancy."
-    if factor >= AS_RANDOM or counts["near_duplicates"] or counts["dead"] or counts.get("idle"):
+    more = (stats.poisson.sf((len(layer["near_duplicates"]) - 1) // 2, layer["near_random"]) for layer in layers)
+    if factor >= AS_RANDOM or min(more) < _CHANCE or counts["dead"] or counts.get("idle"):
         verdict = f"There is something to remove: {what}."
     return {"verdict": verdict, "overlap_factor": factor, **counts}
 
@@ -184,7 +204,7 @@ def as_text(found: dict[str, Any]) -> str:
         found["verdict"],
         f"{found['checkpoint']}, iteration {iteration}, layers by {found['config'] or 'name'}",
         tabulate(rows, COLUMNS, floatfmt=".4f"),
-        "overlap: inter-filter orthogonality O_f (random: its value for random directions); dropped: by "
+        "overlap: inter-filter orthogonality O_f (random: of random directions, also for near-duplicates); dropped: by "
         f"{found['criterion']} at drop ratio {found['drop_ratio']:g}, cap {found['max_drop_per_layer']:g}",
     ]
     if found["pairs"]:
@@ -201,10 +221,8 @@ def plot(path: Path, layers: Sequence[dict[str, Any]]) -> None:
     ax.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
     ax.set_ylabel("inter-filter orthogonality $O_f$")
     ax.legend()
-    try:
+    with as_user_error(f"--plot {path}"):  # matplotlib lists the formats that it knows
         figure.savefig(path)
-    except ValueError as error:  # matplotlib lists the formats that it knows
-        raise UserError(f"--plot {path}: {error}") from error
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -260,10 +278,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 raise UserError(f"{flag} {values} needs --config-file")
         layers, iteration = layers_of_file(args.checkpoint, args.include, args.exclude)
         defaults = RePrOptions()
-    options = {}
-    for name in ("criterion", "drop_ratio", "max_drop_per_layer"):
-        given = getattr(args, name)
-        options[name] = getattr(defaults, name) if given is None else given
+    names = ("criterion", "drop_ratio", "max_drop_per_layer")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    options = {name: getattr(defaults, name) for name in names} | given
     if args.criterion is None and get_criterion(options["criterion"]).needs_data and not args.batches:
         options["criterion"] = "ortho"
     with spelling({name: f"--{name.replace('_', '-')}" for name in options}):
@@ -279,6 +296,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     print(as_text(found))
     if args.json:
-        write_atomically(args.json, json.dumps(found, indent=1) + "\n")
+        write_atomically(args.json, json.dumps(found, indent=1, default=int) + "\n")
     if args.plot:
         plot(args.plot, analyzed)

@@ -17,7 +17,7 @@ from repr_det.commands.arguments import add_data_argument, build_config, refuse_
 from repr_det.commands.checks import check_run
 from repr_det.commands.processes import refuse_launchers
 from repr_det.datasets import register_builtin, register_coco_format
-from repr_det.detectron.config import scale_to_world
+from repr_det.detectron.config import as_user_error, scale_to_world
 from repr_det.method.errors import UserError
 from repr_det.runs.files import run_traces, write_atomically
 from repr_det.runs.record import CONFIG_FILE
@@ -35,6 +35,7 @@ from repr_det.studies.comparison.records import (
     read_json,
     refuse_differences,
     run_from_folder,
+    settings_of_parts,
     write_results,
 )
 from repr_det.studies.comparison.report import write_report
@@ -88,6 +89,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if behind and (not seeds or len(behind) % 2):
         raise UserError(f"--seeds must be integers, and KEY VALUE pairs may follow; got {' '.join(words)}")
     args.opts = behind + (args.opts[1:] if args.opts[:1] == ["--"] else args.opts)
+    args.register = [[name, *(os.path.abspath(os.path.expanduser(x)) for x in paths)] for name, *paths in args.register]
     refuse_below(args, jobs=1, num_gpus=1, eval_images=0)
     given = {name for name, value in vars(args).items() if value}
     if not any(needed <= given <= needed | more | _EVERY_WAY for needed, more in _WAYS):
@@ -100,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     refuse_launchers("compare.py")
     if args.report_only:
-        study, settings = _remembered(args.output)
+        study, settings = _remembered(args.output, args.register)
     elif args.config_file:
         request = (args.config_file, args.seeds, args.output, args.register, args.opts, args.num_gpus, args.against)
         study, args.output = plan_study(*request)
@@ -114,9 +116,9 @@ def main(argv: list[str] | None = None) -> None:
     register_builtin()
     for words in settings["register"]:
         register_coco_format(*words)
-    check_comparable(study)
+    notes = check_comparable(study)
     _remember(args.output, settings)
-    comparison = compare(study)
+    comparison = compare(study, notes)
     report = write_report(comparison, settings, args.output, args.eval_images)
     results = comparison.results
     write_results(comparison, args.output)
@@ -191,40 +193,37 @@ def arm_names(*config_files: str) -> tuple[str, ...]:
 def _check_run(run: Run, cfg: CfgNode, num_gpus: int) -> None:
     if (run.folder / CONFIG_FILE).exists():
         free = ("OUTPUT_DIR",) if cfg.REPR.ENABLED else ("OUTPUT_DIR", "REPR.")
-        refuse_differences({run.folder: flatten(read_config(run.folder)), "this command": flatten(cfg)}, free)
+        parts, _ = settings_of_parts(run.folder, lambda *file: flatten(read_config(*file)))
+        refuse_differences({**parts, "this command": flatten(cfg)}, free)
     if not is_finished(run):
         check_run(cfg, resume=bool(run_traces(run.folder)), num_gpus=num_gpus)
 
 
 def _settings(args: argparse.Namespace, study: Study, argv: list[str]) -> dict[str, Any]:
     program = sys.argv[0] if sys.argv[0].startswith("repr-det") else "python tools/compare.py"
-    runs = []
-    for run in study.runs:
-        folder = os.path.relpath(run.folder, args.output)
-        runs.append({"arm": run.arm, "seed": run.seed, "folder": folder, "max_iter": run.max_iter})
+    runs = [(run, os.path.relpath(run.folder, args.output)) for run in study.runs]
     return {
         "command": f"{program} {shlex.join(argv)}",
         "any_config": study.any_config,
         "register": args.register,
-        "runs": runs,
+        "runs": [{"arm": x.arm, "seed": x.seed, "folder": y, "max_iter": x.max_iter} for x, y in runs],
     }
 
 
 def _remember(output: Path, settings: dict[str, Any]) -> None:
-    try:
+    with as_user_error(f"--output {output} cannot be written"):
         output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {output} cannot be written: {error.strerror}") from error
     write_atomically(output / _SETTINGS_FILE, json.dumps(settings, indent=1, ensure_ascii=False))
 
 
-def _remembered(output: Path) -> tuple[Study, dict[str, Any]]:
+def _remembered(output: Path, register: Sequence[Sequence[str]]) -> tuple[Study, dict[str, Any]]:
     path = output / _SETTINGS_FILE
     if not path.is_file():
         raise UserError(f"{path} is missing: {output} holds no comparison")
     settings = read_json(path)
-    runs = []
-    for run in settings["runs"]:
-        folder = Path(os.path.normpath(output / run["folder"]))
-        runs.append(Run(run["arm"], run["seed"], folder, run["max_iter"]))
+    with as_user_error(f"{path} is damaged"):
+        folders = [Path(os.path.normpath(output / run["folder"])) for run in settings["runs"]]
+        runs = [Run(x["arm"], x["seed"], y, x["max_iter"]) for x, y in zip(settings["runs"], folders, strict=True)]
+        data = {name: paths for name, *paths in (*settings["register"], *register)}
+    settings["register"] = [[name, *paths] for name, paths in data.items()]
     return Study(tuple(runs), settings.get("any_config", False)), settings  # 0.2.0 compared baseline and RePr only

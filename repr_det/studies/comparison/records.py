@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from detectron2.data import DatasetCatalog
 from tabulate import tabulate
 
 from repr_det.commands.arguments import merge_config_file
-from repr_det.detectron.config import add_repr_config, scale_to_world
+from repr_det.detectron.config import add_repr_config, as_user_error, scale_to_world
 from repr_det.method.errors import UserError
 from repr_det.runs.files import EVENTS_FILE, METRICS_FILE, write_atomically
 from repr_det.runs.record import CONFIG_FILE, DATA_FILE, describe_data_sets
@@ -34,7 +34,9 @@ BASELINE, REPR = "baseline", "repr"
 FREE_WITHIN_REPR = ("OUTPUT_DIR", "SEED", "VERSION", "VIS_PERIOD", "SOLVER.CHECKPOINT_PERIOD")
 FREE = (*FREE_WITHIN_REPR, "REPR.")
 # What any two configs must share: data, their order, iterations, evaluations.
-SHARED = ("SOLVER.MAX_ITER", "DATASETS.", "DATALOADER.", "TEST.EVAL_PERIOD")
+SHARED = ("SOLVER.MAX_ITER", "SOLVER.IMS_PER_BATCH", "DATASETS.", "DATALOADER.", "TEST.EVAL_PERIOD")
+# What may have been another one before a run was resumed.
+RESUMED = ("SOLVER.MAX_ITER", "DATALOADER.NUM_WORKERS", "TEST.EVAL_PERIOD")
 _PROCESSES = re.compile(r"Rank of current process: \d+\. World size: (\d+)")
 Settings = dict[str, Any]  # a flat config: SOLVER.MAX_ITER -> its value
 
@@ -93,10 +95,8 @@ class Study:
 
 def read_json(path: Path) -> Any:
     """UserError if the file is damaged."""
-    try:
+    with as_user_error(f"{path} is damaged"):
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}") from error
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
@@ -132,9 +132,9 @@ def is_finished(run: Run) -> bool:
     return bool(final_row(read_metrics(run.folder), run.max_iter))
 
 
-def read_config(folder: Path) -> CfgNode:
+def read_config(folder: Path, name: str = CONFIG_FILE) -> CfgNode:
     """The config of a run as given; keys newer than it have their defaults."""
-    path = folder / CONFIG_FILE
+    path = folder / name
     if not path.is_file():
         raise UserError(f"{path} is missing: give the OUTPUT_DIR of a Detectron2 run")
     cfg = get_cfg()
@@ -144,9 +144,9 @@ def read_config(folder: Path) -> CfgNode:
     return cfg
 
 
-def read_settings(folder: Path) -> Settings:
+def read_settings(folder: Path, name: str = CONFIG_FILE) -> Settings:
     """The config of a run, scaled to its processes."""
-    cfg = read_config(folder)
+    cfg = read_config(folder, name)
     if not cfg.SOLVER.REFERENCE_WORLD_SIZE:
         return flatten(cfg)
     log = folder / "log.txt"
@@ -161,6 +161,16 @@ def flatten(cfg: CfgNode) -> Settings:
     return pd.json_normalize(yaml.safe_load(cfg.dump())).to_dict("records")[0]
 
 
+def settings_of_parts(folder: Path, read: Callable[..., Settings] = read_settings) -> tuple[dict[Path, Settings], list]:
+    """The settings of a run and those of before it was resumed, by place, with notes in place of what may differ."""
+    parts, notes = {folder: read(folder)}, []
+    for path in sorted(folder.glob(f"{Path(CONFIG_FILE).stem}_until_*.yaml")):
+        before, now = read(folder, path.name), {key: parts[folder][key] for key in RESUMED}
+        notes += [f"{path}: {key} was {before[key]} and became {now[key]}." for key in now if before[key] != now[key]]
+        parts[path] = before | now
+    return parts, notes
+
+
 def run_from_folder(folder: Path, arm: str) -> Run:
     """A trained run; UserError if it is of the other arm."""
     config = read_settings(folder)
@@ -169,21 +179,25 @@ def run_from_folder(folder: Path, arm: str) -> Run:
     return Run(arm, config["SEED"], folder, config["SOLVER.MAX_ITER"])
 
 
-def check_comparable(study: Study) -> None:
-    """Refuses unfinished runs, and differences between arms and within one."""
+def check_comparable(study: Study) -> list[str]:
+    """Refuses unfinished runs, and differences between arms, within one and within a run; returns notes on others."""
     for run in study.runs:
         if not is_finished(run):
             command = f"python -m repr_det.train --config-file {run.folder / CONFIG_FILE} --resume"
             raise UserError(
                 f"{run.folder} has no evaluation on one data set after SOLVER.MAX_ITER {run.max_iter}: run {command}"
             )
-    configs = {run.folder: read_settings(run.folder) for run in study.runs}
-    refuse_differences(configs, only_shared=study.any_config)
-    for arm in study.arms:
-        own = {run.folder: configs[run.folder] for run in study.of(arm)}
+    configs, notes = {arm: {} for arm in study.arms}, []
+    for run in study.runs:
+        parts, found = settings_of_parts(run.folder)
+        configs[run.arm] |= parts
+        notes += found
+    reference, other = configs.values()
+    refuse_differences(reference | other, only_shared=study.any_config)
+    for own in configs.values():
         enabled = any(config["REPR.ENABLED"] for config in own.values())
         refuse_differences(own, FREE_WITHIN_REPR if enabled else FREE)
-    check_same_data(configs)
+    return notes + check_same_data([run.folder for run in study.runs])
 
 
 def refuse_differences(configs: dict[Any, Settings], free: Sequence[str] = FREE, only_shared: bool = False) -> None:
@@ -202,9 +216,9 @@ def differing_keys(a: Settings, b: Settings, free: Sequence[str] = FREE) -> list
     return sorted(key for key in found if not key.startswith(tuple(free)))
 
 
-def check_same_data(folders: Iterable[Path]) -> None:
-    """Refuses a data set's name with two contents: in two runs, a resumed run, or this process."""
-    used = []  # place, name, entry
+def check_same_data(folders: Iterable[Path]) -> list[str]:
+    """Refuses a data set's name with two contents, in runs or this process; returns notes on other image folders."""
+    used, notes = [], {}  # place, name, entry
     for folder in folders:
         for path in sorted(folder.glob(f"{Path(DATA_FILE).stem}*.json")):
             used += [(folder, name, entry) for name, entry in read_json(path).items()]
@@ -218,6 +232,10 @@ def check_same_data(folders: Iterable[Path]) -> None:
         if any(entry[key] != known[key] for key in keys):
             files = f"{known['file']} in the first and {entry['file']}, with other content, in the second"
             raise UserError(f"{other} and {place} cannot be compared: {name} was {files}")
+        roots = [one.get("image_root") for one in (known, entry)]
+        if isinstance(place, Path) and all(roots) and roots[0] != roots[1]:
+            notes[name] = f"The images of {name} were those in {roots[0]} for {other}, in {roots[1]} for {place}."
+    return list(notes.values())
 
 
 @dataclass
@@ -236,10 +254,10 @@ class Comparison:
     results: dict[str, Any]
 
 
-def compare(study: Study) -> Comparison:
+def compare(study: Study, notes: Sequence[str] = ()) -> Comparison:
     """Computes every number of the report from comparable runs."""
     lines, curves = [], {}
-    notes = ["One seed says nothing about the spread between runs."] if len(study.seeds) == 1 else []
+    notes = [*notes, *["One seed says nothing about the spread between runs."] * (len(study.seeds) == 1)]
     for run in [run for arm in study.arms for run in study.of(arm)]:
         rows = read_metrics(run.folder)
         final = final_row(rows, run.max_iter)
@@ -265,9 +283,9 @@ def compare(study: Study) -> Comparison:
 
 
 def metric_row(table: pd.DataFrame, metric: str, arms: Sequence[str]) -> dict[str, Any]:
-    """Both arms over their common seeds, and the second minus the first."""
+    """Both arms over the seeds of the table, and the second minus the first."""
     by_seed = table[table["metric"] == metric].pivot(index="seed", columns="arm", values="value")
-    by_seed = by_seed.reindex(columns=arms)
+    by_seed = by_seed.reindex(index=sorted(table["seed"].unique()), columns=arms)
     by_seed[by_seed.isna().any(axis=1)] = math.nan
     reference, other = (by_seed[arm].tolist() for arm in arms)
     difference = paired_difference(reference, other)

@@ -17,8 +17,11 @@ from detectron2.data.detection_utils import read_image
 from detectron2.structures import BoxMode
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from torch import nn
 
+from repr_det.commands.checks import model_of_shapes
 from repr_det.commands.data import check_datasets
+from repr_det.detectron.engine import Trainer
 from repr_det.method.errors import UserError
 from repr_det.method.orthogonality import inter_filter_orthogonality
 from repr_det.runs.files import FINAL_CHECKPOINT, OVERLAPS_FILE, write_atomically
@@ -65,6 +68,7 @@ def write_report(comparison: Comparison, settings: dict[str, Any], output: Path,
     classes = {f"AP of {name}": row for name, row in results["classes"].items()}
     loader = jinja2.PackageLoader("repr_det.studies.comparison", ".")
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
+    filters = filter_values(study, results["notes"])
     with matplotlib.rc_context(_STYLE):
         page = environment.get_template("report.html.j2").render(
             pictures=_pictures(firsts, results, images),  # first: it may add a note to the results
@@ -74,34 +78,35 @@ def write_report(comparison: Comparison, settings: dict[str, Any], output: Path,
             iterations=study.runs[0].max_iter,
             lines=lines_of(results["metrics"] | classes, study.arms),
             ap=_ap(comparison),
-            filters=_filters(study),
+            filters={caption: _by_layer(study.arms, lines) for caption, lines in filters.items()},
             differences={key: [config.get(key, "absent") for config in configs] for key in differing},
         )
     write_atomically(output / "report.html", page)
     return output / "report.html"
 
 
-def _pictures(runs: Sequence[Run], results: dict[str, Any], number: int) -> dict[str, str]:
-    """Name -> truth and detections, on images spread evenly over the data set."""
+def _pictures(runs: Sequence[Run], results: dict[str, Any], number: int) -> list[tuple[str, str]]:
+    """Names with truth and detections, on images spread evenly over the data set."""
     files = [run.folder / "inference" / "coco_instances_results.json" for run in runs]
     if not number or not all(file.is_file() for file in files):
-        return {}
+        return []
     try:
         check_datasets(read_config(runs[0].folder), eval_only=True)
     except UserError as error:
         results["notes"].append(f"No pictures of detections: {error}.")
-        return {}
+        return []
     metadata = MetadataCatalog.get(results["dataset"])
     to_class = getattr(metadata, "thing_dataset_id_to_contiguous_id", {})
     detections = [_detections(file, to_class) for file in files]
     images = [image for image in DatasetCatalog.get(results["dataset"]) if image.get("annotations")]
     places = np.linspace(0, len(images) - 1, min(number, len(images))).round().astype(int)
-    drawn = {}
+    drawn = []
     for entry in [images[place] for place in np.unique(places)]:
         panels = {"ground truth": entry["annotations"]}
         for run, found in zip(runs, detections, strict=True):
             panels[f"{title(run.arm)}, score ≥ {_SCORE_THRESHOLD}"] = found.get(entry["image_id"], [])
-        drawn[os.path.basename(entry["file_name"])] = _picture(entry["file_name"], panels, metadata.thing_classes)
+        path = entry["file_name"]
+        drawn.append((os.path.basename(path), _picture(path, panels, metadata.thing_classes)))
     return drawn
 
 
@@ -168,24 +173,32 @@ def phases(events: Sequence[dict[str, Any]], max_iter: int) -> list[tuple[int, i
     return list(zip(starts, [*ends, max_iter], strict=False))
 
 
-def _filters(study: Study) -> dict[str, str]:
+def filter_values(study: Study, notes: list[str]) -> dict[str, list[tuple[str, str, float]]]:
+    """Caption -> lines (arm, layer, value); what cannot be found is added to the notes."""
     sizes = {}  # run -> layer -> its filters
     for run in study.runs:
         overlaps = read_json_lines(run.folder / OVERLAPS_FILE)
         sizes[run] = {layer: len(values) for layer, values in overlaps[0]["overlap"].items()} if overlaps else {}
     layers = list(dict.fromkeys(layer for found in sizes.values() for layer in found))
+    groups = {arm: {} for arm in study.arms}  # arm -> layer -> groups of its conv
+    for run in (study.of(arm)[0] for arm in study.arms if layers):
+        try:
+            modules = model_of_shapes(read_config(run.folder), Trainer).named_modules()
+            groups[run.arm] = {name: module.groups for name, module in modules if isinstance(module, nn.Conv2d)}
+        except UserError as error:  # a model of the user's own code
+            notes.append(f"No O_f of {title(run.arm)}: {error}.")
     dropped, overlap = [], []
     for run in study.runs:
         drops = [event["dropped"] for event in read_events(run.folder) if event["event"] == "drop"]
         for layer, size in sizes[run].items():
             dropped += [(run.arm, layer, 100 * len(drop.get(layer, ())) / size) for drop in drops]
         path = run.folder / FINAL_CHECKPOINT
-        model = load_checkpoint(path)["model"] if layers and path.is_file() else {}
+        model = load_checkpoint(path)["model"] if groups[run.arm] and path.is_file() else {}
         for layer in layers:
-            if f"{layer}.weight" in model:
-                found = inter_filter_orthogonality(model[f"{layer}.weight"].float())
+            if layer in groups[run.arm] and f"{layer}.weight" in model:
+                found = inter_filter_orthogonality(model[f"{layer}.weight"].float(), groups[run.arm][layer])
                 overlap += [(run.arm, layer, value) for value in found.tolist()]
-    return {_DROPPED: _by_layer(study.arms, dropped), _OVERLAP: _by_layer(study.arms, overlap)}
+    return {_DROPPED: dropped, _OVERLAP: overlap}
 
 
 def _by_layer(arms: Sequence[str], lines: Sequence[tuple[str, str, float]]) -> str:
