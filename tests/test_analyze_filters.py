@@ -61,15 +61,16 @@ def test_numbers_verdict_and_plot(run, tmp_path):
     expected = np.sqrt(2 / (np.pi * 288))  # E|cos| up to terms of 1 / d
     total = overlaps(weight[used]).sum() + overlaps(other).sum()
     assert found["overlap_factor"] == pytest.approx(total / (30 * expected + 31 * expected), rel=0.01)
-    assert text.startswith("There is something to remove: mean O_f is 1.0") and ", iteration 11, layers by name" in text
-    assert "of 63 filters 2 are near-duplicates (|cos| > 0.9; random directions: 0), 1 dead" in found["verdict"]
+    assert text.startswith("3 of 63 filters are redundant (4.8%): 2 near-duplicates (|cos| > 0.9; random directions: 0), ")
+    assert "1 dead (norm below 2% of the median), idle ones not looked for (--batches). Mean O_f is 1.0" in text
+    assert ", iteration 11, layers by name" in text
     assert re.search(r"^all +64 .* 1 +19$", text, re.MULTILINE)  # filters, zero, dropped
     pair, second, _ = found["pairs"]
     assert (pair["layer"], pair["i"], pair["j"]) == ("a", 3, 5) and pair["cosine"] < -0.99
     assert abs(pair["cosine"]) >= abs(second["cosine"])
     assert (tmp_path / "x.svg").read_text().lstrip().startswith("<?xml")
     empty = {"b.weight": weights["b.conv.weight"], "c.weight": torch.zeros(4, 2, 1, 1)}
-    assert run(empty)[1].startswith("There is nothing to remove: mean O_f is ")
+    assert run(empty)[1].startswith("0 of 32 filters are redundant (0.0%): ")
 
 
 # P(|cos| > 0.9) of random directions: length of an arc, areas of spherical caps (polynomials).
@@ -79,10 +80,10 @@ def test_near_duplicates_by_chance_are_nothing_to_remove(run, dimension, near):
     weights = {"dw.weight": torch.rand(960, dimension, 1, 1) - 0.5, "pw.weight": torch.randn(64, 256, 1, 1)}
     found, text = run(weights)
     assert found["near_random"] == pytest.approx(960 * (1 - (1 - near) ** 959), rel=0.01)
-    assert text.startswith("There is nothing to remove") and f"random directions: {found['near_random']:.0f})" in text
+    assert found["redundant"] == 0 and f"random directions: {found['near_random']:.0f})" in text
     assert expected_near_duplicates(960, 1) == 960
     weights["pw.weight"][5] = weights["pw.weight"][3]
-    assert run(weights)[1].startswith("There is something to remove")
+    assert run(weights)[0]["redundant"] == 2
 
 
 @pytest.mark.parametrize("criterion", ["ortho", "weight_norm"])
@@ -179,6 +180,7 @@ def test_training_batches_show_which_filters_are_idle(run, tiny_data, tiny_cfg):
         found, _ = run(saved, *CONFIG, "--batches", 2, "--criterion", criterion, *keys)
         assert found["layers"][0]["idle"] == closed
         assert "2 idle (no output above 0 and no gradient on 2 training batches)" in found["verdict"]
+        assert found["redundant"] == 2
         assert criterion != "redundant" or found["layers"][0]["dropped"] == [3, 5, 7]
     with pytest.raises(UserError, match="nowhere_train"):
         run(saved, *CONFIG, "--batches", 2, *keys, "DATASETS.TRAIN", "('nowhere_train',)")

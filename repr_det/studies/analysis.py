@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
+from detectron2.utils.file_io import PathManager
 from matplotlib.figure import Figure
 from scipy import special, stats
 from tabulate import tabulate
@@ -43,10 +44,8 @@ from repr_det.runs.safe_pickle import load_checkpoint
 # Rows of transposed convs (C_in, C_out, kh, kw) are no filters. What predicts keeps all its filters.
 NOT_FILTERS = ("*deconv*", "*objectness_logits*", "*anchor_deltas*", "*predictor*", "*cls_score*", "*bbox_pred*")
 DEAD = 0.02  # a filter is dead below this share of its layer's median norm
-# O_f over that of random directions is 1.0 after hundreds of images, 1.1 to 3.1 after ImageNet.
-AS_RANDOM = 1.1
-# Near-duplicates are no chance if so many pairs are less probable than this even at twice the rate of random directions
-# (uniform weights of 9 dimensions: 1.3 times).
+# Near-duplicates of a layer are redundant if so many pairs are less probable than this even at twice the rate of random
+# directions (uniform weights of 9 dimensions: 1.3 times).
 _CHANCE = 1e-4
 # Columns of the table: keys of the json file, for lists of filters their number.
 COUNTS = ("near_duplicates", "dead", "idle", "zero", "dropped")
@@ -180,18 +179,25 @@ def summary(layers: Sequence[dict[str, Any]], num_batches: int) -> dict[str, Any
     expected = sum(layer["overlap_random"] * (layer["filters"] - len(layer["zero"])) for layer in layers)
     counts["near_random"] = sum(layer["near_random"] for layer in layers)
     factor = sum(sum(layer["overlap"]) for layer in layers) / expected if expected else 1.0
+    counts["redundant"] = sum(map(_redundant, layers))
     what = (
-        f"mean O_f is {factor:.2f} times that of random directions; of {used} filters {counts['near_duplicates']} are "
-        f"near-duplicates (|cos| > {NEAR_DUPLICATE:g}; random directions: {counts['near_random']:.0f}), "
-        f"{counts['dead']} dead (norm below {DEAD:.0%} of the median)"
+        f"{counts['near_duplicates']} near-duplicates (|cos| > {NEAR_DUPLICATE:g}; random directions: "
+        f"{counts['near_random']:.0f}), {counts['dead']} dead (norm below {DEAD:.0%} of the median), "
     )
     if num_batches:
-        what += f", {counts['idle']} idle (no output above 0 and no gradient on {num_batches} training batches)"
-    verdict = f"There is nothing to remove: {what}. A drop then follows the layers' dimensions, not redundancy."
-    more = (stats.poisson.sf((len(layer["near_duplicates"]) - 1) // 2, layer["near_random"]) for layer in layers)
-    if factor >= AS_RANDOM or min(more) < _CHANCE or counts["dead"] or counts.get("idle"):
-        verdict = f"There is something to remove: {what}."
+        what += f"{counts['idle']} idle (no output above 0 and no gradient on {num_batches} training batches)"
+    else:
+        what += "idle ones not looked for (--batches)"
+    share = f"{counts['redundant']} of {used} filters are redundant ({counts['redundant'] / max(1, used):.1%})"
+    verdict = f"{share}: {what}. Mean O_f is {factor:.2f} times that of random directions."
     return {"verdict": verdict, "overlap_factor": factor, **counts}
+
+
+def _redundant(layer: dict[str, Any]) -> int:
+    """Number of filters that are dead, idle, or near-duplicates where these are no chance."""
+    near, found = layer["near_duplicates"], {*layer["dead"], *layer.get("idle", ())}
+    chance = stats.poisson.sf((len(near) - 1) // 2, layer["near_random"])
+    return len(found.union(near) if chance < _CHANCE else found)
 
 
 def as_text(found: dict[str, Any]) -> str:
@@ -230,7 +236,7 @@ def argument_parser() -> argparse.ArgumentParser:
         description="How much the filters of a checkpoint overlap, and which ones RePr would drop. With a config, "
         "--batches finds idle filters on DATASETS.TRAIN."
     )
-    parser.add_argument("checkpoint", type=Path, help=".pth of a training, or .pkl of Detectron2")
+    parser.add_argument("checkpoint", help=".pth of a training, .pkl of Detectron2, or an address as in MODEL.WEIGHTS")
     parser.add_argument("--config-file", help=f"of its run (default: {CONFIG_FILE} beside it)")
     parser.add_argument("--include", nargs="+", metavar="PATTERN", help="names of weights, without a config")
     parser.add_argument("--exclude", nargs="+", metavar="PATTERN", help=f"default {' '.join(NOT_FILTERS)}")
@@ -242,7 +248,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--pairs", type=int, default=10, help="most overlapping pairs to show (default 10)")
     parser.add_argument("--json", type=Path, help="file for all numbers")
     parser.add_argument("--plot", type=Path, help="file for a plot, .svg or .png")
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config options, after -- behind a list")
+    parser.add_argument("opts", nargs="*", metavar="[KEY VALUE]", help="config options, after -- behind a list")
     return parser
 
 
@@ -257,15 +263,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         if config_file:
             raise UserError("--include and --exclude go without --config-file: set REPR.LAYERS")
     elif not config_file:
-        beside = args.checkpoint.parent / CONFIG_FILE
+        beside = Path(args.checkpoint).parent / CONFIG_FILE
         # That of a LazyConfig has no MODEL.
         if beside.is_file() and re.search(r"^MODEL:", beside.read_text(encoding="utf-8"), re.MULTILINE):
             config_file = str(beside)
     passes = None
+    with as_user_error(args.checkpoint):
+        file = Path(PathManager.get_local_path(args.checkpoint))
     if config_file:
         # Test data need not be there.
         cfg = build_config(config_file, [*args.opts, "MODEL.DEVICE", "cpu", "DATASETS.TEST", "()"], args.register)
-        model, layers, iteration = layers_of_model(args.checkpoint, cfg)
+        model, layers, iteration = layers_of_model(file, cfg)
         defaults = options_of_config(cfg)
         if args.batches:
             check_datasets(cfg)
@@ -276,7 +284,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for flag, values in (("--batches", args.batches), ("--register", args.register), ("KEY VALUE", args.opts)):
             if values:
                 raise UserError(f"{flag} {values} needs --config-file")
-        layers, iteration = layers_of_file(args.checkpoint, args.include, args.exclude)
+        layers, iteration = layers_of_file(file, args.include, args.exclude)
         defaults = RePrOptions()
     names = ("criterion", "drop_ratio", "max_drop_per_layer")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
@@ -286,7 +294,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with spelling({name: f"--{name.replace('_', '-')}" for name in options}):
         analyzed, pairs = analyze(layers, **options, passes=passes, num_batches=args.batches, num_pairs=args.pairs)
     found = {
-        "checkpoint": str(args.checkpoint),
+        "checkpoint": args.checkpoint,
         "config": config_file,
         "iteration": iteration,
         **summary(analyzed, args.batches),
