@@ -139,6 +139,31 @@ def test_a_resumed_run_keeps_its_best_checkpoint(tiny_cfg, tmp_path, monkeypatch
     assert torch.load(tmp_path / "run" / "model_best.pth", weights_only=True)["iteration"] == 1
 
 
+def test_a_run_that_was_extended_ends_with_its_own_final_checkpoint(tiny_cfg, tmp_path, monkeypatch):
+    def train(max_iter):
+        trainer = Trainer(
+            tiny_cfg(*RUN, "REPR.ENABLED", False, "SOLVER.CHECKPOINT_PERIOD", 2, "SOLVER.MAX_ITER", max_iter)
+        )
+        trainer.resume_or_load(resume=True)
+        trainer.train()
+        return torch.load(tmp_path / "run" / "model_final.pth", weights_only=True)["iteration"]
+
+    assert train(4) == 3
+    save = AtomicCheckpointer.save
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop = {"model_final": interrupt}
+        patch.setattr(AtomicCheckpointer, "save", lambda *args, **kw: stop.get(args[1], lambda: save(*args, **kw))())
+        train(6)
+    tag = tmp_path / "run" / "last_checkpoint"
+    content = tag.read_text()
+    tag.unlink()
+    assert find_checkpoint(tag.parent).name == content == "model_0000005.pth"
+    tag.write_text(content)
+    assert train(6) == 5
+    tag.unlink()
+    assert find_checkpoint(tag.parent).name == "model_final.pth"
+
+
 def test_training_in_pieces_is_told_its_cause(tiny_cfg):
     trainer = Trainer(tiny_cfg(*RUN))
     trainer.max_iter = 2

@@ -155,8 +155,8 @@ class Trainer(DefaultTrainer):
     def before_train(self) -> None:
         """Detectron2's, and writes the final checkpoint that a killed run did not."""
         super().before_train()
-        final = os.path.join(self.cfg.OUTPUT_DIR, FINAL_CHECKPOINT)
-        if self.start_iter == self.max_iter and comm.is_main_process() and not os.path.exists(final):
+        last = os.path.basename(self.checkpointer.get_checkpoint_file())
+        if self.start_iter == self.max_iter and comm.is_main_process() and last != FINAL_CHECKPOINT:
             self.iter = self.max_iter - 1
             self.checkpointer.save(os.path.splitext(FINAL_CHECKPOINT)[0], iteration=self.iter)
 

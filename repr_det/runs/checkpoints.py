@@ -98,7 +98,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
 
 
 def find_checkpoint(folder: str | Path) -> Path | None:
-    """The checkpoint that ``last_checkpoint`` names, else the newest, else None.
+    """The checkpoint that ``last_checkpoint`` names, else that of the last iteration, else None.
 
     Raises:
         UserError: ``last_checkpoint`` names no file of the folder.
@@ -110,8 +110,10 @@ def find_checkpoint(folder: str | Path) -> Path | None:
         if not name or not (folder / name).is_file():
             raise UserError(f"{tag} names {name!r}, which is not there: write the name of a checkpoint into it")
         return folder / name
-    found = [*sorted(folder.glob("model_[0-9]*.pth")), *folder.glob(FINAL_CHECKPOINT)]
-    return found[-1] if found else None
+    found = [*folder.glob(FINAL_CHECKPOINT), *sorted(folder.glob("model_[0-9]*.pth"))[-1:]]
+    if len(found) > 1:  # training may have gone on behind the final one
+        found.sort(key=lambda path: load_checkpoint(path).get("iteration", -1), reverse=True)
+    return found[0] if found else None
 
 
 def is_saved(trainer: TrainerBase, checkpoint_period: int) -> bool:
