@@ -3,7 +3,7 @@
 import logging
 import os
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from inspect import getattr_static
 from typing import Any
 
@@ -166,9 +166,9 @@ class Trainer(DefaultTrainer):
         super().after_train()
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Detectron2's; refuses the checkpoint of the other arm."""
+        """Detectron2's; refuses what is no checkpoint of such a trainer, or of the other arm."""
         enabled = any(isinstance(hook, RePrHook) for hook in self._hooks)
-        check_same_arm(state_dict.get("hooks", {}), enabled, self.cfg.OUTPUT_DIR)
+        check_same_arm(state_dict, enabled, self.cfg.OUTPUT_DIR)
         optimizer = self._trainer.optimizer
         check_same_optimizer(optimizer, state_dict["_trainer"]["optimizer"], self.cfg.OUTPUT_DIR)
         built = [dict(group) for group in optimizer.param_groups]
@@ -206,9 +206,14 @@ class Trainer(DefaultTrainer):
         return build_evaluator(dataset_name, os.path.join(cfg.OUTPUT_DIR, "inference"))
 
 
-def check_same_arm(hooks: dict[str, Any], enabled: bool, folder: str) -> None:
-    """Raises UserError if a checkpoint with this state of hooks is of the other arm."""
-    saved = RePrHook.__qualname__ in hooks
+def check_same_arm(state: Mapping[str, Any], enabled: bool, folder: str) -> None:
+    """Raises UserError if ``state``, "trainer" of a checkpoint, is not that of a DefaultTrainer of the same arm."""
+    if not {"iteration", "_trainer"} <= state.keys():
+        raise UserError(
+            f"the checkpoint in {folder} holds weights, not a run of this trainer: give it as MODEL.WEIGHTS, with "
+            "another OUTPUT_DIR"
+        )
+    saved = RePrHook.__qualname__ in state.get("hooks", {})
     if saved != enabled:
         raise UserError(
             f"the checkpoint in {folder} was trained with RePr {'on' if saved else 'off'}, this run has it "

@@ -85,6 +85,8 @@ class AtomicCheckpointer(DetectionCheckpointer):
             raise UserError(f"{error}; to resume from an older one write its name into {tag}") from error
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
+        if self._resuming and "trainer" in self.checkpointables:
+            checkpoint.setdefault("trainer", {})  # which Trainer refuses
         found = super()._load_model(checkpoint)
         parameters = {name for name, _ in self.model.named_parameters()}
         unfit = [n for n in (*found.missing_keys, *(n for n, *_ in found.incorrect_shapes)) if n in parameters]
