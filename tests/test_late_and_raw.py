@@ -172,6 +172,7 @@ def test_record_of_a_run(tmp_path, data_set, caplog):
     assert begin("lr 2", 9) == {"config.yaml": "lr 1"}  # nothing left to train
     assert not caplog.records
     assert begin("lr 2", 6) == {"config.yaml": "lr 2", "config_until_0000005.yaml": "lr 1"}
+    assert begin("lr 3", 6) == {"config.yaml": "lr 3", "config_until_0000005.yaml": "lr 1"}  # no step with lr 2 is left
     assert "config.yaml is not that of the run so far" in caplog.text
 
 
