@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import At, interrupt
+from conftest import At, assert_same_weights, end_of, interrupt
 from detectron2.engine import hooks
 from torch import nn
 
@@ -162,6 +162,20 @@ def test_a_run_that_was_extended_ends_with_its_own_final_checkpoint(tiny_cfg, tm
     assert train(6) == 5
     tag.unlink()
     assert find_checkpoint(tag.parent).name == "model_final.pth"
+
+
+def test_evaluations_of_ones_own_are_repeated(tiny_cfg, tmp_path):
+    """They draw random numbers, and the run stops in the one after its checkpoint."""
+
+    def end(folder, resume=False, stop=False):
+        cfg = tiny_cfg(*RUN, "SOLVER.MAX_ITER", 8, "SOLVER.CHECKPOINT_PERIOD", 4, "OUTPUT_DIR", tmp_path / folder)
+        draw = lambda: {"own": torch.rand(())}  # noqa: E731
+        own = [hooks.EvalHook(2, draw), hooks.EvalHook(4, interrupt if stop else draw), hooks.EvalHook(3, draw)]
+        return end_of(cfg, *own, resume=resume)
+
+    with pytest.raises(KeyboardInterrupt):
+        end("stopped", stop=True)
+    assert_same_weights(end("stopped", resume=True), end("straight"))
 
 
 def test_training_in_pieces_is_told_its_cause(tiny_cfg):

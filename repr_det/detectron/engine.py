@@ -94,7 +94,7 @@ class Trainer(DefaultTrainer):
                 hook._data_loader = resumable(hook._data_loader)
                 loaders.append(hook._data_loader)
         model = unwrapped(self.model)
-        exact = ExactResume(model, loaders, period, cfg.TEST.EVAL_PERIOD, cfg.OUTPUT_DIR)
+        exact = ExactResume(model, loaders, period, cfg.OUTPUT_DIR)
         built.insert(_place_before(built, hooks.PeriodicCheckpointer, hooks.EvalHook), exact)
         on_cpu = next(model.parameters()).device.type == "cpu"  # elsewhere the host would wait
         guard = FiniteGuard(on_cpu and not cfg.SOLVER.AMP.ENABLED, period, transitions)

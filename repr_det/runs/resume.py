@@ -31,8 +31,8 @@ _NEW_ORDER = "%s: the data order of this run is another one from here on"
 class ExactResume(HookBase):
     """Saves and restores what stock checkpoints lack. Belongs right before the PeriodicCheckpointer.
 
-    A resumed run repeats the evaluation after its checkpoint, and gets back the scalars of the last iterations, so that
-    metrics.json has every row.
+    A resumed run repeats every evaluation after its checkpoint, and gets back the scalars of the last iterations, so
+    that metrics.json has every row.
 
     Args:
         model: not wrapped.
@@ -40,13 +40,10 @@ class ExactResume(HookBase):
         folder: OUTPUT_DIR, whose logs lose what lies after the checkpoint.
     """
 
-    def __init__(
-        self, model: nn.Module, loaders: Sequence[Any], checkpoint_period: int, eval_period: int, folder: str
-    ) -> None:
+    def __init__(self, model: nn.Module, loaders: Sequence[Any], checkpoint_period: int, folder: str) -> None:
         self.hidden = HiddenState(model)
         self.loaders = [loader for loader in loaders if isinstance(loader, ResumableLoader)]
         self.checkpoint_period = checkpoint_period
-        self.eval_period = eval_period
         self.folder = folder
         self._running = False
         self._resumed_exactly = False  # until the first step
@@ -100,22 +97,21 @@ class ExactResume(HookBase):
             loader.start()
         if self._random is not None:
             set_random_state(self._random)
-        if self.eval_period > 0 and self.trainer.iter % self.eval_period == 0:
-            self._evaluate_again()
+        self._evaluate_again()
         self._write_what_was_due()
 
     def _evaluate_again(self) -> None:
         trainer, iteration = self.trainer, self.trainer.iter
         trainer.iter = trainer.storage.iter = iteration - 1
-        if evaluations := [hook for hook in trainer._hooks if isinstance(hook, hooks.EvalHook)]:
-            evaluations[0]._do_eval()
-            for best in self._best():
-                best.after_step()
+        for hook in trainer._hooks[trainer._hooks.index(self) :]:  # a checkpoint holds what the others did
+            if isinstance(hook, (hooks.EvalHook, hooks.BestCheckpointer)):
+                hook.after_step()
         trainer.iter = trainer.storage.iter = iteration
 
     def after_step(self) -> None:
+        done, evaluations = self.trainer.iter + 1, [x for x in self.trainer._hooks if isinstance(x, hooks.EvalHook)]
         # BestCheckpointer saves after an evaluation.
-        evaluated = self.eval_period > 0 and (self.trainer.iter + 1) % self.eval_period == 0
+        evaluated = any(hook._period > 0 and done % hook._period == 0 for hook in evaluations)
         if evaluated or is_saved(self.trainer, self.checkpoint_period):
             self.collect()
 
