@@ -6,12 +6,14 @@ many images as it has drawn, and one warning names what changed.
 """
 
 import logging
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from detectron2.engine import HookBase, hooks
+from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.events import JSONWriter
 from torch import nn
@@ -188,19 +190,27 @@ def _describe(groups: Sequence[Mapping[str, Any]]) -> str:
 
 
 def apply_settings(optimizer: torch.optim.Optimizer, scheduler: Any, built: list[dict[str, Any]]) -> list[str]:
-    """Puts the settings of ``built``, the groups before a checkpoint was loaded, over those that it brought.
+    """Puts the settings of ``built``, the groups before a checkpoint was loaded, over those that it brought, and the
+    learning rate that the scheduler has for the next step.
 
     Returns what changed, as "weight_decay 0.0001 -> 0.001"."""
     changed: dict[str, None] = {}
-    for group, own in zip(optimizer.param_groups, built, strict=True):
+    groups = optimizer.param_groups
+    saved = [float(group["lr"]) for group in groups]
+    for group, own in zip(groups, built, strict=True):
         for key, value in own.items():
             old = group.get(key, value)
             if key in _OF_THE_MACHINE or old == value:
                 continue
             changed[f"{key} {old} -> {value}"] = None
             group[key] = value
-            if key == "initial_lr":  # and lr, which the scheduler sets after the first step
+            if key == "initial_lr":  # torch's own schedulers go on from lr
                 group["lr"] *= value / old if old else 0.0
     if changed and hasattr(scheduler, "base_lrs"):
-        scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
+        scheduler.base_lrs = [group["initial_lr"] for group in groups]
+    if isinstance(scheduler, LRMultiplier):
+        for group, rate in zip(groups, scheduler.get_lr(), strict=True):
+            group["lr"] = rate
+    rates = zip(saved, (group["lr"] for group in groups), strict=True)
+    changed |= {f"lr {old:g} -> {new:g}": None for old, new in rates if not math.isclose(old, new)}
     return list(changed)
