@@ -139,7 +139,7 @@ def test_a_resumed_run_keeps_its_best_checkpoint(tiny_cfg, tmp_path, monkeypatch
     assert torch.load(tmp_path / "run" / "model_best.pth", weights_only=True)["iteration"] == 1
 
 
-def test_a_run_that_was_extended_ends_with_its_own_final_checkpoint(tiny_cfg, tmp_path, monkeypatch):
+def test_files_that_are_not_of_this_run_go_or_are_written_again(tiny_cfg, tmp_path, monkeypatch):
     def train(max_iter):
         trainer = Trainer(
             tiny_cfg(*RUN, "REPR.ENABLED", False, "SOLVER.CHECKPOINT_PERIOD", 2, "SOLVER.MAX_ITER", max_iter)
@@ -148,7 +148,12 @@ def test_a_run_that_was_extended_ends_with_its_own_final_checkpoint(tiny_cfg, tm
         trainer.train()
         return torch.load(tmp_path / "run" / "model_final.pth", weights_only=True)["iteration"]
 
+    logs = [tmp_path / "run" / name for name in ("repr_events.jsonl", "repr_overlaps.jsonl")]
+    for log in logs:  # of a run with RePr that was killed before its first checkpoint
+        log.parent.mkdir(exist_ok=True)
+        log.write_text('{"iteration": 1}\n')
     assert train(4) == 3
+    assert [log.read_text() for log in logs] == ["", ""]
     save = AtomicCheckpointer.save
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop = {"model_final": interrupt}

@@ -21,7 +21,7 @@ from torch import nn
 from repr_det.method.errors import UserError
 from repr_det.network.state import HiddenState, random_state, set_random_state
 from repr_det.runs.checkpoints import is_saved
-from repr_det.runs.files import METRICS_FILE, last_logged, truncate_log
+from repr_det.runs.files import EVENTS_FILE, METRICS_FILE, OVERLAPS_FILE, last_logged, truncate_log
 from repr_det.runs.loader import ResumableLoader
 
 logger = logging.getLogger("repr_det.resume")
@@ -58,7 +58,8 @@ class ExactResume(HookBase):
         start, loaded = self.trainer.start_iter, self._loaded
         self._resumed_exactly = loaded is not None and loaded["iteration"] == start - 1
         if comm.is_main_process():
-            truncate_log(os.path.join(self.folder, METRICS_FILE), start)
+            for name in (METRICS_FILE, EVENTS_FILE, OVERLAPS_FILE):  # RePr may be off now
+                truncate_log(os.path.join(self.folder, name), start)
         if self._resumed_exactly:
             self._bring_back(loaded)
             self._bring_back_scalars(loaded["scalars"])
