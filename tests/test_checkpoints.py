@@ -139,47 +139,34 @@ def test_a_resumed_run_keeps_its_best_checkpoint(tiny_cfg, tmp_path, monkeypatch
     assert torch.load(tmp_path / "run" / "model_best.pth", weights_only=True)["iteration"] == 1
 
 
-def test_files_that_are_not_of_this_run_go_or_are_written_again(tiny_cfg, tmp_path, monkeypatch):
-    def train(max_iter):
-        trainer = Trainer(
-            tiny_cfg(*RUN, "REPR.ENABLED", False, "SOLVER.CHECKPOINT_PERIOD", 2, "SOLVER.MAX_ITER", max_iter)
-        )
-        trainer.resume_or_load(resume=True)
-        trainer.train()
-        return torch.load(tmp_path / "run" / "model_final.pth", weights_only=True)["iteration"]
+def test_a_run_in_a_used_folder_ends_with_files_of_its_own(tiny_cfg, tmp_path):
+    final, events = (tmp_path / "run" / name for name in ("model_final.pth", "repr_events.jsonl"))
 
-    logs = [tmp_path / "run" / name for name in ("repr_events.jsonl", "repr_overlaps.jsonl")]
-    for log in logs:  # of a run with RePr that was killed before its first checkpoint
-        log.parent.mkdir(exist_ok=True)
-        log.write_text('{"iteration": 1}\n')
-    assert train(4) == 3
-    assert [log.read_text() for log in logs] == ["", ""]
-    save = AtomicCheckpointer.save
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop = {"model_final": interrupt}
-        patch.setattr(AtomicCheckpointer, "save", lambda *args, **kw: stop.get(args[1], lambda: save(*args, **kw))())
-        train(6)
-    tag = tmp_path / "run" / "last_checkpoint"
-    content = tag.read_text()
-    tag.unlink()
-    assert find_checkpoint(tag.parent).name == content == "model_0000005.pth"
-    tag.write_text(content)
-    assert train(6) == 5
-    tag.unlink()
-    assert find_checkpoint(tag.parent).name == "model_final.pth"
+    def train(max_iter):
+        end_of(tiny_cfg(*RUN[2:4], "SOLVER.CHECKPOINT_PERIOD", 2, "SOLVER.MAX_ITER", max_iter), resume=True)
+        return torch.load(final, weights_only=True)["iteration"], events.read_text()
+
+    final.parent.mkdir()
+    events.write_text('{"iteration": 1}\n')  # a run with RePr was killed before its first checkpoint
+    assert train(4) == (3, "")
+    old = final.read_bytes()
+    train(6)
+    final.write_bytes(old)  # as if killed between its last two checkpoints
+    (final.parent / "last_checkpoint").unlink()
+    assert find_checkpoint(final.parent).name == "model_0000005.pth"
+    assert train(6) == (5, "")
 
 
 def test_evaluations_of_ones_own_are_repeated(tiny_cfg, tmp_path):
-    """They draw random numbers, and the run stops in the one after its checkpoint."""
+    """They draw random numbers, and the run stops in the last one after its checkpoint."""
 
-    def end(folder, resume=False, stop=False):
+    def end(folder, resume=False, last=torch.rand):
         cfg = tiny_cfg(*RUN, "SOLVER.MAX_ITER", 8, "SOLVER.CHECKPOINT_PERIOD", 4, "OUTPUT_DIR", tmp_path / folder)
-        draw = lambda: {"own": torch.rand(())}  # noqa: E731
-        own = [hooks.EvalHook(2, draw), hooks.EvalHook(4, interrupt if stop else draw), hooks.EvalHook(3, draw)]
-        return end_of(cfg, *own, resume=resume)
+        own = [(2, torch.rand), (3, torch.rand), (4, last)]
+        return end_of(cfg, *(hooks.EvalHook(n, lambda f=f: {"own": f(1)}) for n, f in own), resume=resume)
 
     with pytest.raises(KeyboardInterrupt):
-        end("stopped", stop=True)
+        end("stopped", last=lambda _: interrupt())
     assert_same_weights(end("stopped", resume=True), end("straight"))
 
 
