@@ -219,13 +219,19 @@ def test_weights_that_can_be_begun_with(tiny_cfg, tmp_path, weights):
     assert describe_run(trainer).startswith(said)
 
 
-def test_weights_that_a_resumed_run_does_not_read(tiny_cfg, tmp_path, weights):
+def test_what_a_resumed_run_reads(tiny_cfg, tmp_path, weights):
+    """Not MODEL.WEIGHTS. A file of a plain loop, of a SimpleTrainer or of weights alone can be evaluated only."""
     (tmp_path / "run").mkdir()
     checkpoint = tmp_path / "run" / "model_0000003.pth"
-    torch.save({"model": weights, "trainer": {}, "iteration": 3}, checkpoint)
     gone = ["MODEL.WEIGHTS", "gone.pth"]
-    for eval_only in (False, True):
-        check_run(tiny_cfg(*gone), resume=True, eval_only=eval_only)
+    for more in ({"iteration": 3, "optimizer": {}}, {"trainer": {"iteration": 3, "optimizer": {}}}, {}):
+        torch.save({"model": weights, **more}, checkpoint)
+        check_run(tiny_cfg(*gone), resume=True, eval_only=True)
+        message = f"{tmp_path / 'run'} holds weights, not a run of this trainer: give it as MODEL.WEIGHTS, with another"
+        assert message in refused_run(tiny_cfg, *gone, resume=True)
+        assert message in refused(Trainer(tiny_cfg(*gone)).resume_or_load)
+    torch.save({"model": weights, "trainer": {"iteration": 3, "_trainer": {}}}, checkpoint)
+    check_run(tiny_cfg(*gone), resume=True)
     wider = [*gone, "MODEL.FPN.OUT_CHANNELS", "32"]
     assert "does not hold all weights" in refused_run(tiny_cfg, *wider, resume=True)
     checkpoint.unlink()

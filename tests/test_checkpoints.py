@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import At, interrupt
+from conftest import At, assert_same_weights, end_of, interrupt
 from detectron2.engine import hooks
 from torch import nn
 
@@ -137,6 +137,37 @@ def test_a_resumed_run_keeps_its_best_checkpoint(tiny_cfg, tmp_path, monkeypatch
             trainer.train()
     assert (best.best_metric, best.best_iter, next(ap, None)) == (50.0, 1, None)
     assert torch.load(tmp_path / "run" / "model_best.pth", weights_only=True)["iteration"] == 1
+
+
+def test_a_run_in_a_used_folder_ends_with_files_of_its_own(tiny_cfg, tmp_path):
+    final, events = (tmp_path / "run" / name for name in ("model_final.pth", "repr_events.jsonl"))
+
+    def train(max_iter):
+        end_of(tiny_cfg(*RUN[2:4], "SOLVER.CHECKPOINT_PERIOD", 2, "SOLVER.MAX_ITER", max_iter), resume=True)
+        return torch.load(final, weights_only=True)["iteration"], events.read_text()
+
+    final.parent.mkdir()
+    events.write_text('{"iteration": 1}\n')  # a run with RePr was killed before its first checkpoint
+    assert train(4) == (3, "")
+    old = final.read_bytes()
+    train(6)
+    final.write_bytes(old)  # as if killed between its last two checkpoints
+    (final.parent / "last_checkpoint").unlink()
+    assert find_checkpoint(final.parent).name == "model_0000005.pth"
+    assert train(6) == (5, "")
+
+
+def test_evaluations_of_ones_own_are_repeated(tiny_cfg, tmp_path):
+    """They draw random numbers, and the run stops in the last one after its checkpoint."""
+
+    def end(folder, resume=False, last=torch.rand):
+        cfg = tiny_cfg(*RUN, "SOLVER.MAX_ITER", 8, "SOLVER.CHECKPOINT_PERIOD", 4, "OUTPUT_DIR", tmp_path / folder)
+        own = [(2, torch.rand), (3, torch.rand), (4, last)]
+        return end_of(cfg, *(hooks.EvalHook(n, lambda f=f: {"own": f(1)}) for n, f in own), resume=resume)
+
+    with pytest.raises(KeyboardInterrupt):
+        end("stopped", last=lambda _: interrupt())
+    assert_same_weights(end("stopped", resume=True), end("straight"))
 
 
 def test_training_in_pieces_is_told_its_cause(tiny_cfg):

@@ -104,10 +104,10 @@ def test_data_that_a_transition_needs_is_missed_before_the_first_step(tmp_path):
         trained(tmp_path, config(tmp_path, "REPR.CRITERION", "apoz"), loader=[])
 
 
-def stepped(steps, rate=0.001, **options):
+def stepped(steps, rate=0.001, decay=6, **options):
     """Optimizer and scheduler of a config after so many steps."""
     cfg = get_cfg()
-    cfg.merge_from_list(["SOLVER.WARMUP_ITERS", 4, "SOLVER.STEPS", (6,), "SOLVER.MAX_ITER", 20])
+    cfg.merge_from_list(["SOLVER.WARMUP_ITERS", 4, "SOLVER.STEPS", (decay,), "SOLVER.MAX_ITER", 20])
     net = nn.Linear(2, 2)
     groups = [{"params": [net.weight]}, {"params": [net.bias], "weight_decay": 0.0, "lr": 2 * rate}]
     optimizer = torch.optim.SGD(groups, rate, **{"momentum": 0.9, "weight_decay": 1e-4, **options})
@@ -123,19 +123,21 @@ TOLD = ["initial_lr 0.001 -> 0.005", "weight_decay 0.0001 -> 0.01", "momentum 0.
 
 
 @pytest.mark.parametrize("steps", [2, 5, 9])  # in the warm-up, after it, after a decay
-@pytest.mark.parametrize(("opts", "told"), [({}, []), (OTHER, TOLD)])
+@pytest.mark.parametrize(("opts", "told"), [({}, []), (OTHER, TOLD), ({"decay": 2}, [])])
 def test_settings_of_a_resumed_run_are_those_of_its_config(steps, opts, told):
     old, old_scheduler = stepped(steps)
     optimizer, scheduler = stepped(0, **opts)
     built = [dict(group) for group in optimizer.param_groups]
     scheduler.load_state_dict(old_scheduler.state_dict())
     optimizer.load_state_dict(old.state_dict())
+    rates = [[group["lr"] for group in one.param_groups] for one in (old, stepped(steps, **opts)[0])]
+    told = [*told, *(f"lr {a:g} -> {b:g}" for a, b in zip(*rates, strict=True) if a != b)]
     assert sorted(apply_settings(optimizer, scheduler, built)) == sorted(told)
     for later in range(3):
         wanted, _ = stepped(steps + later, **opts)
         for a, b in zip(optimizer.param_groups, wanted.param_groups, strict=True):
             for key in ("lr", "momentum", "weight_decay"):
-                assert a[key] == (pytest.approx(b[key], rel=1e-12) if later == 0 else b[key])
+                assert a[key] == b[key]
         optimizer.step()
         scheduler.step()
 
@@ -172,6 +174,7 @@ def test_record_of_a_run(tmp_path, data_set, caplog):
     assert begin("lr 2", 9) == {"config.yaml": "lr 1"}  # nothing left to train
     assert not caplog.records
     assert begin("lr 2", 6) == {"config.yaml": "lr 2", "config_until_0000005.yaml": "lr 1"}
+    assert begin("lr 3", 6) == {"config.yaml": "lr 3", "config_until_0000005.yaml": "lr 1"}  # no step with lr 2 is left
     assert "config.yaml is not that of the run so far" in caplog.text
 
 

@@ -69,7 +69,7 @@ def drawn(loader, batches):
 
 def resumed(loader, saved, iteration, caplog):
     """Warnings of ExactResume with a checkpoint of ``iteration`` iterations."""
-    hook = ExactResume(torch.nn.Linear(1, 1), [loader], 100, 0, "nowhere")
+    hook = ExactResume(torch.nn.Linear(1, 1), [loader], 100, "nowhere")
     hook.trainer = SimpleNamespace(start_iter=iteration, max_iter=99, iter=iteration, _hooks=[hook])
     hook.trainer.storage = SimpleNamespace(iter=0)
     if saved is not None:

@@ -172,8 +172,7 @@ def _check_weights(cfg: CfgNode, model: nn.Module, resume: bool, eval_only: bool
     with _quiet(), as_user_error(source):
         trial.load(path)
     if resumed and not eval_only:
-        if trial.hooks is not None:
-            _check_same_training(cfg, trial.hooks)
+        _check_same_training(cfg, trial.trainer)
         return
     if zeros := zero_filters(trial.weights):
         name = next(iter(zeros))
@@ -183,11 +182,11 @@ def _check_weights(cfg: CfgNode, model: nn.Module, resume: bool, eval_only: bool
         logger.warning("%s; its AP is not that of the full network", what)
 
 
-def _check_same_training(cfg: CfgNode, hooks: dict[str, Any]) -> None:
-    check_same_arm(hooks, cfg.REPR.ENABLED, cfg.OUTPUT_DIR)
+def _check_same_training(cfg: CfgNode, trainer: dict[str, Any]) -> None:
+    check_same_arm(trainer, cfg.REPR.ENABLED, cfg.OUTPUT_DIR)
     if cfg.REPR.ENABLED:
         own = _changed(cfg, "SOLVER.REFERENCE_WORLD_SIZE", 0)  # it is scaled already
-        RePrHook(own).load_state_dict(hooks[RePrHook.__qualname__])
+        RePrHook(own).load_state_dict(trainer["hooks"][RePrHook.__qualname__])
 
 
 def _changed(cfg: CfgNode, key: str, value: Any) -> CfgNode:
@@ -200,7 +199,7 @@ def _changed(cfg: CfgNode, key: str, value: Any) -> CfgNode:
 class _TrialCheckpointer(AtomicCheckpointer):
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         self.weights = dict(checkpoint["model"])
-        self.hooks = checkpoint.get("trainer", {}).get("hooks")
+        self.trainer = checkpoint.get("trainer", {})
         return super()._load_model(checkpoint)
 
 

@@ -3,7 +3,7 @@
 import logging
 import os
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from inspect import getattr_static
 from typing import Any
 
@@ -94,7 +94,7 @@ class Trainer(DefaultTrainer):
                 hook._data_loader = resumable(hook._data_loader)
                 loaders.append(hook._data_loader)
         model = unwrapped(self.model)
-        exact = ExactResume(model, loaders, period, cfg.TEST.EVAL_PERIOD, cfg.OUTPUT_DIR)
+        exact = ExactResume(model, loaders, period, cfg.OUTPUT_DIR)
         built.insert(_place_before(built, hooks.PeriodicCheckpointer, hooks.EvalHook), exact)
         on_cpu = next(model.parameters()).device.type == "cpu"  # elsewhere the host would wait
         guard = FiniteGuard(on_cpu and not cfg.SOLVER.AMP.ENABLED, period, transitions)
@@ -155,8 +155,8 @@ class Trainer(DefaultTrainer):
     def before_train(self) -> None:
         """Detectron2's, and writes the final checkpoint that a killed run did not."""
         super().before_train()
-        final = os.path.join(self.cfg.OUTPUT_DIR, FINAL_CHECKPOINT)
-        if self.start_iter == self.max_iter and comm.is_main_process() and not os.path.exists(final):
+        last = os.path.basename(self.checkpointer.get_checkpoint_file())
+        if self.start_iter == self.max_iter and comm.is_main_process() and last != FINAL_CHECKPOINT:
             self.iter = self.max_iter - 1
             self.checkpointer.save(os.path.splitext(FINAL_CHECKPOINT)[0], iteration=self.iter)
 
@@ -166,9 +166,9 @@ class Trainer(DefaultTrainer):
         super().after_train()
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Detectron2's; refuses the checkpoint of the other arm."""
+        """Detectron2's; refuses what is no checkpoint of such a trainer, or of the other arm."""
         enabled = any(isinstance(hook, RePrHook) for hook in self._hooks)
-        check_same_arm(state_dict.get("hooks", {}), enabled, self.cfg.OUTPUT_DIR)
+        check_same_arm(state_dict, enabled, self.cfg.OUTPUT_DIR)
         optimizer = self._trainer.optimizer
         check_same_optimizer(optimizer, state_dict["_trainer"]["optimizer"], self.cfg.OUTPUT_DIR)
         built = [dict(group) for group in optimizer.param_groups]
@@ -206,9 +206,14 @@ class Trainer(DefaultTrainer):
         return build_evaluator(dataset_name, os.path.join(cfg.OUTPUT_DIR, "inference"))
 
 
-def check_same_arm(hooks: dict[str, Any], enabled: bool, folder: str) -> None:
-    """Raises UserError if a checkpoint with this state of hooks is of the other arm."""
-    saved = RePrHook.__qualname__ in hooks
+def check_same_arm(state: Mapping[str, Any], enabled: bool, folder: str) -> None:
+    """Raises UserError if ``state``, "trainer" of a checkpoint, is not that of a DefaultTrainer of the same arm."""
+    if not {"iteration", "_trainer"} <= state.keys():
+        raise UserError(
+            f"the checkpoint in {folder} holds weights, not a run of this trainer: give it as MODEL.WEIGHTS, with "
+            "another OUTPUT_DIR"
+        )
+    saved = RePrHook.__qualname__ in state.get("hooks", {})
     if saved != enabled:
         raise UserError(
             f"the checkpoint in {folder} was trained with RePr {'on' if saved else 'off'}, this run has it "

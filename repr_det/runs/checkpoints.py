@@ -87,6 +87,8 @@ class AtomicCheckpointer(DetectionCheckpointer):
             raise UserError(f"{error}; to resume from an older one write its name into {tag}") from error
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
+        if self._resuming and "trainer" in self.checkpointables:
+            checkpoint.setdefault("trainer", {})  # which Trainer refuses
         found = super()._load_model(checkpoint)
         parameters = {name for name, _ in self.model.named_parameters()}
         unfit = [n for n in (*found.missing_keys, *(n for n, *_ in found.incorrect_shapes)) if n in parameters]
@@ -101,7 +103,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
 
 
 def find_checkpoint(folder: str | Path) -> Path | None:
-    """The checkpoint that ``last_checkpoint`` names, else the newest, else None.
+    """The checkpoint that ``last_checkpoint`` names, else that of the last iteration, else None.
 
     Raises:
         UserError: ``last_checkpoint`` names no file of the folder.
@@ -113,8 +115,10 @@ def find_checkpoint(folder: str | Path) -> Path | None:
         if not name or not (folder / name).is_file():
             raise UserError(f"{tag} names {name!r}, which is not there: write the name of a checkpoint into it")
         return folder / name
-    found = [*sorted(folder.glob("model_[0-9]*.pth")), *folder.glob(FINAL_CHECKPOINT)]
-    return found[-1] if found else None
+    found = [*folder.glob(FINAL_CHECKPOINT), *sorted(folder.glob("model_[0-9]*.pth"))[-1:]]
+    if len(found) > 1:  # training may have gone on behind the final one
+        found.sort(key=lambda path: load_checkpoint(path).get("iteration", -1), reverse=True)
+    return found[0] if found else None
 
 
 def is_saved(trainer: TrainerBase, checkpoint_period: int) -> bool:

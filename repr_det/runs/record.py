@@ -47,7 +47,8 @@ class RunRecord(HookBase):
                 place = Path(self.folder) / file.name
                 if start > 0 and place.exists() and place.read_bytes() != file.read_bytes():
                     kept = place.with_stem(f"{place.stem}_until_{start - 1:07d}")
-                    os.replace(place, kept)
+                    if not kept.exists():  # else what is in place led to no checkpoint
+                        os.replace(place, kept)
                     logger.warning("%s is not that of the run so far, whose own is kept as %s", place.name, kept.name)
                 os.chmod(file, 0o644)
                 os.replace(file, place)

@@ -6,12 +6,14 @@ many images as it has drawn, and one warning names what changed.
 """
 
 import logging
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from detectron2.engine import HookBase, hooks
+from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.events import JSONWriter
 from torch import nn
@@ -19,7 +21,7 @@ from torch import nn
 from repr_det.method.errors import UserError
 from repr_det.network.state import HiddenState, random_state, set_random_state
 from repr_det.runs.checkpoints import is_saved
-from repr_det.runs.files import METRICS_FILE, last_logged, truncate_log
+from repr_det.runs.files import EVENTS_FILE, METRICS_FILE, OVERLAPS_FILE, last_logged, truncate_log
 from repr_det.runs.loader import ResumableLoader
 
 logger = logging.getLogger("repr_det.resume")
@@ -31,8 +33,8 @@ _NEW_ORDER = "%s: the data order of this run is another one from here on"
 class ExactResume(HookBase):
     """Saves and restores what stock checkpoints lack. Belongs right before the PeriodicCheckpointer.
 
-    A resumed run repeats the evaluation after its checkpoint, and gets back the scalars of the last iterations, so that
-    metrics.json has every row.
+    A resumed run repeats every evaluation after its checkpoint, and gets back the scalars of the last iterations, so
+    that metrics.json has every row.
 
     Args:
         model: not wrapped.
@@ -40,13 +42,10 @@ class ExactResume(HookBase):
         folder: OUTPUT_DIR, whose logs lose what lies after the checkpoint.
     """
 
-    def __init__(
-        self, model: nn.Module, loaders: Sequence[Any], checkpoint_period: int, eval_period: int, folder: str
-    ) -> None:
+    def __init__(self, model: nn.Module, loaders: Sequence[Any], checkpoint_period: int, folder: str) -> None:
         self.hidden = HiddenState(model)
         self.loaders = [loader for loader in loaders if isinstance(loader, ResumableLoader)]
         self.checkpoint_period = checkpoint_period
-        self.eval_period = eval_period
         self.folder = folder
         self._running = False
         self._resumed_exactly = False  # until the first step
@@ -59,7 +58,8 @@ class ExactResume(HookBase):
         start, loaded = self.trainer.start_iter, self._loaded
         self._resumed_exactly = loaded is not None and loaded["iteration"] == start - 1
         if comm.is_main_process():
-            truncate_log(os.path.join(self.folder, METRICS_FILE), start)
+            for name in (METRICS_FILE, EVENTS_FILE, OVERLAPS_FILE):  # RePr may be off now
+                truncate_log(os.path.join(self.folder, name), start)
         if self._resumed_exactly:
             self._bring_back(loaded)
             self._bring_back_scalars(loaded["scalars"])
@@ -100,22 +100,21 @@ class ExactResume(HookBase):
             loader.start()
         if self._random is not None:
             set_random_state(self._random)
-        if self.eval_period > 0 and self.trainer.iter % self.eval_period == 0:
-            self._evaluate_again()
+        self._evaluate_again()
         self._write_what_was_due()
 
     def _evaluate_again(self) -> None:
         trainer, iteration = self.trainer, self.trainer.iter
         trainer.iter = trainer.storage.iter = iteration - 1
-        if evaluations := [hook for hook in trainer._hooks if isinstance(hook, hooks.EvalHook)]:
-            evaluations[0]._do_eval()
-            for best in self._best():
-                best.after_step()
+        for hook in trainer._hooks[trainer._hooks.index(self) :]:  # a checkpoint holds what the others did
+            if isinstance(hook, (hooks.EvalHook, hooks.BestCheckpointer)):
+                hook.after_step()
         trainer.iter = trainer.storage.iter = iteration
 
     def after_step(self) -> None:
+        done, evaluations = self.trainer.iter + 1, [x for x in self.trainer._hooks if isinstance(x, hooks.EvalHook)]
         # BestCheckpointer saves after an evaluation.
-        evaluated = self.eval_period > 0 and (self.trainer.iter + 1) % self.eval_period == 0
+        evaluated = any(hook._period > 0 and done % hook._period == 0 for hook in evaluations)
         if evaluated or is_saved(self.trainer, self.checkpoint_period):
             self.collect()
 
@@ -192,19 +191,27 @@ def _describe(groups: Sequence[Mapping[str, Any]]) -> str:
 
 
 def apply_settings(optimizer: torch.optim.Optimizer, scheduler: Any, built: list[dict[str, Any]]) -> list[str]:
-    """Puts the settings of ``built``, the groups before a checkpoint was loaded, over those that it brought.
+    """Puts the settings of ``built``, the groups before a checkpoint was loaded, over those that it brought, and the
+    learning rate that the scheduler has for the next step.
 
     Returns what changed, as "weight_decay 0.0001 -> 0.001"."""
     changed: dict[str, None] = {}
-    for group, own in zip(optimizer.param_groups, built, strict=True):
+    groups = optimizer.param_groups
+    saved = [float(group["lr"]) for group in groups]
+    for group, own in zip(groups, built, strict=True):
         for key, value in own.items():
             old = group.get(key, value)
             if key in _OF_THE_MACHINE or old == value:
                 continue
             changed[f"{key} {old} -> {value}"] = None
             group[key] = value
-            if key == "initial_lr":  # and lr, which the scheduler sets after the first step
+            if key == "initial_lr":  # torch's own schedulers go on from lr
                 group["lr"] *= value / old if old else 0.0
     if changed and hasattr(scheduler, "base_lrs"):
-        scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
+        scheduler.base_lrs = [group["initial_lr"] for group in groups]
+    if isinstance(scheduler, LRMultiplier):
+        for group, rate in zip(groups, scheduler.get_lr(), strict=True):
+            group["lr"] = rate
+    rates = zip(saved, (group["lr"] for group in groups), strict=True)
+    changed |= {f"lr {old:g} -> {new:g}": None for old, new in rates if not math.isclose(old, new)}
     return list(changed)
