@@ -135,6 +135,8 @@ def test_trains_evaluates_and_resumes_bit_for_bit(small_config, tmp_path):
         ("old", "repr.DROP_RATIO=1.5", "repr.DROP_RATIO must be in (0, 1), got 1.5"),
         ("small", "DROP_RATIO", "overrides must be path.key=value"),
         ("small", "train.max_iter=soon", "for config key: train.max_iter"),
+        ("small", "train.checkpointer.max_to_keep=0", "train.checkpointer.max_to_keep must be at least 1, got 0"),
+        ("small", "train.log_period=0", "train.log_period must be at least 1, got 0"),
         ("small", "train.init_checkpoint=gone.pth", "train.init_checkpoint 'gone.pth' cannot be read"),
         ("small", "model.roi_heads.num_classes=7", "model.roi_heads.num_classes is 7, but tiny_train has 2 classes"),
         ("small", "dataloader.evaluator.dataset_name=v", "must be that of dataloader.test ('tiny_val',), got 'v'"),
@@ -167,8 +169,10 @@ def test_what_nothing_reads_is_found_by_the_reads(small_config):
     """detrex's keys, and a node of one's own; Detectron2's are all read."""
     cfg = load_lazy_config(small_config, [])
     cfg.train.update(clip_grad={"enabled": True, "params": {"max_norm": 0.1}}, model_ema={"enabled": True})
+    cfg.train.log_period, cfg.train.checkpointer.max_to_keep = 3, 4
     cfg.ema = {"decay": 0.9}
     cfg.image_size = 3  # used while the file was read
     unread = record_reads(cfg)
-    LazyTrainer.of(cfg)(repr_cfg_from_lazy(cfg))
+    *_, save, _, _, write = LazyTrainer.of(cfg)(repr_cfg_from_lazy(cfg))._hooks
+    assert (save.max_to_keep, write._period) == (4, 3)
     assert unread() == ["ema.decay", "train.clip_grad", "train.model_ema"]

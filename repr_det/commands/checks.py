@@ -86,8 +86,8 @@ def _check_device(cfg: CfgNode, num_gpus: int) -> None:
 
 def _check_solver(cfg: CfgNode, processes: int) -> None:
     solver, batch = cfg.SOLVER, cfg.SOLVER.IMS_PER_BATCH
-    for key in ("MAX_ITER", "IMS_PER_BATCH", "CHECKPOINT_PERIOD"):
-        if solver[key] < 1:
+    for key in ("MAX_ITER", "IMS_PER_BATCH", "CHECKPOINT_PERIOD", "MAX_TO_KEEP", "LOG_PERIOD"):
+        if solver.get(key, 1) < 1:  # a LazyConfig has the last two
             raise UserError(f"SOLVER.{key} must be at least 1, got {solver[key]}")
     if batch % processes:
         right = max(1, batch // processes) * processes

@@ -7,6 +7,7 @@ import functools
 import inspect
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,8 @@ KEYS = {
     "train.max_iter": "SOLVER.MAX_ITER",
     "train.amp.enabled": "SOLVER.AMP.ENABLED",
     "train.checkpointer.period": "SOLVER.CHECKPOINT_PERIOD",
-    "train.checkpointer.max_to_keep": "",
-    "train.log_period": "",
+    "train.checkpointer.max_to_keep": "SOLVER.MAX_TO_KEEP",
+    "train.log_period": "SOLVER.LOG_PERIOD",
     "train.eval_period": "TEST.EVAL_PERIOD",
     "train.seed": "SEED",
     "train.output_dir": "OUTPUT_DIR",
@@ -176,6 +177,7 @@ def repr_cfg_from_lazy(cfg: DictConfig) -> CfgNode:
     yacs = get_cfg()
     add_repr_config(yacs)
     yacs.FLOAT32_PRECISION = ""
+    yacs.SOLVER.LOG_PERIOD, yacs.SOLVER.MAX_TO_KEEP = 20, sys.maxsize
     yacs.SOLVER.WARMUP_ITERS = yacs.DATALOADER.NUM_WORKERS = 0
     yacs.SOLVER.LR_SCHEDULER_NAME = "WarmupMultiStepLR"
     with naming_close_keys(yacs), as_user_error("the node repr of the LazyConfig"):
@@ -260,9 +262,9 @@ class LazyTrainer(Trainer):
         built = super().build_hooks()
         for hook in built:
             if isinstance(hook, hooks.PeriodicCheckpointer):
-                hook.max_to_keep = OmegaConf.select(self.lazy, "train.checkpointer.max_to_keep")
+                hook.max_to_keep = self.cfg.SOLVER.MAX_TO_KEEP
             elif isinstance(hook, hooks.PeriodicWriter):
-                hook._period = OmegaConf.select(self.lazy, "train.log_period", default=hook._period)
+                hook._period = self.cfg.SOLVER.LOG_PERIOD
         return built
 
     @classmethod
