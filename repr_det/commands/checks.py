@@ -153,7 +153,7 @@ def _check_model(cfg: CfgNode, model: nn.Module, eval_only: bool, processes: int
             GeneralizedRCNNWithTTA(cfg, model)
     if cfg.REPR.ENABLED and not eval_only:
         options = options_of_config(cfg)
-        with spelling(NAMES):
+        with spelling(NAMES), _quiet():  # training warns
             layers = find_filter_layers(model, options.layers, options.exclude)
             sizes = {layer.name: layer.num_filters for layer in layers}
             check_capacity(sizes, options.drop_ratio, options.max_drop_per_layer)
