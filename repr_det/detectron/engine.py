@@ -154,15 +154,17 @@ class Trainer(DefaultTrainer):
 
     def before_train(self) -> None:
         """Detectron2's, and writes the final checkpoint that a killed run did not."""
+        self.iter = min(self.iter, self.max_iter - 1)  # the last, of a finished run that is resumed
         super().before_train()
         final = os.path.join(self.cfg.OUTPUT_DIR, FINAL_CHECKPOINT)
         if self.start_iter == self.max_iter and comm.is_main_process() and not os.path.exists(final):
-            self.iter = self.max_iter - 1
             self.checkpointer.save(os.path.splitext(FINAL_CHECKPOINT)[0], iteration=self.iter)
 
     def after_train(self) -> None:
-        """Detectron2's, which counts one iteration too many if a finished run is resumed."""
-        self.iter = min(self.iter, self.max_iter)
+        """Detectron2's; a run that failed in its last iteration is not evaluated."""
+        if self.iter < self.max_iter:  # the loop did not end
+            of_the_end = (hooks.EvalHook, hooks.BestCheckpointer)
+            self._hooks = [hook for hook in self._hooks if not isinstance(hook, of_the_end)]
         super().after_train()
 
     def load_state_dict(self, state_dict: dict) -> None:
