@@ -164,12 +164,13 @@ def test_resume_of_another_arm_or_with_other_options(tiny_cfg, tmp_path):
     assert before == {path: path.stat().st_mtime for path in (tmp_path / "run").rglob("*")}
 
 
-def test_output_folder_that_cannot_be_made(tiny_cfg, tmp_path):
+@pytest.mark.parametrize("eval_only", [False, True])
+def test_output_folder_that_cannot_be_made(tiny_cfg, tmp_path, eval_only):
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    assert "OUTPUT_DIR is empty" in refused_run(tiny_cfg, *ON, "OUTPUT_DIR", "")
+    assert "OUTPUT_DIR is empty" in refused_run(tiny_cfg, *ON, "OUTPUT_DIR", "", eval_only=eval_only)
     for folder in (tmp_path / "file", tmp_path / "file" / "run", tmp_path / "link", "/proc/self/run"):
-        assert "cannot be written (" in refused_run(tiny_cfg, *ON, "OUTPUT_DIR", folder)
+        assert "cannot be written (" in refused_run(tiny_cfg, *ON, "OUTPUT_DIR", folder, eval_only=eval_only)
 
 
 class Bomb:

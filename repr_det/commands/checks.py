@@ -59,7 +59,9 @@ def check_run(
             scaled = scale_to_world(cfg, processes)
         _check_solver(scaled, processes)
         validate_repr_config(scaled)
-        _check_output_folder(cfg, resume)
+    _check_output_folder(cfg)
+    if not (eval_only or resume):
+        refuse_used(cfg.OUTPUT_DIR, "add --resume")
     check_datasets(cfg, eval_only)
     if not eval_only:
         _check_input(scaled)
@@ -116,7 +118,7 @@ def _check_input(cfg: CfgNode) -> None:
         raise UserError(f"DATALOADER.SAMPLER_TRAIN must be one of {_SAMPLERS}, got {cfg.DATALOADER.SAMPLER_TRAIN!r}")
 
 
-def _check_output_folder(cfg: CfgNode, resume: bool) -> None:
+def _check_output_folder(cfg: CfgNode) -> None:
     if not cfg.OUTPUT_DIR:
         raise UserError("OUTPUT_DIR is empty: give a folder")
     folder = Path(cfg.OUTPUT_DIR)
@@ -125,8 +127,6 @@ def _check_output_folder(cfg: CfgNode, resume: bool) -> None:
         tempfile.TemporaryFile(dir=there).close()
     except OSError as error:  # read-only, full, a file, a link to nowhere
         raise UserError(f"OUTPUT_DIR {folder} cannot be written ({error.strerror}): give another folder") from error
-    if not resume:
-        refuse_used(folder, "add --resume")
 
 
 def _model_of_shapes(cfg: CfgNode, trainer: type[Trainer]) -> nn.Module:
