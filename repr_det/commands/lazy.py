@@ -7,7 +7,6 @@ import functools
 import inspect
 import os
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from repr_det.commands.arguments import config_path, folder_of_weights, naming_close_keys, output_folder
+from repr_det.commands.checks import try_mapper
 from repr_det.commands.data import prepare_data
 from repr_det.commands.train import Run
 from repr_det.datasets import CocoEvaluator
@@ -109,6 +109,9 @@ def load_lazy_config(
     for key, own in KEYS.items():
         if classes and own.endswith("NUM_CLASSES") and key not in given and OmegaConf.select(cfg, key) is not None:
             OmegaConf.update(cfg, key, classes)
+    for which in ("test",) if eval_only else ("train", "test"):
+        if mapper := OmegaConf.select(cfg, key := f"dataloader.{which}.mapper"):
+            try_mapper(key, functools.partial(instantiate, mapper))
     return cfg
 
 
@@ -177,7 +180,7 @@ def repr_cfg_from_lazy(cfg: DictConfig) -> CfgNode:
     yacs = get_cfg()
     add_repr_config(yacs)
     yacs.FLOAT32_PRECISION = ""
-    yacs.SOLVER.LOG_PERIOD, yacs.SOLVER.MAX_TO_KEEP = 20, sys.maxsize
+    yacs.SOLVER.LOG_PERIOD, yacs.SOLVER.MAX_TO_KEEP = 20, 10**9
     yacs.SOLVER.WARMUP_ITERS = yacs.DATALOADER.NUM_WORKERS = 0
     yacs.SOLVER.LR_SCHEDULER_NAME = "WarmupMultiStepLR"
     with naming_close_keys(yacs), as_user_error("the node repr of the LazyConfig"):
@@ -202,12 +205,11 @@ def repr_cfg_from_lazy(cfg: DictConfig) -> CfgNode:
 
 def _merge_repr(yacs: CfgNode, node: Any) -> None:
     given = OmegaConf.to_container(OmegaConf.create(node), resolve=True)
-    if given.pop("_target_", None) is None:
-        yacs.merge_from_other_cfg(CfgNode({"REPR": given}))
-        return
-    yacs.REPR.ENABLED = True
-    for name, value in given.items():
-        yacs.merge_from_list([CONFIG_KEYS.get(name, f"REPR.{name}"), value])
+    if given.pop("_target_", None) is not None:
+        yacs.REPR.ENABLED = True
+        for name in [name for name in given if name in CONFIG_KEYS]:
+            yacs.merge_from_list([CONFIG_KEYS[name], given.pop(name)])
+    yacs.merge_from_other_cfg(CfgNode({"REPR": given}))
 
 
 @contextlib.contextmanager
@@ -248,7 +250,8 @@ class LazyTrainer(Trainer):
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         cls.lazy.optimizer.params.model = model
-        return instantiate(cls.lazy.optimizer)
+        with as_user_error("optimizer"):
+            return instantiate(cls.lazy.optimizer)
 
     @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRMultiplier:
@@ -271,7 +274,7 @@ class LazyTrainer(Trainer):
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> dict:
         """Evaluates by ``dataloader.evaluator`` on ``dataloader.test``; {} without evaluator."""
         data = cls.lazy.dataloader
-        if "evaluator" not in data:
+        if data.get("evaluator") is None:
             return {}
         evaluator = data.evaluator.copy()
         if "output_dir" not in evaluator and "dataset_name" in evaluator:

@@ -163,8 +163,7 @@ class Trainer(DefaultTrainer):
     def after_train(self) -> None:
         """Detectron2's; a run that failed in its last iteration is not evaluated."""
         if self.iter < self.max_iter:  # the loop did not end
-            of_the_end = (hooks.EvalHook, hooks.BestCheckpointer)
-            self._hooks = [hook for hook in self._hooks if not isinstance(hook, of_the_end)]
+            self._hooks = [x for x in self._hooks if not isinstance(x, hooks.EvalHook | hooks.BestCheckpointer)]
         super().after_train()
 
     def load_state_dict(self, state_dict: dict) -> None:

@@ -149,10 +149,9 @@ def find_filter_layers(
             f"{', '.join(nearest[:_MOST_NAMES]) or 'none'}{others}{what_attention_means(model)}"
         )
     for pattern in (*include, *exclude):
-        # Of the defaults some are for other backbones.
+        # A default is for one kind of backbone.
         if pattern not in DETECTRON2_LAYERS and not any(_matches(name, [pattern]) for name in convs):
-            nearest = closest([pattern], list(convs))[:2]
-            logger.warning("RePr: the pattern %r matches no conv; the closest ones: %s", pattern, ", ".join(nearest))
+            logger.warning("RePr: pattern %r matches no conv, such as %s", pattern, closest([pattern], list(convs))[:2])
     found = []
     for name in chosen:
         norm = norms[name] if norms is not None and name in norms else _norm_of(model, name, convs[name])
