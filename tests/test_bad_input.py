@@ -57,7 +57,14 @@ BOTH = [
     ("SOLVER.STEPS (12,40) SOLVER.MAX_ITER 40", "SOLVER: no learning-rate schedule of STEPS (12, 40)"),
     ("SOLVER.CLIP_GRADIENTS.ENABLED True SOLVER.CLIP_GRADIENTS.CLIP_TYPE foo", "SOLVER: 'foo' is not"),
     ("INPUT.CROP.ENABLED True INPUT.CROP.TYPE absolut", "CROP.TYPE absolut, "),
-    ("INPUT.FORMAT XYZ", "INPUT: no images by FORMAT XYZ, "),
+    ("INPUT.FORMAT XYZ", "INPUT: no test images by FORMAT XYZ, "),
+    ("INPUT.CROP.ENABLED True INPUT.CROP.SIZE [2.0,2.0]", "CROP.SIZE [2.0, 2.0]: Shape computation"),
+    ("INPUT.MIN_SIZE_TRAIN ('a',)", "INPUT: no images by RANDOM_FLIP horizontal, MIN_SIZE_TRAIN ('a',), "),
+    ("INPUT.MAX_SIZE_TEST 0", "MAX_SIZE_TEST 0: height and width must be > 0"),
+    ("TEST.AUG.ENABLED True TEST.AUG.MIN_SIZES ()", "TEST.AUG.MIN_SIZES is empty"),
+    ("SEED 4294967296", "SEED 4294967296: Seed must be between 0 and"),
+    ("DATALOADER.NUM_WORKERS -1", "DATALOADER.NUM_WORKERS -1: num_workers option should be non-negative"),
+    ("DATALOADER.SAMPLER_TRAIN RepeatFactorTrainingSampler DATALOADER.REPEAT_THRESHOLD -1.0", "THRESHOLD -1.0: math"),
     ("DATALOADER.SAMPLER_TRAIN Foo", "DATALOADER.SAMPLER_TRAIN must be one of TrainingSampler, "),
     ("MODEL.LOAD_PROPOSALS True DATASETS.PROPOSAL_FILES_TRAIN ('nope.pkl',)", "PROPOSAL_FILES_TRAIN 'nope.pkl' cannot"),
     ("MODEL.LOAD_PROPOSALS True", "DATASETS.PROPOSAL_FILES_TRAIN must name a file for each of 1 data sets"),
@@ -164,12 +171,13 @@ def test_resume_of_another_arm_or_with_other_options(tiny_cfg, tmp_path):
     assert before == {path: path.stat().st_mtime for path in (tmp_path / "run").rglob("*")}
 
 
-def test_output_folder_that_cannot_be_made(tiny_cfg, tmp_path):
+@pytest.mark.parametrize("eval_only", [False, True])
+def test_output_folder_that_cannot_be_made(tiny_cfg, tmp_path, eval_only):
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    assert "OUTPUT_DIR is empty" in refused_run(tiny_cfg, *ON, "OUTPUT_DIR", "")
+    assert "OUTPUT_DIR is empty" in refused_run(tiny_cfg, *ON, "OUTPUT_DIR", "", eval_only=eval_only)
     for folder in (tmp_path / "file", tmp_path / "file" / "run", tmp_path / "link", "/proc/self/run"):
-        assert "cannot be written (" in refused_run(tiny_cfg, *ON, "OUTPUT_DIR", folder)
+        assert "cannot be written (" in refused_run(tiny_cfg, *ON, "OUTPUT_DIR", folder, eval_only=eval_only)
 
 
 class Bomb:

@@ -5,7 +5,8 @@ import resource
 import forked
 import pytest
 import torch
-from conftest import At, assert_same_weights, end_of
+from conftest import At, assert_same_weights, end_of, interrupt
+from detectron2.engine import HookBase, hooks
 from outcomes import train_words
 from torch import nn
 
@@ -60,6 +61,18 @@ def test_gradients_are_looked_at_on_the_cpu_or_when_asked_for_and_a_norm_may_ove
     trainer.train()
     assert looks == [1, 2, 3, 5, 7]  # before checkpoints, the drop and the restore
     assert non_finite_weight(nn.ParameterList([torch.full((4,), 3e38)])) == ""
+
+
+@pytest.mark.parametrize("moment", ["before_train", "before_step", "after_step"])
+def test_a_run_that_fails_in_its_last_iteration_is_not_evaluated(tiny_cfg, monkeypatch, moment):
+    trainer, fault = Trainer(tiny_cfg("SOLVER.MAX_ITER", 1)), HookBase()
+    setattr(fault, moment, interrupt)
+    for owner, name in ((trainer, "test"), (hooks.BestCheckpointer, "_best_checking")):
+        monkeypatch.setattr(owner, name, lambda *_: pytest.fail("evaluated"))
+    trainer._hooks.insert(0, fault)
+    trainer.register_hooks([hooks.BestCheckpointer(1, trainer.checkpointer, "bbox/AP")])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
 
 
 def test_full_disk(tiny_cfg, tmp_path):

@@ -12,6 +12,7 @@ from torch.distributed import fsdp
 
 from repr_det.method.errors import UserError
 from repr_det.method.layers import find_filter_layers, zero_rows_
+from repr_det.method.options import DETECTRON2_LAYERS
 from repr_det.method.participants import Participants
 
 LEVELS = "['p2','p3','p4','p5','p6']"
@@ -113,9 +114,13 @@ def test_no_match_names_what_is_there():
     assert "(1 that match are frozen); the closest trainable ones: conv1" in refused(model, ["conv0"])
 
 
-def test_patterns_beside_one_that_matches_and_such_as_are_no_list_of_strings():
-    model = nn.Sequential(nn.Conv2d(3, 4, 1))
-    assert [layer.name for layer in find_filter_layers(model, ["nothing", "0", "[0-9]"])] == ["0"]
+def test_patterns_beside_one_that_matches_and_such_as_are_no_list_of_strings(caplog):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1).requires_grad_(False), nn.ReLU())
+    assert [layer.name for layer in find_filter_layers(model, [*DETECTRON2_LAYERS, "0", "[0-9]"], ["1"])] == ["0"]
+    assert not caplog.records
+    find_filter_layers(model, ["nothing", "0"], ["2"])
+    for pattern, record in zip(("nothing", "2"), caplog.records, strict=True):
+        assert record.getMessage() == f"RePr: pattern '{pattern}' matches no conv, such as ['0', '1']"
     for key, patterns in (("layers", "*"), ("layers", [1]), ("exclude", "*"), ("exclude", [None])):
         with pytest.raises(UserError, match=f"^{key}= must be a list of patterns"):
             find_filter_layers(model, **{"include": ["*"], key.replace("layers", "include"): patterns})

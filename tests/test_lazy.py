@@ -76,7 +76,7 @@ def test_same_schedule_layers_and_model_as_the_yaml_twin():
 def test_a_node_of_version_0_2_0_says_the_same(caplog):
     options = {"DROP_RATIO": 0.2, "SLIM": "auto", "LAYERS": {"EXCLUDE": ["*.conv3"]}, "REINIT": {"SCALE": "old"}}
     lazy = load_lazy_config(CONFIG, ["train.max_iter=900"])
-    lazy.repr.update(s1_iters=1, s2_iters=2, num_cycles=1, drop_ratio=0.2, exclude=["*.conv3"], scale="old")
+    lazy.repr.update(s1_iters=1, s2_iters=2, num_cycles=1, drop_ratio=0.2, exclude=["*.conv3"], REINIT={"SCALE": "old"})
     new = repr_cfg_from_lazy(lazy)
     lazy.repr = OLD_NODE | options
     with caplog.at_level(logging.WARNING):
@@ -128,13 +128,17 @@ def test_trains_evaluates_and_resumes_bit_for_bit(small_config, tmp_path):
     [
         ("broken", None, "broken.py: name 'models' is not defined"),
         ("empty", None, "empty.py lacks model: define model, dataloader"),
-        ("small", "repr.NOPE=1", "the node repr of the LazyConfig: Non-existent key: REPR.NOPE"),
+        ("small", "repr.NOPE=1", "the node repr of the LazyConfig: Non-existent config key: REPR.NO"),
         ("small", "repr.drop_ratio=many", "the node repr of the LazyConfig: Type mismatch"),
         ("small", "repr.s1_iters=50", "needs repr.start_iter 0 + repr.num_cycles 1 x (repr.s1_iters 50 + repr.s2"),
         ("old", "repr.NOPE=1", "the node repr of the LazyConfig: Non-existent config key: REPR.NO"),
         ("old", "repr.DROP_RATIO=1.5", "repr.DROP_RATIO must be in (0, 1), got 1.5"),
         ("small", "DROP_RATIO", "overrides must be path.key=value"),
         ("small", "train.max_iter=soon", "for config key: train.max_iter"),
+        ("small", "train.checkpointer.max_to_keep=0", "train.checkpointer.max_to_keep must be at least 1, got 0"),
+        ("small", "dataloader.test.mapper.augmentations.0.max_size=0", "dataloader.test.mapper: height and width must"),
+        ("small", "optimizer.lr=-1", "optimizer: Invalid learning rate: -1"),
+        ("small", "train.log_period=0", "train.log_period must be at least 1, got 0"),
         ("small", "train.init_checkpoint=gone.pth", "train.init_checkpoint 'gone.pth' cannot be read"),
         ("small", "model.roi_heads.num_classes=7", "model.roi_heads.num_classes is 7, but tiny_train has 2 classes"),
         ("small", "dataloader.evaluator.dataset_name=v", "must be that of dataloader.test ('tiny_val',), got 'v'"),
@@ -167,8 +171,12 @@ def test_what_nothing_reads_is_found_by_the_reads(small_config):
     """detrex's keys, and a node of one's own; Detectron2's are all read."""
     cfg = load_lazy_config(small_config, [])
     cfg.train.update(clip_grad={"enabled": True, "params": {"max_norm": 0.1}}, model_ema={"enabled": True})
+    cfg.train.log_period, cfg.train.checkpointer.max_to_keep = 3, 4
     cfg.ema = {"decay": 0.9}
     cfg.image_size = 3  # used while the file was read
     unread = record_reads(cfg)
-    LazyTrainer.of(cfg)(repr_cfg_from_lazy(cfg))
+    *_, save, _, _, write = LazyTrainer.of(cfg)(repr_cfg_from_lazy(cfg))._hooks
+    assert (save.max_to_keep, write._period) == (4, 3)
+    cfg.dataloader.evaluator = None
+    assert LazyTrainer.of(cfg).test(None, None) == {}
     assert unread() == ["ema.decay", "train.clip_grad", "train.model_ema"]

@@ -5,16 +5,15 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper
-from detectron2.data.detection_utils import convert_PIL_to_numpy
+from detectron2.data import DatasetMapper, build_detection_test_loader, build_detection_train_loader
 from detectron2.modeling import GeneralizedRCNNWithTTA
-from detectron2.solver import build_optimizer
 from PIL import Image
 from torch import nn
 
@@ -37,6 +36,12 @@ from repr_det.runs.checkpoints import AtomicCheckpointer, zero_filters
 from repr_det.runs.files import refuse_used
 
 logger = logging.getLogger(__name__)
+_SIZE = {"height": 60, "width": 80}
+_TEST_IMAGES = "INPUT: no test images by FORMAT {FORMAT}, MIN_SIZE_TEST {MIN_SIZE_TEST}, MAX_SIZE_TEST {MAX_SIZE_TEST}"
+_TRAINING_IMAGES = (
+    "INPUT: no images by RANDOM_FLIP {RANDOM_FLIP}, MIN_SIZE_TRAIN {MIN_SIZE_TRAIN}, MAX_SIZE_TRAIN {MAX_SIZE_TRAIN}, "
+    "MIN_SIZE_TRAIN_SAMPLING {MIN_SIZE_TRAIN_SAMPLING}, CROP.TYPE {CROP.TYPE}, CROP.SIZE {CROP.SIZE}"
+)
 _SAMPLERS = "TrainingSampler, RepeatFactorTrainingSampler, RandomSubsetTrainingSampler"
 
 
@@ -51,6 +56,8 @@ def check_run(
     """Raises UserError, naming key, file or folder; ``num_gpus`` are processes on each machine, on the CPU too."""
     processes, scaled = num_gpus * num_machines, cfg
     _check_device(cfg, num_gpus)
+    with as_user_error(f"SEED {cfg.SEED}"):
+        np.random.RandomState(max(0, cfg.SEED) + processes - 1)  # the last rank's
     boxes = cfg.TEST.DETECTIONS_PER_IMAGE
     if boxes > 100:
         logger.warning(f"TEST.DETECTIONS_PER_IMAGE is {boxes}, and COCO's AP counts the best 100 of an image")
@@ -59,13 +66,14 @@ def check_run(
             scaled = scale_to_world(cfg, processes)
         _check_solver(scaled, processes)
         validate_repr_config(scaled)
-        _check_output_folder(cfg, resume)
+    _check_output_folder(cfg)
+    if not (eval_only or resume):
+        refuse_used(cfg.OUTPUT_DIR, "add --resume")
     check_datasets(cfg, eval_only)
-    if not eval_only:
-        _check_input(scaled)
-        if resume:
-            check_same_classes(class_names(cfg.DATASETS.TRAIN[0]), cfg.OUTPUT_DIR)
-    model = model_of_shapes(cfg, trainer)
+    _check_input(scaled, eval_only)
+    if resume and not eval_only:
+        check_same_classes(class_names(cfg.DATASETS.TRAIN[0]), cfg.OUTPUT_DIR)
+    model = model_of_shapes(scaled, trainer, eval_only)
     _check_model(cfg, model, eval_only, processes)
     _check_weights(scaled, model, resume, eval_only)
 
@@ -86,14 +94,12 @@ def _check_device(cfg: CfgNode, num_gpus: int) -> None:
 
 def _check_solver(cfg: CfgNode, processes: int) -> None:
     solver, batch = cfg.SOLVER, cfg.SOLVER.IMS_PER_BATCH
-    for key in ("MAX_ITER", "IMS_PER_BATCH", "CHECKPOINT_PERIOD"):
-        if solver[key] < 1:
+    for key in ("MAX_ITER", "IMS_PER_BATCH", "CHECKPOINT_PERIOD", "MAX_TO_KEEP", "LOG_PERIOD"):
+        if solver.get(key, 1) < 1:  # a LazyConfig has the last two
             raise UserError(f"SOLVER.{key} must be at least 1, got {solver[key]}")
     if batch % processes:
         right = max(1, batch // processes) * processes
         raise UserError(f"SOLVER.IMS_PER_BATCH {batch} must be a multiple of {processes} processes, such as {right}")
-    with as_user_error("SOLVER"):
-        build_optimizer(cfg, nn.Linear(1, 1))
     settings = f"STEPS {tuple(solver.STEPS)}, MAX_ITER {solver.MAX_ITER}, LR_SCHEDULER_NAME {solver.LR_SCHEDULER_NAME}"
     with as_user_error(f"SOLVER: no learning-rate schedule of {settings}"):
         decays_of_config(cfg)
@@ -104,19 +110,30 @@ def _check_solver(cfg: CfgNode, processes: int) -> None:
         )
 
 
-def _check_input(cfg: CfgNode) -> None:
-    keys = ("FORMAT", "RANDOM_FLIP", "MIN_SIZE_TRAIN", "MAX_SIZE_TRAIN", "MIN_SIZE_TRAIN_SAMPLING")
-    settings = [f"{key} {cfg.INPUT[key]}" for key in keys]
-    if cfg.INPUT.CROP.ENABLED:
-        settings.append(f"CROP.TYPE {cfg.INPUT.CROP.TYPE}, CROP.SIZE {cfg.INPUT.CROP.SIZE}")
-    with as_user_error(f"INPUT: no images by {', '.join(settings)}"), _quiet():
-        DatasetMapper(cfg, True)
-        convert_PIL_to_numpy(Image.new("RGB", (1, 1)), cfg.INPUT.FORMAT)
-    if cfg.DATALOADER.SAMPLER_TRAIN not in _SAMPLERS.split(", "):  # Detectron2 loads all data first
-        raise UserError(f"DATALOADER.SAMPLER_TRAIN must be one of {_SAMPLERS}, got {cfg.DATALOADER.SAMPLER_TRAIN!r}")
+def _check_input(cfg: CfgNode, eval_only: bool) -> None:
+    loading = cfg.DATALOADER
+    try_mapper(_TEST_IMAGES.format(**cfg.INPUT), lambda: DatasetMapper(cfg, False))
+    with as_user_error(f"DATALOADER.NUM_WORKERS {loading.NUM_WORKERS}"):
+        build_detection_test_loader((_SIZE,), mapper=str, num_workers=loading.NUM_WORKERS)
+    if eval_only:
+        return
+    try_mapper(_TRAINING_IMAGES.format(**cfg.INPUT), lambda: DatasetMapper(cfg, True))
+    if loading.SAMPLER_TRAIN not in _SAMPLERS.split(", "):
+        raise UserError(f"DATALOADER.SAMPLER_TRAIN must be one of {_SAMPLERS}, got {loading.SAMPLER_TRAIN!r}")
+    with as_user_error(f"DATALOADER: {loading.SAMPLER_TRAIN} by REPEAT_THRESHOLD {loading.REPEAT_THRESHOLD}"), _quiet():
+        build_detection_train_loader(cfg, mapper=str, dataset=({"annotations": [{"category_id": 0}]},) * 10_000)
 
 
-def _check_output_folder(cfg: CfgNode, resume: bool) -> None:
+def try_mapper(source: str, build: Callable[[], Any]) -> None:
+    """Raises UserError, which begins with ``source``, if a mapper cannot be built, or is Detectron2's and fails."""
+    with as_user_error(source), _quiet(), tempfile.NamedTemporaryFile(suffix=".png") as file:
+        mapper = build()
+        Image.new("RGB", (_SIZE["width"], _SIZE["height"])).save(file.name)
+        if type(mapper) is DatasetMapper:  # others may ask for more than an image
+            mapper(_SIZE | {"file_name": file.name})
+
+
+def _check_output_folder(cfg: CfgNode) -> None:
     if not cfg.OUTPUT_DIR:
         raise UserError("OUTPUT_DIR is empty: give a folder")
     folder = Path(cfg.OUTPUT_DIR)
@@ -125,22 +142,24 @@ def _check_output_folder(cfg: CfgNode, resume: bool) -> None:
         tempfile.TemporaryFile(dir=there).close()
     except OSError as error:  # read-only, full, a file, a link to nowhere
         raise UserError(f"OUTPUT_DIR {folder} cannot be written ({error.strerror}): give another folder") from error
-    if not resume:
-        refuse_used(folder, "add --resume")
 
 
-def model_of_shapes(cfg: CfgNode, trainer: type[Trainer]) -> nn.Module:
-    """The model on the meta device; on the CPU if its making needs numbers."""
+def model_of_shapes(cfg: CfgNode, trainer: type[Trainer], eval_only: bool) -> nn.Module:
+    """The model on the meta device, on the CPU if its making needs numbers; tries to make its optimizer too."""
 
     def build(device: str) -> nn.Module:
         with torch.device(device), _quiet():
-            return trainer.build_model(_changed(cfg, "MODEL.DEVICE", device))
+            with as_user_error("MODEL"):
+                model = trainer.build_model(_changed(cfg, "MODEL.DEVICE", device))
+            with as_user_error("SOLVER"):
+                if not eval_only:
+                    trainer.build_optimizer(cfg, model)
+        return model
 
     try:
         return build("meta")
-    except Exception:  # a wrong config, which raises again, or .item() of a meta tensor
-        with as_user_error("MODEL"):
-            return build("cpu")
+    except UserError:  # a wrong config, which raises again, or .item() of a meta tensor
+        return build("cpu")
 
 
 def _check_model(cfg: CfgNode, model: nn.Module, eval_only: bool, processes: int) -> None:
@@ -150,10 +169,12 @@ def _check_model(cfg: CfgNode, model: nn.Module, eval_only: bool, processes: int
                 raise UserError(f"the norm {name} is SyncBN, which needs GPUs: several CPU processes need naiveSyncBN")
     if cfg.TEST.AUG.ENABLED:
         with as_user_error("TEST.AUG.ENABLED True"):
-            GeneralizedRCNNWithTTA(cfg, model)
+            mapper = GeneralizedRCNNWithTTA(_changed(cfg, "TEST.AUG.FLIP", False), model).tta_mapper
+            if not mapper(_SIZE | {"image": torch.zeros(3, 8, 8, dtype=torch.uint8)}):
+                raise UserError("TEST.AUG.MIN_SIZES is empty: give sizes, or set TEST.AUG.ENABLED to False")
     if cfg.REPR.ENABLED and not eval_only:
         options = options_of_config(cfg)
-        with spelling(NAMES):
+        with spelling(NAMES), _quiet():  # training warns
             layers = find_filter_layers(model, options.layers, options.exclude)
             sizes = {layer.name: layer.num_filters for layer in layers}
             check_capacity(sizes, options.drop_ratio, options.max_drop_per_layer)

@@ -23,6 +23,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from repr_det.commands.arguments import config_path, folder_of_weights, naming_close_keys, output_folder
+from repr_det.commands.checks import try_mapper
 from repr_det.commands.data import prepare_data
 from repr_det.commands.train import Run
 from repr_det.datasets import CocoEvaluator
@@ -49,8 +50,8 @@ KEYS = {
     "train.max_iter": "SOLVER.MAX_ITER",
     "train.amp.enabled": "SOLVER.AMP.ENABLED",
     "train.checkpointer.period": "SOLVER.CHECKPOINT_PERIOD",
-    "train.checkpointer.max_to_keep": "",
-    "train.log_period": "",
+    "train.checkpointer.max_to_keep": "SOLVER.MAX_TO_KEEP",
+    "train.log_period": "SOLVER.LOG_PERIOD",
     "train.eval_period": "TEST.EVAL_PERIOD",
     "train.seed": "SEED",
     "train.output_dir": "OUTPUT_DIR",
@@ -108,6 +109,9 @@ def load_lazy_config(
     for key, own in KEYS.items():
         if classes and own.endswith("NUM_CLASSES") and key not in given and OmegaConf.select(cfg, key) is not None:
             OmegaConf.update(cfg, key, classes)
+    for which in ("test",) if eval_only else ("train", "test"):
+        if mapper := OmegaConf.select(cfg, key := f"dataloader.{which}.mapper"):
+            try_mapper(key, functools.partial(instantiate, mapper))
     return cfg
 
 
@@ -176,6 +180,7 @@ def repr_cfg_from_lazy(cfg: DictConfig) -> CfgNode:
     yacs = get_cfg()
     add_repr_config(yacs)
     yacs.FLOAT32_PRECISION = ""
+    yacs.SOLVER.LOG_PERIOD, yacs.SOLVER.MAX_TO_KEEP = 20, 10**9
     yacs.SOLVER.WARMUP_ITERS = yacs.DATALOADER.NUM_WORKERS = 0
     yacs.SOLVER.LR_SCHEDULER_NAME = "WarmupMultiStepLR"
     with naming_close_keys(yacs), as_user_error("the node repr of the LazyConfig"):
@@ -200,12 +205,11 @@ def repr_cfg_from_lazy(cfg: DictConfig) -> CfgNode:
 
 def _merge_repr(yacs: CfgNode, node: Any) -> None:
     given = OmegaConf.to_container(OmegaConf.create(node), resolve=True)
-    if given.pop("_target_", None) is None:
-        yacs.merge_from_other_cfg(CfgNode({"REPR": given}))
-        return
-    yacs.REPR.ENABLED = True
-    for name, value in given.items():
-        yacs.merge_from_list([CONFIG_KEYS.get(name, f"REPR.{name}"), value])
+    if given.pop("_target_", None) is not None:
+        yacs.REPR.ENABLED = True
+        for name in [name for name in given if name in CONFIG_KEYS]:
+            yacs.merge_from_list([CONFIG_KEYS[name], given.pop(name)])
+    yacs.merge_from_other_cfg(CfgNode({"REPR": given}))
 
 
 @contextlib.contextmanager
@@ -246,7 +250,8 @@ class LazyTrainer(Trainer):
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         cls.lazy.optimizer.params.model = model
-        return instantiate(cls.lazy.optimizer)
+        with as_user_error("optimizer"):
+            return instantiate(cls.lazy.optimizer)
 
     @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRMultiplier:
@@ -260,16 +265,16 @@ class LazyTrainer(Trainer):
         built = super().build_hooks()
         for hook in built:
             if isinstance(hook, hooks.PeriodicCheckpointer):
-                hook.max_to_keep = OmegaConf.select(self.lazy, "train.checkpointer.max_to_keep")
+                hook.max_to_keep = self.cfg.SOLVER.MAX_TO_KEEP
             elif isinstance(hook, hooks.PeriodicWriter):
-                hook._period = OmegaConf.select(self.lazy, "train.log_period", default=hook._period)
+                hook._period = self.cfg.SOLVER.LOG_PERIOD
         return built
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> dict:
         """Evaluates by ``dataloader.evaluator`` on ``dataloader.test``; {} without evaluator."""
         data = cls.lazy.dataloader
-        if "evaluator" not in data:
+        if data.get("evaluator") is None:
             return {}
         evaluator = data.evaluator.copy()
         if "output_dir" not in evaluator and "dataset_name" in evaluator:

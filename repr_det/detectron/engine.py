@@ -154,15 +154,16 @@ class Trainer(DefaultTrainer):
 
     def before_train(self) -> None:
         """Detectron2's, and writes the final checkpoint that a killed run did not."""
+        self.iter = min(self.iter, self.max_iter - 1)  # the last, of a finished run that is resumed
         super().before_train()
         last = os.path.basename(self.checkpointer.get_checkpoint_file())
         if self.start_iter == self.max_iter and comm.is_main_process() and last != FINAL_CHECKPOINT:
-            self.iter = self.max_iter - 1
             self.checkpointer.save(os.path.splitext(FINAL_CHECKPOINT)[0], iteration=self.iter)
 
     def after_train(self) -> None:
-        """Detectron2's, which counts one iteration too many if a finished run is resumed."""
-        self.iter = min(self.iter, self.max_iter)
+        """Detectron2's; a run that failed in its last iteration is not evaluated."""
+        if self.iter < self.max_iter:  # the loop did not end
+            self._hooks = [x for x in self._hooks if not isinstance(x, hooks.EvalHook | hooks.BestCheckpointer)]
         super().after_train()
 
     def load_state_dict(self, state_dict: dict) -> None:

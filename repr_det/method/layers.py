@@ -2,6 +2,7 @@
 
 import difflib
 import fnmatch
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,9 +13,11 @@ from torch.nn.parameter import is_lazy
 
 from repr_det.method.distributed import to_devices
 from repr_det.method.errors import OptionError, UserError
+from repr_det.method.options import DETECTRON2_LAYERS
 from repr_det.network.norms import BATCH, FROZEN, NONE, is_norm, norm_kind
 from repr_det.network.proof import Reader
 
+logger = logging.getLogger("repr_det.layers")
 Values = dict[str, dict[str, Tensor]]  # layer name -> name -> tensor
 _MOST_NAMES = 12  # of convs in a message
 
@@ -145,6 +148,10 @@ def find_filter_layers(
             f"{{layers}} {list(include)}{left_out} matches no trainable Conv2d{hint}; the closest trainable ones: "
             f"{', '.join(nearest[:_MOST_NAMES]) or 'none'}{others}{what_attention_means(model)}"
         )
+    for pattern in (*include, *exclude):
+        # A default is for one kind of backbone.
+        if pattern not in DETECTRON2_LAYERS and not any(_matches(name, [pattern]) for name in convs):
+            logger.warning("RePr: pattern %r matches no conv, such as %s", pattern, closest([pattern], list(convs))[:2])
     found = []
     for name in chosen:
         norm = norms[name] if norms is not None and name in norms else _norm_of(model, name, convs[name])

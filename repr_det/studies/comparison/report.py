@@ -183,7 +183,7 @@ def filter_values(study: Study, notes: list[str]) -> dict[str, list[tuple[str, s
     groups = {arm: {} for arm in study.arms}  # arm -> layer -> groups of its conv
     for run in (study.of(arm)[0] for arm in study.arms if layers):
         try:
-            modules = model_of_shapes(read_config(run.folder), Trainer).named_modules()
+            modules = model_of_shapes(read_config(run.folder), Trainer, eval_only=True).named_modules()
             groups[run.arm] = {name: module.groups for name, module in modules if isinstance(module, nn.Conv2d)}
         except UserError as error:  # a model of the user's own code
             notes.append(f"No O_f of {title(run.arm)}: {error}.")
