@@ -59,12 +59,16 @@ class Objects:
         )
 
 
-def gaps_of(annotations: list[dict[str, Any]], images: dict[int | str, dict[str, Any]]) -> dict[str, list[str]]:
+def gaps_of(
+    annotations: list[dict[str, Any]], images: dict[int | str, dict[str, Any]], some_repeat: bool = False
+) -> dict[str, list[str]]:
     """Lines by what they prevent: "polygons" are masks of polygons alone, "keypoints" their evaluation; "doubts" are
-    warnings, "area doubts" those of evaluation."""
+    warnings, "area doubts" those of evaluation. With ``some_repeat`` a few ids may occur twice."""
     objects = Objects(annotations, images)
     gaps = {purpose: [] for purpose in PURPOSES}
-    for odd, limits, what in (*_box_rows(objects), *_evaluation_rows(objects), *_mask_rows(objects)):
+    ids = _repeats(np.array([entry["id"] for entry in annotations]))
+    repeated = (ids, {"training": objects.few * some_repeat, "doubts": 0}, "has the id of an earlier one")
+    for odd, limits, what in (repeated, *_box_rows(objects), *_evaluation_rows(objects), *_mask_rows(objects)):
         for purpose, limit in limits.items():
             if odd.sum() > limit:
                 gaps[purpose].append(objects.first(odd, what))
@@ -177,9 +181,14 @@ def _twins(objects: Objects) -> np.ndarray:
     classes = [entry["category_id"] % 2**62 for entry in objects.annotations]
     weights = np.random.default_rng(0).integers(2**62, size=6) | 1
     keys = np.column_stack([objects.images, classes, boxes]) @ weights  # one 64-bit hash a row
-    twins = np.ones(len(keys), bool)
-    twins[np.unique(keys, return_index=True)[1]] = False
-    return twins
+    return _repeats(keys)
+
+
+def _repeats(values: np.ndarray) -> np.ndarray:
+    """Tells which values (N,) an earlier one equals."""
+    repeats = np.ones(len(values), bool)
+    repeats[np.unique(values, return_index=True)[1]] = False
+    return repeats
 
 
 def _is_lost(segmentation: object) -> bool:
