@@ -52,15 +52,15 @@ def test_a_sound_folder(folder, caplog):
 NAN, INF, HUGE = float("nan"), float("inf"), 10**400
 RUNS = [{"size": [40, 30], "counts": counts} for counts in (7, [0, -1], [2**40])]  # no masks in RLE
 WRONG_TYPES = {
-    ("images", "id"): [..., 1.5],
+    ("images", "id"): [..., 1.5, 2**63],
     ("images", "file_name"): [..., ""],
     ("images", "width"): [..., 0, 40.5, INF, "40", True],
     ("images", "height"): [..., -30],
-    ("categories", "id"): [..., "3"],
+    ("categories", "id"): [..., "3", 2**63],
     ("categories", "name"): [..., " "],
-    ("annotations", "id"): [..., "1"],
-    ("annotations", "image_id"): [..., [2]],
-    ("annotations", "category_id"): [..., 3.0, True],
+    ("annotations", "id"): [..., "1", -(2**63) - 1],
+    ("annotations", "image_id"): [..., [2], 2**70],
+    ("annotations", "category_id"): [..., 3.0, True, 2**64],
     ("annotations", "bbox"): [..., [1, 2, 3], [1, 2, 3, "4"], [1, 2, NAN, 4], [1, 2, HUGE, 4]],
     ("annotations", "iscrowd"): [2],
     ("annotations", "ignore"): [1],
@@ -134,6 +134,7 @@ WRONG = [
     (put(images={"1": {}}), f"{LISTS}images: Input should be a valid list"),
     (put(images=["cell"]), f"{LISTS}images: 0: Input should be a valid dictionary"),
     (image(1, id=1), "the id 1 occurs twice in 'images'"),
+    (lambda folder: (string_image_ids(folder), image(2, id="5\0")(folder)), "image id '5\\x00' ends in NUL, which"),
     (image(2, id="five"), "image ids must be all integers or all strings"),
     (category(1, id=3), "the id 3 occurs twice in 'categories'"),
     (annotation(1, id=1), "annotation 1 has the id of an earlier one (bbox [20.5, 1, 15, 20], area 300, in image 1"),
@@ -148,7 +149,7 @@ WRONG = [
     (every(lambda a: {"iscrowd": 1}), "annotation 1 is a crowd region (iscrowd 1), as all are"),
     (annotation(2, area=...), "annotation 3 must have a finite number as 'area', which COCO evaluation needs: give"),
     (annotation(2, iscrowd=...), "annotation 3 has no 'iscrowd', which COCO evaluation needs: give 0 for a single"),
-    *((annotation(2, area=value), f"area {reprlib.repr(value)}") for value in ("12", NAN, True, HUGE, -0.5, 1.2e12)),
+    *((annotation(2, area=value), f"area {reprlib.repr(value)}") for value in ("12", NAN, True, HUGE, 2**64, -9, 1e12)),
     (every(lambda a: {"area": -a["area"]}), "has an 'area' that COCO evaluation ignores: give the object's area in"),
     *((renamed(there, named), f"({there!a} is there: spell names alike") for there, named in NEARLY),
     *((image(0, file_name=name), f"1 {ABSENT}") for name in ("no.jpg", "n\0.jpg")),
@@ -330,6 +331,7 @@ ODD = {
     "unsorted sparse categories": put(categories=[{"id": 7, "name": "plate"}, {"id": 3, "name": "cell"}]),
     "colours that use 16 bits": file(2, noise(65535), ".png"),
     "string image ids": string_image_ids,
+    "ids of 64 bits": every(lambda a: {"id": 2**63 - a["id"]}),
     "extras": annotation(0, segmentation=[[2, 3, 12, 3, 12, 15]], score=0.3, info={}, keypoints=[1, 2, 2] * 17),
 }
 

@@ -19,18 +19,19 @@ from repr_det.datasets.objects import gaps_of
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Length = Annotated[Finite, Field(gt=0, multiple_of=1)]  # some tools write 640.0
 Name = Annotated[str, Field(pattern=r"\S")]
+Id = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]  # NumPy mixes wider ones into floats
 Count = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class Image(TypedDict):
-    id: int | str
+    id: Id | str
     file_name: Name
     width: Length
     height: Length
 
 
 class Category(TypedDict):
-    id: int
+    id: Id
     name: Name
 
 
@@ -40,9 +41,9 @@ class RunLengths(TypedDict):
 
 
 class Annotation(TypedDict):
-    id: int
-    image_id: int | str
-    category_id: int
+    id: Id
+    image_id: Id | str
+    category_id: Id
     bbox: Annotated[list[Finite], Field(min_length=4, max_length=4)]
     iscrowd: NotRequired[Literal[0, 1, False, True]]
     ignore: NotRequired[Literal[0, False]]
@@ -91,6 +92,9 @@ def _check(findings: Findings, image_root: Path) -> CocoSummary:
     images = _by_id(content, "images", findings)
     if len({type(image_id) for image_id in images}) > 1:
         findings.fail("image ids must be all integers or all strings, found both")
+    for image_id in images:
+        if str(image_id).endswith("\0"):
+            findings.fail(f"image id {image_id!r} ends in NUL, which NumPy leaves out")
     categories = _by_id(content, "categories", findings)
     classes = {i: categories[i]["name"] for i in sorted(categories)}
     _check_names(classes, findings)

@@ -94,7 +94,7 @@ def _box_rows(objects: Objects) -> list[Row]:
 
 
 def _evaluation_rows(objects: Objects) -> list[Row]:
-    areas = np.array([_area(entry.get("area")) for entry in objects.annotations])
+    areas = np.array([_area(entry.get("area")) for entry in objects.annotations], float)
     extents = objects.boxes[:, 2:]
     share = areas / extents.prod(1).clip(1e-9)
     impossible = (share < LEAST_AREA) | (areas > LARGEST_SHARE * (extents + 1).prod(1))
@@ -178,7 +178,7 @@ def _twins(objects: Objects) -> np.ndarray:
     """Objects of the class and, to a pixel, the box of an earlier one of their image (N,)."""
     offset = 0.3717  # keeps halves and quarters from where rounding is noise
     boxes = np.floor(objects.boxes.clip(-1e15, 1e15) + offset).astype(int)
-    classes = [entry["category_id"] % 2**62 for entry in objects.annotations]
+    classes = [entry["category_id"] for entry in objects.annotations]
     weights = np.random.default_rng(0).integers(2**62, size=6) | 1
     keys = np.column_stack([objects.images, classes, boxes]) @ weights  # one 64-bit hash a row
     return _repeats(keys)
