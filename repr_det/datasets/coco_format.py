@@ -42,8 +42,8 @@ class RunLengths(TypedDict):
 
 class Annotation(TypedDict):
     id: Id
-    image_id: Id | str
-    category_id: Id
+    image_id: int | str  # must be one of 'images'
+    category_id: int
     bbox: Annotated[list[Finite], Field(min_length=4, max_length=4)]
     iscrowd: NotRequired[Literal[0, 1, False, True]]
     ignore: NotRequired[Literal[0, False]]
@@ -92,9 +92,8 @@ def _check(findings: Findings, image_root: Path) -> CocoSummary:
     images = _by_id(content, "images", findings)
     if len({type(image_id) for image_id in images}) > 1:
         findings.fail("image ids must be all integers or all strings, found both")
-    for image_id in images:
-        if str(image_id).endswith("\0"):
-            findings.fail(f"image id {image_id!r} ends in NUL, which NumPy leaves out")
+    if any(str(image_id).endswith("\0") for image_id in images):
+        findings.fail("image ids must not end in NUL, which NumPy leaves out")
     categories = _by_id(content, "categories", findings)
     classes = {i: categories[i]["name"] for i in sorted(categories)}
     _check_names(classes, findings)
@@ -104,18 +103,11 @@ def _check(findings: Findings, image_root: Path) -> CocoSummary:
             if entry[key] not in known:
                 some = listed(map(repr, known), 3)
                 findings.fail(f"annotation {entry['id']} names {key} {entry[key]!r}, not in '{section}' ({some})")
-    if any(entry["id"] == 0 for entry in annotations):
-        findings.warn("annotation id 0 means 'no match' to pycocotools: start at 1")
-    some_repeat = "minival" in str(findings.json_file)  # as in COCO's of 2014: Detectron2 goes by the path as well
-    gaps = gaps_of(annotations, images, some_repeat)
+    gaps = gaps_of(annotations, images, "minival" in str(findings.json_file))  # Detectron2 lets ids of its 2014 repeat
     findings.report(gaps["training"], gaps["doubts"])
-    single = [entry for entry in annotations if not entry.get("iscrowd")]
-    return CocoSummary(
-        classes=classes,
-        gaps=gaps,
-        keypoint_numbers=frozenset(len(entry.get("keypoints") or ()) for entry in single),
-        files=check_image_files(content["images"], image_root, findings),
-    )
+    numbers = frozenset(len(entry.get("keypoints") or ()) for entry in annotations if not entry.get("iscrowd"))
+    files = check_image_files(content["images"], image_root, findings)
+    return CocoSummary(classes=classes, gaps=gaps, keypoint_numbers=numbers, files=files)
 
 
 def _read(findings: Findings) -> dict[str, Any]:
