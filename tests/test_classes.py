@@ -204,9 +204,15 @@ def masks(**second):
     return lambda folder: (polygons(folder), annotation(1, **second)(folder))
 
 
-def test_masks(mine):
+def test_masks(mine, caplog):
     assert "segmentation" in refused(check_run, mine(*MASK_ON))
-    check_run(mine(*MASK_ON, edit=masks()))
+    outside = (
+        "MODEL.MASK_ON is True, but in mine annotation 2 has a segmentation more outside than in its bbox (bbox [20"
+    )
+    for more in ((), MASK_ON):
+        assert outside not in caplog.text
+        check_run(mine(*more, edit=masks()))
+    assert outside in caplog.text
     rle = masks(segmentation={"size": [30, 40], "counts": [0, 1200]})
     message = refused(check_run, mine(*MASK_ON, edit=rle))
     assert message.startswith("INPUT.MASK_FORMAT is 'polygon', but ") and message.endswith(": set it to bitmask")
@@ -239,8 +245,12 @@ def test_masks_that_are_only_evaluated(mine, folder, second, message):
     assert message in refused(check_run, mine(*BITMASK, "DATASETS.TRAIN", "('sound',)", edit=masks(**second)))
 
 
-@pytest.mark.parametrize(("odd", "shown"), [([1, 2, 2] * 17, ""), ([1, 2, 2] * 16, "48, 51"), (None, "0, 51")])
-def test_keypoints_need_metadata_and_one_number(mine, odd, shown):
+KEYPOINTS = [([1, 2, 2] * 17, ""), ([1, 2, 2] * 16, "48, 51 numbers"), (None, "0, 51 numbers")]
+KEYPOINTS += [([1, 2, 7] * 17, "annotation 2 has a keypoint [x, y, visibility] whose visibility is not 0, 1 or 2 (")]
+
+
+@pytest.mark.parametrize(("odd", "shown"), KEYPOINTS)
+def test_keypoints_need_metadata_and_one_number(mine, caplog, odd, shown):
     """Detectron2 stacks them, and would end in a ValueError at the first image that has both."""
 
     def keypoints(folder):
@@ -252,9 +262,10 @@ def test_keypoints_need_metadata_and_one_number(mine, odd, shown):
     assert "keypoint_names" in refused(check_run, cfg)
     MetadataCatalog.get("mine").set(keypoint_names=["nose"] * 17, keypoint_flip_map=[])
     if shown:
-        assert f"{shown} numbers" in refused(check_run, cfg)
+        assert shown in refused(check_run, cfg)
     else:
         check_datasets(cfg)
+        assert "MODEL.KEYPOINT_ON is True, but in mine annotation 1 has keypoints more outside than in" in caplog.text
         assert "must have a finite number as 'area'" in refused(check_run, mine())
 
 

@@ -52,13 +52,13 @@ def test_a_sound_folder(folder, caplog):
 NAN, INF, HUGE = float("nan"), float("inf"), 10**400
 RUNS = [{"size": [40, 30], "counts": counts} for counts in (7, [0, -1], [2**40])]  # no masks in RLE
 WRONG_TYPES = {
-    ("images", "id"): [..., 1.5],
+    ("images", "id"): [..., 1.5, 2**63],
     ("images", "file_name"): [..., ""],
     ("images", "width"): [..., 0, 40.5, INF, "40", True],
     ("images", "height"): [..., -30],
-    ("categories", "id"): [..., "3"],
+    ("categories", "id"): [..., "3", 2**63],
     ("categories", "name"): [..., " "],
-    ("annotations", "id"): [..., "1"],
+    ("annotations", "id"): [..., "1", -(2**63) - 1],
     ("annotations", "image_id"): [..., [2]],
     ("annotations", "category_id"): [..., 3.0, True],
     ("annotations", "bbox"): [..., [1, 2, 3], [1, 2, 3, "4"], [1, 2, NAN, 4], [1, 2, HUGE, 4]],
@@ -111,7 +111,7 @@ def pipe(folder):
 
 NEARLY = [("Bla\u0308schen.jpg", "Bläschen.jpg"), ("B (1).jpg", "b (1).JPG"), ("a b.jpg", "a b.jpg ")]
 NEARLY += [("é/1.jpg", "e\u0301/1.jpg"), ("s/b.jpg", "C:\\b.jpg"), ("b.jpg", "https://x.org/b.jpg")]
-LOST = "annotation 3 has a segmentation without a polygon of 3 points or more, and Detectron2 leaves it out"
+LOST = "annotation 3 has no polygon of 3 points or more, and Detectron2 leaves it out"
 ABSENT = "of 3 image files are missing or empty in "
 UNREADABLE = "cannot be read as an image: "
 DEEP = f"{UNREADABLE}its pixels have more than 8 bits"
@@ -134,9 +134,10 @@ WRONG = [
     (put(images={"1": {}}), f"{LISTS}images: Input should be a valid list"),
     (put(images=["cell"]), f"{LISTS}images: 0: Input should be a valid dictionary"),
     (image(1, id=1), "the id 1 occurs twice in 'images'"),
+    (lambda folder: (string_image_ids(folder), image(2, id="5\0")(folder)), "image ids must not end in NUL, which"),
     (image(2, id="five"), "image ids must be all integers or all strings"),
     (category(1, id=3), "the id 3 occurs twice in 'categories'"),
-    (annotation(1, id=1), "the id 1 occurs twice in 'annotations'"),
+    (annotation(1, id=1), "annotation 1 has the id of an earlier one (bbox [20.5, 1, 15, 20], area 300, in image 1"),
     (annotation(2, image_id=9), "annotation 3 names image_id 9, not in 'images' (1, 2, 5)"),
     (annotation(2, category_id=0), "annotation 3 names category_id 0, not in 'categories' (3, 7)"),
     (annotation(2, bbox=[9, 9, -3, 4]), "annotation 3 has a bbox of negative size: a bbox must be [x, y, width, "),
@@ -148,7 +149,7 @@ WRONG = [
     (every(lambda a: {"iscrowd": 1}), "annotation 1 is a crowd region (iscrowd 1), as all are"),
     (annotation(2, area=...), "annotation 3 must have a finite number as 'area', which COCO evaluation needs: give"),
     (annotation(2, iscrowd=...), "annotation 3 has no 'iscrowd', which COCO evaluation needs: give 0 for a single"),
-    *((annotation(2, area=value), f"area {reprlib.repr(value)}") for value in ("12", NAN, True, HUGE, -0.5, 1.2e12)),
+    *((annotation(2, area=value), f"area {reprlib.repr(value)}") for value in ("12", NAN, True, HUGE, 2**64, -9, 1e12)),
     (every(lambda a: {"area": -a["area"]}), "has an 'area' that COCO evaluation ignores: give the object's area in"),
     *((renamed(there, named), f"({there!a} is there: spell names alike") for there, named in NEARLY),
     *((image(0, file_name=name), f"1 {ABSENT}") for name in ("no.jpg", "n\0.jpg")),
@@ -223,7 +224,7 @@ DOUBTFUL = [
     (areas(9), "60 such of 60)"),
     (repeat(), "annotation 1001 has class and box of another object of its image: list it once (bbox ["),
     (lambda folder: (boxes(lambda *box: np.ceil(box).tolist())(folder), repeat(-0.001)(folder)), "60 such of 120)"),
-    (annotation(0, id=0), "annotation id 0 means 'no match' to pycocotools"),
+    (annotation(0, id=0), "annotation 0 has the id 0, which means 'no match' to pycocotools: start at 1 ("),
     (category(1, name="Cell"), "'cell' and 'Cell', one name in two spellings, are taken for two classes"),
 ]
 SOUND = [
@@ -246,18 +247,45 @@ def test_what_is_doubtful_is_one_warning_that_names_the_first_entry(folder, capl
     assert all(line.startswith(f"data set cells: {folder.json}: ") and message in line for line in caplog.messages)
 
 
+@pytest.mark.parametrize("kind", ["mask", "keypoint"])
 @pytest.mark.parametrize(
-    "damage", [{"bbox": [2, 3, 0, 4]}, {"bbox": [40, 30, 4, 4]}, {"segmentation": [[2, 3, 12, 15]]}]
+    ("form", "message"),
+    [
+        (lambda points, size: points, None),
+        (lambda points, size: points.round(), None),
+        (lambda points, size: points / size, "; read as fractions, 60 of 60 fit their boxes (bbox ["),
+        (lambda points, size: points[:, ::-1], "; read as y before x, 60 of 60 fit their boxes (bbox ["),
+        (lambda points, size: points / 2, "in its bbox, and ends, as all do, within 60% of its image, like one of"),
+        (lambda points, size: points + 1000, "more outside than in its bbox (bbox ["),
+    ],
+)
+def test_masks_and_keypoints_are_held_against_their_boxes(folder, kind, form, message):
+    many(folder)
+    for entry in folder.content["annotations"]:
+        x, y, w, h = entry["bbox"]
+        points = form(np.array([[x, y], [x + w, y], [x + w, y + h]]), np.array(SIZES[entry["image_id"]]))
+        seen = np.hstack([points, [[1], [2], [2]]]).ravel().tolist()
+        entry.update(segmentation=[points.ravel().tolist()], keypoints=[*seen, 0, 0, 0])
+    lines = folder.check().gaps[f"{kind} doubts"]
+    assert len(lines) == (message is not None) and all(message in line for line in lines)
+    every(lambda a: {"keypoints": [1, 2, 0]})(folder)
+    assert "has only keypoints of visibility 0, as all have" in folder.check().gaps["keypoint doubts"][0]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"bbox": [2, 3, 0, 4]}, {"bbox": [40, 30, 4, 4]}, {"segmentation": [[2, 3, 12, 15]]}, {"id": 2}],
 )
 @pytest.mark.parametrize("total, allowed", [(145, 1), (2000, 2)])
 def test_a_few_useless_objects_are_left_out_and_told(folder, catalogs, caplog, damage, total, allowed):
-    """COCO's own train2017 has 2 of 860,001."""
+    """COCO's own train2017 has 2 of 860,001; Detectron2 lets the ids of its 2014 minival repeat."""
+    folder.json = folder.json.with_name("minival.json")
     first = folder.content["annotations"][0]
     folder.content["annotations"] = [first | {"id": i} for i in range(1, total + 1)]
     for number in range(9, 9 + allowed):
         annotation(number, **damage)(folder)
     folder.check()
-    assert "annotation 10 has a " in caplog.text and f"{allowed} such of {total})" in caplog.text
+    assert f"annotation {damage.get('id', 10)} has " in caplog.text and f"{allowed} such of {total})" in caplog.text
     if "leaves it out" in caplog.text:
         assert len(as_detectron2_reads_it(folder)[0]["instances"]) == total - allowed
     annotation(30, **damage)(folder)
@@ -324,11 +352,11 @@ ODD = {
     "EXIF, rotated": picture(turned=True, exif=EXIF),
     "damaged EXIF": picture(exif=b"Exif\0\0MM\0*\xff\xff\xff\xff"),
     "unicode subfolder": renamed("große Bilder 細胞/ein s.jpg", "große Bilder 細胞/ein s.jpg"),
-    "repeated ids of COCO minival": annotation(1, id=1),
     "a box sticks out": annotation(0, bbox=[-2, -2.5, 50, 60]),
     "unsorted sparse categories": put(categories=[{"id": 7, "name": "plate"}, {"id": 3, "name": "cell"}]),
     "colours that use 16 bits": file(2, noise(65535), ".png"),
     "string image ids": string_image_ids,
+    "ids of 64 bits": every(lambda a: {"id": 2**63 - a["id"]}),
     "extras": annotation(0, segmentation=[[2, 3, 12, 3, 12, 15]], score=0.3, info={}, keypoints=[1, 2, 2] * 17),
 }
 
@@ -353,7 +381,13 @@ def test_every_string_of_pycocotools_is_read():
         text = mask_utils.encode(pixels)["counts"].decode()
         assert objects._mask_fault({"size": [height, width], "counts": text}, width, height) is None
         changes = np.diff(pixels.ravel("F"), prepend=0).nonzero()[0]
-        assert objects._runs(text) == np.diff(changes, prepend=0, append=pixels.size).tolist()
+        runs = np.diff(changes, prepend=0, append=pixels.size).tolist()
+        assert objects._runs(text) == runs
+        if pixels.any():
+            y, x = pixels.nonzero()
+            for counts in (text, runs):
+                corners = objects._outline({"size": [height, width], "counts": counts}, None)
+                assert corners == [[x.min(), y.min(), x.max() + 1, y.max() + 1]]
         for damaged in (text[:-1], text + "z", "!" + text):
             fault = objects._mask_fault({"size": [height, width], "counts": damaged}, width, height)
             assert fault.startswith("RLE whose counts")

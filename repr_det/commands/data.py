@@ -117,8 +117,8 @@ def check_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
 
 
 def _check_masks(cfg: CfgNode, name: str, summary: CocoSummary, train: bool, test: bool) -> None:
-    for purpose in ("masks", "crowd masks") if test else ("masks",):
-        _refuse("MODEL.MASK_ON", name, summary.gaps[purpose])
+    gaps = summary.gaps["masks"] + (summary.gaps["crowd masks"] if test else [])
+    _report("MODEL.MASK_ON", name, gaps, summary.gaps["mask doubts"])
     if train and summary.gaps["polygons"] and cfg.INPUT.MASK_FORMAT == "polygon":
         gap = summary.gaps["polygons"][0]
         raise UserError(f"INPUT.MASK_FORMAT is 'polygon', but in {name} {gap}: set it to bitmask")
@@ -131,12 +131,15 @@ def _check_keypoints(name: str, summary: CocoSummary, train: bool, test: bool) -
         gaps = [f"objects have {listed(found)} numbers as keypoints, and its keypoint_names ask for {wanted}"]
     elif train and (not wanted or metadata.get("keypoint_flip_map") is None):
         gaps = ["MetadataCatalog has no keypoint_names and keypoint_flip_map"]
-    _refuse("MODEL.KEYPOINT_ON", name, gaps or (test and summary.gaps["keypoints"]))
+    gaps = gaps or summary.gaps["visibility"] or (summary.gaps["keypoints"] if test else [])
+    _report("MODEL.KEYPOINT_ON", name, gaps, summary.gaps["keypoint doubts"])
 
 
-def _refuse(key: str, name: str, gaps: list[str] | None) -> None:
+def _report(key: str, name: str, gaps: Sequence[str], doubts: Sequence[str]) -> None:
     if gaps:
         raise UserError(f"{key} is True, but in {name} {gaps[0]}: fix it, or set {key} to False")
+    for doubt in doubts:
+        logger.warning(f"{key} is True, but in {name} {doubt}")
 
 
 def _check_proposals(key: str, datasets: CfgNode, number: int) -> None:

@@ -19,18 +19,19 @@ from repr_det.datasets.objects import gaps_of
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Length = Annotated[Finite, Field(gt=0, multiple_of=1)]  # some tools write 640.0
 Name = Annotated[str, Field(pattern=r"\S")]
+Id = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]  # NumPy mixes wider ones into floats
 Count = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class Image(TypedDict):
-    id: int | str
+    id: Id | str
     file_name: Name
     width: Length
     height: Length
 
 
 class Category(TypedDict):
-    id: int
+    id: Id
     name: Name
 
 
@@ -40,8 +41,8 @@ class RunLengths(TypedDict):
 
 
 class Annotation(TypedDict):
-    id: int
-    image_id: int | str
+    id: Id
+    image_id: int | str  # must be one of 'images'
     category_id: int
     bbox: Annotated[list[Finite], Field(min_length=4, max_length=4)]
     iscrowd: NotRequired[Literal[0, 1, False, True]]
@@ -91,28 +92,22 @@ def _check(findings: Findings, image_root: Path) -> CocoSummary:
     images = _by_id(content, "images", findings)
     if len({type(image_id) for image_id in images}) > 1:
         findings.fail("image ids must be all integers or all strings, found both")
+    if any(str(image_id).endswith("\0") for image_id in images):
+        findings.fail("image ids must not end in NUL, which NumPy leaves out")
     categories = _by_id(content, "categories", findings)
     classes = {i: categories[i]["name"] for i in sorted(categories)}
     _check_names(classes, findings)
     annotations = content["annotations"]
-    if "minival" not in str(findings.json_file):  # COCO's 2014 minival repeats ids; Detectron2 lets it pass
-        _by_id(content, "annotations", findings)
     for entry in annotations:
         for key, known, section in (("image_id", images, "images"), ("category_id", classes, "categories")):
             if entry[key] not in known:
                 some = listed(map(repr, known), 3)
                 findings.fail(f"annotation {entry['id']} names {key} {entry[key]!r}, not in '{section}' ({some})")
-    if any(entry["id"] == 0 for entry in annotations):
-        findings.warn("annotation id 0 means 'no match' to pycocotools: start at 1")
-    gaps = gaps_of(annotations, images)
+    gaps = gaps_of(annotations, images, "minival" in str(findings.json_file))  # Detectron2 lets ids of its 2014 repeat
     findings.report(gaps["training"], gaps["doubts"])
-    single = [entry for entry in annotations if not entry.get("iscrowd")]
-    return CocoSummary(
-        classes=classes,
-        gaps=gaps,
-        keypoint_numbers=frozenset(len(entry.get("keypoints") or ()) for entry in single),
-        files=check_image_files(content["images"], image_root, findings),
-    )
+    numbers = frozenset(len(entry.get("keypoints") or ()) for entry in annotations if not entry.get("iscrowd"))
+    files = check_image_files(content["images"], image_root, findings)
+    return CocoSummary(classes=classes, gaps=gaps, keypoint_numbers=numbers, files=files)
 
 
 def _read(findings: Findings) -> dict[str, Any]:
