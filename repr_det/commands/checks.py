@@ -85,8 +85,8 @@ def _check_device(cfg: CfgNode, num_gpus: int) -> None:
     found = torch.cuda.device_count()
     if kind == "cuda" and found < num_gpus:
         raise UserError(
-            f"MODEL.DEVICE is {device!r} but torch sees {found or 'no'} GPU for {num_gpus} process(es) here: start one "
-            "for each, or add MODEL.DEVICE cpu"
+            f"MODEL.DEVICE is {device!r} but torch sees {found or 'no'} GPU for {num_gpus} process(es) here: lower "
+            "--num-gpus, or add MODEL.DEVICE cpu"
         )
     if cfg.SOLVER.AMP.ENABLED and kind != "cuda":
         raise UserError(f"SOLVER.AMP.ENABLED needs a GPU in Detectron2, MODEL.DEVICE is {device!r}")

@@ -100,12 +100,12 @@ class RePrOptions:
         choices=("recalibrate", "keep"),
     )
     calibration_batches: int = _option(
-        0, "REINIT.CALIBRATION_BATCHES", "Training batches for that. 0: as many as have 8 images, in a loop 4.", least=0
+        0, "REINIT.CALIBRATION_BATCHES", "Training batches for that. 0: enough for 8 images; in a loop 4.", least=0
     )
     returns: str = _option(
         "as_published",
         "REINIT.RETURN",
-        "A returning filter is heard at once (gamma 1), or only when it has learned. The second is not in the paper.",
+        "A returning filter acts at once (gamma 1), or starts silent and learns. The second is not in the paper.",
         choices=("as_published", "function_preserving"),
     )
     warmup_iters: int = _option(
