@@ -61,6 +61,15 @@ def test_the_same_as_schedule_and_scheme_put_together():
         applied.step()
 
 
+@pytest.mark.parametrize("holds", [list, lambda both: SimpleNamespace(first=both[0], second=both[1])])
+def test_apply_repr_refuses_two_optimizers_whose_steps_it_would_count_twice(holds):
+    net = readable_net()
+    both = [torch.optim.SGD(part.parameters(), 0.05) for part in (net[:3], net[3:])]
+    with pytest.raises(UserError, match=r"the steps of one optimizer, got 2 .*: build RePr instead and call step"):
+        apply_repr(net, holds(both), 12)
+    assert RePr(net, holds(both), 12).steps == 0
+
+
 @pytest.mark.parametrize("stop", [2, 4, 5, 8])
 @pytest.mark.parametrize(("make", "after"), [(RePr, RePr.step), (apply_repr, by_itself)])
 def test_resumed_from_a_file_it_ends_with_the_same_weights(tmp_path, stop, make, after):

@@ -280,6 +280,14 @@ def apply_repr(model: nn.Module, optimizer: torch.optim.Optimizer, total_steps: 
     Returns:
         The object, for checkpoints. Its ``step`` must not be called.
     """
+    counted = with_inner(optimizer)
+    held = {id(value) for one in counted for value in vars(one).values()}
+    outer = [type(one).__name__ for one in counted if id(one) not in held]
+    if len(outer) > 1:
+        raise UserError(
+            f"apply_repr counts the steps of one optimizer, got {len(outer)} ({', '.join(outer)}): build RePr instead "
+            "and call step() after all of them"
+        )
     repr_training = RePr(model, optimizer, total_steps, **options)
     count = repr_training.step
 
@@ -287,7 +295,7 @@ def apply_repr(model: nn.Module, optimizer: torch.optim.Optimizer, total_steps: 
         raise UserError("apply_repr counts the optimizer's steps by itself: do not call step(), or build RePr instead")
 
     repr_training.step = refuse  # type: ignore[method-assign]
-    repr_training._handles += around_step(with_inner(optimizer), after=count)
+    repr_training._handles += around_step(counted, after=count)
     return repr_training
 
 
