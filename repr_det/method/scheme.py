@@ -287,10 +287,8 @@ class RePrScheme:
         self.layers = list(found.values())
         self._check_participants()
         if self.options.returns == "function_preserving" and (loud := self.loud):
-            logger.warning(
-                "RePr: filters of %s cannot return without changing the network's output: they return as published",
-                ", ".join(loud),
-            )
+            named = ", ".join(loud)
+            logger.warning("RePr: filters of %s cannot return without changing the network's output", named)
 
     def _checked_values(self, event: str) -> Values:
         values = values_of(self.layers)
