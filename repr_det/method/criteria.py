@@ -160,7 +160,7 @@ def use_of_filters(layers: Sequence[FilterLayer], context: Context) -> dict[str,
 
     def on_loss(loss: Tensor) -> None:
         weights = [layer.weight for layer in layers]
-        for layer, gradient in zip(layers, torch.autograd.grad(loss, weights, allow_unused=True), strict=True):
+        for layer, gradient in zip(layers, gradients_of(loss, weights), strict=True):
             if gradient is not None:
                 _keep_largest(gradients, layer, gradient.flatten(1).abs().amax(1))
 
@@ -213,6 +213,13 @@ def run_batches(context: Context, on_loss: Callable[[Tensor], None], gradients: 
     with undisturbed(passes.model, True, passes.trains), torch.set_grad_enabled(gradients):
         for batch in passes.batches(context.num_batches, context.cycle):
             on_loss(passes.loss(batch))
+
+
+def gradients_of(loss: Tensor, tensors: Sequence[Tensor]) -> list[Tensor | None]:
+    """None for a tensor that is frozen or has no part in the loss."""
+    trained = [tensor for tensor in tensors if tensor.requires_grad]
+    found = dict(zip(trained, torch.autograd.grad(loss, trained, allow_unused=True), strict=True))
+    return [found.get(tensor) for tensor in tensors]
 
 
 def positions(output: Tensor) -> Tensor:

@@ -147,7 +147,7 @@ class RePrScheme:
         self._check_participants()
         check_optimizer_state(self.layers, self.optimizers)
         values = self._checked_values("drop")
-        masks = self._select(self._scores(), values)
+        masks = self._select(values)
         overlaps = self._overlaps(values, {})
         kept = self._overlaps(values, masks)
         held = HeldFilters(self.layers, masks, self.optimizers)
@@ -329,7 +329,7 @@ class RePrScheme:
         context = Context(generator, self.passes, self.options.criterion_batches, self.cycle)
         return self.criterion.score(self.layers, context)
 
-    def _select(self, scores: Mapping[str, Tensor], values: Values) -> dict[str, Tensor]:
+    def _select(self, values: Values) -> dict[str, Tensor]:
         """Layer name -> (J,) bool, True = drop, of rank 0. Zero filters go first; layers that do not learn keep all."""
         frozen = self._learning.without(self.layers)
         listed = [f"{name} ({why})" for name, why in frozen.items()]
@@ -337,7 +337,7 @@ class RePrScheme:
             raise UserError(f"no layer learns, such as {listed[0]}")
         if frozen:
             logger.warning("RePr: no filter is dropped of %s", ", ".join(listed))
-        ranked, masks = {}, {}
+        ranked, masks, scores = {}, {}, self._scores()
         for layer in self.layers:
             zero = values[layer.name]["weight"].flatten(1).abs().amax(1) == 0
             masks[layer.name] = torch.zeros_like(zero)
