@@ -140,6 +140,18 @@ def test_a_sample_shows_what_participates_at_once_and_leaves_no_trace():
     assert torch.equal(torch.get_rng_state(), state) and all(p.grad is None for p in net.parameters())
 
 
+@pytest.mark.parametrize("make", [torch.jit.script, lambda part: torch.jit.trace(part, torch.ones(1, 16, 8, 8))])
+def test_a_part_in_torchscript_is_seen_by_its_operations(make):
+    net = readable_net()
+    net[3] = make(nn.Sequential(net[3], net[4]))
+    net[4] = nn.Identity()
+    before = copy.deepcopy(net.state_dict())
+    one = RePr(net, torch.optim.SGD(net.parameters(), 0.05), 12, schedule=SCHEDULE, sample=IMAGES)
+    assert_same_weights(net.state_dict(), before)
+    run(one, 5)
+    assert one.scheme.cycle == 1 and [layer.name for layer in one.scheme.layers] == ["0"]
+
+
 @pytest.mark.parametrize("filters", ["new", "old"])
 def test_finish_ends_with_the_full_network(filters):
     one = begin()

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from repr_det.network.norms import is_norm
@@ -31,7 +32,8 @@ class Watch:
     def __init__(self, model: nn.Module, convs: Sequence[str]) -> None:
         self.model = model
         self.convs = list(convs)
-        self.modules = dict(model.named_modules())
+        # TorchScript takes no hooks; its operations are seen as those of what calls it.
+        self.modules = {x: y for x, y in model.named_modules() if not isinstance(y, torch.jit.ScriptModule)}
         self.verdicts: dict[str, Verdict] = {}
         self.traced = 0
         self.trains = True
