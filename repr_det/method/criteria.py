@@ -159,8 +159,9 @@ def use_of_filters(layers: Sequence[FilterLayer], context: Context) -> dict[str,
             _keep_largest(outputs, layer, values.amax((0, 2)))
 
     def on_loss(loss: Tensor) -> None:
-        weights = [layer.weight for layer in layers]
-        for layer, gradient in zip(layers, gradients_of(loss, weights), strict=True):
+        trained = [layer for layer in layers if layer.weight.requires_grad]
+        gradients_of = torch.autograd.grad(loss, [layer.weight for layer in trained], allow_unused=True)
+        for layer, gradient in zip(trained, gradients_of, strict=True):
             if gradient is not None:
                 _keep_largest(gradients, layer, gradient.flatten(1).abs().amax(1))
 
@@ -213,13 +214,6 @@ def run_batches(context: Context, on_loss: Callable[[Tensor], None], gradients: 
     with undisturbed(passes.model, True, passes.trains), torch.set_grad_enabled(gradients):
         for batch in passes.batches(context.num_batches, context.cycle):
             on_loss(passes.loss(batch))
-
-
-def gradients_of(loss: Tensor, tensors: Sequence[Tensor]) -> list[Tensor | None]:
-    """None for a tensor that is frozen or has no part in the loss."""
-    trained = [tensor for tensor in tensors if tensor.requires_grad]
-    found = dict(zip(trained, torch.autograd.grad(loss, trained, allow_unused=True), strict=True))
-    return [found.get(tensor) for tensor in tensors]
 
 
 def positions(output: Tensor) -> Tensor:

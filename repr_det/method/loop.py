@@ -282,12 +282,9 @@ def apply_repr(model: nn.Module, optimizer: torch.optim.Optimizer, total_steps: 
     """
     counted = with_inner(optimizer)
     held = {id(value) for one in counted for value in vars(one).values()}
-    outer = [type(one).__name__ for one in counted if id(one) not in held]
+    outer = [one for one in counted if id(one) not in held]
     if len(outer) > 1:
-        raise UserError(
-            f"apply_repr counts the steps of one optimizer, got {len(outer)} ({', '.join(outer)}): build RePr instead "
-            "and call step() after all of them"
-        )
+        raise UserError(f"apply_repr counts the steps of one optimizer, got {len(outer)}: build RePr and call step()")
     repr_training = RePr(model, optimizer, total_steps, **options)
     count = repr_training.step
 

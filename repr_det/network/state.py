@@ -112,8 +112,7 @@ def undisturbed(model: nn.Module, own_modes: bool = False, trains: bool = True) 
         trains: whether that is training mode.
     """
     modes = [(module, module.training) for module in model.modules()]
-    # TorchScript keeps all else where Python cannot set it.
-    own = [module for module, _ in modes if not isinstance(module, torch.jit.ScriptModule)]
+    own = [module for module, _ in modes if not isinstance(module, torch.jit.ScriptModule)]  # whose state is Python's
     places = [(place, dict(place)) for module in own for place in (vars(module), module._buffers)]
     plain = [value for module in own for value in vars(module).values() if _is_plain(value)]
     tensors = [tensor for tensor in (*model.buffers(), *plain) if torch.is_tensor(tensor)]
