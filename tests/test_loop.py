@@ -74,6 +74,8 @@ def test_the_same_as_schedule_and_scheme_put_together():
     assert_same_weights(applied.model.state_dict(), net.state_dict())
     with pytest.raises(UserError, match="apply_repr counts the optimizer's steps by itself"):
         applied.step()
+    applied.close()
+    assert not applied.scheme.optimizers[0]._optimizer_step_post_hooks
     other = torch.optim.SGD(net.parameters(), 0.05)
     for both in ([optimizer, other], SimpleNamespace(first=optimizer, second=other)):
         with pytest.raises(UserError, match="counts the steps of one optimizer, got 2: build RePr and call step"):

@@ -83,26 +83,16 @@ def test_rates_are_those_of_the_schedule_but_around_the_step(rate):
     nothing = built(lambda layer: torch.full((layer.num_filters,), float("-inf")))
     run(*nothing, 7)
     assert nothing[1].used == pytest.approx([0.1 * 0.9**step for step in range(7)]) and nothing[3].scheme.cycle == 1
-
-
-@pytest.mark.parametrize(("make", "end"), [(RePr, "finish"), (RePr, "close"), (apply_repr, "close")])
-def test_rates_are_plain_behind_the_end_of_repr(make, end):
-    """Also without calls of step() and in a run that is resumed; ``close`` leaves no hook."""
-    net, schedule = readable_net(), RePrSchedule(3, 3, 2)
-    optimizer = Clipping(net.parameters(), lr=0.1)
-    one = make(net, optimizer, 20, schedule=schedule, warmup_iters=3)
-    for _ in range(7):
-        train(net, optimizer, steps=1)
-        if make is RePr:
-            one.step()
-    getattr(one, end)()
-    state = one.state_dict()
-    train(net, optimizer, steps=2)
-    one.close()
+    for end in (RePr.finish, RePr.close):
+        net, optimizer, decay, one = built()
+        run(net, optimizer, decay, one, 7)
+        end(one)
+        resumed = built()
+        resumed[3].load_state_dict(one.state_dict())
+        for model, ended, before in ((net, optimizer, wanted[:7]), (*resumed[:2], [])):
+            train(model, ended, steps=2)  # without calls of step()
+            assert ended.used == pytest.approx([*before, *[float(ended.param_groups[0]["lr"])] * 2])
     assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
-    RePr(net, optimizer, 20, schedule=schedule, warmup_iters=3).load_state_dict(state)
-    train(net, optimizer, steps=1)
-    assert optimizer.used == pytest.approx([0.1] * 6 + [0.025] + [0.1] * 3)
 
 
 class SharpnessAware(torch.optim.Optimizer):
