@@ -117,8 +117,11 @@ def _gradient_means(
     return {name: value / batches for name, value in total.items()}
 
 
-def _gradients(loss: Tensor, parameters: list[Tensor]) -> tuple[Tensor | None, ...]:
-    return torch.autograd.grad(loss, parameters, allow_unused=True)
+def _gradients(loss: Tensor, parameters: list[Tensor]) -> list[Tensor | None]:
+    """None for one that is frozen or has no part in the loss."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    found = dict(zip(trained, torch.autograd.grad(loss, trained, allow_unused=True), strict=True))
+    return [found.get(parameter) for parameter in parameters]
 
 
 def _smallest_first(layers: Sequence[FilterLayer], name: str, found: dict[str, Tensor]) -> Scores:

@@ -146,7 +146,9 @@ def test_gradient_and_hessian_are_those_of_a_backward_pass(norm):
 
 @pytest.mark.parametrize("name", [*DATA_CRITERIA, "redundant"])
 def test_a_layer_that_never_runs_is_named_and_scores_are_finite_where_a_filter_is_not(name, caplog):
+    """Also where the weight of another layer is frozen."""
     net, passes = make("")
+    net.twice.weight.requires_grad_(False)
     with torch.no_grad():
         net.conv1.weight[2] = float("nan")
     with caplog.at_level(logging.WARNING):

@@ -10,11 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_same_weights
-from plain_nets import in_sub_network, largest_dropped, loss_of, plain_net, plain_scheme, readable_net, train
+from plain_nets import IMAGES, in_sub_network, largest_dropped, loss_of, plain_net, plain_scheme, readable_net, train
 from torch import nn
 from traced_nets import Net
 
 from repr_det import RePrScheme, UserError, find_filter_layers
+from repr_det.method.passes import TrainingPasses
 from repr_det.method.returning import new_filters
 
 
@@ -127,7 +128,9 @@ def test_optimizers_that_are_not_understood_are_refused_before_the_drop(key, val
 def test_layers_that_do_not_learn_lose_no_filter(rates, frozen, dropped, message, caplog):
     net = plain_net()
     groups = [{"params": part.parameters(), "lr": rate} for part, rate in zip((net[:3], net[3:]), rates, strict=True)]
-    net, opt, scheme = plain_scheme(net, torch.optim.SGD(groups))
+    passes = TrainingPasses(net, lambda *_: [IMAGES], lambda batch: loss_of(net, batch))
+    looks = {} if dropped else {"criterion": "redundant", "passes": passes}  # a score needs a layer that learns
+    net, opt, scheme = plain_scheme(net, torch.optim.SGD(groups), **looks)
     train(net, opt)
     for number in frozen:
         net[number].weight.requires_grad_(False)

@@ -11,14 +11,15 @@ from plain_nets import IMAGES, readable_net, train
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
+from traced_nets import Net, conv
 
 from repr_det import RePr, RePrSchedule, RePrScheme, UserError, apply_repr, find_filter_layers
 
 SCHEDULE = RePrSchedule(3, 2, 2)  # drops after 2 and 7, restores after 4 and 9
 
 
-def begin(make=RePr, total_steps=12, kind=torch.optim.SGD, **options) -> RePr:
-    net = readable_net()
+def begin(make=RePr, total_steps=12, kind=torch.optim.SGD, build=readable_net, **options) -> RePr:
+    net = build()
     return make(net, kind(net.parameters(), 0.05), total_steps, **{"schedule": SCHEDULE, **options})
 
 
@@ -26,6 +27,20 @@ def run(one: RePr, steps: int, after=RePr.step) -> None:
     for _ in range(steps):
         train(one.model, one.scheme.optimizers[0], steps=1)
         after(one)
+
+
+def skipping_net() -> Net:
+    """A block that runs, and learns, in every fourth step."""
+
+    def forward(net, x):
+        net.calls += 1
+        x = net.a(x).relu()
+        return net.d(x + net.c(net.b(x).relu()) if net.calls % 4 == 1 else x)
+
+    torch.manual_seed(0)
+    net = Net(forward, a=conv(), b=conv(16), c=conv(16), d=conv(16))
+    net.register_buffer("calls", torch.tensor(0))
+    return net
 
 
 def by_itself(one: RePr) -> None:
@@ -59,19 +74,28 @@ def test_the_same_as_schedule_and_scheme_put_together():
     assert_same_weights(applied.model.state_dict(), net.state_dict())
     with pytest.raises(UserError, match="apply_repr counts the optimizer's steps by itself"):
         applied.step()
+    applied.close()
+    assert not applied.scheme.optimizers[0]._optimizer_step_post_hooks
+    other = torch.optim.SGD(net.parameters(), 0.05)
+    for both in ([optimizer, other], SimpleNamespace(first=optimizer, second=other)):
+        with pytest.raises(UserError, match="counts the steps of one optimizer, got 2: build RePr and call step"):
+            apply_repr(net, both, 16)
 
 
 @pytest.mark.parametrize("stop", [2, 4, 5, 8])
-@pytest.mark.parametrize(("make", "after"), [(RePr, RePr.step), (apply_repr, by_itself)])
-def test_resumed_from_a_file_it_ends_with_the_same_weights(tmp_path, stop, make, after):
+@pytest.mark.parametrize(
+    ("make", "after", "build"),
+    [(RePr, RePr.step, readable_net), (apply_repr, by_itself, readable_net), (RePr, RePr.step, skipping_net)],
+)
+def test_resumed_from_a_file_it_ends_with_the_same_weights(tmp_path, stop, make, after, build):
     def parts(one):
         return one.model, one.scheme.optimizers[0], one
 
-    one = begin(make, kind=torch.optim.AdamW)
+    one = begin(make, kind=torch.optim.AdamW, build=build)
     run(one, stop, after)
     torch.save([part.state_dict() for part in parts(one)], tmp_path / "checkpoint.pth")
     run(one, 12 - stop, after)
-    resumed = begin(make, kind=torch.optim.AdamW, seed=9)  # the seed comes with the state
+    resumed = begin(make, kind=torch.optim.AdamW, build=build, seed=9)  # the seed comes with the state
     saved = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
     for part, state in zip(parts(resumed), saved, strict=True):
         part.load_state_dict(state)
@@ -129,6 +153,18 @@ def test_a_sample_shows_what_participates_at_once_and_leaves_no_trace():
     assert one.model is net and [layer.norm for layer in one.scheme.layers] == [net[1], net[4]]
     assert_same_weights(net.state_dict(), before)
     assert torch.equal(torch.get_rng_state(), state) and all(p.grad is None for p in net.parameters())
+
+
+@pytest.mark.parametrize("make", [torch.jit.script, lambda part: torch.jit.trace(part, torch.ones(1, 16, 8, 8))])
+def test_a_part_in_torchscript_is_seen_by_its_operations(make):
+    net = readable_net()
+    net[3] = make(nn.Sequential(net[3], net[4]))
+    net[4] = nn.Identity()
+    before = copy.deepcopy(net.state_dict())
+    one = RePr(net, torch.optim.SGD(net.parameters(), 0.05), 12, schedule=SCHEDULE, sample=IMAGES)
+    assert_same_weights(net.state_dict(), before)
+    run(one, 5)
+    assert one.scheme.cycle == 1 and [layer.name for layer in one.scheme.layers] == ["0"]
 
 
 @pytest.mark.parametrize("filters", ["new", "old"])

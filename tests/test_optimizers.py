@@ -83,6 +83,16 @@ def test_rates_are_those_of_the_schedule_but_around_the_step(rate):
     nothing = built(lambda layer: torch.full((layer.num_filters,), float("-inf")))
     run(*nothing, 7)
     assert nothing[1].used == pytest.approx([0.1 * 0.9**step for step in range(7)]) and nothing[3].scheme.cycle == 1
+    for end in (RePr.finish, RePr.close):
+        net, optimizer, decay, one = built()
+        run(net, optimizer, decay, one, 7)
+        end(one)
+        resumed = built()
+        resumed[3].load_state_dict(one.state_dict())
+        for model, ended, before in ((net, optimizer, wanted[:7]), (*resumed[:2], [])):
+            train(model, ended, steps=2)  # without calls of step()
+            assert ended.used == pytest.approx([*before, *[float(ended.param_groups[0]["lr"])] * 2])
+    assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
 
 
 class SharpnessAware(torch.optim.Optimizer):

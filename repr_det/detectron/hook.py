@@ -224,7 +224,7 @@ class RePrHook(HookBase):
     def _prove(self) -> None:
         """Shows who participates by a pass over a batch; without one the first step shows it."""
         scheme = self.repr.scheme
-        if scheme.participants.known or self.trainer.start_iter > self.schedule.restore_iters[-1]:
+        if self.trainer.start_iter > self.schedule.restore_iters[-1]:
             return
         what = "the criterion" if scheme.criterion.needs_data else "FrozenBN calibration"
         missed = f"RePr: {what} looks at training batches, and none can be drawn"
@@ -234,6 +234,8 @@ class RePrHook(HookBase):
         except UserError:
             if scheme.needs_batches:
                 raise
+            return
+        if scheme.participants.known:
             return
         self.repr.prove(lambda: scheme.passes.loss(batch))
         if self.trainer.start_iter == 0:

@@ -159,8 +159,9 @@ def use_of_filters(layers: Sequence[FilterLayer], context: Context) -> dict[str,
             _keep_largest(outputs, layer, values.amax((0, 2)))
 
     def on_loss(loss: Tensor) -> None:
-        weights = [layer.weight for layer in layers]
-        for layer, gradient in zip(layers, torch.autograd.grad(loss, weights, allow_unused=True), strict=True):
+        trained = [layer for layer in layers if layer.weight.requires_grad]
+        gradients_of = torch.autograd.grad(loss, [layer.weight for layer in trained], allow_unused=True)
+        for layer, gradient in zip(trained, gradients_of, strict=True):
             if gradient is not None:
                 _keep_largest(gradients, layer, gradient.flatten(1).abs().amax(1))
 

@@ -96,11 +96,11 @@ class RePr:
         self.logger = logger
         self._announced = self._finished = self._warned = False
         self._behind = 0  # steps of the optimizer since the last call of step(), up to the warning
-        around_step(self.scheme.optimizers, after=partial(_count, weakref.ref(self)))
+        self._handles = around_step(self.scheme.optimizers, after=partial(_count, weakref.ref(self)))
         if loader is not None and passes and self.scheme.needs_batches and not list(passes.batches(1, 0)):
             raise UserError("loader= yields no batch, and transitions look at training batches")
         if self.warmup_iters:
-            scale_rates(self.scheme.optimizers, self._share_of_rate)
+            self._handles += scale_rates(self.scheme.optimizers, self._share_of_rate)
         self._end = {"dropped": 0}
         self._at_end = weakref.finalize(self, _warn_of_sub_network, self._end)
         if sample is not None:
@@ -149,7 +149,7 @@ class RePr:
         return None
 
     def finish(self, filters: str = "new") -> Transition | None:
-        """Ends RePr before its schedule does: later steps are plain training of the full network.
+        """Ends RePr before its schedule does: later steps are plain training of the full network, without a warm-up.
 
         Args:
             filters: dropped filters come back "new", as in a restore, or "old", as before the drop; else UserError.
@@ -180,9 +180,11 @@ class RePr:
         self._at_end.detach()
 
     def close(self) -> None:
-        """Lets go of the model, for another RePr."""
+        """Lets go of model and optimizer, for another RePr."""
         self._finished = True
         self.scheme.close()
+        for handle in self._handles:
+            handle.remove()
 
     def state_dict(self) -> dict[str, Any]:
         """Loads under ``torch.load(weights_only=True)``."""
@@ -264,7 +266,7 @@ class RePr:
     def _share_of_rate(self) -> float:
         """Of the learning rate for the next step, in warm-up after a restore."""
         restored = [i for i in self.schedule.restore_iters if i < self.steps]
-        if not self.scheme.num_returned or not restored:
+        if self._finished or not self.scheme.num_returned or not restored:
             return 1.0
         return min(1.0, (self.steps - restored[-1]) / (self.warmup_iters + 1))
 
@@ -278,6 +280,11 @@ def apply_repr(model: nn.Module, optimizer: torch.optim.Optimizer, total_steps: 
     Returns:
         The object, for checkpoints. Its ``step`` must not be called.
     """
+    counted = with_inner(optimizer)
+    held = {id(value) for one in counted for value in vars(one).values()}
+    outer = [one for one in counted if id(one) not in held]
+    if len(outer) > 1:
+        raise UserError(f"apply_repr counts the steps of one optimizer, got {len(outer)}: build RePr and call step()")
     repr_training = RePr(model, optimizer, total_steps, **options)
     count = repr_training.step
 
@@ -285,7 +292,7 @@ def apply_repr(model: nn.Module, optimizer: torch.optim.Optimizer, total_steps: 
         raise UserError("apply_repr counts the optimizer's steps by itself: do not call step(), or build RePr instead")
 
     repr_training.step = refuse  # type: ignore[method-assign]
-    around_step(with_inner(optimizer), after=count)
+    repr_training._handles += around_step(counted, after=count)
     return repr_training
 
 

@@ -94,15 +94,16 @@ class Participants:
         return FilterLayer(layer.name, layer.conv, module, norm, frozenset(readers), rectified)
 
     def state_dict(self, layers: Sequence[FilterLayer]) -> dict[str, Any]:
-        return {
+        state = {
             "filters": {layer.name: layer.num_filters for layer in layers},
             "norms": {layer.name: layer.norm_name for layer in layers},
             "readers": {x.name: sorted([r.name, r.aligned, r.alone, r.span] for r in x.readers) for x in layers},
             "rectified": [layer.name for layer in layers if layer.rectified],
         }
+        return state if self._watch is None else state | self._watch.state_dict()
 
-    def of_state(self, state: Mapping[str, Any]) -> list[FilterLayer]:
-        """OptionError if the layers are not candidates here."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> list[FilterLayer]:
+        """Goes on where it was written; returns its layers. OptionError if they are not candidates here."""
         mine = {layer.name: layer for layer in self.candidates}
         theirs = set(state["filters"].items())
         sizes = {(layer.name, layer.num_filters) for layer in self.candidates}
@@ -112,6 +113,8 @@ class Participants:
                 f"the checkpoint's RePr state covers {len(theirs)} layers, this run has {len(mine)}; first difference "
                 f"{different[0]}: resume with the {{layers}} and the model of the run that wrote it"
             )
+        if self._watch is not None:
+            self._watch.load_state_dict(state)
         if "norms" not in state or self._watch is None:  # 0.2.0 found norms by their place
             return [mine[name] for name in state["filters"]]
         rectified = set(state["rectified"])
@@ -125,13 +128,13 @@ class Learning:
     """Which layers learn: a dropped filter of another could never come back as a new one."""
 
     def __init__(self, layers: Sequence[FilterLayer], optimizers: Sequence[Optimizer]) -> None:
+        self.seen: set[str] = set()  # names of those that have had a gradient
         self._optimizers = optimizers
-        self._seen: set[str] = set()
         self._handles = [self._wait_for(layer) for layer in layers if layer.weight.requires_grad]
 
     def _wait_for(self, layer: FilterLayer) -> RemovableHandle:
         def see(gradient: Tensor) -> None:
-            self._seen.add(layer.name)
+            self.seen.add(layer.name)
             handle.remove()
 
         handle = layer.weight.register_hook(see)
@@ -147,7 +150,7 @@ class Learning:
 
     def without(self, layers: Sequence[FilterLayer]) -> dict[str, str]:
         """The same, with layers that have had no gradient where others have."""
-        missing = [layer.name for layer in layers if self._seen and layer.name not in self._seen]
+        missing = [layer.name for layer in layers if self.seen and layer.name not in self.seen]
         return dict.fromkeys(missing, "it has had no gradient") | self.frozen(layers)
 
     def close(self) -> None:

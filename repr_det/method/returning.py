@@ -12,6 +12,7 @@ from repr_det.method.holding import HeldFilters
 from repr_det.method.layers import FilterLayer
 from repr_det.method.optimizers import raise_squares_of_inputs_, restart_optimizer_state_
 from repr_det.method.orthogonality import by_group, least_overlap_filters, unit_filters
+from repr_det.network.norms import GROUP
 
 logger = logging.getLogger("repr_det.scheme")
 Modules = Mapping[str, nn.Module]  # of the model, by name
@@ -82,8 +83,9 @@ def put_back(layer: FilterLayer, rows: Tensor, values: Mapping[str, Tensor]) -> 
 
 
 def can_be_silent(layer: FilterLayer, modules: Modules) -> bool:
-    """By kernels or a gamma, until a returned channel has learned."""
-    return _kernels_can_be_silent(layer, modules) or _has_gamma(layer)
+    """By kernels or a gamma, until a returned channel has learned; not if it enters the statistics of others."""
+    is_counted = layer.kind == GROUP and layer.norm.num_groups < layer.num_filters
+    return not is_counted and (_kernels_can_be_silent(layer, modules) or _has_gamma(layer))
 
 
 @torch.no_grad()

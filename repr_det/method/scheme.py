@@ -147,7 +147,7 @@ class RePrScheme:
         self._check_participants()
         check_optimizer_state(self.layers, self.optimizers)
         values = self._checked_values("drop")
-        masks = self._select(self._scores(), values)
+        masks = self._select(values)
         overlaps = self._overlaps(values, {})
         kept = self._overlaps(values, masks)
         held = HeldFilters(self.layers, masks, self.optimizers)
@@ -157,7 +157,9 @@ class RePrScheme:
             old = {name: value[mask].clone() for name, value in own.items()}
             self._old[layer.name] = old | moments.get(layer.name, {})
         held.zero_()
-        self._hold(held)
+        held.hold()
+        self._held = held
+        self.participants.watch_next()
         return self._record("drop", held, overlaps, kept, start, {})
 
     @torch.no_grad()
@@ -225,6 +227,7 @@ class RePrScheme:
             "masks": dict(self.masks),
             "old": self._old,
             **self.participants.state_dict(self.layers),
+            "learned": sorted(self._learning.seen),
             "frozen_at_drop": sorted(self._norms.at_drop),
             "options": self.options.resumed(),
         }
@@ -236,7 +239,8 @@ class RePrScheme:
             UserError: other options, layers or another model wrote it.
         """
         check_resumed(state.get("options", {}), self.options.resumed())
-        layers = self.participants.of_state(state)
+        layers = self.participants.load_state_dict(state)
+        self._learning.seen.update(state.get("learned", ()))
         self._release()
         self.layers = layers
         self.cycle = state["cycle"]
@@ -253,7 +257,8 @@ class RePrScheme:
             if layer.name in self._norms.at_drop:
                 for key, tensor in layer.running_statistics().items():
                     self._old[layer.name].setdefault(key, tensor[held.rows[layer.name]].cpu())
-        self._hold(held)
+        held.hold()
+        self._held = held
         held.check_zero("in the model, which is not of this state's checkpoint")
 
     def __deepcopy__(self, memo: dict) -> Any:
@@ -287,10 +292,8 @@ class RePrScheme:
         self.layers = list(found.values())
         self._check_participants()
         if self.options.returns == "function_preserving" and (loud := self.loud):
-            logger.warning(
-                "RePr: filters of %s cannot return without changing the network's output: they return as published",
-                ", ".join(loud),
-            )
+            named = ", ".join(loud)
+            logger.warning("RePr: filters of %s cannot return without changing the network's output", named)
 
     def _checked_values(self, event: str) -> Values:
         values = values_of(self.layers)
@@ -331,7 +334,7 @@ class RePrScheme:
         context = Context(generator, self.passes, self.options.criterion_batches, self.cycle)
         return self.criterion.score(self.layers, context)
 
-    def _select(self, scores: Mapping[str, Tensor], values: Values) -> dict[str, Tensor]:
+    def _select(self, values: Values) -> dict[str, Tensor]:
         """Layer name -> (J,) bool, True = drop, of rank 0. Zero filters go first; layers that do not learn keep all."""
         frozen = self._learning.without(self.layers)
         listed = [f"{name} ({why})" for name, why in frozen.items()]
@@ -339,7 +342,7 @@ class RePrScheme:
             raise UserError(f"no layer learns, such as {listed[0]}")
         if frozen:
             logger.warning("RePr: no filter is dropped of %s", ", ".join(listed))
-        ranked, masks = {}, {}
+        ranked, masks, scores = {}, {}, self._scores()
         for layer in self.layers:
             zero = values[layer.name]["weight"].flatten(1).abs().amax(1) == 0
             masks[layer.name] = torch.zeros_like(zero)
@@ -347,11 +350,6 @@ class RePrScheme:
                 ranked[layer.name] = scores[layer.name].cpu().double().masked_fill(zero, float("inf"))
         masks |= select_filters(ranked, self.options.drop_ratio, self.options.max_drop_per_layer)
         return of_rank_0(masks, self._device)
-
-    def _hold(self, held: HeldFilters) -> None:
-        self._held = held
-        held.hold()
-        self.participants.watch_next()
 
     def _new_filters(self, layers: Sequence[FilterLayer], values: Values) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Layer name -> new filters (M, ...) of rank 0, and their largest |cos| to others."""

@@ -111,8 +111,10 @@ def undisturbed(model: nn.Module, own_modes: bool = False, trains: bool = True) 
         own_modes: every module stays in its mode if the model is in that in which it trains (frozen BN stays frozen).
         trains: whether that is training mode.
     """
-    modules = [(each, each.training, dict(vars(each)), dict(each._buffers)) for each in model.modules()]
-    plain = [value for _, _, held, _ in modules for value in held.values() if _is_plain(value)]
+    modes = [(module, module.training) for module in model.modules()]
+    own = [module for module, _ in modes if not isinstance(module, torch.jit.ScriptModule)]  # whose state is Python's
+    places = [(place, dict(place)) for module in own for place in (vars(module), module._buffers)]
+    plain = [value for module in own for value in vars(module).values() if _is_plain(value)]
     tensors = [tensor for tensor in (*model.buffers(), *plain) if torch.is_tensor(tensor)]
     values = [tensor.detach().clone() for tensor in tensors]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
@@ -124,10 +126,10 @@ def undisturbed(model: nn.Module, own_modes: bool = False, trains: bool = True) 
                 model.train(trains)
             yield
         finally:
-            for module, mode, held, buffers in modules:
-                for now, before in ((vars(module), held), (module._buffers, buffers)):
-                    now.clear()
-                    now.update(before)
+            for place, before in places:
+                place.clear()
+                place.update(before)
+            for module, mode in modes:
                 module.training = mode
             for tensor, value in zip(tensors, values, strict=True):
                 with torch.no_grad():

@@ -4,14 +4,15 @@ Those of the first step are traced; for a conv that has not run in them, those o
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from repr_det.network.norms import is_norm
-from repr_det.network.proof import Verdict, prove
+from repr_det.network.proof import Reader, Verdict, prove
 from repr_det.network.tracing import HookOfOne, Trace, TracedPass
 
 _MOST_PASSES = 20  # traced, for convs that have not run yet
@@ -25,18 +26,19 @@ class Watch:
     Attributes:
         verdicts: conv name -> what the passes so far have shown.
         trains: the model was in training mode in them.
+        waits: the next pass is traced.
         news: a pass has been traced since ``hear``.
     """
 
     def __init__(self, model: nn.Module, convs: Sequence[str]) -> None:
         self.model = model
         self.convs = list(convs)
-        self.modules = dict(model.named_modules())
+        # TorchScript takes no hooks; its operations are seen as those of what calls it.
+        self.modules = {x: y for x, y in model.named_modules() if not isinstance(y, torch.jit.ScriptModule)}
         self.verdicts: dict[str, Verdict] = {}
         self.traced = 0
         self.trains = True
-        self.news = False
-        self._tracing = False
+        self.news = self.waits = False
         self._handles: list[Any] = []
         self._norms = [name for name, module in self.modules.items() if is_norm(module)]
         self._last: Trace
@@ -44,10 +46,10 @@ class Watch:
 
     def trace_next(self) -> None:
         """Traces training passes from now on, until ``hear``."""
-        if self._tracing:
+        if self.waits:
             return
         self.close()
-        self._tracing = True
+        self.waits = True
         watched = {name: module for name, module in self.modules.items() if module._parameters or name in self._norms}
         around = [name for name in self.modules if any(conv.startswith(name and f"{name}.") for conv in self.convs)]
         self._handles = [TracedPass(watched, [self.modules[name] for name in around], self._look)]
@@ -57,15 +59,28 @@ class Watch:
         self.news = False
         self.close()
         for name in self.convs if self.traced < _MOST_PASSES else ():
-            if not self.verdicts[name].ran:
+            if not self.verdicts.get(name, NOT_RUN).ran:
                 hook = HookOfOne(lambda *_: self.trace_next())
                 self._handles.append(self.modules[name].register_forward_hook(hook))
 
     def close(self) -> None:
-        self._tracing = False
+        self.waits = False
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+    def state_dict(self) -> dict[str, Any]:
+        verdicts = {name: vars(x) | {"readers": sorted(map(astuple, x.readers))} for name, x in self.verdicts.items()}
+        return {"verdicts": verdicts, "traced": self.traced, "trains": self.trains, "waits": self.waits}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where the watch of another process was; a state of 0.2.0 does not say it."""
+        for name, found in state.get("verdicts", {}).items():
+            self.verdicts[name] = Verdict(**found | {"readers": {Reader(*fields) for fields in found["readers"]}})
+        self.traced, self.trains = state.get("traced", self.traced), state.get("trains", self.trains)
+        self.hear()
+        if state.get("waits", True):
+            self.trace_next()
 
     def left_out(self) -> list[str]:
         """One sentence for each reason why convs cannot lose filters."""
@@ -87,7 +102,7 @@ class Watch:
             self.verdicts[name] = _both(self.verdicts.get(name, NOT_RUN), now)
         self.trains = self.model.training
         self.traced += 1
-        self.news = True
+        self.news, self.waits = True, False
 
 
 def _both(before: Verdict, now: Verdict) -> Verdict:
