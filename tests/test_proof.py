@@ -40,6 +40,7 @@ MAP_ZERO_TO_ZERO = [
     *map(calling, (torch.abs, torch.expm1, lambda x: x.roll(8, 1), lambda x: x.pow(3), lambda x: x.clamp(min=0))),
     *map(calling, (lambda x: torch.where(x > 0, x, 0.1 * x), lambda x: x / (1 + x.abs()), lambda x: x * x.sigmoid())),
     *map(calling, (lambda x: x.masked_fill(MASK, 0.0), lambda x: x * 3 - x, lambda x: x.amax((2, 3), keepdim=True))),
+    *map(calling, (lambda x: x[:, :8] * x[:, 8:], lambda x: x * x.mean((2, 3), True).sigmoid())),
     *map(calling, (lambda x: x.to(memory_format=torch.channels_last), lambda x: x.mul_(2).relu_(), lambda x: x * MASK)),
 ]  # fmt: skip
 MAP_ZERO_ELSEWHERE = [
@@ -49,6 +50,9 @@ MAP_ZERO_ELSEWHERE = [
     *map(calling, (in_place_on_a_view, lambda x: x.add_(0.5), lambda x: torch.where(MASK, x, 1.0))),
     *map(calling, (lambda x: x.masked_fill(MASK, 0.5), lambda x: torch.maximum(x, torch.tensor(0.1)))),
     *map(calling, (lambda x: F.pad(x, (1, 1), value=0.2), lambda x: torch.logaddexp(x, x))),
+    # The halves of one output are other channels to each other.
+    *map(calling, (lambda x: x[:, :8].sigmoid() * x[:, 8:], lambda x: torch.maximum(*x.chunk(2, 1)))),
+    *map(calling, (lambda x: (1 + x.view(4, 2, 8, 8, 8)[:, 0]) * x[:, 8:], lambda x: x[:, :8].softmax(1) * x[:, 8:])),
 ]  # fmt: skip
 
 
@@ -233,21 +237,27 @@ def test_readers_of_a_residual_block_and_of_what_is_gated():
     assert verdicts(NETS["gated"][0]())["0"].readers == {Reader("3.fc1", True, True), Reader("4", True, True)}
 
 
+SUM = Reader("", False, False)  # over channels
+
+
 @pytest.mark.parametrize(
     ("behind", "reader", "silent"),
     [
-        ([calling(lambda x: torch.cat([x, x], 1)), nn.Conv2d(32, 8, 1)], Reader("3", False, True), True),
-        ([calling(shuffled), nn.Conv2d(16, 8, 1)], Reader("3", False, True), True),
-        ([nn.Flatten(), nn.LazyLinear(8), nn.Unflatten(1, (8, 1, 1))], Reader("3", True, True, 64), True),
-        ([nn.Conv2d(16, 8, 3, groups=4)], Reader("2", True, True), None),  # other groups stay as they are
+        ([calling(lambda x: torch.cat([x, x], 1)), nn.Conv2d(32, 8, 1)], {Reader("3", False, True)}, True),
+        ([calling(shuffled), nn.Conv2d(16, 8, 1)], {Reader("3", False, True)}, True),
+        ([nn.Flatten(), nn.LazyLinear(8), nn.Unflatten(1, (8, 1, 1))], {Reader("3", True, True, 64)}, True),
+        ([nn.Conv2d(16, 8, 3, groups=4)], {Reader("2", True, True)}, None),  # other groups stay as they are
         # The kernels that read it read the others too: they must not be set to 0 when it returns.
-        ([calling(lambda x: x - x.mean(1, keepdim=True))], Reader("3", False, False), None),
+        ([calling(lambda x: x - x.mean(1, keepdim=True))], {SUM, Reader("3", True, False)}, None),
+        ([calling(F.normalize)], {SUM, Reader("3", True, True)}, None),
+        ([calling(lambda x: x.flip(1))], {Reader("3", False, True)}, True),
+        ([calling(lambda x: x.flip(2)[:, :, 1:].transpose(2, 3))], {Reader("3", True, True)}, True),
     ],
-    ids=["cat", "shuffle", "flatten", "groups", "less the mean"],
+    ids=["cat", "shuffle", "flatten", "groups", "less the mean", "normalize", "flip", "over positions"],
 )
 def test_readers_of_channels_that_have_moved(behind, reader, silent):
     net = build(conv(), nn.ReLU(), *behind)
-    assert verdicts(net)["0"].readers == {reader}
+    assert verdicts(net)["0"].readers == reader
     assert silent is None or is_silent(net, "0", None)
 
 

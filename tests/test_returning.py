@@ -126,22 +126,24 @@ def test_what_cannot_be_silent_is_named_and_returns_as_published(caplog):
     assert largest_change(model, before) > 1e-6
 
 
-class Less(nn.Module):
-    """The mean over channels taken off: a dropped channel still carries the others."""
+def calling(function) -> Net:
+    return Net(lambda _, x: function(x))
 
-    def forward(self, x):
-        return x - x.mean(1, keepdim=True)
+
+POOLED = nn.AdaptiveAvgPool2d(1), nn.Flatten()
 
 
 @pytest.mark.parametrize(
     ("behind", "silent"),
     [
-        ([nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 3)], True),
+        ([nn.ReLU(), *POOLED, nn.Linear(16, 3)], True),
         ([nn.ReLU(), nn.Flatten(), nn.Linear(16 * 256, 3)], True),
         # Kernels that read other channels too stay, and gamma makes it silent.
-        ([nn.BatchNorm2d(16), Less(), nn.Conv2d(16, 4, 1), nn.Flatten()], False),
+        ([nn.BatchNorm2d(16), calling(lambda x: x - x.mean(1, keepdim=True)), nn.Conv2d(16, 4, 1), *POOLED], False),
+        ([nn.BatchNorm2d(16), *POOLED, calling(lambda x: x - x.mean(-1, keepdim=True)), nn.Linear(16, 3)], False),
+        ([nn.BatchNorm2d(16), calling(lambda x: x.flip(1)), nn.Conv2d(16, 4, 1), *POOLED], False),
     ],
-    ids=["mean", "flatten", "less the mean"],
+    ids=["mean", "flatten", "less the mean", "less the last mean", "flip"],
 )
 def test_other_readers_of_a_conv(behind, silent):
     torch.manual_seed(0)

@@ -14,7 +14,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from repr_det.network import operations
-from repr_det.network.tracing import Operation, Trace, Value, numbers_in
+from repr_det.network.layout import Layout, laid_out
+from repr_det.network.tracing import Operation, Trace, Value, values_in
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,9 @@ class _State:
     """The channel of a dropped filter in a value; see ``Reader``."""
 
     reason: str = ""  # why it is not 0 there
-    aligned: bool = True
     alone: bool = True
-    span: int = 1
+    past: bool = False  # it has been read: what comes now matters only if it leaves the network
+    layout: Layout = field(default=Layout(frozenset()))
 
 
 class _Refused(Exception):
@@ -157,15 +158,22 @@ class _Follow:
     def _follow(self) -> None:
         names = [f"{module}.{key}" for module in (self.name, self.found.norm) for key in ("weight", "bias")]
         self.own = {self.trace.parameters[name] for name in names if name in self.trace.parameters}
-        self.states = dict.fromkeys(self.own, _State())
+        shapes = self.trace.shapes
+        self.states = {number: _State(layout=Layout(frozenset([-len(shapes[number])]))) for number in self.own}
         for operation in self.graph.operations:
-            if self.states.keys().isdisjoint(operation.inputs):
+            inputs = {number: self.states[number] for number in operation.inputs if number in self.states}
+            past = all(state.past for state in inputs.values())
+            inputs = {number: state for number, state in inputs.items() if state.past == past}
+            state = self._after(operation, inputs) if inputs else None
+            if state is None:
                 continue
-            state = self._after(operation)
-            if state is not None:
-                self.states.update(dict.fromkeys(operation.outputs, state))
-                if self.trace.left.intersection(operation.outputs):
-                    raise _Refused("its channels leave the network: it predicts")
+            layouts = [state.layout] * len(operation.outputs)
+            if not state.layout.dims:
+                layouts = laid_out(operation, {number: each.layout for number, each in inputs.items()}, shapes)
+            for number, layout in zip(operation.outputs, layouts, strict=True):
+                self.states[number] = replace(state, past=state.past or past, layout=layout)
+            if self.trace.left.intersection(operation.outputs):
+                raise _Refused("its channels leave the network: it predicts")
 
     def _is_rectified(self) -> bool:
         """Tells whether all behind conv and norm makes 0 of negative numbers, and of no positive ones."""
@@ -176,13 +184,12 @@ class _Follow:
         of_negative = all(operations.makes_zero(user, (), (-1.3, True)) for user in users)
         return bool(users) and of_negative and not any(operations.makes_zero(user, (), (1.3, True)) for user in users)
 
-    def _after(self, operation: Operation) -> _State | None:
+    def _after(self, operation: Operation, inputs: dict[int, _State]) -> _State | None:
         """The state of the outputs; None if they no longer depend on the channel."""
-        inputs = {number: self.states[number] for number in operation.inputs if number in self.states}
         channels = {number: state for number, state in inputs.items() if number not in self.own}
         if operation.name in operations.STEERED:
             steering = operation.arguments[operations.STEERED[operation.name] :]
-            if channels.keys() & set(numbers_in(steering)):
+            if channels.keys() & {value.number for value in values_in(steering)}:
                 raise _Refused(f"it tells {operation.name} where to look")
         if operation.name in operations.READS:
             return self._read(operation, channels)
@@ -201,15 +208,21 @@ class _Follow:
 
     def _read(self, operation: Operation, channels: dict[int, _State]) -> _State | None:
         for state in channels.values():
-            if state.reason:
-                raise _Refused(state.reason)
-            self.found.readers.add(Reader(operation.module, state.aligned, state.alone, state.span))
+            self._note(operation, state)
         if operation.name not in operations.CONVOLUTIONS or operation.arguments[1].number not in self.own:
             return None
         bias = operation.arguments[2]
         if isinstance(bias, Value) and bias.number not in self.own:
             return _State("the bias that is added to its output is not its own")
-        return _State()
+        return _State(layout=self._second_dimension(operation))
+
+    def _note(self, operation: Operation, state: _State) -> None:
+        if state.past:
+            return
+        if state.reason:
+            raise _Refused(state.reason)
+        aligned = not state.layout.order
+        self.found.readers.add(Reader(operation.module, aligned, state.alone, state.layout.span if aligned else 1))
 
     def _normalised(self, operation: Operation) -> _State:
         found, weight, bias = operation.arguments[:3]
@@ -220,26 +233,35 @@ class _Follow:
             raise _Refused(f"its norm {self.found.norm} gets more than its output")
         if isinstance(bias, Value) and bias.number not in self.states:
             return _State(f"its norm {self.found.norm} adds what is not its own")
-        return _State()
+        return _State(layout=self._second_dimension(operation))
+
+    def _second_dimension(self, operation: Operation) -> Layout:
+        return Layout(frozenset([1 - len(self.trace.shapes[operation.outputs[0]])]))
 
     def _moved(self, operation: Operation, inputs: dict[int, _State]) -> _State:
         state = self._merged(inputs)
         if operation.name == operations.PAD and len(operation.arguments) > 2 and operation.arguments[2]:
             return replace(state, reason=f"it is padded with {operation.arguments[2]}")
-        if operation.name not in operations.OF_CHANNELS or operations.is_over_positions(operation):
+        along = operations.along(operation)
+        channels = frozenset.union(*(each.layout.dims for each in inputs.values()))
+        if operation.name not in operations.COMBINES or not channels & along:
             return state
-        if operation.name == "amax":
+        if "max" in operation.name:
             return self._no_longer_zero(operation, inputs)  # where all others are below 0 it is the largest
-        if (span := operations.flattened(operation)) is not None:
-            return replace(state, span=state.span * span)
-        return replace(state, aligned=False, alone=state.alone and operation.name not in operations.SUMS)
+        if channels <= along and not state.reason:  # a sum over channels reads them
+            self.found.readers.add(Reader(operation.module, False, False))
+            return replace(state, past=True)
+        return replace(state, alone=False)
 
     def _elementwise(self, operation: Operation, inputs: dict[int, _State]) -> _State:
+        """Values that hold other channels in the same places do not keep each other silent."""
         silent = {number: state for number, state in inputs.items() if not state.reason}
-        if silent and operations.makes_zero(operation, silent, (0.7, True), (-1.3, False)):  # whatever else it gets
-            return self._merged(silent)
+        zeros = [{number for number in silent if silent[number].layout == x.layout} for x in inputs.values()]
+        if all(operations.makes_zero(operation, each, (0.7, True), (-1.3, False)) for each in zeros):
+            return self._merged(silent)  # whatever else it gets
         are_data = not any(n in self.trace.constants for n in operation.inputs if n not in inputs)
-        if inputs == silent and are_data and operations.makes_zero(operation, silent, (0.0, True), (0.0, False)):
+        added = inputs == silent and are_data and all(operations.is_sum(operation, each) for each in zeros)
+        if added and operations.makes_zero(operation, silent, (0.0, True), (0.0, False)):
             return replace(self._merged(silent), alone=False)  # other channels are added
         return self._no_longer_zero(operation, inputs)
 
@@ -249,12 +271,6 @@ class _Follow:
         return replace(state, reason=state.reason or reason)
 
     def _merged(self, inputs: Mapping[int, _State]) -> _State:
-        # A gain (J,) becomes (1, J, 1, 1) on its way: channels count where the data are.
-        placed = [state for number, state in inputs.items() if number not in self.trace.constants]
-        placed = placed or list(inputs.values())
-        return _State(
-            next((state.reason for state in inputs.values() if state.reason), ""),
-            all(state.aligned for state in placed),
-            all(state.alone for state in placed),
-            max(state.span for state in placed),
-        )
+        states = inputs.values()
+        reasons = [state.reason for state in states if state.reason]
+        return _State(reasons[0] if reasons else "", all(state.alone for state in states))

@@ -68,6 +68,7 @@ class Trace(TorchDispatchMode):
     Attributes:
         constants: numbers of values without data: what the model holds, fresh tensors, and what is made of these.
         parameters: "module.attribute" of watched modules that have run -> number.
+        shapes: of all values, by number.
         left: numbers of the values that left the network.
     """
 
@@ -79,6 +80,7 @@ class Trace(TorchDispatchMode):
         self.running: list[tuple[str, int]] = []
         # Writing to a tensor in place changes all that share its memory.
         self._sharing: dict[int, WeakTensorKeyDictionary] = {}
+        self.shapes: dict[int, torch.Size] = {}
         self.parameters: dict[str, int] = {}
         self.left: set[int] = set()
         held = (*model.parameters(), *model.buffers(), *_attributes(model))
@@ -101,6 +103,7 @@ class Trace(TorchDispatchMode):
             self._count += 1
             number = self._count
         self._numbers[tensor] = number
+        self.shapes[number] = tensor.shape
         if tensor.layout == torch.strided and (place := tensor.untyped_storage().data_ptr()):
             self._sharing.setdefault(place, WeakTensorKeyDictionary())[tensor] = True
         return number
@@ -112,7 +115,7 @@ class Trace(TorchDispatchMode):
         noted = tree_map_only(
             Tensor, lambda each: Value(self.number(each), each.dtype, each.shape), (arguments, keywords)
         )
-        inputs = numbers_in(noted)
+        inputs = [value.number for value in values_in(noted)]
         result = function(*arguments, **keywords)
         name = function.overloadpacket.__name__
         if name in _COPIES:
@@ -133,8 +136,12 @@ class Trace(TorchDispatchMode):
         for tensor in tensors_in(target):
             sharing = self._sharing.get(tensor.untyped_storage().data_ptr(), {})
             for other in [other for other in sharing if other is not tensor]:
-                mixed = [self._numbers[other], self._numbers[tensor]]
-                self._record(torch.ops.aten.cat.default, "cat", (), {}, mixed, [self._renumber(other)])
+                written = set(zip(tensor.shape, tensor.stride(), strict=True))
+                pairs = enumerate(zip(other.shape, other.stride(), strict=True))
+                mixed = [Value(self._numbers[each], each.dtype, each.shape) for each in (other, tensor)]
+                arguments = (*mixed, [dim for dim, pair in pairs if pair not in written])
+                numbers = [value.number for value in mixed], [self._renumber(other)]
+                self._record(torch.ops.aten.slice_scatter.default, "overlap", arguments, {}, *numbers)
 
     def _record(self, function: Any, name: str, arguments: Any, keywords: Any, inputs: list, outputs: list) -> None:
         modules = tuple(running for running, _ in self.running)
@@ -242,5 +249,5 @@ def _attributes(model: nn.Module) -> Iterator[Tensor]:
                 yield from tensors_in(held, depth=1)
 
 
-def numbers_in(arguments: Any) -> list[int]:
-    return [leaf.number for leaf in tree_leaves(arguments) if isinstance(leaf, Value)]
+def values_in(arguments: Any) -> list[Value]:
+    return [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Value)]
