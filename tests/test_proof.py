@@ -235,6 +235,13 @@ def test_readers_of_a_residual_block_and_of_what_is_gated():
     assert found["conv3"].readers == {Reader("classifier", True, True)}
     assert [found[name].rectified for name in ("conv1", "conv2", "conv3")] == [True, False, True]
     assert verdicts(NETS["gated"][0]())["0"].readers == {Reader("3.fc1", True, True), Reader("4", True, True)}
+    assert verdicts(NETS["over a pyramid"][0]())["head"].readers == {Reader("scores", True, True)}
+
+
+def test_a_head_that_reads_several_convs_reads_none_alone():
+    net = Net(lambda net, x: [net.head(net.a(x)), net.head(net.b(x))], a=conv(), b=conv(), head=conv(16, 4))
+    found = verdicts(net)
+    assert found["a"].readers == found["b"].readers == {Reader("head", True, False)}
 
 
 SUM = Reader("", False, False)  # over channels

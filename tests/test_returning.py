@@ -160,19 +160,39 @@ def test_other_readers_of_a_conv(behind, silent):
     assert not silent or columns.any(2)[:, mask].all()
 
 
-@pytest.mark.parametrize("how", ["weight_norm", "module"])
+class Standardised(nn.Conv2d):
+    def forward(self, x):
+        return self._conv_forward(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)
+
+
+class Adapted(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x) + torch.nn.functional.conv2d(x, 0.1 * self.weight.detach().cos(), padding=1)
+
+
+class Shared(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x) + super().forward(torch.ones_like(x))
+
+
+@pytest.mark.parametrize("how", ["weight_norm", "module", Standardised, Adapted, Shared])
 def test_a_reader_whose_kernels_cannot_be_set_leaves_it_to_gamma(how):
     model = resnet()
     block = model[3]
     if how == "module":
         block.conv2 = nn.Sequential(block.conv2, nn.Dropout2d(0.1))
-    else:
+    elif how == "weight_norm":
         getattr(nn.utils.parametrizations, how)(block.conv2)
+    else:
+        block.conv2 = how(32, 32, 3, padding=1, bias=False).double()
     _, scheme = in_sub_network(model, ["3.conv1"])
     assert scheme.loud == []
-    mask = scheme.masks["3.conv1"].clone()
+    mask, before, kernels = scheme.masks["3.conv1"].clone(), outputs(model), [*block.conv2.parameters()][-1].clone()
     scheme.restore()
     assert (block.bn1.weight[mask] == (1 if how == "module" else 0)).all()
+    assert how == "module" or (
+        largest_change(model, before) <= 1e-12 and kernels.equal([*block.conv2.parameters()][-1])
+    )
 
 
 def test_what_is_closed_behind_a_frozen_norm_does_not_return_closed():

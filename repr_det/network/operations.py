@@ -32,10 +32,9 @@ OF_IMAGES = {
 SUMS = {"mean", "sum", "amax", "linalg_vector_norm"}
 PAD = "constant_pad_nd"
 COMBINES = OF_IMAGES | SUMS
-VIEWS = {
-    *("permute", "transpose", "t", "expand", "slice", "select", "split", "split_with_sizes", "unbind", "diagonal"),
-    "unfold",
-}
+TRANSPOSES = {"permute", "transpose", "t"}
+_PARTS = {"slice", "select", "split", "split_with_sizes", "unbind", "diagonal", "unfold"}
+VIEWS = TRANSPOSES | _PARTS | {"expand"}
 RESHAPES = {"view", "_unsafe_view", "_reshape_alias", "reshape", "squeeze", "unsqueeze"}
 _DROPOUT = {"native_dropout", "_fused_dropout"}
 # Every output is a sum, a copy or the largest of some inputs.

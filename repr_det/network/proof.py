@@ -25,7 +25,7 @@ class Reader:
     Attributes:
         name: of the module; "" if no watched one was running.
         aligned: its inputs are the conv's channels in their order.
-        alone: nothing else has been added to what it reads.
+        alone: its own kernels read them, and nothing else here or elsewhere.
         span: inputs per channel: the positions of an image that is flattened for a linear layer.
     """
 
@@ -108,6 +108,7 @@ class _Follow:
         self.name = name
         self.found = Verdict()
         self.states: dict[int, _State] = {}  # of values that depend on its channel
+        self.reads: list[Operation] = []
         self.own: set[int] = set()  # the parameters, of conv and norm, whose rows are set to 0
 
     def verdict(self) -> Verdict:
@@ -115,6 +116,7 @@ class _Follow:
             convolutions = self._convolutions()
             self.found.norm = self._norm(convolutions)
             self._follow()
+            self.found.readers = {replace(x, alone=x.alone and self._is_alone(x.name)) for x in self.found.readers}
             self.found.rectified = self._is_rectified()
             if not self.found.readers:
                 raise _Refused("nothing was seen to read its channels")
@@ -221,8 +223,17 @@ class _Follow:
             return
         if state.reason:
             raise _Refused(state.reason)
+        self.reads.append(operation)
         aligned = not state.layout.order
         self.found.readers.add(Reader(operation.module, aligned, state.alone, state.layout.span if aligned else 1))
+
+    def _is_alone(self, module: str) -> bool:
+        """Tells whether all that a module reads, and all that is read with its weight, are these channels."""
+        users = self.graph.users
+        uses = users[self.trace.parameters.get(f"{module}.weight", 0)]  # a linear layer reads with a transposed weight
+        read = [users[use.outputs[0]] if use.name in operations.TRANSPOSES else [use] for use in uses]
+        own = {operation.outputs[0] for operation in self.reads if operation.module == module}
+        return {operation.outputs[0] for each in read for operation in each} == own
 
     def _normalised(self, operation: Operation) -> _State:
         found, weight, bias = operation.arguments[:3]
