@@ -31,6 +31,17 @@ def in_place_on_a_view(x):
     return x
 
 
+def written(place, value=0.5, of=1):
+    """The same with ``value`` at ``place``, or ``of`` a larger frame with it elsewhere."""
+
+    def write(x):
+        y = torch.full((*x.shape[:2], 10, 10), value) if of > 1 else x.clone()
+        y[place] = x if of > 1 else value
+        return y
+
+    return calling(write)
+
+
 MASK = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(0)) > 0.5
 MAP_ZERO_TO_ZERO = [
     *(nn.ReLU(), nn.ReLU(inplace=True), nn.ReLU6(), nn.LeakyReLU(), nn.PReLU(16), nn.ELU(), nn.SiLU(), nn.GELU()),
@@ -41,6 +52,9 @@ MAP_ZERO_TO_ZERO = [
     *map(calling, (lambda x: torch.where(x > 0, x, 0.1 * x), lambda x: x / (1 + x.abs()), lambda x: x * x.sigmoid())),
     *map(calling, (lambda x: x.masked_fill(MASK, 0.0), lambda x: x * 3 - x, lambda x: x.amax((2, 3), keepdim=True))),
     *map(calling, (lambda x: x[:, :8] * x[:, 8:], lambda x: x * x.mean((2, 3), True).sigmoid())),
+    *(written((..., 0), 0.0), written((..., slice(1, 9), slice(1, 9)), 0.0, of=2)),
+    *map(calling, (lambda x: torch.cat([x, torch.ones_like(x[:, :3])], 1), lambda x: torch.empty_like(x).copy_(x))),
+    *map(calling, (lambda x: torch.cat([x, torch.zeros_like(x).flip(2)], 2), lambda x: x.amax((-1, 2), True))),
     *map(calling, (lambda x: x.to(memory_format=torch.channels_last), lambda x: x.mul_(2).relu_(), lambda x: x * MASK)),
 ]  # fmt: skip
 MAP_ZERO_ELSEWHERE = [
@@ -50,6 +64,9 @@ MAP_ZERO_ELSEWHERE = [
     *map(calling, (in_place_on_a_view, lambda x: x.add_(0.5), lambda x: torch.where(MASK, x, 1.0))),
     *map(calling, (lambda x: x.masked_fill(MASK, 0.5), lambda x: torch.maximum(x, torch.tensor(0.1)))),
     *map(calling, (lambda x: F.pad(x, (1, 1), value=0.2), lambda x: torch.logaddexp(x, x))),
+    *(written((..., 0)), written((..., torch.arange(8) > 5)), written((..., slice(1, 9), slice(1, 9)), of=2)),
+    calling(lambda x: torch.stack([x, torch.ones_like(x)], -1).flatten(3)),
+    calling(lambda x: x.select_scatter(x.new_ones(4, 16, 8), 2, 0)),
     # The halves of one output are other channels to each other.
     *map(calling, (lambda x: x[:, :8].sigmoid() * x[:, 8:], lambda x: torch.maximum(*x.chunk(2, 1)))),
     *map(calling, (lambda x: (1 + x.view(4, 2, 8, 8, 8)[:, 0]) * x[:, 8:], lambda x: x[:, :8].softmax(1) * x[:, 8:])),
@@ -238,8 +255,9 @@ def test_readers_of_a_residual_block_and_of_what_is_gated():
     assert verdicts(NETS["over a pyramid"][0]())["head"].readers == {Reader("scores", True, True)}
 
 
-def test_a_head_that_reads_several_convs_reads_none_alone():
-    net = Net(lambda net, x: [net.head(net.a(x)), net.head(net.b(x))], a=conv(), b=conv(), head=conv(16, 4))
+@pytest.mark.parametrize("run", [lambda head, a, b: [head(a), head(b)], lambda head, a, b: head(torch.cat([a, b], 2))])
+def test_a_head_that_reads_several_convs_reads_none_alone(run):
+    net = Net(lambda net, x: run(net.head, net.a(x), net.b(x)), a=conv(), b=conv(), head=conv(16, 4))
     found = verdicts(net)
     assert found["a"].readers == found["b"].readers == {Reader("head", True, False)}
 

@@ -37,16 +37,39 @@ _PARTS = {"slice", "select", "split", "split_with_sizes", "unbind", "diagonal", 
 VIEWS = TRANSPOSES | _PARTS | {"expand"}
 RESHAPES = {"view", "_unsafe_view", "_reshape_alias", "reshape", "squeeze", "unsqueeze"}
 _DROPOUT = {"native_dropout", "_fused_dropout"}
+# Which arguments come to lie side by side, or one on the other.
+JOINS = {
+    "cat": [0],
+    "stack": [0],
+    "index_put": [0, 2],
+    "slice_scatter": [0, 1],
+    "select_scatter": [0, 1],
+    "overlap": [0, 1],
+}
 # Every output is a sum, a copy or the largest of some inputs.
-MOVES = OF_IMAGES | SUMS | VIEWS | RESHAPES | _DROPOUT | {
-    *(PAD, "cat", "stack", "as_strided", "index", "gather", "index_select", "index_put", "slice_scatter", "flip"),
-    *("select_scatter", "overlap", "repeat", "im2col", "roll", "pixel_shuffle", "pixel_unshuffle"),
-    "native_channel_shuffle",
+MOVES = OF_IMAGES | SUMS | VIEWS | RESHAPES | _DROPOUT | JOINS.keys() | {
+    *(PAD, "as_strided", "index", "gather", "index_select", "flip", "repeat", "im2col", "roll", "pixel_shuffle"),
+    *("pixel_unshuffle", "native_channel_shuffle"),
 }  # fmt: skip
+# Nothing, or not written yet.
+_BLANK = {
+    *("zeros", "zeros_like", "new_zeros", "zero", "empty", "empty_like", "new_empty", "empty_strided"),
+    "new_empty_strided",
+}
+_FILLED = {"full", "full_like", "new_full", "fill", "scalar_tensor"}
 # How many of the arguments are data; the others say where to look.
 STEERED = {"deform_conv2d": 2, "grid_sampler_2d": 1, "roi_align": 1, "_roi_align": 1, "roi_pool": 1}
 # Element by element, though torch does not tag them so.
 _ELEMENTWISE = {"hardswish", "_prelu_kernel", "rrelu_with_noise", "rrelu_with_noise_functional"}
+
+
+def is_blank(operation: Operation, blank: Collection[int]) -> bool:
+    """Tells whether the outputs are 0, as those numbered ``blank`` are."""
+    if operation.name in _FILLED:
+        with_what = operation.arguments[-1]
+        return with_what.number in blank if isinstance(with_what, Value) else not with_what
+    moves = operation.name in MOVES - {PAD} and all(number in blank for number in operation.inputs)
+    return operation.name in _BLANK or moves
 
 
 def is_elementwise(operation: Operation) -> bool:

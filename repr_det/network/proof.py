@@ -75,6 +75,7 @@ class _Graph:
         self.operations: list[Operation] = []
         self.users: dict[int, list[Operation]] = defaultdict(list)
         self.calls: dict[str, set[int]] = defaultdict(set)
+        self.blank = set(trace.zeros)
         wanted = set(trace.left)
         for operation in reversed(trace.operations):
             if wanted.intersection(operation.outputs):
@@ -85,6 +86,8 @@ class _Graph:
             for number in set(operation.inputs):
                 self.users[number].append(operation)
             self.calls[operation.module].add(operation.call)
+            if operations.is_blank(operation, self.blank):
+                self.blank.update(operation.outputs)
 
 
 @dataclass(frozen=True)
@@ -255,6 +258,9 @@ class _Follow:
             return replace(state, reason=f"it is padded with {operation.arguments[2]}")
         along = operations.along(operation)
         channels = frozenset.union(*(each.layout.dims for each in inputs.values()))
+        if operation.name in operations.JOINS and not along <= channels:
+            joined = [operation.arguments[place] for place in operations.JOINS[operation.name]]
+            return self._with(operation, inputs, joined)
         if operation.name not in operations.COMBINES or not channels & along:
             return state
         if "max" in operation.name:
@@ -275,6 +281,13 @@ class _Follow:
         if added and operations.makes_zero(operation, silent, (0.0, True), (0.0, False)):
             return replace(self._merged(silent), alone=False)  # other channels are added
         return self._no_longer_zero(operation, inputs)
+
+    def _with(self, operation: Operation, inputs: dict[int, _State], others: list) -> _State:
+        """What is not 0 lies at places of the channel too, or is added there."""
+        numbers = {value.number for value in values_in(others)} - inputs.keys() - self.graph.blank
+        if numbers & self.trace.constants:
+            return self._no_longer_zero(operation, inputs)
+        return replace(self._merged(inputs), alone=not numbers and self._merged(inputs).alone)
 
     def _no_longer_zero(self, operation: Operation, inputs: dict[int, _State]) -> _State:
         state = self._merged(inputs)

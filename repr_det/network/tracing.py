@@ -68,6 +68,7 @@ class Trace(TorchDispatchMode):
     Attributes:
         constants: numbers of values without data: what the model holds, fresh tensors, and what is made of these.
         parameters: "module.attribute" of watched modules that have run -> number.
+        zeros: numbers of the values that were written as 0 in the code.
         shapes: of all values, by number.
         left: numbers of the values that left the network.
     """
@@ -80,6 +81,7 @@ class Trace(TorchDispatchMode):
         self.running: list[tuple[str, int]] = []
         # Writing to a tensor in place changes all that share its memory.
         self._sharing: dict[int, WeakTensorKeyDictionary] = {}
+        self.zeros: set[int] = set()
         self.shapes: dict[int, torch.Size] = {}
         self.parameters: dict[str, int] = {}
         self.left: set[int] = set()
@@ -126,22 +128,28 @@ class Trace(TorchDispatchMode):
         outputs = [self._renumber(tensor) for tensor in tensors_in(arguments[0] if in_place else result)]
         if name in _FRESH or (inputs and self.constants.issuperset(inputs)):
             self.constants.update(outputs)
+        if name == "lift_fresh" and result.device.type != "meta" and not result.any():
+            self.zeros.update(outputs)
         self._record(function, name, *noted, inputs, outputs)
         if in_place:
             self._renumber_sharing(arguments[0])
         return result
 
     def _renumber_sharing(self, target: Any) -> None:
-        """Tensors that share memory with a written one hold a mixture of before and after."""
+        """Tensors that share memory with a written one hold a mixture of before and after, along some dimensions."""
         for tensor in tensors_in(target):
             sharing = self._sharing.get(tensor.untyped_storage().data_ptr(), {})
+            written = list(zip(tensor.shape, tensor.stride(), strict=True))
             for other in [other for other in sharing if other is not tensor]:
-                written = set(zip(tensor.shape, tensor.stride(), strict=True))
-                pairs = enumerate(zip(other.shape, other.stride(), strict=True))
-                mixed = [Value(self._numbers[each], each.dtype, each.shape) for each in (other, tensor)]
-                arguments = (*mixed, [dim for dim, pair in pairs if pair not in written])
-                numbers = [value.number for value in mixed], [self._renumber(other)]
-                self._record(torch.ops.aten.slice_scatter.default, "overlap", arguments, {}, *numbers)
+                pairs = list(zip(other.shape, other.stride(), strict=True))
+                if pairs == written and other.storage_offset() == tensor.storage_offset():
+                    self._renumber(other, self._numbers[tensor])
+                    continue
+                mixed = tuple(Value(self._numbers[each], each.dtype, each.shape) for each in (other, tensor))
+                dims = [dim for dim, pair in enumerate(pairs) if pair not in written]
+                numbers = [value.number for value in mixed]
+                function = torch.ops.aten.slice_scatter.default
+                self._record(function, "overlap", (*mixed, dims), {}, numbers, [self._renumber(other)])
 
     def _record(self, function: Any, name: str, arguments: Any, keywords: Any, inputs: list, outputs: list) -> None:
         modules = tuple(running for running, _ in self.running)
