@@ -136,6 +136,10 @@ def predicting(how) -> Net:
     return Net(run, body=conv(), boxes=conv(16), scores=conv(16))
 
 
+GRID = torch.rand(64, 2, generator=torch.Generator().manual_seed(0))
+BLUR = torch.full((16, 1, 3, 3), 1 / 9)
+
+
 def kept_aside(net, boxes, scores):
     net.seen = [boxes]
     return scores
@@ -184,6 +188,25 @@ NETS = {
         {"body": None}, dict.fromkeys(["boxes", "scores"], "it predicts"),
     ),
     "an output in an attribute": (lambda: predicting(kept_aside), {"body": None}, {"boxes": "it predicts"}),
+    "key points": (  # the centre of mass of each map
+        lambda: predicting(lambda _, a, b: [a.relu().flatten(2) @ GRID, torch.einsum("nchw,hk->nckw", b, GRID[:8])]),
+        {"body": None}, dict.fromkeys(["boxes", "scores"], "it predicts"),
+    ),
+    "pooled and blurred": (
+        lambda: predicting(lambda _, a, b: [F.linear(a.flatten(2), GRID.T), F.conv2d(b, BLUR, groups=16)]),
+        {"body": None}, dict.fromkeys(["boxes", "scores"], "it predicts"),
+    ),
+    "attention": (
+        lambda: Net(
+            lambda net, x: net.out((net.v(x).flatten(2) @ net.q(x).flatten(2).softmax(1).mT).unflatten(2, (8, 8))),
+            q=conv(filters=64), v=conv(), out=conv(16, 4),
+        ),
+        {"v": None}, {"out": "it predicts"},
+    ),
+    "mixed over positions, with a bias": (
+        lambda: build(conv(), nn.ReLU(), nn.Flatten(2), nn.Linear(64, 64), nn.Unflatten(2, (8, 8))),
+        {}, {"0": "behind it comes addmm"},
+    ),
     "losses": (
         lambda: predicting(lambda _, a, b: F.mse_loss(a, torch.ones_like(a)) + b.square().mean()),
         {"body": None}, {"boxes": "", "scores": ""},

@@ -11,12 +11,22 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from repr_det.network.tracing import Operation, Value, values_in
 
 CONVOLUTIONS = {"convolution", "_convolution", "cudnn_convolution", "mkldnn_convolution", "miopen_convolution"}
-# Sums of products: a channel that is 0 adds nothing.
-READS = CONVOLUTIONS | {
-    *("mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "addmv", "mv", "dot", "_scaled_dot_product_attention_math"),
-    *("_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu", "deform_conv2d"),
-    *("_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention", "_trilinear"),
+_ATTENTION = {
+    *(
+        "_scaled_dot_product_attention_math",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_cudnn_attention",
+    ),
+    *("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_efficient_attention"),
 }
+# Sums of products: a channel that is 0 adds nothing. Along which dimension of each argument; 0: it is added.
+_PRODUCTS = {
+    **dict.fromkeys(["mm", "bmm", "matmul"], (-1, -2)),
+    **dict.fromkeys(["addmm", "baddbmm"], (0, -1, -2)),
+    **{"linear": (-1, -1, 0), "mv": (-1, -1), "dot": (-1, -1), "addmv": (0, -1, -1)},
+    **dict.fromkeys(_ATTENTION, (-1, -1, -2)),
+}
+READS = CONVOLUTIONS | _PRODUCTS.keys() | {"deform_conv2d", "_trilinear"}
 # (input, weight, bias, ...)
 NORMS = {
     *("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm"),
@@ -119,6 +129,16 @@ def along(operation: Operation) -> set[int]:
         dims = [dim for dim, index in enumerate(indices) if index is not None and len(index.shape) == 1]
     dims = [dims] if isinstance(dims, int) else dims or range(rank)
     return {dim % rank - rank for dim in dims}
+
+
+def summed(operation: Operation, place: int) -> set[int]:
+    """The dimensions of an argument, counted from the end, over which a sum of products goes; none of what is added."""
+    shape = operation.arguments[place].shape
+    if operation.name in CONVOLUTIONS and place == 0:
+        window = {-1 - i for i, size in enumerate(reversed(operation.arguments[1].shape[2:])) if size > 1}
+        return window if argument(operation, "groups") == shape[1] else {*window, 1 - len(shape)}
+    dims = (1, 1, 0) if operation.name in CONVOLUTIONS else _PRODUCTS.get(operation.name, ())
+    return {dims[place]} - {0} if place < len(dims) else set(range(-len(shape), 0))
 
 
 def argument(operation: Operation, *names: str) -> Any:

@@ -197,7 +197,7 @@ class _Follow:
             if channels.keys() & {value.number for value in values_in(steering)}:
                 raise _Refused(f"it tells {operation.name} where to look")
         if operation.name in operations.READS:
-            return self._read(operation, channels)
+            return self._read(operation, inputs)
         if operation.name in operations.NORMS:
             return self._normalised(operation)
         if operation.name == "copy":
@@ -211,15 +211,31 @@ class _Follow:
             return None
         return self._no_longer_zero(operation, inputs)
 
-    def _read(self, operation: Operation, channels: dict[int, _State]) -> _State | None:
-        for state in channels.values():
-            self._note(operation, state)
-        if operation.name not in operations.CONVOLUTIONS or operation.arguments[1].number not in self.own:
-            return None
-        bias = operation.arguments[2]
-        if isinstance(bias, Value) and bias.number not in self.own:
-            return _State("the bias that is added to its output is not its own")
-        return _State(layout=self._second_dimension(operation))
+    def _read(self, operation: Operation, inputs: dict[int, _State]) -> _State | None:
+        """Reads channels over which products are summed; leaves those in ``inputs`` that stay apart."""
+        added = []
+        for number in self.own:
+            inputs.pop(number, None)
+        for place, value in enumerate(operation.arguments):
+            if not isinstance(value, Value):
+                continue
+            summed = operations.summed(operation, place)
+            added += [] if summed else [value]
+            if (state := inputs.pop(value.number, None)) is None:
+                continue
+            apart = state.layout.dims and not state.layout.dims & summed
+            is_filter = operation.name in operations.CONVOLUTIONS and 1 - len(value.shape) in state.layout.dims
+            if not apart or is_filter:
+                self._note(operation, state)
+            if apart:
+                inputs[value.number] = replace(state, past=is_filter or state.past)
+        if operation.name in operations.CONVOLUTIONS and operation.arguments[1].number in self.own:
+            bias = operation.arguments[2]
+            is_own = not isinstance(bias, Value) or bias.number in self.own
+            reason = "" if is_own else "the bias that is added to its output is not its own"
+            return _State(reason, layout=self._second_dimension(operation))
+        past = any(state.past for state in inputs.values())
+        return replace(self._with(operation, inputs, added), past=past) if inputs else None
 
     def _note(self, operation: Operation, state: _State) -> None:
         if state.past:
