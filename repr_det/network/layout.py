@@ -1,13 +1,10 @@
 """Where the channels of a conv lie in a value."""
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-
-import torch
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from repr_det.network import operations
-from repr_det.network.tracing import Operation, tensors_in
+from repr_det.network.tracing import Operation, Value
 
 
 @dataclass(frozen=True)
@@ -25,58 +22,40 @@ class Layout:
     span: int = 1
 
 
-def laid_out(operation: Operation, inputs: Mapping[int, Layout], shapes: Mapping[int, Sequence[int]]) -> list[Layout]:
-    """The layouts of the outputs, by those of the inputs; ``shapes`` are those of all values."""
+def laid_out(operation: Operation, inputs: Mapping[int, Layout], values: Mapping[int, Value]) -> list[Layout]:
+    """The layouts of the outputs, by those of the inputs."""
     number, layout = next(iter(inputs.items()))
-    before, along = shapes[number], operations.along(operation)
+    along = operations.along(operation)
     dims = along.union(*(each.dims for each in inputs.values()))
     same = set(inputs.values()) == {layout}
-    if same and operation.name in operations.VIEWS:
-        return _viewed(layout, operation, before)
-
-    stays = same and not layout.dims & along
 
     def of(output: int) -> Layout:
-        shape, moves = shapes[output], operation.name in operations.RESHAPES
-        if stays and not moves and (len(shape) == len(before) or (not along and len(shape) > len(before))):
+        shape = values[output].shape
+        more = len(shape) - len(values[number].shape)
+        if same and operation.name in operations.VIEWS:
+            return _viewed(layout, operation.arguments[0], values[output])
+        if same and not layout.dims & along and (more == 0 or (more > 0 and not along)):
             return layout
-        anywhere = Layout(frozenset(dims if len(shape) == len(before) else range(-len(shape), 0)), output)
-        return (stays and _reshaped(layout, _without(along, before, shape), output)) or anywhere
+        if same and not layout.dims & along and abs(more) == len(along):  # these dimensions come or go
+            past = {dim: sum(other > dim - (more > 0) for other in along) for dim in layout.dims}
+            return replace(
+                layout, dims=frozenset(dim + (passed if more < 0 else -passed) for dim, passed in past.items())
+            )
+        return Layout(frozenset(range(-len(shape), 0) if more else dims), output)
 
     return [of(output) for output in operation.outputs]
 
 
-def _viewed(layout: Layout, operation: Operation, shape: Sequence[int]) -> list[Layout]:
-    """As torch finds it, for a tensor with strides along channels only."""
-    strides = [dim + 1 if dim - len(shape) in layout.dims else 0 for dim in range(len(shape))]
-    strided = torch.empty(1, device="meta").as_strided(shape, strides)
-    views = list(tensors_in(operation.function(strided, *operation.arguments[1:], **operation.keywords)))
-    whole, *parts = [[pair for pair in zip(x.shape, x.stride(), strict=True) if pair[1]] for x in (strided, *views)]
-    return [
-        Layout(
-            frozenset(dim - view.dim() for dim, stride in enumerate(view.stride()) if stride),
-            output if view.storage_offset() or part != whole else layout.order,
-            layout.span,
-        )
-        for view, part, output in zip(views, parts, operation.outputs, strict=True)
-    ]
-
-
-def _without(along: set[int], *shapes: Sequence[int]) -> list[list[int]]:
-    """The shapes before and after, with dimensions ``along`` that come, go or change as 1."""
-    rank = max(map(len, shapes))
-    return [[1 if i - rank in along and len(x) == rank else size for i, size in enumerate(x)] for x in shapes]
-
-
-def _reshaped(layout: Layout, shapes: Sequence[Sequence[int]], output: int) -> Layout | None:
-    """Of (N, C, H, W) -> (N, C * H * W) and the like; None if the shapes hold different numbers of places."""
-    before, after = ({i - len(x): (math.prod(x[i + 1 :]), math.prod(x[i:])) for i in range(len(x))} for x in shapes)
-    if math.prod(shapes[0]) != math.prod(shapes[1]):
-        return None
-    held = [before[dim] for dim in layout.dims]  # how far apart in memory neighbours are, and the ends
-    dims = {dim for dim, (near, far) in after.items() if any(near < end and start < far for start, end in held)}
+def _viewed(layout: Layout, before: Value, after: Value) -> Layout:
+    """Through a view, in which channels stay where they are in memory."""
+    old, new = (
+        {dim - len(value.shape): (step, step * value.shape[dim]) for dim, step in enumerate(value.steps)}
+        for value in (before, after)
+    )
+    held = [old[dim] for dim in layout.dims]  # from the second channel to the end
+    dims = frozenset(dim for dim, (near, far) in new.items() if any(near < end and start < far for start, end in held))
     if len(held) == len(dims) == 1:
-        (start, end), (near, far) = held[0], after[min(dims)]
+        (start, end), (near, far) = held[0], new[min(dims)]
         if end == far and near <= start:
-            return Layout(frozenset(dims), layout.order, layout.span * start // near)
-    return Layout(frozenset(dims), output)
+            return Layout(dims, layout.order, layout.span * start // near)
+    return Layout(dims, after.number)

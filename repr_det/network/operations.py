@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -11,20 +12,13 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from repr_det.network.tracing import Operation, Value, values_in
 
 CONVOLUTIONS = {"convolution", "_convolution", "cudnn_convolution", "mkldnn_convolution", "miopen_convolution"}
-_ATTENTION = {
-    *(
-        "_scaled_dot_product_attention_math",
-        "_scaled_dot_product_flash_attention",
-        "_scaled_dot_product_cudnn_attention",
-    ),
-    *("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_efficient_attention"),
-}
+_ATTENTIONS = ["attention_math", "flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention"]
 # Sums of products: a channel that is 0 adds nothing. Along which dimension of each argument; 0: it is added.
 _PRODUCTS = {
     **dict.fromkeys(["mm", "bmm", "matmul"], (-1, -2)),
     **dict.fromkeys(["addmm", "baddbmm"], (0, -1, -2)),
     **{"linear": (-1, -1, 0), "mv": (-1, -1), "dot": (-1, -1), "addmv": (0, -1, -1)},
-    **dict.fromkeys(_ATTENTION, (-1, -1, -2)),
+    **{f"_scaled_dot_product_{name}": (-1, -1, -2) for name in _ATTENTIONS},
 }
 READS = CONVOLUTIONS | _PRODUCTS.keys() | {"deform_conv2d", "_trilinear"}
 # (input, weight, bias, ...)
@@ -41,45 +35,23 @@ OF_IMAGES = {
 }
 SUMS = {"mean", "sum", "amax", "linalg_vector_norm"}
 PAD = "constant_pad_nd"
-COMBINES = OF_IMAGES | SUMS
 TRANSPOSES = {"permute", "transpose", "t"}
-_PARTS = {"slice", "select", "split", "split_with_sizes", "unbind", "diagonal", "unfold"}
-VIEWS = TRANSPOSES | _PARTS | {"expand"}
-RESHAPES = {"view", "_unsafe_view", "_reshape_alias", "reshape", "squeeze", "unsqueeze"}
-_DROPOUT = {"native_dropout", "_fused_dropout"}
-# Which arguments come to lie side by side, or one on the other.
-JOINS = {
-    "cat": [0],
-    "stack": [0],
-    "index_put": [0, 2],
-    "slice_scatter": [0, 1],
-    "select_scatter": [0, 1],
-    "overlap": [0, 1],
+VIEWS = TRANSPOSES | {
+    *("slice", "select", "split", "split_with_sizes", "unbind", "diagonal", "unfold", "expand", "as_strided", "view"),
+    *("_unsafe_view", "_reshape_alias", "reshape", "squeeze", "unsqueeze"),
 }
+_DROPOUT = {"native_dropout", "_fused_dropout"}
+# Numbers come to lie side by side, or one on the other.
+JOINS = {"cat", "stack", "index_put", "slice_scatter", "select_scatter", "overlap"}
 # Every output is a sum, a copy or the largest of some inputs.
-MOVES = OF_IMAGES | SUMS | VIEWS | RESHAPES | _DROPOUT | JOINS.keys() | {
-    *(PAD, "as_strided", "index", "gather", "index_select", "flip", "repeat", "im2col", "roll", "pixel_shuffle"),
+MOVES = OF_IMAGES | SUMS | VIEWS | _DROPOUT | JOINS | {
+    *(PAD, "index", "gather", "index_select", "flip", "repeat", "im2col", "roll", "pixel_shuffle"),
     *("pixel_unshuffle", "native_channel_shuffle"),
 }  # fmt: skip
-# Nothing, or not written yet.
-_BLANK = {
-    *("zeros", "zeros_like", "new_zeros", "zero", "empty", "empty_like", "new_empty", "empty_strided"),
-    "new_empty_strided",
-}
-_FILLED = {"full", "full_like", "new_full", "fill", "scalar_tensor"}
 # How many of the arguments are data; the others say where to look.
 STEERED = {"deform_conv2d": 2, "grid_sampler_2d": 1, "roi_align": 1, "_roi_align": 1, "roi_pool": 1}
 # Element by element, though torch does not tag them so.
 _ELEMENTWISE = {"hardswish", "_prelu_kernel", "rrelu_with_noise", "rrelu_with_noise_functional"}
-
-
-def is_blank(operation: Operation, blank: Collection[int]) -> bool:
-    """Tells whether the outputs are 0, as those numbered ``blank`` are."""
-    if operation.name in _FILLED:
-        with_what = operation.arguments[-1]
-        return with_what.number in blank if isinstance(with_what, Value) else not with_what
-    moves = operation.name in MOVES - {PAD} and all(number in blank for number in operation.inputs)
-    return operation.name in _BLANK or moves
 
 
 def is_elementwise(operation: Operation) -> bool:
@@ -123,7 +95,7 @@ def along(operation: Operation) -> set[int]:
         dims = [-1, -2]
     elif operation.name == PAD:
         dims = [-1 - place // 2 for place, size in enumerate(operation.arguments[1]) if size]
-    elif operation.name in _DROPOUT | RESHAPES or (dims is None and operation.name not in MOVES):
+    elif operation.name in _DROPOUT | VIEWS or (dims is None and operation.name not in MOVES):
         return set()
     elif indices := argument(operation, "indices"):
         dims = [dim for dim, index in enumerate(indices) if index is not None and len(index.shape) == 1]
@@ -131,14 +103,16 @@ def along(operation: Operation) -> set[int]:
     return {dim % rank - rank for dim in dims}
 
 
-def summed(operation: Operation, place: int) -> set[int]:
-    """The dimensions of an argument, counted from the end, over which a sum of products goes; none of what is added."""
-    shape = operation.arguments[place].shape
-    if operation.name in CONVOLUTIONS and place == 0:
-        window = {-1 - i for i, size in enumerate(reversed(operation.arguments[1].shape[2:])) if size > 1}
-        return window if argument(operation, "groups") == shape[1] else {*window, 1 - len(shape)}
-    dims = (1, 1, 0) if operation.name in CONVOLUTIONS else _PRODUCTS.get(operation.name, ())
-    return {dims[place]} - {0} if place < len(dims) else set(range(-len(shape), 0))
+def summed(operation: Operation) -> list[tuple[Value, set[int]]]:
+    """Each argument with its dimensions, counted from the end, over which products are summed: none if it is added."""
+    dims = [{dim} - {0} for dim in _PRODUCTS.get(operation.name, ())]
+    if operation.name in CONVOLUTIONS:
+        (_, channels, *_), (_, _, *window) = (operation.arguments[i].shape for i in (0, 1))
+        dims = [{place - len(window) for place, size in enumerate(window) if size > 1}, {1}, set()]
+        if argument(operation, "groups") != channels:
+            dims[0].add(-1 - len(window))
+    pairs = zip_longest(operation.arguments, dims)
+    return [(x, set(range(-len(x.shape), 0)) if over is None else over) for x, over in pairs if isinstance(x, Value)]
 
 
 def argument(operation: Operation, *names: str) -> Any:

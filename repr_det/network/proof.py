@@ -75,7 +75,6 @@ class _Graph:
         self.operations: list[Operation] = []
         self.users: dict[int, list[Operation]] = defaultdict(list)
         self.calls: dict[str, set[int]] = defaultdict(set)
-        self.blank = set(trace.zeros)
         wanted = set(trace.left)
         for operation in reversed(trace.operations):
             if wanted.intersection(operation.outputs):
@@ -86,8 +85,6 @@ class _Graph:
             for number in set(operation.inputs):
                 self.users[number].append(operation)
             self.calls[operation.module].add(operation.call)
-            if operations.is_blank(operation, self.blank):
-                self.blank.update(operation.outputs)
 
 
 @dataclass(frozen=True)
@@ -163,8 +160,7 @@ class _Follow:
     def _follow(self) -> None:
         names = [f"{module}.{key}" for module in (self.name, self.found.norm) for key in ("weight", "bias")]
         self.own = {self.trace.parameters[name] for name in names if name in self.trace.parameters}
-        shapes = self.trace.shapes
-        self.states = {number: _State(layout=Layout(frozenset([-len(shapes[number])]))) for number in self.own}
+        self.states = {number: _State(layout=self._laid_out(number, 0)) for number in self.own}
         for operation in self.graph.operations:
             inputs = {number: self.states[number] for number in operation.inputs if number in self.states}
             past = all(state.past for state in inputs.values())
@@ -174,7 +170,9 @@ class _Follow:
                 continue
             layouts = [state.layout] * len(operation.outputs)
             if not state.layout.dims:
-                layouts = laid_out(operation, {number: each.layout for number, each in inputs.items()}, shapes)
+                layouts = laid_out(
+                    operation, {number: each.layout for number, each in inputs.items()}, self.trace.values
+                )
             for number, layout in zip(operation.outputs, layouts, strict=True):
                 self.states[number] = replace(state, past=state.past or past, layout=layout)
             if self.trace.left.intersection(operation.outputs):
@@ -213,38 +211,31 @@ class _Follow:
 
     def _read(self, operation: Operation, inputs: dict[int, _State]) -> _State | None:
         """Reads channels over which products are summed; leaves those in ``inputs`` that stay apart."""
+        own = [inputs.pop(number) for number in self.own & inputs.keys()]
         added = []
-        for number in self.own:
-            inputs.pop(number, None)
-        for place, value in enumerate(operation.arguments):
-            if not isinstance(value, Value):
-                continue
-            summed = operations.summed(operation, place)
+        for value, summed in operations.summed(operation):
             added += [] if summed else [value]
             if (state := inputs.pop(value.number, None)) is None:
                 continue
             apart = state.layout.dims and not state.layout.dims & summed
             is_filter = operation.name in operations.CONVOLUTIONS and 1 - len(value.shape) in state.layout.dims
-            if not apart or is_filter:
-                self._note(operation, state)
+            if (is_filter or not apart) and not state.past:
+                if state.reason:
+                    raise _Refused(state.reason)
+                order, span = state.layout.order, state.layout.span
+                self.found.readers.add(Reader(operation.module, not order, state.alone, 1 if order else span))
+                self.reads.append(operation)
             if apart:
                 inputs[value.number] = replace(state, past=is_filter or state.past)
-        if operation.name in operations.CONVOLUTIONS and operation.arguments[1].number in self.own:
+        if own and operation.name in operations.CONVOLUTIONS:
             bias = operation.arguments[2]
             is_own = not isinstance(bias, Value) or bias.number in self.own
             reason = "" if is_own else "the bias that is added to its output is not its own"
-            return _State(reason, layout=self._second_dimension(operation))
-        past = any(state.past for state in inputs.values())
-        return replace(self._with(operation, inputs, added), past=past) if inputs else None
-
-    def _note(self, operation: Operation, state: _State) -> None:
-        if state.past:
-            return
-        if state.reason:
-            raise _Refused(state.reason)
-        self.reads.append(operation)
-        aligned = not state.layout.order
-        self.found.readers.add(Reader(operation.module, aligned, state.alone, state.layout.span if aligned else 1))
+            return _State(reason, layout=self._laid_out(operation.outputs[0], 1))
+        if not inputs:
+            return None
+        past = all(state.past for state in inputs.values())
+        return replace(self._with(operation, inputs, added), past=past)
 
     def _is_alone(self, module: str) -> bool:
         """Tells whether all that a module reads, and all that is read with its weight, are these channels."""
@@ -263,10 +254,10 @@ class _Follow:
             raise _Refused(f"its norm {self.found.norm} gets more than its output")
         if isinstance(bias, Value) and bias.number not in self.states:
             return _State(f"its norm {self.found.norm} adds what is not its own")
-        return _State(layout=self._second_dimension(operation))
+        return _State(layout=self._laid_out(operation.outputs[0], 1))
 
-    def _second_dimension(self, operation: Operation) -> Layout:
-        return Layout(frozenset([1 - len(self.trace.shapes[operation.outputs[0]])]))
+    def _laid_out(self, number: int, dim: int) -> Layout:
+        return Layout(frozenset([dim - len(self.trace.values[number].shape)]))
 
     def _moved(self, operation: Operation, inputs: dict[int, _State]) -> _State:
         state = self._merged(inputs)
@@ -275,16 +266,15 @@ class _Follow:
         along = operations.along(operation)
         channels = frozenset.union(*(each.layout.dims for each in inputs.values()))
         if operation.name in operations.JOINS and not along <= channels:
-            joined = [operation.arguments[place] for place in operations.JOINS[operation.name]]
-            return self._with(operation, inputs, joined)
-        if operation.name not in operations.COMBINES or not channels & along:
+            return self._with(operation, inputs, values_in(operation.arguments))
+        if operation.name not in operations.OF_IMAGES | operations.SUMS or not channels & along:
             return state
         if "max" in operation.name:
             return self._no_longer_zero(operation, inputs)  # where all others are below 0 it is the largest
-        if channels <= along and not state.reason:  # a sum over channels reads them
-            self.found.readers.add(Reader(operation.module, False, False))
-            return replace(state, past=True)
-        return replace(state, alone=False)
+        if state.reason or not channels <= along:
+            return replace(state, alone=False)
+        self.found.readers.add(Reader(operation.module, False, False))  # a sum over channels reads them
+        return replace(state, past=True)
 
     def _elementwise(self, operation: Operation, inputs: dict[int, _State]) -> _State:
         """Values that hold other channels in the same places do not keep each other silent."""
@@ -298,12 +288,13 @@ class _Follow:
             return replace(self._merged(silent), alone=False)  # other channels are added
         return self._no_longer_zero(operation, inputs)
 
-    def _with(self, operation: Operation, inputs: dict[int, _State], others: list) -> _State:
-        """What is not 0 lies at places of the channel too, or is added there."""
-        numbers = {value.number for value in values_in(others)} - inputs.keys() - self.graph.blank
-        if numbers & self.trace.constants:
+    def _with(self, operation: Operation, inputs: dict[int, _State], values: Sequence[Value]) -> _State:
+        """With other values at places of the channel."""
+        others = {value.number for value in values if value.dtype.is_floating_point} - inputs.keys() - self.trace.zeros
+        if others & self.trace.constants:
             return self._no_longer_zero(operation, inputs)
-        return replace(self._merged(inputs), alone=not numbers and self._merged(inputs).alone)
+        state = self._merged(inputs)
+        return replace(state, alone=state.alone and not others)
 
     def _no_longer_zero(self, operation: Operation, inputs: dict[int, _State]) -> _State:
         state = self._merged(inputs)
