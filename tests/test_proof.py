@@ -65,7 +65,7 @@ MAP_ZERO_ELSEWHERE = [
     *map(calling, (lambda x: x.masked_fill(MASK, 0.5), lambda x: torch.maximum(x, torch.tensor(0.1)))),
     *map(calling, (lambda x: F.pad(x, (1, 1), value=0.2), lambda x: torch.logaddexp(x, x))),
     *(written((..., 0)), written((..., torch.arange(8) > 5)), written((..., slice(1, 9), slice(1, 9)), of=2)),
-    calling(lambda x: torch.stack([x, torch.ones_like(x)], -1).flatten(3)),
+    *(calling(lambda x, dim=dim: torch.stack([x, torch.ones_like(x)], dim).flatten(2, 3)) for dim in (2, 3)),
     calling(lambda x: x.select_scatter(x.new_ones(4, 16, 8), 2, 0)),
     # The halves of one output are other channels to each other.
     *map(calling, (lambda x: x[:, :8].sigmoid() * x[:, 8:], lambda x: torch.maximum(*x.chunk(2, 1)))),

@@ -28,19 +28,18 @@ def laid_out(operation: Operation, inputs: Mapping[int, Layout], values: Mapping
     along = operations.along(operation)
     dims = along.union(*(each.dims for each in inputs.values()))
     same = set(inputs.values()) == {layout}
+    stays = same and not layout.dims & along
 
     def of(output: int) -> Layout:
         shape = values[output].shape
         more = len(shape) - len(values[number].shape)
         if same and operation.name in operations.VIEWS:
             return _viewed(layout, operation.arguments[0], values[output])
-        if same and not layout.dims & along and (more == 0 or (more > 0 and not along)):
+        if stays and (more == 0 or (more > 0 and not along)):
             return layout
-        if same and not layout.dims & along and abs(more) == len(along):  # these dimensions come or go
-            past = {dim: sum(other > dim - (more > 0) for other in along) for dim in layout.dims}
-            return replace(
-                layout, dims=frozenset(dim + (passed if more < 0 else -passed) for dim, passed in past.items())
-            )
+        if stays and abs(more) == len(along):  # these dimensions come or go
+            sign = -1 if more > 0 else 1
+            return replace(layout, dims=frozenset(dim + sign * sum(x >= dim for x in along) for dim in layout.dims))
         return Layout(frozenset(range(-len(shape), 0) if more else dims), output)
 
     return [of(output) for output in operation.outputs]
@@ -52,7 +51,7 @@ def _viewed(layout: Layout, before: Value, after: Value) -> Layout:
         {dim - len(value.shape): (step, step * value.shape[dim]) for dim, step in enumerate(value.steps)}
         for value in (before, after)
     )
-    held = [old[dim] for dim in layout.dims]  # from the second channel to the end
+    held = [old[dim] for dim in layout.dims & old.keys()]  # from the second channel to the end
     dims = frozenset(dim for dim, (near, far) in new.items() if any(near < end and start < far for start, end in held))
     if len(held) == len(dims) == 1:
         (start, end), (near, far) = held[0], new[min(dims)]

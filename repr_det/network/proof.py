@@ -5,7 +5,7 @@ The proof follows these zeros through the pass. It needs
 
 1. a weight that convolutions alone read, as it is;
 2. an output that goes into one norm and nowhere else, a norm that gets nothing else; or into no norm;
-3. behind that, until the next convolution or matrix product, operations that make 0 of 0;
+3. behind that, until channels are summed by the next convolution or matrix product, operations that make 0 of 0;
 4. at least one such reader, and no channel that leaves the network.
 """
 
@@ -265,7 +265,7 @@ class _Follow:
             return replace(state, reason=f"it is padded with {operation.arguments[2]}")
         along = operations.along(operation)
         channels = frozenset.union(*(each.layout.dims for each in inputs.values()))
-        if operation.name in operations.JOINS and not along <= channels:
+        if operation.name in operations.JOINS and (operation.name == "stack" or not along <= channels):
             return self._with(operation, inputs, values_in(operation.arguments))
         if operation.name not in operations.OF_IMAGES | operations.SUMS or not channels & along:
             return state

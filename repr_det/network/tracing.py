@@ -131,8 +131,8 @@ class Trace(TorchDispatchMode):
         outputs = [self._renumber(tensor) for tensor in tensors_in(arguments[0] if in_place else result)]
         if name in _FRESH or (inputs and self.constants.issuperset(inputs)):
             self.constants.update(outputs)
-            is_blank = "empty" in name or not any(_is_not_zero(tensor) for tensor in tensors_in(result))
-            if is_blank and (name in _FRESH or self.zeros.issuperset(inputs)):
+            can_be_blank = name in _FRESH or self.zeros.issuperset(inputs)
+            if can_be_blank and ("empty" in name or not any(_is_not_zero(tensor) for tensor in tensors_in(result))):
                 self.zeros.update(outputs)
         self._record(function, name, *noted, inputs, outputs)
         if in_place:
