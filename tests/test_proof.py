@@ -31,6 +31,17 @@ def in_place_on_a_view(x):
     return x
 
 
+def written(place, value=0.5, of=1):
+    """The same with ``value`` at ``place``, or ``of`` a larger frame with it elsewhere."""
+
+    def write(x):
+        y = torch.full((*x.shape[:2], 10, 10), value) if of > 1 else x.clone()
+        y[place] = x if of > 1 else value
+        return y
+
+    return calling(write)
+
+
 MASK = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(0)) > 0.5
 MAP_ZERO_TO_ZERO = [
     *(nn.ReLU(), nn.ReLU(inplace=True), nn.ReLU6(), nn.LeakyReLU(), nn.PReLU(16), nn.ELU(), nn.SiLU(), nn.GELU()),
@@ -40,6 +51,10 @@ MAP_ZERO_TO_ZERO = [
     *map(calling, (torch.abs, torch.expm1, lambda x: x.roll(8, 1), lambda x: x.pow(3), lambda x: x.clamp(min=0))),
     *map(calling, (lambda x: torch.where(x > 0, x, 0.1 * x), lambda x: x / (1 + x.abs()), lambda x: x * x.sigmoid())),
     *map(calling, (lambda x: x.masked_fill(MASK, 0.0), lambda x: x * 3 - x, lambda x: x.amax((2, 3), keepdim=True))),
+    *map(calling, (lambda x: x[:, :8] * x[:, 8:], lambda x: x * x.mean((2, 3), True).sigmoid())),
+    *(written((..., 0), 0.0), written((..., slice(1, 9), slice(1, 9)), 0.0, of=2)),
+    *map(calling, (lambda x: torch.cat([x, torch.ones_like(x[:, :3])], 1), lambda x: torch.empty_like(x).copy_(x))),
+    *map(calling, (lambda x: torch.cat([x, torch.zeros_like(x).flip(2)], 2), lambda x: x.amax((-1, 2), True))),
     *map(calling, (lambda x: x.to(memory_format=torch.channels_last), lambda x: x.mul_(2).relu_(), lambda x: x * MASK)),
 ]  # fmt: skip
 MAP_ZERO_ELSEWHERE = [
@@ -49,6 +64,12 @@ MAP_ZERO_ELSEWHERE = [
     *map(calling, (in_place_on_a_view, lambda x: x.add_(0.5), lambda x: torch.where(MASK, x, 1.0))),
     *map(calling, (lambda x: x.masked_fill(MASK, 0.5), lambda x: torch.maximum(x, torch.tensor(0.1)))),
     *map(calling, (lambda x: F.pad(x, (1, 1), value=0.2), lambda x: torch.logaddexp(x, x))),
+    *(written((..., 0)), written((..., torch.arange(8) > 5)), written((..., slice(1, 9), slice(1, 9)), of=2)),
+    *(calling(lambda x, dim=dim: torch.stack([x, torch.ones_like(x)], dim).flatten(2, 3)) for dim in (2, 3)),
+    calling(lambda x: x.select_scatter(x.new_ones(4, 16, 8), 2, 0)),
+    # The halves of one output are other channels to each other.
+    *map(calling, (lambda x: x[:, :8].sigmoid() * x[:, 8:], lambda x: torch.maximum(*x.chunk(2, 1)))),
+    *map(calling, (lambda x: (1 + x.view(4, 2, 8, 8, 8)[:, 0]) * x[:, 8:], lambda x: x[:, :8].softmax(1) * x[:, 8:])),
 ]  # fmt: skip
 
 
@@ -115,6 +136,10 @@ def predicting(how) -> Net:
     return Net(run, body=conv(), boxes=conv(16), scores=conv(16))
 
 
+GRID = torch.rand(64, 2, generator=torch.Generator().manual_seed(0))
+BLUR = torch.full((16, 1, 3, 3), 1 / 9)
+
+
 def kept_aside(net, boxes, scores):
     net.seen = [boxes]
     return scores
@@ -163,6 +188,25 @@ NETS = {
         {"body": None}, dict.fromkeys(["boxes", "scores"], "it predicts"),
     ),
     "an output in an attribute": (lambda: predicting(kept_aside), {"body": None}, {"boxes": "it predicts"}),
+    "key points": (  # the centre of mass of each map
+        lambda: predicting(lambda _, a, b: [a.relu().flatten(2) @ GRID, torch.einsum("nchw,hk->nckw", b, GRID[:8])]),
+        {"body": None}, dict.fromkeys(["boxes", "scores"], "it predicts"),
+    ),
+    "pooled and blurred": (
+        lambda: predicting(lambda _, a, b: [F.linear(a.flatten(2), GRID.T), F.conv2d(b, BLUR, groups=16)]),
+        {"body": None}, dict.fromkeys(["boxes", "scores"], "it predicts"),
+    ),
+    "attention": (
+        lambda: Net(
+            lambda net, x: net.out((net.v(x).flatten(2) @ net.q(x).flatten(2).softmax(1).mT).unflatten(2, (8, 8))),
+            q=conv(filters=64), v=conv(), out=conv(16, 4),
+        ),
+        {"v": None}, {"out": "it predicts"},
+    ),
+    "mixed over positions, with a bias": (
+        lambda: build(conv(), nn.ReLU(), nn.Flatten(2), nn.Linear(64, 64), nn.Unflatten(2, (8, 8))),
+        {}, {"0": "behind it comes addmm"},
+    ),
     "losses": (
         lambda: predicting(lambda _, a, b: F.mse_loss(a, torch.ones_like(a)) + b.square().mean()),
         {"body": None}, {"boxes": "", "scores": ""},
@@ -231,23 +275,37 @@ def test_readers_of_a_residual_block_and_of_what_is_gated():
     assert found["conv3"].readers == {Reader("classifier", True, True)}
     assert [found[name].rectified for name in ("conv1", "conv2", "conv3")] == [True, False, True]
     assert verdicts(NETS["gated"][0]())["0"].readers == {Reader("3.fc1", True, True), Reader("4", True, True)}
+    assert verdicts(NETS["over a pyramid"][0]())["head"].readers == {Reader("scores", True, True)}
+
+
+@pytest.mark.parametrize("run", [lambda head, a, b: [head(a), head(b)], lambda head, a, b: head(torch.cat([a, b], 2))])
+def test_a_head_that_reads_several_convs_reads_none_alone(run):
+    net = Net(lambda net, x: run(net.head, net.a(x), net.b(x)), a=conv(), b=conv(), head=conv(16, 4))
+    found = verdicts(net)
+    assert found["a"].readers == found["b"].readers == {Reader("head", True, False)}
+
+
+SUM = Reader("", False, False)  # over channels
 
 
 @pytest.mark.parametrize(
     ("behind", "reader", "silent"),
     [
-        ([calling(lambda x: torch.cat([x, x], 1)), nn.Conv2d(32, 8, 1)], Reader("3", False, True), True),
-        ([calling(shuffled), nn.Conv2d(16, 8, 1)], Reader("3", False, True), True),
-        ([nn.Flatten(), nn.LazyLinear(8), nn.Unflatten(1, (8, 1, 1))], Reader("3", True, True, 64), True),
-        ([nn.Conv2d(16, 8, 3, groups=4)], Reader("2", True, True), None),  # other groups stay as they are
+        ([calling(lambda x: torch.cat([x, x], 1)), nn.Conv2d(32, 8, 1)], {Reader("3", False, True)}, True),
+        ([calling(shuffled), nn.Conv2d(16, 8, 1)], {Reader("3", False, True)}, True),
+        ([nn.Flatten(), nn.LazyLinear(8), nn.Unflatten(1, (8, 1, 1))], {Reader("3", True, True, 64)}, True),
+        ([nn.Conv2d(16, 8, 3, groups=4)], {Reader("2", True, True)}, None),  # other groups stay as they are
         # The kernels that read it read the others too: they must not be set to 0 when it returns.
-        ([calling(lambda x: x - x.mean(1, keepdim=True))], Reader("3", False, False), None),
+        ([calling(lambda x: x - x.mean(1, keepdim=True))], {SUM, Reader("3", True, False)}, None),
+        ([calling(F.normalize)], {SUM, Reader("3", True, True)}, None),
+        ([calling(lambda x: x.flip(1))], {Reader("3", False, True)}, True),
+        ([calling(lambda x: x.flip(2)[:, :, 1:].transpose(2, 3))], {Reader("3", True, True)}, True),
     ],
-    ids=["cat", "shuffle", "flatten", "groups", "less the mean"],
+    ids=["cat", "shuffle", "flatten", "groups", "less the mean", "normalize", "flip", "over positions"],
 )
 def test_readers_of_channels_that_have_moved(behind, reader, silent):
     net = build(conv(), nn.ReLU(), *behind)
-    assert verdicts(net)["0"].readers == {reader}
+    assert verdicts(net)["0"].readers == reader
     assert silent is None or is_silent(net, "0", None)
 
 

@@ -127,22 +127,24 @@ def test_what_cannot_be_silent_is_named_and_returns_as_published(caplog):
     assert largest_change(model, before) > 1e-6
 
 
-class Less(nn.Module):
-    """The mean over channels taken off: a dropped channel still carries the others."""
+def calling(function) -> Net:
+    return Net(lambda _, x: function(x))
 
-    def forward(self, x):
-        return x - x.mean(1, keepdim=True)
+
+POOLED = nn.AdaptiveAvgPool2d(1), nn.Flatten()
 
 
 @pytest.mark.parametrize(
     ("behind", "silent"),
     [
-        ([nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 3)], True),
+        ([nn.ReLU(), *POOLED, nn.Linear(16, 3)], True),
         ([nn.ReLU(), nn.Flatten(), nn.Linear(16 * 256, 3)], True),
         # Kernels that read other channels too stay, and gamma makes it silent.
-        ([nn.BatchNorm2d(16), Less(), nn.Conv2d(16, 4, 1), nn.Flatten()], False),
+        ([nn.BatchNorm2d(16), calling(lambda x: x - x.mean(1, keepdim=True)), nn.Conv2d(16, 4, 1), *POOLED], False),
+        ([nn.BatchNorm2d(16), *POOLED, calling(lambda x: x - x.mean(-1, keepdim=True)), nn.Linear(16, 3)], False),
+        ([nn.BatchNorm2d(16), calling(lambda x: x.flip(1)), nn.Conv2d(16, 4, 1), *POOLED], False),
     ],
-    ids=["mean", "flatten", "less the mean"],
+    ids=["mean", "flatten", "less the mean", "less the last mean", "flip"],
 )
 def test_other_readers_of_a_conv(behind, silent):
     torch.manual_seed(0)
@@ -159,19 +161,39 @@ def test_other_readers_of_a_conv(behind, silent):
     assert not silent or columns.any(2)[:, mask].all()
 
 
-@pytest.mark.parametrize("how", ["weight_norm", "module"])
+class Standardised(nn.Conv2d):
+    def forward(self, x):
+        return self._conv_forward(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)
+
+
+class Adapted(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x) + torch.nn.functional.conv2d(x, 0.1 * self.weight.detach().cos(), padding=1)
+
+
+class Shared(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x) + super().forward(torch.ones_like(x))
+
+
+@pytest.mark.parametrize("how", ["weight_norm", "module", Standardised, Adapted, Shared])
 def test_a_reader_whose_kernels_cannot_be_set_leaves_it_to_gamma(how):
     model = resnet()
     block = model[3]
     if how == "module":
         block.conv2 = nn.Sequential(block.conv2, nn.Dropout2d(0.1))
-    else:
+    elif how == "weight_norm":
         getattr(nn.utils.parametrizations, how)(block.conv2)
+    else:
+        block.conv2 = how(32, 32, 3, padding=1, bias=False).double()
     _, scheme = in_sub_network(model, ["3.conv1"])
     assert scheme.loud == []
-    mask = scheme.masks["3.conv1"].clone()
+    mask, before, kernels = scheme.masks["3.conv1"].clone(), outputs(model), [*block.conv2.parameters()][-1].clone()
     scheme.restore()
     assert (block.bn1.weight[mask] == (1 if how == "module" else 0)).all()
+    assert how == "module" or (
+        largest_change(model, before) <= 1e-12 and kernels.equal([*block.conv2.parameters()][-1])
+    )
 
 
 def test_what_is_closed_behind_a_frozen_norm_does_not_return_closed():

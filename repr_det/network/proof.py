@@ -5,7 +5,7 @@ The proof follows these zeros through the pass. It needs
 
 1. a weight that convolutions alone read, as it is;
 2. an output that goes into one norm and nowhere else, a norm that gets nothing else; or into no norm;
-3. behind that, until the next convolution or matrix product, operations that make 0 of 0;
+3. behind that, until channels are summed by the next convolution or matrix product, operations that make 0 of 0;
 4. at least one such reader, and no channel that leaves the network.
 """
 
@@ -14,7 +14,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from repr_det.network import operations
-from repr_det.network.tracing import Operation, Trace, Value, numbers_in
+from repr_det.network.layout import Layout, laid_out
+from repr_det.network.tracing import Operation, Trace, Value, values_in
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Reader:
     Attributes:
         name: of the module; "" if no watched one was running.
         aligned: its inputs are the conv's channels in their order.
-        alone: nothing else has been added to what it reads.
+        alone: its own kernels read them, and nothing else here or elsewhere.
         span: inputs per channel: the positions of an image that is flattened for a linear layer.
     """
 
@@ -91,9 +92,9 @@ class _State:
     """The channel of a dropped filter in a value; see ``Reader``."""
 
     reason: str = ""  # why it is not 0 there
-    aligned: bool = True
     alone: bool = True
-    span: int = 1
+    past: bool = False  # it has been read: what comes now matters only if it leaves the network
+    layout: Layout = field(default=Layout(frozenset()))
 
 
 class _Refused(Exception):
@@ -107,6 +108,7 @@ class _Follow:
         self.name = name
         self.found = Verdict()
         self.states: dict[int, _State] = {}  # of values that depend on its channel
+        self.reads: list[Operation] = []
         self.own: set[int] = set()  # the parameters, of conv and norm, whose rows are set to 0
 
     def verdict(self) -> Verdict:
@@ -114,6 +116,7 @@ class _Follow:
             convolutions = self._convolutions()
             self.found.norm = self._norm(convolutions)
             self._follow()
+            self.found.readers = {replace(x, alone=x.alone and self._is_alone(x.name)) for x in self.found.readers}
             self.found.rectified = self._is_rectified()
             if not self.found.readers:
                 raise _Refused("nothing was seen to read its channels")
@@ -157,15 +160,23 @@ class _Follow:
     def _follow(self) -> None:
         names = [f"{module}.{key}" for module in (self.name, self.found.norm) for key in ("weight", "bias")]
         self.own = {self.trace.parameters[name] for name in names if name in self.trace.parameters}
-        self.states = dict.fromkeys(self.own, _State())
+        self.states = {number: _State(layout=self._laid_out(number, 0)) for number in self.own}
         for operation in self.graph.operations:
-            if self.states.keys().isdisjoint(operation.inputs):
+            inputs = {number: self.states[number] for number in operation.inputs if number in self.states}
+            past = all(state.past for state in inputs.values())
+            inputs = {number: state for number, state in inputs.items() if state.past == past}
+            state = self._after(operation, inputs) if inputs else None
+            if state is None:
                 continue
-            state = self._after(operation)
-            if state is not None:
-                self.states.update(dict.fromkeys(operation.outputs, state))
-                if self.trace.left.intersection(operation.outputs):
-                    raise _Refused("its channels leave the network: it predicts")
+            layouts = [state.layout] * len(operation.outputs)
+            if not state.layout.dims:
+                layouts = laid_out(
+                    operation, {number: each.layout for number, each in inputs.items()}, self.trace.values
+                )
+            for number, layout in zip(operation.outputs, layouts, strict=True):
+                self.states[number] = replace(state, past=state.past or past, layout=layout)
+            if self.trace.left.intersection(operation.outputs):
+                raise _Refused("its channels leave the network: it predicts")
 
     def _is_rectified(self) -> bool:
         """Tells whether all behind conv and norm makes 0 of negative numbers, and of no positive ones."""
@@ -176,16 +187,15 @@ class _Follow:
         of_negative = all(operations.makes_zero(user, (), (-1.3, True)) for user in users)
         return bool(users) and of_negative and not any(operations.makes_zero(user, (), (1.3, True)) for user in users)
 
-    def _after(self, operation: Operation) -> _State | None:
+    def _after(self, operation: Operation, inputs: dict[int, _State]) -> _State | None:
         """The state of the outputs; None if they no longer depend on the channel."""
-        inputs = {number: self.states[number] for number in operation.inputs if number in self.states}
         channels = {number: state for number, state in inputs.items() if number not in self.own}
         if operation.name in operations.STEERED:
             steering = operation.arguments[operations.STEERED[operation.name] :]
-            if channels.keys() & set(numbers_in(steering)):
+            if channels.keys() & {value.number for value in values_in(steering)}:
                 raise _Refused(f"it tells {operation.name} where to look")
         if operation.name in operations.READS:
-            return self._read(operation, channels)
+            return self._read(operation, inputs)
         if operation.name in operations.NORMS:
             return self._normalised(operation)
         if operation.name == "copy":
@@ -199,17 +209,41 @@ class _Follow:
             return None
         return self._no_longer_zero(operation, inputs)
 
-    def _read(self, operation: Operation, channels: dict[int, _State]) -> _State | None:
-        for state in channels.values():
-            if state.reason:
-                raise _Refused(state.reason)
-            self.found.readers.add(Reader(operation.module, state.aligned, state.alone, state.span))
-        if operation.name not in operations.CONVOLUTIONS or operation.arguments[1].number not in self.own:
+    def _read(self, operation: Operation, inputs: dict[int, _State]) -> _State | None:
+        """Reads channels over which products are summed; leaves those in ``inputs`` that stay apart."""
+        own = [inputs.pop(number) for number in self.own & inputs.keys()]
+        added = []
+        for value, summed in operations.summed(operation):
+            added += [] if summed else [value]
+            if (state := inputs.pop(value.number, None)) is None:
+                continue
+            apart = state.layout.dims and not state.layout.dims & summed
+            is_filter = operation.name in operations.CONVOLUTIONS and 1 - len(value.shape) in state.layout.dims
+            if (is_filter or not apart) and not state.past:
+                if state.reason:
+                    raise _Refused(state.reason)
+                order, span = state.layout.order, state.layout.span
+                self.found.readers.add(Reader(operation.module, not order, state.alone, 1 if order else span))
+                self.reads.append(operation)
+            if apart:
+                inputs[value.number] = replace(state, past=is_filter or state.past)
+        if own and operation.name in operations.CONVOLUTIONS:
+            bias = operation.arguments[2]
+            is_own = not isinstance(bias, Value) or bias.number in self.own
+            reason = "" if is_own else "the bias that is added to its output is not its own"
+            return _State(reason, layout=self._laid_out(operation.outputs[0], 1))
+        if not inputs:
             return None
-        bias = operation.arguments[2]
-        if isinstance(bias, Value) and bias.number not in self.own:
-            return _State("the bias that is added to its output is not its own")
-        return _State()
+        past = all(state.past for state in inputs.values())
+        return replace(self._with(operation, inputs, added), past=past)
+
+    def _is_alone(self, module: str) -> bool:
+        """Tells whether all that a module reads, and all that is read with its weight, are these channels."""
+        users = self.graph.users
+        uses = users[self.trace.parameters.get(f"{module}.weight", 0)]  # a linear layer reads with a transposed weight
+        read = [users[use.outputs[0]] if use.name in operations.TRANSPOSES else [use] for use in uses]
+        own = {operation.outputs[0] for operation in self.reads if operation.module == module}
+        return {operation.outputs[0] for each in read for operation in each} == own
 
     def _normalised(self, operation: Operation) -> _State:
         found, weight, bias = operation.arguments[:3]
@@ -220,28 +254,47 @@ class _Follow:
             raise _Refused(f"its norm {self.found.norm} gets more than its output")
         if isinstance(bias, Value) and bias.number not in self.states:
             return _State(f"its norm {self.found.norm} adds what is not its own")
-        return _State()
+        return _State(layout=self._laid_out(operation.outputs[0], 1))
+
+    def _laid_out(self, number: int, dim: int) -> Layout:
+        return Layout(frozenset([dim - len(self.trace.values[number].shape)]))
 
     def _moved(self, operation: Operation, inputs: dict[int, _State]) -> _State:
         state = self._merged(inputs)
         if operation.name == operations.PAD and len(operation.arguments) > 2 and operation.arguments[2]:
             return replace(state, reason=f"it is padded with {operation.arguments[2]}")
-        if operation.name not in operations.OF_CHANNELS or operations.is_over_positions(operation):
+        along = operations.along(operation)
+        channels = frozenset.union(*(each.layout.dims for each in inputs.values()))
+        if operation.name in operations.JOINS and (operation.name == "stack" or not along <= channels):
+            return self._with(operation, inputs, values_in(operation.arguments))
+        if operation.name not in operations.OF_IMAGES | operations.SUMS or not channels & along:
             return state
-        if operation.name == "amax":
+        if "max" in operation.name:
             return self._no_longer_zero(operation, inputs)  # where all others are below 0 it is the largest
-        if (span := operations.flattened(operation)) is not None:
-            return replace(state, span=state.span * span)
-        return replace(state, aligned=False, alone=state.alone and operation.name not in operations.SUMS)
+        if state.reason or not channels <= along:
+            return replace(state, alone=False)
+        self.found.readers.add(Reader(operation.module, False, False))  # a sum over channels reads them
+        return replace(state, past=True)
 
     def _elementwise(self, operation: Operation, inputs: dict[int, _State]) -> _State:
+        """Values that hold other channels in the same places do not keep each other silent."""
         silent = {number: state for number, state in inputs.items() if not state.reason}
-        if silent and operations.makes_zero(operation, silent, (0.7, True), (-1.3, False)):  # whatever else it gets
-            return self._merged(silent)
+        zeros = [{number for number in silent if silent[number].layout == x.layout} for x in inputs.values()]
+        if all(operations.makes_zero(operation, each, (0.7, True), (-1.3, False)) for each in zeros):
+            return self._merged(silent)  # whatever else it gets
         are_data = not any(n in self.trace.constants for n in operation.inputs if n not in inputs)
-        if inputs == silent and are_data and operations.makes_zero(operation, silent, (0.0, True), (0.0, False)):
+        added = inputs == silent and are_data and all(operations.is_sum(operation, each) for each in zeros)
+        if added and operations.makes_zero(operation, silent, (0.0, True), (0.0, False)):
             return replace(self._merged(silent), alone=False)  # other channels are added
         return self._no_longer_zero(operation, inputs)
+
+    def _with(self, operation: Operation, inputs: dict[int, _State], values: Sequence[Value]) -> _State:
+        """With other values at places of the channel."""
+        others = {value.number for value in values if value.dtype.is_floating_point} - inputs.keys() - self.trace.zeros
+        if others & self.trace.constants:
+            return self._no_longer_zero(operation, inputs)
+        state = self._merged(inputs)
+        return replace(state, alone=state.alone and not others)
 
     def _no_longer_zero(self, operation: Operation, inputs: dict[int, _State]) -> _State:
         state = self._merged(inputs)
@@ -249,12 +302,6 @@ class _Follow:
         return replace(state, reason=state.reason or reason)
 
     def _merged(self, inputs: Mapping[int, _State]) -> _State:
-        # A gain (J,) becomes (1, J, 1, 1) on its way: channels count where the data are.
-        placed = [state for number, state in inputs.items() if number not in self.trace.constants]
-        placed = placed or list(inputs.values())
-        return _State(
-            next((state.reason for state in inputs.values() if state.reason), ""),
-            all(state.aligned for state in placed),
-            all(state.alone for state in placed),
-            max(state.span for state in placed),
-        )
+        states = inputs.values()
+        reasons = [state.reason for state in states if state.reason]
+        return _State(reasons[0] if reasons else "", all(state.alone for state in states))

@@ -34,6 +34,7 @@ class Value:
     number: int
     dtype: torch.dtype
     shape: torch.Size
+    steps: tuple[int, ...]  # in memory
 
 
 @dataclass
@@ -68,6 +69,8 @@ class Trace(TorchDispatchMode):
     Attributes:
         constants: numbers of values without data: what the model holds, fresh tensors, and what is made of these.
         parameters: "module.attribute" of watched modules that have run -> number.
+        zeros: those of them that are 0, or not written yet.
+        values: by number, as they were made.
         left: numbers of the values that left the network.
     """
 
@@ -79,6 +82,8 @@ class Trace(TorchDispatchMode):
         self.running: list[tuple[str, int]] = []
         # Writing to a tensor in place changes all that share its memory.
         self._sharing: dict[int, WeakTensorKeyDictionary] = {}
+        self.zeros: set[int] = set()
+        self.values: dict[int, Value] = {}
         self.parameters: dict[str, int] = {}
         self.left: set[int] = set()
         held = (*model.parameters(), *model.buffers(), *_attributes(model))
@@ -101,18 +106,21 @@ class Trace(TorchDispatchMode):
             self._count += 1
             number = self._count
         self._numbers[tensor] = number
+        self.values.setdefault(number, self._value(tensor))
         if tensor.layout == torch.strided and (place := tensor.untyped_storage().data_ptr()):
             self._sharing.setdefault(place, WeakTensorKeyDictionary())[tensor] = True
         return number
+
+    def _value(self, tensor: Tensor) -> Value:
+        steps = tensor.stride() if tensor.layout == torch.strided else ()
+        return Value(self.number(tensor), tensor.dtype, tensor.shape, steps)
 
     def __torch_dispatch__(
         self, function: Any, types: Any, arguments: tuple = (), keywords: dict[str, Any] | None = None
     ) -> Any:
         keywords = keywords or {}
-        noted = tree_map_only(
-            Tensor, lambda each: Value(self.number(each), each.dtype, each.shape), (arguments, keywords)
-        )
-        inputs = numbers_in(noted)
+        noted = tree_map_only(Tensor, self._value, (arguments, keywords))
+        inputs = [value.number for value in values_in(noted)]
         result = function(*arguments, **keywords)
         name = function.overloadpacket.__name__
         if name in _COPIES:
@@ -123,18 +131,27 @@ class Trace(TorchDispatchMode):
         outputs = [self._renumber(tensor) for tensor in tensors_in(arguments[0] if in_place else result)]
         if name in _FRESH or (inputs and self.constants.issuperset(inputs)):
             self.constants.update(outputs)
+            can_be_blank = name in _FRESH or self.zeros.issuperset(inputs)
+            if can_be_blank and ("empty" in name or not any(_is_not_zero(tensor) for tensor in tensors_in(result))):
+                self.zeros.update(outputs)
         self._record(function, name, *noted, inputs, outputs)
         if in_place:
             self._renumber_sharing(arguments[0])
         return result
 
     def _renumber_sharing(self, target: Any) -> None:
-        """Tensors that share memory with a written one hold a mixture of before and after."""
+        """Tensors that share memory with a written one hold a mixture of before and after, along some dimensions."""
         for tensor in tensors_in(target):
             sharing = self._sharing.get(tensor.untyped_storage().data_ptr(), {})
             for other in [other for other in sharing if other is not tensor]:
-                mixed = [self._numbers[other], self._numbers[tensor]]
-                self._record(torch.ops.aten.cat.default, "cat", (), {}, mixed, [self._renumber(other)])
+                values = self._value(other), self._value(tensor)
+                pairs, written = (list(zip(value.shape, value.steps, strict=True)) for value in values)
+                if pairs == written and other.storage_offset() == tensor.storage_offset():
+                    self._renumber(other, self._numbers[tensor])
+                    continue
+                arguments = (*values, [dim for dim, pair in enumerate(pairs) if pair not in written])
+                numbers = [value.number for value in values], [self._renumber(other)]
+                self._record(torch.ops.aten.slice_scatter.default, "overlap", arguments, {}, *numbers)
 
     def _record(self, function: Any, name: str, arguments: Any, keywords: Any, inputs: list, outputs: list) -> None:
         modules = tuple(running for running, _ in self.running)
@@ -242,5 +259,9 @@ def _attributes(model: nn.Module) -> Iterator[Tensor]:
                 yield from tensors_in(held, depth=1)
 
 
-def numbers_in(arguments: Any) -> list[int]:
-    return [leaf.number for leaf in tree_leaves(arguments) if isinstance(leaf, Value)]
+def _is_not_zero(tensor: Tensor) -> bool:
+    return tensor.device.type == "meta" or bool(tensor.any())
+
+
+def values_in(arguments: Any) -> list[Value]:
+    return [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Value)]
