@@ -4,6 +4,7 @@ import json
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -118,3 +119,14 @@ def ap_of_the_truth(name):
         for record in DatasetCatalog.get(name)
     ]
     return evaluate(COCOEvaluator(name, ("bbox",), distributed=False), found)["AP"]
+
+
+def many(folder, count=60):
+    """Boxes everywhere in the images, larger and smaller ones."""
+    generator, boxes = np.random.default_rng(0), []
+    for number in range(1, count + 1):
+        image_id = [*SIZES][number % 3]
+        extent = generator.uniform(0.1, 0.9, 2) * SIZES[image_id]
+        corner = generator.uniform(0, 1, 2) * (SIZES[image_id] - extent)
+        boxes.append((image_id, 3, [*corner.tolist(), *extent.tolist()]))
+    folder.content["annotations"] = annotations_of(boxes)

@@ -1,7 +1,6 @@
 """COCO-format data: every kind of damage is refused or warned of in one line; what only looks odd passes."""
 
 import gzip
-import itertools
 import json
 import os
 import reprlib
@@ -14,12 +13,12 @@ from coco_folder import (
     SIZES,
     Folder,
     annotation,
-    annotations_of,
     ap_of_the_truth,
     category,
     change,
     every,
     image,
+    many,
     put,
     refused,
 )
@@ -27,9 +26,8 @@ from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, DatasetMapper
 from detectron2.data.datasets import register_coco_instances
 from PIL import Image
-from pycocotools import mask as mask_utils
 
-from repr_det.datasets import image_files, objects
+from repr_det.datasets import image_files
 
 
 def as_detectron2_reads_it(folder):
@@ -176,17 +174,6 @@ def test_wrong_data(folder, edit, message):
     assert message in text and text.startswith("data set mine: ") and len(text) < 500 + 2 * len(str(folder.json))
 
 
-def many(folder, count=60):
-    """Boxes everywhere in the images, larger and smaller ones."""
-    generator, boxes = np.random.default_rng(0), []
-    for number in range(1, count + 1):
-        image_id = [*SIZES][number % 3]
-        extent = generator.uniform(0.1, 0.9, 2) * SIZES[image_id]
-        corner = generator.uniform(0, 1, 2) * (SIZES[image_id] - extent)
-        boxes.append((image_id, 3, [*corner.tolist(), *extent.tolist()]))
-    folder.content["annotations"] = annotations_of(boxes)
-
-
 @change
 def boxes(folder, form):
     """The boxes in another form, with areas that fit."""
@@ -245,31 +232,6 @@ def test_what_is_doubtful_is_one_warning_that_names_the_first_entry(folder, capl
     folder.check(name="cells")
     assert len(caplog.messages) == (message is not None)
     assert all(line.startswith(f"data set cells: {folder.json}: ") and message in line for line in caplog.messages)
-
-
-@pytest.mark.parametrize("kind", ["mask", "keypoint"])
-@pytest.mark.parametrize(
-    ("form", "message"),
-    [
-        (lambda points, size: points, None),
-        (lambda points, size: points.round(), None),
-        (lambda points, size: points / size, "; read as fractions, 60 of 60 fit their boxes (bbox ["),
-        (lambda points, size: points[:, ::-1], "; read as y before x, 60 of 60 fit their boxes (bbox ["),
-        (lambda points, size: points / 2, "in its bbox, and ends, as all do, within 60% of its image, like one of"),
-        (lambda points, size: points + 1000, "more outside than in its bbox (bbox ["),
-    ],
-)
-def test_masks_and_keypoints_are_held_against_their_boxes(folder, kind, form, message):
-    many(folder)
-    for entry in folder.content["annotations"]:
-        x, y, w, h = entry["bbox"]
-        points = form(np.array([[x, y], [x + w, y], [x + w, y + h]]), np.array(SIZES[entry["image_id"]]))
-        seen = np.hstack([points, [[1], [2], [2]]]).ravel().tolist()
-        entry.update(segmentation=[points.ravel().tolist()], keypoints=[*seen, 0, 0, 0])
-    lines = folder.check().gaps[f"{kind} doubts"]
-    assert len(lines) == (message is not None) and all(message in line for line in lines)
-    every(lambda a: {"keypoints": [1, 2, 0]})(folder)
-    assert "has only keypoints of visibility 0, as all have" in folder.check().gaps["keypoint doubts"][0]
 
 
 @pytest.mark.parametrize(
@@ -372,25 +334,6 @@ def test_odd_but_sound_data_pass_here_and_in_detectron2(tmp_path, catalogs, name
     names = [*summary.classes.values()]
     assert records[1]["instances"].gt_classes.tolist() == [names.index("cell"), names.index("plate")]
     assert not summary.gaps["polygons"]
-
-
-def test_every_string_of_pycocotools_is_read():
-    generator = np.random.default_rng(0)
-    for width, height, share in itertools.product((1, 40, 640), (1, 30, 480), (0, 0.001, 0.5, 1)):
-        pixels = np.asfortranarray((generator.random((height, width)) < share).astype(np.uint8))
-        text = mask_utils.encode(pixels)["counts"].decode()
-        assert objects._mask_fault({"size": [height, width], "counts": text}, width, height) is None
-        changes = np.diff(pixels.ravel("F"), prepend=0).nonzero()[0]
-        runs = np.diff(changes, prepend=0, append=pixels.size).tolist()
-        assert objects._runs(text) == runs
-        if pixels.any():
-            y, x = pixels.nonzero()
-            for counts in (text, runs):
-                corners = objects._outline({"size": [height, width], "counts": counts}, None)
-                assert corners == [[x.min(), y.min(), x.max() + 1, y.max() + 1]]
-        for damaged in (text[:-1], text + "z", "!" + text):
-            fault = objects._mask_fault({"size": [height, width], "counts": damaged}, width, height)
-            assert fault.startswith("RLE whose counts")
 
 
 def test_what_is_said_of_evaluation_is_true_of_the_stock_one(folder, catalogs):

@@ -1,4 +1,4 @@
-"""Which convs can lose filters: the verdict of a traced pass, against what really setting rows to zero does."""
+"""Convs that can lose filters: the verdict of a traced pass, against what really setting rows to zero does."""
 
 import pytest
 import torch
@@ -8,15 +8,12 @@ from detectron2.layers import Conv2d as Detectron2Conv2d
 from detectron2.layers import get_norm
 from torch import nn
 from torch.nn.utils import parametrizations, prune
-from torch.utils.checkpoint import checkpoint
-from traced_nets import IMAGES, Net, build, conv, is_silent, vary_norms, verdicts
+from traced_nets import Net, build, conv, is_silent, told, vary_norms, verdicts
 
-from repr_det.method.errors import UserError
 from repr_det.method.layers import find_filter_layers
 from repr_det.method.participants import Participants
 from repr_det.network.norms import epsilon, norm_kind
 from repr_det.network.proof import Reader
-from repr_det.network.watch import Watch
 
 BN = nn.BatchNorm2d
 
@@ -307,115 +304,6 @@ def test_readers_of_channels_that_have_moved(behind, reader, silent):
     net = build(conv(), nn.ReLU(), *behind)
     assert verdicts(net)["0"].readers == reader
     assert silent is None or is_silent(net, "0", None)
-
-
-def plain_net() -> nn.Sequential:
-    return build(conv(), BN(16), nn.ReLU(), conv(16), BN(16), nn.ReLU())
-
-
-PLAIN = {"0": ("", "1"), "3": ("", "4"), "6": ("", None)}
-
-
-def told(found) -> dict[str, tuple[str, str | None]]:
-    return {name: (verdict.reason, verdict.norm) for name, verdict in found.items()}
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_precision(dtype):
-    net = plain_net() if dtype == torch.bfloat16 else plain_net().double()
-    images = IMAGES.to(next(net.parameters()).dtype)
-    with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
-        assert told(verdicts(net, lambda: net(images))) == PLAIN
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing(reentrant):
-    whole = plain_net()
-    net = Net(
-        lambda net, x: net.rest(checkpoint(net.first, x, use_reentrant=reentrant)), first=whole[:6], rest=whole[6:]
-    )
-    found = told(verdicts(net, lambda: net(IMAGES.clone().requires_grad_()).sum().backward()))
-    assert found == {f"first.{n}": (r, f"first.{m}") for n, (r, m) in PLAIN.items() if m} | {"rest.6": ("", None)}
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_compiled_networks():
-    """The traced pass runs as it is; later ones are compiled, and see no trace any more."""
-    torch._dynamo.reset()
-    net = plain_net()
-    compiled = torch.compile(net, backend="aot_eager")
-    watch = Watch(net, list(PLAIN))
-    for _ in range(2):
-        compiled(IMAGES).sum().backward()
-        watch.hear()
-    assert told(watch.verdicts) == PLAIN and watch.traced == 1
-    with torch.no_grad():
-        torch.testing.assert_close(compiled.eval()(IMAGES), net.eval()(IMAGES))
-    torch._dynamo.reset()
-
-
-def test_all_passes_of_the_first_step_count():
-    """Also those of parts that are called on their own, as a loss on features does: its last conv predicts then."""
-    net = plain_net()
-    model = Net(lambda net, x: net.head(net.body(x)), body=net[:6], head=nn.Conv2d(16, 4, 1))
-    watch = Watch(model, ["body.0", "body.3"])
-    watch.trace_next()  # it does already
-    net(IMAGES)  # a Sequential of the same convs, which is not watched
-    for part, traced in ((model, 1), (model.body, 2), (model, 3)):
-        part(IMAGES)
-        assert watch.traced == traced and told(watch.verdicts)["body.0"] == ("", "body.1")
-        assert ("it predicts" in watch.verdicts["body.3"].reason) == (traced > 1)
-    watch.hear()
-    model(IMAGES)
-    assert watch.traced == 3
-
-
-def test_a_conv_is_proved_when_it_first_runs():
-    passes = []
-
-    def run(net, x):
-        passes.append(1)
-        x = net.always(x).relu()
-        return net.last(x + net.late(x).relu() if len(passes) > 2 else x).mean((2, 3))
-
-    net = Net(run, always=conv(), late=conv(16), never=conv(16), last=conv(16, 4))
-    watch = Watch(net, ["always", "late", "never", "last"])
-    for number in range(5):
-        net(IMAGES)
-        if watch.news:
-            watch.hear()
-        found = [name for name, verdict in watch.verdicts.items() if not verdict.reason]
-        assert found == (["always"] if number < 3 else ["always", "late"])
-    assert watch.traced == 2  # the first pass, and the one after the first with "late"
-    assert "never (it has not run in a training pass" in " ".join(watch.left_out())
-
-
-def test_only_training_passes_are_looked_at_and_what_stays_out_is_said_once(caplog):
-    net = build(conv(), nn.Sigmoid(), conv(16), nn.ReLU())
-    participants = Participants(find_filter_layers(net, ["*"]), net)
-    with torch.no_grad():
-        net(IMAGES)
-    with pytest.raises(RuntimeError):  # a pass that ends in an error shows nothing
-        net(IMAGES[:, :2])
-    assert not participants.known
-    with pytest.raises(UserError, match=r"no pass of this model has been seen: give RePr the module that you call"):
-        participants.agreed()
-    with caplog.at_level("INFO", "repr_det"):
-        net(IMAGES)
-        assert participants.known and participants.news and participants.trains
-        for _ in range(2):
-            assert [layer.name for layer in participants.hear()] == ["2", "4"] and not participants.news
-            net(IMAGES)
-    assert caplog.text.count("all filters stay of 0 (behind it comes sigmoid, which does not make 0 of") == 1
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
-
-
-def test_where_nothing_takes_part_what_could_is_named():
-    net = build(conv(), nn.Sigmoid(), conv(16), nn.ReLU())
-    participants = Participants(find_filter_layers(net, ["0"]), net)
-    net(IMAGES)
-    with pytest.raises(UserError, match=r"layers= names: 0 \(behind it comes sigmoid, .*\); these could: 2, 4$"):
-        participants.agreed()
 
 
 # Convs that take part, of all that train. Of DenseNet those in front of a norm of their own; of EfficientNet all but

@@ -75,6 +75,10 @@ def verdicts(net: nn.Module, run=None) -> dict[str, Verdict]:
     return watch.verdicts
 
 
+def told(found) -> dict[str, tuple[str, str | None]]:
+    return {name: (verdict.reason, verdict.norm) for name, verdict in found.items()}
+
+
 def is_silent(net: nn.Module, conv: str, norm: str | None, run=lambda net: net(IMAGES)) -> bool:
     """Whether filters ROWS of a conv are silent where their rows of conv and norm are zero: the conv computes with its
     own weight, what reads them gets 0 where it got something else before, and they are not in the output."""

@@ -163,9 +163,10 @@ def summary(study: Study) -> str:
     """The rows of SUMMARY, on seeds that both arms have: mean of the last 5 % of the epochs, of 12 the last."""
     lines = []
     for label, (options, rows) in SUMMARY.items():
+        all_seeds = study.arm("standard", options)
         for row in rows:
             arm = study.arm(row, options)
-            standard = {seed: record for seed, record in study.arm("standard", options).items() if seed in arm}
+            standard = {seed: record for seed, record in all_seeds.items() if seed in arm}
             tests = [spread(map(tail, each.values())) for each in (standard, arm)]
             lines.append([label if row == rows[0] else "", row.replace("_", " "), *tests, versus(standard, arm, tail)])
     return markdown(["data", "criterion", "standard", "RePr", "RePr - standard (95 % CI)"], lines)

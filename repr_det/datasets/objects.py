@@ -21,8 +21,10 @@ RIGHT_AREA = "give the object's area in pixels"
 FORM = "a bbox must be [x, y, width, height] in pixels"
 NEEDED = "which COCO evaluation needs"
 LEFT_OUT = "and Detectron2 leaves it out"
-PURPOSES = ("training", "doubts", "evaluation", "area doubts", "masks", "crowd masks", "polygons", "mask doubts")
-PURPOSES += ("keypoints", "visibility", "keypoint doubts")
+PURPOSES = (
+    *("training", "doubts", "evaluation", "area doubts", "masks", "crowd masks", "polygons", "mask doubts"),
+    *("keypoints", "visibility", "keypoint doubts"),
+)
 RUN = "[P-o]{0,6}[0-O]"  # of COCO's compressed RLE: groups of five bits; the last lacks the sixth
 
 # Which objects are odd (N,), by purpose how many of them pass, and what is wrong.

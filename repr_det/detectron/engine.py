@@ -156,8 +156,8 @@ class Trainer(DefaultTrainer):
         """Detectron2's, and writes the final checkpoint that a killed run did not."""
         self.iter = min(self.iter, self.max_iter - 1)  # the last, of a finished run that is resumed
         super().before_train()
-        last = os.path.basename(self.checkpointer.get_checkpoint_file())
-        if self.start_iter == self.max_iter and comm.is_main_process() and last != FINAL_CHECKPOINT:
+        finished = self.start_iter == self.max_iter and comm.is_main_process()
+        if finished and os.path.basename(self.checkpointer.get_checkpoint_file()) != FINAL_CHECKPOINT:
             self.checkpointer.save(os.path.splitext(FINAL_CHECKPOINT)[0], iteration=self.iter)
 
     def after_train(self) -> None:

@@ -235,7 +235,7 @@ class RePrHook(HookBase):
             if scheme.needs_batches:
                 raise
             return
-        if scheme.participants.known:
+        if scheme.participants.known:  # by the state; that batches can be drawn has been asked all the same
             return
         self.repr.prove(lambda: scheme.passes.loss(batch))
         if self.trainer.start_iter == 0:

@@ -33,7 +33,7 @@ logger = logging.getLogger("repr_det.data_criteria")
 
 @dataclass(frozen=True)
 class Context:
-    """What a criterion may look at: a CPU generator, and ``num_batches`` training batches of ``cycle``."""
+    """The means of a criterion besides the filters: a CPU generator, ``num_batches`` training batches of ``cycle``."""
 
     generator: torch.Generator
     passes: TrainingPasses | None = None
@@ -87,7 +87,7 @@ def calibrated_overlap(weight: Tensor) -> Tensor:
 
 
 def released_overlap(weight: Tensor) -> Tensor:
-    """Of the author's released code: |mean_j (What What^T - I)[f, j]|, What = W / ||W||_F."""
+    """The overlap of the author's released code: |mean_j (What What^T - I)[f, j]|, What = W / ||W||_F."""
     rows = torch.nan_to_num(weight.detach().cpu().double().flatten(1))
     rows = rows / rows.norm().clamp_min(torch.finfo(torch.float32).tiny)
     return ((rows @ rows.sum(0) - 1) / len(rows)).abs()

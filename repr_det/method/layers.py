@@ -63,7 +63,7 @@ class FilterLayer:
         return self.conv.weight
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is zero in row f while filter f is dropped: each (J, ...)."""
+        """The tensors (J, ...) whose row f is zero while filter f is dropped."""
         found = {"weight": self.conv.weight, "bias": self.conv.bias}
         if self.kind != NONE:
             found |= {"norm.weight": self.norm.weight, "norm.bias": self.norm.bias}
@@ -80,7 +80,7 @@ class FilterLayer:
         return {"norm.running_mean": self.norm.running_mean, "norm.running_var": self.norm.running_var}
 
     def output_module(self) -> nn.Module:
-        """What puts out the channel after conv and norm (Detectron2 runs the norm inside the conv)."""
+        """The module that puts out the channel after conv and norm (Detectron2 runs the norm inside the conv)."""
         if self.norm is None or any(module is self.norm for module in self.conv.modules()):
             return self.conv
         return self.norm

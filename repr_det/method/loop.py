@@ -264,7 +264,7 @@ class RePr:
             )
 
     def _share_of_rate(self) -> float:
-        """Of the learning rate for the next step, in warm-up after a restore."""
+        """The share of the learning rate that the next step has, in warm-up after a restore."""
         restored = [i for i in self.schedule.restore_iters if i < self.steps]
         if self._finished or not self.scheme.num_returned or not restored:
             return 1.0

@@ -70,7 +70,7 @@ def _all_state(optimizers: Sequence[Optimizer]) -> Iterator[tuple[str, Tensor, s
 
 
 def optimizer_state(optimizers: Sequence[Optimizer], parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """What optimizers keep of the shape of ``parameter``."""
+    """The tensors that optimizers keep for ``parameter``, of its shape, by their keys."""
     for optimizer in optimizers:
         for key, value in optimizer.state.get(parameter, {}).items():
             if torch.is_tensor(value) and value.shape == parameter.shape:

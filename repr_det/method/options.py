@@ -125,7 +125,7 @@ class RePrOptions:
 
     @classmethod
     def of(cls, given: dict[str, Any]) -> "RePrOptions":
-        """Of keyword arguments; OptionError for another name."""
+        """Makes the options of keyword arguments; OptionError for another name."""
         known = {}
         for name, value in given.items():
             if name in _WITHOUT_EFFECT:

@@ -125,7 +125,7 @@ class Participants:
 
 
 class Learning:
-    """Which layers learn: a dropped filter of another could never come back as a new one."""
+    """The layers that learn: a dropped filter of another could never come back as a new one."""
 
     def __init__(self, layers: Sequence[FilterLayer], optimizers: Sequence[Optimizer]) -> None:
         self.seen: set[str] = set()  # names of those that have had a gradient

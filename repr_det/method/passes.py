@@ -16,7 +16,7 @@ from repr_det.network.state import generators_in, preserved_random_state
 
 @dataclass
 class TrainingPasses:
-    """How to run the model on training batches outside the training loop.
+    """Passes of the model over training batches outside the training loop.
 
     Attributes:
         model: not wrapped in DistributedDataParallel.

@@ -1,4 +1,4 @@
-"""Where the channels of a conv lie in a value."""
+"""The places of a conv's channels in a value."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""What torch's operations, by their names, make of a channel that is 0."""
+"""Torch's operations, by their names: what each makes of a channel that is 0."""
 
 from collections.abc import Collection
 from functools import partial

@@ -37,7 +37,7 @@ class Reader:
 
 @dataclass
 class Verdict:
-    """What the proof found about a conv.
+    """The result of the proof for a conv.
 
     Attributes:
         reason: why its filters cannot be dropped; "" if they can.
@@ -170,9 +170,8 @@ class _Follow:
                 continue
             layouts = [state.layout] * len(operation.outputs)
             if not state.layout.dims:
-                layouts = laid_out(
-                    operation, {number: each.layout for number, each in inputs.items()}, self.trace.values
-                )
+                before = {number: each.layout for number, each in inputs.items()}
+                layouts = laid_out(operation, before, self.trace.values)
             for number, layout in zip(operation.outputs, layouts, strict=True):
                 self.states[number] = replace(state, past=state.past or past, layout=layout)
             if self.trace.left.intersection(operation.outputs):
@@ -189,10 +188,9 @@ class _Follow:
 
     def _after(self, operation: Operation, inputs: dict[int, _State]) -> _State | None:
         """The state of the outputs; None if they no longer depend on the channel."""
-        channels = {number: state for number, state in inputs.items() if number not in self.own}
         if operation.name in operations.STEERED:
             steering = operation.arguments[operations.STEERED[operation.name] :]
-            if channels.keys() & {value.number for value in values_in(steering)}:
+            if (inputs.keys() - self.own) & {value.number for value in values_in(steering)}:
                 raise _Refused(f"it tells {operation.name} where to look")
         if operation.name in operations.READS:
             return self._read(operation, inputs)

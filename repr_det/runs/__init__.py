@@ -1,1 +1,1 @@
-"""What keeps a run whole: its files, checkpoints, resume and stop. May import ``method`` and ``network``."""
+"""The files of a run, its checkpoints, resume and stop, which keep it whole. May import ``method`` and ``network``."""

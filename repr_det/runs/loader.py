@@ -121,7 +121,7 @@ class ResumableLoader:
 
     @functools.cached_property
     def fingerprint(self) -> dict[str, Any]:
-        """What gives a saved position its meaning, by names that a user knows."""
+        """The settings that give a saved position its meaning, by names that a user knows."""
         sampler, dataset = self.stream.sampler, self.stream.dataset
         about = {"data set's class": type(dataset).__qualname__}
         if type(dataset) is MapDataset:
@@ -148,7 +148,7 @@ class ResumableLoader:
         }
 
     def changes(self, state: dict[str, Any]) -> list[str]:
-        """What differs from the loader of ``state``, as "x was 1 and is 2"; [] if it can resume."""
+        """Differences from the loader of ``state``, as "x was 1 and is 2"; [] if it can resume."""
         own, theirs = self.fingerprint, state.get("made_of")
         if theirs is None:
             return ["the checkpoint of an older version does not say what its data order was made of"]

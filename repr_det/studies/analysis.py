@@ -167,7 +167,7 @@ def _overlap(layer: FilterLayer, cosines: Tensor, used: Tensor) -> dict[str, Any
 
 
 def expected_near_duplicates(num_filters: int, dimension: int) -> float:
-    """Of random directions; the squared cosine of two is Beta(1 / 2, (d - 1) / 2) distributed."""
+    """The number of them among random directions; the squared cosine of two is Beta(1 / 2, (d - 1) / 2) distributed."""
     near = special.betainc((dimension - 1) / 2, 0.5, 1 - NEAR_DUPLICATE**2) if dimension > 1 else 1.0
     return num_filters * (1 - (1 - near) ** (num_filters - 1))
 
