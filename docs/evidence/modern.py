@@ -9,6 +9,7 @@ The same command trains what is missing there, on any machine; without --data it
 
 import argparse
 import dataclasses
+import hashlib
 import itertools
 import json
 import statistics
@@ -30,6 +31,7 @@ from cifar import data, records, training
 from cifar import network as c3
 
 from repr_det import RePrSchedule, RePrScheme, find_filter_layers
+from repr_det.runs.files import replacing
 
 STANDARD = "standard"
 ARMS = [STANDARD, "ortho", "random"]
@@ -129,9 +131,11 @@ def with_noise(images: data.Images, share: float, seed: int) -> data.Images:
     return data.Images(images.pixels, classes)
 
 
-def train(settings: Settings, images: data.Cifar10) -> tuple[nn.Module, Record]:
-    """The trained network and its line; accuracies in percent, "curve" on clean test images after every epoch."""
-    began = time.perf_counter()
+def train(settings: Settings, images: data.Cifar10, cache: Path) -> tuple[nn.Module, Record]:
+    """The trained network and its line; accuracies in percent, "curve" on clean test images after every epoch.
+
+    A run that is killed goes on from its last whole epoch, which lies in ``cache``.
+    """
     feed = training.Feed(data.balanced(images.train, settings.images), images.test)
     noisy = with_noise(feed.train, settings.noise, settings.seed)
     torch.manual_seed(settings.seed)
@@ -148,8 +152,18 @@ def train(settings: Settings, images: data.Cifar10) -> tuple[nn.Module, Record]:
     milestones = [round(steps * share / 100) for share in settings.rate_drops]
     rate = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones)
     order = torch.Generator().manual_seed(settings.seed)
-    curve, train_curve, iteration = [], [], 0
-    for _ in range(settings.epochs):
+    record: Record = {"settings": dataclasses.asdict(settings), "curve": [], "train_curve": [], "seconds": 0.0}
+    parts = {"model": model, "optimizer": optimizer, "rate": rate, **({"scheme": scheme} if scheme else {})}
+    kept = cache / f"{hashlib.sha256(settings.key.encode()).hexdigest()[:12]}.pt"
+    if kept.exists():
+        state = torch.load(kept, weights_only=True)
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        order.set_state(state["order"])
+        record = state["record"]
+    iteration = len(record["curve"]) * -(-settings.images // settings.batch_size)
+    for epoch in range(len(record["curve"]) + 1, settings.epochs + 1):
+        began = time.perf_counter()
         model.train()
         right = 0
         for rows in torch.randperm(len(noisy), generator=order).split(settings.batch_size):
@@ -169,11 +183,16 @@ def train(settings: Settings, images: data.Cifar10) -> tuple[nn.Module, Record]:
             elif iteration in restores:
                 scheme.restore()
             iteration += 1
-        train_curve.append(round(100 * right / len(noisy), 2))
-        curve.append(training.accuracy(model, feed, feed.test))
-    record = {"settings": dataclasses.asdict(settings), "final": curve[-1], "best": max(curve), "curve": curve}
-    record |= {"train_curve": train_curve, "seconds": round(time.perf_counter() - began), "torch": torch.__version__}
-    return model, record
+        record["train_curve"].append(round(100 * right / len(noisy), 2))
+        record["curve"].append(training.accuracy(model, feed, feed.test))
+        record["seconds"] += time.perf_counter() - began
+        if epoch < settings.epochs:
+            state = {name: part.state_dict() for name, part in parts.items()}
+            with replacing(kept, "wb") as whole:
+                torch.save({**state, "order": order.get_state(), "record": record}, whole)
+    kept.unlink(missing_ok=True)
+    ends = {"final": record["curve"][-1], "best": max(record["curve"]), "seconds": round(record["seconds"])}
+    return model, {**record, **ends, "torch": torch.__version__}
 
 
 class Study(ABC):
@@ -190,10 +209,10 @@ class Study(ABC):
     def runs(self, seeds: Iterable[int]) -> Iterable[Settings]:
         """The runs in the order in which they are trained. A later one may depend on the records of earlier ones."""
 
-    def train_missing(self, seeds: Iterable[int], images: data.Cifar10) -> None:
+    def train_missing(self, seeds: Iterable[int], images: data.Cifar10, cache: Path) -> None:
         for settings in self.runs(seeds):
             if settings.key not in self.records:
-                _, record = train(settings, images)
+                _, record = train(settings, images, cache)
                 records.append(self.file, record)
                 self.records[settings.key] = record
                 print(f"{settings.key}: {record['final']:.1f}, {record['seconds']} s", flush=True)
@@ -258,13 +277,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--data", type=Path, help="folder or zip file with the images; without it nothing is trained")
-    parser.add_argument("--cache", type=Path, default=Path("output/cifar10/data"), help="for the decoded images")
+    parser.add_argument(
+        "--cache", type=Path, default=Path("output/cifar10/data"), help="for decoded images and unfinished runs"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     args = parser.parse_args()
     study = STUDIES[args.study]()
     if args.data is not None:
         training.prepare_process()
-        study.train_missing(args.seeds, data.load(args.data, args.cache))
+        study.train_missing(args.seeds, data.load(args.data, args.cache), args.cache)
     print(study.table())
 
 

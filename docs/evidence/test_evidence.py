@@ -118,15 +118,15 @@ def test_a_study_trains_what_is_missing_and_tells_it_by_seed(study, monkeypatch,
     ends = {"standard": 50.0, "ortho": 52.0, "random": 49.0}
     trained = []
 
-    def train(settings, images):
+    def train(settings, images, cache):
         trained.append(settings)
         end = ends[settings.arm] + settings.seed
         record = {"settings": dataclasses.asdict(settings), "final": end, "best": end + 1, "train_curve": [80]}
         return None, {**record, "seconds": 1}
 
     monkeypatch.setattr(modern, "train", train)
-    study(tmp_path).train_missing([0], None)
-    study(tmp_path).train_missing([0, 1], None)
+    study(tmp_path).train_missing([0], None, tmp_path)
+    study(tmp_path).train_missing([0, 1], None, tmp_path)
     assert len(trained) == len(set(trained)) == len(list(study(tmp_path).runs([0, 1])))
     lines = study(tmp_path).table().splitlines()[2:]
     assert lines[0] == "| standard | 2 | 50.5 ± 0.7 | | 51.5 ± 0.7 | | 80 |"
@@ -169,6 +169,29 @@ def test_two_runs_may_decode_the_images_at_once(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", save_as_another_run_begins)
     loaded.append(data.load(folder, tmp_path))
     assert loaded[0].digest == loaded[1].digest and len(list(tmp_path.glob("*.pt"))) == 1
+
+
+@pytest.mark.parametrize("arm", ["standard", "ortho"])
+def test_a_killed_run_of_a_study_goes_on_as_if_nothing_had_happened(folder, tmp_path, monkeypatch, arm):
+    images = data.load(folder, tmp_path)
+    run = modern.Settings(arm, 0, "C3(32)", 40, 10, 8, 0.01, 1e-3, True, noise=0.4, s1=20.0, s2=10.0)
+    whole, expected = modern.train(run, images, tmp_path)
+    save, saved = torch.save, []
+
+    def save_until_killed(*arguments):
+        saved.append(1)
+        if len(saved) == 6:  # the last file holds epoch 5: the second sub-network
+            raise KeyboardInterrupt
+        save(*arguments)
+
+    monkeypatch.setattr(torch, "save", save_until_killed)
+    with pytest.raises(KeyboardInterrupt):
+        modern.train(run, images, tmp_path)
+    model, record = modern.train(run, images, tmp_path)
+    assert len(saved) == 6 + 4  # epochs 6 to 9 again
+    assert {**record, "seconds": 0} == {**expected, "seconds": 0}
+    torch.testing.assert_close(model.state_dict(), whole.state_dict(), rtol=0, atol=0)
+    assert len(list(tmp_path.glob("*.pt"))) == 1  # the decoded images
 
 
 def settings(**options) -> Settings:

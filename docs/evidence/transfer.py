@@ -131,7 +131,7 @@ class Study:
         weights = cache / f"narrow_resnet18_{arm}_{seed}.pt"
         model = Classifier()
         if not weights.exists():
-            model, record = train(settings, images)
+            model, record = train(settings, images, cache)
             if ("pretraining", arm, seed) not in self.lines:
                 self.file(("pretraining", arm, seed), record)
             torch.save(model.state_dict(), weights)
