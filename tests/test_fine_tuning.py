@@ -18,7 +18,7 @@ C4 = "roi_heads.res5.0.conv1"  # from the same weights as the backbone
 
 
 @pytest.mark.parametrize(
-    ("weights", "iterations", "epochs", "spares", "names", "loud", "warns"),
+    ("weights", "iterations", "epochs", "spares", "names", "not_silent", "warns"),
     [
         ("x.pkl", 800, 12.0, False, [BACKBONE], [], True),
         ("x.pkl", 800, 12.0, False, [FPN, C4], [FPN, C4], True),
@@ -31,10 +31,10 @@ C4 = "roi_heads.res5.0.conv1"  # from the same weights as the backbone
         ("x.pkl", 800, 12.0, True, [BACKBONE], [BACKBONE], True),
     ],
 )
-def test_who_is_warned(weights, iterations, epochs, spares, names, loud, warns):
+def test_who_is_warned(weights, iterations, epochs, spares, names, not_silent, warns):
     layers = [SimpleNamespace(name=name) for name in names]
     criterion, options = SimpleNamespace(spares=spares), SimpleNamespace(drop_ratio=0.3)
-    scheme = SimpleNamespace(layers=layers, loud=loud, criterion=criterion, options=options)
+    scheme = SimpleNamespace(layers=layers, not_silent=not_silent, criterion=criterion, options=options)
     warning = fine_tuning_warning(weights, iterations, epochs, scheme)
     assert (warning is not None) == warns
     if warns:
@@ -57,7 +57,7 @@ def test_in_the_form_for_fine_tuning_no_conv_returns_loud(tiny_cfg):
     """Of a ResNet-50, FrozenBN and all, at a quarter of its width: conv1 and conv2 of res3 to res5 take part."""
     small = "MODEL.RESNETS.DEPTH 50 MODEL.RESNETS.NORM FrozenBN MODEL.RESNETS.WIDTH_PER_GROUP 8 SOLVER.STEPS () "
     small += "MODEL.RESNETS.STEM_OUT_CHANNELS 16 MODEL.RESNETS.RES2_OUT_CHANNELS 32 MODEL.BACKBONE.FREEZE_AT 2"
-    for exclude, convs, loud in (((), "12", ""), (("REPR.LAYERS.EXCLUDE", []), "123", "3")):
+    for exclude, convs, not_silent in (((), "12", ""), (("REPR.LAYERS.EXCLUDE", []), "123", "3")):
         cfg = tiny_cfg(*R18, *small.split(), *exclude, "SOLVER.MAX_ITER", 800, config="repr_r50_fpn_redundant.yaml")
         trainer = Trainer(cfg)
         trainer.register_hooks([At(0, interrupt)])
@@ -67,4 +67,4 @@ def test_in_the_form_for_fine_tuning_no_conv_returns_loud(tiny_cfg):
         modules = [name for name, _ in trainer.model.named_modules()]
         names = [name for name in modules if re.fullmatch(rf".*res[345]\.\d+\.conv[{convs}]", name)]
         assert {layer.name for layer in scheme.layers} == set(names) and len(names) == len(convs) * 13
-        assert set(scheme.loud) == {name for name in names if name[-1] in loud}
+        assert set(scheme.not_silent) == {name for name in names if name[-1] in not_silent}

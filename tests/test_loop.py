@@ -133,7 +133,7 @@ def test_what_participates_is_said_once_it_is_known(caplog):
         one = begin()
         assert not caplog.text and repr(one).startswith("RePr(step 0 of 12, full network, 0 of 48 filters in 3 convs")
         run(one, 3)
-    assert caplog.text.count("RePr: 2 convs, 32 filters take part (norm: batch); every drop takes 9 (30 %)") == 1
+    assert caplog.text.count("RePr: 2 convs, 32 filters participate (norm: batch); every drop takes 9 (30 %)") == 1
     assert "RePr schedule: S1 3, S2 2, 2 cycles from iteration 0" in caplog.text
     assert "RePr drop after iteration 2 (cycle 1): 9 filters, mean O_f" in caplog.text
 

@@ -110,7 +110,7 @@ def test_function_preserving_with_other_norms(norm, caplog):
     model = resnet(Bottleneck, norm)
     _, scheme = in_sub_network(model, ["[34].conv[12]"])
     named = ["4.conv1", "4.conv2"] if norm is group_norm else []
-    assert scheme.loud == named and (f"filters of {', '.join(named)} cannot return" in caplog.text) == bool(named)
+    assert scheme.not_silent == named and (f"filters of {', '.join(named)} cannot return" in caplog.text) == bool(named)
     before = outputs(model)
     scheme.restore()
     assert (largest_change(model, before) > 1e-12) == bool(named)
@@ -120,7 +120,7 @@ def test_what_cannot_be_silent_is_named_and_returns_as_published(caplog):
     """Convs of a frozen norm, added to a shortcut: no kernels of their own, no gamma to learn."""
     model = resnet(BasicBlock, FROZEN)
     _, scheme = in_sub_network(model)
-    assert scheme.loud == ["3.conv2", "4.conv2"]
+    assert scheme.not_silent == ["3.conv2", "4.conv2"]
     assert caplog.text.count("filters of 3.conv2, 4.conv2 cannot return without changing the network's output") == 1
     before = outputs(model)
     scheme.restore()
@@ -153,7 +153,7 @@ def test_other_readers_of_a_conv(behind, silent):
     mask = scheme.masks["0"].clone()
     before = outputs(net)
     scheme.restore()
-    assert largest_change(net, before) <= 1e-12 and not scheme.loud
+    assert largest_change(net, before) <= 1e-12 and not scheme.not_silent
     reader = [module for module in net if hasattr(module, "weight")][-1].weight
     columns = reader.flatten(1).view(len(reader), 16, -1)
     assert columns[:, mask].any() != silent
@@ -187,7 +187,7 @@ def test_a_reader_whose_kernels_cannot_be_set_leaves_it_to_gamma(how):
     else:
         block.conv2 = how(32, 32, 3, padding=1, bias=False).double()
     _, scheme = in_sub_network(model, ["3.conv1"])
-    assert scheme.loud == []
+    assert scheme.not_silent == []
     mask, before, kernels = scheme.masks["3.conv1"].clone(), outputs(model), [*block.conv2.parameters()][-1].clone()
     scheme.restore()
     assert (block.bn1.weight[mask] == (1 if how == "module" else 0)).all()
@@ -263,7 +263,7 @@ def test_a_restore_in_front_of_grouped_readers_changes_no_output(groups, caplog)
 
 
 def test_a_depthwise_reader_of_a_conv_without_a_norm_is_named(caplog):
-    assert in_sub_network(grouped(32, lambda channels: nn.Identity()), ["conv[12]"])[1].loud == ["conv1"]
+    assert in_sub_network(grouped(32, lambda channels: nn.Identity()), ["conv[12]"])[1].not_silent == ["conv1"]
     assert "filters of conv1 cannot return without changing the network's output" in caplog.text
 
 

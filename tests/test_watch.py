@@ -48,7 +48,7 @@ def test_compiled_networks():
     watch = Watch(net, list(PLAIN))
     for _ in range(2):
         compiled(IMAGES).sum().backward()
-        watch.hear()
+        watch.update()
     assert told(watch.verdicts) == PLAIN and watch.traced == 1
     with torch.no_grad():
         torch.testing.assert_close(compiled.eval()(IMAGES), net.eval()(IMAGES))
@@ -66,7 +66,7 @@ def test_all_passes_of_the_first_step_count():
         part(IMAGES)
         assert watch.traced == traced and told(watch.verdicts)["body.0"] == ("", "body.1")
         assert ("it predicts" in watch.verdicts["body.3"].reason) == (traced > 1)
-    watch.hear()
+    watch.update()
     model(IMAGES)
     assert watch.traced == 3
 
@@ -83,8 +83,8 @@ def test_a_conv_is_proved_when_it_first_runs():
     watch = Watch(net, ["always", "late", "never", "last"])
     for number in range(5):
         net(IMAGES)
-        if watch.news:
-            watch.hear()
+        if watch.has_news:
+            watch.update()
         found = [name for name, verdict in watch.verdicts.items() if not verdict.reason]
         assert found == (["always"] if number < 3 else ["always", "late"])
     assert watch.traced == 2  # the first pass, and the one after the first with "late"
@@ -103,9 +103,9 @@ def test_only_training_passes_are_looked_at_and_what_stays_out_is_said_once(capl
         participants.agreed()
     with caplog.at_level("INFO", "repr_det"):
         net(IMAGES)
-        assert participants.known and participants.news and participants.trains
+        assert participants.known and participants.has_news and participants.trains
         for _ in range(2):
-            assert [layer.name for layer in participants.hear()] == ["2", "4"] and not participants.news
+            assert [layer.name for layer in participants.update()] == ["2", "4"] and not participants.has_news
             net(IMAGES)
     assert caplog.text.count("all filters stay of 0 (behind it comes sigmoid, which does not make 0 of") == 1
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())

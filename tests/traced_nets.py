@@ -70,7 +70,7 @@ def verdicts(net: nn.Module, run=None) -> dict[str, Verdict]:
     """What the first pass shows of every conv."""
     watch = Watch(net, [layer.name for layer in find_filter_layers(net, ["*"])])
     (run or (lambda: net(IMAGES)))()
-    watch.hear()
+    watch.update()
     watch.close()
     return watch.verdicts
 

@@ -148,8 +148,8 @@ class RePrHook(HookBase):
             self.repr.scheme.load_state_dict(saved)
         # A hook in front of this one may have saved before this iteration's transition, which is made now.
         scheme, last = self.repr.scheme, trainer.start_iter - 1
-        owed = last in (self.schedule.restore_iters if scheme.is_sub else self.schedule.drop_iters)
-        self.repr.steps = trainer.start_iter - owed
+        is_due = last in (self.schedule.restore_iters if scheme.is_sub else self.schedule.drop_iters)
+        self.repr.steps = trainer.start_iter - is_due
         cycles = sum(i < self.repr.steps for i in self.schedule.restore_iters)
         if is_missing or scheme.cycle != cycles or self.repr.phase != self.schedule.phase(self.repr.steps):
             raise UserError(
@@ -165,7 +165,7 @@ class RePrHook(HookBase):
                 "RePr: %d iterations are left after the last restore, fewer than S1 %d", left, self.schedule.s1_iters
             )
         self._prove()
-        if owed:
+        if is_due:
             self._step(last)
 
     def after_step(self) -> None:
@@ -287,7 +287,7 @@ def fine_tuning_warning(weights: str, max_iter: int, epochs: float | None, schem
     relearn them, unless only redundant filters go and all return silently."""
     trained = [layer.name for layer in scheme.layers if layer.name.startswith(_TRAINED)]
     is_short = max_iter < SHORT or (epochs is not None and epochs < SHORT_EPOCHS)
-    is_silent = scheme.criterion.spares and not set(trained) & set(scheme.loud)
+    is_silent = scheme.criterion.spares and not set(trained) & set(scheme.not_silent)
     if not weights or not is_short or not trained or is_silent:
         return None
     length = f"{max_iter} iterations" if epochs is None else f"{max_iter} iterations ({epochs:.3g} epochs)"

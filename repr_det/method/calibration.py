@@ -117,7 +117,7 @@ class FrozenNorms:
         seen: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
         left: set[str] = set()
 
-        def look(name: str, images: Tensor) -> None:
+        def note(name: str, images: Tensor) -> None:
             if name in left:
                 left.remove(name)
                 seen[name] += [_of_image(image.float()) for image in images]
@@ -129,7 +129,7 @@ class FrozenNorms:
             stack.enter_context(undisturbed(passes.model, True, passes.trains))
             stack.enter_context(torch.no_grad())
             for layer in layers:
-                hook = layer.norm.register_forward_pre_hook(lambda _, inputs, name=layer.name: look(name, inputs[0]))
+                hook = layer.norm.register_forward_pre_hook(lambda _, inputs, name=layer.name: note(name, inputs[0]))
                 stack.callback(hook.remove)
             for batch in batches:
                 left.update(seen)

@@ -128,8 +128,8 @@ def copies(weight: Tensor, idle: Tensor, threshold: Tensor) -> Tensor:
     stay, and idle ones, score NEVER.
     """
     rows = unit_filters(weight)
-    apart = threshold[:, None].double() - threshold[None].double()
-    likeness = ((rows @ rows.T) / (1 + apart.square()).sqrt()).fill_diagonal_(0)
+    difference = threshold[:, None].double() - threshold[None].double()
+    likeness = ((rows @ rows.T) / (1 + difference.square()).sqrt()).fill_diagonal_(0)
     near = (likeness > NEAR_DUPLICATE) & ~idle
     stays = ~idle & ~near.any(1)
     for row in weight.flatten(1).norm(dim=1).sort(descending=True, stable=True).indices.tolist():
@@ -150,7 +150,7 @@ def use_of_filters(layers: Sequence[FilterLayer], context: Context) -> dict[str,
     outputs: Scores = {}
     gradients: Scores = {}
 
-    def see(layer: FilterLayer, output: Tensor) -> None:
+    def note(layer: FilterLayer, output: Tensor) -> None:
         values = positions(output.detach())
         if number := values.shape[0] * values.shape[2]:
             counts[layer.name] = counts.get(layer.name, 0) + number
@@ -165,7 +165,7 @@ def use_of_filters(layers: Sequence[FilterLayer], context: Context) -> dict[str,
             if gradient is not None:
                 _keep_largest(gradients, layer, gradient.flatten(1).abs().amax(1))
 
-    with on_output(layers, see):
+    with on_output(layers, note):
         run_batches(context, on_loss, gradients=True)
     reached = [layer.name for layer in layers if layer.name in sums and layer.name in gradients]
     largest = [gradients[name].to(outputs[name].device) for name in reached]  # a layer's output may lie elsewhere
@@ -194,13 +194,13 @@ def output_means(layers: Sequence[FilterLayer], context: Context, of: Callable[[
     total: Scores = {}
     count: dict[str, int] = {}
 
-    def see(layer: FilterLayer, output: Tensor) -> None:
+    def note(layer: FilterLayer, output: Tensor) -> None:
         values = positions(output.detach())
         if number := values.shape[0] * values.shape[2]:
             total[layer.name] = total.get(layer.name, 0) + _sum(values, of)
             count[layer.name] = count.get(layer.name, 0) + number
 
-    with on_output(layers, see):
+    with on_output(layers, note):
         run_batches(context, lambda loss: None, gradients=False)
     return {name: total[name] / count[name] for name in total}
 
@@ -222,12 +222,12 @@ def positions(output: Tensor) -> Tensor:
 
 
 @contextmanager
-def on_output(layers: Sequence[FilterLayer], see: Callable[[FilterLayer, Tensor], None]) -> Iterator[None]:
-    """Calls ``see`` with a layer and its output whenever it runs."""
+def on_output(layers: Sequence[FilterLayer], call: Callable[[FilterLayer, Tensor], None]) -> Iterator[None]:
+    """Calls ``call`` with a layer and its output whenever it runs."""
     with ExitStack() as stack:
         for layer in layers:
             module = layer.output_module()
-            hook = module.register_forward_hook(lambda _, inputs, output, layer=layer: see(layer, output))
+            hook = module.register_forward_hook(lambda _, inputs, output, layer=layer: call(layer, output))
             stack.callback(hook.remove)
         yield
 
@@ -237,7 +237,7 @@ def finished(layers: Sequence[FilterLayer], criterion: str, found: Scores) -> Sc
     missing = [layer.name for layer in layers if layer.name not in found]
     if missing:
         names = ", ".join(missing)
-        logger.warning("RePr criterion %s: %s took no part in the training batches; they score 0", criterion, names)
+        logger.warning("RePr criterion %s: %s did not run in the training batches; they score 0", criterion, names)
     return _averaged(layers, found)
 
 

@@ -103,16 +103,16 @@ class HeldFilters:
             zero_rows_((p.grad for p in layer.parameters() if p.grad is not None), rows)
             self._handles += [_hook_gradient(parameter, rows) for parameter in layer.parameters()]
             for module in {layer.conv, layer.output_module()}:
-                see = HookOfOne(partial(self._see_output, layer.name))
-                self._watching.append(module.register_forward_hook(see))
+                hook = HookOfOne(partial(self._note_output, layer.name))
+                self._watching.append(module.register_forward_hook(hook))
 
-    def _see_output(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+    def _note_output(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         if isinstance(output, Tensor) and torch.is_grad_enabled() and not output.is_meta:
             found = output.detach().index_select(-3, self.rows[name].to(output.device)).any()
             before = self._leaks.get(name, found)
             self._leaks[name] = before | found.to(before.device)
 
-    def look(self, cycle: int) -> None:
+    def check_step(self, cycle: int) -> None:
         """Raises UserError where channels or filters are not 0. ``cycle`` is from 1."""
         if self._leaks:
             self._stop_watching()
@@ -205,7 +205,7 @@ class ReturnedFilters:
         self._rows = held.rows
         self._norms = {name: weight.float().flatten(1).norm(dim=1) for name, weight in given.items()}
 
-    def look(self, cycle: int) -> None:
+    def check(self, cycle: int) -> None:
         """Raises UserError where they are gone."""
         weights = to_cpu([layer.weight.index_select(0, self._rows[layer.name]) for layer in self._layers])
         for layer, weight in zip(self._layers, weights, strict=True):

@@ -231,7 +231,7 @@ class RePr:
         names = ", ".join(f"{layer.name} ({layer.num_filters})" for layer in layers)
         number = f"{'up to ' if self.scheme.criterion.spares else ''}{drop_total(filters, options.drop_ratio)}"
         self.logger.info(
-            f"RePr: {len(layers)} convs, {filters} filters take part (norm: {kinds}); every drop takes {number} "
+            f"RePr: {len(layers)} convs, {filters} filters participate (norm: {kinds}); every drop takes {number} "
             f"({100 * options.drop_ratio:g} %), at most {100 * options.max_drop_per_layer:g} % of a layer: {names}"
         )
         trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)

@@ -33,9 +33,9 @@ class Participants:
         return self._watch is None or self._watch.traced > 0
 
     @property
-    def news(self) -> bool:
-        """True if a pass has been seen since ``hear``."""
-        return self._watch is not None and self._watch.news
+    def has_news(self) -> bool:
+        """True if a pass has been seen since ``update``."""
+        return self._watch is not None and self._watch.has_news
 
     @property
     def trains(self) -> bool:
@@ -50,11 +50,11 @@ class Participants:
         if self._watch is not None:
             self._watch.close()
 
-    def hear(self) -> list[FilterLayer]:
+    def update(self) -> list[FilterLayer]:
         """By the passes of this process; logs the others. OptionError if there are none."""
         if self._watch is None:
             return self.candidates
-        self._watch.hear()
+        self._watch.update()
         found = self._proved(self._watch, self._watch.verdicts)
         for sentence in self._watch.left_out():
             if sentence not in self._logged:
@@ -133,11 +133,11 @@ class Learning:
         self._handles = [self._wait_for(layer) for layer in layers if layer.weight.requires_grad]
 
     def _wait_for(self, layer: FilterLayer) -> RemovableHandle:
-        def see(gradient: Tensor) -> None:
+        def note(gradient: Tensor) -> None:
             self.seen.add(layer.name)
             handle.remove()
 
-        handle = layer.weight.register_hook(see)
+        handle = layer.weight.register_hook(note)
         return handle
 
     def frozen(self, layers: Sequence[FilterLayer]) -> dict[str, str]:

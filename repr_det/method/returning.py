@@ -101,21 +101,21 @@ def prepare_readers(
         if _has_gamma(layer):
             layer.norm.weight.index_fill_(0, held.rows[layer.name], 0)
         return
-    loud = 0
+    unchanged = 0
     for reader in aligned_readers(layer, modules)[0]:
         weight, mask = reader.weight, held.masks[layer.name]
         for within, returned, others in _kernels(reader, mask):
             if not silent:
                 raise_squares_of_inputs_(optimizers, weight, returned, others, within)
             elif not len(others):
-                loud += len(returned) * len(mask) // _inputs(reader)
+                unchanged += len(returned) * len(mask) // _inputs(reader)
             else:
                 for tensor in (weight, weight.grad):
                     if tensor is not None:
                         tensor[within].index_fill_(1, returned, 0)
                 restart_optimizer_state_(optimizers, weight, returned, others, 1, within)
-    if loud:
-        logger.warning("RePr: %d filters of %s return as published: all channels of a group", loud, layer.name)
+    if unchanged:
+        logger.warning("RePr: %d filters of %s return as published: all channels of a group", unchanged, layer.name)
 
 
 def aligned_readers(layer: FilterLayer, modules: Modules) -> tuple[list[nn.Conv2d | nn.Linear], bool]:

@@ -104,7 +104,7 @@ class RePrScheme:
         return self.criterion.needs_data or self._norms.need_batches(self.layers)
 
     @property
-    def loud(self) -> list[str]:
+    def not_silent(self) -> list[str]:
         """The layers whose filters change the network's output as they return."""
         silent = self.options.returns == "function_preserving"
         return [x.name for x in self.layers if not (silent and can_be_silent(x, self.participants.modules))]
@@ -125,13 +125,13 @@ class RePrScheme:
         Raises:
             UserError: nothing participates, a dropped channel or filter is not 0, or one that returned is gone.
         """
-        if self.participants.news:
-            self._hear_news()
+        if self.participants.has_news:
+            self._update_layers()
         returned, self._returned = self._returned, None
         if returned is not None:
-            returned.look(self.cycle)
+            returned.check(self.cycle)
         if self._held is not None:
-            self._held.look(self.cycle + 1)
+            self._held.check_step(self.cycle + 1)
 
     @torch.no_grad()
     def drop(self) -> Transition:
@@ -281,9 +281,9 @@ class RePrScheme:
         self._check(self.layers)
         self._norms.check(self.layers)
 
-    def _hear_news(self) -> None:
+    def _update_layers(self) -> None:
         """Looks who participates, until the first drop settles it."""
-        found = {layer.name: layer for layer in self.participants.hear()}
+        found = {layer.name: layer for layer in self.participants.update()}
         if self._held is not None or self.cycle:
             for layer in self.layers:  # the state of 0.2.0 has no readers
                 if not layer.readers and layer.name in found:
@@ -291,8 +291,8 @@ class RePrScheme:
             return
         self.layers = list(found.values())
         self._check_participants()
-        if self.options.returns == "function_preserving" and (loud := self.loud):
-            named = ", ".join(loud)
+        if self.options.returns == "function_preserving" and (layers := self.not_silent):
+            named = ", ".join(layers)
             logger.warning("RePr: filters of %s cannot return without changing the network's output", named)
 
     def _checked_values(self, event: str) -> Values:

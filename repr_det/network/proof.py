@@ -208,22 +208,22 @@ class _Follow:
         return self._no_longer_zero(operation, inputs)
 
     def _read(self, operation: Operation, inputs: dict[int, _State]) -> _State | None:
-        """Reads channels over which products are summed; leaves those in ``inputs`` that stay apart."""
+        """Reads channels over which products are summed; leaves those in ``inputs`` that stay separate."""
         own = [inputs.pop(number) for number in self.own & inputs.keys()]
         added = []
         for value, summed in operations.summed(operation):
             added += [] if summed else [value]
             if (state := inputs.pop(value.number, None)) is None:
                 continue
-            apart = state.layout.dims and not state.layout.dims & summed
+            separate = state.layout.dims and not state.layout.dims & summed
             is_filter = operation.name in operations.CONVOLUTIONS and 1 - len(value.shape) in state.layout.dims
-            if (is_filter or not apart) and not state.past:
+            if (is_filter or not separate) and not state.past:
                 if state.reason:
                     raise _Refused(state.reason)
                 order, span = state.layout.order, state.layout.span
                 self.found.readers.add(Reader(operation.module, not order, state.alone, 1 if order else span))
                 self.reads.append(operation)
-            if apart:
+            if separate:
                 inputs[value.number] = replace(state, past=is_filter or state.past)
         if own and operation.name in operations.CONVOLUTIONS:
             bias = operation.arguments[2]

@@ -27,7 +27,7 @@ class Watch:
         verdicts: conv name -> what the passes so far have shown.
         trains: the model was in training mode in them.
         waits: the next pass is traced.
-        news: a pass has been traced since ``hear``.
+        has_news: a pass has been traced since ``update``.
     """
 
     def __init__(self, model: nn.Module, convs: Sequence[str]) -> None:
@@ -38,25 +38,25 @@ class Watch:
         self.verdicts: dict[str, Verdict] = {}
         self.traced = 0
         self.trains = True
-        self.news = self.waits = False
+        self.has_news = self.waits = False
         self._handles: list[Any] = []
         self._norms = [name for name, module in self.modules.items() if is_norm(module)]
         self._last: Trace
         self.trace_next()
 
     def trace_next(self) -> None:
-        """Traces training passes from now on, until ``hear``."""
+        """Traces training passes from now on, until ``update``."""
         if self.waits:
             return
         self.close()
         self.waits = True
         watched = {name: module for name, module in self.modules.items() if module._parameters or name in self._norms}
         around = [name for name in self.modules if any(conv.startswith(name and f"{name}.") for conv in self.convs)]
-        self._handles = [TracedPass(watched, [self.modules[name] for name in around], self._look)]
+        self._handles = [TracedPass(watched, [self.modules[name] for name in around], self._prove)]
 
-    def hear(self) -> None:
+    def update(self) -> None:
         """Ends the tracing of a step; that after the first run of a conv is traced again."""
-        self.news = False
+        self.has_news = False
         self.close()
         for name in self.convs if self.traced < _MOST_PASSES else ():
             if not self.verdicts.get(name, NOT_RUN).ran:
@@ -78,7 +78,7 @@ class Watch:
         for name, found in state.get("verdicts", {}).items():
             self.verdicts[name] = Verdict(**found | {"readers": {Reader(*fields) for fields in found["readers"]}})
         self.traced, self.trains = state.get("traced", self.traced), state.get("trains", self.trains)
-        self.hear()
+        self.update()
         if state.get("waits", True):
             self.trace_next()
 
@@ -95,14 +95,14 @@ class Watch:
         convs = [name for name, conv in modules if isinstance(conv, nn.Conv2d) and conv.weight.requires_grad]
         return [name for name, verdict in prove(self._last, convs, self._norms).items() if not verdict.reason]
 
-    def _look(self, trace: Trace) -> None:
+    def _prove(self, trace: Trace) -> None:
         self._last = trace
         for name, verdict in prove(trace, self.convs, self._norms).items():
             now = verdict if "weight" in self.modules[name]._parameters else COMPUTED
             self.verdicts[name] = _both(self.verdicts.get(name, NOT_RUN), now)
         self.trains = self.model.training
         self.traced += 1
-        self.news, self.waits = True, False
+        self.has_news, self.waits = True, False
 
 
 def _both(before: Verdict, now: Verdict) -> Verdict:
