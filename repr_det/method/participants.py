@@ -124,6 +124,11 @@ class Participants:
         ]
 
 
+def trains(parameter: Tensor) -> bool:
+    """Tells whether it requires a gradient, or had one in this step and is fixed for the rest of it, as in a GAN."""
+    return parameter.requires_grad or parameter.grad is not None
+
+
 class Learning:
     """The layers that learn: a dropped filter of another could never come back as a new one."""
 
@@ -140,12 +145,17 @@ class Learning:
         handle = layer.weight.register_hook(note)
         return handle
 
+    def moved(self) -> set[Tensor]:
+        """The parameters that the optimizers move now; where every rate is 0, as in a warm-up's first step, all."""
+        held = learning_rates(self._optimizers)
+        return {parameter for parameter, rate in held.items() if trains(parameter) and (rate or not any(held.values()))}
+
     def frozen(self, layers: Sequence[FilterLayer]) -> dict[str, str]:
         """Layer name -> why it cannot learn now."""
         held = learning_rates(self._optimizers)
         rates = {layer.name: held.get(layer.weight, 0.0) for layer in layers}
         still = [name for name, rate in rates.items() if not rate and any(rates.values())]
-        fixed = [layer.name for layer in layers if not layer.weight.requires_grad]
+        fixed = [layer.name for layer in layers if not trains(layer.weight)]
         return dict.fromkeys(still, "its learning rate is 0") | dict.fromkeys(fixed, "it does not require a gradient")
 
     def without(self, layers: Sequence[FilterLayer]) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """The return of M of the J filters of one layer (RePr, section 3)."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from repr_det.network.norms import GROUP
 
 logger = logging.getLogger("repr_det.scheme")
 Modules = Mapping[str, nn.Module]  # of the model, by name
+
+_SILENT = 1e-7  # a gamma that float32 rounds away, and a ReLU not: it has no gradient at 0, and float16 knows no less
 
 # What a new filter begins with.
 _FRESH = {"bias": 0.0, "norm.weight": 1.0, "norm.bias": 0.0, "norm.running_mean": 0.0, "norm.running_var": 1.0}
@@ -82,24 +84,33 @@ def put_back(layer: FilterLayer, rows: Tensor, values: Mapping[str, Tensor]) -> 
             tensor.index_fill_(0, rows, _FRESH[name])
 
 
-def can_be_silent(layer: FilterLayer, modules: Modules) -> bool:
-    """By kernels or a gamma, until a returned channel has learned; not if it enters the statistics of others."""
+def can_be_silent(layer: FilterLayer, modules: Modules, moved: Collection[Tensor]) -> bool:
+    """By kernels or a gamma, until a returned channel has learned; not if it enters the statistics of others.
+
+    Args:
+        moved: the parameters that learn.
+    """
     is_counted = layer.kind == GROUP and layer.norm.num_groups < layer.num_filters
-    return not is_counted and (_kernels_can_be_silent(layer, modules) or _has_gamma(layer))
+    return not is_counted and (_kernels_can_be_silent(layer, modules, moved) or _gamma_can_be_silent(layer, moved))
 
 
 @torch.no_grad()
 def prepare_readers(
-    layer: FilterLayer, modules: Modules, held: HeldFilters, optimizers: Sequence[Optimizer], silent: bool
+    layer: FilterLayer,
+    modules: Modules,
+    held: HeldFilters,
+    optimizers: Sequence[Optimizer],
+    silent: bool,
+    moved: Collection[Tensor],
 ) -> None:
     """Keeps kernels on returned channels from stepping further than others, or makes the channels ``silent``
-    ("function_preserving"): if convs and linear layers alone read them by kernels of 0, else by a gamma of 0.
+    ("function_preserving"): if convs and linear layers alone read them by kernels of 0, else by a tiny gamma.
 
     A filter of a grouped reader that would lose all of its kernels keeps them.
     """
-    if silent and not _kernels_can_be_silent(layer, modules):
-        if _has_gamma(layer):
-            layer.norm.weight.index_fill_(0, held.rows[layer.name], 0)
+    if silent and not _kernels_can_be_silent(layer, modules, moved):
+        if _gamma_can_be_silent(layer, moved):
+            layer.norm.weight.index_fill_(0, held.rows[layer.name], _SILENT)
         return
     unchanged = 0
     for reader in aligned_readers(layer, modules)[0]:
@@ -147,12 +158,11 @@ def _kernels(reader: nn.Conv2d | nn.Linear, mask: Tensor) -> Iterator[tuple[slic
         yield slice(group * filters, (group + 1) * filters), returned, others
 
 
-def _kernels_can_be_silent(layer: FilterLayer, modules: Modules) -> bool:
+def _kernels_can_be_silent(layer: FilterLayer, modules: Modules, moved: Collection[Tensor]) -> bool:
     readers, are_all = aligned_readers(layer, modules)
-    can_spare = [reader.weight.requires_grad and reader.weight.shape[1] > 1 for reader in readers]
+    can_spare = [reader.weight in moved and reader.weight.shape[1] > 1 for reader in readers]
     return bool(readers) and are_all and all(can_spare)
 
 
-def _has_gamma(layer: FilterLayer) -> bool:
-    gamma = layer.tensors().get("norm.weight")
-    return isinstance(gamma, nn.Parameter) and gamma.requires_grad
+def _gamma_can_be_silent(layer: FilterLayer, moved: Collection[Tensor]) -> bool:
+    return layer.tensors().get("norm.weight") in moved

@@ -107,7 +107,8 @@ class RePrScheme:
     def not_silent(self) -> list[str]:
         """The layers whose filters change the network's output as they return."""
         silent = self.options.returns == "function_preserving"
-        return [x.name for x in self.layers if not (silent and can_be_silent(x, self.participants.modules))]
+        modules, moved = self.participants.modules, self._learning.moved()
+        return [x.name for x in self.layers if not (silent and can_be_silent(x, modules, moved))]
 
     @property
     def masks(self) -> dict[str, Tensor]:
@@ -194,9 +195,10 @@ class RePrScheme:
             put_back(layer, held.rows[layer.name], back[layer.name])
             for parameter in layer.parameters():
                 restart_optimizer_state_(self.optimizers, parameter, held.rows[layer.name], held.kept[layer.name])
+        modules, moved = self.participants.modules, self._learning.moved()
         silent = self.options.returns == "function_preserving"
         for layer in renewed:
-            prepare_readers(layer, self.participants.modules, held, self.optimizers, silent)
+            prepare_readers(layer, modules, held, self.optimizers, silent, moved)
         for layer in renewed:
             # A filter may lie in kernels that have just been silenced: what reads it keeps it silent itself.
             layer.weight.index_copy_(0, held.rows[layer.name], back[layer.name]["weight"])
