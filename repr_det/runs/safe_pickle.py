@@ -37,20 +37,13 @@ def _array(content: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
     return np.frombuffer(content, dtype=dtype).reshape(shape, order=order).copy(order)
 
 
-def _encode(text: str, encoding: str = "latin1") -> bytes:
-    """``_codecs.encode``, by which early protocols write bytes."""
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"_codecs.encode with encoding {encoding!r}")
-    return text.encode("latin1")
-
-
 _ALLOWED: dict[tuple[str, str], Any] = {
     ("numpy", "ndarray"): "numpy.ndarray",  # only ever an argument of _reconstruct
     ("numpy", "dtype"): _dtype,
     ("collections", "OrderedDict"): collections.OrderedDict,
-    ("_codecs", "encode"): _encode,
+    ("_codecs", "encode"): lambda text, *_: text.encode("latin1"),  # how early protocols write bytes
 }
-for _builtins in ("__builtin__", "builtins"):  # how early protocols write b"" and sets
+for _builtins in ("__builtin__", "builtins"):  # how they write b"" and sets
     _ALLOWED[_builtins, "bytes"] = lambda: b""
     _ALLOWED[_builtins, "set"] = set
 for _core in ("numpy.core", "numpy._core"):  # before and since NumPy 2
