@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from repr_det.network.state import generators_in, random_state, set_random_state
 
 logger = logging.getLogger("repr_det.resume")
-_SAMPLERS = (TrainingSampler, RandomSubsetTrainingSampler, RepeatFactorTrainingSampler)
+SAMPLERS = (TrainingSampler, RandomSubsetTrainingSampler, RepeatFactorTrainingSampler)
 _DRAWN = ("_seed", "_indexes")  # what a sampler draws for itself
 _OPTIONS = (  # of a DataLoader
     *("batch_size", "drop_last", "num_workers", "collate_fn", "worker_init_fn", "timeout", "prefetch_factor"),
@@ -221,7 +221,7 @@ def _check_understood(inner: Any, grouped: bool) -> None:
     need(getattr(inner, "in_order", True), "gives batches out of order")
     source = inner.dataset
     need(type(source) is ToIterableDataset, f"reads a {type(source).__name__}")
-    need(type(source.sampler) in _SAMPLERS, f"has a {type(source.sampler).__name__}")
+    need(type(source.sampler) in SAMPLERS, f"has a {type(source.sampler).__name__}")
 
 
 def _settings_of(sampler: Any) -> str:
