@@ -46,7 +46,6 @@ KEYS = {
     "dataloader.train.mapper.use_instance_mask": "MODEL.MASK_ON",
     "dataloader.train.mapper.use_keypoint": "MODEL.KEYPOINT_ON",
     "dataloader.train.mapper.instance_mask_format": "INPUT.MASK_FORMAT",
-    "dataloader.evaluator.output_dir": "",
     "train.max_iter": "SOLVER.MAX_ITER",
     "train.amp.enabled": "SOLVER.AMP.ENABLED",
     "train.checkpointer.period": "SOLVER.CHECKPOINT_PERIOD",
@@ -128,9 +127,9 @@ def _refuse_unknown_keys(cfg: DictConfig, overrides: list[str]) -> None:
         if override.is_add() or key in KEYS or key.startswith("repr"):
             continue
         where, _, name = key.rpartition(".")
-        while where and OmegaConf.select(cfg, where) is None:
+        while OmegaConf.select(cfg, where) is None:
             where, _, name = where.rpartition(".")
-        node = OmegaConf.select(cfg, where) if where else cfg
+        node = OmegaConf.select(cfg, where)  # "" selects the config itself
         children = list(node) if isinstance(node, DictConfig) else []
         if isinstance(node, ListConfig):
             children = [str(number) for number in range(len(node))]
@@ -182,10 +181,9 @@ def repr_cfg_from_lazy(cfg: DictConfig) -> CfgNode:
     yacs.FLOAT32_PRECISION = ""
     yacs.SOLVER.LOG_PERIOD, yacs.SOLVER.MAX_TO_KEEP = 20, 10**9
     yacs.SOLVER.WARMUP_ITERS = yacs.DATALOADER.NUM_WORKERS = 0
-    yacs.SOLVER.LR_SCHEDULER_NAME = "WarmupMultiStepLR"
     with naming_close_keys(yacs), as_user_error("the node repr of the LazyConfig"):
         _merge_repr(yacs, cfg.get("repr") or {})
-    found = {own: OmegaConf.select(cfg, key) for key, own in KEYS.items() if own}
+    found = {own: OmegaConf.select(cfg, key) for key, own in KEYS.items()}
     found |= {"DATASETS.TRAIN": _data_sets(cfg, "train"), "DATASETS.TEST": _data_sets(cfg, "test")}
     if found["SOLVER.MAX_ITER"] is None:
         raise UserError("train.max_iter is missing: give the number of iterations")
