@@ -175,7 +175,7 @@ def setup_process(args: argparse.Namespace, cfg: CfgNode, config: str) -> None:
     """Lock, threads, logs and seeds, as Detectron2's ``default_setup``; ``runs.record`` writes config.yaml.
     ``args.resume`` becomes that of rank 0. UserError if another process trains in OUTPUT_DIR."""
     folder, rank = cfg.OUTPUT_DIR, comm.get_rank()
-    if not args.eval_only and folder:
+    if not args.eval_only:
         _take(args, folder)
     if cfg.MODEL.DEVICE == "cpu" and comm.get_world_size() > 1 and "OMP_NUM_THREADS" not in os.environ:
         # Every process would take all cores, and they would wait for each other.

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import functools
-import importlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,7 +41,9 @@ class Run:
 def run_of(args: argparse.Namespace) -> Run:
     given = (args.config_file, args.opts, args.register, args.baseline, args.eval_only, args.resume)
     if args.config_file.endswith(".py"):
-        return importlib.import_module("repr_det.commands.lazy").lazy_run(*given)
+        from repr_det.commands.lazy import lazy_run
+
+        return lazy_run(*given)
     cfg = build_config(*given)
     return Run(cfg, Trainer, cfg.dump(), functools.partial(write_configs, cfg))
 

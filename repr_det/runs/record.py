@@ -26,7 +26,7 @@ class RunRecord(HookBase):
     A run that is resumed with other settings keeps those up to iteration 999 as config_until_0000999.yaml.
 
     Args:
-        folder: OUTPUT_DIR; '' writes nothing.
+        folder: OUTPUT_DIR.
         write_config: writes config.yaml, and other files, into a folder.
         data_sets: names of DATASETS.TRAIN and TEST.
     """
@@ -38,7 +38,7 @@ class RunRecord(HookBase):
 
     def before_train(self) -> None:
         start = self.trainer.start_iter
-        if not self.folder or not comm.is_main_process() or start >= self.trainer.max_iter:
+        if not comm.is_main_process() or start >= self.trainer.max_iter:
             return
         with tempfile.TemporaryDirectory(dir=self.folder, prefix=".record-") as new, preserved_random_state():
             self.write_config(Path(new))
