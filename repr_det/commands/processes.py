@@ -33,7 +33,7 @@ from repr_det.method.errors import UserError
 from repr_det.runs.files import advice_for, write_atomically
 from repr_det.runs.lock import job_of, lock_folder
 from repr_det.runs.record import CONFIG_FILE
-from repr_det.runs.stopping import STATUS, Stopped, answer_signals, end_with_parent
+from repr_det.runs.stopping import NOTICE, STATUS, Stopped, answer_signals, end_with_parent
 
 Main = Callable[[argparse.Namespace], Any]
 STOCK_CONFIG_FILE = "config_detectron2.yaml"
@@ -250,20 +250,9 @@ def launch_processes(main: Main, args: argparse.Namespace, device: str) -> None:
 
 def _launch(main: Main, args: argparse.Namespace) -> None:
     """Detectron2's launch; signals reach all processes, and what ends one ends all with one line."""
-    asked = ""
-
-    def pass_on(number: int, _: object) -> None:
-        nonlocal asked
-        asked = signal.Signals(number).name
-        processes = multiprocessing.active_children()
-        if not processes:
-            raise Stopped(asked)
-        for process in processes:
-            os.kill(process.pid, number)
-
     timeout = timedelta(seconds=args.rendezvous_timeout)
     try:
-        with answer_signals(pass_on):
+        with answer_signals(_pass_on):
             launch(_run, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, (main, args), timeout)
     except ProcessRaisedException as error:
         last = str(error).rstrip().rpartition("\n")[2]
@@ -273,9 +262,18 @@ def _launch(main: Main, args: argparse.Namespace) -> None:
             raise
         raise UserError(_USER_ERROR.sub("", last)) from None
     except ProcessExitedException as error:
-        if asked or error.exit_code == STATUS:
-            raise Stopped(asked or "a signal to one of its processes") from None
+        if NOTICE.asked or error.exit_code == STATUS:
+            raise Stopped(NOTICE.asked or "a signal to one of its processes") from None
         raise UserError(f"{error}, so the run stops; continue it with --resume") from None
+
+
+def _pass_on(number: int, _: object) -> None:
+    NOTICE.asked = signal.Signals(number).name
+    processes = multiprocessing.active_children()
+    if not processes:
+        raise Stopped(NOTICE.asked)
+    for process in processes:
+        os.kill(process.pid, number)
 
 
 def _run(main: Main, args: argparse.Namespace) -> None:

@@ -15,7 +15,7 @@ from repr_det.runs.checkpoints import is_saved
 
 STATUS = os.EX_TEMPFAIL  # 75: nothing is wrong, start it again
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-_PRCTL = getattr(ctypes.CDLL(None), "prctl", None) if sys.platform == "linux" else None
+_PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
 
 def end_with_parent() -> None:
