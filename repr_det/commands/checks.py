@@ -146,7 +146,7 @@ def _check_output_folder(cfg: CfgNode) -> None:
 
 
 def model_of_shapes(cfg: CfgNode, trainer: type[Trainer], eval_only: bool) -> nn.Module:
-    """The model on the meta device, on the CPU if its making needs numbers; tries to make its optimizer too."""
+    """Builds the model on the meta device, or on the CPU if it needs numbers; to train, tries its optimizer too."""
 
     def build(device: str) -> nn.Module:
         with torch.device(device), _quiet():

@@ -120,8 +120,8 @@ def _data_sets(cfg: DictConfig, which: str) -> tuple[str, ...]:
 
 
 def _refuse_unknown_keys(cfg: DictConfig, overrides: list[str]) -> None:
-    """Refuses keys that the config lacks, unless they are marked as new (``+path.key=value``), or their node's
-    ``_target_`` or this package takes them."""
+    """Refuses keys that the config lacks. Allowed are those marked as new (``+path.key=value``), those of this package,
+    and arguments of a node's ``_target_``."""
     for override in OverridesParser.create().parse_overrides(overrides):
         key = override.key_or_group
         if override.is_add() or key in KEYS or key.startswith("repr"):
@@ -152,8 +152,8 @@ def _takes(node: Any, name: str) -> bool:
 
 
 def record_reads(cfg: DictConfig) -> Callable[[], list[str]]:
-    """Makes the keys of nodes that are not called, such as ``train``, interpolations that note when they are read;
-    returns a function that names the others."""
+    """Turns the keys of nodes that are not called, such as ``train``, into interpolations that record reads. Returns a
+    function that names the keys without a read."""
     values, used = {}, set()
 
     def read(key: str) -> Any:
@@ -170,8 +170,8 @@ def record_reads(cfg: DictConfig) -> Callable[[], list[str]]:
 
 
 def repr_cfg_from_lazy(cfg: DictConfig) -> CfgNode:
-    """The config that checks and RePrHook take. REPR comes from the node ``repr`` (L(RePrHook)(...), or keys as in
-    yaml), SOLVER.STEPS from where ``lr_multiplier`` decays, the rest by ``KEYS`` or Detectron2's defaults.
+    """The yacs config for checks and RePrHook. REPR comes from the node ``repr``: L(RePrHook)(...), or keys as in yaml.
+    SOLVER.STEPS are the decays of ``lr_multiplier``. The rest comes from ``KEYS``, or has Detectron2's defaults.
 
     Raises:
         UserError: a key is unknown or of the wrong type, or ``train.max_iter`` is missing.
@@ -212,7 +212,7 @@ def _merge_repr(yacs: CfgNode, node: Any) -> None:
 
 @contextlib.contextmanager
 def naming_lazy_keys(cfg: DictConfig) -> Iterator[None]:
-    """A UserError names the keys of a LazyConfig, not those of yaml."""
+    """Replaces yaml keys in a UserError by those of the LazyConfig."""
     by_arguments = "_target_" in (cfg.get("repr") or {})
     names = {own: key for key, own in KEYS.items()}
     for option, own in CONFIG_KEYS.items():

@@ -74,8 +74,8 @@ def join_torchrun(device: str, seconds: float) -> None:
 
 
 def _store_of_this_start(board: dist.Store, rank: int, timeout: timedelta) -> dist.Store:
-    """A store that rank 0 opens anew and announces on ``board``, which torchrun's agents share over all restarts, with
-    addresses of dead processes."""
+    """Rank 0 opens a new store and announces it on ``board``. torchrun's agents share ``board`` over all restarts: it
+    also holds addresses of dead processes."""
     host, deadline = os.environ["MASTER_ADDR"], time.monotonic() + timeout.total_seconds()
     if rank == 0:
         name = uuid.uuid4().hex
@@ -172,8 +172,8 @@ def write_configs(cfg: CfgNode, folder: Path) -> None:
 
 
 def setup_process(args: argparse.Namespace, cfg: CfgNode, config: str) -> None:
-    """Lock, threads, logs and seeds, as Detectron2's ``default_setup``; ``runs.record`` writes config.yaml.
-    ``args.resume`` becomes that of rank 0. UserError if another process trains in OUTPUT_DIR."""
+    """Detectron2's ``default_setup`` with a lock and threads; ``runs.record`` writes config.yaml. ``args.resume``
+    becomes that of rank 0. UserError if another process trains in OUTPUT_DIR."""
     folder, rank = cfg.OUTPUT_DIR, comm.get_rank()
     if not args.eval_only:
         _take(args, folder)
@@ -198,7 +198,7 @@ def setup_process(args: argparse.Namespace, cfg: CfgNode, config: str) -> None:
 
 
 def _log_early_warnings(warnings: list[tuple[str, str]]) -> None:
-    """Writes into the log what is on the terminal already."""
+    """Writes warnings that are on the terminal into the log."""
     logging.getLogger().removeHandler(_EARLY)
     for handler in logging.getLogger("repr_det").handlers:
         if getattr(handler, "stream", None) is not sys.stdout:
@@ -207,20 +207,20 @@ def _log_early_warnings(warnings: list[tuple[str, str]]) -> None:
 
 
 def _one_line_for_user_errors(record: logging.LogRecord) -> bool:
-    """Drops Detectron2's traceback of what run_tool says in one line."""
+    """Drops Detectron2's traceback of an error that run_tool reports in one line."""
     error = record.exc_info[1] if record.exc_info else None
     return not (isinstance(error, UserError) or advice_for(error))
 
 
 def may_continue(args: argparse.Namespace, folder: str) -> bool:
-    """Tells whether --resume is given, or torchrun restarts the job that began the run in ``folder``; on other ranks,
-    True until ``setup_process``."""
+    """Tells whether --resume is given, or torchrun restarts the job that began the run in ``folder``. Ranks other than
+    0 answer True until ``setup_process``."""
     has_begun = torchrun_job() != "" and job_of(folder) == torchrun_job()
     return args.resume or _of_torchrun("RANK", 0) > 0 or has_begun
 
 
 def _take(args: argparse.Namespace, folder: str) -> None:
-    """Rank 0 locks the folder; all learn whether it could, and resumes."""
+    """Rank 0 locks the folder and tells all ranks whether it could, and whether it resumes."""
     trouble = ""
     if comm.is_main_process():
         try:
@@ -249,7 +249,7 @@ def launch_processes(main: Main, args: argparse.Namespace, device: str) -> None:
 
 
 def _launch(main: Main, args: argparse.Namespace) -> None:
-    """Detectron2's launch; signals reach all processes, and what ends one ends all with one line."""
+    """Detectron2's launch; signals reach all processes, and an error of one ends all with one line."""
     timeout = timedelta(seconds=args.rendezvous_timeout)
     try:
         with answer_signals(_pass_on):
@@ -277,8 +277,8 @@ def _pass_on(number: int, _: object) -> None:
 
 
 def _run(main: Main, args: argparse.Namespace) -> None:
-    """Leaves the process group at the end, or gloo's threads abort some processes; not after a failure, when peers may
-    wait."""
+    """Runs ``main`` and leaves the process group, or gloo's threads would abort some processes. After a failure it does
+    not leave: peers may wait."""
     try:
         with _AT_THE_END, answer_signals():
             main(args)

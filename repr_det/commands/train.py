@@ -27,15 +27,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Run:
-    """A run of a config file: its text for the log, a writer of config.yaml, keys that nothing has read, and a context
-    in which errors name the file's keys."""
+    """A run of a config file."""
 
     cfg: CfgNode
     trainer: type[Trainer]
-    text: str
+    text: str  # for the log
     write_config: Callable[[Path], None]
-    unread: Callable[[], list[str]] = list
-    naming: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+    unread: Callable[[], list[str]] = list  # names keys without a read
+    naming: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext  # spells keys in errors
 
 
 def run_of(args: argparse.Namespace) -> Run:

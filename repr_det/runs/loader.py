@@ -1,5 +1,5 @@
-"""The position of the training loader: samples that each worker has delivered, its random state before the last, and
-the samples in the aspect-ratio buckets."""
+"""The position of the training loader: samples delivered by each worker, its random state before the last one, and the
+samples in the aspect-ratio buckets."""
 
 import dataclasses
 import functools
@@ -170,8 +170,8 @@ class ResumableLoader:
                 bucket.append(_Marked(self.stream.dataset[index], (stream, number, index, before)))
 
     def skip(self, states: list[dict[str, Any]], iteration: int) -> None:
-        """Begins behind as many images as all processes had drawn by ``iteration`` (by ``states``, else by this batch
-        size), in the order of their sampler if that was of the same kind."""
+        """Begins after as many images as all processes had drawn by ``iteration``: by ``states``, else by this batch
+        size. The order is that of the saved sampler if it is of the same kind."""
         drawn = iteration * self.batch_size * comm.get_world_size()
         if states:
             drawn = sum(s.get("skipped", 0) + sum(count for count, _ in s["consumed"].values()) for s in states)

@@ -39,7 +39,7 @@ class ExactResume(HookBase):
     Args:
         model: not wrapped.
         loaders: the training loader, and others that hooks read while training.
-        folder: OUTPUT_DIR, whose logs lose what lies after the checkpoint.
+        folder: OUTPUT_DIR; lines after the checkpoint are removed from its logs.
     """
 
     def __init__(self, model: nn.Module, loaders: Sequence[Any], checkpoint_period: int, folder: str) -> None:
@@ -118,7 +118,7 @@ class ExactResume(HookBase):
             self.collect()
 
     def collect(self) -> None:
-        """Collects what a checkpoint needs now, on every rank and before evaluation."""
+        """Collects the state for a checkpoint, on every rank and before evaluation."""
         self._saved = self._state()
 
     def _state(self) -> dict[str, Any]:
@@ -153,7 +153,7 @@ class ExactResume(HookBase):
             self._write_what_was_due()
 
     def _write_what_was_due(self) -> None:
-        """Writes what a run did not that died between its checkpoint and its writers."""
+        """Writes the row of a run that died between its checkpoint and its writers."""
         start = self.trainer.start_iter
         for period, writer in self._json_writers():
             if start % period == 0 or start == self.trainer.max_iter:
@@ -164,7 +164,7 @@ class ExactResume(HookBase):
         return [(hook._period, x) for hook in periodic for x in hook._writers if isinstance(x, JSONWriter)]
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of now with one process, else that of the last ``collect``."""
+        """The current state with one process, else that of the last ``collect``."""
         if self._running and comm.get_world_size() == 1 and self._saved.get("iteration") != self.trainer.iter:
             return self._state()
         return self._saved
@@ -174,7 +174,7 @@ class ExactResume(HookBase):
 
 
 def check_same_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], folder: str) -> None:
-    """Raises UserError if ``saved``, a state of a checkpoint in ``folder``, is of another class or other parameters."""
+    """Raises UserError if ``saved``, from a checkpoint in ``folder``, is of another optimizer or other parameters."""
     own, theirs = optimizer.param_groups, saved["param_groups"]
     same_parameters = [len(group["params"]) for group in own] == [len(group["params"]) for group in theirs]
     if not same_parameters or not theirs[0].keys() <= own[0].keys() | set(_OF_THE_MACHINE):
@@ -190,8 +190,8 @@ def _describe(groups: Sequence[Mapping[str, Any]]) -> str:
 
 
 def apply_settings(optimizer: torch.optim.Optimizer, scheduler: Any, built: list[dict[str, Any]]) -> list[str]:
-    """Puts the settings of ``built``, the groups before a checkpoint was loaded, over those that it brought, and the
-    learning rate that the scheduler has for the next step.
+    """Puts back the settings of ``built``, the groups before a checkpoint was loaded, and sets the scheduler's learning
+    rate for the next step.
 
     Returns what changed, as "weight_decay 0.0001 -> 0.001"."""
     changed: dict[str, None] = {}
@@ -204,7 +204,7 @@ def apply_settings(optimizer: torch.optim.Optimizer, scheduler: Any, built: list
                 continue
             changed[f"{key} {old} -> {value}"] = None
             group[key] = value
-            if key == "initial_lr":  # torch's own schedulers go on from lr
+            if key == "initial_lr":  # torch's own schedulers continue from lr
                 group["lr"] *= value / old if old else 0.0
     if changed and hasattr(scheduler, "base_lrs"):
         scheduler.base_lrs = [group["initial_lr"] for group in groups]

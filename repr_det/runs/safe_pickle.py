@@ -61,7 +61,7 @@ class _Unpickler(pickle._Unpickler):
         return _ALLOWED[module, name]
 
     def load_build(self) -> None:
-        """NumPy trusts a state about memory: it is given that of an array that has been made."""
+        """NumPy trusts what a state says of memory: it is given the state of an array made here."""
         state, made = self.stack.pop(), self.stack[-1]
         if isinstance(made, np.ndarray) and made.size == 0:
             shape, dtype, fortran, content = state[-4:]

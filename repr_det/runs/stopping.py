@@ -53,7 +53,7 @@ NOTICE = _Notice()
 
 @contextmanager
 def answer_signals(answer: Callable[[int, object], None] = NOTICE) -> Iterator[None]:
-    """Inside, SIGTERM and SIGUSR1 stop the run: at once if nothing is lost, else at the end of the step."""
+    """Lets SIGTERM and SIGUSR1 stop the run: at once if nothing is lost, else at the end of the step."""
     if threading.current_thread() is not threading.main_thread():
         yield  # Python allows no handlers here
         return
@@ -68,7 +68,7 @@ def answer_signals(answer: Callable[[int, object], None] = NOTICE) -> Iterator[N
 
 
 def _keep_out() -> None:
-    """Takes loader workers out of the process group that torchrun signals: if one died, so would the run."""
+    """Takes loader workers out of the process group that torchrun signals: a worker that dies ends the run."""
     if NOTICE.answered:
         NOTICE.answered = False
         os.setpgid(0, 0)
