@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
@@ -79,19 +80,16 @@ def _keep_out() -> None:
 os.register_at_fork(after_in_child=_keep_out)
 
 
+@dataclass(eq=False)
 class StopAtSignal(HookBase):
     """Stops every rank, with a checkpoint, at the end of a step in which any was signalled.
 
     Comes after the PeriodicCheckpointer and before evaluation.
-
-    Args:
-        prepare: called on every rank before a checkpoint is written.
     """
 
-    def __init__(self, checkpoint_period: int, prepare: Callable[[], None]) -> None:
-        self.checkpoint_period = checkpoint_period
-        self.prepare = prepare
-        self._stopping = False
+    checkpoint_period: int
+    prepare: Callable[[], None]  # called on every rank before a checkpoint is written
+    _stopping = False
 
     def before_step(self) -> None:
         NOTICE.unsaved = True
