@@ -98,18 +98,18 @@ def load_lazy_config(
         _refuse_unknown_keys(cfg, overrides)
         cfg = LazyConfig.apply_overrides(cfg, overrides)
     given = {override.partition("=")[0] for override in overrides}
-    folder, key = OmegaConf.select(cfg, "train.output_dir", default="./output"), "train.output_dir"
+    folder, key = cfg.train.get("output_dir", "./output"), "train.output_dir"
     cfg.train.output_dir = folder = output_folder(str(folder), key, baseline and key not in given)
     if baseline and "repr" in cfg:
         cfg.repr.ENABLED = False
-    weights = OmegaConf.select(cfg, "train.init_checkpoint", default="")
-    weights_in = folder_of_weights(folder, weights, resume) if eval_only else None
+    weights_in = folder_of_weights(folder, cfg.train.get("init_checkpoint", ""), resume) if eval_only else None
     classes = prepare_data(register, _data_sets(cfg, "train"), _data_sets(cfg, "test"), weights_in)
     for key, own in KEYS.items():
         if classes and own.endswith("NUM_CLASSES") and key not in given and OmegaConf.select(cfg, key) is not None:
             OmegaConf.update(cfg, key, classes)
     for which in ("test",) if eval_only else ("train", "test"):
-        if mapper := OmegaConf.select(cfg, key := f"dataloader.{which}.mapper"):
+        key = f"dataloader.{which}.mapper"
+        if mapper := OmegaConf.select(cfg, key):
             try_mapper(key, functools.partial(instantiate, mapper))
     return cfg
 
