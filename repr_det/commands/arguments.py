@@ -1,4 +1,4 @@
-"""The arguments of a training run, and the config that they stand for."""
+"""The arguments of a training run, and its config."""
 
 import argparse
 import contextlib
@@ -20,8 +20,9 @@ from repr_det.method.errors import UserError
 from repr_det.runs.checkpoints import find_checkpoint
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-# In a wheel beside the modules.
-CONFIGS = next((x for x in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if x.is_dir()), _PACKAGE / "configs")
+CONFIGS = _PACKAGE / "configs"  # in a wheel
+if not CONFIGS.is_dir():
+    CONFIGS = _PACKAGE.parent / "configs"
 _ARITHMETIC = re.compile(r"(for|in|x|[\d\s.,*/+()\[\]-])*")
 
 
@@ -75,7 +76,8 @@ def build_config(
     eval_only: bool = False,
     resume: bool = False,
 ) -> CfgNode:
-    """The frozen config of a run, by a yaml file or the name of one of configs/; the rest as on the command line.
+    """Builds the frozen config of a run from a yaml file or the name of one in configs/. Other arguments are those of
+    the command line.
 
     Raises:
         UserError: file, key, value or data set is wrong.
@@ -105,7 +107,7 @@ def folder_of_weights(output_dir: str, weights: str, resume: bool) -> str:
 
 
 def output_folder(folder: str, key: str, beside: bool) -> str:
-    """``folder`` without ~ and variables (UserError if one is not set); ``beside``: with the baseline's suffix."""
+    """Replaces ~ and variables in a folder (UserError if one is not set); ``beside`` adds the baseline's suffix."""
     expanded = os.path.expandvars(os.path.expanduser(folder))
     if unset := re.search(r"\$(\w+|\{\w+\})", expanded):
         raise UserError(f"{key} {folder!r}: the variable {unset.group(1).strip('{}')} is not set")
@@ -113,7 +115,7 @@ def output_folder(folder: str, key: str, beside: bool) -> str:
 
 
 def config_path(name: str) -> str:
-    """The file: a path, or a shipped config; else UserError."""
+    """The path of a config file, by its path or the name of a shipped one; UserError if there is none."""
     for path in (name, os.path.join(CONFIGS, name)):
         if os.path.isfile(path):
             return path
@@ -125,7 +127,7 @@ def config_path(name: str) -> str:
 
 
 def merge_config_file(cfg: CfgNode, file: str) -> None:
-    """``cfg.merge_from_file``; UserError if the file is wrong or runs code (arithmetic may be: Base-RetinaNet)."""
+    """``cfg.merge_from_file``; UserError if the file is wrong, or runs code other than arithmetic (Base-RetinaNet)."""
     with naming_close_keys(cfg), as_user_error(file):
         try:
             _Checked.load_yaml_with_base(file)
@@ -136,7 +138,7 @@ def merge_config_file(cfg: CfgNode, file: str) -> None:
 
 @contextlib.contextmanager
 def naming_close_keys(cfg: CfgNode) -> Iterator[None]:
-    """A UserError of an unknown key names the closest ones of ``cfg``."""
+    """Adds the closest keys of ``cfg`` to the UserError of an unknown key."""
     try:
         yield
     except UserError as error:
@@ -155,7 +157,7 @@ def _keys(node: CfgNode, path: str = "") -> Iterator[str]:
 
 
 class _Checked(CfgNode):
-    """Checks every file that Detectron2 opens, _BASE_ too."""
+    """Checks every file that Detectron2 opens, those of _BASE_ too."""
 
     @classmethod
     def _open_cfg(cls, filename: str) -> io.StringIO:

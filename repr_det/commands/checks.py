@@ -34,6 +34,7 @@ from repr_det.method.errors import UserError, spelling
 from repr_det.method.layers import find_filter_layers
 from repr_det.runs.checkpoints import AtomicCheckpointer, zero_filters
 from repr_det.runs.files import refuse_used
+from repr_det.runs.loader import SAMPLERS
 
 logger = logging.getLogger(__name__)
 _SIZE = {"height": 60, "width": 80}
@@ -42,7 +43,6 @@ _TRAINING_IMAGES = (
     "INPUT: no images by RANDOM_FLIP {RANDOM_FLIP}, MIN_SIZE_TRAIN {MIN_SIZE_TRAIN}, MAX_SIZE_TRAIN {MAX_SIZE_TRAIN}, "
     "MIN_SIZE_TRAIN_SAMPLING {MIN_SIZE_TRAIN_SAMPLING}, CROP.TYPE {CROP.TYPE}, CROP.SIZE {CROP.SIZE}"
 )
-_SAMPLERS = "TrainingSampler, RepeatFactorTrainingSampler, RandomSubsetTrainingSampler"
 
 
 def check_run(
@@ -118,8 +118,9 @@ def _check_input(cfg: CfgNode, eval_only: bool) -> None:
     if eval_only:
         return
     try_mapper(_TRAINING_IMAGES.format(**cfg.INPUT), lambda: DatasetMapper(cfg, True))
-    if loading.SAMPLER_TRAIN not in _SAMPLERS.split(", "):
-        raise UserError(f"DATALOADER.SAMPLER_TRAIN must be one of {_SAMPLERS}, got {loading.SAMPLER_TRAIN!r}")
+    samplers = [sampler.__name__ for sampler in SAMPLERS]
+    if loading.SAMPLER_TRAIN not in samplers:
+        raise UserError(f"DATALOADER.SAMPLER_TRAIN must be one of {', '.join(samplers)}, got {loading.SAMPLER_TRAIN!r}")
     with as_user_error(f"DATALOADER: {loading.SAMPLER_TRAIN} by REPEAT_THRESHOLD {loading.REPEAT_THRESHOLD}"), _quiet():
         build_detection_train_loader(cfg, mapper=str, dataset=({"annotations": [{"category_id": 0}]},) * 10_000)
 
@@ -145,7 +146,7 @@ def _check_output_folder(cfg: CfgNode) -> None:
 
 
 def model_of_shapes(cfg: CfgNode, trainer: type[Trainer], eval_only: bool) -> nn.Module:
-    """The model on the meta device, on the CPU if its making needs numbers; tries to make its optimizer too."""
+    """Builds the model on the meta device, or on the CPU if it needs numbers; to train, tries its optimizer too."""
 
     def build(device: str) -> nn.Module:
         with torch.device(device), _quiet():
@@ -191,9 +192,9 @@ def _check_weights(cfg: CfgNode, model: nn.Module, resume: bool, eval_only: bool
     trial._resuming = resumed or eval_only  # every weight must be there
     source = path if resumed else f"MODEL.WEIGHTS {path!r} cannot be read (give a file, or '' for random weights)"
     with _quiet(), as_user_error(source):
-        trial.load(path)
+        loaded = trial.load(path)
     if resumed and not eval_only:
-        _check_same_training(cfg, trial.trainer)
+        _check_same_training(cfg, loaded.get("trainer", {}))
         return
     if zeros := zero_filters(trial.weights):
         name = next(iter(zeros))
@@ -218,9 +219,10 @@ def _changed(cfg: CfgNode, key: str, value: Any) -> CfgNode:
 
 
 class _TrialCheckpointer(AtomicCheckpointer):
+    """Keeps the weights as the file has them."""
+
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         self.weights = dict(checkpoint["model"])
-        self.trainer = checkpoint.get("trainer", {})
         return super()._load_model(checkpoint)
 
 

@@ -24,10 +24,10 @@ _SEMANTIC = ("PanopticFPN", "SemanticSegmentor", "PanopticDeepLab")
 
 
 def prepare_data(
-    register: Sequence[Sequence[str]], train: Sequence[str], test: Sequence[str], weights_in: str | None = None
+    register: Sequence[Sequence[str]], train: Sequence[str], test: Sequence[str], weights_in: str | None
 ) -> int:
-    """Registers this package's data sets and those of --register, and numbers the classes of a run; those of the
-    checkpoint in ``weights_in``, which is evaluated, come first. Returns their number, 0 if not from --register.
+    """Registers this package's data sets and those of --register, and numbers the classes of a run. Returns their
+    number, 0 without --register. The classes of a checkpoint to evaluate, in the folder ``weights_in``, come first.
 
     Raises:
         UserError: a data set is bad, or none of --register is used.

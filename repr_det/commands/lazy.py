@@ -46,7 +46,6 @@ KEYS = {
     "dataloader.train.mapper.use_instance_mask": "MODEL.MASK_ON",
     "dataloader.train.mapper.use_keypoint": "MODEL.KEYPOINT_ON",
     "dataloader.train.mapper.instance_mask_format": "INPUT.MASK_FORMAT",
-    "dataloader.evaluator.output_dir": "",
     "train.max_iter": "SOLVER.MAX_ITER",
     "train.amp.enabled": "SOLVER.AMP.ENABLED",
     "train.checkpointer.period": "SOLVER.CHECKPOINT_PERIOD",
@@ -99,18 +98,18 @@ def load_lazy_config(
         _refuse_unknown_keys(cfg, overrides)
         cfg = LazyConfig.apply_overrides(cfg, overrides)
     given = {override.partition("=")[0] for override in overrides}
-    folder, key = OmegaConf.select(cfg, "train.output_dir", default="./output"), "train.output_dir"
+    folder, key = cfg.train.get("output_dir", "./output"), "train.output_dir"
     cfg.train.output_dir = folder = output_folder(str(folder), key, baseline and key not in given)
     if baseline and "repr" in cfg:
         cfg.repr.ENABLED = False
-    weights = OmegaConf.select(cfg, "train.init_checkpoint", default="")
-    weights_in = folder_of_weights(folder, weights, resume) if eval_only else None
+    weights_in = folder_of_weights(folder, cfg.train.get("init_checkpoint", ""), resume) if eval_only else None
     classes = prepare_data(register, _data_sets(cfg, "train"), _data_sets(cfg, "test"), weights_in)
     for key, own in KEYS.items():
         if classes and own.endswith("NUM_CLASSES") and key not in given and OmegaConf.select(cfg, key) is not None:
             OmegaConf.update(cfg, key, classes)
     for which in ("test",) if eval_only else ("train", "test"):
-        if mapper := OmegaConf.select(cfg, key := f"dataloader.{which}.mapper"):
+        key = f"dataloader.{which}.mapper"
+        if mapper := OmegaConf.select(cfg, key):
             try_mapper(key, functools.partial(instantiate, mapper))
     return cfg
 
@@ -121,16 +120,16 @@ def _data_sets(cfg: DictConfig, which: str) -> tuple[str, ...]:
 
 
 def _refuse_unknown_keys(cfg: DictConfig, overrides: list[str]) -> None:
-    """Refuses keys that the config lacks, unless they are marked as new (``+path.key=value``), or their node's
-    ``_target_`` or this package takes them."""
+    """Refuses keys that the config lacks. Allowed are those marked as new (``+path.key=value``), those of this package,
+    and arguments of a node's ``_target_``."""
     for override in OverridesParser.create().parse_overrides(overrides):
         key = override.key_or_group
         if override.is_add() or key in KEYS or key.startswith("repr"):
             continue
         where, _, name = key.rpartition(".")
-        while where and OmegaConf.select(cfg, where) is None:
+        while OmegaConf.select(cfg, where) is None:
             where, _, name = where.rpartition(".")
-        node = OmegaConf.select(cfg, where) if where else cfg
+        node = OmegaConf.select(cfg, where)  # "" selects the config itself
         children = list(node) if isinstance(node, DictConfig) else []
         if isinstance(node, ListConfig):
             children = [str(number) for number in range(len(node))]
@@ -153,8 +152,8 @@ def _takes(node: Any, name: str) -> bool:
 
 
 def record_reads(cfg: DictConfig) -> Callable[[], list[str]]:
-    """Makes the keys of nodes that are not called, such as ``train``, interpolations that note when they are read;
-    returns a function that names the others."""
+    """Turns the keys of nodes that are not called, such as ``train``, into interpolations that record reads. Returns a
+    function that names the keys without a read."""
     values, used = {}, set()
 
     def read(key: str) -> Any:
@@ -171,8 +170,8 @@ def record_reads(cfg: DictConfig) -> Callable[[], list[str]]:
 
 
 def repr_cfg_from_lazy(cfg: DictConfig) -> CfgNode:
-    """The config that checks and RePrHook take. REPR comes from the node ``repr`` (L(RePrHook)(...), or keys as in
-    yaml), SOLVER.STEPS from where ``lr_multiplier`` decays, the rest by ``KEYS`` or Detectron2's defaults.
+    """The yacs config for checks and RePrHook. REPR comes from the node ``repr``: L(RePrHook)(...), or keys as in yaml.
+    SOLVER.STEPS are the decays of ``lr_multiplier``. The rest comes from ``KEYS``, or has Detectron2's defaults.
 
     Raises:
         UserError: a key is unknown or of the wrong type, or ``train.max_iter`` is missing.
@@ -182,10 +181,9 @@ def repr_cfg_from_lazy(cfg: DictConfig) -> CfgNode:
     yacs.FLOAT32_PRECISION = ""
     yacs.SOLVER.LOG_PERIOD, yacs.SOLVER.MAX_TO_KEEP = 20, 10**9
     yacs.SOLVER.WARMUP_ITERS = yacs.DATALOADER.NUM_WORKERS = 0
-    yacs.SOLVER.LR_SCHEDULER_NAME = "WarmupMultiStepLR"
     with naming_close_keys(yacs), as_user_error("the node repr of the LazyConfig"):
         _merge_repr(yacs, cfg.get("repr") or {})
-    found = {own: OmegaConf.select(cfg, key) for key, own in KEYS.items() if own}
+    found = {own: OmegaConf.select(cfg, key) for key, own in KEYS.items()}
     found |= {"DATASETS.TRAIN": _data_sets(cfg, "train"), "DATASETS.TEST": _data_sets(cfg, "test")}
     if found["SOLVER.MAX_ITER"] is None:
         raise UserError("train.max_iter is missing: give the number of iterations")
@@ -214,7 +212,7 @@ def _merge_repr(yacs: CfgNode, node: Any) -> None:
 
 @contextlib.contextmanager
 def naming_lazy_keys(cfg: DictConfig) -> Iterator[None]:
-    """A UserError names the keys of a LazyConfig, not those of yaml."""
+    """Replaces yaml keys in a UserError by those of the LazyConfig."""
     by_arguments = "_target_" in (cfg.get("repr") or {})
     names = {own: key for key, own in KEYS.items()}
     for option, own in CONFIG_KEYS.items():

@@ -33,7 +33,7 @@ from repr_det.method.errors import UserError
 from repr_det.runs.files import advice_for, write_atomically
 from repr_det.runs.lock import job_of, lock_folder
 from repr_det.runs.record import CONFIG_FILE
-from repr_det.runs.stopping import STATUS, Stopped, answer_signals, end_with_parent
+from repr_det.runs.stopping import NOTICE, STATUS, Stopped, answer_signals, end_with_parent
 
 Main = Callable[[argparse.Namespace], Any]
 STOCK_CONFIG_FILE = "config_detectron2.yaml"
@@ -74,8 +74,8 @@ def join_torchrun(device: str, seconds: float) -> None:
 
 
 def _store_of_this_start(board: dist.Store, rank: int, timeout: timedelta) -> dist.Store:
-    """A store that rank 0 opens anew and announces on ``board``, which torchrun's agents share over all restarts, with
-    addresses of dead processes."""
+    """Rank 0 opens a new store and announces it on ``board``. torchrun's agents share ``board`` over all restarts: it
+    also holds addresses of dead processes."""
     host, deadline = os.environ["MASTER_ADDR"], time.monotonic() + timeout.total_seconds()
     if rank == 0:
         name = uuid.uuid4().hex
@@ -172,10 +172,10 @@ def write_configs(cfg: CfgNode, folder: Path) -> None:
 
 
 def setup_process(args: argparse.Namespace, cfg: CfgNode, config: str) -> None:
-    """Lock, threads, logs and seeds, as Detectron2's ``default_setup``; ``runs.record`` writes config.yaml.
-    ``args.resume`` becomes that of rank 0. UserError if another process trains in OUTPUT_DIR."""
+    """Detectron2's ``default_setup`` with a lock and threads; ``runs.record`` writes config.yaml. ``args.resume``
+    becomes that of rank 0. UserError if another process trains in OUTPUT_DIR."""
     folder, rank = cfg.OUTPUT_DIR, comm.get_rank()
-    if not args.eval_only and folder:
+    if not args.eval_only:
         _take(args, folder)
     if cfg.MODEL.DEVICE == "cpu" and comm.get_world_size() > 1 and "OMP_NUM_THREADS" not in os.environ:
         # Every process would take all cores, and they would wait for each other.
@@ -198,7 +198,7 @@ def setup_process(args: argparse.Namespace, cfg: CfgNode, config: str) -> None:
 
 
 def _log_early_warnings(warnings: list[tuple[str, str]]) -> None:
-    """Writes into the log what is on the terminal already."""
+    """Writes warnings that are on the terminal into the log."""
     logging.getLogger().removeHandler(_EARLY)
     for handler in logging.getLogger("repr_det").handlers:
         if getattr(handler, "stream", None) is not sys.stdout:
@@ -207,20 +207,20 @@ def _log_early_warnings(warnings: list[tuple[str, str]]) -> None:
 
 
 def _one_line_for_user_errors(record: logging.LogRecord) -> bool:
-    """Drops Detectron2's traceback of what run_tool says in one line."""
+    """Drops Detectron2's traceback of an error that run_tool reports in one line."""
     error = record.exc_info[1] if record.exc_info else None
     return not (isinstance(error, UserError) or advice_for(error))
 
 
 def may_continue(args: argparse.Namespace, folder: str) -> bool:
-    """Tells whether --resume is given, or torchrun restarts the job that began the run in ``folder``; on other ranks,
-    True until ``setup_process``."""
+    """Tells whether --resume is given, or torchrun restarts the job that began the run in ``folder``. Ranks other than
+    0 answer True until ``setup_process``."""
     has_begun = torchrun_job() != "" and job_of(folder) == torchrun_job()
     return args.resume or _of_torchrun("RANK", 0) > 0 or has_begun
 
 
 def _take(args: argparse.Namespace, folder: str) -> None:
-    """Rank 0 locks the folder; all learn whether it could, and resumes."""
+    """Rank 0 locks the folder and tells all ranks whether it could, and whether it resumes."""
     trouble = ""
     if comm.is_main_process():
         try:
@@ -249,21 +249,10 @@ def launch_processes(main: Main, args: argparse.Namespace, device: str) -> None:
 
 
 def _launch(main: Main, args: argparse.Namespace) -> None:
-    """Detectron2's launch; signals reach all processes, and what ends one ends all with one line."""
-    asked = ""
-
-    def pass_on(number: int, _: object) -> None:
-        nonlocal asked
-        asked = signal.Signals(number).name
-        processes = multiprocessing.active_children()
-        if not processes:
-            raise Stopped(asked)
-        for process in processes:
-            os.kill(process.pid, number)
-
+    """Detectron2's launch; signals reach all processes, and an error of one ends all with one line."""
     timeout = timedelta(seconds=args.rendezvous_timeout)
     try:
-        with answer_signals(pass_on):
+        with answer_signals(_pass_on):
             launch(_run, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, (main, args), timeout)
     except ProcessRaisedException as error:
         last = str(error).rstrip().rpartition("\n")[2]
@@ -273,14 +262,23 @@ def _launch(main: Main, args: argparse.Namespace) -> None:
             raise
         raise UserError(_USER_ERROR.sub("", last)) from None
     except ProcessExitedException as error:
-        if asked or error.exit_code == STATUS:
-            raise Stopped(asked or "a signal to one of its processes") from None
+        if NOTICE.asked or error.exit_code == STATUS:
+            raise Stopped(NOTICE.asked or "a signal to one of its processes") from None
         raise UserError(f"{error}, so the run stops; continue it with --resume") from None
 
 
+def _pass_on(number: int, _: object) -> None:
+    NOTICE.asked = signal.Signals(number).name
+    processes = multiprocessing.active_children()
+    if not processes:
+        raise Stopped(NOTICE.asked)
+    for process in processes:
+        os.kill(process.pid, number)
+
+
 def _run(main: Main, args: argparse.Namespace) -> None:
-    """Leaves the process group at the end, or gloo's threads abort some processes; not after a failure, when peers may
-    wait."""
+    """Runs ``main`` and leaves the process group, or gloo's threads would abort some processes. After a failure it does
+    not leave: peers may wait."""
     try:
         with _AT_THE_END, answer_signals():
             main(args)

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import functools
-import importlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,21 +27,22 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Run:
-    """A run of a config file: its text for the log, a writer of config.yaml, keys that nothing has read, and a context
-    in which errors name the file's keys."""
+    """A run of a config file."""
 
     cfg: CfgNode
     trainer: type[Trainer]
-    text: str
+    text: str  # for the log
     write_config: Callable[[Path], None]
-    unread: Callable[[], list[str]] = list
-    naming: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+    unread: Callable[[], list[str]] = list  # names keys without a read
+    naming: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext  # spells keys in errors
 
 
 def run_of(args: argparse.Namespace) -> Run:
     given = (args.config_file, args.opts, args.register, args.baseline, args.eval_only, args.resume)
     if args.config_file.endswith(".py"):
-        return importlib.import_module("repr_det.commands.lazy").lazy_run(*given)
+        from repr_det.commands.lazy import lazy_run
+
+        return lazy_run(*given)
     cfg = build_config(*given)
     return Run(cfg, Trainer, cfg.dump(), functools.partial(write_configs, cfg))
 

@@ -18,10 +18,10 @@ _TAG = "last_checkpoint"
 
 
 class AtomicCheckpointer(DetectionCheckpointer):
-    """DetectionCheckpointer whose files are whole or absent, and that executes nothing that a file contains.
+    """DetectionCheckpointer whose files are whole or absent, and that runs no code of a file.
 
-    Without ``last_checkpoint`` it takes the newest checkpoint of the folder. ``unfit`` are the parameters that the last
-    one lacked or had in another shape."""
+    Without ``last_checkpoint`` it takes the newest checkpoint of the folder. ``unfit`` are the parameters that the file
+    loaded last lacked or had in another shape."""
 
     _resuming = False
     unfit: Sequence[str] = ()
@@ -116,7 +116,7 @@ def find_checkpoint(folder: str | Path) -> Path | None:
             raise UserError(f"{tag} names {name!r}, which is not there: write the name of a checkpoint into it")
         return folder / name
     found = [*folder.glob(FINAL_CHECKPOINT), *sorted(folder.glob("model_[0-9]*.pth"))[-1:]]
-    if len(found) > 1:  # training may have gone on behind the final one
+    if len(found) > 1:  # training may have continued after the final one
         found.sort(key=lambda path: load_checkpoint(path).get("iteration", -1), reverse=True)
     return found[0] if found else None
 
@@ -128,9 +128,9 @@ def is_saved(trainer: TrainerBase, checkpoint_period: int) -> bool:
 
 
 def zero_filters(weights: Mapping[str, Any]) -> dict[str, list[int]]:
-    """conv name -> filters whose row, bias and norm (by Detectron2's name) are 0, as a drop leaves them.
+    """Finds filters whose row, bias and norm (by Detectron2's name) are 0, as a drop leaves them, by conv.
 
-    Not of convs that are all zero, as deformable offsets begin.
+    Convs that are all zero, as deformable offsets are at first, are left out.
     """
     found = {}
     for name, value in weights.items():

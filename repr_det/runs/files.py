@@ -58,7 +58,7 @@ def write_atomically(path: str | Path, text: str) -> None:
 
 
 def remove_unfinished(folder: str | Path) -> None:
-    """Deletes what a killed ``replacing`` left."""
+    """Deletes unfinished files of a killed ``replacing``."""
     for leftover in Path(folder).glob(f"{_UNFINISHED}*"):
         if leftover.is_file():  # version 0.2.0 left folders
             leftover.unlink()
@@ -79,7 +79,7 @@ def advice_for(error: BaseException | None) -> str:
 
 
 def truncate_log(path: str | Path, start_iter: int) -> None:
-    """Removes lines of json that a crash cut short or whose "iteration" is not before ``start_iter``."""
+    """Removes json lines that a crash cut short, and those whose "iteration" is not before ``start_iter``."""
     if not os.path.exists(path):
         return
     with open(path, "r+b") as file:  # in place: others hold it open for appending
@@ -92,7 +92,7 @@ def truncate_log(path: str | Path, start_iter: int) -> None:
 
 
 def last_logged(path: str | Path) -> int:
-    """The largest "iteration" in such a file, else -1."""
+    """The largest "iteration" in a file of json lines, else -1."""
     if not os.path.exists(path):
         return -1
     iterations = map(_iteration, Path(path).read_bytes().splitlines(keepends=True))

@@ -1,6 +1,7 @@
 """A guard against numbers that are not finite."""
 
 from collections.abc import Collection
+from dataclasses import dataclass
 
 import torch
 from detectron2.engine import HookBase
@@ -14,21 +15,16 @@ class NonFiniteError(UserError, FloatingPointError):
     """A loss, gradient or weight is infinite or NaN."""
 
 
+@dataclass(eq=False)
 class FiniteGuard(HookBase):
     """Stops the run if weights are not finite before a checkpoint or a RePr transition, or gradients after a step.
 
     Comes before every hook that saves or uses the model.
-
-    Args:
-        check_gradients: the host waits for them once a step; False under AMP, where GradScaler skips a step that
-            overflows.
-        transitions: iterations of drops and restores.
     """
 
-    def __init__(self, check_gradients: bool, checkpoint_period: int, transitions: Collection[int]) -> None:
-        self.check_gradients = check_gradients
-        self.checkpoint_period = checkpoint_period
-        self.transitions = transitions
+    check_gradients: bool  # the host waits for each step; False under AMP, where GradScaler skips those that overflow
+    checkpoint_period: int
+    transitions: Collection[int]  # iterations of drops and restores
 
     def after_step(self) -> None:
         if self.check_gradients:

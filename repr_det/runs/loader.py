@@ -1,5 +1,5 @@
-"""The position of the training loader: samples that each worker has delivered, its random state before the last, and
-the samples in the aspect-ratio buckets."""
+"""The position of the training loader: samples delivered by each worker, its random state before the last one, and the
+samples in the aspect-ratio buckets."""
 
 import dataclasses
 import functools
@@ -21,11 +21,11 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from repr_det.network.state import generators_in, random_state, set_random_state
 
 logger = logging.getLogger("repr_det.resume")
-_SAMPLERS = (TrainingSampler, RandomSubsetTrainingSampler, RepeatFactorTrainingSampler)
+SAMPLERS = (TrainingSampler, RandomSubsetTrainingSampler, RepeatFactorTrainingSampler)
 _DRAWN = ("_seed", "_indexes")  # what a sampler draws for itself
 _OPTIONS = (  # of a DataLoader
-    *("batch_size", "drop_last", "num_workers", "collate_fn", "worker_init_fn", "timeout", "prefetch_factor"),
-    *("persistent_workers", "multiprocessing_context"),
+    *("batch_size", "drop_last", "num_workers", "worker_init_fn", "timeout", "prefetch_factor", "persistent_workers"),
+    "multiprocessing_context",
 )
 _LOOKED_AT = 64  # samples in the digest of a data set, evenly spread
 
@@ -93,7 +93,8 @@ class ResumableLoader:
         self.num_workers: int = inner.num_workers
         self.batch_size: int = loader.batch_size  # of this process
         self.dataset = self.stream = _Stream(inner.dataset)  # others look for the data set in .dataset
-        self._source: Iterable = DataLoader(self.stream, **{name: getattr(inner, name) for name in _OPTIONS})
+        options = {name: getattr(inner, name) for name in _OPTIONS}
+        self._source: Any = DataLoader(self.stream, collate_fn=trivial_batch_collator, **options)
         self._grouping = AspectRatioGroupedDataset(None, loader.batch_size) if grouped else None
         self._buckets: list[list[_Marked]] = [] if self._grouping is None else self._grouping._buckets
         self._consumed: dict[int, tuple[int, dict]] = {}
@@ -106,15 +107,15 @@ class ResumableLoader:
     def __iter__(self) -> Iterator[list]:
         batches: Iterable = self._delivered()
         if self._grouping is not None:
-            self._grouping.dataset = batches
+            self._grouping.dataset = itertools.chain.from_iterable(batches)
             batches = self._grouping
         for batch in batches:
             yield [marked.sample for marked in batch]
 
-    def _delivered(self) -> Iterator[Any]:
-        """Counts what workers hand over: a sample if grouped, else a batch."""
+    def _delivered(self) -> Iterator[list[_Marked]]:
+        """Counts the samples that workers hand over, one at a time if grouped, else a batch."""
         for delivery in self._source:
-            for marked in delivery if self._grouping is None else [delivery]:
+            for marked in delivery:
                 stream, number, _, before = marked.origin
                 self._consumed[stream] = (number + 1, before)
             yield delivery
@@ -161,8 +162,7 @@ class ResumableLoader:
         self.stream.skipped = state.get("skipped", 0)
         self._consumed = {stream: tuple(done) for stream, done in state["consumed"].items()}
         self.stream.consumed = dict(self._consumed)
-        per_delivery = 1 if self._grouping is not None else self.batch_size
-        deliveries = sum(count for count, _ in self._consumed.values()) // per_delivery
+        deliveries = sum(count for count, _ in self._consumed.values()) // self._source.batch_size
         self.stream.first = deliveries % max(1, self.num_workers)
         for bucket, origins in zip(self._buckets, state["buckets"], strict=True):
             for stream, number, index, before in origins:
@@ -170,8 +170,8 @@ class ResumableLoader:
                 bucket.append(_Marked(self.stream.dataset[index], (stream, number, index, before)))
 
     def skip(self, states: list[dict[str, Any]], iteration: int) -> None:
-        """Begins behind as many images as all processes had drawn by ``iteration`` (by ``states``, else by this batch
-        size), in the order of their sampler if that was of the same kind."""
+        """Begins after as many images as all processes had drawn by ``iteration``: by ``states``, else by this batch
+        size. The order is that of the saved sampler if it is of the same kind."""
         drawn = iteration * self.batch_size * comm.get_world_size()
         if states:
             drawn = sum(s.get("skipped", 0) + sum(count for count, _ in s["consumed"].values()) for s in states)
@@ -221,7 +221,7 @@ def _check_understood(inner: Any, grouped: bool) -> None:
     need(getattr(inner, "in_order", True), "gives batches out of order")
     source = inner.dataset
     need(type(source) is ToIterableDataset, f"reads a {type(source).__name__}")
-    need(type(source.sampler) in _SAMPLERS, f"has a {type(source.sampler).__name__}")
+    need(type(source.sampler) in SAMPLERS, f"has a {type(source.sampler).__name__}")
 
 
 def _settings_of(sampler: Any) -> str:

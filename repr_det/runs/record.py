@@ -6,6 +6,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +21,20 @@ CONFIG_FILE = "config.yaml"
 DATA_FILE = "data_sets.json"
 
 
+@dataclass(eq=False)
 class RunRecord(HookBase):
     """Writes the record in ``before_train``; registered last, after every check.
 
     A run that is resumed with other settings keeps those up to iteration 999 as config_until_0000999.yaml.
-
-    Args:
-        folder: OUTPUT_DIR; '' writes nothing.
-        write_config: writes config.yaml, and other files, into a folder.
-        data_sets: names of DATASETS.TRAIN and TEST.
     """
 
-    def __init__(self, folder: str, write_config: Callable[[Path], None], data_sets: Sequence[str]) -> None:
-        self.folder = folder
-        self.write_config = write_config
-        self.data_sets = data_sets
+    folder: str  # OUTPUT_DIR
+    write_config: Callable[[Path], None]  # writes config.yaml, and other files, into a folder
+    data_sets: Sequence[str]  # names of DATASETS.TRAIN and TEST
 
     def before_train(self) -> None:
         start = self.trainer.start_iter
-        if not self.folder or not comm.is_main_process() or start >= self.trainer.max_iter:
+        if not comm.is_main_process() or start >= self.trainer.max_iter:
             return
         with tempfile.TemporaryDirectory(dir=self.folder, prefix=".record-") as new, preserved_random_state():
             self.write_config(Path(new))

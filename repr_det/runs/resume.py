@@ -39,7 +39,7 @@ class ExactResume(HookBase):
     Args:
         model: not wrapped.
         loaders: the training loader, and others that hooks read while training.
-        folder: OUTPUT_DIR, whose logs lose what lies after the checkpoint.
+        folder: OUTPUT_DIR; lines after the checkpoint are removed from its logs.
     """
 
     def __init__(self, model: nn.Module, loaders: Sequence[Any], checkpoint_period: int, folder: str) -> None:
@@ -48,22 +48,21 @@ class ExactResume(HookBase):
         self.checkpoint_period = checkpoint_period
         self.folder = folder
         self._running = False
-        self._resumed_exactly = False  # until the first step
         self._saved: dict[str, Any] = {}
-        self._loaded: dict[str, Any] | None = None
-        self._random: dict[str, Any] | None = None
+        self._loaded: dict[str, Any] | None = None  # until the first step
 
     def before_train(self) -> None:
         self._running = True
         start, loaded = self.trainer.start_iter, self._loaded
-        self._resumed_exactly = loaded is not None and loaded["iteration"] == start - 1
         if comm.is_main_process():
             for name in (METRICS_FILE, EVENTS_FILE, OVERLAPS_FILE):  # RePr may be off now
                 truncate_log(os.path.join(self.folder, name), start)
-        if self._resumed_exactly:
+        if loaded is not None and loaded["iteration"] == start - 1:
             self._bring_back(loaded)
             self._bring_back_scalars(loaded["scalars"])
-        elif start > 0:
+            return
+        self._loaded = None
+        if start > 0:
             found = "no random states" if loaded is None else f"the random states of iteration {loaded['iteration']}"
             logger.warning(_NEW_ORDER, f"This checkpoint holds {found}")
             for loader in self.loaders:
@@ -71,13 +70,12 @@ class ExactResume(HookBase):
 
     def _bring_back(self, loaded: dict[str, Any]) -> None:
         ranks = loaded["ranks"]
-        same_world = len(ranks) == comm.get_world_size()
-        rank = comm.get_rank() if same_world else 0
+        rank = comm.get_rank() if len(ranks) == comm.get_world_size() else 0
         if unknown := self.hidden.load(ranks[rank].get("attributes", {})):
             logger.warning("This model has no such attributes: %s; the checkpoint's are ignored", ", ".join(unknown))
-        for hook, (metric, iteration) in zip(self._best(), loaded.get("best", ()), strict=False):
+        best = self._hooks_of(hooks.BestCheckpointer)
+        for hook, (metric, iteration) in zip(best, loaded.get("best", ()), strict=False):
             hook.best_metric, hook.best_iter = metric, iteration
-        self._random = ranks[rank]["random"] if same_world else None
 
         changes: dict[str, None] = {}
         # A loader that the run did not have before (TEST.PRECISE_BN) begins at its beginning.
@@ -93,13 +91,13 @@ class ExactResume(HookBase):
             logger.warning(_NEW_ORDER, "; ".join(changes))
 
     def before_step(self) -> None:
-        if not self._resumed_exactly:
+        if self._loaded is None:
             return
-        self._resumed_exactly = False
+        ranks, self._loaded = self._loaded["ranks"], None
         for loader in self.loaders:
             loader.start()
-        if self._random is not None:
-            set_random_state(self._random)
+        if len(ranks) == comm.get_world_size():
+            set_random_state(ranks[comm.get_rank()]["random"])
         self._evaluate_again()
         self._write_what_was_due()
 
@@ -112,14 +110,15 @@ class ExactResume(HookBase):
         trainer.iter = trainer.storage.iter = iteration
 
     def after_step(self) -> None:
-        done, evaluations = self.trainer.iter + 1, [x for x in self.trainer._hooks if isinstance(x, hooks.EvalHook)]
+        done = self.trainer.iter + 1
+        periods = [hook._period for hook in self._hooks_of(hooks.EvalHook)]
         # BestCheckpointer saves after an evaluation.
-        evaluated = any(hook._period > 0 and done % hook._period == 0 for hook in evaluations)
+        evaluated = any(period > 0 and done % period == 0 for period in periods)
         if evaluated or is_saved(self.trainer, self.checkpoint_period):
             self.collect()
 
     def collect(self) -> None:
-        """Collects what a checkpoint needs now, on every rank and before evaluation."""
+        """Collects the state for a checkpoint, on every rank and before evaluation."""
         self._saved = self._state()
 
     def _state(self) -> dict[str, Any]:
@@ -134,11 +133,11 @@ class ExactResume(HookBase):
             "iteration": self.trainer.iter,
             "ranks": comm.gather(of_this_rank),
             "scalars": scalars,
-            "best": [[hook.best_metric, hook.best_iter] for hook in self._best()],
+            "best": [[hook.best_metric, hook.best_iter] for hook in self._hooks_of(hooks.BestCheckpointer)],
         }
 
-    def _best(self) -> list[hooks.BestCheckpointer]:
-        return [hook for hook in self.trainer._hooks if isinstance(hook, hooks.BestCheckpointer)]
+    def _hooks_of(self, kind: type[HookBase]) -> list[Any]:
+        return [hook for hook in self.trainer._hooks if isinstance(hook, kind)]
 
     def _bring_back_scalars(self, scalars: dict[str, list]) -> None:
         storage, now = self.trainer.storage, self.trainer.storage.iter
@@ -154,18 +153,18 @@ class ExactResume(HookBase):
             self._write_what_was_due()
 
     def _write_what_was_due(self) -> None:
-        """Writes what a run did not that died between its checkpoint and its writers."""
+        """Writes the row of a run that died between its checkpoint and its writers."""
         start = self.trainer.start_iter
         for period, writer in self._json_writers():
             if start % period == 0 or start == self.trainer.max_iter:
                 writer.write()
 
     def _json_writers(self) -> list[tuple[int, JSONWriter]]:
-        periodic = [hook for hook in self.trainer._hooks if isinstance(hook, hooks.PeriodicWriter)]
+        periodic = self._hooks_of(hooks.PeriodicWriter)
         return [(hook._period, x) for hook in periodic for x in hook._writers if isinstance(x, JSONWriter)]
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of now with one process, else that of the last ``collect``."""
+        """The current state with one process, else that of the last ``collect``."""
         if self._running and comm.get_world_size() == 1 and self._saved.get("iteration") != self.trainer.iter:
             return self._state()
         return self._saved
@@ -175,7 +174,7 @@ class ExactResume(HookBase):
 
 
 def check_same_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], folder: str) -> None:
-    """Raises UserError if ``saved``, a state of a checkpoint in ``folder``, is of another class or other parameters."""
+    """Raises UserError if ``saved``, from a checkpoint in ``folder``, is of another optimizer or other parameters."""
     own, theirs = optimizer.param_groups, saved["param_groups"]
     same_parameters = [len(group["params"]) for group in own] == [len(group["params"]) for group in theirs]
     if not same_parameters or not theirs[0].keys() <= own[0].keys() | set(_OF_THE_MACHINE):
@@ -191,8 +190,8 @@ def _describe(groups: Sequence[Mapping[str, Any]]) -> str:
 
 
 def apply_settings(optimizer: torch.optim.Optimizer, scheduler: Any, built: list[dict[str, Any]]) -> list[str]:
-    """Puts the settings of ``built``, the groups before a checkpoint was loaded, over those that it brought, and the
-    learning rate that the scheduler has for the next step.
+    """Puts back the settings of ``built``, the groups before a checkpoint was loaded, and sets the scheduler's learning
+    rate for the next step.
 
     Returns what changed, as "weight_decay 0.0001 -> 0.001"."""
     changed: dict[str, None] = {}
@@ -205,7 +204,7 @@ def apply_settings(optimizer: torch.optim.Optimizer, scheduler: Any, built: list
                 continue
             changed[f"{key} {old} -> {value}"] = None
             group[key] = value
-            if key == "initial_lr":  # torch's own schedulers go on from lr
+            if key == "initial_lr":  # torch's own schedulers continue from lr
                 group["lr"] *= value / old if old else 0.0
     if changed and hasattr(scheduler, "base_lrs"):
         scheduler.base_lrs = [group["initial_lr"] for group in groups]

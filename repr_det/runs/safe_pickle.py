@@ -37,20 +37,13 @@ def _array(content: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
     return np.frombuffer(content, dtype=dtype).reshape(shape, order=order).copy(order)
 
 
-def _encode(text: str, encoding: str = "latin1") -> bytes:
-    """``_codecs.encode``, by which early protocols write bytes."""
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"_codecs.encode with encoding {encoding!r}")
-    return text.encode("latin1")
-
-
 _ALLOWED: dict[tuple[str, str], Any] = {
     ("numpy", "ndarray"): "numpy.ndarray",  # only ever an argument of _reconstruct
     ("numpy", "dtype"): _dtype,
     ("collections", "OrderedDict"): collections.OrderedDict,
-    ("_codecs", "encode"): _encode,
+    ("_codecs", "encode"): lambda text, *_: text.encode("latin1"),  # how early protocols write bytes
 }
-for _builtins in ("__builtin__", "builtins"):  # how early protocols write b"" and sets
+for _builtins in ("__builtin__", "builtins"):  # how they write b"" and sets
     _ALLOWED[_builtins, "bytes"] = lambda: b""
     _ALLOWED[_builtins, "set"] = set
 for _core in ("numpy.core", "numpy._core"):  # before and since NumPy 2
@@ -68,7 +61,7 @@ class _Unpickler(pickle._Unpickler):
         return _ALLOWED[module, name]
 
     def load_build(self) -> None:
-        """NumPy trusts a state about memory: it is given that of an array that has been made."""
+        """NumPy trusts what a state says of memory: it is given the state of an array made here."""
         state, made = self.stack.pop(), self.stack[-1]
         if isinstance(made, np.ndarray) and made.size == 0:
             shape, dtype, fortran, content = state[-4:]

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
@@ -15,7 +16,7 @@ from repr_det.runs.checkpoints import is_saved
 
 STATUS = os.EX_TEMPFAIL  # 75: nothing is wrong, start it again
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-_PRCTL = getattr(ctypes.CDLL(None), "prctl", None) if sys.platform == "linux" else None
+_PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
 
 def end_with_parent() -> None:
@@ -53,7 +54,7 @@ NOTICE = _Notice()
 
 @contextmanager
 def answer_signals(answer: Callable[[int, object], None] = NOTICE) -> Iterator[None]:
-    """Inside, SIGTERM and SIGUSR1 stop the run: at once if nothing is lost, else at the end of the step."""
+    """Lets SIGTERM and SIGUSR1 stop the run: at once if nothing is lost, else at the end of the step."""
     if threading.current_thread() is not threading.main_thread():
         yield  # Python allows no handlers here
         return
@@ -68,7 +69,7 @@ def answer_signals(answer: Callable[[int, object], None] = NOTICE) -> Iterator[N
 
 
 def _keep_out() -> None:
-    """Takes loader workers out of the process group that torchrun signals: if one died, so would the run."""
+    """Takes loader workers out of the process group that torchrun signals: a worker that dies ends the run."""
     if NOTICE.answered:
         NOTICE.answered = False
         os.setpgid(0, 0)
@@ -79,19 +80,16 @@ def _keep_out() -> None:
 os.register_at_fork(after_in_child=_keep_out)
 
 
+@dataclass(eq=False)
 class StopAtSignal(HookBase):
     """Stops every rank, with a checkpoint, at the end of a step in which any was signalled.
 
     Comes after the PeriodicCheckpointer and before evaluation.
-
-    Args:
-        prepare: called on every rank before a checkpoint is written.
     """
 
-    def __init__(self, checkpoint_period: int, prepare: Callable[[], None]) -> None:
-        self.checkpoint_period = checkpoint_period
-        self.prepare = prepare
-        self._stopping = False
+    checkpoint_period: int
+    prepare: Callable[[], None]  # called on every rank before a checkpoint is written
+    _stopping = False
 
     def before_step(self) -> None:
         NOTICE.unsaved = True
