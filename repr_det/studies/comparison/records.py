@@ -62,10 +62,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Study:
-    """The runs of two arms, the reference first, paired by seed; with ``any_config`` they share only SHARED."""
+    """The runs of two arms, the reference first, paired by seed. Arms of other names than BASELINE and REPR are of any
+    two configs, which share only SHARED."""
 
     runs: tuple[Run, ...]
-    any_config: bool = False
 
     def __post_init__(self) -> None:
         first = {}
@@ -193,7 +193,7 @@ def check_comparable(study: Study) -> list[str]:
         configs[run.arm] |= parts
         notes += found
     reference, other = configs.values()
-    refuse_differences(reference | other, only_shared=study.any_config)
+    refuse_differences(reference | other, only_shared=study.arms != (BASELINE, REPR))
     for own in configs.values():
         enabled = any(config["REPR.ENABLED"] for config in own.values())
         refuse_differences(own, FREE_WITHIN_REPR if enabled else FREE)
