@@ -18,7 +18,7 @@ from tabulate import tabulate
 from repr_det.commands.arguments import merge_config_file
 from repr_det.detectron.config import add_repr_config, as_user_error, scale_to_world
 from repr_det.method.errors import UserError
-from repr_det.runs.files import EVENTS_FILE, METRICS_FILE, write_atomically
+from repr_det.runs.files import METRICS_FILE, write_atomically
 from repr_det.runs.record import CONFIG_FILE, DATA_FILE, describe_data_sets
 from repr_det.studies.comparison.statistics import (
     could_show,
@@ -115,11 +115,6 @@ def read_metrics(folder: Path) -> dict[int, dict[str, float]]:
     for line in read_json_lines(folder / METRICS_FILE):
         rows.setdefault(line["iteration"], {}).update(line)
     return dict(sorted(rows.items()))
-
-
-def read_events(folder: Path) -> list[dict[str, Any]]:
-    """The transitions of a run, [] for a baseline."""
-    return read_json_lines(folder / EVENTS_FILE)
 
 
 def final_row(rows: dict[int, dict[str, float]], max_iter: int) -> dict[str, float]:
