@@ -117,7 +117,9 @@ def main(argv: list[str] | None = None) -> None:
     for words in settings["register"]:
         register_coco_format(*words)
     notes = check_comparable(study)
-    _remember(args.output, settings)
+    with as_user_error(f"--output {args.output} cannot be written"):
+        args.output.mkdir(parents=True, exist_ok=True)
+    write_atomically(args.output / _SETTINGS_FILE, json.dumps(settings, indent=1, ensure_ascii=False))
     comparison = compare(study, notes)
     report = write_report(comparison, settings, args.output, args.eval_images)
     results = comparison.results
@@ -207,12 +209,6 @@ def _settings(args: argparse.Namespace, study: Study, argv: list[str]) -> dict[s
         "register": args.register,
         "runs": [{"arm": x.arm, "seed": x.seed, "folder": y, "max_iter": x.max_iter} for x, y in runs],
     }
-
-
-def _remember(output: Path, settings: dict[str, Any]) -> None:
-    with as_user_error(f"--output {output} cannot be written"):
-        output.mkdir(parents=True, exist_ok=True)
-    write_atomically(output / _SETTINGS_FILE, json.dumps(settings, indent=1, ensure_ascii=False))
 
 
 def _remembered(output: Path, register: Sequence[Sequence[str]]) -> tuple[Study, dict[str, Any]]:
