@@ -198,7 +198,7 @@ def _misfits(boxes: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, ...]:
 
 
 def _other_form(odd: dict[str, np.ndarray], fit: str) -> str:
-    """Names another reading by which much less is odd (N,) than as given; ``fit`` says what then fits what."""
+    """Names another reading of the numbers by which far fewer are odd (N,) than as given; ``fit`` ends the sentence."""
     misfits = {form: int(which.sum()) for form, which in odd.items()}
     form, number = min(misfits, key=misfits.__getitem__), len(odd["as given"])
     if misfits["as given"] < max(2, 0.02 * number) or misfits[form] > misfits["as given"] / 10:

@@ -194,7 +194,7 @@ def summary(layers: Sequence[dict[str, Any]], num_batches: int) -> dict[str, Any
 
 
 def _redundant(layer: dict[str, Any]) -> int:
-    """Number of filters that are dead, idle, or near-duplicates where these are no chance."""
+    """Number of filters that are dead, idle, or near-duplicates if these are too many to be chance."""
     near, found = layer["near_duplicates"], {*layer["dead"], *layer.get("idle", ())}
     chance = stats.poisson.sf((len(near) - 1) // 2, layer["near_random"])
     return len(found.union(near) if chance < _CHANCE else found)

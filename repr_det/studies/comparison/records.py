@@ -94,7 +94,7 @@ class Study:
 
 
 def read_json(path: Path) -> Any:
-    """UserError if the file is damaged."""
+    """The content of a file; UserError if it is damaged."""
     with as_user_error(f"{path} is damaged"):
         return json.loads(path.read_text(encoding="utf-8"))
 
@@ -157,7 +157,7 @@ def flatten(cfg: CfgNode) -> Settings:
 
 
 def settings_of_parts(folder: Path, read: Callable[..., Settings] = read_settings) -> tuple[dict[Path, Settings], list]:
-    """The settings of a run and those of before it was resumed, by place, with notes in place of what may differ."""
+    """The settings of a run and of its parts before it was resumed, by place; notes say what of RESUMED changed."""
     parts, notes = {folder: read(folder)}, []
     for path in sorted(folder.glob(f"{Path(CONFIG_FILE).stem}_until_*.yaml")):
         before, now = read(folder, path.name), {key: parts[folder][key] for key in RESUMED}
@@ -252,7 +252,9 @@ class Comparison:
 def compare(study: Study, notes: Sequence[str] = ()) -> Comparison:
     """Computes every number of the report from comparable runs."""
     lines, curves = [], {}
-    notes = [*notes, *["One seed says nothing about the spread between runs."] * (len(study.seeds) == 1)]
+    notes = list(notes)
+    if len(study.seeds) == 1:
+        notes.append("One seed says nothing about the spread between runs.")
     for run in [run for arm in study.arms for run in study.of(arm)]:
         rows = read_metrics(run.folder)
         final = final_row(rows, run.max_iter)

@@ -35,7 +35,7 @@ class Difference(Summary):
 
     @property
     def verdict(self) -> str:
-        """ "better" or "worse" if the interval excludes 0."""
+        """The word for the difference: "better" or "worse" if the interval excludes 0."""
         if self.why_no_verdict:
             return "no verdict"
         if self.low > 0:
@@ -44,7 +44,7 @@ class Difference(Summary):
 
     @property
     def why_no_verdict(self) -> str:
-        """ "" if every pair has the value, there are MIN_PAIRS of them, and they differ."""
+        """The reason; "" if every pair has the value, there are MIN_PAIRS of them, and they differ."""
         missing = len(self.values) - self.n
         if missing:
             return f"{missing} of {len(self.values)} pairs of runs without the value"
@@ -96,19 +96,19 @@ def could_show(found: Difference) -> dict[str, Any]:
 
 
 def number(value: float, sign: bool = False) -> str:
-    """ "41.3", "+0.8", "n/a"."""
+    """Text such as "41.3", "+0.8" or "n/a"."""
     if not math.isfinite(value):
         return "n/a"
     return f"{value:+.1f}" if sign else f"{value:.1f}"
 
 
 def interval(low: float, high: float) -> str:
-    """ "-0.3 .. +1.9", "n/a"."""
+    """Text such as "-0.3 .. +1.9" or "n/a"."""
     return f"{number(low, sign=True)} .. {number(high, sign=True)}" if math.isfinite(low) else "n/a"
 
 
 def verdict_sentence(metric: str, difference: Difference, name: str = "RePr") -> str:
-    """ "RePr +0.8 AP, 95 % CI -0.3 .. +1.9, 5 seeds: not distinguishable"."""
+    """A sentence such as "RePr +0.8 AP, 95 % CI -0.3 .. +1.9, 5 seeds: not distinguishable"."""
     if difference.n == 0:
         return f"{metric}: n/a (no pair of runs has it)"
     sentence = f"{name} {number(difference.mean, sign=True)} {metric}"
