@@ -13,7 +13,7 @@ CONFIDENCE = 0.95
 POWER = 0.8  # probability that a difference of the stated size gets its verdict
 MIN_PAIRS = 3  # two equal differences have an interval without width
 MOST_SEEDS = 10_000
-_NO_SPREAD = 1e-9  # of differences, relative to their size: rounding
+_NO_SPREAD = 1e-9  # standard deviation of differences, relative to their size, that is rounding
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,8 @@ def paired_difference(baseline: Sequence[float], repr_: Sequence[float]) -> Diff
     """Subtracts the baseline, pair by pair, with Student's t interval (differences taken as normal)."""
     values = np.asarray(repr_, dtype=float) - np.asarray(baseline, dtype=float)
     found = summarize(values.tolist())
-    there = values[np.isfinite(values)]
     low = high = math.nan
-    if found.n > 1 and np.ptp(there) > _NO_SPREAD * max(1.0, np.abs(there).max()):
+    if found.n > 1 and found.sd > _NO_SPREAD * max(1.0, abs(found.mean)):
         low, high = map(float, stats.t.interval(CONFIDENCE, found.n - 1, found.mean, found.sd / math.sqrt(found.n)))
     return Difference(found.values, found.mean, found.sd, found.n, low, high)
 
