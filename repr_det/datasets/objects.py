@@ -142,8 +142,7 @@ def _keypoint_rows(objects: Objects) -> list[Row]:
     triples = [[] if odd else keypoints for keypoints, odd in zip(lists, uneven.tolist(), strict=True)]
     counts = np.array([*map(len, triples)]) // 3
     points = np.fromiter(itertools.chain.from_iterable(triples), float).reshape(-1, 3)
-    numbers = np.arange(len(lists))
-    wrong = np.isin(numbers, np.repeat(numbers, counts)[~np.isin(points[:, 2], (0, 1, 2))])
+    wrong = np.array([not {*keypoints[2::3]} <= {0, 1, 2} for keypoints in triples])
     points[points[:, 2] <= 0] = np.nan
     spans = _spans(points[:, :2], counts)
     unseen = (counts > 0) & np.isnan(spans[:, 0])
