@@ -159,7 +159,7 @@ def test_plan_of_two_configs(named_data, tmp_path):
     warm = tmp_path / "warm up.yaml"
     warm.write_text(f"_BASE_: {BASELINE_CONFIG}\nSOLVER: {{WARMUP_METHOD: constant}}\n")
     study, output = plan_study(str(warm), [3, 1], opts=OPTS, against=REPR_CONFIG)
-    assert study.arms == ("repr_r50_fpn", "warm up") and study.seeds == [1, 3] and study.any_config
+    assert study.arms == ("repr_r50_fpn", "warm up") and study.seeds == [1, 3]
     assert [run.folder.name for run in study.runs[:2]] == ["repr_r50_fpn_seed3", "warm up_seed3"]
     assert [run.arguments[1] for run in study.runs[:2]] == [REPR_CONFIG, str(warm)]
     assert not any("--baseline" in run.arguments for run in study.runs)
@@ -178,6 +178,7 @@ def test_plan_of_two_configs(named_data, tmp_path):
 
 def test_arms_are_named_after_their_configs():
     assert arm_names("a/config.yaml", "b/config.yaml") == ("a_config", "b_config")
+    assert arm_names("a/baseline.yaml", "a/repr.yaml") == ("a_baseline", "a_repr")  # any two configs
     for files in (("a/x.yaml", "a/x.yml"), ("a/difference.yaml", "b/x.yaml")):
         with pytest.raises(UserError, match="rename one"):
             arm_names(*files)

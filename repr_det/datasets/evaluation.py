@@ -1,7 +1,5 @@
 """COCO evaluation of data sets whose classes are mapped by name."""
 
-import contextlib
-import io
 from typing import Any
 
 from detectron2.data import Metadata, MetadataCatalog
@@ -11,8 +9,8 @@ from repr_det.datasets.coco_format import lowest_ids
 
 
 class CocoEvaluator(COCOEvaluator):
-    """Detectron2's, also for data sets that list a subset of the model's classes, number them otherwise, or give a
-    class two ids: AP is the mean over their own classes, and detections of others do not count."""
+    """Detectron2's evaluator, also for data sets that list a subset of the model's classes, number them otherwise, or
+    give a class two ids. AP is the mean over their own classes, and detections of others do not count."""
 
     def __init__(self, dataset_name: str, *args: Any, **kwargs: Any) -> None:
         super().__init__(dataset_name, *args, **kwargs)
@@ -26,12 +24,10 @@ class CocoEvaluator(COCOEvaluator):
         if classes:
             ids = {i: number for number, i in enumerate(lowest.values())}
             self._metadata = Metadata(thing_classes=list(lowest), thing_dataset_id_to_contiguous_id=ids)
-        if len(lowest) < len(classes):
+            # A class with two ids has the lower one. No evaluation reads what this changes of pycocotools' index.
             truth.dataset["categories"] = [entry for entry in truth.dataset["categories"] if entry["id"] in ids]
             for annotation in truth.dataset["annotations"]:
                 annotation["category_id"] = lowest[classes[annotation["category_id"]]]
-            with contextlib.redirect_stdout(io.StringIO()):
-                truth.createIndex()
 
     def _eval_predictions(self, predictions: list[dict], img_ids: Any = None) -> None:
         if self._own_numbers:

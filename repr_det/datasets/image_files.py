@@ -37,7 +37,7 @@ class ImageFile(NamedTuple):
 
 
 def check_image_files(images: list[dict], image_root: Path, findings: Findings) -> list[ImageFile]:
-    """Refuses image files that are absent or empty, or, if decoded, not what json and Detectron2 say."""
+    """Refuses absent and empty files, and decoded ones that are unreadable or of another size than in the json."""
     if not image_root.is_dir():
         raise UserError(f"{findings.prefix}image folder {image_root} does not exist, or is not a folder")
     files = _find_files(images, image_root, findings)

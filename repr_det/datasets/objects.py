@@ -21,10 +21,6 @@ RIGHT_AREA = "give the object's area in pixels"
 FORM = "a bbox must be [x, y, width, height] in pixels"
 NEEDED = "which COCO evaluation needs"
 LEFT_OUT = "and Detectron2 leaves it out"
-PURPOSES = (
-    *("training", "doubts", "evaluation", "area doubts", "masks", "crowd masks", "polygons", "mask doubts"),
-    *("keypoints", "visibility", "keypoint doubts"),
-)
 RUN = "[P-o]{0,6}[0-O]"  # of COCO's compressed RLE: groups of five bits; the last lacks the sixth
 
 # Which objects are odd (N,), by purpose how many of them pass, and what is wrong.
@@ -60,14 +56,14 @@ class Objects:
 
 
 def gaps_of(annotations: list[dict], images: dict[int | str, dict], some_repeat: bool) -> dict[str, list[str]]:
-    """Lines by what they prevent: "polygons" masks of polygons alone, "keypoints" their evaluation, "visibility" all of
-    them; doubts are warnings, "area doubts" those of evaluation. With ``some_repeat`` a few ids may repeat."""
+    """Lines that say what is wrong, by what it prevents; doubts are warnings. "polygons" are masks as polygons,
+    "keypoints" the evaluation of keypoints, "visibility" any use of them. With ``some_repeat`` a few ids may repeat."""
     objects = Objects(annotations, images)
-    gaps = {purpose: [] for purpose in PURPOSES}
     ids = np.array([entry["id"] for entry in annotations])
     repeated = {"training": objects.few * some_repeat, "doubts": 0}
     rows = [(_repeats(ids), repeated, "has the id of an earlier one"), (ids == 0, {"doubts": 0}, ZERO)]
     rows += [*_box_rows(objects), *_evaluation_rows(objects), *_mask_rows(objects), *_keypoint_rows(objects)]
+    gaps = {purpose: [] for _, limits, _ in rows for purpose in limits}
     for odd, limits, what in rows:
         for purpose, limit in limits.items():
             if odd.sum() > limit:
@@ -146,8 +142,7 @@ def _keypoint_rows(objects: Objects) -> list[Row]:
     triples = [[] if odd else keypoints for keypoints, odd in zip(lists, uneven.tolist(), strict=True)]
     counts = np.array([*map(len, triples)]) // 3
     points = np.fromiter(itertools.chain.from_iterable(triples), float).reshape(-1, 3)
-    numbers = np.arange(len(lists))
-    wrong = np.isin(numbers, np.repeat(numbers, counts)[~np.isin(points[:, 2], (0, 1, 2))])
+    wrong = np.array([not {*keypoints[2::3]} <= {0, 1, 2} for keypoints in triples])
     points[points[:, 2] <= 0] = np.nan
     spans = _spans(points[:, :2], counts)
     unseen = (counts > 0) & np.isnan(spans[:, 0])
@@ -202,7 +197,7 @@ def _misfits(boxes: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, ...]:
 
 
 def _other_form(odd: dict[str, np.ndarray], fit: str) -> str:
-    """Names another reading by which much less is odd (N,) than as given; ``fit`` says what then fits what."""
+    """Names another reading of the numbers by which far fewer are odd (N,) than as given; ``fit`` ends the sentence."""
     misfits = {form: int(which.sum()) for form, which in odd.items()}
     form, number = min(misfits, key=misfits.__getitem__), len(odd["as given"])
     if misfits["as given"] < max(2, 0.02 * number) or misfits[form] > misfits["as given"] / 10:

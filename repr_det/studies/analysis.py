@@ -73,12 +73,12 @@ def layers_of_model(path: Path, cfg: CfgNode) -> tuple[nn.Module, list[FilterLay
 def layers_of_file(path: Path, include: Patterns, exclude: Patterns) -> tuple[list[FilterLayer], int | None]:
     """Chooses 4-D weights by name, default Detectron2's backbone, else all; returns the iteration too."""
     loaded = load_checkpoint(path)
-    dicts = [loaded]
+    weights, dicts = {}, [loaded]
     for one in dicts:  # outer ones first, each once: a pickle may hold a dict that holds itself
+        weights = weights or {k: x for k, x in one.items() if getattr(x, "ndim", 0) == 4 and all(x.shape)}
         dicts += [x for x in one.values() if isinstance(x, dict) and not any(x is known for known in dicts)]
     convs = {}
-    found = ({k: x for k, x in one.items() if getattr(x, "ndim", 0) == 4 and all(x.shape)} for one in dicts)
-    for name, value in next(filter(None, found), {}).items():
+    for name, value in weights.items():
         filters, inputs, *kernel = value.shape
         conv = nn.Conv2d(inputs, filters, tuple(kernel), bias=False, device="meta")
         conv.weight = nn.Parameter(torch.as_tensor(value).float())
@@ -194,7 +194,7 @@ def summary(layers: Sequence[dict[str, Any]], num_batches: int) -> dict[str, Any
 
 
 def _redundant(layer: dict[str, Any]) -> int:
-    """Number of filters that are dead, idle, or near-duplicates where these are no chance."""
+    """Number of filters that are dead, idle, or near-duplicates if these are too many to be chance."""
     near, found = layer["near_duplicates"], {*layer["dead"], *layer.get("idle", ())}
     chance = stats.poisson.sf((len(near) - 1) // 2, layer["near_random"])
     return len(found.union(near) if chance < _CHANCE else found)

@@ -117,7 +117,9 @@ def main(argv: list[str] | None = None) -> None:
     for words in settings["register"]:
         register_coco_format(*words)
     notes = check_comparable(study)
-    _remember(args.output, settings)
+    with as_user_error(f"--output {args.output} cannot be written"):
+        args.output.mkdir(parents=True, exist_ok=True)
+    write_atomically(args.output / _SETTINGS_FILE, json.dumps(settings, indent=1, ensure_ascii=False))
     comparison = compare(study, notes)
     report = write_report(comparison, settings, args.output, args.eval_images)
     results = comparison.results
@@ -176,14 +178,14 @@ def plan_study(
             max_iter = scale_to_world(own_cfg, num_gpus).SOLVER.MAX_ITER
             runs.append(Run(arm, seed, folder, max_iter, (*flags, *own)))
             _check_run(runs[-1], own_cfg, num_gpus)
-    return Study(tuple(runs), any_config=bool(against)), output
+    return Study(tuple(runs)), output
 
 
 def arm_names(*config_files: str) -> tuple[str, ...]:
-    """The stems of the files, with their folders' names if the stems are equal."""
+    """The stems of the files, behind their folders' names if the stems are equal, or those of RePr and its baseline."""
     paths = [Path(file).resolve() for file in config_files]
     names = tuple(path.stem for path in paths)
-    if names[0] == names[1]:
+    if names[0] == names[1] or names == (BASELINE, REPR):
         names = tuple(f"{path.parent.name}_{path.stem}" for path in paths)
     if names[0] == names[1] or _TAKEN.intersection(names):
         raise UserError(f"{' and '.join(config_files)} give their names to the arms: rename one")
@@ -204,16 +206,9 @@ def _settings(args: argparse.Namespace, study: Study, argv: list[str]) -> dict[s
     runs = [(run, os.path.relpath(run.folder, args.output)) for run in study.runs]
     return {
         "command": f"{program} {shlex.join(argv)}",
-        "any_config": study.any_config,
         "register": args.register,
         "runs": [{"arm": x.arm, "seed": x.seed, "folder": y, "max_iter": x.max_iter} for x, y in runs],
     }
-
-
-def _remember(output: Path, settings: dict[str, Any]) -> None:
-    with as_user_error(f"--output {output} cannot be written"):
-        output.mkdir(parents=True, exist_ok=True)
-    write_atomically(output / _SETTINGS_FILE, json.dumps(settings, indent=1, ensure_ascii=False))
 
 
 def _remembered(output: Path, register: Sequence[Sequence[str]]) -> tuple[Study, dict[str, Any]]:
@@ -226,4 +221,4 @@ def _remembered(output: Path, register: Sequence[Sequence[str]]) -> tuple[Study,
         runs = [Run(x["arm"], x["seed"], y, x["max_iter"]) for x, y in zip(settings["runs"], folders, strict=True)]
         data = {name: paths for name, *paths in (*settings["register"], *register)}
     settings["register"] = [[name, *paths] for name, paths in data.items()]
-    return Study(tuple(runs), settings.get("any_config", False)), settings  # 0.2.0 compared baseline and RePr only
+    return Study(tuple(runs)), settings

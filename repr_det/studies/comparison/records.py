@@ -18,7 +18,7 @@ from tabulate import tabulate
 from repr_det.commands.arguments import merge_config_file
 from repr_det.detectron.config import add_repr_config, as_user_error, scale_to_world
 from repr_det.method.errors import UserError
-from repr_det.runs.files import EVENTS_FILE, METRICS_FILE, write_atomically
+from repr_det.runs.files import METRICS_FILE, write_atomically
 from repr_det.runs.record import CONFIG_FILE, DATA_FILE, describe_data_sets
 from repr_det.studies.comparison.statistics import (
     could_show,
@@ -62,10 +62,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Study:
-    """The runs of two arms, the reference first, paired by seed; with ``any_config`` they share only SHARED."""
+    """The runs of two arms, the reference first, paired by seed. Arms of other names than BASELINE and REPR are of any
+    two configs, which share only SHARED."""
 
     runs: tuple[Run, ...]
-    any_config: bool = False
 
     def __post_init__(self) -> None:
         first = {}
@@ -94,7 +94,7 @@ class Study:
 
 
 def read_json(path: Path) -> Any:
-    """UserError if the file is damaged."""
+    """The content of a file; UserError if it is damaged."""
     with as_user_error(f"{path} is damaged"):
         return json.loads(path.read_text(encoding="utf-8"))
 
@@ -115,11 +115,6 @@ def read_metrics(folder: Path) -> dict[int, dict[str, float]]:
     for line in read_json_lines(folder / METRICS_FILE):
         rows.setdefault(line["iteration"], {}).update(line)
     return dict(sorted(rows.items()))
-
-
-def read_events(folder: Path) -> list[dict[str, Any]]:
-    """The transitions of a run, [] for a baseline."""
-    return read_json_lines(folder / EVENTS_FILE)
 
 
 def final_row(rows: dict[int, dict[str, float]], max_iter: int) -> dict[str, float]:
@@ -162,7 +157,7 @@ def flatten(cfg: CfgNode) -> Settings:
 
 
 def settings_of_parts(folder: Path, read: Callable[..., Settings] = read_settings) -> tuple[dict[Path, Settings], list]:
-    """The settings of a run and those of before it was resumed, by place, with notes in place of what may differ."""
+    """The settings of a run and of its parts before it was resumed, by place; notes say what of RESUMED changed."""
     parts, notes = {folder: read(folder)}, []
     for path in sorted(folder.glob(f"{Path(CONFIG_FILE).stem}_until_*.yaml")):
         before, now = read(folder, path.name), {key: parts[folder][key] for key in RESUMED}
@@ -193,7 +188,7 @@ def check_comparable(study: Study) -> list[str]:
         configs[run.arm] |= parts
         notes += found
     reference, other = configs.values()
-    refuse_differences(reference | other, only_shared=study.any_config)
+    refuse_differences(reference | other, only_shared=study.arms != (BASELINE, REPR))
     for own in configs.values():
         enabled = any(config["REPR.ENABLED"] for config in own.values())
         refuse_differences(own, FREE_WITHIN_REPR if enabled else FREE)
@@ -257,7 +252,9 @@ class Comparison:
 def compare(study: Study, notes: Sequence[str] = ()) -> Comparison:
     """Computes every number of the report from comparable runs."""
     lines, curves = [], {}
-    notes = [*notes, *["One seed says nothing about the spread between runs."] * (len(study.seeds) == 1)]
+    notes = list(notes)
+    if len(study.seeds) == 1:
+        notes.append("One seed says nothing about the spread between runs.")
     for run in [run for arm in study.arms for run in study.of(arm)]:
         rows = read_metrics(run.folder)
         final = final_row(rows, run.max_iter)

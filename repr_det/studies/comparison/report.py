@@ -24,7 +24,7 @@ from repr_det.commands.data import check_datasets
 from repr_det.detectron.engine import Trainer
 from repr_det.method.errors import UserError
 from repr_det.method.orthogonality import inter_filter_orthogonality
-from repr_det.runs.files import FINAL_CHECKPOINT, OVERLAPS_FILE, write_atomically
+from repr_det.runs.files import EVENTS_FILE, FINAL_CHECKPOINT, OVERLAPS_FILE, write_atomically
 from repr_det.runs.safe_pickle import load_checkpoint
 from repr_det.studies.comparison.records import (
     FREE_WITHIN_REPR,
@@ -34,7 +34,6 @@ from repr_det.studies.comparison.records import (
     differing_keys,
     lines_of,
     read_config,
-    read_events,
     read_json,
     read_json_lines,
     read_settings,
@@ -154,7 +153,7 @@ def _ap(comparison: Comparison) -> str:
     left.set_xlim(-0.6, 1.6)
     for colour, arm in zip(_COLOURS, comparison.study.arms, strict=True):
         first = comparison.study.of(arm)[0]
-        for start, stop in phases(read_events(first.folder), first.max_iter):
+        for start, stop in phases(read_json_lines(first.folder / EVENTS_FILE), first.max_iter):
             right.axvspan(start, stop, color=colour, alpha=0.13, linewidth=0)
         curves = comparison.curves[arm]
         right.plot(curves, color=colour, linewidth=0.7, alpha=0.5)
@@ -189,7 +188,8 @@ def filter_values(study: Study, notes: list[str]) -> dict[str, list[tuple[str, s
             notes.append(f"No O_f of {title(run.arm)}: {error}.")
     dropped, overlap = [], []
     for run in study.runs:
-        drops = [event["dropped"] for event in read_events(run.folder) if event["event"] == "drop"]
+        events = read_json_lines(run.folder / EVENTS_FILE)
+        drops = [event["dropped"] for event in events if event["event"] == "drop"]
         for layer, size in sizes[run].items():
             dropped += [(run.arm, layer, 100 * len(drop.get(layer, ())) / size) for drop in drops]
         path = run.folder / FINAL_CHECKPOINT

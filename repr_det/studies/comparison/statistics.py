@@ -13,7 +13,7 @@ CONFIDENCE = 0.95
 POWER = 0.8  # probability that a difference of the stated size gets its verdict
 MIN_PAIRS = 3  # two equal differences have an interval without width
 MOST_SEEDS = 10_000
-_NO_SPREAD = 1e-9  # of differences, relative to their size: rounding
+_NO_SPREAD = 1e-9  # standard deviation of differences, relative to their size, that is rounding
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Difference(Summary):
 
     @property
     def verdict(self) -> str:
-        """ "better" or "worse" if the interval excludes 0."""
+        """The word for the difference: "better" or "worse" if the interval excludes 0."""
         if self.why_no_verdict:
             return "no verdict"
         if self.low > 0:
@@ -44,7 +44,7 @@ class Difference(Summary):
 
     @property
     def why_no_verdict(self) -> str:
-        """ "" if every pair has the value, there are MIN_PAIRS of them, and they differ."""
+        """The reason; "" if every pair has the value, there are MIN_PAIRS of them, and they differ."""
         missing = len(self.values) - self.n
         if missing:
             return f"{missing} of {len(self.values)} pairs of runs without the value"
@@ -64,9 +64,8 @@ def paired_difference(baseline: Sequence[float], repr_: Sequence[float]) -> Diff
     """Subtracts the baseline, pair by pair, with Student's t interval (differences taken as normal)."""
     values = np.asarray(repr_, dtype=float) - np.asarray(baseline, dtype=float)
     found = summarize(values.tolist())
-    there = values[np.isfinite(values)]
     low = high = math.nan
-    if found.n > 1 and np.ptp(there) > _NO_SPREAD * max(1.0, np.abs(there).max()):
+    if found.n > 1 and found.sd > _NO_SPREAD * max(1.0, abs(found.mean)):
         low, high = map(float, stats.t.interval(CONFIDENCE, found.n - 1, found.mean, found.sd / math.sqrt(found.n)))
     return Difference(found.values, found.mean, found.sd, found.n, low, high)
 
@@ -96,19 +95,19 @@ def could_show(found: Difference) -> dict[str, Any]:
 
 
 def number(value: float, sign: bool = False) -> str:
-    """ "41.3", "+0.8", "n/a"."""
+    """Text such as "41.3", "+0.8" or "n/a"."""
     if not math.isfinite(value):
         return "n/a"
     return f"{value:+.1f}" if sign else f"{value:.1f}"
 
 
 def interval(low: float, high: float) -> str:
-    """ "-0.3 .. +1.9", "n/a"."""
+    """Text such as "-0.3 .. +1.9" or "n/a"."""
     return f"{number(low, sign=True)} .. {number(high, sign=True)}" if math.isfinite(low) else "n/a"
 
 
 def verdict_sentence(metric: str, difference: Difference, name: str = "RePr") -> str:
-    """ "RePr +0.8 AP, 95 % CI -0.3 .. +1.9, 5 seeds: not distinguishable"."""
+    """A sentence such as "RePr +0.8 AP, 95 % CI -0.3 .. +1.9, 5 seeds: not distinguishable"."""
     if difference.n == 0:
         return f"{metric}: n/a (no pair of runs has it)"
     sentence = f"{name} {number(difference.mean, sign=True)} {metric}"
