@@ -1,4 +1,4 @@
-"""docs/zoo.md: what RePr applies to in the models of Detectron2's zoo, and one cycle in a small version; other libraries.
+"""docs/zoo.md: what RePr applies to in the models of Detectron2's zoo, one cycle in small versions; other libraries.
 
 The models of the zoo are built on the meta device. The small ones have the same modules with fewer channels, blocks and
 proposals, random weights and BN, and see two synthetic images.

@@ -160,7 +160,8 @@ def use_of_filters(layers: Sequence[FilterLayer], context: Context) -> dict[str,
 
     def on_loss(loss: Tensor) -> None:
         trained = [layer for layer in layers if layer.weight.requires_grad]
-        gradients_of = torch.autograd.grad(loss, [layer.weight for layer in trained], allow_unused=True)
+        weights = [layer.weight for layer in trained]
+        gradients_of = torch.autograd.grad(loss, weights, allow_unused=True) if weights else ()
         for layer, gradient in zip(trained, gradients_of, strict=True):
             if gradient is not None:
                 _keep_largest(gradients, layer, gradient.flatten(1).abs().amax(1))

@@ -91,7 +91,8 @@ def can_be_silent(layer: FilterLayer, modules: Modules, moved: Collection[Tensor
         moved: the parameters that learn.
     """
     is_counted = layer.kind == GROUP and layer.norm.num_groups < layer.num_filters
-    return not is_counted and (_kernels_can_be_silent(layer, modules, moved) or _gamma_can_be_silent(layer, moved))
+    by_kernels = _kernels_can_be_silent(layer, modules, moved)
+    return not is_counted and (by_kernels or _gamma_can_be_silent(layer, modules, moved))
 
 
 @torch.no_grad()
@@ -109,7 +110,7 @@ def prepare_readers(
     A filter of a grouped reader that would lose all of its kernels keeps them.
     """
     if silent and not _kernels_can_be_silent(layer, modules, moved):
-        if _gamma_can_be_silent(layer, moved):
+        if _gamma_can_be_silent(layer, modules, moved):
             layer.norm.weight.index_fill_(0, held.rows[layer.name], _SILENT)
         return
     unchanged = 0
@@ -164,5 +165,8 @@ def _kernels_can_be_silent(layer: FilterLayer, modules: Modules, moved: Collecti
     return bool(readers) and are_all and all(can_spare)
 
 
-def _gamma_can_be_silent(layer: FilterLayer, moved: Collection[Tensor]) -> bool:
-    return layer.tensors().get("norm.weight") in moved
+def _gamma_can_be_silent(layer: FilterLayer, modules: Modules, moved: Collection[Tensor]) -> bool:
+    """Not in front of a depthwise conv, whose filter would put out a constant that a later ReLU may close for good."""
+    readers = [modules.get(reader.name) for reader in layer.readers]
+    is_alone = any(isinstance(reader, nn.Conv2d) and reader.weight.shape[1] == 1 for reader in readers)
+    return not is_alone and layer.tensors().get("norm.weight") in moved
