@@ -1,6 +1,8 @@
 """Optimizers of other kinds: whose ``step`` calls that of its base, that wrap another, that keep weights as state."""
 
 import copy
+import math
+from contextlib import suppress
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from plain_nets import IMAGES, in_sub_network, largest_dropped, loss_of, plain_n
 from torch import nn
 
 from repr_det import RePr, RePrSchedule, UserError, apply_repr
+from repr_det.network.steps import scale_rates
 
 TIMM = {"MADGRAD": 1e-3, "AdaBelief": 1e-3, "Adan": 1e-3, "Lion": 1e-4, "Lamb": 1e-3, "NAdamW": 1e-3, "RMSpropTF": 1e-3}
 SHARES = (1, 1, 1, 1, 1, 1, 0.25, 0.5, 0.75, 1, 1, 1, 0.25, 0.5, 0.75, 1)  # of the rate; restores after steps 6, 12
@@ -93,6 +96,35 @@ def test_rates_are_those_of_the_schedule_but_around_the_step(rate):
             train(model, ended, steps=2)  # without calls of step()
             assert ended.used == pytest.approx([*before, *[float(ended.param_groups[0]["lr"])] * 2])
     assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
+
+
+@pytest.mark.parametrize("rate", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
+@pytest.mark.parametrize("fails", ["", "closure", "step"])
+def test_rates_of_a_step_that_fails_and_of_two_that_scale_them(fails, rate):
+    """Cosine annealing computes each rate from the last; a step that fails is left out, and its scheduler is not."""
+    optimizer = Clipping([nn.Parameter(torch.ones(2, 2))], lr=copy.deepcopy(rate))
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+    handles = [handle for share in (0.5, 0.25) for handle in scale_rates([optimizer], lambda share=share: share)]
+    for number in range(8):
+        now = 0.05 * (1 + math.cos(math.pi * number / 10))
+        assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(now)
+        failing = fails if number == 3 else ""
+
+        def closure(failing=failing):
+            if failing == "closure":
+                raise KeyboardInterrupt
+
+        optimizer.fails = failing == "step"
+        with suppress(KeyboardInterrupt):
+            optimizer.step(closure)
+        optimizer.fails = False
+        if failing == "step":
+            assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(now / 8)
+            optimizer.step()
+        assert optimizer.used[-1] == pytest.approx(now / 8) or failing == "closure"
+        decay.step()
+    for handle in handles:
+        handle.remove()
 
 
 class SharpnessAware(torch.optim.Optimizer):

@@ -1,8 +1,10 @@
 """Optimizers seen from outside."""
 
+import math
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
@@ -24,24 +26,31 @@ def with_inner(optimizer: Any) -> list[Optimizer]:
 
 
 def around_step(
-    optimizers: Sequence[Optimizer], before: Callable[[], Any] = lambda: None, after: Callable[[], Any] = lambda: None
+    optimizers: Sequence[Optimizer],
+    before: Callable[[tuple, dict[str, Any]], Any] | None = None,
+    after: Callable[[], Any] = lambda: None,
 ) -> list[Any]:
     """Calls ``before`` and ``after`` around every step, once for optimizers that step each other.
 
     torch runs hooks twice if ``step`` of a subclass calls that of its base. Returns handles with ``remove``.
+
+    Args:
+        before: gets the arguments of ``step``, and may return others.
     """
 
-    def unless_inside(call: Callable[[], Any]) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            if not _is_inside(optimizers, sys._getframe(1)):
-                call()
+    @torch.compiler.disable
+    def begin(_: Optimizer, arguments: tuple, keywords: dict[str, Any]) -> Any:
+        return None if before is None or _is_inside(optimizers, sys._getframe(1)) else before(arguments, keywords)
 
-        return torch.compiler.disable(hook)
+    @torch.compiler.disable
+    def end(*_: Any) -> None:
+        if not _is_inside(optimizers, sys._getframe(1)):
+            after()
 
     handles = []
     for optimizer in optimizers:
-        handles.append(optimizer.register_step_pre_hook(unless_inside(before)))
-        handles.append(optimizer.register_step_post_hook(unless_inside(after)))
+        handles.append(optimizer.register_step_pre_hook(begin))
+        handles.append(optimizer.register_step_post_hook(end))
     return handles
 
 
@@ -56,31 +65,79 @@ def _is_inside(optimizers: Sequence[Optimizer], frame: FrameType) -> bool:
     return any(outer.f_code is step.f_code and is_step(outer) for outer in frames)
 
 
-def scale_rates(optimizers: Sequence[Optimizer], share: Callable[[], float]) -> list[Any]:
-    """Scales the learning rates by ``share()`` during every step; returns handles with ``remove``."""
-    own: list[dict[str, Any]] = []
-    rates: list[Any] = []
+@dataclass
+class _Scaled:
+    """A learning rate during a step.
 
-    def scale() -> None:
+    Attributes:
+        group: its param group.
+        own: the rate without the shares.
+        shares: what each of those that scale it multiplies it with.
+        written: the product of all.
+    """
+
+    group: dict[str, Any]
+    own: Any
+    shares: dict[object, float] = field(default_factory=dict)
+    written: Any = None
+
+    def write(self, rate: Any) -> None:
+        """Sets the rate. A tensor stays the same one, which a compiled step reads."""
+        if torch.is_tensor(self.group["lr"]):
+            self.group["lr"].copy_(rate)
+        else:
+            self.group["lr"] = rate
+        self.written = _copied(rate)
+
+
+_SCALED: dict[int, _Scaled] = {}  # by the id of a group, or of a tensor, which several groups may have together
+
+
+def scale_rates(optimizers: Sequence[Optimizer], share: Callable[[], float]) -> list[Any]:
+    """Scales the learning rates by ``share()`` during every step; returns handles with ``remove``.
+
+    Several may scale the rates of an optimizer. A step that fails leaves no rate scaled: its closure puts it back, and
+    otherwise the next step does.
+    """
+    me = object()
+
+    def scale(arguments: tuple, keywords: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         factor = share()
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]  # others after load_state_dict
-        own[:] = {id(group): group for group in groups}.values()  # SAM's are those of its inner optimizer
-        rates[:] = [rate.clone() if torch.is_tensor(rate := group["lr"]) else rate for group in own]
-        # A tensor stays the same, which a compiled step reads; several groups may have one together.
-        for tensor in {group["lr"] for group in own if torch.is_tensor(group["lr"])}:
-            tensor.mul_(factor)
-        for group in own:
-            if not torch.is_tensor(group["lr"]):
-                group["lr"] *= factor
+        for group in groups:
+            rate = group["lr"]
+            scaled = _SCALED.setdefault(id(rate if torch.is_tensor(rate) else group), _Scaled(group, _copied(rate)))
+            if scaled.shares and scaled.written != rate:  # set since a step that failed
+                scaled.own, scaled.shares = _copied(rate), {}
+            scaled.shares[me] = factor
+            scaled.write(scaled.own * math.prod(scaled.shares.values()))
+        return tuple(map(guarded, arguments)), {name: guarded(value) for name, value in keywords.items()}
+
+    def guarded(value: Any) -> Any:
+        """A closure, such that the rates are put back where it fails; anything else as it is."""
+        if not callable(value) or isinstance(value, Optimizer):
+            return value
+
+        def closure(*arguments: Any) -> Any:
+            try:
+                return value(*arguments)
+            except BaseException:
+                put_back()
+                raise
+
+        return closure
 
     def put_back() -> None:
-        for group, rate in zip(own, rates, strict=True):
-            if torch.is_tensor(rate):
-                group["lr"].copy_(rate)
-            else:
-                group["lr"] = rate
+        for place, scaled in list(_SCALED.items()):
+            if scaled.shares.pop(me, None) is not None and not scaled.shares:
+                scaled.write(scaled.own)
+                del _SCALED[place]
 
     return around_step(optimizers, scale, put_back)
+
+
+def _copied(rate: Any) -> Any:
+    return rate.clone() if torch.is_tensor(rate) else rate
 
 
 def learning_rates(optimizers: Sequence[Optimizer]) -> dict[Tensor, float]:
