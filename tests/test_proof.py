@@ -142,6 +142,12 @@ def kept_aside(net, boxes, scores):
     return scores
 
 
+def sharing(first, second, key) -> nn.Module:
+    net = build(conv(), BN(16), nn.ReLU(), conv(16), BN(16), nn.ReLU())
+    setattr(net[second], key, getattr(net[first], key))
+    return net
+
+
 def sharing_convs() -> nn.Module:
     net = build(conv(), nn.ReLU(), conv(16), nn.ReLU(), conv(16), nn.ReLU())
     net[4].weight = net[2].weight
@@ -229,6 +235,8 @@ NETS = {
     "pruning": (lambda: build(prune.random_unstructured(conv(), "weight", 0.5), BN(16)), {}, {"0": "weight"}),
     "weight norm": (lambda: build(parametrizations.weight_norm(conv()), BN(16)), {}, {"0": "weight"}),
     "a weight for two": (sharing_convs, {"0": None}, {"2": "4 computes with its weight too"}),
+    "a bias for two": (lambda: sharing(0, 3, "bias"), {}, {"0": "3 computes with 0.bias too"}),
+    "a beta for two": (lambda: sharing(1, 4, "bias"), {}, {"0": "4 computes with 1.bias too"}),
 }  # fmt: skip
 # Refused by rule, though these rows are silent: they are when others of their kind are not.
 CAUTIOUS = {"a norm without a weight", "a weight for two"}
