@@ -266,6 +266,26 @@ def test_channels_that_are_not_0_in_the_first_pass_of_the_sub_network_are_named(
         scheme.check()
 
 
+def test_a_norm_that_first_runs_while_filters_are_out_is_seen(caplog):
+    """One norm a domain. The other's second run is traced; from the next cycle on the conv keeps its filters."""
+    domain = [0]
+    net = Net(lambda net, x: net.last(net.norms[domain[0]](net.first(net.body(x))).relu()), body=plain_net()[:3])
+    net.first, net.last = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 1)
+    net.norms = nn.ModuleList([nn.BatchNorm2d(16), nn.BatchNorm2d(16)])
+    opt = torch.optim.SGD(net.parameters(), 0.1)
+    scheme = RePrScheme(find_filter_layers(net, ["body.0", "first"]), opt, model=net)
+    warned = "dropped channels of first are not 0 in every pass: exclude these convs"
+    for step in range(8):
+        domain[0] = step in (4, 6)
+        train(net, opt, steps=1)
+        scheme.check()
+        assert (warned in caplog.text) == (step >= 6)
+        if step == 1:
+            assert set(scheme.drop().dropped) == {"body.0", "first"}
+    scheme.restore()
+    assert set(scheme.drop().dropped) == {"body.0"}
+
+
 def test_an_optimizer_that_keeps_the_weights_elsewhere_is_seen_after_the_restore():
     """Master weights that no state shows put the returned filters back to zero."""
     net, _, scheme, _ = in_sub_network(during=3)

@@ -51,19 +51,18 @@ class Participants:
             self._watch.close()
 
     def update(self) -> list[FilterLayer]:
-        """By the passes of this process; logs the others. OptionError if there are none."""
+        """By the passes of this process; logs the others."""
         if self._watch is None:
             return self.candidates
         self._watch.update()
-        found = self._proved(self._watch, self._watch.verdicts)
         for sentence in self._watch.left_out():
             if sentence not in self._logged:
                 logger.info("RePr: all filters stay of %s", sentence)
             self._logged.add(sentence)
-        return found
+        return self._proved(self._watch.verdicts)
 
     def agreed(self) -> list[FilterLayer]:
-        """By the passes of all ranks. Collective. UserError if none has been seen."""
+        """By the passes of all ranks. Collective. UserError if none has been seen, or there are none."""
         if self._watch is None:
             return self.candidates
         if not self.known:
@@ -72,22 +71,26 @@ class Participants:
                 "module that you call, with gradients enabled"
             )
         everyone = gathered(self._watch.verdicts, self.candidates[0].weight.device)
-        return self._proved(self._watch, first_that_refuses(everyone))
+        return self.required(self._proved(first_that_refuses(everyone)))
 
-    def _proved(self, watch: Watch, verdicts: Mapping[str, Verdict]) -> list[FilterLayer]:
+    def _proved(self, verdicts: Mapping[str, Verdict]) -> list[FilterLayer]:
         found = []
         for layer in self.candidates:
             verdict = verdicts.get(layer.name, NOT_RUN)
             if not verdict.reason:
                 found.append(self._layer(layer, verdict.norm, verdict.readers, verdict.rectified))
-        if not found:
-            nearest = ", ".join(closest([layer.name for layer in self.candidates], watch.others())[:6])
-            raise OptionError(
-                f"no filter can be dropped of the convs that {{layers}} names: {'; '.join(watch.left_out())}"
-                + (f"; these could: {nearest}" if nearest else "")
-                + what_attention_means(watch.model)
-            )
         return found
+
+    def required(self, found: list[FilterLayer]) -> list[FilterLayer]:
+        """The same; OptionError if there are none."""
+        if self._watch is None or found:
+            return found
+        nearest = ", ".join(closest([layer.name for layer in self.candidates], self._watch.others())[:6])
+        raise OptionError(
+            f"no filter can be dropped of the convs that {{layers}} names: {'; '.join(self._watch.left_out())}"
+            + (f"; these could: {nearest}" if nearest else "")
+            + what_attention_means(self._watch.model)
+        )
 
     def _layer(self, layer: FilterLayer, norm: str | None, readers: Iterable[Reader], rectified: bool) -> FilterLayer:
         module = None if norm is None else self.modules[norm]

@@ -290,8 +290,11 @@ class RePrScheme:
             for layer in self.layers:  # the state of 0.2.0 has no readers
                 if not layer.readers and layer.name in found:
                     layer.readers, layer.rectified = found[layer.name].readers, found[layer.name].rectified
+            held = [] if self._held is None else [layer.name for layer in self._held.layers]
+            if refused := ", ".join(name for name in held if name not in found):
+                logger.warning("RePr: dropped channels of %s are not 0 in every pass: exclude these convs", refused)
             return
-        self.layers = list(found.values())
+        self.layers = self.participants.required(list(found.values()))
         self._check_participants()
         if self.options.returns == "function_preserving" and (layers := self.not_silent):
             named = ", ".join(layers)

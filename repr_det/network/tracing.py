@@ -72,6 +72,7 @@ class Trace(TorchDispatchMode):
         zeros: those of them that are 0, or not written yet.
         values: by number, as they were made.
         left: numbers of the values that left the network.
+        entered: names of the watched modules that have run.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -86,12 +87,14 @@ class Trace(TorchDispatchMode):
         self.values: dict[int, Value] = {}
         self.parameters: dict[str, int] = {}
         self.left: set[int] = set()
+        self.entered: set[str] = set()
         held = (*model.parameters(), *model.buffers(), *_attributes(model))
         self.constants = {self.number(tensor) for tensor in held}
 
     def enter_module(self, name: str, module: nn.Module) -> None:
         self._calls += 1
         self.running.append((name, self._calls))
+        self.entered.add(name)
         for key in ("weight", "bias"):  # of a replica, in DataParallel
             tensor = getattr(module, key, None)
             if isinstance(tensor, Tensor):

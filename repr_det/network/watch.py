@@ -1,11 +1,12 @@
 """Watches training passes until each conv is proved or refused.
 
-Those of the first step are traced; for a conv that has not run in them, those of the step after its first run.
+Those of the first step are traced; for a module that has not run in them, those from its first run to its second.
 """
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from repr_det.network.norms import is_norm
 from repr_det.network.proof import Reader, Verdict, prove
 from repr_det.network.tracing import HookOfOne, Trace, TracedPass
 
-_MOST_PASSES = 20  # traced, for convs that have not run yet
+_MOST_PASSES = 20  # traced, for modules that have not run yet
 NOT_RUN = Verdict(reason="it has not run in a training pass", ran=False)
 COMPUTED = Verdict(reason="its weight is computed from other parameters")
 
@@ -41,6 +42,10 @@ class Watch:
         self.has_news = self.waits = False
         self._handles: list[Any] = []
         self._norms = [name for name, module in self.modules.items() if is_norm(module)]
+        own = {name for name, module in self.modules.items() if module._parameters}
+        self._watched = {name: self.modules[name] for name in self.modules if name in {*own, *self._norms}}
+        self._entered: set[str] = set()  # in a traced pass
+        self._missed: set[str] = set()  # in another
         self._last: Trace
         self.trace_next()
 
@@ -50,18 +55,26 @@ class Watch:
             return
         self.close()
         self.waits = True
-        watched = {name: module for name, module in self.modules.items() if module._parameters or name in self._norms}
         around = [name for name in self.modules if any(conv.startswith(name and f"{name}.") for conv in self.convs)]
-        self._handles = [TracedPass(watched, [self.modules[name] for name in around], self._prove)]
+        self._handles = [TracedPass(self._watched, [self.modules[name] for name in around], self._prove)]
 
     def update(self) -> None:
-        """Ends the tracing of a step; that after the first run of a conv is traced again."""
+        """Ends the tracing of a step; after the first run of a module those are traced again until it runs in one."""
         self.has_news = False
         self.close()
-        for name in self.convs if self.traced < _MOST_PASSES else ():
-            if not self.verdicts.get(name, NOT_RUN).ran:
-                hook = HookOfOne(lambda *_: self.trace_next())
-                self._handles.append(self.modules[name].register_forward_hook(hook))
+        if self.traced >= _MOST_PASSES:
+            return
+        if self._missed - self._entered:
+            self.trace_next()
+            return
+        for name in self._watched.keys() - self._entered:
+            hook = HookOfOne(partial(self._has_run, name))
+            self._handles.append(self._watched[name].register_forward_hook(hook))
+
+    def _has_run(self, name: str, *_: Any) -> None:
+        if torch.is_grad_enabled():
+            self._missed.add(name)
+            self.trace_next()
 
     def close(self) -> None:
         self.waits = False
@@ -71,13 +84,15 @@ class Watch:
 
     def state_dict(self) -> dict[str, Any]:
         verdicts = {name: vars(x) | {"readers": sorted(map(astuple, x.readers))} for name, x in self.verdicts.items()}
-        return {"verdicts": verdicts, "traced": self.traced, "trains": self.trains, "waits": self.waits}
+        state = {"verdicts": verdicts, "traced": self.traced, "trains": self.trains, "waits": self.waits}
+        return state | {"entered": sorted(self._entered)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on where the watch of another process was; a state of 0.2.0 does not say it."""
         for name, found in state.get("verdicts", {}).items():
             self.verdicts[name] = Verdict(**found | {"readers": {Reader(*fields) for fields in found["readers"]}})
         self.traced, self.trains = state.get("traced", self.traced), state.get("trains", self.trains)
+        self._entered = set(state.get("entered", self._watched))
         self.update()
         if state.get("waits", True):
             self.trace_next()
@@ -90,13 +105,14 @@ class Watch:
         return [f"{', '.join(convs)} ({reason})" for reason, convs in names.items() if reason]
 
     def others(self) -> list[str]:
-        """Names of all trainable convs that could lose filters, by the last pass."""
-        modules = self.modules.items()
+        """Names of the other trainable convs that could lose filters, by the last pass."""
+        modules = [(name, module) for name, module in self.modules.items() if name not in self.convs]
         convs = [name for name, conv in modules if isinstance(conv, nn.Conv2d) and conv.weight.requires_grad]
         return [name for name, verdict in prove(self._last, convs, self._norms).items() if not verdict.reason]
 
     def _prove(self, trace: Trace) -> None:
         self._last = trace
+        self._entered |= trace.entered
         for name, verdict in prove(trace, self.convs, self._norms).items():
             now = verdict if "weight" in self.modules[name]._parameters else COMPUTED
             self.verdicts[name] = _both(self.verdicts.get(name, NOT_RUN), now)

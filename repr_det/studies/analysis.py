@@ -59,7 +59,7 @@ def layers_of_model(path: Path, cfg: CfgNode) -> tuple[nn.Module, list[FilterLay
     participants = Participants(find_filter_layers(model, cfg.REPR.LAYERS.INCLUDE, cfg.REPR.LAYERS.EXCLUDE), model)
     with undisturbed(model, trains=False), torch.enable_grad():
         model([{"image": torch.full((3, 128, 128), 128.0)}])
-    layers = participants.update()
+    layers = participants.required(participants.update())
     participants.close()
     checkpointer = AtomicCheckpointer(model)
     loaded = checkpointer.load(str(path))
