@@ -62,6 +62,18 @@ def test_steps_that_grad_scaler_skips_around_transitions(norm):
     loop.assert_two_cycles()
 
 
+@pytest.mark.parametrize("returns", ["as_published", "function_preserving"])
+def test_a_model_that_moves_while_filters_are_out(returns):
+    loop = Loop(Net(), returns=returns)
+    while loop.training.phase == "full":
+        loop.step()
+    loop.net.cuda()
+    loop.optimizer.load_state_dict(loop.optimizer.state_dict())  # which follows the parameters
+    for _ in range(24 - loop.iteration):
+        loop.step()
+    loop.assert_two_cycles()
+
+
 class NoFloat64(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))

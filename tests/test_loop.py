@@ -119,6 +119,15 @@ def test_resumed_from_a_file_it_ends_with_the_same_weights(tmp_path, stop, make,
         (dict(criterion="apoz"), "criterion= 'apoz' looks at training batches"),
         (dict(sample=torch.zeros(1, 5, 8, 8)), "sample= is not what the model can be called with: RuntimeError("),
         (dict(averages=[nn.Linear(1, 1)]), "averages= must be models with the parameters of the model"),
+        (dict(averages=nn.Linear(1, 1)), "averages= must be a list, got Linear"),
+        (dict(layers=None), "layers= must be a list of patterns, got None"),
+        (dict(schedule=(20, 10, 1)), "schedule= must be of type RePrSchedule, got (20, 10, 1)"),
+        (dict(first_lr_step=6.6), "first_lr_step= must be of type int, got 6.6"),
+        (dict(seed=None), "seed= must be of type int, got None"),
+        (
+            dict(kind=lambda parameters, rate: {"generator": 0}),
+            "optimizer= must be a torch.optim.Optimizer, or hold one",
+        ),
         (dict(ratio=0.3), "RePr has no option 'ratio': take one of s1_iters, "),
     ],
 )
@@ -247,6 +256,49 @@ def test_what_lies_before_the_first_step_is_left_out(first_step, phases):
 
     run(one, len(phases), after)
     assert seen == phases and one.steps == first_step + len(phases)
+
+
+def test_a_second_network_that_trains_is_no_average(caplog):
+    """As in CycleGAN or mutual learning, with gradients cleared before step()."""
+    other = readable_net()
+    optimizer = torch.optim.SGD(other.parameters(), 0.05)
+
+    def after(one):
+        train(other, optimizer, steps=1)
+        optimizer.zero_grad()
+        one.step()
+
+    run(begin(), 10, after)
+    assert "is updated without gradients" not in caplog.text
+
+
+def test_a_network_that_is_fixed_for_the_rest_of_a_step_learns():
+    """A discriminator, whose gradients are switched off while the generator trains."""
+    one = begin()
+    for _ in range(10):
+        one.model.requires_grad_(True)
+        train(one.model, one.scheme.optimizers[0], steps=1)
+        one.model.requires_grad_(False)
+        one.step()
+    assert one.scheme.cycle == 2
+
+
+@pytest.mark.parametrize("make", [RePr, apply_repr])
+def test_an_optimizer_that_is_built_again_is_warned_of(caplog, make):
+    one = begin(make, total_steps=60)
+    run(one, 1, RePr.step if make is RePr else by_itself)
+    other = torch.optim.SGD(one.model.parameters(), 0.01)
+    for _ in range(45):
+        train(one.model, other, steps=1)
+        if make is RePr:
+            one.step()
+    steps = one.steps
+    assert caplog.text.count("39 of 40 calls of step() came without a step of the optimizer") == (make is RePr)
+    one.finish() if make is RePr else None
+    del one
+    gc.collect()
+    due = f"training ended after {steps} steps of the optimizer, before 2 drops that its schedule has"
+    assert (due in caplog.text) == (make is apply_repr)
 
 
 @pytest.mark.parametrize("every", [1, 19, 25])

@@ -177,8 +177,10 @@ class RePrHook(HookBase):
 
     def after_train(self) -> None:
         """Warns if filters are dropped."""
-        if self.repr is not None and self.repr.scheme.is_sub:
-            self.repr.expect_no_more()
+        if self.repr is None:
+            return
+        self.repr.expect_no_more()
+        if self.repr.scheme.is_sub:
             logger.warning(
                 "Training stopped inside the sub-network phase: %d filters are dropped (zero) in this model until a "
                 "resumed run restores them",

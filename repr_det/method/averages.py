@@ -2,12 +2,13 @@
 
 import gc
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from repr_det.method.errors import UserError
@@ -20,6 +21,8 @@ class Averages:
     """Modules with the parameters of a model under the same names, or what holds one; UserError for anything else."""
 
     def __init__(self, given: Sequence[Any], model: nn.Module) -> None:
+        if not isinstance(given, Sequence):
+            raise UserError(f"averages= must be a list, got {type(given).__name__}")
         self._model = model
         self._given = list(given)
         self._inside = [_module_in(one, model) for one in given]
@@ -44,16 +47,20 @@ class Averages:
             module = copy()
             if module is not None and not torch.equal(self._sample(module), before):
                 moved = type(module).__name__
-        self._copies = [(weakref.ref(one), self._sample(one)) for one in gc.get_objects() if self._may_average(one)]
+        objects = gc.get_objects()
+        optimizers = [one for one in objects if issubclass(type(one), Optimizer) and "state" in vars(one)]
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        trained = {parameter for group in groups for parameter in group["params"]}
+        self._copies = [(weakref.ref(one), self._sample(one)) for one in objects if self._may_average(one, trained)]
         return moved
 
-    def _may_average(self, one: Any) -> bool:
+    def _may_average(self, one: Any, trained: Collection[Tensor]) -> bool:
         # A module whose __init__ has failed has no _parameters.
         if type(one) is not type(self._model) or one is self._model or "_parameters" not in vars(one):
             return False
         is_given = any(one is own for own in self._inside)
         is_copy = _shapes(one.named_parameters()) == _shapes(self._model.named_parameters())
-        return is_copy and not is_given and all(p.grad is None and not p.is_meta for p in one.parameters())
+        return is_copy and not is_given and not any(p in trained or p.is_meta for p in one.parameters())
 
     def _sample(self, module: nn.Module) -> Tensor:
         return module.get_parameter(self._trained[0]).detach().to("cpu", copy=True)

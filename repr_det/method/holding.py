@@ -79,16 +79,21 @@ class HeldFilters:
     ) -> None:
         self.masks = dict(masks)
         self.layers = [layer for layer in layers if masks[layer.name].any()]
-        names = [layer.name for layer in self.layers]
-        parts = [_indices(masks[name]) for name in names] + [_indices(~masks[name]) for name in names]
-        moved = to_devices(parts, [layer.weight.device for layer in self.layers] * 2)
-        self.rows = dict(zip(names, moved[: len(names)], strict=True))
-        self.kept = dict(zip(names, moved[len(names) :], strict=True))
+        self.place()
         self._optimizers = optimizers
         self._handles: list[RemovableHandle] = []
         self._watching: list[RemovableHandle] = []
         self._leaks: dict[str, Tensor] = {}
         self._steps = 0
+
+    def place(self) -> None:
+        """Puts the indices where the layers are now: a model may move while filters are out."""
+        names = [layer.name for layer in self.layers]
+        masks = [self.masks[name] for name in names]
+        parts = [mask.nonzero().flatten() for mask in (*masks, *(~mask for mask in masks))]
+        moved = to_devices(parts, [layer.weight.device for layer in self.layers] * 2)
+        self.rows = dict(zip(names, moved[: len(names)], strict=True))
+        self.kept = dict(zip(names, moved[len(names) :], strict=True))
 
     def zero_(self) -> None:
         for layer in self.layers:
@@ -154,10 +159,6 @@ class HeldFilters:
     def _stop_watching(self) -> None:
         for handle in self._watching:
             handle.remove()
-
-
-def _indices(mask: Tensor) -> Tensor:
-    return mask.nonzero().flatten()
 
 
 def _true_ones(flags: Mapping[Any, Tensor]) -> list[Any]:

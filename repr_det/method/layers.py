@@ -130,7 +130,8 @@ def find_filter_layers(
         UserError: a module is lazy and has not run, or sharded (FSDP), or no trainable conv matches.
     """
     for key, patterns in (("layers", include), ("exclude", exclude)):
-        if isinstance(patterns, str) or not all(isinstance(p, str) for p in patterns):
+        is_list = isinstance(patterns, Sequence) and not isinstance(patterns, str)
+        if not is_list or not all(isinstance(pattern, str) for pattern in patterns):
             raise OptionError(f"{{{key}}} must be a list of patterns, got {patterns!r}")
     names = {module: name for name, module in model.named_modules()}
     for module, name in names.items():

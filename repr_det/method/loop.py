@@ -15,6 +15,7 @@ from repr_det.method.errors import UserError
 from repr_det.method.holding import Transition
 from repr_det.method.layers import find_filter_layers, what_attention_means
 from repr_det.method.options import RePrOptions, check_count
+from repr_det.method.participants import trains
 from repr_det.method.passes import TrainingPasses, passes_over
 from repr_det.method.schedule import RePrSchedule
 from repr_det.method.scheme import RePrScheme
@@ -23,7 +24,8 @@ from repr_det.network.steps import around_step, scale_rates, with_inner
 
 logger = logging.getLogger("repr_det.loop")
 
-_MISSED = 20  # steps of the optimizer without step(): more than gradient accumulation
+_MISSED = 20  # steps of the optimizer without step(): more than those of several optimizers in an iteration
+_CALLS = 40  # of step(), at least half of which must come with a step of the optimizer: GradScaler skips fewer
 _LITTLE = 0.05  # of the trainable weights
 
 
@@ -72,6 +74,10 @@ class RePr:
     ) -> None:
         self.options = RePrOptions.of(options)
         check_count("total_steps", total_steps)
+        given = {"schedule": (schedule, RePrSchedule), "first_lr_step": (first_lr_step, int), "seed": (seed, int)}
+        for name, (value, kind) in given.items():
+            if not isinstance(value, kind) and (value is not None or name == "seed"):
+                raise UserError(f"{name}= must be of type {kind.__name__}, got {value!r}")
         if not isinstance(first_step, int) or not 0 <= first_step <= total_steps:
             raise UserError(f"first_step= must be 0 to total_steps= {total_steps}, got {first_step!r}")
         if (loader is None) != (loss is None) or (loader is not None and passes is not None):
@@ -96,13 +102,14 @@ class RePr:
         self.logger = logger
         self._announced = self._finished = self._warned = False
         self._behind = 0  # steps of the optimizer since the last call of step(), up to the warning
+        self._calls = self._taken = 0  # of step(), and of them with a step of the optimizer
         self._handles = around_step(self.scheme.optimizers, after=partial(_count, weakref.ref(self)))
         if loader is not None and passes and self.scheme.needs_batches and not list(passes.batches(1, 0)):
             raise UserError("loader= yields no batch, and transitions look at training batches")
         if self.warmup_iters:
             self._handles += scale_rates(self.scheme.optimizers, self._share_of_rate)
-        self._end = {"dropped": 0}
-        self._at_end = weakref.finalize(self, _warn_of_sub_network, self._end)
+        self._end = {"steps": 0, "dropped": 0, "due": 0}
+        self._at_end = weakref.finalize(self, _warn_at_end, self._end)
         if sample is not None:
             arguments = sample if isinstance(sample, tuple) else (sample,)
             try:
@@ -131,8 +138,7 @@ class RePr:
         """
         iteration = self.steps
         self.steps += 1
-        if self._behind < _MISSED:
-            self._behind = 0
+        self._look_for_steps()
         self.scheme.check()
         self._announce()
         if self._finished:
@@ -160,6 +166,7 @@ class RePr:
         if filters not in ("new", "old"):
             raise UserError(f"filters= must be new or old, got {filters!r}")
         self._finished = True
+        self._end["due"] = 0
         if not self.scheme.is_sub:
             return None
         return self._log(self.steps - 1, self.scheme.restore(as_they_were=filters == "old"))
@@ -176,12 +183,13 @@ class RePr:
         self._announce()
 
     def expect_no_more(self) -> None:
-        """Ends the warning of filters that are out at the end."""
+        """Ends the warnings of filters that are out, and of drops that are due, at the end."""
         self._at_end.detach()
 
     def close(self) -> None:
         """Lets go of model and optimizer, for another RePr."""
         self._finished = True
+        self._end["due"] = 0
         self.scheme.close()
         for handle in self._handles:
             handle.remove()
@@ -234,8 +242,8 @@ class RePr:
             f"RePr: {len(layers)} convs, {filters} filters participate (norm: {kinds}); every drop takes {number} "
             f"({100 * options.drop_ratio:g} %), at most {100 * options.max_drop_per_layer:g} % of a layer: {names}"
         )
-        trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
-        share = sum(layer.weight.numel() for layer in layers) / trained
+        trained = sum(parameter.numel() for parameter in self.model.parameters() if trains(parameter))
+        share = sum(layer.weight.numel() for layer in layers) / max(1, trained)
         if share < _LITTLE:
             self.logger.warning(
                 f"RePr: there is next to nothing to drop, {100 * share:.1f} % of the trainable weights"
@@ -262,6 +270,22 @@ class RePr:
                 f"RePr: a copy of the model ({found}) is updated without gradients: give an average of the weights as "
                 "averages=, or it mixes old and new filters long after a restore"
             )
+
+    def _look_for_steps(self) -> None:
+        """Counts calls of step(), and those that come without a step of the optimizer."""
+        self._end |= {"steps": self.steps, "due": sum(i >= self.steps for i in self.schedule.drop_iters)}
+        self._calls += 1
+        self._taken += self._behind > 0
+        if self._calls == _CALLS:
+            if self._taken <= _CALLS / 2:
+                self.logger.warning(
+                    f"RePr: {_CALLS - self._taken} of {_CALLS} calls of step() came without a step of the optimizer: "
+                    "another one trains, or step() is called more than once a step"
+                )
+            else:
+                self._calls = self._taken = 0
+        if self._behind < _MISSED:
+            self._behind = 0
 
     def _share_of_rate(self) -> float:
         """The share of the learning rate that the next step has, in warm-up after a restore."""
@@ -320,7 +344,12 @@ def _count(watched: weakref.ref[RePr]) -> None:
         )
 
 
-def _warn_of_sub_network(end: dict[str, int]) -> None:
+def _warn_at_end(end: dict[str, int]) -> None:
+    if end["due"] and not end["dropped"]:
+        logger.warning(
+            f"RePr: training ended after {end['steps']} steps of the optimizer, before {end['due']} drops that its "
+            "schedule has: another optimizer trained, or finish() was not called"
+        )
     if end["dropped"]:
         logger.warning(
             f"RePr: training ended in the sub-network phase: {end['dropped']} filters are dropped (zero) in the model; "

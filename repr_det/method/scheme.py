@@ -177,6 +177,7 @@ class RePrScheme:
             raise RuntimeError("no filters are dropped: drop() comes before restore()")
         start = time.perf_counter()
         held = self._held
+        held.place()
         values = self._checked_values("restore")
         fixed = self._learning.frozen(self.layers)
         learning = [] if as_they_were else [layer for layer in held.layers if layer.name not in fixed]

@@ -21,7 +21,7 @@ def with_inner(optimizer: Any) -> list[Optimizer]:
         holder = waiting.pop(0)
         if holder not in found:
             found.append(holder)
-            waiting += [value for value in vars(holder).values() if isinstance(value, Optimizer)]
+            waiting += [value for value in getattr(holder, "__dict__", {}).values() if isinstance(value, Optimizer)]
     return [one for one in found if isinstance(one, Optimizer) and "state" in vars(one)]
 
 
