@@ -34,7 +34,7 @@ class RunRecord(HookBase):
 
     def before_train(self) -> None:
         start = self.trainer.start_iter
-        if not comm.is_main_process() or start >= self.trainer.max_iter:
+        if not comm.is_main_process():
             return
         with tempfile.TemporaryDirectory(dir=self.folder, prefix=".record-") as new, preserved_random_state():
             self.write_config(Path(new))
