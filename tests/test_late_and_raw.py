@@ -21,6 +21,8 @@ from small_loop import small_trainer, train
 from torch import nn
 
 from repr_det import RePrHook, UserError
+from repr_det.commands.data import check_same_classes
+from repr_det.datasets import class_names
 from repr_det.detectron import evaluators
 from repr_det.detectron.hook import first_later_hook
 from repr_det.runs.checkpoints import AtomicCheckpointer
@@ -175,6 +177,9 @@ def test_record_of_a_run(tmp_path, data_set, caplog):
     assert begin("lr 2", 6) == {"config.yaml": "lr 2", "config_until_0000005.yaml": "lr 1"}
     assert begin("lr 3", 6) == {"config.yaml": "lr 3", "config_until_0000005.yaml": "lr 1"}  # no step with lr 2 is left
     assert "config.yaml is not that of the run so far" in caplog.text
+    MetadataCatalog.get(data_set).thing_classes = ["b", "A"]  # as LVIS: neither names nor order of the json
+    begin("lr 3", 6)
+    check_same_classes(class_names(data_set), run)
 
 
 @pytest.mark.parametrize(("kind", "evaluator"), [("sem_seg", "SemSeg"), ("pascal_voc", "PascalVOCDetection")])

@@ -51,7 +51,8 @@ class RunRecord(HookBase):
 
 
 def describe_data_sets(names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """By name: file, SHA-256 of its content, folder of images, classes, number of images; None if unknown."""
+    """By name: file, SHA-256 of its content, folder of images, classes in the order of the outputs, number of images; None if
+    unknown."""
     return {name: _describe(name) for name in dict.fromkeys(names)}
 
 
@@ -65,5 +66,6 @@ def _describe(name: str) -> dict[str, Any]:
     content = Path(path).read_bytes()
     found["sha256"] = hashlib.sha256(content).hexdigest()
     known = json.loads(content)
-    classes = [category.get("name") for category in sorted(known.get("categories", ()), key=lambda c: c["id"])]
-    return found | {"classes": classes, "images": len(known.get("images", ()))}
+    in_file = [category.get("name") for category in sorted(known.get("categories", ()), key=lambda c: c["id"])]
+    # LVIS has neither the names of its file nor their order.
+    return found | {"classes": list(metadata.get("thing_classes", in_file)), "images": len(known.get("images", ()))}
