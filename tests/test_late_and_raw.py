@@ -176,7 +176,8 @@ def test_record_of_a_run(tmp_path, data_set, caplog):
     assert not caplog.records
     assert begin("lr 2", 6) == {"config.yaml": "lr 2", "config_until_0000005.yaml": "lr 1"}
     assert begin("lr 3", 6) == {"config.yaml": "lr 3", "config_until_0000005.yaml": "lr 1"}  # no step with lr 2 is left
-    assert "config.yaml is not that of the run so far" in caplog.text
+    assert "The run so far had another config.yaml: its record is kept as *_until_0000005.*" in caplog.text
+    assert all((run / f"processes{name}.json").read_text() == "1\n" for name in ("", "_until_0000005"))
     MetadataCatalog.get(data_set).thing_classes = ["b", "A"]  # as LVIS: neither names nor order of the json
     begin("lr 3", 6)
     check_same_classes(class_names(data_set), run)
