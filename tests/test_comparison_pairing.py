@@ -221,3 +221,7 @@ def test_folders_that_hold_runs_already(finished, named_data, tmp_path):
     (folders[1] / "config_until_0000019.yaml").write_text(before)
     with pytest.raises(UserError, match=r"config_until_0000019.yaml cannot be compared: SOLVER.BASE_LR is 0.005 in"):
         planned(tmp_path, *OPTS)
+    (folders[1] / "config_until_0000019.yaml").unlink()
+    (folders[1] / "data_sets.json").write_text(json.dumps({"odd_val": {"sha256": "0" * 64, "file": "old.json"}}))
+    with pytest.raises(UserError, match=r"repr_seed1 and this command .* odd_val was old.json in the first and"):
+        planned(tmp_path, *OPTS, seeds=[1, 2])

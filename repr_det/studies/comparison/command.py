@@ -27,6 +27,7 @@ from repr_det.studies.comparison.records import (
     Run,
     Study,
     check_comparable,
+    check_same_data,
     compare,
     is_finished,
     metrics_table,
@@ -177,6 +178,7 @@ def plan_study(
             max_iter = scale_to_world(own_cfg, num_gpus).SOLVER.MAX_ITER
             runs.append(Run(arm, seed, folder, max_iter, (*flags, *own)))
             _check_run(runs[-1], own_cfg, num_gpus)
+    check_same_data([run.folder for run in runs])
     return Study(tuple(runs)), output
 
 
