@@ -18,6 +18,7 @@ OPTS = (
     "SOLVER.MAX_ITER 12 REPR.ENABLED True REPR.S1_ITERS 2 REPR.S2_ITERS 2 REPR.NUM_CYCLES 2 SOLVER.CHECKPOINT_PERIOD 3 "
     "DATASETS.TEST () DATALOADER.NUM_WORKERS 1"  # a signal to a group of processes reaches loader workers too
 ).split()
+EARLY_WARNING = "--register tiny_val: no key names it"  # said before the run has a log
 ROUNDS = int(os.environ.get("KILL_ROUNDS", "1"))  # `make soak` sets more
 
 
@@ -52,7 +53,7 @@ def ended(command):
     assert command.status() == 0, command.text[-4000:]
     folder = command.log.with_suffix("")
     log = (folder / "log.txt").read_text()
-    assert "World size: 2" in log and "--register tiny_val: no key names it" in log  # said before the run has a log
+    assert "World size: 2" in log and EARLY_WARNING in log
     assert "12 training images, 12 iterations of 2 images: 2 epochs; RePr is on (ortho; REPR.ENABLED False" in log
     return outcome(folder)
 
@@ -60,7 +61,9 @@ def ended(command):
 @pytest.fixture(scope="module")
 def straight(train, tmp_path_factory):
     """The undisturbed run, of two processes by --num-gpus."""
-    return ended(train(tmp_path_factory.mktemp("straight") / "run"))
+    job = train(tmp_path_factory.mktemp("straight") / "run")
+    assert job.status() == 0 and job.text.count(EARLY_WARNING) == 1
+    return ended(job)
 
 
 @pytest.mark.slow
@@ -137,6 +140,7 @@ def test_another_number_of_ranks(train, tmp_path):
         misbehave = ("term", "0", 13, 0) if number == 1 else ()
         job = train(folder, one_machine(number), resume=True, misbehave=misbehave, opts=opts, tell=str(told))
         assert (job.status() == 0) == (number == 2), job.text[-4000:]
+        assert job.text.count(EARLY_WARNING) == 1 + number  # one for each job so far
         begun = torch.load(told, weights_only=True)
         hooks, hooks_saved = begun["trainer"]["hooks"], saved["trainer"]["hooks"]
         assert any(mask.any() for mask in hooks["RePrHook"]["scheme"]["masks"].values()) == (number == 1)

@@ -138,7 +138,8 @@ def refuse_launchers(tool: str) -> None:
 
 def run_tool(main: Callable[[], Any]) -> None:
     """Runs a tool: status 2 and one line for a UserError or a fault of the machine, 75 for a signal."""
-    logging.basicConfig(format="%(levelname)s: %(message)s")
+    if _of_torchrun("RANK", 0) == 0:
+        logging.basicConfig(format="%(levelname)s: %(message)s")
     logging.getLogger().addHandler(_EARLY)
     try:
         main()

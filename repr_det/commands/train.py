@@ -13,7 +13,7 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
 from repr_det.commands.arguments import build_config, train_argument_parser
-from repr_det.commands.checks import check_run
+from repr_det.commands.checks import check_run, quiet
 from repr_det.commands.processes import check_processes, launch_processes, may_continue, setup_process, write_configs
 from repr_det.detectron.engine import Trainer
 from repr_det.detectron.passes import epochs_of, map_dataset
@@ -65,7 +65,8 @@ def start(argv: list[str] | None = None) -> None:
 
 def main(args: argparse.Namespace) -> dict | None:
     """One process of a run: trains and evaluates, or only evaluates."""
-    run = run_of(args)  # data sets are per process
+    with quiet():  # start has warned
+        run = run_of(args)  # data sets are per process
     cfg = run.cfg
     setup_process(args, cfg, run.text)
     if not args.eval_only:
