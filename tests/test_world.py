@@ -17,10 +17,11 @@ from detectron2.engine import HookBase
 from small_loop import small_trainer
 
 from repr_det import Trainer
+from repr_det.commands import processes
 from repr_det.commands.arguments import train_argument_parser
 from repr_det.commands.checks import check_run
-from repr_det.commands.processes import check_processes, join_torchrun, may_continue, refuse_launchers, torchrun_job
-from repr_det.runs.lock import job_of, lock_folder
+from repr_det.commands.processes import check_processes, join_torchrun, refuse_launchers
+from repr_det.runs.lock import agents_of, lock_folder
 from repr_det.runs.stopping import STATUS, StopAtSignal, Stopped, answer_signals
 
 TORCHRUN = dict(RANK="1", LOCAL_RANK="1", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
@@ -88,22 +89,29 @@ def test_the_board_lives_until_all_have_met(monkeypatch, start_by):
     assert read
 
 
-def test_who_may_continue(start_by, tmp_path):
-    """A restarted job goes on; another job that was given the folder of a run by mistake does not."""
+def test_who_may_continue(start_by, tmp_path, monkeypatch):
+    """The run of a folder is that of torchrun's agents that took part in it, also if rank 0 is now that of another one;
+    a later job of the same name is another one."""
 
-    def may(**changed):
-        start_by(TORCHRUN, **changed)
-        return may_continue(argparse.Namespace(resume=False), str(tmp_path))
+    def resumes(*agents, resume=False):
+        args = argparse.Namespace(resume=resume, eval_only=False)
+        monkeypatch.setattr(processes.comm, "all_gather", lambda mine: agents if mine == "" else [mine])
+        try:
+            processes._take(args, str(tmp_path))
+        finally:
+            processes._AT_THE_END.close()
+        return args.resume
 
-    assert not may_continue(argparse.Namespace(resume=False), str(tmp_path))
-    assert not may(RANK="0")  # the first start was refused
-    lock_folder(tmp_path, "job")
-    assert may(RANK="0")
-    assert not may(RANK="0", TORCHELASTIC_RUN_ID="another")
-    assert may(RANK="1", TORCHELASTIC_RUN_ID="another")  # rank 0 decides
-    assert not may(RANK="0", TORCHELASTIC_RUN_ID="none")
-    lock_folder(tmp_path, torchrun_job())
-    assert may(RANK="0", TORCHELASTIC_RUN_ID="none")
+    assert not resumes("a 1", "b 1")
+    (tmp_path / "last_checkpoint").write_text("model.pth")
+    assert resumes("c 1", "b 1") and resumes("c 1")
+    for others in (["a 1"], ["c 2"], [""]):
+        assert "holds another run (last_checkpoint): add --resume" in refused(resumes, *others)
+    assert resumes("c 1") and resumes("d 1", resume=True) and resumes("d 1")
+    flags = [argparse.Namespace(resume=False, eval_only=eval_only) for eval_only in (False, True)]
+    assert list(map(processes.may_continue, flags)) == [False, False]
+    start_by(TORCHRUN)
+    assert list(map(processes.may_continue, flags)) == [True, False]  # every rank evaluates the same weights
 
 
 def hold(folder, held):
@@ -170,8 +178,8 @@ def test_a_folder_that_not_every_machine_sees(tiny_cfg, monkeypatch):
     assert message in refused(trainer.resume_or_load, resume=True)
 
 
-def test_a_file_system_without_locks_still_knows_the_job(tmp_path, monkeypatch, caplog):
+def test_a_file_system_without_locks_still_knows_the_agents(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("filelock.FileLock.acquire", Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
-    lock_folder(tmp_path, "job")
+    lock_folder(tmp_path, ["host 1"])
     assert "cannot be locked (No locks available)" in caplog.text
-    assert job_of(tmp_path) == "job"
+    assert agents_of(tmp_path) == {"host 1"}

@@ -55,9 +55,7 @@ def start(argv: list[str] | None = None) -> None:
     run = run_of(args)
     cfg = run.cfg
     with run.naming():
-        processes = check_processes(args)
-        args.resume = may_continue(args, cfg.OUTPUT_DIR)
-        check_run(cfg, args.resume, args.eval_only, *processes, run.trainer)
+        check_run(cfg, may_continue(args), args.eval_only, *check_processes(args), run.trainer)
     if args.eval_only and args.resume and "MODEL.WEIGHTS" in args.opts and find_checkpoint(cfg.OUTPUT_DIR):
         logger.warning("--resume evaluates the checkpoint of OUTPUT_DIR, not MODEL.WEIGHTS %s", cfg.MODEL.WEIGHTS)
     launch_processes(main, args, str(cfg.MODEL.DEVICE))
