@@ -61,6 +61,9 @@ def test_refused(tiny_cfg, start_by, launcher, words, opts, message):
 
 
 def test_processes(tiny_cfg, start_by):
+    start_by({}, CUDA_VISIBLE_DEVICES="0")
+    processes.launch_processes(print, train_argument_parser().parse_args([]), "cpu:0")
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
     assert processes_of(tiny_cfg("MODEL.RESNETS.NORM", "SyncBN")) == (1, 1)
     refuse_launchers("compare.py")
     start_by(TORCHRUN, WORLD_SIZE="4", SLURM_STEP_NUM_TASKS="2")

@@ -176,7 +176,8 @@ def setup_process(args: argparse.Namespace, cfg: CfgNode, config: str) -> None:
     folder, rank = cfg.OUTPUT_DIR, comm.get_rank()
     if not args.eval_only:
         _take(args, folder)
-    if cfg.MODEL.DEVICE == "cpu" and comm.get_world_size() > 1 and "OMP_NUM_THREADS" not in os.environ:
+    on_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"
+    if on_cpu and comm.get_world_size() > 1 and "OMP_NUM_THREADS" not in os.environ:
         # Every process would take all cores, and they would wait for each other.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // comm.get_local_size()))
     setup_logger(folder, distributed_rank=rank, name="fvcore")
@@ -237,7 +238,7 @@ def _take(args: argparse.Namespace, folder: str) -> None:
 def launch_processes(main: Main, args: argparse.Namespace, device: str) -> None:
     """Runs ``main(args)`` in this process of torchrun, or in those that ``args`` asks for."""
     args.early = [(record.name, record.getMessage()) for record in _EARLY.buffer]
-    if device == "cpu":
+    if torch.device(device).type == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # several CPU processes talk by gloo
     if args.num_gpus * args.num_machines > 1:
         _launch(main, args)

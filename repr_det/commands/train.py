@@ -18,7 +18,7 @@ from repr_det.commands.processes import check_processes, launch_processes, may_c
 from repr_det.detectron.engine import Trainer
 from repr_det.detectron.passes import epochs_of, map_dataset
 from repr_det.detectron.trackers import wandb_module
-from repr_det.runs.checkpoints import AtomicCheckpointer, find_checkpoint
+from repr_det.runs.checkpoints import AtomicCheckpointer
 from repr_det.runs.guard import FiniteGuard
 from repr_det.runs.record import RunRecord
 
@@ -56,9 +56,7 @@ def start(argv: list[str] | None = None) -> None:
     cfg = run.cfg
     with run.naming():
         check_run(cfg, may_continue(args), args.eval_only, *check_processes(args), run.trainer)
-    if args.eval_only and args.resume and "MODEL.WEIGHTS" in args.opts and find_checkpoint(cfg.OUTPUT_DIR):
-        logger.warning("--resume evaluates the checkpoint of OUTPUT_DIR, not MODEL.WEIGHTS %s", cfg.MODEL.WEIGHTS)
-    launch_processes(main, args, str(cfg.MODEL.DEVICE))
+    launch_processes(main, args, cfg.MODEL.DEVICE)
 
 
 def main(args: argparse.Namespace) -> dict | None:
