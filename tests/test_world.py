@@ -5,6 +5,7 @@ import errno
 import os
 import signal
 import time
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from unittest.mock import Mock, call
@@ -22,7 +23,7 @@ from repr_det.commands.arguments import train_argument_parser
 from repr_det.commands.checks import check_run
 from repr_det.commands.processes import check_processes, join_torchrun, refuse_launchers
 from repr_det.runs.lock import agents_of, lock_folder
-from repr_det.runs.stopping import STATUS, StopAtSignal, Stopped, answer_signals
+from repr_det.runs.stopping import NOTICE, STATUS, StopAtSignal, Stopped, answer_signals
 
 TORCHRUN = dict(RANK="1", LOCAL_RANK="1", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
 TORCHRUN |= dict(MASTER_PORT="1", TORCHELASTIC_RUN_ID="job")
@@ -147,7 +148,7 @@ def test_a_killed_run_leaves_no_lock(tmp_path):
     ],
 )
 def test_signals(iteration, where, saved, last):
-    number = signal.SIGUSR1 if iteration == 3 else signal.SIGTERM
+    number = {3: signal.SIGUSR1, 4: signal.SIGINT}.get(iteration, signal.SIGTERM)
     trainer, prepared = small_trainer(steps=10), []
     trainer.iter, trainer.checkpointer = 0, Mock()
     stop = StopAtSignal(3 if iteration == 5 else 100, lambda: prepared.append(trainer.iter))
@@ -156,6 +157,7 @@ def test_signals(iteration, where, saved, last):
     trainer.register_hooks([stop, sender])
     if where == "before_step":
         trainer._hooks.reverse()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with SIGINT ignored
     before = signal.getsignal(number)
     with pytest.raises(Stopped) as stopped, answer_signals():
         trainer.train(0, 10)
@@ -163,6 +165,22 @@ def test_signals(iteration, where, saved, last):
     assert trainer.checkpointer.save.call_args_list == [call(f"model_{i:07d}", iteration=i) for i in saved]
     assert prepared == saved and trainer.iter == last
     assert signal.getsignal(number) is before
+
+
+def test_a_second_ctrl_c_ends_at_once(monkeypatch):
+    """Not a copy of the first, and not another SIGTERM; a shell's background job ignores it."""
+    sent = [(signal.SIGINT, 5.0), (signal.SIGINT, 5.5), (signal.SIGTERM, 8.0), (signal.SIGINT, 9.0)]
+    for ignored in (False, True):
+        monkeypatch.setattr("repr_det.runs.stopping.time", Mock(monotonic=Mock(side_effect=[at for _, at in sent])))
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.default_int_handler)
+        answered = []
+        with nullcontext() if ignored else pytest.raises(Stopped), answer_signals():
+            NOTICE.unsaved = True
+            for number, _ in sent:
+                os.kill(os.getpid(), number)
+                answered.append(NOTICE.asked)
+        assert answered == (["", "", "SIGTERM", "SIGTERM"] if ignored else ["SIGINT", "SIGINT", "SIGTERM"])
+        signal.signal(signal.SIGINT, before)
 
 
 def test_loader_workers_are_kept_out():

@@ -256,6 +256,8 @@ def _launch(main: Main, args: argparse.Namespace) -> None:
     try:
         with answer_signals(_pass_on):
             launch(_run, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, (main, args), timeout)
+            if NOTICE.asked:  # torch hides that Ctrl-C ended a process
+                raise Stopped(NOTICE.asked)
     except ProcessRaisedException as error:
         last = str(error).rstrip().rpartition("\n")[2]
         if "init_process_group" in str(error):
