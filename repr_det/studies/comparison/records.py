@@ -143,7 +143,8 @@ def read_settings(folder: Path, name: str = CONFIG_FILE) -> Settings:
     cfg = read_config(folder, name)
     path = folder / name.replace("config", "processes").replace("yaml", "json")  # PROCESSES_FILE, or one kept with it
     if path.is_file():
-        return settings_by(read_json(path), cfg)
+        with as_user_error(f"{path} is damaged"):
+            return settings_by(int(path.read_text(encoding="utf-8")), cfg)
     if cfg.SOLVER.REFERENCE_WORLD_SIZE:
         raise UserError(f"{folder} has SOLVER.REFERENCE_WORLD_SIZE: write the number of its processes into {path}")
     return flatten(cfg)
