@@ -83,14 +83,14 @@ def signal_at(how: str, rank: str, iteration: int, seconds: float, once: str) ->
     """Ends something so many seconds after the start of an iteration, once: ``once`` is a file that is made then.
 
     Args:
-        how: kill (SIGKILL to this rank), kill-agent (to it and its parent: torchrun, or the command) or term (SIGTERM
-            to its parent).
+        how: kill (SIGKILL to this rank), kill-agent (to it and its parent: torchrun, or the command), TERM or INT (that
+            signal to its parent).
         rank: of the process that does it; "any" for the one that comes first.
     """
 
     def at_once() -> None:
-        if how == "term":
-            os.kill(os.getppid(), signal.SIGTERM)
+        if how in ("TERM", "INT"):
+            os.kill(os.getppid(), signal.Signals[f"SIG{how}"])
             return
         if how == "kill-agent":
             os.kill(os.getppid(), signal.SIGKILL)

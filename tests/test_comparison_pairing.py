@@ -7,7 +7,7 @@ import yaml
 from finished_runs import BASELINE_CONFIG, OPTS, REPR_CONFIG, compare_folders, results_of
 
 from repr_det.method.errors import UserError
-from repr_det.runs.record import describe_data_sets
+from repr_det.runs.record import PROCESSES_FILE, describe_data_sets
 from repr_det.studies.comparison.command import arm_names, main, parse, plan_study
 from repr_det.studies.comparison.records import check_same_data, is_finished, run_from_folder
 
@@ -45,6 +45,10 @@ def test_seeds_arms_and_settings_must_fit(finished, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             compare_folders(tmp_path, bases, others)
+    for folder, processes in ((base, "1"), (other, "2")):
+        (folder / PROCESSES_FILE).write_text(processes)
+    with pytest.raises(UserError, match=r"number of processes is 1 in the first and 2 in the second"):
+        compare_folders(tmp_path, [base], [other])
     assert not (tmp_path / "out").exists()
 
 
@@ -55,6 +59,10 @@ def test_a_resumed_run_is_compared_by_its_settings_from_the_start(finished, tmp_
     compare_folders(tmp_path, [base], [other])
     note = f"{before}: SOLVER.MAX_ITER was 20 and became 40."
     assert note in results_of(tmp_path / "out")["notes"] and note in (tmp_path / "out" / "report.html").read_text()
+    for folder, name, processes in ((base, "", 1), (other, "", 1), (other, "_until_0000019", 2)):
+        (folder / f"processes{name}.json").write_text(str(processes))
+        compare_folders(tmp_path, [base], [other])  # first a version without record is compared with one that has it
+    assert f"{before}: number of processes was 2 and became 1." in results_of(tmp_path / "out")["notes"]
     # The baseline has no REPR to differ in.
     changes = ((base, "SOLVER", "BASE_LR", "0.005", "0.5"), (other, "REPR", "CRITERION", "ortho", "random"))
     for first, node, key, old, new in changes:
@@ -67,11 +75,12 @@ def test_a_resumed_run_is_compared_by_its_settings_from_the_start(finished, tmp_
 def test_max_iter_is_that_of_the_scaled_config(finished):
     """SOLVER.REFERENCE_WORLD_SIZE 2 and one process: twice as many iterations."""
     folder = finished("baseline", 1, "SOLVER.REFERENCE_WORLD_SIZE", 2)  # evaluated after 40 of 80 iterations
-    with pytest.raises(UserError, match=r"no log\.txt says by how many processes"):
-        run_from_folder(folder, "baseline")
-    stamp = "[11/26 10:00:00] detectron2 INFO: Rank of current process: 0. World size: "
+    for message in (r"write the number of its processes into .*/processes\.json", r"processes\.json is damaged: inv"):
+        with pytest.raises(UserError, match=message):
+            run_from_folder(folder, "baseline")
+        (folder / PROCESSES_FILE).write_text("two")
     for processes, iterations in ((2, 40), (4, 20), (1, 80)):
-        (folder / "log.txt").write_text(f"{stamp}8\nmore\n{stamp}{processes}\n")
+        (folder / PROCESSES_FILE).write_text(str(processes))
         run = run_from_folder(folder, "baseline")
         assert run.max_iter == iterations and is_finished(run) == (iterations <= 40)
 
@@ -199,7 +208,15 @@ def test_folders_that_hold_runs_already(finished, named_data, tmp_path):
         message = f"{folder} and this command cannot be compared: {key} is {held} in the first and {wanted} in the"
         with pytest.raises(UserError, match=message):
             planned(tmp_path, *OPTS, key, wanted)
+    (folders[0] / PROCESSES_FILE).write_text("2")
+    with pytest.raises(UserError, match=r"baseline_seed1 and this command .* number of processes is 2 in the first"):
+        planned(tmp_path, *OPTS)
+    (folders[0] / PROCESSES_FILE).unlink()
     before = (folders[1] / "config.yaml").read_text().replace("BASE_LR: 0.005", "BASE_LR: 0.5")
     (folders[1] / "config_until_0000019.yaml").write_text(before)
     with pytest.raises(UserError, match=r"config_until_0000019.yaml cannot be compared: SOLVER.BASE_LR is 0.005 in"):
         planned(tmp_path, *OPTS)
+    (folders[1] / "config_until_0000019.yaml").unlink()
+    (folders[1] / "data_sets.json").write_text(json.dumps({"odd_val": {"sha256": "0" * 64, "file": "old.json"}}))
+    with pytest.raises(UserError, match=r"repr_seed1 and this command .* odd_val was old.json in the first and"):
+        planned(tmp_path, *OPTS, seeds=[1, 2])

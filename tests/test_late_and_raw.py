@@ -21,6 +21,8 @@ from small_loop import small_trainer, train
 from torch import nn
 
 from repr_det import RePrHook, UserError
+from repr_det.commands.data import check_same_classes
+from repr_det.datasets import class_names
 from repr_det.detectron import evaluators
 from repr_det.detectron.hook import first_later_hook
 from repr_det.runs.checkpoints import AtomicCheckpointer
@@ -159,9 +161,9 @@ def test_record_of_a_run(tmp_path, data_set, caplog):
     run = tmp_path / "run"
     run.mkdir()
 
-    def begin(text, start, end=9):
+    def begin(text, start):
         record = RunRecord(str(run), lambda folder: (folder / "config.yaml").write_text(text), [data_set])
-        record.trainer = SimpleNamespace(start_iter=start, max_iter=end)
+        record.trainer = SimpleNamespace(start_iter=start, max_iter=6)
         with caplog.at_level(logging.WARNING, "repr_det.resume"):
             record.before_train()
         return {path.name: path.read_text() for path in run.iterdir() if path.suffix == ".yaml"}
@@ -171,11 +173,14 @@ def test_record_of_a_run(tmp_path, data_set, caplog):
     wanted = dict(file=str(tmp_path / "data.json"), image_root="images", classes=["a", "b"], images=3)
     assert about.pop("sha256") and about == wanted
     assert begin("lr 1", 5) == {"config.yaml": "lr 1"}
-    assert begin("lr 2", 9) == {"config.yaml": "lr 1"}  # nothing left to train
     assert not caplog.records
     assert begin("lr 2", 6) == {"config.yaml": "lr 2", "config_until_0000005.yaml": "lr 1"}
     assert begin("lr 3", 6) == {"config.yaml": "lr 3", "config_until_0000005.yaml": "lr 1"}  # no step with lr 2 is left
-    assert "config.yaml is not that of the run so far" in caplog.text
+    assert "The run so far had another config.yaml: its record is kept as *_until_0000005.*" in caplog.text
+    assert all((run / f"processes{name}.json").read_text() == "1\n" for name in ("", "_until_0000005"))
+    MetadataCatalog.get(data_set).thing_classes = ["b", "A"]  # as LVIS: neither names nor order of the json
+    begin("lr 3", 6)
+    check_same_classes(class_names(data_set), run)
 
 
 @pytest.mark.parametrize(("kind", "evaluator"), [("sem_seg", "SemSeg"), ("pascal_voc", "PascalVOCDetection")])

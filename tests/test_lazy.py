@@ -8,6 +8,7 @@ import pytest
 import torch
 from coco_folder import refused
 from conftest import ROOT, assert_same_weights
+from conftest import SMALL as YAML_SMALL
 from detectron2.config import LazyConfig
 from detectron2.modeling import build_model
 from fvcore.common.param_scheduler import CosineParamScheduler
@@ -165,6 +166,15 @@ def test_what_may_be_set(small_config):
     keys = ["train.seed", "optimizer.nesterov", "model.backbone.bottom_up.anything", f"{AUGMENTATIONS}.0.max_size"]
     cfg = load_lazy_config(small_config, [*(f"{key}=3" for key in keys), "+train.mine=3"])
     assert all(OmegaConf.select(cfg, key) == 3 for key in (*keys, "train.mine"))
+    assert load_lazy_config(small_config, ["+train.output_dir=x"], baseline=True).train.output_dir == "x"
+
+
+def test_weights_that_resume_does_not_evaluate_are_named(small_config, tmp_path, caplog):
+    (tmp_path / "model_final.pth").touch()
+    load_lazy_config(small_config, [f"train.output_dir={tmp_path}", "train.init_checkpoint=b"], (), False, True, True)
+    words = [*YAML_SMALL, "OUTPUT_DIR", str(tmp_path), "MODEL.WEIGHTS", "b"]
+    build_config(str(ROOT / "configs/repr_r50_fpn.yaml"), words, (), False, True, True)
+    assert caplog.messages.count(f"--resume evaluates the checkpoint in {tmp_path}, not 'b'") == 2
 
 
 def test_what_nothing_reads_is_found_by_the_reads(small_config):

@@ -18,6 +18,7 @@ OPTS = (
     "SOLVER.MAX_ITER 12 REPR.ENABLED True REPR.S1_ITERS 2 REPR.S2_ITERS 2 REPR.NUM_CYCLES 2 SOLVER.CHECKPOINT_PERIOD 3 "
     "DATASETS.TEST () DATALOADER.NUM_WORKERS 1"  # a signal to a group of processes reaches loader workers too
 ).split()
+EARLY_WARNING = "--register tiny_val: no key names it"  # said before the run has a log
 ROUNDS = int(os.environ.get("KILL_ROUNDS", "1"))  # `make soak` sets more
 
 
@@ -52,7 +53,7 @@ def ended(command):
     assert command.status() == 0, command.text[-4000:]
     folder = command.log.with_suffix("")
     log = (folder / "log.txt").read_text()
-    assert "World size: 2" in log and "--register tiny_val: no key names it" in log  # said before the run has a log
+    assert "World size: 2" in log and EARLY_WARNING in log
     assert "12 training images, 12 iterations of 2 images: 2 epochs; RePr is on (ortho; REPR.ENABLED False" in log
     return outcome(folder)
 
@@ -60,7 +61,9 @@ def ended(command):
 @pytest.fixture(scope="module")
 def straight(train, tmp_path_factory):
     """The undisturbed run, of two processes by --num-gpus."""
-    return ended(train(tmp_path_factory.mktemp("straight") / "run"))
+    job = train(tmp_path_factory.mktemp("straight") / "run")
+    assert job.status() == 0 and job.text.count(EARLY_WARNING) == 1
+    return ended(job)
 
 
 @pytest.mark.slow
@@ -79,7 +82,8 @@ def test_the_real_torchrun(tiny_data, straight, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("by", "how"), [("torchrun", "kill"), ("torchrun", "term"), ("torchrun", "kill-agent"), ("num-gpus", "term")]
+    ("by", "how"),
+    [*(("torchrun", how) for how in ("kill", "TERM", "kill-agent")), ("num-gpus", "TERM"), ("num-gpus", "INT")],
 )
 @pytest.mark.parametrize("round_", range(ROUNDS))
 def test_a_killed_rank_is_started_again_and_a_stopped_job_goes_on(train, straight, tmp_path, round_, by, how):
@@ -91,9 +95,9 @@ def test_a_killed_rank_is_started_again_and_a_stopped_job_goes_on(train, straigh
     if how != "kill":
         # torchrun ends with a traceback and 1, or aborted if its store is still at work.
         assert job.status() == 75 if not words else job.status() != 0, job.text[-4000:]
-        if how == "term":
+        if how in ("TERM", "INT"):
             assert int((folder / "last_checkpoint").read_text()[6:13]) in range(iteration, 11), job.text[-4000:]
-            assert job.text.count("stopped by SIGTERM with status 75") == 1
+            assert job.text.count(f"stopped by SIG{how} with status 75") == 1
         job = train(folder, words, resume=True)
     assert_same(ended(job), straight)
     assert (tmp_path / "run.once").exists()
@@ -129,14 +133,15 @@ def test_two_agents_of_which_one_is_killed_and_comes_back(train, straight, tmp_p
 def test_another_number_of_ranks(train, tmp_path):
     """Two ranks, stopped in the sub-network phase of the second cycle, resume as one, and that one, stopped, as two."""
     folder, opts = tmp_path / "run", ["SOLVER.MAX_ITER", 17, "DATALOADER.NUM_WORKERS", 0]
-    assert train(folder, one_machine(), misbehave=("term", "0", 6, 0), opts=opts).status() != 0
+    assert train(folder, one_machine(), misbehave=("TERM", "0", 6, 0), opts=opts).status() != 0
     for number, before in ((1, 2), (2, 1)):
         Path(f"{folder}.once").unlink()
         told = tmp_path / f"told{number}.pth"
         saved = torch.load(folder / (folder / "last_checkpoint").read_text(), weights_only=True)
-        misbehave = ("term", "0", 13, 0) if number == 1 else ()
+        misbehave = ("TERM", "0", 13, 0) if number == 1 else ()
         job = train(folder, one_machine(number), resume=True, misbehave=misbehave, opts=opts, tell=str(told))
         assert (job.status() == 0) == (number == 2), job.text[-4000:]
+        assert job.text.count(EARLY_WARNING) == 1 + number  # one for each job so far
         begun = torch.load(told, weights_only=True)
         hooks, hooks_saved = begun["trainer"]["hooks"], saved["trainer"]["hooks"]
         assert any(mask.any() for mask in hooks["RePrHook"]["scheme"]["masks"].values()) == (number == 1)

@@ -5,6 +5,7 @@ import errno
 import os
 import signal
 import time
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from unittest.mock import Mock, call
@@ -17,11 +18,12 @@ from detectron2.engine import HookBase
 from small_loop import small_trainer
 
 from repr_det import Trainer
+from repr_det.commands import processes
 from repr_det.commands.arguments import train_argument_parser
 from repr_det.commands.checks import check_run
-from repr_det.commands.processes import check_processes, join_torchrun, may_continue, refuse_launchers, torchrun_job
-from repr_det.runs.lock import job_of, lock_folder
-from repr_det.runs.stopping import STATUS, StopAtSignal, Stopped, answer_signals
+from repr_det.commands.processes import check_processes, join_torchrun, refuse_launchers
+from repr_det.runs.lock import agents_of, lock_folder
+from repr_det.runs.stopping import NOTICE, STATUS, StopAtSignal, Stopped, answer_signals
 
 TORCHRUN = dict(RANK="1", LOCAL_RANK="1", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
 TORCHRUN |= dict(MASTER_PORT="1", TORCHELASTIC_RUN_ID="job")
@@ -60,6 +62,9 @@ def test_refused(tiny_cfg, start_by, launcher, words, opts, message):
 
 
 def test_processes(tiny_cfg, start_by):
+    start_by({}, CUDA_VISIBLE_DEVICES="0")
+    processes.launch_processes(print, train_argument_parser().parse_args([]), "cpu:0")
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
     assert processes_of(tiny_cfg("MODEL.RESNETS.NORM", "SyncBN")) == (1, 1)
     refuse_launchers("compare.py")
     start_by(TORCHRUN, WORLD_SIZE="4", SLURM_STEP_NUM_TASKS="2")
@@ -88,22 +93,27 @@ def test_the_board_lives_until_all_have_met(monkeypatch, start_by):
     assert read
 
 
-def test_who_may_continue(start_by, tmp_path):
-    """A restarted job goes on; another job that was given the folder of a run by mistake does not."""
+def test_who_may_continue(start_by, tmp_path, monkeypatch):
+    """The run of a folder is that of torchrun's agents that took part in it, also if rank 0 is now that of another one;
+    a later job of the same name is another one."""
 
-    def may(**changed):
-        start_by(TORCHRUN, **changed)
-        return may_continue(argparse.Namespace(resume=False), str(tmp_path))
+    def resumes(*agents, resume=False):
+        args = argparse.Namespace(resume=resume, eval_only=False)
+        monkeypatch.setattr(processes.comm, "all_gather", lambda mine: agents if mine == "" else [mine])
+        with processes._AT_THE_END:
+            processes._take(args, str(tmp_path))
+        return args.resume
 
-    assert not may_continue(argparse.Namespace(resume=False), str(tmp_path))
-    assert not may(RANK="0")  # the first start was refused
-    lock_folder(tmp_path, "job")
-    assert may(RANK="0")
-    assert not may(RANK="0", TORCHELASTIC_RUN_ID="another")
-    assert may(RANK="1", TORCHELASTIC_RUN_ID="another")  # rank 0 decides
-    assert not may(RANK="0", TORCHELASTIC_RUN_ID="none")
-    lock_folder(tmp_path, torchrun_job())
-    assert may(RANK="0", TORCHELASTIC_RUN_ID="none")
+    assert not resumes("a 1", "b 1")
+    (tmp_path / "last_checkpoint").write_text("model.pth")
+    assert resumes("c 1", "b 1") and resumes("c 1")
+    for others in (["a 1"], ["c 2"], [""]):
+        assert "holds another run (last_checkpoint): add --resume" in refused(resumes, *others)
+    assert resumes("c 1") and resumes("d 1", resume=True) and resumes("d 1")
+    flags = [argparse.Namespace(resume=False, eval_only=eval_only) for eval_only in (False, True)]
+    assert list(map(processes.may_continue, flags)) == [False, False]
+    start_by(TORCHRUN)
+    assert list(map(processes.may_continue, flags)) == [True, False]  # every rank evaluates the same weights
 
 
 def hold(folder, held):
@@ -136,7 +146,7 @@ def test_a_killed_run_leaves_no_lock(tmp_path):
     ],
 )
 def test_signals(iteration, where, saved, last):
-    number = signal.SIGUSR1 if iteration == 3 else signal.SIGTERM
+    number = {3: signal.SIGUSR1, 4: signal.SIGINT}.get(iteration, signal.SIGTERM)
     trainer, prepared = small_trainer(steps=10), []
     trainer.iter, trainer.checkpointer = 0, Mock()
     stop = StopAtSignal(3 if iteration == 5 else 100, lambda: prepared.append(trainer.iter))
@@ -145,6 +155,7 @@ def test_signals(iteration, where, saved, last):
     trainer.register_hooks([stop, sender])
     if where == "before_step":
         trainer._hooks.reverse()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with SIGINT ignored
     before = signal.getsignal(number)
     with pytest.raises(Stopped) as stopped, answer_signals():
         trainer.train(0, 10)
@@ -152,6 +163,20 @@ def test_signals(iteration, where, saved, last):
     assert trainer.checkpointer.save.call_args_list == [call(f"model_{i:07d}", iteration=i) for i in saved]
     assert prepared == saved and trainer.iter == last
     assert signal.getsignal(number) is before
+
+
+def test_a_second_ctrl_c_ends_at_once(monkeypatch):
+    """Not a copy of the first, nor another SIGTERM. A background job of a shell ignores both."""
+    sent, asked = [(signal.SIGINT, 5.0), (signal.SIGINT, 5.5), (signal.SIGTERM, 8.0), (signal.SIGINT, 9.0)], []
+    monkeypatch.setattr("repr_det.runs.stopping.time", Mock(monotonic=Mock(side_effect=[at for _, at in sent])))
+    for handler in (signal.SIG_IGN, signal.default_int_handler):
+        signal.signal(signal.SIGINT, handler)
+        with nullcontext() if handler is signal.SIG_IGN else pytest.raises(Stopped), answer_signals():
+            NOTICE.unsaved = True
+            for number, _ in sent[: 2 if handler is signal.SIG_IGN else 4]:
+                os.kill(os.getpid(), number)
+                asked.append(NOTICE.asked)
+    assert asked == ["", "", "SIGINT", "SIGINT", "SIGTERM"]
 
 
 def test_loader_workers_are_kept_out():
@@ -170,8 +195,8 @@ def test_a_folder_that_not_every_machine_sees(tiny_cfg, monkeypatch):
     assert message in refused(trainer.resume_or_load, resume=True)
 
 
-def test_a_file_system_without_locks_still_knows_the_job(tmp_path, monkeypatch, caplog):
+def test_a_file_system_without_locks_still_knows_the_agents(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("filelock.FileLock.acquire", Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
-    lock_folder(tmp_path, "job")
+    lock_folder(tmp_path, ["host 1"])
     assert "cannot be locked (No locks available)" in caplog.text
-    assert job_of(tmp_path) == "job"
+    assert agents_of(tmp_path) == {"host 1"}

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import difflib
 import io
+import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ from repr_det.detectron.config import add_repr_config, as_user_error
 from repr_det.method.errors import UserError
 from repr_det.runs.checkpoints import find_checkpoint
 
+logger = logging.getLogger(__name__)
 _PACKAGE = Path(__file__).resolve().parents[1]
 CONFIGS = _PACKAGE / "configs"  # in a wheel
 if not CONFIGS.is_dir():
@@ -93,7 +95,8 @@ def build_config(
     cfg.OUTPUT_DIR = output_folder(cfg.OUTPUT_DIR, "OUTPUT_DIR", baseline and "OUTPUT_DIR" not in given)
     if baseline:
         cfg.REPR.ENABLED = False
-    weights_in = folder_of_weights(cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS, resume) if eval_only else None
+    weights = cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS, resume, "MODEL.WEIGHTS" in given
+    weights_in = folder_of_weights(*weights) if eval_only else None
     classes = prepare_data(register, cfg.DATASETS.TRAIN, cfg.DATASETS.TEST, weights_in)
     for key in ("MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.RETINANET.NUM_CLASSES"):
         if classes and key not in given:
@@ -102,8 +105,13 @@ def build_config(
     return cfg
 
 
-def folder_of_weights(output_dir: str, weights: str, resume: bool) -> str:
-    return output_dir if resume and find_checkpoint(output_dir) else os.path.dirname(weights)
+def folder_of_weights(output_dir: str, weights: str, resume: bool, given: bool) -> str:
+    """The folder of the weights that --eval-only evaluates; a warning if they are not those ``given``."""
+    if not resume or not find_checkpoint(output_dir):
+        return os.path.dirname(weights)
+    if given:
+        logger.warning("--resume evaluates the checkpoint in %s, not %r", output_dir, weights)
+    return output_dir
 
 
 def output_folder(folder: str, key: str, beside: bool) -> str:

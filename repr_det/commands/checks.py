@@ -121,13 +121,13 @@ def _check_input(cfg: CfgNode, eval_only: bool) -> None:
     samplers = [sampler.__name__ for sampler in SAMPLERS]
     if loading.SAMPLER_TRAIN not in samplers:
         raise UserError(f"DATALOADER.SAMPLER_TRAIN must be one of {', '.join(samplers)}, got {loading.SAMPLER_TRAIN!r}")
-    with as_user_error(f"DATALOADER: {loading.SAMPLER_TRAIN} by REPEAT_THRESHOLD {loading.REPEAT_THRESHOLD}"), _quiet():
+    with as_user_error(f"DATALOADER: {loading.SAMPLER_TRAIN} by REPEAT_THRESHOLD {loading.REPEAT_THRESHOLD}"), quiet():
         build_detection_train_loader(cfg, mapper=str, dataset=({"annotations": [{"category_id": 0}]},) * 10_000)
 
 
 def try_mapper(source: str, build: Callable[[], Any]) -> None:
     """Raises UserError, which begins with ``source``, if a mapper cannot be built, or is Detectron2's and fails."""
-    with as_user_error(source), _quiet(), tempfile.NamedTemporaryFile(suffix=".png") as file:
+    with as_user_error(source), quiet(), tempfile.NamedTemporaryFile(suffix=".png") as file:
         mapper = build()
         Image.new("RGB", (_SIZE["width"], _SIZE["height"])).save(file.name)
         if type(mapper) is DatasetMapper:  # others may ask for more than an image
@@ -149,7 +149,7 @@ def model_of_shapes(cfg: CfgNode, trainer: type[Trainer], eval_only: bool) -> nn
     """Builds the model on the meta device, or on the CPU if it needs numbers; to train, tries its optimizer too."""
 
     def build(device: str) -> nn.Module:
-        with torch.device(device), _quiet():
+        with torch.device(device), quiet():
             with as_user_error("MODEL"):
                 model = trainer.build_model(_changed(cfg, "MODEL.DEVICE", device))
             with as_user_error("SOLVER"):
@@ -175,7 +175,7 @@ def _check_model(cfg: CfgNode, model: nn.Module, eval_only: bool, processes: int
                 raise UserError("TEST.AUG.MIN_SIZES is empty: give sizes, or set TEST.AUG.ENABLED to False")
     if cfg.REPR.ENABLED and not eval_only:
         options = options_of_config(cfg)
-        with spelling(NAMES), _quiet():  # training warns
+        with spelling(NAMES), quiet():  # training warns
             layers = find_filter_layers(model, options.layers, options.exclude)
             sizes = {layer.name: layer.num_filters for layer in layers}
             check_capacity(sizes, options.drop_ratio, options.max_drop_per_layer)
@@ -191,7 +191,7 @@ def _check_weights(cfg: CfgNode, model: nn.Module, resume: bool, eval_only: bool
         return
     trial._resuming = resumed or eval_only  # every weight must be there
     source = path if resumed else f"MODEL.WEIGHTS {path!r} cannot be read (give a file, or '' for random weights)"
-    with _quiet(), as_user_error(source):
+    with quiet(), as_user_error(source):
         loaded = trial.load(path)
     if resumed and not eval_only:
         _check_same_training(cfg, loaded.get("trainer", {}))
@@ -227,7 +227,8 @@ class _TrialCheckpointer(AtomicCheckpointer):
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
+    """Drops logs and warnings of what is tried, or done again."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

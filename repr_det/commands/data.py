@@ -71,7 +71,7 @@ def recorded_classes(folder: str | Path) -> tuple[str, ...] | None:
 def check_same_classes(classes: Sequence[str], folder: str | Path) -> None:
     """Refuses other classes than those of the run in ``folder``, or another order."""
     recorded = recorded_classes(folder)
-    if recorded not in (None, tuple(classes)):
+    if recorded not in (None, tuple(dict.fromkeys(classes))):
         raise UserError(
             f"the run in {folder} has the classes {listed(recorded, 20)}, in this order, and these data have "
             f"{listed(classes, 20)}: give its data sets, or another OUTPUT_DIR"

@@ -97,12 +97,13 @@ def load_lazy_config(
     with as_user_error("overrides must be path.key=value"):
         _refuse_unknown_keys(cfg, overrides)
         cfg = LazyConfig.apply_overrides(cfg, overrides)
-    given = {override.partition("=")[0] for override in overrides}
+    given = {override.partition("=")[0].lstrip("+") for override in overrides}
     folder, key = cfg.train.get("output_dir", "./output"), "train.output_dir"
     cfg.train.output_dir = folder = output_folder(str(folder), key, baseline and key not in given)
     if baseline and "repr" in cfg:
         cfg.repr.ENABLED = False
-    weights_in = folder_of_weights(folder, cfg.train.get("init_checkpoint", ""), resume) if eval_only else None
+    weights = folder, cfg.train.get("init_checkpoint", ""), resume, "train.init_checkpoint" in given
+    weights_in = folder_of_weights(*weights) if eval_only else None
     classes = prepare_data(register, _data_sets(cfg, "train"), _data_sets(cfg, "test"), weights_in)
     for key, own in KEYS.items():
         if classes and own.endswith("NUM_CLASSES") and key not in given and OmegaConf.select(cfg, key) is not None:

@@ -30,8 +30,8 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from repr_det.commands.arguments import refuse_below
 from repr_det.detectron.config import without_repr
 from repr_det.method.errors import UserError
-from repr_det.runs.files import advice_for, write_atomically
-from repr_det.runs.lock import job_of, lock_folder
+from repr_det.runs.files import advice_for, refuse_used, write_atomically
+from repr_det.runs.lock import agents_of, lock_folder
 from repr_det.runs.record import CONFIG_FILE
 from repr_det.runs.stopping import NOTICE, STATUS, Stopped, answer_signals, end_with_parent
 
@@ -46,15 +46,13 @@ _EARLY = MemoryHandler(1000, flushLevel=logging.CRITICAL + 1)  # before a run ha
 _EARLY.setLevel(logging.WARNING)
 
 
-def torchrun_job() -> str:
-    """The job of torchrun, the same after a restart; "" without torchrun."""
-    job = os.environ.get("TORCHELASTIC_RUN_ID", "")
-    # By default it is "none": then the agent is the job.
-    return f"{socket.gethostname()} {os.getppid()}" if job == "none" else job
+def torchrun_agent() -> str:
+    """The torchrun that started this process, the same after a restart; "" without."""
+    return f"{socket.gethostname()} {os.getppid()}" if "TORCHELASTIC_RUN_ID" in os.environ else ""
 
 
 def _of_torchrun(key: str, otherwise: int) -> int:
-    return int(os.environ[key]) if torchrun_job() else otherwise
+    return int(os.environ[key]) if torchrun_agent() else otherwise
 
 
 def join_torchrun(device: str, seconds: float) -> None:
@@ -105,7 +103,7 @@ def _nobody_came(address: str, reason: str) -> UserError:
 
 def check_processes(args: argparse.Namespace) -> tuple[int, int]:
     """Returns the numbers of processes here and of machines; UserError if an option is wrong."""
-    if torchrun_job():
+    if torchrun_agent():
         size, here = _of_torchrun("WORLD_SIZE", 1), _of_torchrun("LOCAL_WORLD_SIZE", 1)
         if (args.num_gpus, args.num_machines, args.machine_rank) != (1, 1, 0):
             raise UserError("torchrun takes --nproc_per_node and --nnodes: leave out --num-gpus and --num-machines")
@@ -131,14 +129,15 @@ def refuse_srun() -> None:
 
 def refuse_launchers(tool: str) -> None:
     """Raises UserError if a tool that starts runs was started several times."""
-    if torchrun_job():
+    if torchrun_agent():
         raise UserError(f"{tool} starts its runs itself: call it without torchrun")
     refuse_srun()
 
 
 def run_tool(main: Callable[[], Any]) -> None:
     """Runs a tool: status 2 and one line for a UserError or a fault of the machine, 75 for a signal."""
-    logging.basicConfig(format="%(levelname)s: %(message)s")
+    if _of_torchrun("RANK", 0) == 0:
+        logging.basicConfig(format="%(levelname)s: %(message)s")
     logging.getLogger().addHandler(_EARLY)
     try:
         main()
@@ -177,7 +176,8 @@ def setup_process(args: argparse.Namespace, cfg: CfgNode, config: str) -> None:
     folder, rank = cfg.OUTPUT_DIR, comm.get_rank()
     if not args.eval_only:
         _take(args, folder)
-    if cfg.MODEL.DEVICE == "cpu" and comm.get_world_size() > 1 and "OMP_NUM_THREADS" not in os.environ:
+    on_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"
+    if on_cpu and comm.get_world_size() > 1 and "OMP_NUM_THREADS" not in os.environ:
         # Every process would take all cores, and they would wait for each other.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // comm.get_local_size()))
     setup_logger(folder, distributed_rank=rank, name="fvcore")
@@ -212,19 +212,21 @@ def _one_line_for_user_errors(record: logging.LogRecord) -> bool:
     return not (isinstance(error, UserError) or advice_for(error))
 
 
-def may_continue(args: argparse.Namespace, folder: str) -> bool:
-    """Tells whether --resume is given, or torchrun restarts the job that began the run in ``folder``. Ranks other than
-    0 answer True until ``setup_process``."""
-    has_begun = torchrun_job() != "" and job_of(folder) == torchrun_job()
-    return args.resume or _of_torchrun("RANK", 0) > 0 or has_begun
+def may_continue(args: argparse.Namespace) -> bool:
+    """Tells whether --resume is given, or torchrun may have started a run again, which ``setup_process`` finds out."""
+    return args.resume or (torchrun_agent() != "" and not args.eval_only)
 
 
 def _take(args: argparse.Namespace, folder: str) -> None:
-    """Rank 0 locks the folder and tells all ranks whether it could, and whether it resumes."""
-    trouble = ""
+    """Rank 0 locks the folder and tells all ranks whether it could, and whether the run resumes: by --resume, or since
+    an agent of torchrun that took part in the run takes part again. Others may have joined, and rank 0 be theirs."""
+    agents, trouble = [agent for agent in comm.all_gather(torchrun_agent()) if agent], ""
     if comm.is_main_process():
         try:
-            lock = lock_folder(folder, torchrun_job(), _FOR_THE_LAST_TO_END if args.resume else 0.0)
+            args.resume = args.resume or not agents_of(folder).isdisjoint(agents)
+            if not args.resume:
+                refuse_used(folder, "add --resume")
+            lock = lock_folder(folder, agents, _FOR_THE_LAST_TO_END if args.resume else 0.0)
             _AT_THE_END.callback(lock.release)
         except UserError as error:
             trouble = str(error)
@@ -236,12 +238,12 @@ def _take(args: argparse.Namespace, folder: str) -> None:
 def launch_processes(main: Main, args: argparse.Namespace, device: str) -> None:
     """Runs ``main(args)`` in this process of torchrun, or in those that ``args`` asks for."""
     args.early = [(record.name, record.getMessage()) for record in _EARLY.buffer]
-    if device == "cpu":
+    if torch.device(device).type == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # several CPU processes talk by gloo
     if args.num_gpus * args.num_machines > 1:
         _launch(main, args)
         return
-    if torchrun_job():
+    if torchrun_agent():
         end_with_parent()
     if _of_torchrun("WORLD_SIZE", 1) > 1:
         join_torchrun(device, args.rendezvous_timeout)
@@ -254,6 +256,8 @@ def _launch(main: Main, args: argparse.Namespace) -> None:
     try:
         with answer_signals(_pass_on):
             launch(_run, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, (main, args), timeout)
+            if NOTICE.asked:  # torch hides that Ctrl-C ended a process
+                raise Stopped(NOTICE.asked)
     except ProcessRaisedException as error:
         last = str(error).rstrip().rpartition("\n")[2]
         if "init_process_group" in str(error):

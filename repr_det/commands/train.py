@@ -13,12 +13,12 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
 from repr_det.commands.arguments import build_config, train_argument_parser
-from repr_det.commands.checks import check_run
+from repr_det.commands.checks import check_run, quiet
 from repr_det.commands.processes import check_processes, launch_processes, may_continue, setup_process, write_configs
 from repr_det.detectron.engine import Trainer
 from repr_det.detectron.passes import epochs_of, map_dataset
 from repr_det.detectron.trackers import wandb_module
-from repr_det.runs.checkpoints import AtomicCheckpointer, find_checkpoint
+from repr_det.runs.checkpoints import AtomicCheckpointer
 from repr_det.runs.guard import FiniteGuard
 from repr_det.runs.record import RunRecord
 
@@ -55,17 +55,14 @@ def start(argv: list[str] | None = None) -> None:
     run = run_of(args)
     cfg = run.cfg
     with run.naming():
-        processes = check_processes(args)
-        args.resume = may_continue(args, cfg.OUTPUT_DIR)
-        check_run(cfg, args.resume, args.eval_only, *processes, run.trainer)
-    if args.eval_only and args.resume and "MODEL.WEIGHTS" in args.opts and find_checkpoint(cfg.OUTPUT_DIR):
-        logger.warning("--resume evaluates the checkpoint of OUTPUT_DIR, not MODEL.WEIGHTS %s", cfg.MODEL.WEIGHTS)
-    launch_processes(main, args, str(cfg.MODEL.DEVICE))
+        check_run(cfg, may_continue(args), args.eval_only, *check_processes(args), run.trainer)
+    launch_processes(main, args, cfg.MODEL.DEVICE)
 
 
 def main(args: argparse.Namespace) -> dict | None:
     """One process of a run: trains and evaluates, or only evaluates."""
-    run = run_of(args)  # data sets are per process
+    with quiet():  # start has warned
+        run = run_of(args)  # data sets are per process
     cfg = run.cfg
     setup_process(args, cfg, run.text)
     if not args.eval_only:

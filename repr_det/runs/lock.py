@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import socket
+from collections.abc import Iterable
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -15,11 +16,11 @@ OWNER_FILE = ".running"
 logger = logging.getLogger("repr_det.lock")
 
 
-def lock_folder(folder: str | Path, job: str = "", wait: float = 0.0) -> FileLock:
+def lock_folder(folder: str | Path, agents: Iterable[str] = (), wait: float = 0.0) -> FileLock:
     """Locks a folder until ``release()`` or the end of the process; on a file system without locks it only warns.
 
     Args:
-        job: the elastic job of the process.
+        agents: of torchrun, that take part in the run.
         wait: seconds.
 
     Raises:
@@ -38,14 +39,14 @@ def lock_folder(folder: str | Path, job: str = "", wait: float = 0.0) -> FileLoc
         ) from None
     except OSError as error:
         logger.warning("%s cannot be locked (%s): start no second run there", folder, error.strerror)
-    owner = {"host": socket.gethostname(), "pid": os.getpid(), "job": job}
+    owner = {"host": socket.gethostname(), "pid": os.getpid(), "agents": sorted(set(agents))}
     write_atomically(folder / OWNER_FILE, json.dumps(owner) + "\n")
     return lock
 
 
-def job_of(folder: str | Path) -> str:
-    """The elastic job that last trained in ``folder``, else ""."""
-    return str(_owner(Path(folder)).get("job", ""))
+def agents_of(folder: str | Path) -> set[str]:
+    """The agents of torchrun that last took part in the run in ``folder``."""
+    return set(_owner(Path(folder)).get("agents", ()))
 
 
 def _owner(folder: Path) -> dict:

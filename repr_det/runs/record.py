@@ -1,4 +1,4 @@
-"""The record of a run: config.yaml and the data that it was trained on."""
+"""The record of a run: config.yaml, the data that it was trained on, and the number of its processes."""
 
 import hashlib
 import json
@@ -19,13 +19,14 @@ from repr_det.network.state import preserved_random_state
 logger = logging.getLogger("repr_det.resume")
 CONFIG_FILE = "config.yaml"
 DATA_FILE = "data_sets.json"
+PROCESSES_FILE = "processes.json"
 
 
 @dataclass(eq=False)
 class RunRecord(HookBase):
     """Writes the record in ``before_train``; registered last, after every check.
 
-    A run that is resumed with other settings keeps those up to iteration 999 as config_until_0000999.yaml.
+    A run that is resumed with another record keeps that up to iteration 999: config_until_0000999.yaml and so on.
     """
 
     folder: str  # OUTPUT_DIR
@@ -34,24 +35,29 @@ class RunRecord(HookBase):
 
     def before_train(self) -> None:
         start = self.trainer.start_iter
-        if not comm.is_main_process() or start >= self.trainer.max_iter:
+        if not comm.is_main_process():
             return
         with tempfile.TemporaryDirectory(dir=self.folder, prefix=".record-") as new, preserved_random_state():
             self.write_config(Path(new))
             (Path(new) / DATA_FILE).write_text(json.dumps(describe_data_sets(self.data_sets), indent=1), "utf-8")
-            for file in sorted(Path(new).iterdir()):
-                place = Path(self.folder) / file.name
-                if start > 0 and place.exists() and place.read_bytes() != file.read_bytes():
-                    kept = place.with_stem(f"{place.stem}_until_{start - 1:07d}")
-                    if not kept.exists():  # else what is in place led to no checkpoint
-                        os.replace(place, kept)
-                    logger.warning("%s is not that of the run so far, whose own is kept as %s", place.name, kept.name)
+            (Path(new) / PROCESSES_FILE).write_text(f"{comm.get_world_size()}\n", "utf-8")
+            files = {file: Path(self.folder) / file.name for file in sorted(Path(new).iterdir())}
+            there = [(file, place) for file, place in files.items() if start > 0 and place.exists()]
+            changed = [place.name for file, place in there if place.read_bytes() != file.read_bytes()]
+            if changed:
+                what = ", ".join(changed)
+                logger.warning("The run so far had another %s: its record is kept as *_until_%07d.*", what, start - 1)
+            for file, place in files.items():
+                kept = place.with_stem(f"{place.stem}_until_{start - 1:07d}")
+                if changed and place.exists() and not kept.exists():  # else what is in place led to no checkpoint
+                    os.replace(place, kept)
                 os.chmod(file, 0o644)
                 os.replace(file, place)
 
 
 def describe_data_sets(names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """By name: file, SHA-256 of its content, folder of images, classes, number of images; None if unknown."""
+    """By name: file, SHA-256 of its content, folder of images, classes (as the outputs), number of images; None if
+    unknown."""
     return {name: _describe(name) for name in dict.fromkeys(names)}
 
 
@@ -65,5 +71,6 @@ def _describe(name: str) -> dict[str, Any]:
     content = Path(path).read_bytes()
     found["sha256"] = hashlib.sha256(content).hexdigest()
     known = json.loads(content)
-    classes = [category.get("name") for category in sorted(known.get("categories", ()), key=lambda c: c["id"])]
-    return found | {"classes": classes, "images": len(known.get("images", ()))}
+    in_file = [category.get("name") for category in sorted(known.get("categories", ()), key=lambda c: c["id"])]
+    # LVIS has neither the names of its file nor their order.
+    return found | {"classes": list(metadata.get("thing_classes", in_file)), "images": len(known.get("images", ()))}

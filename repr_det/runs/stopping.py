@@ -1,10 +1,12 @@
-"""Stopping with notice: SIGTERM and SIGUSR1."""
+"""Stopping with notice: SIGTERM, SIGUSR1 and Ctrl-C."""
 
 import ctypes
+import math
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +17,8 @@ from detectron2.utils import comm
 from repr_det.runs.checkpoints import is_saved
 
 STATUS = os.EX_TEMPFAIL  # 75: nothing is wrong, start it again
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_COPIES = 1.0  # seconds in which one Ctrl-C comes from the terminal and from the launcher
 _PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
 
@@ -41,11 +44,14 @@ class Stopped(SystemExit):
 class _Notice:
     answered = False  # signals come here
     asked = ""  # name of the signal
+    since = math.inf  # when the first came
     unsaved = False  # no checkpoint holds the last step
 
     def __call__(self, number: int, _: object) -> None:
-        self.asked = signal.Signals(number).name
-        if not self.unsaved:
+        now = time.monotonic()
+        self.asked, self.since = signal.Signals(number).name, min(self.since, now)
+        again = number == signal.SIGINT and now - self.since > _COPIES
+        if again or not self.unsaved:
             raise Stopped(self.asked)
 
 
@@ -54,18 +60,22 @@ NOTICE = _Notice()
 
 @contextmanager
 def answer_signals(answer: Callable[[int, object], None] = NOTICE) -> Iterator[None]:
-    """Lets SIGTERM and SIGUSR1 stop the run: at once if nothing is lost, else at the end of the step."""
+    """Lets SIGNALS that are not ignored stop the run: at once if nothing is lost or at a second Ctrl-C, else at the end
+    of the step."""
     if threading.current_thread() is not threading.main_thread():
         yield  # Python allows no handlers here
         return
-    before = [signal.signal(number, answer) for number in SIGNALS]
-    NOTICE.answered, NOTICE.asked, NOTICE.unsaved = True, "", False
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    answered = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
+    for number in answered:
+        signal.signal(number, answer)
+    NOTICE.answered, NOTICE.asked, NOTICE.since, NOTICE.unsaved = True, "", math.inf, False
     try:
         yield
     finally:
         NOTICE.answered = False
-        for number, handler in zip(SIGNALS, before, strict=True):
-            signal.signal(number, handler)
+        for number in answered:
+            signal.signal(number, before[number])
 
 
 def _keep_out() -> None:

@@ -27,14 +27,14 @@ from repr_det.studies.comparison.records import (
     Run,
     Study,
     check_comparable,
+    check_same_data,
     compare,
-    flatten,
     is_finished,
     metrics_table,
-    read_config,
     read_json,
     refuse_differences,
     run_from_folder,
+    settings_by,
     settings_of_parts,
     write_results,
 )
@@ -163,8 +163,8 @@ def plan_study(
     if against:
         files = (against, config_file)
         arms = dict(zip(arm_names(*files), files, strict=True))
-        configs = {file: scale_to_world(build_config(file, opts, register), num_gpus) for file in files}
-        refuse_differences({file: flatten(cfg) for file, cfg in configs.items()}, only_shared=True)
+        configs = {file: settings_by(num_gpus, build_config(file, opts, register)) for file in files}
+        refuse_differences(configs, only_shared=True)
     runs = []
     for seed in seeds:
         for arm, file in arms.items():
@@ -178,6 +178,7 @@ def plan_study(
             max_iter = scale_to_world(own_cfg, num_gpus).SOLVER.MAX_ITER
             runs.append(Run(arm, seed, folder, max_iter, (*flags, *own)))
             _check_run(runs[-1], own_cfg, num_gpus)
+    check_same_data([run.folder for run in runs])
     return Study(tuple(runs)), output
 
 
@@ -195,8 +196,8 @@ def arm_names(*config_files: str) -> tuple[str, ...]:
 def _check_run(run: Run, cfg: CfgNode, num_gpus: int) -> None:
     if (run.folder / CONFIG_FILE).exists():
         free = ("OUTPUT_DIR",) if cfg.REPR.ENABLED else ("OUTPUT_DIR", "REPR.")
-        parts, _ = settings_of_parts(run.folder, lambda *file: flatten(read_config(*file)))
-        refuse_differences({**parts, "this command": flatten(cfg)}, free)
+        parts, _ = settings_of_parts(run.folder)
+        refuse_differences({**parts, "this command": settings_by(num_gpus, cfg)}, free)
     if not is_finished(run):
         check_run(cfg, resume=bool(run_traces(run.folder)), num_gpus=num_gpus)
 

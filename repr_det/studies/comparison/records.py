@@ -3,8 +3,7 @@
 import contextlib
 import json
 import math
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,14 +29,14 @@ from repr_det.studies.comparison.statistics import (
 )
 
 BASELINE, REPR = "baseline", "repr"
+PROCESSES = "number of processes"
 # Keys on which no result depends, and those in which baseline and RePr differ.
 FREE_WITHIN_REPR = ("OUTPUT_DIR", "SEED", "VERSION", "VIS_PERIOD", "SOLVER.CHECKPOINT_PERIOD")
 FREE = (*FREE_WITHIN_REPR, "REPR.")
 # What any two configs must share: data, their order, iterations, evaluations.
-SHARED = ("SOLVER.MAX_ITER", "SOLVER.IMS_PER_BATCH", "DATASETS.", "DATALOADER.", "TEST.EVAL_PERIOD")
+SHARED = (PROCESSES, "SOLVER.MAX_ITER", "SOLVER.IMS_PER_BATCH", "DATASETS.", "DATALOADER.", "TEST.EVAL_PERIOD")
 # What may have been another one before a run was resumed.
-RESUMED = ("SOLVER.MAX_ITER", "DATALOADER.NUM_WORKERS", "TEST.EVAL_PERIOD")
-_PROCESSES = re.compile(r"Rank of current process: \d+\. World size: (\d+)")
+RESUMED = (PROCESSES, "SOLVER.MAX_ITER", "DATALOADER.NUM_WORKERS", "TEST.EVAL_PERIOD")
 Settings = dict[str, Any]  # a flat config: SOLVER.MAX_ITER -> its value
 
 
@@ -140,15 +139,20 @@ def read_config(folder: Path, name: str = CONFIG_FILE) -> CfgNode:
 
 
 def read_settings(folder: Path, name: str = CONFIG_FILE) -> Settings:
-    """The config of a run, scaled to its processes."""
+    """The config of a run, scaled to its processes, and their number, which an older run lacks."""
     cfg = read_config(folder, name)
-    if not cfg.SOLVER.REFERENCE_WORLD_SIZE:
-        return flatten(cfg)
-    log = folder / "log.txt"
-    sessions = _PROCESSES.findall(log.read_text(encoding="utf-8", errors="replace")) if log.is_file() else []
-    if not sessions:
-        raise UserError(f"{folder} has SOLVER.REFERENCE_WORLD_SIZE, but no log.txt says by how many processes")
-    return flatten(scale_to_world(cfg, int(sessions[-1])))
+    path = folder / name.replace("config", "processes").replace("yaml", "json")  # PROCESSES_FILE, or one kept with it
+    if path.is_file():
+        with as_user_error(f"{path} is damaged"):
+            return settings_by(int(path.read_text(encoding="utf-8")), cfg)
+    if cfg.SOLVER.REFERENCE_WORLD_SIZE:
+        raise UserError(f"{folder} has SOLVER.REFERENCE_WORLD_SIZE: write the number of its processes into {path}")
+    return flatten(cfg)
+
+
+def settings_by(processes: int, cfg: CfgNode) -> Settings:
+    """The settings of a run by so many processes."""
+    return {PROCESSES: processes} | flatten(scale_to_world(cfg, processes))
 
 
 def flatten(cfg: CfgNode) -> Settings:
@@ -156,11 +160,12 @@ def flatten(cfg: CfgNode) -> Settings:
     return pd.json_normalize(yaml.safe_load(cfg.dump())).to_dict("records")[0]
 
 
-def settings_of_parts(folder: Path, read: Callable[..., Settings] = read_settings) -> tuple[dict[Path, Settings], list]:
+def settings_of_parts(folder: Path) -> tuple[dict[Path, Settings], list]:
     """The settings of a run and of its parts before it was resumed, by place; notes say what of RESUMED changed."""
-    parts, notes = {folder: read(folder)}, []
+    parts, notes = {folder: read_settings(folder)}, []
     for path in sorted(folder.glob(f"{Path(CONFIG_FILE).stem}_until_*.yaml")):
-        before, now = read(folder, path.name), {key: parts[folder][key] for key in RESUMED}
+        before = read_settings(folder, path.name)
+        now = {key: parts[folder][key] for key in RESUMED if key in before}
         notes += [f"{path}: {key} was {before[key]} and became {now[key]}." for key in now if before[key] != now[key]]
         parts[path] = before | now
     return parts, notes
@@ -196,7 +201,9 @@ def check_comparable(study: Study) -> list[str]:
 
 
 def refuse_differences(configs: dict[Any, Settings], free: Sequence[str] = FREE, only_shared: bool = False) -> None:
-    """Refuses configs (by name) that differ from the first one in keys that are not ``free``."""
+    """Refuses configs (by name) that differ from the first one in keys not ``free``; PROCESSES if all have it."""
+    if any(PROCESSES not in config for config in configs.values()):
+        free = (*free, PROCESSES)
     first, reference = next(iter(configs.items()))
     for name, config in configs.items():
         for key in differing_keys(reference, config, free):
@@ -208,7 +215,7 @@ def refuse_differences(configs: dict[Any, Settings], free: Sequence[str] = FREE,
 def differing_keys(a: Settings, b: Settings, free: Sequence[str] = FREE) -> list[str]:
     """The keys whose values differ, or that only one has."""
     found = [key for key in {**a, **b} if key not in a or key not in b or a[key] != b[key]]
-    return sorted(key for key in found if not key.startswith(tuple(free)))
+    return [key for key in found if not key.startswith(tuple(free))]
 
 
 def check_same_data(folders: Iterable[Path]) -> list[str]:
