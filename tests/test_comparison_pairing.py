@@ -38,7 +38,7 @@ def test_seeds_arms_and_settings_must_fit(finished, tmp_path):
     for bases, others, message in (
         ([base], [other, third], r"no baseline run has SEED 3: runs are paired by seed"),
         ([base], [other, other], r"are both RePr seed 1"),
-        ([other], [other], r"repr_1 has REPR.ENABLED True: it does not belong to --baseline-runs"),
+        ([other], [other], r"repr_1 has REPR.ENABLED True: it is no baseline run"),
         ([random], [other], r"has SEED -1: .* must be 0 or more"),
         ([base, second], [other, scheme], r"REPR.DROP_RATIO is 0.3 in the first and 0.25 in the second"),
         ([finished("baseline", 4)], [data], rf"baseline_4 and {data} cannot be compared: {other_data}"),
@@ -202,4 +202,7 @@ def test_folders_that_hold_runs_already(finished, named_data, tmp_path):
     before = (folders[1] / "config.yaml").read_text().replace("BASE_LR: 0.005", "BASE_LR: 0.5")
     (folders[1] / "config_until_0000019.yaml").write_text(before)
     with pytest.raises(UserError, match=r"config_until_0000019.yaml cannot be compared: SOLVER.BASE_LR is 0.005 in"):
+        planned(tmp_path, *OPTS)
+    (folders[0] / "config.yaml").write_text((folders[1] / "config.yaml").read_text())
+    with pytest.raises(UserError, match=r"baseline_seed1 and this command cannot be compared: REPR.ENABLED is True in"):
         planned(tmp_path, *OPTS)

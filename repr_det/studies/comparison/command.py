@@ -194,9 +194,10 @@ def arm_names(*config_files: str) -> tuple[str, ...]:
 
 def _check_run(run: Run, cfg: CfgNode, num_gpus: int) -> None:
     if (run.folder / CONFIG_FILE).exists():
-        free = ("OUTPUT_DIR",) if cfg.REPR.ENABLED else ("OUTPUT_DIR", "REPR.")
         parts, _ = settings_of_parts(run.folder, lambda *file: flatten(read_config(*file)))
-        refuse_differences({**parts, "this command": flatten(cfg)}, free)
+        configs = {**parts, "this command": flatten(cfg)}
+        enabled = any(config["REPR.ENABLED"] for config in configs.values())
+        refuse_differences(configs, ("OUTPUT_DIR",) if enabled else ("OUTPUT_DIR", "REPR."))
     if not is_finished(run):
         check_run(cfg, resume=bool(run_traces(run.folder)), num_gpus=num_gpus)
 
