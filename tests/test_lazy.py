@@ -121,6 +121,7 @@ def test_trains_evaluates_and_resumes_bit_for_bit(small_config, tmp_path):
     assert "holds another run" in refused(run, "a")
     assert "--eval-only needs a checkpoint" in refused(run, "a", "--baseline", "--eval-only")
     run("a", "--baseline", "--eval-only", "--resume")
+    assert (tmp_path / "a" / "eval_only" / "inference" / "coco_instances_results.json").is_file()
 
 
 @pytest.mark.parametrize(
