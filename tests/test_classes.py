@@ -282,6 +282,21 @@ def config(register, *opts, **options):
     return build_config(CONFIG, own, register, **options)
 
 
+@pytest.mark.parametrize(
+    ("kind", "train", "test"),
+    [
+        ("SemanticSegmentor", "ade20k_sem_seg_train", "ade20k_sem_seg_val"),  # without things
+        ("SemanticSegmentor", "cityscapes_fine_sem_seg_train", "cityscapes_fine_sem_seg_val"),
+        ("ProposalNetwork", "tiny_train", "tiny_val"),
+    ],
+)
+def test_a_number_of_classes_is_asked_of_those_that_read_it(tiny_cfg, kind, train, test):
+    opts = ["DATASETS.TRAIN", f"('{train}',)", "DATASETS.TEST", f"('{test}',)", "MODEL.ROI_HEADS.NUM_CLASSES", 80]
+    check_datasets(tiny_cfg(*opts, "MODEL.META_ARCHITECTURE", kind))
+    message = f"{train} has no thing_classes" if "ade" in train else f"NUM_CLASSES is 80, but {train} has"
+    assert message in refused(check_datasets, tiny_cfg(*opts))
+
+
 def test_a_registered_data_set_that_no_key_names(folder, catalogs, mine, caplog):
     config(two_files(folder, {9: "cell"}), "DATASETS.TEST", "()")
     assert "--register v: no key names it, the run trains on t and " in caplog.text

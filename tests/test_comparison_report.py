@@ -33,8 +33,9 @@ class Page:
 
 
 def test_report_of_finished_folders(finished, tmp_path, capsys):
-    bases = [finished("baseline", s) for s in (1, 2, 3)]
-    others = [finished("repr", s) for s in (3, 1, 2)]
+    more = ("MODEL.ROI_HEADS.NUM_CLASSES", 5)  # than the validation data list
+    bases = [finished("baseline", s, *more) for s in (1, 2, 3)]
+    others = [finished("repr", s, *more) for s in (3, 1, 2)]
     compare_folders(tmp_path, bases, others, "--eval-images", "4")
     out = tmp_path / "out"
     results, page, shown = results_of(out), Page(out), capsys.readouterr().out
@@ -104,8 +105,8 @@ def test_two_configs(finished, tmp_path, capsys):
 
 
 def test_report_says_what_is_missing(finished, tmp_path):
-    """No drop took anything; then there is none, no detections, and no data of the model's classes."""
-    opts = ("MODEL.ROI_HEADS.NUM_CLASSES", 5)
+    """No drop took anything, and no data are there; then there is no drop, and no detections."""
+    opts = ("DATASETS.TEST", "('odd_gone',)")
     base, other = finished("baseline", 1, *opts), finished("repr", 1, *opts, ap=math.nan)
     write_lines(other / "repr_events.jsonl", {"event": "drop", "iteration": 9, "dropped": {}})
     compare_folders(tmp_path, [base], [other], "--eval-images", "1")
@@ -115,7 +116,7 @@ def test_report_says_what_is_missing(finished, tmp_path):
     assert results["metrics"]["AP"]["repr"]["mean"] is None and results["metrics"]["AP50"]["difference"]["n"] == 1
     seed, collapsed, data = results["notes"]
     assert seed in page.text and collapsed.startswith(f"{other}: the AP of its last evaluation is NaN")
-    assert "NUM_CLASSES is 5, but odd_val has 2 classes" in data and data in page.text
+    assert data.startswith("No pictures of detections: unknown data set 'odd_gone'") and data in page.text
     for run in (base, other):
         for name in ("inference/coco_instances_results.json", "repr_events.jsonl", "repr_overlaps.jsonl"):
             (run / name).unlink(missing_ok=True)

@@ -16,6 +16,7 @@ from outcomes import json_lines
 
 from repr_det import RePrHook, find_filter_layers
 from repr_det.commands.arguments import build_config
+from repr_det.commands.data import check_datasets
 from repr_det.commands.lazy import LazyTrainer, instantiate, load_lazy_config, record_reads, repr_cfg_from_lazy
 from repr_det.commands.train import start
 from repr_det.detectron.config import validate_repr_config
@@ -159,6 +160,13 @@ def test_wrong_input_gets_one_line_before_the_first_step(small_config, tmp_path,
     words = ["--config-file", f"{file}.py", "train.output_dir=x", *([override] if override else [])]
     assert message in refused(start, words)
     assert not Path("x").exists()
+
+
+def test_a_model_without_num_classes_is_not_asked_for_it(small_config):
+    cfg = load_lazy_config(small_config, ["model.roi_heads.num_classes=7"])
+    assert "NUM_CLASSES is 7, but tiny_train has 2" in refused(check_datasets, repr_cfg_from_lazy(cfg))
+    cfg.model = {"_target_": "my.model", "classes": 2}
+    check_datasets(repr_cfg_from_lazy(cfg))
 
 
 def test_what_may_be_set(small_config):

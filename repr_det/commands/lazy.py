@@ -193,6 +193,8 @@ def repr_cfg_from_lazy(cfg: DictConfig) -> CfgNode:
                 yacs.merge_from_list([key, value])
     if found["MODEL.RETINANET.NUM_CLASSES"] is not None:
         yacs.MODEL.META_ARCHITECTURE = "RetinaNet"
+    elif found["MODEL.ROI_HEADS.NUM_CLASSES"] is None:
+        yacs.MODEL.META_ARCHITECTURE = ""  # nothing tells the number of its classes
     yacs.SOLVER.STEPS = ()
     if "lr_multiplier" in cfg:  # other trainers may call it otherwise
         with as_user_error("lr_multiplier"):

@@ -134,13 +134,11 @@ def check_registered(name: str, *, for_evaluation: bool = True) -> CocoSummary |
 
 
 def class_names(name: str) -> tuple[str, ...]:
-    """The classes of a registered data set, in the order of their contiguous ids."""
+    """The classes of a registered data set, in the order of their contiguous ids; () if it has no things."""
     names = _metadata(name).get("thing_classes")
     if names is None:
         summary = check_registered(name, for_evaluation=False)
-        if summary is None:
-            raise UserError(f"data set {name} has no thing_classes and is not in COCO format")
-        names = summary.classes.values()
+        names = summary.classes.values() if summary else ()
     return tuple(names)
 
 
@@ -164,7 +162,8 @@ def agree_on_classes(
 ) -> tuple[str, ...]:
     """Gives all data sets of a run one numbering of the classes, and returns the classes in its order.
 
-    A data set of `register_coco_format` is mapped by name when it is loaded; others must number them alike.
+    A data set of `register_coco_format` is mapped by name when it is loaded; others must number them alike, or have no
+    things.
 
     Args:
         train, test: registered names, not both empty.
@@ -174,10 +173,10 @@ def agree_on_classes(
     Raises:
         UserError: a data set has classes that the reference lacks, or cannot be mapped.
     """
-    own = {name: own_classes(name) for name in (*train, *test)}
+    own = {name: classes for name in (*train, *test) if (classes := own_classes(name))}
     source = "the checkpoint"
-    if reference is None:
-        source = max(train or test, key=lambda name: len(own[name]))
+    if reference is None and own:
+        source = max([name for name in train if name in own] or own, key=lambda name: len(own[name]))
         reference = own[source]
     for name, classes in own.items():
         both = f"data set {name} has the classes {listed(classes, 20)}, and {source} has {listed(reference, 20)}"
@@ -189,4 +188,4 @@ def agree_on_classes(
             _number(name, reference)
         elif classes != tuple(reference):
             raise UserError(f"{both}: register it with --register, which maps by name")
-    return tuple(reference)
+    return tuple(reference or ())
