@@ -245,6 +245,19 @@ def test_masks_that_are_only_evaluated(mine, folder, second, message):
     assert message in refused(check_run, mine(*BITMASK, "DATASETS.TRAIN", "('sound',)", edit=masks(**second)))
 
 
+def test_images_without_annotations_are_evaluated_as_in_detectron2(mine, folder, tmp_path, caplog):
+    """As of COCO's test-dev: the detections are written, for a server."""
+    cfg = mine(edit=put(annotations=...))
+    check_datasets(cfg, eval_only=True)
+    assert caplog.messages == ["DATASETS.TEST mine has no 'annotations': detections are written, without an AP"]
+    assert "DATASETS.TRAIN mine has no 'annotations': give data with" in refused(check_run, cfg)
+    found = [(entry | {"image_id": entry["id"]}, [[2, 3, 9, 9]], [1]) for entry in folder.content["images"]]
+    for kind in (COCOEvaluator, CocoEvaluator):
+        assert evaluate(kind("mine", ("bbox",), False, output_dir=str(tmp_path / kind.__name__)), found) == {}
+    stock, own = (next(tmp_path.glob(f"{name}/*.json")).read_text() for name in ("COCOEvaluator", "CocoEvaluator"))
+    assert stock == own != "[]"
+
+
 KEYPOINTS = [([1, 2, 2] * 17, ""), ([1, 2, 2] * 16, "48, 51 numbers"), (None, "0, 51 numbers")]
 KEYPOINTS += [([1, 2, 7] * 17, "annotation 2 has a keypoint [x, y, visibility] whose visibility is not 0, 1 or 2 (")]
 

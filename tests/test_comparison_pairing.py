@@ -6,6 +6,7 @@ import pytest
 import yaml
 from finished_runs import BASELINE_CONFIG, OPTS, REPR_CONFIG, compare_folders, results_of
 
+from repr_det.datasets import register_coco_format
 from repr_det.method.errors import UserError
 from repr_det.runs.record import describe_data_sets
 from repr_det.studies.comparison.command import arm_names, main, parse, plan_study
@@ -136,7 +137,10 @@ def planned(folder, *opts, seeds=(1,), config=REPR_CONFIG, against=""):
     return plan_study(config, seeds, folder, opts=opts, against=against)[0]
 
 
-def test_plan(named_data, tmp_path):
+def test_plan(named_data, catalogs, tmp_path):
+    content = json.loads(named_data[0].read_text(encoding="utf-8"))
+    (tmp_path / "bare.json").write_text(json.dumps({key: content[key] for key in ("images", "categories")}))
+    register_coco_format("odd_bare", tmp_path / "bare.json", named_data[1])
     runs = planned(tmp_path, *OPTS, seeds=[4, 2]).runs
     assert [run.folder.name for run in runs] == ["baseline_seed4", "repr_seed4", "baseline_seed2", "repr_seed2"]
     assert all(run.arguments[-4:] == ("SEED", str(run.seed), "OUTPUT_DIR", str(run.folder)) for run in runs)
@@ -149,6 +153,7 @@ def test_plan(named_data, tmp_path):
     for config, words, message in (
         (REPR_CONFIG, ["SEED", "3"], "SEED on the command line"),
         (REPR_CONFIG, ["DATASETS.TEST", "('odd_val', 'odd_train')"], "DATASETS.TEST must name one data set"),
+        (REPR_CONFIG, ["DATASETS.TEST", "('odd_bare',)"], "DATASETS.TEST odd_bare has no 'annotations': give data"),
         (BASELINE_CONFIG, [], r"REPR\.ENABLED False: give a config with RePr, or one --against it"),
     ):
         with pytest.raises(UserError, match=message):

@@ -88,10 +88,13 @@ def check_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
     if not needed:
         raise UserError(f"DATASETS.{key} is empty: name at least one registered data set")
     summaries = {name: check_registered(name, for_evaluation=name in test) for name in dict.fromkeys((*train, *test))}
+    refuse_without_objects("TRAIN", train)
     if not (eval_only and mapped):  # those are mapped to the classes of the checkpoint
         agree_on_classes(train, test)
     for name, summary in summaries.items():
         _check_number(cfg, name)
+        if summary and summary.gaps["objects"]:
+            logger.warning(f"DATASETS.TEST {name} {summary.gaps['objects'][0]}: detections are written, without an AP")
         if summary and cfg.MODEL.MASK_ON:
             _check_masks(cfg, name, summary, name in train, name in test)
         if summary and cfg.MODEL.KEYPOINT_ON:
@@ -112,6 +115,12 @@ def check_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
                 f"{len(pairs)} of {compared} images of {tested} (DATASETS.TEST) that were compared are in {trained} "
                 f"(DATASETS.TRAIN) too, such as {pairs[0][1]}: AP of trained images says nothing about new ones"
             )
+
+
+def refuse_without_objects(key: str, names: Sequence[str]) -> None:
+    for name in names:
+        if (summary := check_registered(name, for_evaluation=False)) and summary.gaps["objects"]:
+            raise UserError(f"DATASETS.{key} {name} {summary.gaps['objects'][0]}: give data with objects")
 
 
 def _check_number(cfg: CfgNode, name: str) -> None:

@@ -4,6 +4,7 @@ import itertools
 import math
 import re
 import reprlib
+from collections import defaultdict
 from typing import Any
 
 import numpy as np
@@ -56,14 +57,18 @@ class Objects:
 
 
 def gaps_of(annotations: list[dict], images: dict[int | str, dict], some_repeat: bool) -> dict[str, list[str]]:
-    """Lines that say what is wrong, by what it prevents; doubts are warnings. "polygons" are masks as polygons,
-    "keypoints" the evaluation of keypoints, "visibility" any use of them. With ``some_repeat`` a few ids may repeat."""
+    """Lines that say what is wrong, by what it prevents; doubts are warnings. "objects" are training and AP, "polygons"
+    masks as polygons, "keypoints" the evaluation of keypoints, "visibility" any use of them. With ``some_repeat`` a few
+    ids may repeat."""
+    gaps = defaultdict(list)
+    if not annotations:
+        gaps["objects"].append("has no 'annotations'")
+        return gaps
     objects = Objects(annotations, images)
     ids = np.array([entry["id"] for entry in annotations])
     repeated = {"training": objects.few * some_repeat, "doubts": 0}
     rows = [(_repeats(ids), repeated, "has the id of an earlier one"), (ids == 0, {"doubts": 0}, ZERO)]
     rows += [*_box_rows(objects), *_evaluation_rows(objects), *_mask_rows(objects), *_keypoint_rows(objects)]
-    gaps = {purpose: [] for _, limits, _ in rows for purpose in limits}
     for odd, limits, what in rows:
         for purpose, limit in limits.items():
             if odd.sum() > limit:

@@ -15,6 +15,7 @@ from detectron2.config import CfgNode
 
 from repr_det.commands.arguments import add_data_argument, build_config, refuse_below
 from repr_det.commands.checks import check_run
+from repr_det.commands.data import refuse_without_objects
 from repr_det.commands.processes import refuse_launchers
 from repr_det.datasets import register_builtin, register_coco_format
 from repr_det.detectron.config import as_user_error, scale_to_world
@@ -200,6 +201,7 @@ def _check_run(run: Run, cfg: CfgNode, num_gpus: int) -> None:
         refuse_differences(configs, ("OUTPUT_DIR",) if enabled else ("OUTPUT_DIR", "REPR."))
     if not is_finished(run):
         check_run(cfg, resume=bool(run_traces(run.folder)), num_gpus=num_gpus)
+        refuse_without_objects("TEST", cfg.DATASETS.TEST)
 
 
 def _settings(args: argparse.Namespace, study: Study, argv: list[str]) -> dict[str, Any]:
