@@ -45,6 +45,11 @@ train.update(device="cpu", init_checkpoint="", max_iter=4, eval_period=0, seed=5
 train.checkpointer.period = 2
 repr.update(s1_iters=1, s2_iters=2, num_cycles=1)
 """
+SEVERAL = """
+from detectron2.evaluation import DatasetEvaluators
+dataloader.evaluator.dataset_name = "tiny_val"
+dataloader.evaluator = [dataloader.evaluator, L(DatasetEvaluators)(evaluators=[])]
+"""
 AUGMENTATIONS = "dataloader.train.mapper.augmentations"
 OLD_NODE = dict(ENABLED=True, S1_ITERS=1, S2_ITERS=2, NUM_CYCLES=1)  # of version 0.2.0
 
@@ -103,6 +108,9 @@ def test_learning_rate_steps():
 
 
 def test_trains_evaluates_and_resumes_bit_for_bit(small_config, tmp_path):
+    """With several evaluators, of which one takes no output_dir."""
+    Path(small_config).write_text(SMALL + SEVERAL)
+
     def run(name, *flags):
         layers = "repr.layers=['backbone.bottom_up.res4.*.conv2']"
         start(["--config-file", small_config, *flags, f"train.output_dir={tmp_path / name}", layers])
