@@ -49,7 +49,7 @@ class Folder:
             self.json.write_text(json.dumps(self.content))
         summary = datasets.check_coco_format(self.json, self.images, name)
         if for_evaluation:
-            Findings(self.json, name).report(summary.gaps["evaluation"], summary.gaps["area doubts"])
+            Findings(self.json, name).report(summary.gaps["evaluation"], summary.gaps["evaluation doubts"])
         return summary
 
 

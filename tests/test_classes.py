@@ -249,8 +249,8 @@ def test_images_without_annotations_are_evaluated_as_in_detectron2(mine, folder,
     """As of COCO's test-dev: the detections are written, for a server."""
     cfg = mine(edit=put(annotations=...))
     check_datasets(cfg, eval_only=True)
-    assert caplog.messages == ["DATASETS.TEST mine has no 'annotations': detections are written, without an AP"]
-    assert "DATASETS.TRAIN mine has no 'annotations': give data with" in refused(check_run, cfg)
+    assert caplog.messages == [f"data set mine: {folder.json}: has no 'annotations', which training and AP need"]
+    assert refused(check_run, cfg) == "DATASETS.TRAIN mine has no 'annotations', which training and AP need"
     found = [(entry | {"image_id": entry["id"]}, [[2, 3, 9, 9]], [1]) for entry in folder.content["images"]]
     for kind in (COCOEvaluator, CocoEvaluator):
         assert evaluate(kind("mine", ("bbox",), False, output_dir=str(tmp_path / kind.__name__)), found) == {}

@@ -93,8 +93,6 @@ def check_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
         agree_on_classes(train, test)
     for name, summary in summaries.items():
         _check_number(cfg, name)
-        if summary and summary.gaps["objects"]:
-            logger.warning(f"DATASETS.TEST {name} {summary.gaps['objects'][0]}: detections are written, without an AP")
         if summary and cfg.MODEL.MASK_ON:
             _check_masks(cfg, name, summary, name in train, name in test)
         if summary and cfg.MODEL.KEYPOINT_ON:
@@ -120,7 +118,7 @@ def check_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
 def refuse_without_objects(key: str, names: Sequence[str]) -> None:
     for name in names:
         if (summary := check_registered(name, for_evaluation=False)) and summary.gaps["objects"]:
-            raise UserError(f"DATASETS.{key} {name} {summary.gaps['objects'][0]}: give data with objects")
+            raise UserError(f"DATASETS.{key} {name} {summary.gaps['objects'][0]}")
 
 
 def _check_number(cfg: CfgNode, name: str) -> None:

@@ -24,7 +24,6 @@ from repr_det.runs.guard import FiniteGuard
 from repr_det.runs.record import RunRecord
 
 logger = logging.getLogger(__name__)
-EVAL_ONLY_FOLDER = "eval_only"  # in OUTPUT_DIR: the files of training's own evaluation stay as they are
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ def main(args: argparse.Namespace) -> dict | None:
             return _train(run, args)
     model = run.trainer.build_model(cfg)
     AtomicCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-    cfg = changed(cfg, "OUTPUT_DIR", os.path.join(cfg.OUTPUT_DIR, EVAL_ONLY_FOLDER))
+    cfg = changed(cfg, "OUTPUT_DIR", os.path.join(cfg.OUTPUT_DIR, "eval_only"))  # what training found stays
     results = run.trainer.test(cfg, model)
     if cfg.TEST.AUG.ENABLED:
         results.update(run.trainer.test_with_TTA(cfg, model))

@@ -21,6 +21,7 @@ ZERO = "has the id 0, which means 'no match' to pycocotools: start at 1"
 RIGHT_AREA = "give the object's area in pixels"
 FORM = "a bbox must be [x, y, width, height] in pixels"
 NEEDED = "which COCO evaluation needs"
+NO_OBJECTS = "has no 'annotations', which training and AP need"
 LEFT_OUT = "and Detectron2 leaves it out"
 RUN = "[P-o]{0,6}[0-O]"  # of COCO's compressed RLE: groups of five bits; the last lacks the sixth
 
@@ -62,8 +63,7 @@ def gaps_of(annotations: list[dict], images: dict[int | str, dict], some_repeat:
     ids may repeat."""
     gaps = defaultdict(list)
     if not annotations:
-        gaps["objects"].append("has no 'annotations'")
-        return gaps
+        return gaps | {purpose: [NO_OBJECTS] for purpose in ("objects", "evaluation doubts")}
     objects = Objects(annotations, images)
     ids = np.array([entry["id"] for entry in annotations])
     repeated = {"training": objects.few * some_repeat, "doubts": 0}
@@ -114,8 +114,8 @@ def _evaluation_rows(objects: Objects) -> list[Row]:
         (np.isnan(areas), {"evaluation": 0}, f"must have a finite number as 'area', {NEEDED}: {RIGHT_AREA}"),
         (objects.lacking("iscrowd"), {"evaluation": 0}, f"has no 'iscrowd', {NEEDED}: give 0 for a single object"),
         (ignored, {"evaluation": objects.few}, f"has an 'area' that COCO evaluation ignores: {RIGHT_AREA}"),
-        (impossible, {"area doubts": objects.few}, doubtful),
-        (~impossible & (share < SMALL_AREA), {"area doubts": objects.many}, doubtful),
+        (impossible, {"evaluation doubts": objects.few}, doubtful),
+        (~impossible & (share < SMALL_AREA), {"evaluation doubts": objects.many}, doubtful),
     ]
 
 

@@ -121,7 +121,7 @@ def check_registered(name: str, *, for_evaluation: bool = True) -> CocoSummary |
     summary = _check_once(json_file, image_root, name)
     findings = Findings(Path(json_file), name)
     if for_evaluation:
-        findings.report(summary.gaps["evaluation"], summary.gaps["area doubts"])
+        findings.report(summary.gaps["evaluation"], summary.gaps["evaluation doubts"])
     names, ids, own = list(summary.classes.values()), list(summary.classes), metadata.get("own_classes")
     known = own.values() if own else metadata.get("thing_classes", names)
     known_ids = own or metadata.get("thing_dataset_id_to_contiguous_id", ids)

@@ -183,9 +183,8 @@ def check_comparable(study: Study) -> list[str]:
     configs, notes, of_repr = {arm: {} for arm in study.arms}, [], study.arms == (BASELINE, REPR)
     for run in study.runs:
         parts, found = settings_of_parts(run.folder)
-        enabled = parts[run.folder]["REPR.ENABLED"]
-        if of_repr and enabled != (run.arm == REPR):
-            raise UserError(f"{run.folder} has REPR.ENABLED {enabled}: it is no {run.arm} run")
+        if of_repr and parts[run.folder]["REPR.ENABLED"] != (run.arm == REPR):
+            raise UserError(f"{run.folder} has REPR.ENABLED {run.arm != REPR}: it is no {run.arm} run")
         configs[run.arm] |= parts
         notes += found
     reference, other = configs.values()
