@@ -12,7 +12,7 @@ from conftest import ROOT, SMALL
 from detectron2.modeling import build_model
 from torch import nn
 
-from repr_det import RePrScheme, UserError
+from repr_det import RePrScheme, UserError, find_filter_layers
 from repr_det.method.layers import FilterLayer
 from repr_det.studies.analysis import analyze, expected_near_duplicates, layers_of_model, main
 
@@ -167,6 +167,17 @@ def test_the_config_beside_a_checkpoint(run, tmp_path, tiny_cfg):
         run(saved | {"backbone.bottom_up.res5.0.conv2.weight": math.nan * wanted[1]})
     (tmp_path / "config.yaml").write_text("model: {}\n")
     assert len(run(saved)[0]["layers"]) >= 8
+
+
+def test_a_model_that_takes_more_than_an_image(run, tmp_path, tiny_cfg, caplog):
+    """Fast R-CNN takes proposals."""
+    opts = "MODEL.PROPOSAL_GENERATOR.NAME PrecomputedProposals MODEL.LOAD_PROPOSALS True REPR.LAYERS.INCLUDE ['*res5*']"
+    cfg = tiny_cfg(*opts.split())
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    found, _ = run(build_model(cfg).state_dict())
+    named = [layer.name for layer in find_filter_layers(build_model(cfg), cfg.REPR.LAYERS.INCLUDE)]
+    assert [layer["name"] for layer in found["layers"]] == named and len(named) > 1
+    assert "All convs that REPR.LAYERS names are looked at: " in caplog.text and "AssertionError" in caplog.text
 
 
 def test_training_batches_show_which_filters_are_idle(run, tiny_data, tiny_cfg):

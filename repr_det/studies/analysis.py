@@ -6,6 +6,7 @@ Filters are compared within their group; without a config every conv counts as u
 import argparse
 import fnmatch
 import json
+import logging
 import math
 import re
 from collections.abc import Sequence
@@ -41,6 +42,7 @@ from repr_det.runs.files import write_atomically
 from repr_det.runs.record import CONFIG_FILE
 from repr_det.runs.safe_pickle import load_checkpoint
 
+logger = logging.getLogger(__name__)
 # Rows of transposed convs (C_in, C_out, kh, kw) are no filters. What predicts keeps all its filters.
 NOT_FILTERS = ("*deconv*", "*objectness_logits*", "*anchor_deltas*", "*predictor*", "*cls_score*", "*bbox_pred*")
 DEAD = 0.02  # a filter is dead below this share of its layer's median norm
@@ -56,10 +58,16 @@ Patterns = Sequence[str] | None
 def layers_of_model(path: Path, cfg: CfgNode) -> tuple[nn.Module, list[FilterLayer], int | None]:
     """Loads a checkpoint as training does; returns model, layers and iteration."""
     model = build_model(cfg)
-    participants = Participants(find_filter_layers(model, cfg.REPR.LAYERS.INCLUDE, cfg.REPR.LAYERS.EXCLUDE), model)
-    with undisturbed(model, trains=False), torch.enable_grad():
-        model([{"image": torch.full((3, 128, 128), 128.0)}])
-    layers = participants.update()
+    layers = find_filter_layers(model, cfg.REPR.LAYERS.INCLUDE, cfg.REPR.LAYERS.EXCLUDE)
+    participants = Participants(layers, model)
+    try:
+        with undisturbed(model, trains=False), torch.enable_grad():
+            model([{"image": torch.full((3, 128, 128), 128.0)}])
+    except Exception as error:  # a model that takes more than an image
+        what = f"a pass of an image, which shows those that RePr applies to, ended in {type(error).__name__}"
+        logger.warning(f"All convs that REPR.LAYERS names are looked at: {what}")
+    else:
+        layers = participants.update()
     participants.close()
     checkpointer = AtomicCheckpointer(model)
     loaded = checkpointer.load(str(path))
