@@ -125,7 +125,8 @@ def test_grouped_convs_are_looked_at_in_each_group():
 def test_names_choose_layers(run):
     """REPR.LAYERS choose among Detectron2's names; of others all but transposed convs and what predicts are taken."""
     more = {"mask.deconv.weight": torch.randn(4, 8, 2, 2), "cls_score.weight": torch.ones(2, 4, 1, 1)}
-    weights = random_weights() | more
+    torchvision = ("rpn.head.cls_logits", "head.bbox_reg", "head.bbox_ctrness")
+    weights = random_weights() | more | {f"{name}.weight": torch.ones(2, 4, 1, 1) for name in torchvision}
 
     def names(*arguments):
         return [layer["name"] for layer in run(weights, *arguments)[0]["layers"]]

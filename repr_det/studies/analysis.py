@@ -43,8 +43,9 @@ from repr_det.runs.record import CONFIG_FILE
 from repr_det.runs.safe_pickle import load_checkpoint
 
 logger = logging.getLogger(__name__)
-# Rows of transposed convs (C_in, C_out, kh, kw) are no filters. What predicts keeps all its filters.
-NOT_FILTERS = ("*deconv*", "*objectness_logits*", "*anchor_deltas*", "*predictor*", "*cls_score*", "*bbox_pred*")
+# Rows of transposed convs (C_in, C_out, kh, kw) are no filters. What predicts, by the names of Detectron2 and
+# torchvision, keeps all its filters.
+NOT_FILTERS = "*deconv* *logits* *anchor_deltas* *predictor* *cls_score* *bbox_pred* *bbox_reg* *ctrness*".split()
 DEAD = 0.02  # a filter is dead below this share of its layer's median norm
 # Near-duplicates of a layer are redundant if so many pairs are less probable than this even at twice the rate of random
 # directions (uniform weights of 9 dimensions: 1.3 times).
