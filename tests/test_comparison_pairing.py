@@ -153,7 +153,7 @@ def test_plan(named_data, catalogs, tmp_path):
     for config, words, message in (
         (REPR_CONFIG, ["SEED", "3"], "SEED on the command line"),
         (REPR_CONFIG, ["DATASETS.TEST", "('odd_val', 'odd_train')"], "DATASETS.TEST must name one data set"),
-        (REPR_CONFIG, ["DATASETS.TEST", "('odd_bare',)"], "DATASETS.TEST odd_bare has no 'annotations', which"),
+        (REPR_CONFIG, ["DATASETS.TEST", "('odd_bare',)"], "odd_bare: .*bare.json: has no 'annotations', which"),
         (BASELINE_CONFIG, [], r"REPR\.ENABLED False: give a config with RePr, or one --against it"),
     ):
         with pytest.raises(UserError, match=message):

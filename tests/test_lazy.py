@@ -170,18 +170,14 @@ def test_wrong_input_gets_one_line_before_the_first_step(small_config, tmp_path,
     assert not Path("x").exists()
 
 
-def test_a_model_without_num_classes_is_not_asked_for_it(small_config):
-    cfg = load_lazy_config(small_config, ["model.roi_heads.num_classes=7"])
-    assert "NUM_CLASSES is 7, but tiny_train has 2" in refused(check_datasets, repr_cfg_from_lazy(cfg))
-    cfg.model = {"_target_": "my.model", "classes": 2}
-    check_datasets(repr_cfg_from_lazy(cfg))
-
-
 def test_what_may_be_set(small_config):
-    """What Detectron2 reads and its configs do not name, an argument of a callable, one of any name, an entry."""
+    """What Detectron2 reads and its configs do not name, an argument of a callable, one of any name, an entry; and a
+    model of one's own, whose number of classes no key tells."""
     keys = ["train.seed", "optimizer.nesterov", "model.backbone.bottom_up.anything", f"{AUGMENTATIONS}.0.max_size"]
     cfg = load_lazy_config(small_config, [*(f"{key}=3" for key in keys), "+train.mine=3"])
     assert all(OmegaConf.select(cfg, key) == 3 for key in (*keys, "train.mine"))
+    cfg.model = {"_target_": "my.model", "classes": 2}
+    check_datasets(repr_cfg_from_lazy(cfg))
 
 
 def test_what_nothing_reads_is_found_by_the_reads(small_config):

@@ -87,8 +87,8 @@ def check_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
     key, needed = ("TEST", test) if eval_only else ("TRAIN", train)
     if not needed:
         raise UserError(f"DATASETS.{key} is empty: name at least one registered data set")
-    summaries = {name: check_registered(name, for_evaluation=name in test) for name in dict.fromkeys((*train, *test))}
-    refuse_without_objects("TRAIN", train)
+    names = dict.fromkeys((*train, *test))
+    summaries = {x: check_registered(x, for_evaluation=x in test, for_objects=x in train) for x in names}
     if not (eval_only and mapped):  # those are mapped to the classes of the checkpoint
         agree_on_classes(train, test)
     for name, summary in summaries.items():
@@ -115,21 +115,13 @@ def check_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
             )
 
 
-def refuse_without_objects(key: str, names: Sequence[str]) -> None:
-    for name in names:
-        if (summary := check_registered(name, for_evaluation=False)) and summary.gaps["objects"]:
-            raise UserError(f"DATASETS.{key} {name} {summary.gaps['objects'][0]}")
-
-
 def _check_number(cfg: CfgNode, name: str) -> None:
     architecture = dict(META_ARCH_REGISTRY).get(cfg.MODEL.META_ARCHITECTURE)
-    bases, classes = getattr(architecture, "__mro__", ()), len(class_names(name))
     for base, head in _READS_NUMBER.items():
-        number = cfg.MODEL[head].NUM_CLASSES
-        if base in bases and not classes:
-            raise UserError(f"data set {name} has no thing_classes and is not in COCO format")
-        if base in bases and classes != number:
-            raise UserError(f"MODEL.{head}.NUM_CLASSES is {number}, but {name} has {classes} classes: set it to that")
+        number, classes = cfg.MODEL[head].NUM_CLASSES, len(class_names(name))
+        if base in getattr(architecture, "__mro__", ()) and classes != number:
+            what = f"{classes} classes: set it to that" if classes else "no thing_classes in MetadataCatalog"
+            raise UserError(f"MODEL.{head}.NUM_CLASSES is {number}, but {name} has {what}")
 
 
 def _check_masks(cfg: CfgNode, name: str, summary: CocoSummary, train: bool, test: bool) -> None:

@@ -123,7 +123,7 @@ def _data_sets(cfg: DictConfig, which: str) -> tuple[str, ...]:
 
 def _evaluators(cfg: DictConfig) -> list[DictConfig]:
     given = cfg.dataloader.get("evaluator")
-    return [given] if isinstance(given, DictConfig) else list(given or ())
+    return [x.copy() for x in ([given] if isinstance(given, DictConfig) else given or ())]
 
 
 def _refuse_unknown_keys(cfg: DictConfig, overrides: list[str]) -> None:
@@ -281,8 +281,7 @@ class LazyTrainer(Trainer):
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> dict:
         """Evaluates by ``dataloader.evaluator`` on ``dataloader.test``; {} without evaluator."""
         made = []
-        for given in _evaluators(cls.lazy):
-            evaluator = given.copy()
+        for evaluator in _evaluators(cls.lazy):
             if "output_dir" not in evaluator and _takes(evaluator, "output_dir"):
                 evaluator.output_dir = os.path.join(cfg.OUTPUT_DIR, "inference")
             target = evaluator.get("_target_")

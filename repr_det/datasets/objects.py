@@ -21,7 +21,6 @@ ZERO = "has the id 0, which means 'no match' to pycocotools: start at 1"
 RIGHT_AREA = "give the object's area in pixels"
 FORM = "a bbox must be [x, y, width, height] in pixels"
 NEEDED = "which COCO evaluation needs"
-NO_OBJECTS = "has no 'annotations', which training and AP need"
 LEFT_OUT = "and Detectron2 leaves it out"
 RUN = "[P-o]{0,6}[0-O]"  # of COCO's compressed RLE: groups of five bits; the last lacks the sixth
 
@@ -58,12 +57,12 @@ class Objects:
 
 
 def gaps_of(annotations: list[dict], images: dict[int | str, dict], some_repeat: bool) -> dict[str, list[str]]:
-    """Lines that say what is wrong, by what it prevents; doubts are warnings. "objects" are training and AP, "polygons"
-    masks as polygons, "keypoints" the evaluation of keypoints, "visibility" any use of them. With ``some_repeat`` a few
-    ids may repeat."""
+    """Lines that say what is wrong, by what it prevents; doubts are warnings. "polygons" are masks as polygons,
+    "keypoints" the evaluation of keypoints, "visibility" any use of them. With ``some_repeat`` a few ids may repeat."""
     gaps = defaultdict(list)
     if not annotations:
-        return gaps | {purpose: [NO_OBJECTS] for purpose in ("objects", "evaluation doubts")}
+        lacking = ["has no 'annotations', which training and AP need"]
+        return gaps | {"objects": lacking, "evaluation doubts": lacking}
     objects = Objects(annotations, images)
     ids = np.array([entry["id"] for entry in annotations])
     repeated = {"training": objects.few * some_repeat, "doubts": 0}

@@ -103,7 +103,7 @@ def _metadata(name: str) -> Any:
     return MetadataCatalog.get(name)
 
 
-def check_registered(name: str, *, for_evaluation: bool = True) -> CocoSummary | None:
+def check_registered(name: str, *, for_evaluation: bool = True, for_objects: bool = False) -> CocoSummary | None:
     """Check a data set by its registered name (shapes are drawn if absent); None if it is not in COCO format.
 
     Raises:
@@ -120,6 +120,8 @@ def check_registered(name: str, *, for_evaluation: bool = True) -> CocoSummary |
         raise UserError(f"data set {name}: {json_file} does not exist; DETECTRON2_DATASETS is '{folder}'")
     summary = _check_once(json_file, image_root, name)
     findings = Findings(Path(json_file), name)
+    if for_objects:
+        findings.report(summary.gaps["objects"], [])
     if for_evaluation:
         findings.report(summary.gaps["evaluation"], summary.gaps["evaluation doubts"])
     names, ids, own = list(summary.classes.values()), list(summary.classes), metadata.get("own_classes")
@@ -162,8 +164,7 @@ def agree_on_classes(
 ) -> tuple[str, ...]:
     """Gives all data sets of a run one numbering of the classes, and returns the classes in its order.
 
-    A data set of `register_coco_format` is mapped by name when it is loaded; others must number them alike, or have no
-    things.
+    A data set of `register_coco_format` is mapped by name when it is loaded; others with things must number them alike.
 
     Args:
         train, test: registered names, not both empty.

@@ -43,8 +43,7 @@ from repr_det.runs.record import CONFIG_FILE
 from repr_det.runs.safe_pickle import load_checkpoint
 
 logger = logging.getLogger(__name__)
-# Rows of transposed convs (C_in, C_out, kh, kw) are no filters. What predicts, by the names of Detectron2 and
-# torchvision, keeps all its filters.
+# Rows of transposed convs are no filters. What predicts (names of Detectron2 and torchvision) keeps all its filters.
 NOT_FILTERS = "*deconv* *logits* *anchor_deltas* *predictor* *cls_score* *bbox_pred* *bbox_reg* *ctrness*".split()
 DEAD = 0.02  # a filter is dead below this share of its layer's median norm
 # Near-duplicates of a layer are redundant if so many pairs are less probable than this even at twice the rate of random
@@ -65,8 +64,7 @@ def layers_of_model(path: Path, cfg: CfgNode) -> tuple[nn.Module, list[FilterLay
         with undisturbed(model, trains=False), torch.enable_grad():
             model([{"image": torch.full((3, 128, 128), 128.0)}])
     except Exception as error:  # a model that takes more than an image
-        what = f"a pass of an image, which shows those that RePr applies to, ended in {type(error).__name__}"
-        logger.warning(f"All convs that REPR.LAYERS names are looked at: {what}")
+        logger.warning(f"All convs of REPR.LAYERS are looked at: a pass of an image ended in {type(error).__name__}")
     else:
         layers = participants.update()
     participants.close()

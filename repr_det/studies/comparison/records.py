@@ -172,8 +172,7 @@ def run_from_folder(folder: Path, arm: str) -> Run:
 
 
 def check_comparable(study: Study) -> list[str]:
-    """Refuses unfinished runs, runs of the other arm, and differences between arms, within one and within a run.
-    Returns notes on other differences."""
+    """Refuses unfinished runs, those of the other arm, and differences between and within arms; returns notes."""
     for run in study.runs:
         if not is_finished(run):
             command = f"python -m repr_det.train --config-file {run.folder / CONFIG_FILE} --resume"
