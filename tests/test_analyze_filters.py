@@ -132,6 +132,9 @@ def test_names_choose_layers(run):
 
     assert names() == ["a", "b.conv"] and names("--include", "b*") == ["b.conv"]
     assert names("--exclude", "a.weight", "cls*") == ["b.conv", "mask.deconv"]
+    torchvision = ("rpn.head.cls_logits", "head.bbox_reg", "head.bbox_ctrness")
+    weights |= {f"{name}.weight": torch.ones(2, 4, 1, 1) for name in torchvision}
+    assert names() == ["a", "b.conv"]
     weights["backbone.bottom_up.res2.0.conv1.weight"] = torch.randn(4, 8, 1, 1)
     assert names() == ["backbone.bottom_up.res2.0.conv1"]
 
@@ -167,6 +170,18 @@ def test_the_config_beside_a_checkpoint(run, tmp_path, tiny_cfg):
         run(saved | {"backbone.bottom_up.res5.0.conv2.weight": math.nan * wanted[1]})
     (tmp_path / "config.yaml").write_text("model: {}\n")
     assert len(run(saved)[0]["layers"]) >= 8
+
+
+def test_a_model_that_takes_more_than_an_image(run, tmp_path, tiny_cfg, caplog):
+    """Fast R-CNN takes proposals."""
+    opts = "MODEL.PROPOSAL_GENERATOR.NAME PrecomputedProposals MODEL.LOAD_PROPOSALS True REPR.LAYERS.INCLUDE ['*res5*']"
+    cfg = tiny_cfg(*opts.split())
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    model = build_model(cfg)
+    found, _ = run(model.state_dict())
+    named = [name for name, module in model.named_modules() if "res5" in name and isinstance(module, nn.Conv2d)]
+    assert [layer["name"] for layer in found["layers"]] == named != []
+    assert "All convs of REPR.LAYERS are looked at: a pass of an image ended in AssertionError" in caplog.text
 
 
 def test_training_batches_show_which_filters_are_idle(run, tiny_data, tiny_cfg):

@@ -27,7 +27,8 @@ def test_after_training_and_alone_as_stock_detectron2(augmented, tmp_path, monke
     assert "bbox/AP" in row
     model = Trainer.build_model(cfg)
     AtomicCheckpointer(model).load(str(tmp_path / "run" / "model_final.pth"))
-    plain = json.loads((tmp_path / "run" / "inference" / "coco_instances_results.json").read_text())
+    file = tmp_path / "run" / "inference" / "coco_instances_results.json"
+    plain = json.loads(file.read_text())
 
     loader = DefaultTrainer.build_test_loader(cfg, "tiny_val")
     stock = COCOEvaluator("tiny_val", output_dir=str(tmp_path / "stock"))
@@ -42,5 +43,8 @@ def test_after_training_and_alone_as_stock_detectron2(augmented, tmp_path, monke
     args = train_argument_parser().parse_args(["--eval-only"])
     cfg = augmented("MODEL.WEIGHTS", tmp_path / "run" / "model_final.pth")
     monkeypatch.setattr(train, "build_config", lambda *_: cfg)
+    file.write_text("of the training")
     results = train.main(args)
+    assert file.read_text() == "of the training"
+    assert json.loads((tmp_path / "run" / "eval_only" / "inference" / file.name).read_text()) == plain
     assert results["bbox_TTA"] == pytest.approx(expected, nan_ok=True) and "bbox" in results

@@ -13,13 +13,14 @@ from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 
 from repr_det import Trainer
-from repr_det.commands.arguments import build_config
+from repr_det.commands.arguments import build_config, config_path
 from repr_det.commands.checks import check_run
 from repr_det.commands.train import describe_run
 from repr_det.detectron.config import scale_to_world, without_repr
 
 ON = ["REPR.ENABLED", "True", "SOLVER.MAX_ITER", "40", "REPR.S1_ITERS", "6", "REPR.S2_ITERS", "3"]
 CONFIG = str(ROOT / "configs" / "baseline_r50_fpn.yaml")
+LAZY, LAZY_CONFIG = "train takes its .py file, other commands yaml configs", "lazy/repr_faster_rcnn_r50_fpn.py"
 BOMB = "touch executed"
 
 
@@ -101,7 +102,7 @@ def test_what_has_no_effect_is_said(tiny_cfg, caplog):
         ("MODEL: [1, 2", "not valid YAML"),
         ("REPR:\n  ENABLE: True\n", "Non-existent config key: REPR.ENABLE: did you mean REPR.ENABLED"),
         ("SOLVER:\n  MAX_ITER: 5\n  BASE_LR: 0.1\n  MAX_ITER: 6\n", "the key MAX_ITER stands there twice"),
-        ("dataloader:\n  train: {_target_: detectron2.data.build}\nmodel: !!python/object/x {}\n", "give the .py file"),
+        ("dataloader:\n  train: {_target_: detectron2.data.build}\nmodel: !!python/object/x {}\n", LAZY),
         ("MODEL:\n  WEIGHTS: 5\n", "Type mismatch"),
         ("_BASE_: nowhere.yaml\n", "nowhere.yaml"),
         ("_BASE_: 'my config ü.yaml'\n", "builds on this file again"),
@@ -118,6 +119,8 @@ def test_config_files(tmp_path, monkeypatch, text, message):
     path.write_text(text)
     line = refused(build_config, str(path), [])
     assert message in line and str(path) in line
+    if message == LAZY:
+        assert line.replace(str(path), config_path(LAZY_CONFIG)) == refused(build_config, LAZY_CONFIG, [])
     assert not (tmp_path / "executed").exists()
 
 

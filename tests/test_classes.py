@@ -245,6 +245,19 @@ def test_masks_that_are_only_evaluated(mine, folder, second, message):
     assert message in refused(check_run, mine(*BITMASK, "DATASETS.TRAIN", "('sound',)", edit=masks(**second)))
 
 
+def test_images_without_annotations_are_evaluated_as_in_detectron2(mine, folder, tmp_path, caplog):
+    """As of COCO's test-dev: the detections are written, for a server."""
+    cfg = mine(edit=put(annotations=...))
+    check_datasets(cfg, eval_only=True)
+    assert caplog.messages == [f"data set mine: {folder.json}: has no 'annotations', which training and AP need"]
+    assert refused(check_run, cfg) == caplog.messages[0]
+    found = [(entry | {"image_id": entry["id"]}, [[2, 3, 9, 9]], [1]) for entry in folder.content["images"]]
+    for kind in (COCOEvaluator, CocoEvaluator):
+        assert evaluate(kind("mine", ("bbox",), False, output_dir=str(tmp_path / kind.__name__)), found) == {}
+    stock, own = (next(tmp_path.glob(f"{name}/*.json")).read_text() for name in ("COCOEvaluator", "CocoEvaluator"))
+    assert stock == own != "[]"
+
+
 KEYPOINTS = [([1, 2, 2] * 17, ""), ([1, 2, 2] * 16, "48, 51 numbers"), (None, "0, 51 numbers")]
 KEYPOINTS += [([1, 2, 7] * 17, "annotation 2 has a keypoint [x, y, visibility] whose visibility is not 0, 1 or 2 (")]
 
@@ -280,6 +293,22 @@ def config(register, *opts, **options):
     at = own.index("MODEL.ROI_HEADS.NUM_CLASSES")
     del own[at : at + 2]
     return build_config(CONFIG, own, register, **options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "data"),
+    [
+        ("SemanticSegmentor", "ade20k_sem_seg"),
+        ("SemanticSegmentor", "cityscapes_fine_sem_seg"),
+        ("ProposalNetwork", "tiny"),
+    ],
+)
+def test_a_number_of_classes_is_asked_of_models_that_read_it(tiny_cfg, kind, data):
+    """Not of those without heads; ADE20k has no things."""
+    names = ["DATASETS.TRAIN", f"('{data}_train',)", "DATASETS.TEST", f"('{data}_val',)"]
+    opts = [*names, "MODEL.ROI_HEADS.NUM_CLASSES", 80]
+    check_datasets(tiny_cfg(*opts, "MODEL.META_ARCHITECTURE", kind))
+    assert f"MODEL.ROI_HEADS.NUM_CLASSES is 80, but {data}_train has " in refused(check_datasets, tiny_cfg(*opts))
 
 
 def test_a_registered_data_set_that_no_key_names(folder, catalogs, mine, caplog):

@@ -6,6 +6,7 @@ import pytest
 import yaml
 from finished_runs import BASELINE_CONFIG, OPTS, REPR_CONFIG, compare_folders, results_of
 
+from repr_det.datasets import register_coco_format
 from repr_det.method.errors import UserError
 from repr_det.runs.record import PROCESSES_FILE, describe_data_sets
 from repr_det.studies.comparison.command import arm_names, main, parse, plan_study
@@ -38,7 +39,7 @@ def test_seeds_arms_and_settings_must_fit(finished, tmp_path):
     for bases, others, message in (
         ([base], [other, third], r"no baseline run has SEED 3: runs are paired by seed"),
         ([base], [other, other], r"are both RePr seed 1"),
-        ([other], [other], r"repr_1 has REPR.ENABLED True: it does not belong to --baseline-runs"),
+        ([other], [other], r"repr_1 has REPR.ENABLED True: it is no baseline run"),
         ([random], [other], r"has SEED -1: .* must be 0 or more"),
         ([base, second], [other, scheme], r"REPR.DROP_RATIO is 0.3 in the first and 0.25 in the second"),
         ([finished("baseline", 4)], [data], rf"baseline_4 and {data} cannot be compared: {other_data}"),
@@ -145,7 +146,10 @@ def planned(folder, *opts, seeds=(1,), config=REPR_CONFIG, against=""):
     return plan_study(config, seeds, folder, opts=opts, against=against)[0]
 
 
-def test_plan(named_data, tmp_path):
+def test_plan(named_data, catalogs, tmp_path):
+    content = json.loads(named_data[0].read_text(encoding="utf-8"))
+    (tmp_path / "bare.json").write_text(json.dumps({key: content[key] for key in ("images", "categories")}))
+    register_coco_format("odd_bare", tmp_path / "bare.json", named_data[1])
     runs = planned(tmp_path, *OPTS, seeds=[4, 2]).runs
     assert [run.folder.name for run in runs] == ["baseline_seed4", "repr_seed4", "baseline_seed2", "repr_seed2"]
     assert all(run.arguments[-4:] == ("SEED", str(run.seed), "OUTPUT_DIR", str(run.folder)) for run in runs)
@@ -158,6 +162,7 @@ def test_plan(named_data, tmp_path):
     for config, words, message in (
         (REPR_CONFIG, ["SEED", "3"], "SEED on the command line"),
         (REPR_CONFIG, ["DATASETS.TEST", "('odd_val', 'odd_train')"], "DATASETS.TEST must name one data set"),
+        (REPR_CONFIG, ["DATASETS.TEST", "('odd_bare',)"], "odd_bare: .*bare.json: has no 'annotations', which"),
         (BASELINE_CONFIG, [], r"REPR\.ENABLED False: give a config with RePr, or one --against it"),
     ):
         with pytest.raises(UserError, match=message):
@@ -220,3 +225,7 @@ def test_folders_that_hold_runs_already(finished, named_data, tmp_path):
     (folders[1] / "data_sets.json").write_text(json.dumps({"odd_val": {"sha256": "0" * 64, "file": "old.json"}}))
     with pytest.raises(UserError, match=r"repr_seed1 and this command .* odd_val was old.json in the first and"):
         planned(tmp_path, *OPTS, seeds=[1, 2])
+    (folders[1] / "data_sets.json").unlink()
+    (folders[0] / "config.yaml").write_text((folders[1] / "config.yaml").read_text())
+    with pytest.raises(UserError, match=r"baseline_seed1 and this command cannot be compared: REPR.ENABLED is True in"):
+        planned(tmp_path, *OPTS)

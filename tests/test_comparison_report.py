@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
 from finished_runs import METRICS, OPTS, REPR_CONFIG, compare_folders, results_of, write_lines
 
 from repr_det.method.errors import UserError
@@ -33,8 +34,9 @@ class Page:
 
 
 def test_report_of_finished_folders(finished, tmp_path, capsys):
-    bases = [finished("baseline", s) for s in (1, 2, 3)]
-    others = [finished("repr", s) for s in (3, 1, 2)]
+    more = ("MODEL.ROI_HEADS.NUM_CLASSES", 5)  # than the validation data list
+    bases = [finished("baseline", s, *more) for s in (1, 2, 3)]
+    others = [finished("repr", s, *more) for s in (3, 1, 2)]
     compare_folders(tmp_path, bases, others, "--eval-images", "4")
     out = tmp_path / "out"
     results, page, shown = results_of(out), Page(out), capsys.readouterr().out
@@ -103,10 +105,13 @@ def test_two_configs(finished, tmp_path, capsys):
     assert results_of(out) == results
 
 
-def test_report_says_what_is_missing(finished, tmp_path):
-    """No drop took anything; then there is none, no detections, and no data of the model's classes."""
-    opts = ("MODEL.ROI_HEADS.NUM_CLASSES", 5)
+def test_report_says_what_is_missing(finished, catalogs, tmp_path):
+    """No drop took anything, and the data are on another machine; then there is no drop, and no detections."""
+    register_coco_instances("gone", {}, str(tmp_path / "gone.json"), str(tmp_path))
+    opts = ("DATASETS.TRAIN", "('gone',)", "DATASETS.TEST", "('gone',)")
     base, other = finished("baseline", 1, *opts), finished("repr", 1, *opts, ap=math.nan)
+    for run in (base, other):
+        write_lines(run / "data_sets.json", {"gone": dict(file="gone.json", sha256="ab", classes=["a"], images=5)})
     write_lines(other / "repr_events.jsonl", {"event": "drop", "iteration": 9, "dropped": {}})
     compare_folders(tmp_path, [base], [other], "--eval-images", "1")
     page, results = Page(tmp_path / "out"), results_of(tmp_path / "out")
@@ -115,7 +120,7 @@ def test_report_says_what_is_missing(finished, tmp_path):
     assert results["metrics"]["AP"]["repr"]["mean"] is None and results["metrics"]["AP50"]["difference"]["n"] == 1
     seed, collapsed, data = results["notes"]
     assert seed in page.text and collapsed.startswith(f"{other}: the AP of its last evaluation is NaN")
-    assert "NUM_CLASSES is 5, but odd_val has 2 classes" in data and data in page.text
+    assert data.startswith("No pictures of detections: data set gone: ") and data in page.text
     for run in (base, other):
         for name in ("inference/coco_instances_results.json", "repr_events.jsonl", "repr_overlaps.jsonl"):
             (run / name).unlink(missing_ok=True)

@@ -182,6 +182,10 @@ def test_a_resumed_run_begins_where_its_state_was_and_may_have_other_batches():
 
 def test_a_second_hook_is_refused_and_one_without_a_seed_draws_none_from_the_trainings():
     hook = RePrHook(**OPTIONS)
+    trainer = small_trainer(RePrHook(**OPTIONS))
+    del trainer.optimizer
+    with pytest.raises(UserError, match="needs a trainer with the attributes model and optimizer: 'SimpleTrainer' ob"):
+        trainer.train(0, 8)
     with pytest.raises(UserError, match="registered twice in this trainer"):
         train(small_trainer(hook, RePrHook(**OPTIONS)))
     np.random.seed(3)

@@ -17,6 +17,7 @@ from outcomes import json_lines
 
 from repr_det import RePrHook, find_filter_layers
 from repr_det.commands.arguments import build_config
+from repr_det.commands.data import check_datasets
 from repr_det.commands.lazy import LazyTrainer, instantiate, load_lazy_config, record_reads, repr_cfg_from_lazy
 from repr_det.commands.train import start
 from repr_det.detectron.config import validate_repr_config
@@ -44,6 +45,11 @@ optimizer.lr = 0.001
 train.update(device="cpu", init_checkpoint="", max_iter=4, eval_period=0, seed=5)
 train.checkpointer.period = 2
 repr.update(s1_iters=1, s2_iters=2, num_cycles=1)
+"""
+SEVERAL = """
+from detectron2.evaluation import DatasetEvaluators
+dataloader.evaluator.dataset_name = "tiny_val"
+dataloader.evaluator = [dataloader.evaluator, L(DatasetEvaluators)(evaluators=[])]
 """
 AUGMENTATIONS = "dataloader.train.mapper.augmentations"
 OLD_NODE = dict(ENABLED=True, S1_ITERS=1, S2_ITERS=2, NUM_CYCLES=1)  # of version 0.2.0
@@ -103,6 +109,9 @@ def test_learning_rate_steps():
 
 
 def test_trains_evaluates_and_resumes_bit_for_bit(small_config, tmp_path):
+    """With several evaluators, of which one takes no output_dir."""
+    Path(small_config).write_text(SMALL + SEVERAL)
+
     def run(name, *flags):
         layers = "repr.layers=['backbone.bottom_up.res4.*.conv2']"
         start(["--config-file", small_config, *flags, f"train.output_dir={tmp_path / name}", layers])
@@ -122,6 +131,7 @@ def test_trains_evaluates_and_resumes_bit_for_bit(small_config, tmp_path):
     assert "holds another run" in refused(run, "a")
     assert "--eval-only needs a checkpoint" in refused(run, "a", "--baseline", "--eval-only")
     run("a", "--baseline", "--eval-only", "--resume")
+    assert (tmp_path / "a" / "eval_only" / "inference" / "coco_instances_results.json").is_file()
 
 
 @pytest.mark.parametrize(
@@ -162,11 +172,14 @@ def test_wrong_input_gets_one_line_before_the_first_step(small_config, tmp_path,
 
 
 def test_what_may_be_set(small_config):
-    """What Detectron2 reads and its configs do not name, an argument of a callable, one of any name, an entry."""
+    """What Detectron2 reads and its configs do not name, an argument of a callable, one of any name, an entry; and a
+    model of one's own, whose number of classes no key tells."""
     keys = ["train.seed", "optimizer.nesterov", "model.backbone.bottom_up.anything", f"{AUGMENTATIONS}.0.max_size"]
     cfg = load_lazy_config(small_config, [*(f"{key}=3" for key in keys), "+train.mine=3"])
     assert all(OmegaConf.select(cfg, key) == 3 for key in (*keys, "train.mine"))
     assert load_lazy_config(small_config, ["+train.output_dir=x"], baseline=True).train.output_dir == "x"
+    cfg.model = {"_target_": "my.model", "classes": 2}
+    check_datasets(repr_cfg_from_lazy(cfg))
 
 
 def test_weights_that_resume_does_not_evaluate_are_named(small_config, tmp_path, caplog):

@@ -171,8 +171,8 @@ class _Checked(CfgNode):
     def _open_cfg(cls, filename: str) -> io.StringIO:
         with super()._open_cfg(filename) as opened:
             text = opened.read()
-            if re.search(r"^dataloader:$", text, re.M) and "_target_:" in text:
-                raise UserError(f"{filename}: is the record of a LazyConfig: give the .py file")
+            if filename.endswith(".py") or (re.search(r"^dataloader:$", text, re.M) and "_target_:" in text):
+                raise UserError(f"{filename}: is a LazyConfig's: train takes its .py file, other commands yaml configs")
             opened.seek(0)
             content = yaml.load(opened, _Loader)  # its errors name the file
         if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):

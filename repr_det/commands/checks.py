@@ -151,7 +151,7 @@ def model_of_shapes(cfg: CfgNode, trainer: type[Trainer], eval_only: bool) -> nn
     def build(device: str) -> nn.Module:
         with torch.device(device), quiet():
             with as_user_error("MODEL"):
-                model = trainer.build_model(_changed(cfg, "MODEL.DEVICE", device))
+                model = trainer.build_model(changed(cfg, "MODEL.DEVICE", device))
             with as_user_error("SOLVER"):
                 if not eval_only:
                     trainer.build_optimizer(cfg, model)
@@ -170,7 +170,7 @@ def _check_model(cfg: CfgNode, model: nn.Module, eval_only: bool, processes: int
                 raise UserError(f"the norm {name} is SyncBN, which needs GPUs: several CPU processes need naiveSyncBN")
     if cfg.TEST.AUG.ENABLED:
         with as_user_error("TEST.AUG.ENABLED True"):
-            mapper = GeneralizedRCNNWithTTA(_changed(cfg, "TEST.AUG.FLIP", False), model).tta_mapper
+            mapper = GeneralizedRCNNWithTTA(changed(cfg, "TEST.AUG.FLIP", False), model).tta_mapper
             if not mapper(_SIZE | {"image": torch.zeros(3, 8, 8, dtype=torch.uint8)}):
                 raise UserError("TEST.AUG.MIN_SIZES is empty: give sizes, or set TEST.AUG.ENABLED to False")
     if cfg.REPR.ENABLED and not eval_only:
@@ -207,11 +207,11 @@ def _check_weights(cfg: CfgNode, model: nn.Module, resume: bool, eval_only: bool
 def _check_same_training(cfg: CfgNode, trainer: dict[str, Any]) -> None:
     check_same_arm(trainer, cfg.REPR.ENABLED, cfg.OUTPUT_DIR)
     if cfg.REPR.ENABLED:
-        own = _changed(cfg, "SOLVER.REFERENCE_WORLD_SIZE", 0)  # it is scaled already
+        own = changed(cfg, "SOLVER.REFERENCE_WORLD_SIZE", 0)  # it is scaled already
         RePrHook(own).load_state_dict(trainer["hooks"][RePrHook.__qualname__])
 
 
-def _changed(cfg: CfgNode, key: str, value: Any) -> CfgNode:
+def changed(cfg: CfgNode, key: str, value: Any) -> CfgNode:
     own = cfg.clone()
     own.defrost()
     own.merge_from_list([key, value])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, RetinaNet
 from detectron2.utils.file_io import PathManager
 
 from repr_det.datasets import check_registered, class_names, register_builtin, register_coco_format
@@ -20,6 +21,7 @@ from repr_det.method.errors import UserError
 from repr_det.runs.record import DATA_FILE
 
 logger = logging.getLogger(__name__)
+_READS_NUMBER = {GeneralizedRCNN: "ROI_HEADS", RetinaNet: "RETINANET"}  # their NUM_CLASSES
 _SEMANTIC = ("PanopticFPN", "SemanticSegmentor", "PanopticDeepLab")
 
 
@@ -85,15 +87,12 @@ def check_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
     key, needed = ("TEST", test) if eval_only else ("TRAIN", train)
     if not needed:
         raise UserError(f"DATASETS.{key} is empty: name at least one registered data set")
-    summaries = {name: check_registered(name, for_evaluation=name in test) for name in dict.fromkeys((*train, *test))}
+    names = dict.fromkeys((*train, *test))
+    summaries = {x: check_registered(x, for_evaluation=x in test, for_objects=x in train) for x in names}
     if not (eval_only and mapped):  # those are mapped to the classes of the checkpoint
         agree_on_classes(train, test)
-    head = "RETINANET" if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else "ROI_HEADS"
-    number = cfg.MODEL[head].NUM_CLASSES
     for name, summary in summaries.items():
-        classes = len(class_names(name))
-        if classes != number:
-            raise UserError(f"MODEL.{head}.NUM_CLASSES is {number}, but {name} has {classes} classes: set it to that")
+        _check_number(cfg, name)
         if summary and cfg.MODEL.MASK_ON:
             _check_masks(cfg, name, summary, name in train, name in test)
         if summary and cfg.MODEL.KEYPOINT_ON:
@@ -114,6 +113,15 @@ def check_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
                 f"{len(pairs)} of {compared} images of {tested} (DATASETS.TEST) that were compared are in {trained} "
                 f"(DATASETS.TRAIN) too, such as {pairs[0][1]}: AP of trained images says nothing about new ones"
             )
+
+
+def _check_number(cfg: CfgNode, name: str) -> None:
+    architecture = dict(META_ARCH_REGISTRY).get(cfg.MODEL.META_ARCHITECTURE)
+    for base, head in _READS_NUMBER.items():
+        number, classes = cfg.MODEL[head].NUM_CLASSES, len(class_names(name))
+        if base in getattr(architecture, "__mro__", ()) and classes != number:
+            what = f"{classes} classes: set it to that" if classes else "no thing_classes in MetadataCatalog"
+            raise UserError(f"MODEL.{head}.NUM_CLASSES is {number}, but {name} has {what}")
 
 
 def _check_masks(cfg: CfgNode, name: str, summary: CocoSummary, train: bool, test: bool) -> None:

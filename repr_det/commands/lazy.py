@@ -71,9 +71,11 @@ def lazy_run(config_file: str, overrides: list[str], *rest: object) -> Run:
     def write_config(folder: Path) -> None:
         LazyConfig.save(as_given, str(folder / CONFIG_FILE))
 
-    name, loaded = OmegaConf.select(cfg, "dataloader.evaluator.dataset_name"), _data_sets(cfg, "test")
-    if name is not None and name not in loaded:
-        raise UserError(f"dataloader.evaluator.dataset_name must be that of dataloader.test {loaded}, got {name!r}")
+    loaded = _data_sets(cfg, "test")
+    for evaluator in _evaluators(cfg):
+        name = evaluator.get("dataset_name")
+        if name is not None and name not in loaded:
+            raise UserError(f"dataloader.evaluator.dataset_name must be that of dataloader.test {loaded}, got {name!r}")
     unread = record_reads(cfg)
     settings = repr_cfg_from_lazy(cfg)
     text = Path(config_path(config_file)).read_text(encoding="utf-8")
@@ -118,6 +120,11 @@ def load_lazy_config(
 def _data_sets(cfg: DictConfig, which: str) -> tuple[str, ...]:
     names = OmegaConf.select(cfg, f"dataloader.{which}.dataset.names") or ()
     return tuple(names) if isinstance(names, (list, tuple, ListConfig)) else (names,)
+
+
+def _evaluators(cfg: DictConfig) -> list[DictConfig]:
+    given = cfg.dataloader.get("evaluator")
+    return [x.copy() for x in ([given] if isinstance(given, DictConfig) else given or ())]
 
 
 def _refuse_unknown_keys(cfg: DictConfig, overrides: list[str]) -> None:
@@ -194,6 +201,8 @@ def repr_cfg_from_lazy(cfg: DictConfig) -> CfgNode:
                 yacs.merge_from_list([key, value])
     if found["MODEL.RETINANET.NUM_CLASSES"] is not None:
         yacs.MODEL.META_ARCHITECTURE = "RetinaNet"
+    elif found["MODEL.ROI_HEADS.NUM_CLASSES"] is None:
+        yacs.MODEL.META_ARCHITECTURE = ""  # nothing tells the number of its classes
     yacs.SOLVER.STEPS = ()
     if "lr_multiplier" in cfg:  # other trainers may call it otherwise
         with as_user_error("lr_multiplier"):
@@ -272,15 +281,16 @@ class LazyTrainer(Trainer):
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> dict:
         """Evaluates by ``dataloader.evaluator`` on ``dataloader.test``; {} without evaluator."""
-        data = cls.lazy.dataloader
-        if data.get("evaluator") is None:
+        made = []
+        for evaluator in _evaluators(cls.lazy):
+            if "output_dir" not in evaluator and _takes(evaluator, "output_dir"):
+                evaluator.output_dir = os.path.join(cfg.OUTPUT_DIR, "inference")
+            target = evaluator.get("_target_")
+            if (locate(target) if isinstance(target, str) else target) is COCOEvaluator:
+                evaluator._target_ = CocoEvaluator
+            made.append(instantiate(evaluator))
+        if not made:
             return {}
-        evaluator = data.evaluator.copy()
-        if "output_dir" not in evaluator and "dataset_name" in evaluator:
-            evaluator.output_dir = os.path.join(cfg.OUTPUT_DIR, "inference")
-        target = evaluator.get("_target_")
-        if (locate(target) if isinstance(target, str) else target) is COCOEvaluator:
-            evaluator._target_ = CocoEvaluator
-        results = inference_on_dataset(model, instantiate(data.test), instantiate(evaluator))
+        results = inference_on_dataset(model, instantiate(cls.lazy.dataloader.test), made)
         print_csv_format(results)
         return results

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import functools
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
 from repr_det.commands.arguments import build_config, train_argument_parser
-from repr_det.commands.checks import check_run, quiet
+from repr_det.commands.checks import changed, check_run, quiet
 from repr_det.commands.processes import check_processes, launch_processes, may_continue, setup_process, write_configs
 from repr_det.detectron.engine import Trainer
 from repr_det.detectron.passes import epochs_of, map_dataset
@@ -70,6 +71,7 @@ def main(args: argparse.Namespace) -> dict | None:
             return _train(run, args)
     model = run.trainer.build_model(cfg)
     AtomicCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+    cfg = changed(cfg, "OUTPUT_DIR", os.path.join(cfg.OUTPUT_DIR, "eval_only"))  # what training found stays
     results = run.trainer.test(cfg, model)
     if cfg.TEST.AUG.ENABLED:
         results.update(run.trainer.test_with_TTA(cfg, model))

@@ -26,7 +26,7 @@ class CocoEvaluator(COCOEvaluator):
             self._metadata = Metadata(thing_classes=list(lowest), thing_dataset_id_to_contiguous_id=ids)
             # A class with two ids has the lower one. No evaluation reads what this changes of pycocotools' index.
             truth.dataset["categories"] = [entry for entry in truth.dataset["categories"] if entry["id"] in ids]
-            for annotation in truth.dataset["annotations"]:
+            for annotation in truth.dataset.get("annotations", ()):
                 annotation["category_id"] = lowest[classes[annotation["category_id"]]]
 
     def _eval_predictions(self, predictions: list[dict], img_ids: Any = None) -> None:

@@ -4,6 +4,7 @@ import itertools
 import math
 import re
 import reprlib
+from collections import defaultdict
 from typing import Any
 
 import numpy as np
@@ -58,12 +59,15 @@ class Objects:
 def gaps_of(annotations: list[dict], images: dict[int | str, dict], some_repeat: bool) -> dict[str, list[str]]:
     """Lines that say what is wrong, by what it prevents; doubts are warnings. "polygons" are masks as polygons,
     "keypoints" the evaluation of keypoints, "visibility" any use of them. With ``some_repeat`` a few ids may repeat."""
+    gaps = defaultdict(list)
+    if not annotations:
+        lacking = ["has no 'annotations', which training and AP need"]
+        return gaps | {"objects": lacking, "evaluation doubts": lacking}
     objects = Objects(annotations, images)
     ids = np.array([entry["id"] for entry in annotations])
     repeated = {"training": objects.few * some_repeat, "doubts": 0}
     rows = [(_repeats(ids), repeated, "has the id of an earlier one"), (ids == 0, {"doubts": 0}, ZERO)]
     rows += [*_box_rows(objects), *_evaluation_rows(objects), *_mask_rows(objects), *_keypoint_rows(objects)]
-    gaps = {purpose: [] for _, limits, _ in rows for purpose in limits}
     for odd, limits, what in rows:
         for purpose, limit in limits.items():
             if odd.sum() > limit:
@@ -109,8 +113,8 @@ def _evaluation_rows(objects: Objects) -> list[Row]:
         (np.isnan(areas), {"evaluation": 0}, f"must have a finite number as 'area', {NEEDED}: {RIGHT_AREA}"),
         (objects.lacking("iscrowd"), {"evaluation": 0}, f"has no 'iscrowd', {NEEDED}: give 0 for a single object"),
         (ignored, {"evaluation": objects.few}, f"has an 'area' that COCO evaluation ignores: {RIGHT_AREA}"),
-        (impossible, {"area doubts": objects.few}, doubtful),
-        (~impossible & (share < SMALL_AREA), {"area doubts": objects.many}, doubtful),
+        (impossible, {"evaluation doubts": objects.few}, doubtful),
+        (~impossible & (share < SMALL_AREA), {"evaluation doubts": objects.many}, doubtful),
     ]
 
 

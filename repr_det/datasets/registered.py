@@ -103,7 +103,7 @@ def _metadata(name: str) -> Any:
     return MetadataCatalog.get(name)
 
 
-def check_registered(name: str, *, for_evaluation: bool = True) -> CocoSummary | None:
+def check_registered(name: str, *, for_evaluation: bool = True, for_objects: bool = False) -> CocoSummary | None:
     """Check a data set by its registered name (shapes are drawn if absent); None if it is not in COCO format.
 
     Raises:
@@ -120,8 +120,10 @@ def check_registered(name: str, *, for_evaluation: bool = True) -> CocoSummary |
         raise UserError(f"data set {name}: {json_file} does not exist; DETECTRON2_DATASETS is '{folder}'")
     summary = _check_once(json_file, image_root, name)
     findings = Findings(Path(json_file), name)
+    if for_objects:
+        findings.report(summary.gaps["objects"], [])
     if for_evaluation:
-        findings.report(summary.gaps["evaluation"], summary.gaps["area doubts"])
+        findings.report(summary.gaps["evaluation"], summary.gaps["evaluation doubts"])
     names, ids, own = list(summary.classes.values()), list(summary.classes), metadata.get("own_classes")
     known = own.values() if own else metadata.get("thing_classes", names)
     known_ids = own or metadata.get("thing_dataset_id_to_contiguous_id", ids)
@@ -134,13 +136,11 @@ def check_registered(name: str, *, for_evaluation: bool = True) -> CocoSummary |
 
 
 def class_names(name: str) -> tuple[str, ...]:
-    """The classes of a registered data set, in the order of their contiguous ids."""
+    """The classes of a registered data set, in the order of their contiguous ids; () if it has no things."""
     names = _metadata(name).get("thing_classes")
     if names is None:
         summary = check_registered(name, for_evaluation=False)
-        if summary is None:
-            raise UserError(f"data set {name} has no thing_classes and is not in COCO format")
-        names = summary.classes.values()
+        names = summary.classes.values() if summary else ()
     return tuple(names)
 
 
@@ -164,7 +164,7 @@ def agree_on_classes(
 ) -> tuple[str, ...]:
     """Gives all data sets of a run one numbering of the classes, and returns the classes in its order.
 
-    A data set of `register_coco_format` is mapped by name when it is loaded; others must number them alike.
+    A data set of `register_coco_format` is mapped by name when it is loaded; others with things must number them alike.
 
     Args:
         train, test: registered names, not both empty.
@@ -174,10 +174,10 @@ def agree_on_classes(
     Raises:
         UserError: a data set has classes that the reference lacks, or cannot be mapped.
     """
-    own = {name: own_classes(name) for name in (*train, *test)}
+    own = {name: classes for name in (*train, *test) if (classes := own_classes(name))}
     source = "the checkpoint"
-    if reference is None:
-        source = max(train or test, key=lambda name: len(own[name]))
+    if reference is None and own:
+        source = max([name for name in train if name in own] or own, key=lambda name: len(own[name]))
         reference = own[source]
     for name, classes in own.items():
         both = f"data set {name} has the classes {listed(classes, 20)}, and {source} has {listed(reference, 20)}"
@@ -189,4 +189,4 @@ def agree_on_classes(
             _number(name, reference)
         elif classes != tuple(reference):
             raise UserError(f"{both}: register it with --register, which maps by name")
-    return tuple(reference)
+    return tuple(reference or ())

@@ -206,13 +206,14 @@ class RePrHook(HookBase):
 
     def _build(self) -> RePr:
         trainer, seed = self.trainer, self.seed
-        model = unwrapped(trainer.model)
+        with config.as_user_error("RePrHook needs a trainer with the attributes model and optimizer"):
+            model, optimizer = unwrapped(trainer.model), getattr(trainer, "_trainer", trainer).optimizer
         if seed < 0:
             with preserved_random_state():
                 seed = comm.shared_random_seed()
         built = RePr(
             model,
-            getattr(trainer, "_trainer", trainer).optimizer,
+            optimizer,
             trainer.max_iter,
             schedule=self.schedule,
             passes=training_passes(model, trainer, self.seed, self.images_per_batch, self.aspect_ratio_grouping),

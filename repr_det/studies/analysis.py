@@ -6,6 +6,7 @@ Filters are compared within their group; without a config every conv counts as u
 import argparse
 import fnmatch
 import json
+import logging
 import math
 import re
 from collections.abc import Sequence
@@ -41,8 +42,9 @@ from repr_det.runs.files import write_atomically
 from repr_det.runs.record import CONFIG_FILE
 from repr_det.runs.safe_pickle import load_checkpoint
 
-# Rows of transposed convs (C_in, C_out, kh, kw) are no filters. What predicts keeps all its filters.
-NOT_FILTERS = ("*deconv*", "*objectness_logits*", "*anchor_deltas*", "*predictor*", "*cls_score*", "*bbox_pred*")
+logger = logging.getLogger(__name__)
+# Rows of transposed convs are no filters. What predicts (names of Detectron2 and torchvision) keeps all its filters.
+NOT_FILTERS = "*deconv* *logits* *anchor_deltas* *predictor* *cls_score* *bbox_pred* *bbox_reg* *ctrness*".split()
 DEAD = 0.02  # a filter is dead below this share of its layer's median norm
 # Near-duplicates of a layer are redundant if so many pairs are less probable than this even at twice the rate of random
 # directions (uniform weights of 9 dimensions: 1.3 times).
@@ -56,10 +58,15 @@ Patterns = Sequence[str] | None
 def layers_of_model(path: Path, cfg: CfgNode) -> tuple[nn.Module, list[FilterLayer], int | None]:
     """Loads a checkpoint as training does; returns model, layers and iteration."""
     model = build_model(cfg)
-    participants = Participants(find_filter_layers(model, cfg.REPR.LAYERS.INCLUDE, cfg.REPR.LAYERS.EXCLUDE), model)
-    with undisturbed(model, trains=False), torch.enable_grad():
-        model([{"image": torch.full((3, 128, 128), 128.0)}])
-    layers = participants.required(participants.update())
+    layers = find_filter_layers(model, cfg.REPR.LAYERS.INCLUDE, cfg.REPR.LAYERS.EXCLUDE)
+    participants = Participants(layers, model)
+    try:
+        with undisturbed(model, trains=False), torch.enable_grad():
+            model([{"image": torch.full((3, 128, 128), 128.0)}])
+    except Exception as error:  # a model that takes more than an image
+        logger.warning(f"All convs of REPR.LAYERS are looked at: a pass of an image ended in {type(error).__name__}")
+    else:
+        layers = participants.required(participants.update())
     participants.close()
     checkpointer = AtomicCheckpointer(model)
     loaded = checkpointer.load(str(path))

@@ -16,7 +16,7 @@ from detectron2.config import CfgNode
 from repr_det.commands.arguments import add_data_argument, build_config, refuse_below
 from repr_det.commands.checks import check_run
 from repr_det.commands.processes import refuse_launchers
-from repr_det.datasets import register_builtin, register_coco_format
+from repr_det.datasets import check_registered, register_builtin, register_coco_format
 from repr_det.detectron.config import as_user_error, scale_to_world
 from repr_det.method.errors import UserError
 from repr_det.runs.files import run_traces, write_atomically
@@ -195,11 +195,13 @@ def arm_names(*config_files: str) -> tuple[str, ...]:
 
 def _check_run(run: Run, cfg: CfgNode, num_gpus: int) -> None:
     if (run.folder / CONFIG_FILE).exists():
-        free = ("OUTPUT_DIR",) if cfg.REPR.ENABLED else ("OUTPUT_DIR", "REPR.")
         parts, _ = settings_of_parts(run.folder)
-        refuse_differences({**parts, "this command": settings_by(num_gpus, cfg)}, free)
+        configs = {**parts, "this command": settings_by(num_gpus, cfg)}
+        enabled = any(config["REPR.ENABLED"] for config in configs.values())
+        refuse_differences(configs, ("OUTPUT_DIR",) if enabled else ("OUTPUT_DIR", "REPR."))
     if not is_finished(run):
         check_run(cfg, resume=bool(run_traces(run.folder)), num_gpus=num_gpus)
+        check_registered(cfg.DATASETS.TEST[0], for_objects=True)
 
 
 def _settings(args: argparse.Namespace, study: Study, argv: list[str]) -> dict[str, Any]:

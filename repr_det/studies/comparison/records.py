@@ -172,28 +172,27 @@ def settings_of_parts(folder: Path) -> tuple[dict[Path, Settings], list]:
 
 
 def run_from_folder(folder: Path, arm: str) -> Run:
-    """A trained run; UserError if it is of the other arm."""
     config = read_settings(folder)
-    if config["REPR.ENABLED"] != (arm == REPR):
-        raise UserError(f"{folder} has REPR.ENABLED {config['REPR.ENABLED']}: it does not belong to --{arm}-runs")
     return Run(arm, config["SEED"], folder, config["SOLVER.MAX_ITER"])
 
 
 def check_comparable(study: Study) -> list[str]:
-    """Refuses unfinished runs, and differences between arms, within one and within a run; returns notes on others."""
+    """Refuses unfinished runs, those of the other arm, and differences between and within arms; returns notes."""
     for run in study.runs:
         if not is_finished(run):
             command = f"python -m repr_det.train --config-file {run.folder / CONFIG_FILE} --resume"
             raise UserError(
                 f"{run.folder} has no evaluation on one data set after SOLVER.MAX_ITER {run.max_iter}: run {command}"
             )
-    configs, notes = {arm: {} for arm in study.arms}, []
+    configs, notes, of_repr = {arm: {} for arm in study.arms}, [], study.arms == (BASELINE, REPR)
     for run in study.runs:
         parts, found = settings_of_parts(run.folder)
+        if of_repr and parts[run.folder]["REPR.ENABLED"] != (run.arm == REPR):
+            raise UserError(f"{run.folder} has REPR.ENABLED {run.arm != REPR}: it is no {run.arm} run")
         configs[run.arm] |= parts
         notes += found
     reference, other = configs.values()
-    refuse_differences(reference | other, only_shared=study.arms != (BASELINE, REPR))
+    refuse_differences(reference | other, only_shared=not of_repr)
     for own in configs.values():
         enabled = any(config["REPR.ENABLED"] for config in own.values())
         refuse_differences(own, FREE_WITHIN_REPR if enabled else FREE)
@@ -225,7 +224,9 @@ def check_same_data(folders: Iterable[Path]) -> list[str]:
         for path in sorted(folder.glob(f"{Path(DATA_FILE).stem}*.json")):
             used += [(folder, name, entry) for name, entry in read_json(path).items()]
     registered = {name for _, name, _ in used}.intersection(DatasetCatalog)
-    used += [("this command", name, entry) for name, entry in describe_data_sets(sorted(registered)).items()]
+    for name in sorted(registered):
+        with contextlib.suppress(OSError, ImportError):  # data that are not here cannot contradict the runs
+            used += [("this command", name, entry) for entry in describe_data_sets([name]).values()]
     first = {}
     for place, name, entry in used:
         other, known = first.setdefault(name, (place, entry))

@@ -20,7 +20,7 @@ from matplotlib.patches import Rectangle
 from torch import nn
 
 from repr_det.commands.checks import model_of_shapes
-from repr_det.commands.data import check_datasets
+from repr_det.datasets import check_registered
 from repr_det.detectron.engine import Trainer
 from repr_det.method.errors import UserError
 from repr_det.method.orthogonality import inter_filter_orthogonality
@@ -90,7 +90,7 @@ def _pictures(runs: Sequence[Run], results: dict[str, Any], number: int) -> list
     if not number or not all(file.is_file() for file in files):
         return []
     try:
-        check_datasets(read_config(runs[0].folder), eval_only=True)
+        check_registered(results["dataset"], for_evaluation=False)
     except UserError as error:
         results["notes"].append(f"No pictures of detections: {error}.")
         return []
