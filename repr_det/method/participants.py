@@ -151,7 +151,8 @@ class Learning:
     def moved(self) -> set[Tensor]:
         """The parameters that the optimizers move now; where every rate is 0, as in a warm-up's first step, all."""
         held = learning_rates(self._optimizers)
-        return {parameter for parameter, rate in held.items() if trains(parameter) and (rate or not any(held.values()))}
+        all_rest = not any(held.values())
+        return {parameter for parameter, rate in held.items() if trains(parameter) and (rate or all_rest)}
 
     def frozen(self, layers: Sequence[FilterLayer]) -> dict[str, str]:
         """Layer name -> why it cannot learn now."""

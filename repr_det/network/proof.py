@@ -158,11 +158,11 @@ class _Follow:
         return next(around, None)
 
     def _follow(self) -> None:
-        modules = {self.name, self.found.norm}
+        modules = (self.name, self.found.norm)
         for name in [f"{module}.{key}" for module in modules for key in ("weight", "bias")]:
             number = self.trace.parameters.get(name, 0)
             for use in self.graph.users[number]:
-                if not modules.intersection(use.modules):
+                if not set(modules).intersection(use.modules):
                     raise _Refused(f"{use.module or 'another part of the network'} computes with {name} too")
             self.own |= {number} - {0}
         self.states = {number: _State(layout=self._laid_out(number, 0)) for number in self.own}
