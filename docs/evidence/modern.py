@@ -134,7 +134,7 @@ def with_noise(images: data.Images, share: float, seed: int) -> data.Images:
 def train(settings: Settings, images: data.Cifar10, cache: Path) -> tuple[nn.Module, Record]:
     """The trained network and its line; accuracies in percent, "curve" on clean test images after every epoch.
 
-    A run that is killed goes on from its last whole epoch, which lies in ``cache``.
+    A run that is killed resumes from its last whole epoch, which lies in ``cache``.
     """
     feed = training.Feed(data.balanced(images.train, settings.images), images.test)
     noisy = with_noise(feed.train, settings.noise, settings.seed)
