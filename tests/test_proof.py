@@ -257,6 +257,20 @@ def test_networks(name):
         assert name in CAUTIOUS or not is_silent(net, one, None)
 
 
+@pytest.mark.parametrize("error", [IndexError, ValueError, AssertionError])
+def test_an_operator_in_python_that_takes_no_single_numbers_keeps_filters_in(error):
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        if x.dim() < 4:
+            raise error
+        return 2 * x
+
+    name = f"repr_det_tests::twice_{error.__name__}"
+    operator = torch.library.custom_op(name, twice, mutates_args=(), tags=torch.Tag.pointwise)
+    operator.register_autograd(lambda _, gradient: 2 * gradient)
+    found = told(verdicts(build(conv(), BN(16), calling(operator))))
+    assert found["0"] == (f"behind it comes twice_{error.__name__}, which does not make 0 of a channel that is 0", "1")
+
+
 def test_a_norm_is_known_by_what_it_does():
     norm = Frozen(16)
     net = build(conv(), norm, nn.ReLU())
