@@ -11,7 +11,6 @@ ranks. Layers are not normalised against each other.
 
 from collections.abc import Callable, Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from repr_det.method.criteria import (
     Criterion,
     Scores,
     finished,
+    gradients_of,
     on_output,
     output_means,
     positions,
@@ -79,7 +79,7 @@ def taylor(layers: Sequence[FilterLayer], context: Context) -> Scores:
         output.register_hook(product)
 
     def on_loss(loss: Tensor) -> None:
-        _gradients(loss, [layer.weight for layer in layers])
+        gradients_of(loss, [layer.weight for layer in layers])
         for name, parts in calls.items():
             # The calls of one pass see the same images, unless a head ran on different numbers of proposals.
             if len({len(sums) for sums, _ in parts}) == 1:
@@ -109,19 +109,12 @@ def _gradient_means(
     def on_loss(loss: Tensor) -> None:
         nonlocal batches
         batches += 1
-        for (name, value), gradient in zip(owned, _gradients(loss, [p for _, p in owned]), strict=True):
+        for (name, value), gradient in zip(owned, gradients_of(loss, [p for _, p in owned]), strict=True):
             if gradient is not None:
                 total[name] = total.get(name, 0) + of(gradient, value).float()
 
     run_batches(context, on_loss, gradients=True)
     return {name: value / batches for name, value in total.items()}
-
-
-def _gradients(loss: Tensor, parameters: list[Tensor]) -> list[Tensor | None]:
-    """None for one that is frozen or has no part in the loss."""
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    found = dict(zip(trained, torch.autograd.grad(loss, trained, allow_unused=True), strict=True))
-    return [found.get(parameter) for parameter in parameters]
 
 
 def _smallest_first(layers: Sequence[FilterLayer], name: str, found: dict[str, Tensor]) -> Scores:

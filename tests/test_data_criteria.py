@@ -17,7 +17,7 @@ from scipy.stats import rankdata
 from torch import nn
 
 from repr_det import RePrScheme, UserError, find_filter_layers
-from repr_det.method.criteria import Context, get_criterion
+from repr_det.method.criteria import Context, get_criterion, gradients_of
 from repr_det.method.passes import TrainingPasses
 from repr_det.network.state import random_state
 
@@ -197,3 +197,10 @@ def test_correlation_is_spearmans():
     norms = np.concatenate([layer.weight.detach().flatten(1).square().mean(1).numpy() for layer in layers])
     assert found["weight_norm"] == pytest.approx(-np.corrcoef(rankdata(norms), rankdata(-harm))[0, 1], abs=1e-6)
     assert "taylor" in found
+
+
+def test_gradients_of_what_is_frozen_or_has_no_part_are_missing():
+    trained, frozen, apart = (torch.ones(2, requires_grad=grad) for grad in (True, False, True))
+    found = gradients_of((trained * frozen).sum(), [frozen, trained, apart])
+    assert found[0] is found[2] is None and torch.equal(found[1], frozen)
+    assert gradients_of(trained.sum(), [frozen]) == [None]

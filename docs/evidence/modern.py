@@ -142,7 +142,8 @@ def train(settings: Settings, images: data.Cifar10, cache: Path) -> tuple[nn.Mod
     build, apart = NETWORKS[settings.network]
     model = build()
     optimizer = torch.optim.SGD(model.parameters(), settings.lr, momentum=0.9, weight_decay=settings.weight_decay)
-    steps = settings.epochs * -(-settings.images // settings.batch_size)
+    per_epoch = -(-settings.images // settings.batch_size)
+    steps = settings.epochs * per_epoch
     drops, restores, scheme = (), (), None
     if settings.arm != STANDARD:
         schedule = RePrSchedule(*(round(steps * share / 100) for share in (settings.s1, settings.s2)), 3)
@@ -161,7 +162,7 @@ def train(settings: Settings, images: data.Cifar10, cache: Path) -> tuple[nn.Mod
             part.load_state_dict(state[name])
         order.set_state(state["order"])
         record = state["record"]
-    iteration = len(record["curve"]) * -(-settings.images // settings.batch_size)
+    iteration = len(record["curve"]) * per_epoch
     for epoch in range(len(record["curve"]) + 1, settings.epochs + 1):
         began = time.perf_counter()
         model.train()

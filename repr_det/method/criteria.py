@@ -159,10 +159,7 @@ def use_of_filters(layers: Sequence[FilterLayer], context: Context) -> dict[str,
             _keep_largest(outputs, layer, values.amax((0, 2)))
 
     def on_loss(loss: Tensor) -> None:
-        trained = [layer for layer in layers if layer.weight.requires_grad]
-        weights = [layer.weight for layer in trained]
-        gradients_of = torch.autograd.grad(loss, weights, allow_unused=True) if weights else ()
-        for layer, gradient in zip(trained, gradients_of, strict=True):
+        for layer, gradient in zip(layers, gradients_of(loss, [x.weight for x in layers]), strict=True):
             if gradient is not None:
                 _keep_largest(gradients, layer, gradient.flatten(1).abs().amax(1))
 
@@ -215,6 +212,14 @@ def run_batches(context: Context, on_loss: Callable[[Tensor], None], gradients: 
     with undisturbed(passes.model, True, passes.trains), torch.set_grad_enabled(gradients):
         for batch in passes.batches(context.num_batches, context.cycle):
             on_loss(passes.loss(batch))
+
+
+def gradients_of(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+    """The gradient by each parameter; None for one that is frozen or has no part in the loss."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    found = torch.autograd.grad(loss, trained, allow_unused=True) if trained else ()
+    by_parameter = dict(zip(trained, found, strict=True))
+    return [by_parameter.get(parameter) for parameter in parameters]
 
 
 def positions(output: Tensor) -> Tensor:

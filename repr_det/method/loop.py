@@ -108,7 +108,7 @@ class RePr:
             raise UserError("loader= yields no batch, and transitions look at training batches")
         if self.warmup_iters:
             self._handles += scale_rates(self.scheme.optimizers, self._share_of_rate)
-        self._end = {"steps": 0, "dropped": 0, "due": 0}
+        self._end = {"steps": 0, "dropped": 0, "drops": self.schedule.drop_iters}
         self._at_end = weakref.finalize(self, _warn_at_end, self._end)
         if sample is not None:
             arguments = sample if isinstance(sample, tuple) else (sample,)
@@ -166,7 +166,7 @@ class RePr:
         if filters not in ("new", "old"):
             raise UserError(f"filters= must be new or old, got {filters!r}")
         self._finished = True
-        self._end["due"] = 0
+        self._end["drops"] = ()
         if not self.scheme.is_sub:
             return None
         return self._log(self.steps - 1, self.scheme.restore(as_they_were=filters == "old"))
@@ -189,7 +189,7 @@ class RePr:
     def close(self) -> None:
         """Lets go of model and optimizer, for another RePr."""
         self._finished = True
-        self._end["due"] = 0
+        self._end["drops"] = ()
         self.scheme.close()
         for handle in self._handles:
             handle.remove()
@@ -273,7 +273,7 @@ class RePr:
 
     def _look_for_steps(self) -> None:
         """Counts calls of step(), and those that come without a step of the optimizer."""
-        self._end |= {"steps": self.steps, "due": sum(i >= self.steps for i in self.schedule.drop_iters)}
+        self._end["steps"] = self.steps
         self._calls += 1
         self._taken += self._behind > 0
         if self._calls == _CALLS:
@@ -344,11 +344,12 @@ def _count(watched: weakref.ref[RePr]) -> None:
         )
 
 
-def _warn_at_end(end: dict[str, int]) -> None:
-    if end["due"] and not end["dropped"]:
+def _warn_at_end(end: dict[str, Any]) -> None:
+    due = sum(iteration >= end["steps"] for iteration in end["drops"])
+    if end["steps"] and due and not end["dropped"]:
         logger.warning(
-            f"RePr: training ended after {end['steps']} steps of the optimizer, before {end['due']} drops that its "
-            "schedule has: another optimizer trained, or finish() was not called"
+            f"RePr: training ended after {end['steps']} steps of the optimizer, before {due} drops that its schedule "
+            "has: another optimizer trained, or finish() was not called"
         )
     if end["dropped"]:
         logger.warning(

@@ -160,11 +160,12 @@ class _Follow:
     def _follow(self) -> None:
         modules = (self.name, self.found.norm)
         for name in [f"{module}.{key}" for module in modules for key in ("weight", "bias")]:
-            number = self.trace.parameters.get(name, 0)
-            for use in self.graph.users[number]:
+            if name not in self.trace.parameters:
+                continue
+            self.own.add(self.trace.parameters[name])
+            for use in self.graph.users[self.trace.parameters[name]]:
                 if not set(modules).intersection(use.modules):
                     raise _Refused(f"{use.module or 'another part of the network'} computes with {name} too")
-            self.own |= {number} - {0}
         self.states = {number: _State(layout=self._laid_out(number, 0)) for number in self.own}
         for operation in self.graph.operations:
             inputs = {number: self.states[number] for number in operation.inputs if number in self.states}

@@ -73,21 +73,22 @@ class _Scaled:
         group: its param group.
         own: the rate without the shares.
         shares: what each of those that scale it multiplies it with.
-        written: the product of all.
     """
 
     group: dict[str, Any]
     own: Any
     shares: dict[object, float] = field(default_factory=dict)
-    written: Any = None
 
-    def write(self, rate: Any) -> None:
+    @property
+    def rate(self) -> Any:
+        return self.own * math.prod(self.shares.values())
+
+    def write(self) -> None:
         """Sets the rate. A tensor stays the same one, which a compiled step reads."""
         if torch.is_tensor(self.group["lr"]):
-            self.group["lr"].copy_(rate)
+            self.group["lr"].copy_(self.rate)
         else:
-            self.group["lr"] = rate
-        self.written = _copied(rate)
+            self.group["lr"] = self.rate
 
 
 _SCALED: dict[int, _Scaled] = {}  # by the id of a group, or of a tensor, which several groups may have together
@@ -107,10 +108,10 @@ def scale_rates(optimizers: Sequence[Optimizer], share: Callable[[], float]) -> 
         for group in groups:
             rate = group["lr"]
             scaled = _SCALED.setdefault(id(rate if torch.is_tensor(rate) else group), _Scaled(group, _copied(rate)))
-            if scaled.shares and scaled.written != rate:  # set since a step that failed
+            if scaled.shares and scaled.rate != rate:  # set since a step that failed
                 scaled.own, scaled.shares = _copied(rate), {}
             scaled.shares[me] = factor
-            scaled.write(scaled.own * math.prod(scaled.shares.values()))
+            scaled.write()
         return tuple(map(guarded, arguments)), {name: guarded(value) for name, value in keywords.items()}
 
     def guarded(value: Any) -> Any:
@@ -130,7 +131,7 @@ def scale_rates(optimizers: Sequence[Optimizer], share: Callable[[], float]) -> 
     def put_back() -> None:
         for place, scaled in list(_SCALED.items()):
             if scaled.shares.pop(me, None) is not None and not scaled.shares:
-                scaled.write(scaled.own)
+                scaled.write()
                 del _SCALED[place]
 
     return around_step(optimizers, scale, put_back)

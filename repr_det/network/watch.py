@@ -42,8 +42,7 @@ class Watch:
         self.has_news = self.waits = False
         self._handles: list[Any] = []
         self._norms = [name for name, module in self.modules.items() if is_norm(module)]
-        own = {name for name, module in self.modules.items() if module._parameters}
-        self._watched = {name: self.modules[name] for name in self.modules if name in {*own, *self._norms}}
+        self._watched = {x: y for x, y in self.modules.items() if y._parameters or x in self._norms}
         self._entered: set[str] = set()  # in a traced pass
         self._missed: set[str] = set()  # in another
         self._last: Trace
