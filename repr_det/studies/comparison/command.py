@@ -24,6 +24,7 @@ from repr_det.runs.record import CONFIG_FILE
 from repr_det.studies.comparison.records import (
     BASELINE,
     REPR,
+    WITHOUT_EFFECT,
     Run,
     Study,
     check_comparable,
@@ -198,7 +199,7 @@ def _check_run(run: Run, cfg: CfgNode, num_gpus: int) -> None:
         parts, _ = settings_of_parts(run.folder)
         configs = {**parts, "this command": settings_by(num_gpus, cfg)}
         enabled = any(config["REPR.ENABLED"] for config in configs.values())
-        refuse_differences(configs, ("OUTPUT_DIR",) if enabled else ("OUTPUT_DIR", "REPR."))
+        refuse_differences(configs, WITHOUT_EFFECT if enabled else (*WITHOUT_EFFECT, "REPR."))
     if not is_finished(run):
         check_run(cfg, resume=bool(run_traces(run.folder)), num_gpus=num_gpus)
         check_registered(cfg.DATASETS.TEST[0], for_objects=True)

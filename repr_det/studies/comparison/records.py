@@ -30,8 +30,9 @@ from repr_det.studies.comparison.statistics import (
 
 BASELINE, REPR = "baseline", "repr"
 PROCESSES = "number of processes"
-# Keys on which no result depends, and those in which baseline and RePr differ.
-FREE_WITHIN_REPR = ("OUTPUT_DIR", "SEED", "VERSION", "VIS_PERIOD", "SOLVER.CHECKPOINT_PERIOD")
+# Keys on which no result depends, those in which runs of an arm differ, and those in which baseline and RePr differ.
+WITHOUT_EFFECT = ("OUTPUT_DIR", "VERSION", "VIS_PERIOD", "SOLVER.CHECKPOINT_PERIOD")
+FREE_WITHIN_REPR = (*WITHOUT_EFFECT, "SEED")
 FREE = (*FREE_WITHIN_REPR, "REPR.")
 # What any two configs must share: data, their order, iterations, evaluations.
 SHARED = (PROCESSES, "SOLVER.MAX_ITER", "SOLVER.IMS_PER_BATCH", "DATASETS.", "DATALOADER.", "TEST.EVAL_PERIOD")
