@@ -49,10 +49,10 @@ def calibrated(weight: torch.Tensor) -> np.ndarray:
 
 
 def released(weight: torch.Tensor) -> np.ndarray:
-    """One norm, and the absolute value of the mean."""
+    """One norm for all filters, and the absolute value of the mean projection on the others."""
     rows = weight.detach().double().flatten(1).numpy()
-    rows = rows / np.sqrt((rows**2).sum())
-    return np.abs((rows @ rows.T - np.eye(len(rows))).mean(1))
+    projections = rows @ rows.T / (rows**2).sum()
+    return np.abs((projections - np.diag(np.diag(projections))).mean(1))
 
 
 def mean_square(weight: torch.Tensor) -> np.ndarray:

@@ -87,10 +87,10 @@ def calibrated_overlap(weight: Tensor) -> Tensor:
 
 
 def released_overlap(weight: Tensor) -> Tensor:
-    """The overlap of the author's released code: |mean_j (What What^T - I)[f, j]|, What = W / ||W||_F."""
+    """The overlap of the author's released code: |sum over j != f of (What What^T)[f, j]| / J, What = W / ||W||_F."""
     rows = torch.nan_to_num(weight.detach().cpu().double().flatten(1))
     rows = rows / rows.norm().clamp_min(torch.finfo(torch.float32).tiny)
-    return ((rows @ rows.sum(0) - 1) / len(rows)).abs()
+    return ((rows @ rows.sum(0) - rows.square().sum(1)) / len(rows)).abs()
 
 
 def small_weight_norm(weight: Tensor) -> Tensor:
