@@ -246,6 +246,14 @@ def test_an_average_that_is_not_given_is_warned_of_once(caplog, given, moves):
     assert warned == (moves and not given) and not vars(half_made) and len(lazy) == 1 and shapes[0].weight.is_meta
 
 
+@pytest.mark.parametrize(("milestone", "warned"), [(2, 1), (8, 1), (11, 0)])
+def test_a_restore_behind_a_decay_of_the_rate_is_warned_of_once(caplog, milestone, warned):
+    one = begin()
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(one.scheme.optimizers[0], [milestone])
+    run(one, 12, lambda one: (one.step(), scheduler.step()))
+    assert caplog.text.count("the learning rate is 10 % of its initial one at this restore") == warned
+
+
 @pytest.mark.parametrize(("first_step", "phases"), [(3, ["full"] * 4 + ["sub"]), (5, ["full"] * 2 + ["sub"] * 2)])
 def test_what_lies_before_the_first_step_is_left_out(first_step, phases):
     one, seen = begin(first_step=first_step), []

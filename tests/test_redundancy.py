@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from conftest import assert_same_weights
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from repr_det import RePrScheme, find_filter_layers
 from repr_det.method.criteria import Context, copies, redundancy, use_of_filters
@@ -144,4 +145,24 @@ def test_where_nothing_is_redundant_training_is_training_without_repr():
                 assert scheme.is_sub == (event == "drop") and scheme.num_dropped == 0
         train(net, optimizer)
         ends.append(net.state_dict())
+    assert_same_weights(*ends)
+
+
+def test_where_nothing_is_redundant_averages_are_those_without_repr():
+    """Those of weights, and of statistics over all batches (BN of momentum None)."""
+    ends = []
+    for with_repr in (False, True):
+        net = nn.Sequential(Net(), nn.BatchNorm2d(6, momentum=None))
+        average = AveragedModel(net)
+        optimizer = torch.optim.SGD(net.parameters(), 0.01)
+        layers = find_filter_layers(net, ["0.first", "0.summed"])
+        passes = context_of(net).passes
+        scheme = RePrScheme(layers, optimizer, criterion="redundant", model=net, passes=passes, averages=[average])
+        for event in ("drop", "restore"):
+            train(net, optimizer)
+            average.update_parameters(net)
+            if with_repr:
+                assert getattr(scheme, event)().dropped == {}
+        ends.append(average.state_dict() | net.state_dict())
+    assert ends[0]["n_averaged"] == ends[1]["n_averaged"] == 2
     assert_same_weights(*ends)

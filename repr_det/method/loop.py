@@ -27,6 +27,7 @@ logger = logging.getLogger("repr_det.loop")
 _MISSED = 20  # steps of the optimizer without step(): more than those of several optimizers in an iteration
 _CALLS = 40  # of step(), at least half of which must come with a step of the optimizer: GradScaler skips fewer
 _LITTLE = 0.05  # of the trainable weights
+_DECAYED = 0.5  # a learning rate of at most this share of its initial one
 
 
 class RePr:
@@ -100,7 +101,7 @@ class RePr:
         )
         self.steps = first_step
         self.logger = logger
-        self._announced = self._finished = self._warned = False
+        self._announced = self._finished = self._warned = self._is_late = False
         self._behind = 0  # steps of the optimizer since the last call of step(), up to the warning
         self._calls = self._taken = 0  # of step(), and of them with a step of the optimizer
         self._handles = around_step(self.scheme.optimizers, after=partial(_count, weakref.ref(self)))
@@ -260,7 +261,20 @@ class RePr:
             f"{done.overlap_before:.4f} -> {done.overlap_after:.4f}, {done.seconds:.2f} s"
         )
         self._look_for_averages()
+        if number and done.event == "restore":
+            self._look_at_rates()
         return done
+
+    def _look_at_rates(self) -> None:
+        """Warns once of a restore after the rates have decayed; torch's schedulers note the initial ones."""
+        groups = [group for optimizer in self.scheme.optimizers for group in optimizer.param_groups]
+        shares = [float(group["lr"]) / float(group["initial_lr"]) for group in groups if group.get("initial_lr")]
+        if shares and max(shares) <= _DECAYED and not self._is_late:
+            self._is_late = True
+            self.logger.warning(
+                f"RePr: the learning rate is {100 * max(shares):.3g} % of its initial one at this restore: what comes "
+                "back is hardly relearned; end the cycles before it decays, which first_lr_step= says"
+            )
 
     def _look_for_averages(self) -> None:
         averages = self.scheme.averages

@@ -206,7 +206,7 @@ class RePrScheme:
             restart_optimizer_state_(self.optimizers, layer.weight, held.rows[layer.name], held.kept[layer.name])
         self._norms.after_return(held, renewed, self._old, self.cycle)
         done = self._record("restore", held, self._overlaps(values_of(self.layers), {}), kept, start, cosines)
-        if self.averages is not None and not as_they_were:
+        if self.averages is not None and renewed:
             self.averages.begin_again()
         self.num_returned = sum(len(held.rows[layer.name]) for layer in renewed)
         self._release()
@@ -327,7 +327,8 @@ class RePrScheme:
         cosines: dict[str, float],
     ) -> Transition:
         """O_f by layer name: ``overlaps`` of all filters (J,), ``kept`` of those that stay (K,)."""
-        restart_averaging([layer.norm for layer in self.layers] if self.model is None else self.model.modules())
+        if held.layers:
+            restart_averaging([layer.norm for layer in self.layers] if self.model is None else self.model.modules())
         means = [torch.cat([x.double() for x in found.values()]).mean().item() for found in (overlaps, kept)]
         before, after = means if event == "drop" else reversed(means)
         rounded = {name: [round(value, 6) for value in overlap.tolist()] for name, overlap in overlaps.items()}
