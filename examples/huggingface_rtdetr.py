@@ -56,4 +56,4 @@ def train(folder: str, callback: TrainerCallback, steps: int = 40, save_steps: i
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    train(sys.argv[1] if len(sys.argv) > 1 else "rtdetr", RePrCallback(layers=["model.backbone.*"]))
+    train(sys.argv[1] if len(sys.argv) > 1 else "rtdetr", RePrCallback(layers=["model.backbone.*"], first_lr_step=20))

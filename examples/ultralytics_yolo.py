@@ -25,6 +25,7 @@ class RePrCallbacks:
     def start(self, trainer: Any) -> None:
         an_epoch = -(-len(trainer.train_loader) // trainer.accumulate)
         steps = {"total_steps": trainer.epochs * an_epoch, "first_step": trainer.start_epoch * an_epoch}
+        steps["first_lr_step"] = steps["total_steps"] // 2  # the rate is half of its peak
         self.repr = apply_repr(trainer.model, trainer.optimizer, averages=[trainer.ema], **steps, **self.options)
         self.parts = {"model": trainer.model, "ema": trainer.ema.ema, "optimizer": trainer.optimizer, "repr": self.repr}
         if trainer.start_epoch and (trainer.wdir / "repr.pt").exists():
