@@ -31,6 +31,8 @@ SHORT = "--train-images 25000 --epochs 12 --s1 13 --s2 7"
 GROWN = "--train-images 25000 --epochs 10 --max-drop-per-layer 0.75"
 EARLY = "--s1 2.5 --s2 1.25"
 FIRST, FRESH = range(5), range(5, 10)  # seeds of a question, and of what confirms its answer
+SECOND = range(10, 18)  # of a second question of the widening, which is about two rows
+TWO = ("new filters, readers at 0", "RePr, redundant")
 
 Remedy = Callable[[nn.Sequential], None]
 Record = dict[str, Any]
@@ -223,11 +225,13 @@ def table(study: Study, name: str, seeds: Iterable[int] = FIRST) -> str:
     return markdown(head, lines)
 
 
-def verdicts(study: Study, names: Iterable[str] = STUDIES, seeds: Iterable[int] = FIRST) -> str:
-    """Every form of RePr against every remedy, paired by seed."""
+def verdicts(
+    study: Study, names: Iterable[str] = STUDIES, seeds: Iterable[int] = FIRST, only: Iterable[str] = ()
+) -> str:
+    """Every form of RePr against every remedy, paired by seed; of the rows ``only`` if there are some."""
     lines = []
     for name in names:
-        rows = STUDIES[name]
+        rows = {row: STUDIES[name][row] for row in only or STUDIES[name]}
         forms = [row for row in rows if row.startswith("RePr")]
         remedies = [row for row in rows if rows[row].remedy]
         for form, remedy in itertools.product(forms, remedies):
@@ -246,6 +250,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("output/cifar10/data"), help="for the decoded images")
     parser.add_argument("--studies", nargs="+", choices=STUDIES, default=list(STUDIES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these, as the tables name them")
     args = parser.parse_args()
     if args.data is not None:
         training.prepare_process()
@@ -253,7 +258,7 @@ def main() -> None:
         feed = training.Feed(data.balanced(images.train, 25_000), images.test)
         study = Study(images.digest)
         for name, seed in itertools.product(args.studies, args.seeds):
-            for row in STUDIES[name]:
+            for row in args.rows or STUDIES[name]:
                 if study.record(name, row, seed) is None:
                     record = study.train(name, row, seed, feed)
                     print(f"{name}, {row}, seed {seed}: {record['final']:.1f}, {record['seconds']:.0f} s", flush=True)
@@ -262,7 +267,7 @@ def main() -> None:
         print(name, table(study, name), sep="\n\n", end="\n\n")
     print(verdicts(study))
     print(f"widened, seeds {FRESH[0]} to {FRESH[-1]}", table(study, "widened", FRESH), sep="\n\n", end="\n\n")
-    print(verdicts(study, ["widened"], FRESH))
+    print(verdicts(study, ["widened"], FRESH), verdicts(study, ["widened"], SECOND, TWO), sep="\n\n")
 
 
 if __name__ == "__main__":

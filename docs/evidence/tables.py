@@ -59,6 +59,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "remedies-verdicts": lambda: remedies.verdicts(remedy_study()),
     "remedies-widened-fresh": lambda: remedies.table(remedy_study(), "widened", remedies.FRESH),
     "remedies-widened-fresh-verdicts": lambda: remedies.verdicts(remedy_study(), ["widened"], remedies.FRESH),
+    "remedies-widened-second": lambda: remedies.verdicts(remedy_study(), ["widened"], remedies.SECOND, remedies.TWO),
     **{name.replace("_", "-"): lambda study=study: study().table() for name, study in modern.STUDIES.items()},
     "transfer": of_transfer,
 }
