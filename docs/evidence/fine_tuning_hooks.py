@@ -1,6 +1,7 @@
 """Detectron2 hooks for what the runs of fine_tuning_search.py do besides stock training and RePrHook."""
 
 import fnmatch
+import functools
 import math
 from typing import Any
 
@@ -10,6 +11,7 @@ from detectron2.engine import HookBase
 from detectron2.modeling import build_model
 from torch import Tensor, nn
 
+from repr_det import RePrHook
 from repr_det.method.orthogonality import inter_filter_orthogonality
 
 
@@ -100,6 +102,14 @@ class Cycle(HookBase):
         norm = getattr(module, "norm", None)
         found = [module.weight, module.bias]
         return [t for t in (*found, *((norm.weight, norm.bias) if norm is not None else ())) if t is not None]
+
+
+class AsTheyWere(HookBase):
+    """Makes RePrHook, which is registered before, bring the filters back as they were."""
+
+    def before_train(self) -> None:
+        (scheme,) = (hook.scheme for hook in self.trainer._hooks if isinstance(hook, RePrHook))
+        scheme.restore = functools.partial(scheme.restore, as_they_were=True)
 
 
 class Distillation(HookBase):

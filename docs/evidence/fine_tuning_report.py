@@ -57,7 +57,7 @@ Arms = dict[str, dict[int, float]]  # name -> seed -> AP
 
 def setting_of(run: Run) -> str:
     """Everything that an arm has in common with its baseline, as text."""
-    own = ("name", "seed", "cycle", "average", "cfg")
+    own = ("name", "seed", "cycle", "old", "average", "cfg")
     shared = {key: value for key, value in run.items() if key not in own}
     cfg = {key: value for key, value in run.get("cfg", {}).items() if not key.startswith("REPR.")}
     return json.dumps({"data": "raccoon", "iterations": 800} | shared | {"cfg": cfg}, sort_keys=True)

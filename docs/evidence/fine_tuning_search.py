@@ -17,6 +17,7 @@ a description may say, besides name and seed:
     copies       share of the filters of conv1 and conv2 that begin as copies, see ``fine_tuning_plant``
     noise        share of the training boxes that are removed (half of it) or shifted by up to 30 % (the other half)
     cfg          config keys, REPR among them
+    old          true: RePrHook brings the filters back as they were
     cycle        removal by this file instead of RePrHook, see ``fine_tuning_hooks.Cycle``
     distill      {"at", "until", "weight"}: losses against the network of these iterations, see
                  ``fine_tuning_hooks.Distillation``
@@ -42,7 +43,7 @@ from detectron2.engine import DefaultTrainer, HookBase, hooks
 from detectron2.evaluation import COCOEvaluator, inference_on_dataset
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
-from fine_tuning_hooks import Average, CosineRestarts, Cycle, Distillation
+from fine_tuning_hooks import AsTheyWere, Average, CosineRestarts, Cycle, Distillation
 from fine_tuning_plant import plant_copies
 from torch import nn
 
@@ -137,7 +138,7 @@ def train(run: dict[str, Any], cfg: CfgNode) -> dict[str, Any]:
     if "distill" in run:
         trainer.register_hooks([Distillation(run["distill"])])
     if cfg.REPR.ENABLED:
-        trainer.register_hooks([repr_hook(cfg)])
+        trainer.register_hooks([repr_hook(cfg), *([AsTheyWere()] if run.get("old") else [])])
     if "cycle" in run:
         trainer.register_hooks([Cycle(run["cycle"], run["seed"])])
     averages = {name: Average(**options) for name, options in run.get("average", {}).items()}
