@@ -31,7 +31,7 @@ SHORT_EPOCHS = 2.0  # of 12 in that schedule: a small batch makes many iteration
 _TRAINED = ("backbone.bottom_up.", "backbone.stem.", "backbone.res", "roi_heads.res5.")
 ADVICE = (
     "Such runs lost AP against the same runs without RePr (docs/method.md): take repr_r50_fpn_redundant.yaml, which "
-    "did not, train the baseline beside it (repr-det compare), or set REPR.ENABLED False"
+    "lost less, train the baseline beside it (repr-det compare), or set REPR.ENABLED False"
 )
 logger = logging.getLogger("repr_det.hook")
 
