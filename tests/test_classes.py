@@ -5,6 +5,7 @@ import logging
 import shutil
 
 import pytest
+import torch
 from coco_folder import Folder, annotation, annotations_of, evaluate, every, put, refused
 from conftest import ROOT, SMALL
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -351,13 +352,34 @@ def test_the_classes_of_the_checkpoint_hold(folder, catalogs, tmp_path, monkeypa
     check_run(cfg, resume=True)
 
 
-def test_evaluation_follows_the_classes_of_the_checkpoint(folder, catalogs, tmp_path):
+@pytest.mark.parametrize("tells", ["checkpoint", "record", "training set", None])
+def test_evaluation_follows_the_classes_of_the_checkpoint(folder, catalogs, tmp_path, caplog, tells):
     """--eval-only with the validation set alone: its own order of the classes says nothing of the model's."""
-    register = two_files(folder, {1: "plate", 2: "cell"})[1:]
-    (tmp_path / DATA_FILE).write_text(json.dumps({"t": {"classes": ["cell", "drop", "plate"]}}))
-    opts = ["MODEL.WEIGHTS", tmp_path / "model_final.pth"]
-    cfg = config(register, *opts, eval_only=True)
+    order = ["cell", "drop", "plate"]
+    register(folder, trained=dict(enumerate(order if tells in ("training set", None) else reversed(order))))
+    number = len(order) if tells else 2
+    shapes = {"roi_heads.box_predictor": (number + 1, 8), "head": (9 * number, 8, 3, 3)}  # and RetinaNet's
+    weights = {"model": {f"{head}.cls_score.weight": torch.zeros(shape) for head, shape in shapes.items()}}
+    torch.save(weights | ({"thing_classes": order} if tells == "checkpoint" else {}), tmp_path / "moved.pth")
+    record = {"checkpoint": ["plate", "cell", "drop"], "record": order}.get(tells, [])
+    (tmp_path / DATA_FILE).write_text(json.dumps({"t": {"classes": record}}))
+    opts = ["MODEL.WEIGHTS", tmp_path / "moved.pth", "DATASETS.TRAIN", "('trained',)"]
+    mapped = two_files(folder, {1: "plate", 2: "cell"})[1:]
+    cfg = config(mapped, *opts, eval_only=True)
     check_datasets(cfg, eval_only=True)
-    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 3 and class_names("v") == ("cell", "drop", "plate")
-    (tmp_path / DATA_FILE).write_text(json.dumps({"t": {"classes": ["cell", "plates"]}}))
-    assert "the checkpoint has cell, plates: " in refused(config, register, *opts, eval_only=True)
+    assert class_names("v") == (tuple(order) if tells else ("plate", "cell"))
+    assert len(class_names("v")) == cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    told = "nothing names the classes of the checkpoint: its outputs are taken for plate, cell, in this order; if"
+    assert [told in message for message in caplog.messages] == [True] * (not tells)
+    register_stock(mapped[0][1], folder)
+    opts += ["DATASETS.TEST", "('stock',)", *([] if tells == "training set" else ["DATASETS.TRAIN", "()"])]
+    if tells:  # it was compared with nothing
+        assert "stock has the classes plate, cell, and " in refused(config, [], *opts, eval_only=True)
+        wrong = config(mapped, *opts[:4], "MODEL.ROI_HEADS.NUM_CLASSES", 2, eval_only=True)
+        message = "is 2, but v is mapped by name to 3 classes (cell, drop, plate): set it to that"
+        assert message in refused(check_datasets, wrong, eval_only=True)
+        (tmp_path / DATA_FILE).write_text(json.dumps({"t": {"classes": ["cell", "plates"]}}))
+        torch.save(weights, tmp_path / "moved.pth")
+        assert "the checkpoint has cell, plates: " in refused(config, mapped, *opts[:4], eval_only=True)
+    else:
+        config([], *opts, eval_only=True)

@@ -1,8 +1,10 @@
 """The data sets of a run: registered, their classes numbered alike, and checked."""
 
+import contextlib
 import itertools
 import json
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from repr_det.datasets.registered import agree_on_classes, any_mapped, own_class
 from repr_det.detectron.config import as_user_error
 from repr_det.method.errors import UserError
 from repr_det.runs.record import DATA_FILE
+from repr_det.runs.safe_pickle import load_checkpoint
 
 logger = logging.getLogger(__name__)
 _READS_NUMBER = {GeneralizedRCNN: "ROI_HEADS", RetinaNet: "RETINANET"}  # their NUM_CLASSES
@@ -26,10 +29,11 @@ _SEMANTIC = ("PanopticFPN", "SemanticSegmentor", "PanopticDeepLab")
 
 
 def prepare_data(
-    register: Sequence[Sequence[str]], train: Sequence[str], test: Sequence[str], weights_in: str | None
+    register: Sequence[Sequence[str]], train: Sequence[str], test: Sequence[str], weights: str | None
 ) -> int:
     """Registers this package's data sets and those of --register, and numbers the classes of a run. Returns their
-    number, 0 without --register. The classes of a checkpoint to evaluate, in the folder ``weights_in``, come first.
+    number, 0 without --register. An evaluation, of the file ``weights``, goes by the classes that it or the record
+    beside it names, else by those of the training set if these can be the model's.
 
     Raises:
         UserError: a data set is bad, or none of --register is used.
@@ -37,18 +41,42 @@ def prepare_data(
     register_builtin()
     for entry in register:
         register_coco_format(*entry)
-    _check_used({name for name, *_ in register}, train, test, train if weights_in is None else test)
+    _check_used({name for name, *_ in register}, train, test, train if weights is None else test)
     train, test = ([name for name in names if name in DatasetCatalog] for names in (train, test))
-    if not any_mapped((train, test)):
-        return 0
-    recorded = None
-    if weights_in is not None:
-        recorded = recorded_classes(weights_in)
-        trained = max(map(own_classes, train), key=len, default=())
-        if recorded or not all(set(own_classes(name)) <= set(trained) for name in test):
-            train = []
-    classes = agree_on_classes(train, test, recorded) if train or test else ()
+    if weights is None:
+        classes = agree_on_classes(train, test) if any_mapped((train, test)) else ()
+    else:
+        classes = _classes_of_outputs(weights, train, test)
     return len(classes) if register else 0
+
+
+def _classes_of_outputs(weights: str, train: Sequence[str], test: Sequence[str]) -> tuple[str, ...]:
+    known, scores = None, []
+    with contextlib.suppress(Exception):  # check_run says what is wrong with the file
+        held = load_checkpoint(PathManager.get_local_path(weights.partition("?")[0]))
+        known = held.get("thing_classes")
+        scores = [value.shape for key, value in held.get("model", held).items() if key.endswith("cls_score.weight")]
+    known = known or recorded_classes(os.path.dirname(weights))
+    train = [] if known else [name for name in train if _may_be_of(scores, name, test)]
+    classes = agree_on_classes(train, test, known)
+    if len(classes) > 1 and not (known or train):
+        logger.warning(
+            f"nothing names the classes of the checkpoint: its outputs are taken for {listed(classes, 20)}, in this "
+            "order; if it is another one, name the training set (DATASETS.TRAIN)"
+        )
+    return classes
+
+
+def _may_be_of(scores: Sequence[Sequence[int]], name: str, test: Sequence[str]) -> bool:
+    """Tells whether a data set has the classes of the test sets, and as many as weights of these shapes score: those of
+    boxes (linear) one more, for the background; RetinaNet's (of a conv) all at each anchor."""
+    try:
+        classes = own_classes(name)
+    except UserError:  # its file need not be there
+        return False
+    number = len(classes)
+    fits = (rows == number + 1 if len(rest) == 1 else rows % number == 0 for rows, *rest in scores)
+    return number > 0 and all(fits) and all(set(own_classes(other)) <= set(classes) for other in test)
 
 
 def _check_used(names: set[str], train: Sequence[str], test: Sequence[str], needed: Sequence[str]) -> None:
@@ -83,13 +111,13 @@ def check_same_classes(classes: Sequence[str], folder: str | Path) -> None:
 def check_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
     """Refuses data sets that are absent or malformed, or lack what the model needs or its classes."""
     train, test = (() if eval_only else cfg.DATASETS.TRAIN), cfg.DATASETS.TEST
-    mapped = any_mapped((train, test))  # refuses a name in place of names
+    any_mapped((train, test))  # refuses a name in place of names
     key, needed = ("TEST", test) if eval_only else ("TRAIN", train)
     if not needed:
         raise UserError(f"DATASETS.{key} is empty: name at least one registered data set")
     names = dict.fromkeys((*train, *test))
     summaries = {x: check_registered(x, for_evaluation=x in test, for_objects=x in train) for x in names}
-    if not (eval_only and mapped):  # those are mapped to the classes of the checkpoint
+    if not eval_only:  # prepare_data has mapped those to the classes of the checkpoint
         agree_on_classes(train, test)
     for name, summary in summaries.items():
         _check_number(cfg, name)
@@ -118,10 +146,12 @@ def check_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
 def _check_number(cfg: CfgNode, name: str) -> None:
     architecture = dict(META_ARCH_REGISTRY).get(cfg.MODEL.META_ARCHITECTURE)
     for base, head in _READS_NUMBER.items():
-        number, classes = cfg.MODEL[head].NUM_CLASSES, len(class_names(name))
-        if base in getattr(architecture, "__mro__", ()) and classes != number:
-            what = f"{classes} classes: set it to that" if classes else "no thing_classes in MetadataCatalog"
-            raise UserError(f"MODEL.{head}.NUM_CLASSES is {number}, but {name} has {what}")
+        number, classes = cfg.MODEL[head].NUM_CLASSES, class_names(name)
+        if base in getattr(architecture, "__mro__", ()) and len(classes) != number:
+            has = "has" if len(classes) == len(own_classes(name)) else "is mapped by name to"
+            which = f"{len(classes)} classes ({listed(classes, 3)}): set it to that"
+            what = f"{has} {which}" if classes else "has no thing_classes in MetadataCatalog"
+            raise UserError(f"MODEL.{head}.NUM_CLASSES is {number}, but {name} {what}")
 
 
 def _check_masks(cfg: CfgNode, name: str, summary: CocoSummary, train: bool, test: bool) -> None:

@@ -22,7 +22,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
-from repr_det.commands.arguments import config_path, folder_of_weights, naming_close_keys, output_folder
+from repr_det.commands.arguments import config_path, naming_close_keys, output_folder, weights_to_evaluate
 from repr_det.commands.checks import try_mapper
 from repr_det.commands.data import prepare_data
 from repr_det.commands.train import Run
@@ -105,8 +105,8 @@ def load_lazy_config(
     if baseline and "repr" in cfg:
         cfg.repr.ENABLED = False
     weights = folder, cfg.train.get("init_checkpoint", ""), resume, "train.init_checkpoint" in given
-    weights_in = folder_of_weights(*weights) if eval_only else None
-    classes = prepare_data(register, _data_sets(cfg, "train"), _data_sets(cfg, "test"), weights_in)
+    evaluated = weights_to_evaluate(*weights) if eval_only else None
+    classes = prepare_data(register, _data_sets(cfg, "train"), _data_sets(cfg, "test"), evaluated)
     for key, own in KEYS.items():
         if classes and own.endswith("NUM_CLASSES") and key not in given and OmegaConf.select(cfg, key) is not None:
             OmegaConf.update(cfg, key, classes)

@@ -150,6 +150,11 @@ def own_classes(name: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(own.values())) if own else class_names(name)
 
 
+def classes_of_loaded(names: Sequence[str]) -> list[str]:
+    """The classes of data sets that have been loaded, in the order of the outputs; [] without things."""
+    return max((MetadataCatalog.get(name).get("thing_classes", []) for name in names), key=len, default=[])
+
+
 def any_mapped(data_sets: Sequence[Sequence[str]]) -> bool:
     """Tells whether any of these can be mapped; UserError for a string in place of names."""
     for names in data_sets:
