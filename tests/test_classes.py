@@ -14,6 +14,7 @@ from detectron2.evaluation import COCOEvaluator
 from PIL import Image
 from pycocotools.coco import COCO
 
+from repr_det import Trainer
 from repr_det.commands import checks
 from repr_det.commands.arguments import build_config
 from repr_det.commands.checks import check_run
@@ -259,7 +260,7 @@ def test_images_without_annotations_are_evaluated_as_in_detectron2(mine, folder,
     assert stock == own != "[]"
 
 
-KEYPOINTS = [([1, 2, 2] * 17, ""), ([1, 2, 2] * 16, "48, 51 numbers"), (None, "0, 51 numbers")]
+KEYPOINTS = [([1, 2, 2] * 17, ""), ([1, 2, 2] * 16, "16, 17 in objects of mine"), (None, "0, 17 in objects of mine")]
 KEYPOINTS += [([1, 2, 7] * 17, "annotation 2 has a keypoint [x, y, visibility] whose visibility is not 0, 1 or 2 (")]
 
 
@@ -278,9 +279,34 @@ def test_keypoints_need_metadata_and_one_number(mine, caplog, odd, shown):
     if shown:
         assert shown in refused(check_run, cfg)
     else:
-        check_datasets(cfg)
+        check_run(cfg)
         assert "MODEL.KEYPOINT_ON is True, but in mine annotation 1 has keypoints more outside than in" in caplog.text
         assert "must have a finite number as 'area'" in refused(check_run, mine())
+
+
+@pytest.mark.parametrize("of_test", [3, 4])
+def test_data_names_head_and_sigmas_have_one_number_of_keypoints(mine, folder, of_test):
+    """Detectron2's loss takes other objects' rows for those that the head has too many."""
+
+    def keypoints(number):
+        return every(lambda a: {"keypoints": [*a["bbox"][:2], 2] * number, "num_keypoints": number})
+
+    other = Folder(folder.json.parents[1] / "other")
+    keypoints(of_test)(other)
+    other.check()
+    register_coco_format("other", other.json, other.images)
+    opts = ["MODEL.KEYPOINT_ON", "True", "DATASETS.TEST", "('other',)"]
+    cfg = mine(*opts, edit=keypoints(4))
+    MetadataCatalog.get("mine").set(keypoint_names=["a", "b", "c", "d"], keypoint_flip_map=[("a", "b")])
+    head, sigmas = "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", "TEST.KEYPOINT_OKS_SIGMAS"
+    numbers = f"differ: 4 in objects of mine, 4 in keypoint_names of mine, {of_test} in objects of other"
+    assert f"{numbers}, 17 in {head}, 17 in {sigmas}" in refused(check_run, cfg)
+    cfg = mine(*opts, head, "4", sigmas, "[0.1, 0.1, 0.1, 0.2]")
+    if of_test == 4:
+        check_run(cfg)
+        assert Trainer.build_evaluator(cfg, "other")._kpt_oks_sigmas == cfg.TEST.KEYPOINT_OKS_SIGMAS != []
+    else:
+        assert f"{numbers}, 4 in {head}, 4 in {sigmas}" in refused(check_run, cfg)
 
 
 def two_files(folder: Folder, val_ids: dict[int, str]) -> list[list[str]]:

@@ -179,7 +179,9 @@ def test_what_may_be_set(small_config):
     assert all(OmegaConf.select(cfg, key) == 3 for key in (*keys, "train.mine"))
     assert load_lazy_config(small_config, ["+train.output_dir=x"], baseline=True).train.output_dir == "x"
     cfg.model = {"_target_": "my.model", "classes": 2}
-    check_datasets(repr_cfg_from_lazy(cfg))
+    cfg.dataloader.evaluator = [{"kpt_oks_sigmas": [0.1, 0.2]}]
+    check_datasets(yacs := repr_cfg_from_lazy(cfg))
+    assert yacs.TEST.KEYPOINT_OKS_SIGMAS == [0.1, 0.2]
 
 
 def test_weights_that_resume_does_not_evaluate_are_named(small_config, tmp_path, caplog):

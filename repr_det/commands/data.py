@@ -10,8 +10,9 @@ from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, RetinaNet
+from detectron2.modeling import META_ARCH_REGISTRY, BaseKeypointRCNNHead, GeneralizedRCNN, RetinaNet
 from detectron2.utils.file_io import PathManager
+from torch import nn
 
 from repr_det.datasets import check_registered, class_names, register_builtin, register_coco_format
 from repr_det.datasets.coco_format import CocoSummary
@@ -163,14 +164,30 @@ def _check_masks(cfg: CfgNode, name: str, summary: CocoSummary, train: bool, tes
 
 
 def _check_keypoints(name: str, summary: CocoSummary, train: bool, test: bool) -> None:
-    metadata, gaps = MetadataCatalog.get(name), []
-    wanted, found = 3 * len(metadata.get("keypoint_names") or ()), sorted(summary.keypoint_numbers)
-    if train and found != [wanted]:
-        gaps = [f"objects have {listed(found)} numbers as keypoints, and its keypoint_names ask for {wanted}"]
-    elif train and (not wanted or metadata.get("keypoint_flip_map") is None):
+    metadata = MetadataCatalog.get(name)
+    gaps = summary.gaps["visibility"] + (summary.gaps["keypoints"] if test else [])
+    if train and (not metadata.get("keypoint_names") or metadata.get("keypoint_flip_map") is None):
         gaps = ["MetadataCatalog has no keypoint_names and keypoint_flip_map"]
-    gaps = gaps or summary.gaps["visibility"] or (summary.gaps["keypoints"] if test else [])
     _report("MODEL.KEYPOINT_ON", name, gaps, summary.gaps["keypoint doubts"])
+
+
+def check_number_of_keypoints(cfg: CfgNode, model: nn.Module, eval_only: bool) -> None:
+    """Refuses data, keypoint_names, keypoint head and OKS sigmas of a run that differ in it."""
+    heads = (module for module in model.modules() if isinstance(module, BaseKeypointRCNNHead))
+    numbers: dict[str, set[float]] = {}
+    for name in dict.fromkeys((*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST)):
+        summary = check_registered(name, for_evaluation=False)
+        numbers[f"objects of {name}"] = {number / 3 for number in summary.keypoint_numbers} if summary else set()
+        numbers[f"keypoint_names of {name}"] = {len(MetadataCatalog.get(name).get("keypoint_names", ()))} - {0}
+    numbers["MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS"] = {head.num_keypoints for head in heads}
+    if cfg.DATASETS.TEST:
+        numbers["TEST.KEYPOINT_OKS_SIGMAS"] = {len(cfg.TEST.KEYPOINT_OKS_SIGMAS) or 17}  # COCO's
+    if len(set().union(*numbers.values())) > 1:
+        found = ", ".join(f"{listed(f'{n:g}' for n in sorted(ns))} in {place}" for place, ns in numbers.items() if ns)
+        raise UserError(
+            f"MODEL.KEYPOINT_ON is True, but numbers of keypoints differ: {found}; give all that of the data, and "
+            "zeros to an object without"
+        )
 
 
 def _report(key: str, name: str, gaps: Sequence[str], doubts: Sequence[str]) -> None:

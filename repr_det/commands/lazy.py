@@ -46,6 +46,7 @@ KEYS = {
     "dataloader.train.mapper.use_instance_mask": "MODEL.MASK_ON",
     "dataloader.train.mapper.use_keypoint": "MODEL.KEYPOINT_ON",
     "dataloader.train.mapper.instance_mask_format": "INPUT.MASK_FORMAT",
+    "model.roi_heads.keypoint_head.num_keypoints": "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS",
     "train.max_iter": "SOLVER.MAX_ITER",
     "train.amp.enabled": "SOLVER.AMP.ENABLED",
     "train.checkpointer.period": "SOLVER.CHECKPOINT_PERIOD",
@@ -193,6 +194,8 @@ def repr_cfg_from_lazy(cfg: DictConfig) -> CfgNode:
         _merge_repr(yacs, cfg.get("repr") or {})
     found = {own: OmegaConf.select(cfg, key) for key, own in KEYS.items()}
     found |= {"DATASETS.TRAIN": _data_sets(cfg, "train"), "DATASETS.TEST": _data_sets(cfg, "test")}
+    sigmas = [evaluator.get("kpt_oks_sigmas") for evaluator in _evaluators(cfg)]
+    found["TEST.KEYPOINT_OKS_SIGMAS"] = next((list(given) for given in sigmas if given), None)
     if found["SOLVER.MAX_ITER"] is None:
         raise UserError("train.max_iter is missing: give the number of iterations")
     with naming_lazy_keys(cfg), as_user_error("LazyConfig"):
@@ -224,7 +227,8 @@ def _merge_repr(yacs: CfgNode, node: Any) -> None:
 def naming_lazy_keys(cfg: DictConfig) -> Iterator[None]:
     """Replaces yaml keys in a UserError by those of the LazyConfig."""
     by_arguments = "_target_" in (cfg.get("repr") or {})
-    names = {own: key for key, own in KEYS.items()}
+    names = {"TEST.KEYPOINT_OKS_SIGMAS": "dataloader.evaluator.kpt_oks_sigmas"}
+    names |= {own: key for key, own in KEYS.items()}
     for option, own in CONFIG_KEYS.items():
         names[own] = f"repr.{option}" if by_arguments else own.replace("REPR", "repr")
     try:
