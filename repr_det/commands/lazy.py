@@ -75,8 +75,9 @@ def lazy_run(config_file: str, overrides: list[str], *rest: object) -> Run:
     loaded = _data_sets(cfg, "test")
     for evaluator in _evaluators(cfg):
         name = evaluator.get("dataset_name")
-        if name is not None and name not in loaded:
-            raise UserError(f"dataloader.evaluator.dataset_name must be that of dataloader.test {loaded}, got {name!r}")
+        if name is not None and loaded != (name,):
+            what = f"one data set, the dataset_name of dataloader.evaluator ({name}), got {listed(loaded)}"
+            raise UserError(f"dataloader.test.dataset.names must be {what}")
     unread = record_reads(cfg)
     settings = repr_cfg_from_lazy(cfg)
     text = Path(config_path(config_file)).read_text(encoding="utf-8")
