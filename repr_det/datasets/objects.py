@@ -21,6 +21,7 @@ ZERO = "has the id 0, which means 'no match' to pycocotools: start at 1"
 RIGHT_AREA = "give the object's area in pixels"
 FORM = "a bbox must be [x, y, width, height] in pixels"
 NEEDED = "which COCO evaluation needs"
+IGNORED = "is a crowd region (iscrowd 1), which training and AP leave out: give 0 to a single object"
 LEFT_OUT = "and Detectron2 leaves it out"
 RUN = "[P-o]{0,6}[0-O]"  # of COCO's compressed RLE: groups of five bits; the last lacks the sixth
 
@@ -132,7 +133,7 @@ def _mask_rows(objects: Objects) -> list[Row]:
     spans = _spans(points, np.array([sum(map(len, outline)) // 2 for outline in outlines]))
     return [
         (lost, {"training": objects.few, "doubts": 0}, f"has no polygon of 3 points or more, {LEFT_OUT}"),
-        (crowd, {"training": len(crowd) - 1}, "is a crowd region (iscrowd 1), as all are"),
+        (crowd, {"training": len(crowd) - 1, "doubts": objects.many}, IGNORED),
         (faulty & ~crowd, {"masks": 0}, f"has {faults[(faulty & ~crowd).argmax()]}"),
         (faulty & crowd, {"crowd masks": 0}, f"has {faults[(faulty & crowd).argmax()]}"),
         (rle & ~crowd, {"polygons": 0}, "has an RLE mask"),
