@@ -247,6 +247,14 @@ def test_masks_that_are_only_evaluated(mine, folder, second, message):
     assert message in refused(check_run, mine(*BITMASK, "DATASETS.TRAIN", "('sound',)", edit=masks(**second)))
 
 
+@pytest.mark.parametrize("leftover", [[], [5, 5], [5, 5, 9, 9], [5, 5, 9, 9, 9]])
+def test_leftovers_of_clipped_polygons_are_left_out_as_in_training(mine, leftover):
+    """pycocotools decides by the first polygon what it reads."""
+    check_run(mine(*MASK_ON, edit=masks(segmentation=[leftover, [2, 3, 12, 3, 12, 15]])))
+    truth = CocoEvaluator("mine", ("segm",), False)._coco_api
+    assert truth.annToRLE(truth.anns[2]) == truth.annToRLE(truth.anns[1])
+
+
 def test_images_without_annotations_are_evaluated_as_in_detectron2(mine, folder, tmp_path, caplog):
     """As of COCO's test-dev: the detections are written, for a server."""
     cfg = mine(edit=put(annotations=...))

@@ -27,7 +27,7 @@ from detectron2.data import DatasetCatalog, DatasetMapper
 from detectron2.data.datasets import register_coco_instances
 from PIL import Image
 
-from repr_det.datasets import image_files
+from repr_det.datasets import CocoEvaluator, image_files
 
 
 def as_detectron2_reads_it(folder):
@@ -252,6 +252,7 @@ def test_a_few_useless_objects_are_left_out_and_told(folder, catalogs, caplog, d
     assert f"annotation {damage.get('id', 10)} has " in caplog.text and f"{allowed} such of {total})" in caplog.text
     if "leaves it out" in caplog.text:
         assert len(as_detectron2_reads_it(folder)[0]["instances"]) == total - allowed
+        assert len(CocoEvaluator("folder", ("bbox",), False)._coco_api.getAnnIds(imgIds=[1])) == total - allowed
     annotation(30, **damage)(folder)
     assert f"{allowed + 1} such of {total})" in refused(folder.check)
 

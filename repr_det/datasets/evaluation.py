@@ -1,11 +1,15 @@
 """COCO evaluation of data sets whose classes are mapped by name."""
 
+import contextlib
+import io
 from typing import Any
 
 from detectron2.data import Metadata, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
+from pycocotools.coco import COCO
 
 from repr_det.datasets.coco_format import lowest_ids
+from repr_det.datasets.objects import kept_polygons
 
 
 class CocoEvaluator(COCOEvaluator):
@@ -16,6 +20,7 @@ class CocoEvaluator(COCOEvaluator):
         super().__init__(dataset_name, *args, **kwargs)
         truth = self._coco_api
         truth.dataset.setdefault("info", {})  # pycocotools 2.0.9 and 2.0.10 ask for it
+        _keep_what_can_be_learned(truth)
         metadata = MetadataCatalog.get(dataset_name)
         classes = metadata.get("own_classes", {})
         lowest = lowest_ids(classes)
@@ -37,3 +42,19 @@ class CocoEvaluator(COCOEvaluator):
                     one["category_id"] = self._own_numbers[one["category_id"]]
                 prediction["instances"] = found
         super()._eval_predictions(predictions, img_ids)
+
+
+def _keep_what_can_be_learned(truth: COCO) -> None:
+    """Leaves out what Detectron2 leaves out of the training: polygons of less than 3 points, objects that have no other
+    ones, and boxes without area."""
+    annotations, kept = truth.dataset.get("annotations", ()), []
+    for entry in annotations:
+        given = entry.get("segmentation")
+        if isinstance(given, list):
+            entry["segmentation"] = kept_polygons(given)
+        if all(entry.get("bbox", ())[2:]) and (entry.get("segmentation") or not given):
+            kept.append(entry)
+    if len(kept) < len(annotations):
+        truth.dataset["annotations"] = kept
+        with contextlib.redirect_stdout(io.StringIO()):
+            truth.createIndex()

@@ -238,10 +238,15 @@ def _repeats(values: np.ndarray) -> np.ndarray:
     return np.isin(np.arange(len(values)), np.unique(values, return_index=True)[1], invert=True)
 
 
+def kept_polygons(segmentation: list | str | None) -> list[list[float]]:
+    """The polygons that Detectron2 keeps."""
+    return [polygon for polygon in segmentation or [] if len(polygon) >= 6 and len(polygon) % 2 == 0]
+
+
 def _outline(segmentation: list | dict | str | None, fault: str | None) -> list[list[float]]:
-    """Lists of x, y, x, y, ...: the polygons that Detectron2 keeps, or two corners of a sound RLE."""
+    """Lists of x, y, x, y, ...: ``kept_polygons``, or two corners of a sound RLE."""
     if not isinstance(segmentation, dict):
-        return [polygon for polygon in segmentation or [] if len(polygon) >= 6 and len(polygon) % 2 == 0]
+        return kept_polygons(segmentation)
     if fault:
         return []
     rle = segmentation if isinstance(segmentation["counts"], str) else mask_utils.frPyObjects(segmentation, 0, 0)
