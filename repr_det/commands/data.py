@@ -18,7 +18,7 @@ from repr_det.datasets import check_registered, class_names, register_builtin, r
 from repr_det.datasets.coco_format import CocoSummary
 from repr_det.datasets.findings import listed
 from repr_det.datasets.image_files import shared_images
-from repr_det.datasets.registered import agree_on_classes, any_mapped, own_classes
+from repr_det.datasets.registered import agree_on_classes, any_mapped, lacking, own_classes
 from repr_det.detectron.config import as_user_error
 from repr_det.method.errors import UserError
 from repr_det.runs.record import DATA_FILE
@@ -77,7 +77,7 @@ def _may_be_of(scores: Sequence[Sequence[int]], name: str, test: Sequence[str]) 
         return False
     number = len(classes)
     fits = (rows == number + 1 if len(rest) == 1 else rows % number == 0 for rows, *rest in scores)
-    return number > 0 and all(fits) and all(set(own_classes(other)) <= set(classes) for other in test)
+    return number > 0 and all(fits) and not any(lacking(other, classes) for other in test)
 
 
 def _check_used(names: set[str], train: Sequence[str], test: Sequence[str], needed: Sequence[str]) -> None:

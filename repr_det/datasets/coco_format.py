@@ -62,9 +62,11 @@ _CONTENT = TypeAdapter(Content)
 
 @dataclass(frozen=True)
 class CocoSummary:
-    """Classes by ascending id, what ``objects.gaps_of`` finds, lengths of single objects' keypoint lists (or 0)."""
+    """Classes by ascending id, those of objects, what ``objects.gaps_of`` finds, lengths of single objects' keypoint
+    lists (or 0)."""
 
     classes: dict[int, str]
+    seen: frozenset[str]
     gaps: dict[str, list[str]]
     keypoint_numbers: frozenset[int]
     files: list[ImageFile] = field(repr=False)
@@ -107,7 +109,8 @@ def _check(findings: Findings, image_root: Path) -> CocoSummary:
     findings.report(gaps["training"], gaps["doubts"])
     numbers = frozenset(len(entry.get("keypoints") or ()) for entry in annotations if not entry.get("iscrowd"))
     files = check_image_files(content["images"], image_root, findings)
-    return CocoSummary(classes=classes, gaps=gaps, keypoint_numbers=numbers, files=files)
+    seen = frozenset(classes[entry["category_id"]] for entry in annotations)
+    return CocoSummary(classes=classes, seen=seen, gaps=gaps, keypoint_numbers=numbers, files=files)
 
 
 def _read(findings: Findings) -> dict[str, Any]:

@@ -22,7 +22,8 @@ class CocoEvaluator(COCOEvaluator):
         truth.dataset.setdefault("info", {})  # pycocotools 2.0.9 and 2.0.10 ask for it
         _keep_what_can_be_learned(truth)
         metadata = MetadataCatalog.get(dataset_name)
-        classes = metadata.get("own_classes", {})
+        own = metadata.get("own_classes", {})
+        classes = {i: name for i, name in own.items() if name in metadata.thing_classes}  # others have no objects
         lowest = lowest_ids(classes)
         # The model's number of a class -> the data set's.
         self._own_numbers = {metadata.thing_classes.index(name): number for number, name in enumerate(lowest)}

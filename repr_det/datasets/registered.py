@@ -3,7 +3,7 @@
 import difflib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,8 @@ def _register(name: str, json_file: str, image_root: str, classes: dict[int, str
 
 def _number(name: str, reference: Sequence[str]) -> None:
     metadata = MetadataCatalog.get(name)
-    numbers = {i: reference.index(class_name) for i, class_name in metadata.own_classes.items()}
+    own = metadata.own_classes.items()
+    numbers = {i: reference.index(class_name) for i, class_name in own if class_name in reference}
     # A key of Metadata cannot be set to another value.
     vars(metadata).update(thing_classes=list(reference), thing_dataset_id_to_contiguous_id=numbers)
 
@@ -69,7 +70,8 @@ def _load(name: str) -> list[dict]:
     metadata = MetadataCatalog.get(name)
     own, numbers = metadata.own_classes, metadata.thing_dataset_id_to_contiguous_id
     if list(dict.fromkeys(own.values())) != metadata.thing_classes:
-        mapping = listed((f"{class_name} (id {i}) -> {numbers[i]}" for i, class_name in own.items()), 100)
+        places = {i: numbers.get(i, "none, it has no objects") for i in own}
+        mapping = listed((f"{class_name} (id {i}) -> {places[i]}" for i, class_name in own.items()), 100)
         what = f"data set {name}: its classes are mapped by name: {mapping}, of {len(metadata.thing_classes)} classes"
         log_first_n(logging.INFO, what, key="message")
     records = load_coco_json(metadata.json_file, metadata.image_root)
@@ -155,6 +157,15 @@ def classes_of_loaded(names: Sequence[str]) -> list[str]:
     return max((MetadataCatalog.get(name).get("thing_classes", []) for name in names), key=len, default=[])
 
 
+def lacking(name: str, reference: Collection[str]) -> list[str]:
+    """The classes of a data set that the reference lacks; of one that can be mapped, those that have objects."""
+    missing = [class_name for class_name in own_classes(name) if class_name not in reference]
+    if missing and MetadataCatalog.get(name).get("own_classes"):
+        summary = check_registered(name, for_evaluation=False)
+        missing = [class_name for class_name in missing if summary and class_name in summary.seen]
+    return missing
+
+
 def any_mapped(data_sets: Sequence[Sequence[str]]) -> bool:
     """Tells whether any of these can be mapped; UserError for a string in place of names."""
     for names in data_sets:
@@ -177,7 +188,7 @@ def agree_on_classes(
             most, the first of equals.
 
     Raises:
-        UserError: a data set has classes that the reference lacks, or cannot be mapped.
+        UserError: a data set has objects of classes that the reference lacks, or cannot be mapped.
     """
     own = {name: classes for name in (*train, *test) if (classes := own_classes(name))}
     source = "the checkpoint"
@@ -186,7 +197,7 @@ def agree_on_classes(
         reference = own[source]
     for name, classes in own.items():
         both = f"data set {name} has the classes {listed(classes, 20)}, and {source} has {listed(reference, 20)}"
-        if missing := [class_name for class_name in classes if class_name not in reference]:
+        if missing := lacking(name, reference):
             alike = [other for other in reference if folded(other) == folded(missing[0])]
             hint = f" (but {alike[0]!a}, so spell both alike)" if alike else ""
             raise UserError(f"{both}: they cannot be mapped by name, since that lacks {missing[0]!a}{hint}")
