@@ -6,10 +6,11 @@ import shutil
 
 import pytest
 import torch
-from coco_folder import Folder, annotation, annotations_of, evaluate, every, put, refused
+from coco_folder import Folder, annotation, annotations_of, category, evaluate, every, put, refused
 from conftest import ROOT, SMALL
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
+from detectron2.data.detection_utils import create_keypoint_hflip_indices
 from detectron2.evaluation import COCOEvaluator
 from PIL import Image
 from pycocotools.coco import COCO
@@ -325,6 +326,23 @@ def test_data_names_head_and_sigmas_have_one_number_of_keypoints(mine, folder, o
         assert Trainer.build_evaluator(cfg, "other")._kpt_oks_sigmas == cfg.TEST.KEYPOINT_OKS_SIGMAS != []
     else:
         assert f"{numbers}, 4 in {head}, 4 in {sigmas}" in refused(check_run, cfg)
+
+
+FLIPPED = [["left_eye", "nose", "right_eye"], ["EarRight", "EarLeft", "tip"], ["1", "2", "3"]]
+
+
+@pytest.mark.parametrize(("names", "indices"), zip(FLIPPED, [[2, 1, 0], [1, 0, 2], [0, 1, 2]], strict=True))
+def test_keypoints_are_named_by_the_categories(mine, caplog, names, indices):
+    """--register has no other place for them; a flip exchanges left and right."""
+
+    def named(folder):
+        every(lambda a: {"keypoints": [*a["bbox"][:2], 2] * 3, "num_keypoints": 3})(folder)
+        category(0, keypoints=names, skeleton=[[1, 2]])(folder)
+
+    opts = ["MODEL.KEYPOINT_ON", "True", "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", "3", "DATASETS.TEST", "()"]
+    check_run(cfg := mine(*opts, edit=named))
+    assert ("in mine a flip exchanges no keypoints: none have" in caplog.text) is (names == ["1", "2", "3"])
+    assert create_keypoint_hflip_indices(cfg.DATASETS.TRAIN) == indices
 
 
 def two_files(folder: Folder, val_ids: dict[int, str]) -> list[list[str]]:

@@ -18,7 +18,7 @@ from repr_det.datasets import check_registered, class_names, register_builtin, r
 from repr_det.datasets.coco_format import CocoSummary
 from repr_det.datasets.findings import listed
 from repr_det.datasets.image_files import shared_images
-from repr_det.datasets.registered import agree_on_classes, any_mapped, lacking, own_classes
+from repr_det.datasets.registered import agree_on_classes, any_mapped, lacking, name_keypoints, own_classes
 from repr_det.detectron.config import as_user_error
 from repr_det.method.errors import UserError
 from repr_det.runs.record import DATA_FILE
@@ -42,6 +42,7 @@ def prepare_data(
     register_builtin()
     for entry in register:
         register_coco_format(*entry)
+        name_keypoints(entry[0])
     _check_used({name for name, *_ in register}, train, test, train if weights is None else test)
     train, test = ([name for name in names if name in DatasetCatalog] for names in (train, test))
     if weights is None:
@@ -166,9 +167,12 @@ def _check_masks(cfg: CfgNode, name: str, summary: CocoSummary, train: bool, tes
 def _check_keypoints(name: str, summary: CocoSummary, train: bool, test: bool) -> None:
     metadata = MetadataCatalog.get(name)
     gaps = summary.gaps["visibility"] + (summary.gaps["keypoints"] if test else [])
-    if train and (not metadata.get("keypoint_names") or metadata.get("keypoint_flip_map") is None):
-        gaps = ["MetadataCatalog has no keypoint_names and keypoint_flip_map"]
-    _report("MODEL.KEYPOINT_ON", name, gaps, summary.gaps["keypoint doubts"])
+    doubts, flips = list(summary.gaps["keypoint doubts"]), metadata.get("keypoint_flip_map")
+    if train and (not metadata.get("keypoint_names") or flips is None):
+        gaps = ["MetadataCatalog has no keypoint_names and keypoint_flip_map, nor has the json one list for all"]
+    elif train and not flips:
+        doubts.append("a flip exchanges no keypoints: none have names with left and right")
+    _report("MODEL.KEYPOINT_ON", name, gaps, doubts)
 
 
 def check_number_of_keypoints(cfg: CfgNode, model: nn.Module, eval_only: bool) -> None:

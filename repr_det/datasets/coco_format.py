@@ -33,6 +33,7 @@ class Image(TypedDict):
 class Category(TypedDict):
     id: Id
     name: Name
+    keypoints: NotRequired[list | None]
 
 
 class RunLengths(TypedDict):
@@ -62,10 +63,11 @@ _CONTENT = TypeAdapter(Content)
 
 @dataclass(frozen=True)
 class CocoSummary:
-    """Classes by ascending id, those of objects, what ``objects.gaps_of`` finds, lengths of single objects' keypoint
-    lists (or 0)."""
+    """Classes by ascending id, their keypoints if alike, classes of objects, what ``objects.gaps_of`` finds, lengths of
+    single objects' keypoint lists (or 0)."""
 
     classes: dict[int, str]
+    keypoint_names: list[str]
     seen: frozenset[str]
     gaps: dict[str, list[str]]
     keypoint_numbers: frozenset[int]
@@ -110,7 +112,9 @@ def _check(findings: Findings, image_root: Path) -> CocoSummary:
     numbers = frozenset(len(entry.get("keypoints") or ()) for entry in annotations if not entry.get("iscrowd"))
     files = check_image_files(content["images"], image_root, findings)
     seen = frozenset(classes[entry["category_id"]] for entry in annotations)
-    return CocoSummary(classes=classes, seen=seen, gaps=gaps, keypoint_numbers=numbers, files=files)
+    named = [list(map(str, entry["keypoints"])) for entry in categories.values() if entry.get("keypoints")]
+    names = named[0] if named and max(named) == min(named) else []
+    return CocoSummary(classes, names, seen, gaps, numbers, files)
 
 
 def _read(findings: Findings) -> dict[str, Any]:

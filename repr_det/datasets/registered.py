@@ -1,6 +1,7 @@
 """Data sets by their registered names: registered, checked once, their classes numbered alike."""
 
 import difflib
+import itertools
 import logging
 import os
 from collections.abc import Collection, Sequence
@@ -47,6 +48,16 @@ def register_coco_format(name: str, json_file: str | os.PathLike, image_root: st
         return
     classes = _check_once(json_file, image_root, name).classes
     _register(name, json_file, image_root, classes)
+
+
+def name_keypoints(name: str) -> None:
+    """Takes keypoint_names of the categories, and keypoint_flip_map of left and right in them, if none are given."""
+    metadata, summary = MetadataCatalog.get(name), check_registered(name, for_evaluation=False)
+    if summary and summary.keypoint_names and not metadata.get("keypoint_names"):
+        names = summary.keypoint_names
+        sides = itertools.product(names, (("left", "right"), ("Left", "Right"), ("LEFT", "RIGHT")))
+        pairs = [(x, other) for x, side in sides if side[0] in x and (other := x.replace(*side)) in names]
+        metadata.set(keypoint_names=names, keypoint_flip_map=pairs)
 
 
 def _register(name: str, json_file: str, image_root: str, classes: dict[int, str], **more: str) -> None:
