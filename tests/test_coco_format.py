@@ -161,6 +161,9 @@ WRONG = [
     *((file(2, noise(1023), suffix), DEEP) for suffix in (".png", ".tif", ".ppm")),
     *((file(2, noise(9, kind, ()), ".tif"), DEEP) for kind in (np.uint16, np.int32, np.float32)),
 ]
+FAULTS = {1: [1, 2, 3, 4, 5, 6], 64.0: {"counts": "abc", "size": [64.0, 96.0]}, 9.0: {"counts": [9.0], "size": [1, 9]}}
+for shown, value in FAULTS.items():
+    WRONG.append((annotation(1, segmentation=value), f"a valid {'list' if shown == 1 else 'integer'}, got {shown}"))
 for (section, key), values in WRONG_TYPES.items():
     for value in values:
         shown = reprlib.repr(None if value is ... else value)
@@ -311,6 +314,7 @@ EXIF = Image.Exif()
 EXIF[274] = 6  # orientation: turned by a quarter
 ODD = {
     "RLE crowd": annotation(0, iscrowd=1, segmentation={"counts": [0, 600, 600], "size": [30, 40]}),
+    "no segmentation": annotation(0, segmentation={}),
     "flags of other tools": every(lambda a: {"iscrowd": False}),
     "lengths of other tools": image(0, width=40.0, height=30.0),
     "palette": picture("P", "png"),

@@ -48,7 +48,7 @@ class Annotation(TypedDict):
     bbox: Annotated[list[Finite], Field(min_length=4, max_length=4)]
     iscrowd: NotRequired[Literal[0, 1, False, True]]
     ignore: NotRequired[Literal[0, False]]
-    segmentation: NotRequired[list[list] | RunLengths | Literal[""] | None]
+    segmentation: NotRequired[list[list] | RunLengths | Literal[""] | Annotated[dict, Field(max_length=0)] | None]
     keypoints: NotRequired[list[Finite] | None]
 
 
@@ -126,7 +126,9 @@ def _read(findings: Findings) -> dict[str, Any]:
         _CONTENT.validate_python(content, strict=True)
         return content
     except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
+        faults = error.errors(include_url=False)
+        alike = [fault for fault in faults if fault["loc"][:3] == faults[0]["loc"][:3]]
+        fault = max(alike, key=lambda fault: len(fault["loc"]))  # in a union, of the form that fits furthest
     except (OSError, ValueError) as error:
         findings.fail(f"cannot be read as JSON: {reason(error, path)}")
     if len(fault["loc"]) < 3:
@@ -135,8 +137,9 @@ def _read(findings: Findings) -> dict[str, Any]:
     section, number, key = fault["loc"][:3]
     entry = content[section][number]
     name = f" (id {entry['id']!r})" if key != "id" else ""
-    value = reprlib.repr(entry.get(key))
-    findings.fail(f"entry {number} of '{section}'{name} has a wrong '{key}', {value}: {fault['msg']}")
+    value, part = entry.get(key), fault["input"]
+    what = fault["msg"] + (f", got {reprlib.repr(part)}" if len(fault["loc"]) > 3 and part is not value else "")
+    findings.fail(f"entry {number} of '{section}'{name} has a wrong '{key}', {reprlib.repr(value)}: {what}")
 
 
 def _by_id(content: dict[str, Any], section: str, findings: Findings) -> dict[Any, dict[str, Any]]:

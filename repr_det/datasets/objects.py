@@ -120,7 +120,7 @@ def _evaluation_rows(objects: Objects) -> list[Row]:
 
 
 def _mask_rows(objects: Objects) -> list[Row]:
-    masks = [entry.get("segmentation") for entry in objects.annotations]
+    masks = [entry.get("segmentation") or None for entry in objects.annotations]
     sizes = objects.sizes.astype(int).tolist()
     faults = [_mask_fault(mask, *size) for mask, size in zip(masks, sizes, strict=True)]
     faulty = np.array([bool(fault) for fault in faults])
