@@ -279,7 +279,11 @@ def test_images_without_annotations_are_evaluated_as_in_detectron2(mine, folder,
     assert stock == own != "[]"
 
 
-KEYPOINTS = [([1, 2, 2] * 17, ""), ([1, 2, 2] * 16, "16, 17 in objects of mine"), (None, "0, 17 in objects of mine")]
+KEYPOINTS = [
+    ([1, 2, 2] * 17, ""),
+    ([1, 2, 2] * 16, "16 in objects of mine, 17 in objects of mine"),
+    (None, "0 in objects of mine, 17 in objects of mine"),
+]
 KEYPOINTS += [([1, 2, 7] * 17, "annotation 2 has a keypoint [x, y, visibility] whose visibility is not 0, 1 or 2 (")]
 
 
@@ -318,14 +322,16 @@ def test_data_names_head_and_sigmas_have_one_number_of_keypoints(mine, folder, o
     cfg = mine(*opts, edit=keypoints(4))
     MetadataCatalog.get("mine").set(keypoint_names=["a", "b", "c", "d"], keypoint_flip_map=[("a", "b")])
     head, sigmas = "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", "TEST.KEYPOINT_OKS_SIGMAS"
-    numbers = f"differ: 4 in objects of mine, 4 in keypoint_names of mine, {of_test} in objects of other"
-    assert f"{numbers}, 17 in {head}, 17 in {sigmas}" in refused(check_run, cfg)
+    numbers = (
+        f"4 in objects of mine, 4 in keypoint_names of mine, {of_test} in objects of other; give all that of the data"
+    )
+    assert f"differ: 17 in {head}, 17 in {sigmas}, {numbers}" in refused(check_run, cfg)
     cfg = mine(*opts, head, "4", sigmas, "[0.1, 0.1, 0.1, 0.2]")
     if of_test == 4:
         check_run(cfg)
         assert Trainer.build_evaluator(cfg, "other")._kpt_oks_sigmas == cfg.TEST.KEYPOINT_OKS_SIGMAS != []
     else:
-        assert f"{numbers}, 4 in {head}, 4 in {sigmas}" in refused(check_run, cfg)
+        assert f"differ: 4 in {head}, 4 in {sigmas}, {numbers}" in refused(check_run, cfg)
 
 
 FLIPPED = [["left_eye", "nose", "right_eye"], ["EarRight", "EarLeft", "tip"], ["1", "2", "3"]]
@@ -438,7 +444,7 @@ def test_evaluation_follows_the_classes_of_the_checkpoint(folder, catalogs, tmp_
     if tells:  # it was compared with nothing
         assert "stock has the classes plate, cell, and " in refused(config, [], *opts, eval_only=True)
         wrong = config(mapped, *opts[:4], "MODEL.ROI_HEADS.NUM_CLASSES", 2, eval_only=True)
-        message = "is 2, but v is mapped by name to 3 classes (cell, drop, plate): set it to that"
+        message = "is 2, but v has or is mapped to 3 classes (cell, drop, plate): set it to that"
         assert message in refused(check_datasets, wrong, eval_only=True)
         (tmp_path / DATA_FILE).write_text(json.dumps({"t": {"classes": ["cell", "plates"]}}))
         torch.save(weights, tmp_path / "moved.pth")

@@ -72,13 +72,12 @@ def _classes_of_outputs(weights: str, train: Sequence[str], test: Sequence[str])
 def _may_be_of(scores: Sequence[Sequence[int]], name: str, test: Sequence[str]) -> bool:
     """Tells whether a data set has the classes of the test sets, and as many as weights of these shapes score: those of
     boxes (linear) one more, for the background; RetinaNet's (of a conv) all at each anchor."""
-    try:
-        classes = own_classes(name)
-    except UserError:  # its file need not be there
+    if not MetadataCatalog.get(name).get("thing_classes"):  # in a file that need not be there
         return False
+    classes = own_classes(name)
     number = len(classes)
     fits = (rows == number + 1 if len(rest) == 1 else rows % number == 0 for rows, *rest in scores)
-    return number > 0 and all(fits) and not any(lacking(other, classes) for other in test)
+    return all(fits) and not any(lacking(other, classes) for other in test)
 
 
 def _check_used(names: set[str], train: Sequence[str], test: Sequence[str], needed: Sequence[str]) -> None:
@@ -150,10 +149,9 @@ def _check_number(cfg: CfgNode, name: str) -> None:
     for base, head in _READS_NUMBER.items():
         number, classes = cfg.MODEL[head].NUM_CLASSES, class_names(name)
         if base in getattr(architecture, "__mro__", ()) and len(classes) != number:
-            has = "has" if len(classes) == len(own_classes(name)) else "is mapped by name to"
-            which = f"{len(classes)} classes ({listed(classes, 3)}): set it to that"
-            what = f"{has} {which}" if classes else "has no thing_classes in MetadataCatalog"
-            raise UserError(f"MODEL.{head}.NUM_CLASSES is {number}, but {name} {what}")
+            what = f"or is mapped to {len(classes)} classes ({listed(classes, 3)}): set it to that"
+            what = what if classes else "no thing_classes in MetadataCatalog"
+            raise UserError(f"MODEL.{head}.NUM_CLASSES is {number}, but {name} has {what}")
 
 
 def _check_masks(cfg: CfgNode, name: str, summary: CocoSummary, train: bool, test: bool) -> None:
@@ -177,21 +175,19 @@ def _check_keypoints(name: str, summary: CocoSummary, train: bool, test: bool) -
 
 def check_number_of_keypoints(cfg: CfgNode, model: nn.Module, eval_only: bool) -> None:
     """Refuses data, keypoint_names, keypoint head and OKS sigmas of a run that differ in it."""
-    heads = (module for module in model.modules() if isinstance(module, BaseKeypointRCNNHead))
-    numbers: dict[str, set[float]] = {}
-    for name in dict.fromkeys((*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST)):
-        summary = check_registered(name, for_evaluation=False)
-        numbers[f"objects of {name}"] = {number / 3 for number in summary.keypoint_numbers} if summary else set()
-        numbers[f"keypoint_names of {name}"] = {len(MetadataCatalog.get(name).get("keypoint_names", ()))} - {0}
-    numbers["MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS"] = {head.num_keypoints for head in heads}
+    heads = [module for module in model.modules() if isinstance(module, BaseKeypointRCNNHead)]
+    numbers = [(head.num_keypoints, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS") for head in heads]
     if cfg.DATASETS.TEST:
-        numbers["TEST.KEYPOINT_OKS_SIGMAS"] = {len(cfg.TEST.KEYPOINT_OKS_SIGMAS) or 17}  # COCO's
-    if len(set().union(*numbers.values())) > 1:
-        found = ", ".join(f"{listed(f'{n:g}' for n in sorted(ns))} in {place}" for place, ns in numbers.items() if ns)
-        raise UserError(
-            f"MODEL.KEYPOINT_ON is True, but numbers of keypoints differ: {found}; give all that of the data, and "
-            "zeros to an object without"
-        )
+        numbers.append((len(cfg.TEST.KEYPOINT_OKS_SIGMAS) or 17, "TEST.KEYPOINT_OKS_SIGMAS"))  # COCO's 17
+    for name in dict.fromkeys((*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST)):
+        if summary := check_registered(name, for_evaluation=False):
+            numbers += [(number / 3, f"objects of {name}") for number in sorted(summary.keypoint_numbers)]
+        if names := MetadataCatalog.get(name).get("keypoint_names"):
+            numbers.append((len(names), f"keypoint_names of {name}"))
+    if len({number for number, _ in numbers}) > 1:
+        found = ", ".join(f"{number:g} in {place}" for number, place in numbers)
+        what = f"{found}; give all that of the data, and zeros to an object without"
+        raise UserError(f"MODEL.KEYPOINT_ON is True, but numbers of keypoints differ: {what}")
 
 
 def _report(key: str, name: str, gaps: Sequence[str], doubts: Sequence[str]) -> None:

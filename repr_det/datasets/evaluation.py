@@ -1,7 +1,5 @@
 """COCO evaluation of data sets whose classes are mapped by name."""
 
-import contextlib
-import io
 from typing import Any
 
 from detectron2.data import Metadata, MetadataCatalog
@@ -48,14 +46,10 @@ class CocoEvaluator(COCOEvaluator):
 def _keep_what_can_be_learned(truth: COCO) -> None:
     """Leaves out what Detectron2 leaves out of the training: polygons of less than 3 points, objects that have no other
     ones, and boxes without area."""
-    annotations, kept = truth.dataset.get("annotations", ()), []
-    for entry in annotations:
-        given = entry.get("segmentation")
-        if isinstance(given, list):
-            entry["segmentation"] = kept_polygons(given)
-        if all(entry.get("bbox", ())[2:]) and (entry.get("segmentation") or not given):
-            kept.append(entry)
-    if len(kept) < len(annotations):
-        truth.dataset["annotations"] = kept
-        with contextlib.redirect_stdout(io.StringIO()):
-            truth.createIndex()
+    for annotations in truth.imgToAnns.values():
+        for entry in [*annotations]:
+            given = entry.get("segmentation")
+            if isinstance(given, list):
+                entry["segmentation"] = kept_polygons(given)
+            if not all(entry.get("bbox", ())[2:]) or (given and not entry["segmentation"]):
+                annotations.remove(entry)

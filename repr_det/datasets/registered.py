@@ -81,8 +81,7 @@ def _load(name: str) -> list[dict]:
     metadata = MetadataCatalog.get(name)
     own, numbers = metadata.own_classes, metadata.thing_dataset_id_to_contiguous_id
     if list(dict.fromkeys(own.values())) != metadata.thing_classes:
-        places = {i: numbers.get(i, "none, it has no objects") for i in own}
-        mapping = listed((f"{class_name} (id {i}) -> {places[i]}" for i, class_name in own.items()), 100)
+        mapping = listed((f"{c} (id {i}) -> {numbers.get(i, 'none, it has no objects')}" for i, c in own.items()), 100)
         what = f"data set {name}: its classes are mapped by name: {mapping}, of {len(metadata.thing_classes)} classes"
         log_first_n(logging.INFO, what, key="message")
     records = load_coco_json(metadata.json_file, metadata.image_root)
@@ -163,11 +162,6 @@ def own_classes(name: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(own.values())) if own else class_names(name)
 
 
-def classes_of_loaded(names: Sequence[str]) -> list[str]:
-    """The classes of data sets that have been loaded, in the order of the outputs; [] without things."""
-    return max((MetadataCatalog.get(name).get("thing_classes", []) for name in names), key=len, default=[])
-
-
 def lacking(name: str, reference: Collection[str]) -> list[str]:
     """The classes of a data set that the reference lacks; of one that can be mapped, those that have objects."""
     missing = [class_name for class_name in own_classes(name) if class_name not in reference]
@@ -189,14 +183,10 @@ def any_mapped(data_sets: Sequence[Sequence[str]]) -> bool:
 def agree_on_classes(
     train: Sequence[str], test: Sequence[str] = (), reference: Sequence[str] | None = None
 ) -> tuple[str, ...]:
-    """Gives all data sets of a run one numbering of the classes, and returns the classes in its order.
+    """Gives all data sets of a run one numbering of the classes, and returns the classes in its order: ``reference``,
+    else those of the training (or else test) set that has most, the first of equals.
 
     A data set of `register_coco_format` is mapped by name when it is loaded; others with things must number them alike.
-
-    Args:
-        train, test: registered names, not both empty.
-        reference: the classes in the order of the outputs; default those of the training (or else test) set that has
-            most, the first of equals.
 
     Raises:
         UserError: a data set has objects of classes that the reference lacks, or cannot be mapped.

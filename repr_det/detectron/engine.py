@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, build_detection_test_loader, build_detection_train_loader
+from detectron2.data import DatasetMapper, MetadataCatalog, build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, create_ddp_model, hooks
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import DatasetEvaluator
@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from repr_det.datasets.image_files import NamingMapper
-from repr_det.datasets.registered import agree_on_classes, any_mapped, classes_of_loaded
+from repr_det.datasets.registered import agree_on_classes, any_mapped
 from repr_det.detectron.config import defined_at_its_end, scale_to_world
 from repr_det.detectron.evaluators import build_evaluator, check_evaluators
 from repr_det.detectron.hook import RePrHook, first_later_hook
@@ -76,7 +76,8 @@ class Trainer(DefaultTrainer):
         self._trainer = inner(model, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
-        self.checkpointer.thing_classes = classes_of_loaded(cfg.DATASETS.TRAIN)
+        classes = [MetadataCatalog.get(name).get("thing_classes", []) for name in cfg.DATASETS.TRAIN]
+        self.checkpointer.thing_classes = max(classes, key=len, default=[])
         if comm.is_main_process():
             remove_unfinished(cfg.OUTPUT_DIR)
         self.start_iter = 0
