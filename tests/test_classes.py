@@ -96,14 +96,14 @@ def test_other_ids_and_a_subset_are_evaluated_as_stock_detectron2_does(folder, c
 
 def test_training_sets_may_number_and_list_otherwise(folder, catalogs, caplog):
     caplog.set_level(logging.INFO, "repr_det")
-    register(folder, a={1: "drop", 2: "cell"}, b=CLASSES, v={5: "plate", 9: "cell"})
+    register(folder, a={1: "drop", 2: "cell"}, b=CLASSES, v={0: "pets-a1b2", 5: "plate", 9: "cell"})
     agree = registered.agree_on_classes
     assert agree(("a", "b"), ("v",)) == ("cell", "plate", "drop")  # those of the one that has most
     assert classes_as_loaded("a") == {1: [0], 2: [2, 0], 5: []}
     for _ in range(2):
         assert classes_as_loaded("v") == {1: [0, 1], 2: [0], 5: []}
-    message = "data set v: its classes are mapped by name: plate (id 5) -> 1, cell (id 9) -> 0, of 3 classes"
-    assert caplog.messages.count(message) == 1
+    message = "pets-a1b2 (id 0) -> none, it has no objects, plate (id 5) -> 1, cell (id 9) -> 0, of 3 classes"
+    assert caplog.messages.count(f"data set v: its classes are mapped by name: {message}") == 1
     assert agree(("a",)) == ("drop", "cell")  # another run, in the same process
     assert classes_as_loaded("a") == {1: [1], 2: [0, 1], 5: []}
     assert agree(("b",), ("v",), ("plate", "drop", "cell")) == ("plate", "drop", "cell")
@@ -123,14 +123,6 @@ def test_what_cannot_be_mapped_names_both_lists(folder, catalogs):
         assert message in refused(registered.agree_on_classes, (train,), (test,), reference)
     message = "data sets must be a tuple of names, ('t',), got 't'"
     assert message in refused(registered.any_mapped, ("t", ("v",)))
-
-
-def test_a_class_without_objects_is_not_mapped(folder, catalogs, caplog):
-    caplog.set_level(logging.INFO, "repr_det")
-    register(folder, t={1: "cell", 2: "plate"}, v={0: "pets-a1b2", 2: "cell"})
-    registered.agree_on_classes(("t",), ("v",))
-    assert classes_as_loaded("v") == {1: [0], 2: [0], 5: []}
-    assert "mapped by name: pets-a1b2 (id 0) -> none, it has no objects, cell (id 2) -> 0, of 2 classes" in caplog.text
 
 
 def test_a_class_with_two_ids_is_one_class(folder, catalogs, caplog):
@@ -279,11 +271,7 @@ def test_images_without_annotations_are_evaluated_as_in_detectron2(mine, folder,
     assert stock == own != "[]"
 
 
-KEYPOINTS = [
-    ([1, 2, 2] * 17, ""),
-    ([1, 2, 2] * 16, "16 in objects of mine, 17 in objects of mine"),
-    (None, "0 in objects of mine, 17 in objects of mine"),
-]
+KEYPOINTS = [([1, 2, 2] * 17, ""), ([1, 2, 2] * 16, "16 in objects of mine, 17 in"), (None, "0 in objects of mine, 17")]
 KEYPOINTS += [([1, 2, 7] * 17, "annotation 2 has a keypoint [x, y, visibility] whose visibility is not 0, 1 or 2 (")]
 
 
@@ -307,48 +295,31 @@ def test_keypoints_need_metadata_and_one_number(mine, caplog, odd, shown):
         assert "must have a finite number as 'area'" in refused(check_run, mine())
 
 
-@pytest.mark.parametrize("of_test", [3, 4])
-def test_data_names_head_and_sigmas_have_one_number_of_keypoints(mine, folder, of_test):
+FLIPPED = [["left_eye", "nose", "right_eye"], ["EarRight", "EarLeft", "tip"], ["1", "2", "3"]]
+
+
+@pytest.mark.parametrize(("names", "indices"), zip(FLIPPED, [[2, 1, 0], [1, 0, 2], [0, 1, 2]], strict=True))
+def test_the_categories_name_keypoints_and_all_have_one_number(mine, folder, catalogs, caplog, names, indices):
     """Detectron2's loss takes other objects' rows for those that the head has too many."""
 
     def keypoints(number):
         return every(lambda a: {"keypoints": [*a["bbox"][:2], 2] * number, "num_keypoints": number})
 
-    other = Folder(folder.json.parents[1] / "other")
-    keypoints(of_test)(other)
-    other.check()
-    register_coco_format("other", other.json, other.images)
-    opts = ["MODEL.KEYPOINT_ON", "True", "DATASETS.TEST", "('other',)"]
-    cfg = mine(*opts, edit=keypoints(4))
-    MetadataCatalog.get("mine").set(keypoint_names=["a", "b", "c", "d"], keypoint_flip_map=[("a", "b")])
+    category(0, keypoints=names)(folder)
     head, sigmas = "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", "TEST.KEYPOINT_OKS_SIGMAS"
-    numbers = (
-        f"4 in objects of mine, 4 in keypoint_names of mine, {of_test} in objects of other; give all that of the data"
-    )
-    assert f"differ: 17 in {head}, 17 in {sigmas}, {numbers}" in refused(check_run, cfg)
-    cfg = mine(*opts, head, "4", sigmas, "[0.1, 0.1, 0.1, 0.2]")
-    if of_test == 4:
-        check_run(cfg)
-        assert Trainer.build_evaluator(cfg, "other")._kpt_oks_sigmas == cfg.TEST.KEYPOINT_OKS_SIGMAS != []
-    else:
-        assert f"differ: 4 in {head}, 4 in {sigmas}, {numbers}" in refused(check_run, cfg)
-
-
-FLIPPED = [["left_eye", "nose", "right_eye"], ["EarRight", "EarLeft", "tip"], ["1", "2", "3"]]
-
-
-@pytest.mark.parametrize(("names", "indices"), zip(FLIPPED, [[2, 1, 0], [1, 0, 2], [0, 1, 2]], strict=True))
-def test_keypoints_are_named_by_the_categories(mine, caplog, names, indices):
-    """--register has no other place for them; a flip exchanges left and right."""
-
-    def named(folder):
-        every(lambda a: {"keypoints": [*a["bbox"][:2], 2] * 3, "num_keypoints": 3})(folder)
-        category(0, keypoints=names, skeleton=[[1, 2]])(folder)
-
-    opts = ["MODEL.KEYPOINT_ON", "True", "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", "3", "DATASETS.TEST", "()"]
-    check_run(cfg := mine(*opts, edit=named))
+    told = "differ: 17 in {}, 17 in {}, 3 in objects of mine, 3 in keypoint_names of mine; give all that of the data"
+    assert told.format(head, sigmas) in refused(check_run, mine("MODEL.KEYPOINT_ON", "True", edit=keypoints(3)))
+    opts = ["MODEL.KEYPOINT_ON", "True", head, "3", sigmas, "[0.1, 0.1, 0.2]"]
+    check_run(cfg := mine(*opts))
     assert ("in mine a flip exchanges no keypoints: none have" in caplog.text) is (names == ["1", "2", "3"])
     assert create_keypoint_hflip_indices(cfg.DATASETS.TRAIN) == indices
+    assert Trainer.build_evaluator(cfg, "mine")._kpt_oks_sigmas == [0.1, 0.1, 0.2]
+    keypoints(4)(folder)
+    path = folder.json.with_name("other.json")
+    path.write_text(json.dumps(folder.content))
+    register_coco_format("other", path, folder.images)
+    cfg = mine(*opts, "DATASETS.TEST", "('other',)", edit=keypoints(3))
+    assert "3 in keypoint_names of mine, 4 in objects of other; give" in refused(check_run, cfg)
 
 
 def two_files(folder: Folder, val_ids: dict[int, str]) -> list[list[str]]:
@@ -440,14 +411,13 @@ def test_evaluation_follows_the_classes_of_the_checkpoint(folder, catalogs, tmp_
     told = "nothing names the classes of the checkpoint: its outputs are taken for plate, cell, in this order; if"
     assert [told in message for message in caplog.messages] == [True] * (not tells)
     register_stock(mapped[0][1], folder)
-    opts += ["DATASETS.TEST", "('stock',)", *([] if tells == "training set" else ["DATASETS.TRAIN", "()"])]
-    if tells:  # it was compared with nothing
-        assert "stock has the classes plate, cell, and " in refused(config, [], *opts, eval_only=True)
-        wrong = config(mapped, *opts[:4], "MODEL.ROI_HEADS.NUM_CLASSES", 2, eval_only=True)
-        message = "is 2, but v has or is mapped to 3 classes (cell, drop, plate): set it to that"
-        assert message in refused(check_datasets, wrong, eval_only=True)
-        (tmp_path / DATA_FILE).write_text(json.dumps({"t": {"classes": ["cell", "plates"]}}))
-        torch.save(weights, tmp_path / "moved.pth")
-        assert "the checkpoint has cell, plates: " in refused(config, mapped, *opts[:4], eval_only=True)
-    else:
-        config([], *opts, eval_only=True)
+    stock = [*opts, "DATASETS.TEST", "('stock',)", *([] if tells == "training set" else ["DATASETS.TRAIN", "()"])]
+    if not tells:
+        config([], *stock, eval_only=True)
+        return
+    assert "stock has the classes plate, cell, and " in refused(config, [], *stock, eval_only=True)
+    wrong = config(mapped, *opts, "MODEL.ROI_HEADS.NUM_CLASSES", 2, eval_only=True)
+    message = "is 2, but v has or is mapped to 3 classes (cell, drop, plate): set it to that"
+    assert message in refused(check_datasets, wrong, eval_only=True)
+    torch.save({"thing_classes": ["cell", "plates"]}, tmp_path / "moved.pth")
+    assert "the checkpoint has cell, plates: " in refused(config, mapped, *opts, eval_only=True)

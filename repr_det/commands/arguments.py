@@ -79,11 +79,7 @@ def build_config(
     resume: bool = False,
 ) -> CfgNode:
     """Builds the frozen config of a run from a yaml file or the name of one in configs/. Other arguments are those of
-    the command line.
-
-    Raises:
-        UserError: file, key, value or data set is wrong.
-    """
+    the command line. UserError if file, key, value or data set is wrong."""
     cfg = get_cfg()
     add_repr_config(cfg)
     if len(opts) % 2:

@@ -4,7 +4,6 @@ import contextlib
 import itertools
 import json
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,11 +33,8 @@ def prepare_data(
 ) -> int:
     """Registers this package's data sets and those of --register, and numbers the classes of a run. Returns their
     number, 0 without --register. An evaluation, of the file ``weights``, goes by the classes that it or the record
-    beside it names, else by those of the training set if these can be the model's.
-
-    Raises:
-        UserError: a data set is bad, or none of --register is used.
-    """
+    beside it names, else by those of the training set if these can be the model's. UserError if a data set is bad, or
+    none of --register is used."""
     register_builtin()
     for entry in register:
         register_coco_format(*entry)
@@ -58,7 +54,7 @@ def _classes_of_outputs(weights: str, train: Sequence[str], test: Sequence[str])
         held = load_checkpoint(PathManager.get_local_path(weights.partition("?")[0]))
         known = held.get("thing_classes")
         scores = [value.shape for key, value in held.get("model", held).items() if key.endswith("cls_score.weight")]
-    known = known or recorded_classes(os.path.dirname(weights))
+    known = known or recorded_classes(Path(weights).parent)
     train = [] if known else [name for name in train if _may_be_of(scores, name, test)]
     classes = agree_on_classes(train, test, known)
     if len(classes) > 1 and not (known or train):
@@ -75,8 +71,7 @@ def _may_be_of(scores: Sequence[Sequence[int]], name: str, test: Sequence[str]) 
     if not MetadataCatalog.get(name).get("thing_classes"):  # in a file that need not be there
         return False
     classes = own_classes(name)
-    number = len(classes)
-    fits = (rows == number + 1 if len(rest) == 1 else rows % number == 0 for rows, *rest in scores)
+    fits = (rows == len(classes) + 1 if len(rest) == 1 else rows % len(classes) == 0 for rows, *rest in scores)
     return all(fits) and not any(lacking(other, classes) for other in test)
 
 
@@ -91,11 +86,10 @@ def _check_used(names: set[str], train: Sequence[str], test: Sequence[str], need
 
 def recorded_classes(folder: str | Path) -> tuple[str, ...] | None:
     """The classes of the run in ``folder``, in the order of its outputs; None without a record."""
-    try:
+    lists = []
+    with contextlib.suppress(OSError, TypeError, ValueError, KeyError, AttributeError):
         known = json.loads((Path(folder) / DATA_FILE).read_text(encoding="utf-8"))
         lists = [tuple(dict.fromkeys(entry["classes"])) for entry in known.values()]
-    except (OSError, TypeError, ValueError, KeyError, AttributeError):
-        return None
     return max(lists, key=len, default=()) or None  # the record begins with the training sets
 
 

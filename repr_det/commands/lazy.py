@@ -73,8 +73,7 @@ def lazy_run(config_file: str, overrides: list[str], *rest: object) -> Run:
         LazyConfig.save(as_given, str(folder / CONFIG_FILE))
 
     loaded = _data_sets(cfg, "test")
-    for evaluator in _evaluators(cfg):
-        name = evaluator.get("dataset_name")
+    for name in [evaluator.get("dataset_name") for evaluator in _evaluators(cfg)]:
         if name is not None and loaded != (name,):
             what = f"one data set, the dataset_name of dataloader.evaluator ({name}), got {listed(loaded)}"
             raise UserError(f"dataloader.test.dataset.names must be {what}")
@@ -162,8 +161,7 @@ def _takes(node: Any, name: str) -> bool:
 
 
 def record_reads(cfg: DictConfig) -> Callable[[], list[str]]:
-    """Turns the keys of nodes that are not called, such as ``train``, into interpolations that record reads. Returns a
-    function that names the keys without a read."""
+    """Lets the keys of nodes that are not called, such as ``train``, record reads; returns what names those without."""
     values, used = {}, set()
 
     def read(key: str) -> Any:
@@ -182,10 +180,7 @@ def record_reads(cfg: DictConfig) -> Callable[[], list[str]]:
 def repr_cfg_from_lazy(cfg: DictConfig) -> CfgNode:
     """The yacs config for checks and RePrHook. REPR comes from the node ``repr``: L(RePrHook)(...), or keys as in yaml.
     SOLVER.STEPS are the decays of ``lr_multiplier``. The rest comes from ``KEYS``, or has Detectron2's defaults.
-
-    Raises:
-        UserError: a key is unknown or of the wrong type, or ``train.max_iter`` is missing.
-    """
+    UserError if a key is unknown or of the wrong type, or ``train.max_iter`` is missing."""
     yacs = get_cfg()
     add_repr_config(yacs)
     yacs.FLOAT32_PRECISION = ""
@@ -195,8 +190,7 @@ def repr_cfg_from_lazy(cfg: DictConfig) -> CfgNode:
         _merge_repr(yacs, cfg.get("repr") or {})
     found = {own: OmegaConf.select(cfg, key) for key, own in KEYS.items()}
     found |= {"DATASETS.TRAIN": _data_sets(cfg, "train"), "DATASETS.TEST": _data_sets(cfg, "test")}
-    sigmas = [evaluator.get("kpt_oks_sigmas") for evaluator in _evaluators(cfg)]
-    found["TEST.KEYPOINT_OKS_SIGMAS"] = next((list(given) for given in sigmas if given), None)
+    found["TEST.KEYPOINT_OKS_SIGMAS"] = [s for one in _evaluators(cfg) for s in one.get("kpt_oks_sigmas") or ()]
     if found["SOLVER.MAX_ITER"] is None:
         raise UserError("train.max_iter is missing: give the number of iterations")
     with naming_lazy_keys(cfg), as_user_error("LazyConfig"):

@@ -77,11 +77,8 @@ class CocoSummary:
 def check_coco_format(
     json_file: str | os.PathLike, image_root: str | os.PathLike, name: str | None = None
 ) -> CocoSummary:
-    """Check the json and the image files (of a large data set, some are decoded) of a COCO-format data set.
-
-    Raises:
-        UserError: the first thing found wrong; what only some uses of the data need is in the summary
-    """
+    """Check the json and the image files (of a large data set, some are decoded) of a COCO-format data set. UserError
+    for the first thing found wrong; what only some uses of the data need is in the summary."""
     collects = gc.isenabled()
     gc.disable()  # or looking for cycles takes three times as long as the rest
     try:

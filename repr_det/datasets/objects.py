@@ -126,11 +126,11 @@ def _mask_rows(objects: Objects) -> list[Row]:
     faulty = np.array([bool(fault) for fault in faults])
     crowd = np.array([bool(entry.get("iscrowd")) for entry in objects.annotations])
     rle = np.array([isinstance(mask, dict) for mask in masks])
-    outlines = [_outline(mask, fault) for mask, fault in zip(masks, faults, strict=True)]
-    lost = ~rle & [bool(mask) and not outline for mask, outline in zip(masks, outlines, strict=True)]
-    outlines = [[] if fault else outline for outline, fault in zip(outlines, faults, strict=True)]
+    outlines = [outline(mask, fault) for mask, fault in zip(masks, faults, strict=True)]
+    lost = ~rle & [bool(mask) and not kept for mask, kept in zip(masks, outlines, strict=True)]
+    outlines = [[] if fault else kept for kept, fault in zip(outlines, faults, strict=True)]
     points = np.fromiter(itertools.chain.from_iterable(itertools.chain.from_iterable(outlines)), float).reshape(-1, 2)
-    spans = _spans(points, np.array([sum(map(len, outline)) // 2 for outline in outlines]))
+    spans = _spans(points, np.array([sum(map(len, kept)) // 2 for kept in outlines]))
     return [
         (lost, {"training": objects.few, "doubts": 0}, f"has no polygon of 3 points or more, {LEFT_OUT}"),
         (crowd, {"training": len(crowd) - 1, "doubts": objects.many}, IGNORED),
@@ -238,15 +238,10 @@ def _repeats(values: np.ndarray) -> np.ndarray:
     return np.isin(np.arange(len(values)), np.unique(values, return_index=True)[1], invert=True)
 
 
-def kept_polygons(segmentation: list | str | None) -> list[list[float]]:
-    """The polygons that Detectron2 keeps."""
-    return [polygon for polygon in segmentation or [] if len(polygon) >= 6 and len(polygon) % 2 == 0]
-
-
-def _outline(segmentation: list | dict | str | None, fault: str | None) -> list[list[float]]:
-    """Lists of x, y, x, y, ...: ``kept_polygons``, or two corners of a sound RLE."""
+def outline(segmentation: list | dict | None, fault: str | None = None) -> list[list[float]]:
+    """Lists of x, y, x, y, ...: the polygons that Detectron2 keeps, or two corners of a sound RLE."""
     if not isinstance(segmentation, dict):
-        return kept_polygons(segmentation)
+        return [polygon for polygon in segmentation or [] if len(polygon) >= 6 and len(polygon) % 2 == 0]
     if fault:
         return []
     rle = segmentation if isinstance(segmentation["counts"], str) else mask_utils.frPyObjects(segmentation, 0, 0)

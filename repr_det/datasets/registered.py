@@ -1,7 +1,6 @@
 """Data sets by their registered names: registered, checked once, their classes numbered alike."""
 
 import difflib
-import itertools
 import logging
 import os
 from collections.abc import Collection, Sequence
@@ -32,11 +31,8 @@ def _check(json_file: str, image_root: str, name: str, state: object) -> CocoSum
 
 
 def register_coco_format(name: str, json_file: str | os.PathLike, image_root: str | os.PathLike) -> None:
-    """Check a COCO-format data set and register it with Detectron2; again with the same files: no effect.
-
-    Raises:
-        UserError: the name is registered with other files, or what `check_coco_format` finds
-    """
+    """Check a COCO-format data set and register it with Detectron2; again with the same files: no effect. UserError if
+    the name is registered with other files, or for what `check_coco_format` finds."""
     if not name:
         raise UserError("the name of a data set must not be empty")
     json_file, image_root = (os.path.abspath(os.path.expanduser(path)) for path in (json_file, image_root))
@@ -46,8 +42,7 @@ def register_coco_format(name: str, json_file: str | os.PathLike, image_root: st
         if [*map(os.path.realpath, before)] != [*map(os.path.realpath, (json_file, image_root))]:
             raise UserError(f"data set {name} is already registered with {before[0] or 'other data'}, not {json_file}")
         return
-    classes = _check_once(json_file, image_root, name).classes
-    _register(name, json_file, image_root, classes)
+    _register(name, json_file, image_root, _check_once(json_file, image_root, name).classes)
 
 
 def name_keypoints(name: str) -> None:
@@ -55,8 +50,8 @@ def name_keypoints(name: str) -> None:
     metadata, summary = MetadataCatalog.get(name), check_registered(name, for_evaluation=False)
     if summary and summary.keypoint_names and not metadata.get("keypoint_names"):
         names = summary.keypoint_names
-        sides = itertools.product(names, (("left", "right"), ("Left", "Right"), ("LEFT", "RIGHT")))
-        pairs = [(x, other) for x, side in sides if side[0] in x and (other := x.replace(*side)) in names]
+        sides = (("left", "right"), ("Left", "Right"), ("LEFT", "RIGHT"))
+        pairs = [(x, other) for x in names for side in sides if side[0] in x and (other := x.replace(*side)) in names]
         metadata.set(keypoint_names=names, keypoint_flip_map=pairs)
 
 
@@ -69,8 +64,7 @@ def _register(name: str, json_file: str, image_root: str, classes: dict[int, str
 
 def _number(name: str, reference: Sequence[str]) -> None:
     metadata = MetadataCatalog.get(name)
-    own = metadata.own_classes.items()
-    numbers = {i: reference.index(class_name) for i, class_name in own if class_name in reference}
+    numbers = {i: reference.index(c) for i, c in metadata.own_classes.items() if c in reference}
     # A key of Metadata cannot be set to another value.
     vars(metadata).update(thing_classes=list(reference), thing_dataset_id_to_contiguous_id=numbers)
 
@@ -116,11 +110,8 @@ def _metadata(name: str) -> Any:
 
 
 def check_registered(name: str, *, for_evaluation: bool = True, for_objects: bool = False) -> CocoSummary | None:
-    """Check a data set by its registered name (shapes are drawn if absent); None if it is not in COCO format.
-
-    Raises:
-        UserError: the name is unknown, what `check_coco_format` finds, or other classes than those registered
-    """
+    """Check a data set by its registered name (shapes are drawn if absent); None if it is not in COCO format. UserError
+    if the name is unknown, the classes are not those registered, or for what `check_coco_format` finds."""
     metadata = _metadata(name)
     if metadata.get("shapes_root"):
         build_shapes(metadata.shapes_root)
@@ -176,8 +167,7 @@ def any_mapped(data_sets: Sequence[Sequence[str]]) -> bool:
     for names in data_sets:
         if isinstance(names, str):
             raise UserError(f"data sets must be a tuple of names, ({names!r},), got {names!r}")
-    registered = [name for names in data_sets for name in names if name in DatasetCatalog]
-    return any(MetadataCatalog.get(name).get("own_classes") for name in registered)
+    return any(MetadataCatalog.get(x).get("own_classes") for names in data_sets for x in names if x in DatasetCatalog)
 
 
 def agree_on_classes(
@@ -185,12 +175,8 @@ def agree_on_classes(
 ) -> tuple[str, ...]:
     """Gives all data sets of a run one numbering of the classes, and returns the classes in its order: ``reference``,
     else those of the training (or else test) set that has most, the first of equals.
-
     A data set of `register_coco_format` is mapped by name when it is loaded; others with things must number them alike.
-
-    Raises:
-        UserError: a data set has objects of classes that the reference lacks, or cannot be mapped.
-    """
+    UserError if a data set has objects of classes that the reference lacks, or cannot be mapped."""
     own = {name: classes for name in (*train, *test) if (classes := own_classes(name))}
     source = "the checkpoint"
     if reference is None and own:

@@ -184,7 +184,7 @@ class Trainer(DefaultTrainer):
     def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> dict:
         """Evaluates with test-time augmentation (bbox_TTA, ...), into OUTPUT_DIR/inference_TTA."""
         folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
-        evaluators = [build_evaluator(name, folder, cfg.TEST.KEYPOINT_OKS_SIGMAS) for name in cfg.DATASETS.TEST]
+        evaluators = [build_evaluator(name, folder, cfg) for name in cfg.DATASETS.TEST]
         results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
         return {f"{name}_TTA": values for name, values in results.items()}
 
@@ -206,8 +206,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         """By the data set's evaluator_type; files go to OUTPUT_DIR/inference."""
-        folder = os.path.join(cfg.OUTPUT_DIR, "inference")
-        return build_evaluator(dataset_name, folder, cfg.TEST.KEYPOINT_OKS_SIGMAS)
+        return build_evaluator(dataset_name, os.path.join(cfg.OUTPUT_DIR, "inference"), cfg)
 
 
 def check_same_arm(state: Mapping[str, Any], enabled: bool, folder: str) -> None:

@@ -36,8 +36,8 @@ class AtomicCheckpointer(DetectionCheckpointer):
         self.logger.info("Saving checkpoint to %s", path)
         try:
             with replacing(path, "wb") as file:
-                named = {"thing_classes": list(self.thing_classes)}
-                torch.save({"model": self.model.state_dict(), **states, **named, **kwargs}, file)
+                named = {"model": self.model.state_dict(), "thing_classes": list(self.thing_classes)}
+                torch.save(named | states | kwargs, file)
             write_atomically(path.with_name(_TAG), path.name)
         except (OSError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # torch's writer of files
