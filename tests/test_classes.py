@@ -417,7 +417,7 @@ def test_evaluation_follows_the_classes_of_the_checkpoint(folder, catalogs, tmp_
         return
     assert "stock has the classes plate, cell, and " in refused(config, [], *stock, eval_only=True)
     wrong = config(mapped, *opts, "MODEL.ROI_HEADS.NUM_CLASSES", 2, eval_only=True)
-    message = "is 2, but v has or is mapped to 3 classes (cell, drop, plate): set it to that"
+    message = "is 2, but v has 3 classes, its own or those it is mapped to (cell, drop, plate): set it to that"
     assert message in refused(check_datasets, wrong, eval_only=True)
     torch.save({"thing_classes": ["cell", "plates"]}, tmp_path / "moved.pth")
     assert "the checkpoint has cell, plates: " in refused(config, mapped, *opts, eval_only=True)

@@ -155,7 +155,7 @@ def test_trains_evaluates_and_resumes_bit_for_bit(small_config, tmp_path):
         (
             "small",
             "model.roi_heads.num_classes=7",
-            "model.roi_heads.num_classes is 7, but tiny_train has or is mapped to 2",
+            "model.roi_heads.num_classes is 7, but tiny_train has 2 classes",
         ),
         ("small", "dataloader.evaluator.dataset_name=v", f"{OTHER_DATA} (v), got tiny_val"),
         ("two", None, f"{OTHER_DATA} (tiny_val), got tiny_val, tiny_train"),
