@@ -5,14 +5,17 @@ import logging
 import shutil
 
 import pytest
-from coco_folder import Folder, annotation, annotations_of, evaluate, every, put, refused
+import torch
+from coco_folder import Folder, annotation, annotations_of, category, evaluate, every, put, refused
 from conftest import ROOT, SMALL
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
+from detectron2.data.detection_utils import create_keypoint_hflip_indices
 from detectron2.evaluation import COCOEvaluator
 from PIL import Image
 from pycocotools.coco import COCO
 
+from repr_det import Trainer
 from repr_det.commands import checks
 from repr_det.commands.arguments import build_config
 from repr_det.commands.checks import check_run
@@ -63,6 +66,7 @@ def evaluated(evaluator: COCOEvaluator, folder: Folder) -> dict[str, float]:
 
 
 SUBSETS = [{1: "cell", 3: "drop"}, {4: "drop", 5: "cell"}, {2: "drop"}]
+SUBSETS += [{0: "pets-a1b2", 4: "drop", 5: "cell"}]  # Roboflow's first category has no objects
 
 
 @pytest.mark.parametrize("ids", [CLASSES, {0: "drop", 7: "cell", 90: "plate"}, *SUBSETS])
@@ -72,6 +76,7 @@ def test_other_ids_and_a_subset_are_evaluated_as_stock_detectron2_does(folder, c
     assert registered.agree_on_classes(("t",), ("v",)) == class_names("v") == ("cell", "plate", "drop")
     assert registered.own_classes("v") == tuple(ids[i] for i in sorted(ids))
     register_stock(folder.json.with_name("t.json"), folder)
+    ids = {i: c for i, c in ids.items() if c in class_names("v")}
     stock = evaluated(COCOEvaluator("stock", ("bbox",), False), folder)
     load = COCO.loadRes  # that of pycocotools 2.0.9 and 2.0.10 reads "info", which this json lacks
     monkeypatch.setattr(COCO, "loadRes", lambda self, found: self.dataset["info"] is None or load(self, found))
@@ -91,14 +96,14 @@ def test_other_ids_and_a_subset_are_evaluated_as_stock_detectron2_does(folder, c
 
 def test_training_sets_may_number_and_list_otherwise(folder, catalogs, caplog):
     caplog.set_level(logging.INFO, "repr_det")
-    register(folder, a={1: "drop", 2: "cell"}, b=CLASSES, v={5: "plate", 9: "cell"})
+    register(folder, a={1: "drop", 2: "cell"}, b=CLASSES, v={0: "pets-a1b2", 5: "plate", 9: "cell"})
     agree = registered.agree_on_classes
     assert agree(("a", "b"), ("v",)) == ("cell", "plate", "drop")  # those of the one that has most
     assert classes_as_loaded("a") == {1: [0], 2: [2, 0], 5: []}
     for _ in range(2):
         assert classes_as_loaded("v") == {1: [0, 1], 2: [0], 5: []}
-    message = "data set v: its classes are mapped by name: plate (id 5) -> 1, cell (id 9) -> 0, of 3 classes"
-    assert caplog.messages.count(message) == 1
+    message = "pets-a1b2 (id 0) -> none, it has no objects, plate (id 5) -> 1, cell (id 9) -> 0, of 3 classes"
+    assert caplog.messages.count(f"data set v: its classes are mapped by name: {message}") == 1
     assert agree(("a",)) == ("drop", "cell")  # another run, in the same process
     assert classes_as_loaded("a") == {1: [1], 2: [0, 1], 5: []}
     assert agree(("b",), ("v",), ("plate", "drop", "cell")) == ("plate", "drop", "cell")
@@ -106,13 +111,13 @@ def test_training_sets_may_number_and_list_otherwise(folder, catalogs, caplog):
 
 
 def test_what_cannot_be_mapped_names_both_lists(folder, catalogs):
-    register(folder, t={1: "cell", 2: "plate"}, v=CLASSES, w={3: "plate", 4: "cells"}, x={1: "Pla\u0308te", 2: "cell"})
+    register(folder, t={1: "cell", 2: "plate"}, v=CLASSES, w={3: "plate", 4: "cells"}, x={1: "plate", 2: "cell"})
     register_stock(write(folder, {2: "plate", 3: "cell"}, "m"), folder)
     lacks = "they cannot be mapped by name, since that lacks"
     for train, test, reference, message in (
         ("t", "v", None, f"v has the classes cell, plate, drop, and t has cell, plate: {lacks} 'drop'"),
         ("w", "w", ("cell",), f"w has the classes plate, cells, and the checkpoint has cell: {lacks} 'plate'"),
-        ("x", "x", ("pläte",), rf"{lacks} 'Pla\u0308te' (but 'pl\xe4te', so spell both alike)"),
+        ("x", "x", ("\uff50late",), rf"{lacks} 'plate' (but '\uff50late', so spell both alike)"),
         ("t", "stock", None, "stock has the classes plate, cell, and t has cell, plate: register it with --register"),
     ):
         assert message in refused(registered.agree_on_classes, (train,), (test,), reference)
@@ -245,6 +250,14 @@ def test_masks_that_are_only_evaluated(mine, folder, second, message):
     assert message in refused(check_run, mine(*BITMASK, "DATASETS.TRAIN", "('sound',)", edit=masks(**second)))
 
 
+@pytest.mark.parametrize("leftover", [[], [5, 5], [5, 5, 9, 9], [5, 5, 9, 9, 9]])
+def test_leftovers_of_clipped_polygons_are_left_out_as_in_training(mine, leftover):
+    """pycocotools decides by the first polygon what it reads."""
+    check_run(mine(*MASK_ON, edit=masks(segmentation=[leftover, [2, 3, 12, 3, 12, 15]])))
+    truth = CocoEvaluator("mine", ("segm",), False)._coco_api
+    assert truth.annToRLE(truth.anns[2]) == truth.annToRLE(truth.anns[1])
+
+
 def test_images_without_annotations_are_evaluated_as_in_detectron2(mine, folder, tmp_path, caplog):
     """As of COCO's test-dev: the detections are written, for a server."""
     cfg = mine(edit=put(annotations=...))
@@ -258,7 +271,7 @@ def test_images_without_annotations_are_evaluated_as_in_detectron2(mine, folder,
     assert stock == own != "[]"
 
 
-KEYPOINTS = [([1, 2, 2] * 17, ""), ([1, 2, 2] * 16, "48, 51 numbers"), (None, "0, 51 numbers")]
+KEYPOINTS = [([1, 2, 2] * 17, ""), ([1, 2, 2] * 16, "16 in objects of mine, 17 in"), (None, "0 in objects of mine, 17")]
 KEYPOINTS += [([1, 2, 7] * 17, "annotation 2 has a keypoint [x, y, visibility] whose visibility is not 0, 1 or 2 (")]
 
 
@@ -277,9 +290,36 @@ def test_keypoints_need_metadata_and_one_number(mine, caplog, odd, shown):
     if shown:
         assert shown in refused(check_run, cfg)
     else:
-        check_datasets(cfg)
+        check_run(cfg)
         assert "MODEL.KEYPOINT_ON is True, but in mine annotation 1 has keypoints more outside than in" in caplog.text
         assert "must have a finite number as 'area'" in refused(check_run, mine())
+
+
+FLIPPED = [["left_eye", "nose", "right_eye"], ["EarRight", "EarLeft", "tip"], ["1", "2", "3"]]
+
+
+@pytest.mark.parametrize(("names", "indices"), zip(FLIPPED, [[2, 1, 0], [1, 0, 2], [0, 1, 2]], strict=True))
+def test_the_categories_name_keypoints_and_all_have_one_number(mine, folder, catalogs, caplog, names, indices):
+    """Detectron2's loss takes other objects' rows for those that the head has too many."""
+
+    def keypoints(number):
+        return every(lambda a: {"keypoints": [*a["bbox"][:2], 2] * number, "num_keypoints": number})
+
+    category(0, keypoints=names)(folder)
+    head, sigmas = "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", "TEST.KEYPOINT_OKS_SIGMAS"
+    told = "differ: 17 in {}, 17 in {}, 3 in objects of mine, 3 in keypoint_names of mine; give all that of the data"
+    assert told.format(head, sigmas) in refused(check_run, mine("MODEL.KEYPOINT_ON", "True", edit=keypoints(3)))
+    opts = ["MODEL.KEYPOINT_ON", "True", head, "3", sigmas, "[0.1, 0.1, 0.2]"]
+    check_run(cfg := mine(*opts))
+    assert ("in mine a flip exchanges no keypoints: none have" in caplog.text) is (names == ["1", "2", "3"])
+    assert create_keypoint_hflip_indices(cfg.DATASETS.TRAIN) == indices
+    assert Trainer.build_evaluator(cfg, "mine")._kpt_oks_sigmas == [0.1, 0.1, 0.2]
+    keypoints(4)(folder)
+    path = folder.json.with_name("other.json")
+    path.write_text(json.dumps(folder.content))
+    register_coco_format("other", path, folder.images)
+    cfg = mine(*opts, "DATASETS.TEST", "('other',)", edit=keypoints(3))
+    assert "3 in keypoint_names of mine, 4 in objects of other; give" in refused(check_run, cfg)
 
 
 def two_files(folder: Folder, val_ids: dict[int, str]) -> list[list[str]]:
@@ -351,13 +391,33 @@ def test_the_classes_of_the_checkpoint_hold(folder, catalogs, tmp_path, monkeypa
     check_run(cfg, resume=True)
 
 
-def test_evaluation_follows_the_classes_of_the_checkpoint(folder, catalogs, tmp_path):
+@pytest.mark.parametrize("tells", ["checkpoint", "record", "training set", None])
+def test_evaluation_follows_the_classes_of_the_checkpoint(folder, catalogs, tmp_path, caplog, tells):
     """--eval-only with the validation set alone: its own order of the classes says nothing of the model's."""
-    register = two_files(folder, {1: "plate", 2: "cell"})[1:]
-    (tmp_path / DATA_FILE).write_text(json.dumps({"t": {"classes": ["cell", "drop", "plate"]}}))
-    opts = ["MODEL.WEIGHTS", tmp_path / "model_final.pth"]
-    cfg = config(register, *opts, eval_only=True)
+    order = ["cell", "drop", "plate"]
+    register(folder, trained=dict(enumerate(order if tells in ("training set", None) else reversed(order))))
+    number = len(order) if tells else 2
+    shapes = {"roi_heads.box_predictor": (number + 1, 8), "head": (9 * number, 8, 3, 3)}  # and RetinaNet's
+    weights = {"model": {f"{head}.cls_score.weight": torch.zeros(shape) for head, shape in shapes.items()}}
+    torch.save(weights | ({"thing_classes": order} if tells == "checkpoint" else {}), tmp_path / "moved.pth")
+    record = {"checkpoint": ["plate", "cell", "drop"], "record": order}.get(tells, [])
+    (tmp_path / DATA_FILE).write_text(json.dumps({"t": {"classes": record}}))
+    opts = ["MODEL.WEIGHTS", tmp_path / "moved.pth", "DATASETS.TRAIN", "('trained',)"]
+    mapped = two_files(folder, {1: "plate", 2: "cell"})[1:]
+    cfg = config(mapped, *opts, eval_only=True)
     check_datasets(cfg, eval_only=True)
-    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 3 and class_names("v") == ("cell", "drop", "plate")
-    (tmp_path / DATA_FILE).write_text(json.dumps({"t": {"classes": ["cell", "plates"]}}))
-    assert "the checkpoint has cell, plates: " in refused(config, register, *opts, eval_only=True)
+    assert class_names("v") == (tuple(order) if tells else ("plate", "cell"))
+    assert len(class_names("v")) == cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    told = "nothing names the classes of the checkpoint: its outputs are taken for plate, cell, in this order; if"
+    assert [told in message for message in caplog.messages] == [True] * (not tells)
+    register_stock(mapped[0][1], folder)
+    stock = [*opts, "DATASETS.TEST", "('stock',)", *([] if tells == "training set" else ["DATASETS.TRAIN", "()"])]
+    if not tells:
+        config([], *stock, eval_only=True)
+        return
+    assert "stock has the classes plate, cell, and " in refused(config, [], *stock, eval_only=True)
+    wrong = config(mapped, *opts, "MODEL.ROI_HEADS.NUM_CLASSES", 2, eval_only=True)
+    message = "is 2, but v has 3 classes, its own or those it is mapped to (cell, drop, plate): set it to that"
+    assert message in refused(check_datasets, wrong, eval_only=True)
+    torch.save({"thing_classes": ["cell", "plates"]}, tmp_path / "moved.pth")
+    assert "the checkpoint has cell, plates: " in refused(config, mapped, *opts, eval_only=True)

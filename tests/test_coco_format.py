@@ -27,7 +27,7 @@ from detectron2.data import DatasetCatalog, DatasetMapper
 from detectron2.data.datasets import register_coco_instances
 from PIL import Image
 
-from repr_det.datasets import image_files
+from repr_det.datasets import CocoEvaluator, image_files
 
 
 def as_detectron2_reads_it(folder):
@@ -144,7 +144,7 @@ WRONG = [
     (annotation(2, bbox=[3, -9, 5, 9]), "annotation 3 has a bbox outside its image"),
     (every(lambda a: {"bbox": [v / 64 for v in a["bbox"]]}), "a bbox of a pixel or less: give pixels"),
     *((annotation(2, segmentation=value), LOST) for value in ([[2, 3, 12, 15]], [[]], [[1, 2, 3, 4, 5, 6, 7]])),
-    (every(lambda a: {"iscrowd": 1}), "annotation 1 is a crowd region (iscrowd 1), as all are"),
+    (every(lambda a: {"iscrowd": 1}), "annotation 1 is a crowd region (iscrowd 1), which training"),
     (annotation(2, area=...), "annotation 3 must have a finite number as 'area', which COCO evaluation needs: give"),
     (annotation(2, iscrowd=...), "annotation 3 has no 'iscrowd', which COCO evaluation needs: give 0 for a single"),
     *((annotation(2, area=value), f"area {reprlib.repr(value)}") for value in ("12", NAN, True, HUGE, 2**64, -9, 1e12)),
@@ -161,6 +161,9 @@ WRONG = [
     *((file(2, noise(1023), suffix), DEEP) for suffix in (".png", ".tif", ".ppm")),
     *((file(2, noise(9, kind, ()), ".tif"), DEEP) for kind in (np.uint16, np.int32, np.float32)),
 ]
+FAULTS = {1: [1, 2, 3, 4, 5, 6], 64.0: {"counts": "abc", "size": [64.0, 96.0]}, 9.0: {"counts": [9.0], "size": [1, 9]}}
+for shown, value in FAULTS.items():
+    WRONG.append((annotation(1, segmentation=value), f"a valid {'list' if shown == 1 else 'integer'}, got {shown}"))
 for (section, key), values in WRONG_TYPES.items():
     for value in values:
         shown = reprlib.repr(None if value is ... else value)
@@ -211,12 +214,14 @@ DOUBTFUL = [
     (areas(9), "60 such of 60)"),
     (repeat(), "annotation 1001 has class and box of another object of its image: list it once (bbox ["),
     (lambda folder: (boxes(lambda *box: np.ceil(box).tolist())(folder), repeat(-0.001)(folder)), "60 such of 120)"),
+    (every(lambda a: {"iscrowd": int(a["id"] <= 7)}), "and AP leave out: give 0 to a single object (bbox ["),
     (annotation(0, id=0), "annotation 0 has the id 0, which means 'no match' to pycocotools: start at 1 ("),
     (category(1, name="Cell"), "'cell' and 'Cell', one name in two spellings, are taken for two classes"),
 ]
 SOUND = [
     boxes(lambda x, y, w, h: [x, y, w + 1, h + 1]),
     areas(0.3),
+    every(lambda a: {"iscrowd": int(a["id"] <= 6)}),
     every(lambda a: {"area": (a["bbox"][2] + 1) * (a["bbox"][3] + 1)}),  # counted in whole pixels
     repeat(category_id=7),
     lambda folder: (many(folder, 120), repeat(count=1)(folder)),
@@ -250,6 +255,7 @@ def test_a_few_useless_objects_are_left_out_and_told(folder, catalogs, caplog, d
     assert f"annotation {damage.get('id', 10)} has " in caplog.text and f"{allowed} such of {total})" in caplog.text
     if "leaves it out" in caplog.text:
         assert len(as_detectron2_reads_it(folder)[0]["instances"]) == total - allowed
+        assert len(CocoEvaluator("folder", ("bbox",), False)._coco_api.getAnnIds(imgIds=[1])) == total - allowed
     annotation(30, **damage)(folder)
     assert f"{allowed + 1} such of {total})" in refused(folder.check)
 
@@ -308,6 +314,7 @@ EXIF = Image.Exif()
 EXIF[274] = 6  # orientation: turned by a quarter
 ODD = {
     "RLE crowd": annotation(0, iscrowd=1, segmentation={"counts": [0, 600, 600], "size": [30, 40]}),
+    "no segmentation": annotation(0, segmentation={}),
     "flags of other tools": every(lambda a: {"iscrowd": False}),
     "lengths of other tools": image(0, width=40.0, height=30.0),
     "palette": picture("P", "png"),

@@ -97,8 +97,8 @@ def test_one_run(tiny_cfg, tmp_path):
     path = tmp_path / "run" / "model_0000001.pth"  # after the drop; stock Detectron2 takes it
     saved = torch.load(path, weights_only=True)
     stock = build_model(without_repr(cfg))
-    assert set(saved) == {"model", "trainer", "iteration"} and saved["model"].keys() == stock.state_dict().keys()
-    assert set(DetectionCheckpointer(stock).load(str(path))) <= {"trainer", "iteration"}
+    assert saved["thing_classes"] == ["blue", "green"] and saved["model"].keys() == stock.state_dict().keys()
+    assert set(DetectionCheckpointer(stock).load(str(path))) <= {"trainer", "iteration", "thing_classes"}
     write_configs(cfg, tmp_path)
     config = get_cfg()
     config.merge_from_file(str(tmp_path / STOCK_CONFIG_FILE))

@@ -189,7 +189,7 @@ def test_evaluator_of_a_data_set(tmp_path, data_set, monkeypatch, kind, evaluato
     monkeypatch.setattr(evaluation, f"{evaluator}Evaluator", lambda *_, **__: evaluator)
     MetadataCatalog.get(data_set).evaluator_type = kind
     evaluators.check_evaluators([data_set])
-    assert evaluators.build_evaluator(data_set, str(tmp_path)) == evaluator
+    assert evaluators.build_evaluator(data_set, str(tmp_path), get_cfg()) == evaluator
 
 
 @pytest.mark.parametrize(("kind", "told"), [("lvis", "needs the package lvis"), ("my_own", "none of coco, sem_seg")])

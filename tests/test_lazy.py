@@ -51,6 +51,7 @@ from detectron2.evaluation import DatasetEvaluators
 dataloader.evaluator.dataset_name = "tiny_val"
 dataloader.evaluator = [dataloader.evaluator, L(DatasetEvaluators)(evaluators=[])]
 """
+OTHER_DATA = "dataloader.test.dataset.names must be one data set, the dataset_name of dataloader.evaluator"
 AUGMENTATIONS = "dataloader.train.mapper.augmentations"
 OLD_NODE = dict(ENABLED=True, S1_ITERS=1, S2_ITERS=2, NUM_CYCLES=1)  # of version 0.2.0
 
@@ -151,8 +152,13 @@ def test_trains_evaluates_and_resumes_bit_for_bit(small_config, tmp_path):
         ("small", "optimizer.lr=-1", "optimizer: Invalid learning rate: -1"),
         ("small", "train.log_period=0", "train.log_period must be at least 1, got 0"),
         ("small", "train.init_checkpoint=gone.pth", "train.init_checkpoint 'gone.pth' cannot be read"),
-        ("small", "model.roi_heads.num_classes=7", "model.roi_heads.num_classes is 7, but tiny_train has 2 classes"),
-        ("small", "dataloader.evaluator.dataset_name=v", "must be that of dataloader.test ('tiny_val',), got 'v'"),
+        (
+            "small",
+            "model.roi_heads.num_classes=7",
+            "model.roi_heads.num_classes is 7, but tiny_train has 2 classes",
+        ),
+        ("small", "dataloader.evaluator.dataset_name=v", f"{OTHER_DATA} (v), got tiny_val"),
+        ("two", None, f"{OTHER_DATA} (tiny_val), got tiny_val, tiny_train"),
         ("small", "train.max_itr=5", "override train.max_itr: the config has no 'max_itr' in train; did you mean trai"),
         ("small", "optimzer.lr=0.1", "the config has no 'optimzer' in it; did you mean optimizer?"),
         ("small", "optimizer.learning_rate=0.1", "the config has no 'learning_rate' in optimizer; it has"),
@@ -165,6 +171,7 @@ def test_wrong_input_gets_one_line_before_the_first_step(small_config, tmp_path,
     monkeypatch.chdir(tmp_path)
     Path("broken.py").write_text("model = models.resnet")
     Path("empty.py").write_text("train = dict(max_iter=3)")
+    Path("two.py").write_text(f"{SMALL}\ndataloader.test.dataset.names = ['tiny_val', 'tiny_train']\n{SEVERAL}")
     Path("old.py").write_text(f"{SMALL}\nrepr = {OLD_NODE}\n")
     words = ["--config-file", f"{file}.py", "train.output_dir=x", *([override] if override else [])]
     assert message in refused(start, words)
@@ -179,7 +186,9 @@ def test_what_may_be_set(small_config):
     assert all(OmegaConf.select(cfg, key) == 3 for key in (*keys, "train.mine"))
     assert load_lazy_config(small_config, ["+train.output_dir=x"], baseline=True).train.output_dir == "x"
     cfg.model = {"_target_": "my.model", "classes": 2}
-    check_datasets(repr_cfg_from_lazy(cfg))
+    cfg.dataloader.evaluator = [{"kpt_oks_sigmas": [0.1, 0.2]}]
+    check_datasets(yacs := repr_cfg_from_lazy(cfg))
+    assert yacs.TEST.KEYPOINT_OKS_SIGMAS == [0.1, 0.2]
 
 
 def test_weights_that_resume_does_not_evaluate_are_named(small_config, tmp_path, caplog):

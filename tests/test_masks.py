@@ -47,7 +47,7 @@ def test_every_string_of_pycocotools_is_read():
         if pixels.any():
             y, x = pixels.nonzero()
             for counts in (text, runs):
-                corners = objects._outline({"size": [height, width], "counts": counts}, None)
+                corners = objects.outline({"size": [height, width], "counts": counts})
                 assert corners == [[x.min(), y.min(), x.max() + 1, y.max() + 1]]
         for damaged in (text[:-1], text + "z", "!" + text):
             fault = objects._mask_fault({"size": [height, width], "counts": damaged}, width, height)

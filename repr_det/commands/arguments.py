@@ -79,11 +79,7 @@ def build_config(
     resume: bool = False,
 ) -> CfgNode:
     """Builds the frozen config of a run from a yaml file or the name of one in configs/. Other arguments are those of
-    the command line.
-
-    Raises:
-        UserError: file, key, value or data set is wrong.
-    """
+    the command line. UserError if file, key, value or data set is wrong."""
     cfg = get_cfg()
     add_repr_config(cfg)
     if len(opts) % 2:
@@ -96,8 +92,8 @@ def build_config(
     if baseline:
         cfg.REPR.ENABLED = False
     weights = cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS, resume, "MODEL.WEIGHTS" in given
-    weights_in = folder_of_weights(*weights) if eval_only else None
-    classes = prepare_data(register, cfg.DATASETS.TRAIN, cfg.DATASETS.TEST, weights_in)
+    evaluated = weights_to_evaluate(*weights) if eval_only else None
+    classes = prepare_data(register, cfg.DATASETS.TRAIN, cfg.DATASETS.TEST, evaluated)
     for key in ("MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.RETINANET.NUM_CLASSES"):
         if classes and key not in given:
             cfg.merge_from_list([key, classes])
@@ -105,13 +101,12 @@ def build_config(
     return cfg
 
 
-def folder_of_weights(output_dir: str, weights: str, resume: bool, given: bool) -> str:
-    """The folder of the weights that --eval-only evaluates; a warning if they are not those ``given``."""
-    if not resume or not find_checkpoint(output_dir):
-        return os.path.dirname(weights)
-    if given:
+def weights_to_evaluate(output_dir: str, weights: str, resume: bool, given: bool) -> str:
+    """The file that --eval-only evaluates; a warning if it is not the one ``given``."""
+    found = find_checkpoint(output_dir) if resume else None
+    if found and given:
         logger.warning("--resume evaluates the checkpoint in %s, not %r", output_dir, weights)
-    return output_dir
+    return str(found or weights)
 
 
 def output_folder(folder: str, key: str, beside: bool) -> str:

@@ -17,7 +17,7 @@ from detectron2.modeling import GeneralizedRCNNWithTTA
 from PIL import Image
 from torch import nn
 
-from repr_det.commands.data import check_datasets, check_same_classes
+from repr_det.commands.data import check_datasets, check_number_of_keypoints, check_same_classes
 from repr_det.datasets import class_names
 from repr_det.detectron.config import (
     NAMES,
@@ -74,6 +74,8 @@ def check_run(
     if resume and not eval_only:
         check_same_classes(class_names(cfg.DATASETS.TRAIN[0]), cfg.OUTPUT_DIR)
     model = model_of_shapes(scaled, trainer, eval_only)
+    if cfg.MODEL.KEYPOINT_ON:
+        check_number_of_keypoints(cfg, model, eval_only)
     _check_model(cfg, model, eval_only, processes)
     _check_weights(scaled, model, resume, eval_only)
 

@@ -1,5 +1,6 @@
 """The data sets of a run: registered, their classes numbered alike, and checked."""
 
+import contextlib
 import itertools
 import json
 import logging
@@ -8,17 +9,19 @@ from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, RetinaNet
+from detectron2.modeling import META_ARCH_REGISTRY, BaseKeypointRCNNHead, GeneralizedRCNN, RetinaNet
 from detectron2.utils.file_io import PathManager
+from torch import nn
 
 from repr_det.datasets import check_registered, class_names, register_builtin, register_coco_format
 from repr_det.datasets.coco_format import CocoSummary
 from repr_det.datasets.findings import listed
 from repr_det.datasets.image_files import shared_images
-from repr_det.datasets.registered import agree_on_classes, any_mapped, own_classes
+from repr_det.datasets.registered import agree_on_classes, any_mapped, lacking, name_keypoints, own_classes
 from repr_det.detectron.config import as_user_error
 from repr_det.method.errors import UserError
 from repr_det.runs.record import DATA_FILE
+from repr_det.runs.safe_pickle import load_checkpoint
 
 logger = logging.getLogger(__name__)
 _READS_NUMBER = {GeneralizedRCNN: "ROI_HEADS", RetinaNet: "RETINANET"}  # their NUM_CLASSES
@@ -26,29 +29,50 @@ _SEMANTIC = ("PanopticFPN", "SemanticSegmentor", "PanopticDeepLab")
 
 
 def prepare_data(
-    register: Sequence[Sequence[str]], train: Sequence[str], test: Sequence[str], weights_in: str | None
+    register: Sequence[Sequence[str]], train: Sequence[str], test: Sequence[str], weights: str | None
 ) -> int:
     """Registers this package's data sets and those of --register, and numbers the classes of a run. Returns their
-    number, 0 without --register. The classes of a checkpoint to evaluate, in the folder ``weights_in``, come first.
-
-    Raises:
-        UserError: a data set is bad, or none of --register is used.
-    """
+    number, 0 without --register. An evaluation, of the file ``weights``, goes by the classes that it or the record
+    beside it names, else by those of the training set if these can be the model's. UserError if a data set is bad, or
+    none of --register is used."""
     register_builtin()
     for entry in register:
         register_coco_format(*entry)
-    _check_used({name for name, *_ in register}, train, test, train if weights_in is None else test)
+        name_keypoints(entry[0])
+    _check_used({name for name, *_ in register}, train, test, train if weights is None else test)
     train, test = ([name for name in names if name in DatasetCatalog] for names in (train, test))
-    if not any_mapped((train, test)):
-        return 0
-    recorded = None
-    if weights_in is not None:
-        recorded = recorded_classes(weights_in)
-        trained = max(map(own_classes, train), key=len, default=())
-        if recorded or not all(set(own_classes(name)) <= set(trained) for name in test):
-            train = []
-    classes = agree_on_classes(train, test, recorded) if train or test else ()
+    if weights is None:
+        classes = agree_on_classes(train, test) if any_mapped((train, test)) else ()
+    else:
+        classes = _classes_of_outputs(weights, train, test)
     return len(classes) if register else 0
+
+
+def _classes_of_outputs(weights: str, train: Sequence[str], test: Sequence[str]) -> tuple[str, ...]:
+    known, scores = None, []
+    with contextlib.suppress(Exception):  # check_run says what is wrong with the file
+        held = load_checkpoint(PathManager.get_local_path(weights.partition("?")[0]))
+        known = held.get("thing_classes")
+        scores = [value.shape for key, value in held.get("model", held).items() if key.endswith("cls_score.weight")]
+    known = known or recorded_classes(Path(weights).parent)
+    train = [] if known else [name for name in train if _may_be_of(scores, name, test)]
+    classes = agree_on_classes(train, test, known)
+    if len(classes) > 1 and not (known or train):
+        logger.warning(
+            f"nothing names the classes of the checkpoint: its outputs are taken for {listed(classes, 20)}, in this "
+            "order; if it is another one, name the training set (DATASETS.TRAIN)"
+        )
+    return classes
+
+
+def _may_be_of(scores: Sequence[Sequence[int]], name: str, test: Sequence[str]) -> bool:
+    """Tells whether a data set has the classes of the test sets, and as many as weights of these shapes score: those of
+    boxes (linear) one more, for the background; RetinaNet's (of a conv) all at each anchor."""
+    if not MetadataCatalog.get(name).get("thing_classes"):  # in a file that need not be there
+        return False
+    classes = own_classes(name)
+    fits = (rows == len(classes) + 1 if len(rest) == 1 else rows % len(classes) == 0 for rows, *rest in scores)
+    return all(fits) and not any(lacking(other, classes) for other in test)
 
 
 def _check_used(names: set[str], train: Sequence[str], test: Sequence[str], needed: Sequence[str]) -> None:
@@ -62,11 +86,10 @@ def _check_used(names: set[str], train: Sequence[str], test: Sequence[str], need
 
 def recorded_classes(folder: str | Path) -> tuple[str, ...] | None:
     """The classes of the run in ``folder``, in the order of its outputs; None without a record."""
-    try:
+    lists = []
+    with contextlib.suppress(OSError, TypeError, ValueError, KeyError, AttributeError):
         known = json.loads((Path(folder) / DATA_FILE).read_text(encoding="utf-8"))
         lists = [tuple(dict.fromkeys(entry["classes"])) for entry in known.values()]
-    except (OSError, TypeError, ValueError, KeyError, AttributeError):
-        return None
     return max(lists, key=len, default=()) or None  # the record begins with the training sets
 
 
@@ -83,13 +106,13 @@ def check_same_classes(classes: Sequence[str], folder: str | Path) -> None:
 def check_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
     """Refuses data sets that are absent or malformed, or lack what the model needs or its classes."""
     train, test = (() if eval_only else cfg.DATASETS.TRAIN), cfg.DATASETS.TEST
-    mapped = any_mapped((train, test))  # refuses a name in place of names
+    any_mapped((train, test))  # refuses a name in place of names
     key, needed = ("TEST", test) if eval_only else ("TRAIN", train)
     if not needed:
         raise UserError(f"DATASETS.{key} is empty: name at least one registered data set")
     names = dict.fromkeys((*train, *test))
     summaries = {x: check_registered(x, for_evaluation=x in test, for_objects=x in train) for x in names}
-    if not (eval_only and mapped):  # those are mapped to the classes of the checkpoint
+    if not eval_only:  # prepare_data has mapped those to the classes of the checkpoint
         agree_on_classes(train, test)
     for name, summary in summaries.items():
         _check_number(cfg, name)
@@ -118,9 +141,10 @@ def check_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
 def _check_number(cfg: CfgNode, name: str) -> None:
     architecture = dict(META_ARCH_REGISTRY).get(cfg.MODEL.META_ARCHITECTURE)
     for base, head in _READS_NUMBER.items():
-        number, classes = cfg.MODEL[head].NUM_CLASSES, len(class_names(name))
-        if base in getattr(architecture, "__mro__", ()) and classes != number:
-            what = f"{classes} classes: set it to that" if classes else "no thing_classes in MetadataCatalog"
+        number, classes = cfg.MODEL[head].NUM_CLASSES, class_names(name)
+        if base in getattr(architecture, "__mro__", ()) and len(classes) != number:
+            what = f"{len(classes)} classes, its own or those it is mapped to ({listed(classes, 3)}): set it to that"
+            what = what if classes else "no thing_classes in MetadataCatalog"
             raise UserError(f"MODEL.{head}.NUM_CLASSES is {number}, but {name} has {what}")
 
 
@@ -133,14 +157,31 @@ def _check_masks(cfg: CfgNode, name: str, summary: CocoSummary, train: bool, tes
 
 
 def _check_keypoints(name: str, summary: CocoSummary, train: bool, test: bool) -> None:
-    metadata, gaps = MetadataCatalog.get(name), []
-    wanted, found = 3 * len(metadata.get("keypoint_names") or ()), sorted(summary.keypoint_numbers)
-    if train and found != [wanted]:
-        gaps = [f"objects have {listed(found)} numbers as keypoints, and its keypoint_names ask for {wanted}"]
-    elif train and (not wanted or metadata.get("keypoint_flip_map") is None):
-        gaps = ["MetadataCatalog has no keypoint_names and keypoint_flip_map"]
-    gaps = gaps or summary.gaps["visibility"] or (summary.gaps["keypoints"] if test else [])
-    _report("MODEL.KEYPOINT_ON", name, gaps, summary.gaps["keypoint doubts"])
+    metadata = MetadataCatalog.get(name)
+    gaps = summary.gaps["visibility"] + (summary.gaps["keypoints"] if test else [])
+    doubts, flips = list(summary.gaps["keypoint doubts"]), metadata.get("keypoint_flip_map")
+    if train and (not metadata.get("keypoint_names") or flips is None):
+        gaps = ["MetadataCatalog has no keypoint_names and keypoint_flip_map, nor has the json one list for all"]
+    elif train and not flips:
+        doubts.append("a flip exchanges no keypoints: none have names with left and right")
+    _report("MODEL.KEYPOINT_ON", name, gaps, doubts)
+
+
+def check_number_of_keypoints(cfg: CfgNode, model: nn.Module, eval_only: bool) -> None:
+    """Refuses data, keypoint_names, keypoint head and OKS sigmas of a run that differ in it."""
+    heads = [module for module in model.modules() if isinstance(module, BaseKeypointRCNNHead)]
+    numbers = [(head.num_keypoints, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS") for head in heads]
+    if cfg.DATASETS.TEST:
+        numbers.append((len(cfg.TEST.KEYPOINT_OKS_SIGMAS) or 17, "TEST.KEYPOINT_OKS_SIGMAS"))  # COCO's 17
+    for name in dict.fromkeys((*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST)):
+        if summary := check_registered(name, for_evaluation=False):
+            numbers += [(number / 3, f"objects of {name}") for number in sorted(summary.keypoint_numbers)]
+        if names := MetadataCatalog.get(name).get("keypoint_names"):
+            numbers.append((len(names), f"keypoint_names of {name}"))
+    if len({number for number, _ in numbers}) > 1:
+        found = ", ".join(f"{number:g} in {place}" for number, place in numbers)
+        what = f"{found}; give all that of the data, and zeros to an object without"
+        raise UserError(f"MODEL.KEYPOINT_ON is True, but numbers of keypoints differ: {what}")
 
 
 def _report(key: str, name: str, gaps: Sequence[str], doubts: Sequence[str]) -> None:

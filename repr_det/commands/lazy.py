@@ -22,7 +22,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
-from repr_det.commands.arguments import config_path, folder_of_weights, naming_close_keys, output_folder
+from repr_det.commands.arguments import config_path, naming_close_keys, output_folder, weights_to_evaluate
 from repr_det.commands.checks import try_mapper
 from repr_det.commands.data import prepare_data
 from repr_det.commands.train import Run
@@ -46,6 +46,7 @@ KEYS = {
     "dataloader.train.mapper.use_instance_mask": "MODEL.MASK_ON",
     "dataloader.train.mapper.use_keypoint": "MODEL.KEYPOINT_ON",
     "dataloader.train.mapper.instance_mask_format": "INPUT.MASK_FORMAT",
+    "model.roi_heads.keypoint_head.num_keypoints": "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS",
     "train.max_iter": "SOLVER.MAX_ITER",
     "train.amp.enabled": "SOLVER.AMP.ENABLED",
     "train.checkpointer.period": "SOLVER.CHECKPOINT_PERIOD",
@@ -72,10 +73,10 @@ def lazy_run(config_file: str, overrides: list[str], *rest: object) -> Run:
         LazyConfig.save(as_given, str(folder / CONFIG_FILE))
 
     loaded = _data_sets(cfg, "test")
-    for evaluator in _evaluators(cfg):
-        name = evaluator.get("dataset_name")
-        if name is not None and name not in loaded:
-            raise UserError(f"dataloader.evaluator.dataset_name must be that of dataloader.test {loaded}, got {name!r}")
+    for name in [evaluator.get("dataset_name") for evaluator in _evaluators(cfg)]:
+        if name is not None and loaded != (name,):
+            what = f"one data set, the dataset_name of dataloader.evaluator ({name}), got {listed(loaded)}"
+            raise UserError(f"dataloader.test.dataset.names must be {what}")
     unread = record_reads(cfg)
     settings = repr_cfg_from_lazy(cfg)
     text = Path(config_path(config_file)).read_text(encoding="utf-8")
@@ -105,8 +106,8 @@ def load_lazy_config(
     if baseline and "repr" in cfg:
         cfg.repr.ENABLED = False
     weights = folder, cfg.train.get("init_checkpoint", ""), resume, "train.init_checkpoint" in given
-    weights_in = folder_of_weights(*weights) if eval_only else None
-    classes = prepare_data(register, _data_sets(cfg, "train"), _data_sets(cfg, "test"), weights_in)
+    evaluated = weights_to_evaluate(*weights) if eval_only else None
+    classes = prepare_data(register, _data_sets(cfg, "train"), _data_sets(cfg, "test"), evaluated)
     for key, own in KEYS.items():
         if classes and own.endswith("NUM_CLASSES") and key not in given and OmegaConf.select(cfg, key) is not None:
             OmegaConf.update(cfg, key, classes)
@@ -160,8 +161,7 @@ def _takes(node: Any, name: str) -> bool:
 
 
 def record_reads(cfg: DictConfig) -> Callable[[], list[str]]:
-    """Turns the keys of nodes that are not called, such as ``train``, into interpolations that record reads. Returns a
-    function that names the keys without a read."""
+    """Lets the keys of nodes that are not called, such as ``train``, record reads; returns what names those without."""
     values, used = {}, set()
 
     def read(key: str) -> Any:
@@ -180,10 +180,7 @@ def record_reads(cfg: DictConfig) -> Callable[[], list[str]]:
 def repr_cfg_from_lazy(cfg: DictConfig) -> CfgNode:
     """The yacs config for checks and RePrHook. REPR comes from the node ``repr``: L(RePrHook)(...), or keys as in yaml.
     SOLVER.STEPS are the decays of ``lr_multiplier``. The rest comes from ``KEYS``, or has Detectron2's defaults.
-
-    Raises:
-        UserError: a key is unknown or of the wrong type, or ``train.max_iter`` is missing.
-    """
+    UserError if a key is unknown or of the wrong type, or ``train.max_iter`` is missing."""
     yacs = get_cfg()
     add_repr_config(yacs)
     yacs.FLOAT32_PRECISION = ""
@@ -193,6 +190,7 @@ def repr_cfg_from_lazy(cfg: DictConfig) -> CfgNode:
         _merge_repr(yacs, cfg.get("repr") or {})
     found = {own: OmegaConf.select(cfg, key) for key, own in KEYS.items()}
     found |= {"DATASETS.TRAIN": _data_sets(cfg, "train"), "DATASETS.TEST": _data_sets(cfg, "test")}
+    found["TEST.KEYPOINT_OKS_SIGMAS"] = [s for one in _evaluators(cfg) for s in one.get("kpt_oks_sigmas") or ()]
     if found["SOLVER.MAX_ITER"] is None:
         raise UserError("train.max_iter is missing: give the number of iterations")
     with naming_lazy_keys(cfg), as_user_error("LazyConfig"):
@@ -224,7 +222,8 @@ def _merge_repr(yacs: CfgNode, node: Any) -> None:
 def naming_lazy_keys(cfg: DictConfig) -> Iterator[None]:
     """Replaces yaml keys in a UserError by those of the LazyConfig."""
     by_arguments = "_target_" in (cfg.get("repr") or {})
-    names = {own: key for key, own in KEYS.items()}
+    names = {"TEST.KEYPOINT_OKS_SIGMAS": "dataloader.evaluator.kpt_oks_sigmas"}
+    names |= {own: key for key, own in KEYS.items()}
     for option, own in CONFIG_KEYS.items():
         names[own] = f"repr.{option}" if by_arguments else own.replace("REPR", "repr")
     try:

@@ -33,6 +33,7 @@ class Image(TypedDict):
 class Category(TypedDict):
     id: Id
     name: Name
+    keypoints: NotRequired[list | None]
 
 
 class RunLengths(TypedDict):
@@ -47,7 +48,7 @@ class Annotation(TypedDict):
     bbox: Annotated[list[Finite], Field(min_length=4, max_length=4)]
     iscrowd: NotRequired[Literal[0, 1, False, True]]
     ignore: NotRequired[Literal[0, False]]
-    segmentation: NotRequired[list[list] | RunLengths | Literal[""] | None]
+    segmentation: NotRequired[list[list] | RunLengths | Literal[""] | Annotated[dict, Field(max_length=0)] | None]
     keypoints: NotRequired[list[Finite] | None]
 
 
@@ -62,9 +63,12 @@ _CONTENT = TypeAdapter(Content)
 
 @dataclass(frozen=True)
 class CocoSummary:
-    """Classes by ascending id, what ``objects.gaps_of`` finds, lengths of single objects' keypoint lists (or 0)."""
+    """Classes by ascending id, their keypoints if alike, classes of objects, what ``objects.gaps_of`` finds, lengths of
+    single objects' keypoint lists (or 0)."""
 
     classes: dict[int, str]
+    keypoint_names: list[str]
+    seen: frozenset[str]
     gaps: dict[str, list[str]]
     keypoint_numbers: frozenset[int]
     files: list[ImageFile] = field(repr=False)
@@ -73,11 +77,8 @@ class CocoSummary:
 def check_coco_format(
     json_file: str | os.PathLike, image_root: str | os.PathLike, name: str | None = None
 ) -> CocoSummary:
-    """Check the json and the image files (of a large data set, some are decoded) of a COCO-format data set.
-
-    Raises:
-        UserError: the first thing found wrong; what only some uses of the data need is in the summary
-    """
+    """Check the json and the image files (of a large data set, some are decoded) of a COCO-format data set. UserError
+    for the first thing found wrong; what only some uses of the data need is in the summary."""
     collects = gc.isenabled()
     gc.disable()  # or looking for cycles takes three times as long as the rest
     try:
@@ -107,7 +108,10 @@ def _check(findings: Findings, image_root: Path) -> CocoSummary:
     findings.report(gaps["training"], gaps["doubts"])
     numbers = frozenset(len(entry.get("keypoints") or ()) for entry in annotations if not entry.get("iscrowd"))
     files = check_image_files(content["images"], image_root, findings)
-    return CocoSummary(classes=classes, gaps=gaps, keypoint_numbers=numbers, files=files)
+    seen = frozenset(classes[entry["category_id"]] for entry in annotations)
+    named = [list(map(str, entry["keypoints"])) for entry in categories.values() if entry.get("keypoints")]
+    names = named[0] if named and max(named) == min(named) else []
+    return CocoSummary(classes, names, seen, gaps, numbers, files)
 
 
 def _read(findings: Findings) -> dict[str, Any]:
@@ -119,7 +123,9 @@ def _read(findings: Findings) -> dict[str, Any]:
         _CONTENT.validate_python(content, strict=True)
         return content
     except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
+        faults = error.errors(include_url=False)
+        alike = [fault for fault in faults if fault["loc"][:3] == faults[0]["loc"][:3]]
+        fault = max(alike, key=lambda fault: len(fault["loc"]))  # in a union, of the form that fits furthest
     except (OSError, ValueError) as error:
         findings.fail(f"cannot be read as JSON: {reason(error, path)}")
     if len(fault["loc"]) < 3:
@@ -128,8 +134,9 @@ def _read(findings: Findings) -> dict[str, Any]:
     section, number, key = fault["loc"][:3]
     entry = content[section][number]
     name = f" (id {entry['id']!r})" if key != "id" else ""
-    value = reprlib.repr(entry.get(key))
-    findings.fail(f"entry {number} of '{section}'{name} has a wrong '{key}', {value}: {fault['msg']}")
+    value, part = entry.get(key), fault["input"]
+    what = fault["msg"] + (f", got {reprlib.repr(part)}" if len(fault["loc"]) > 3 and part is not value else "")
+    findings.fail(f"entry {number} of '{section}'{name} has a wrong '{key}', {reprlib.repr(value)}: {what}")
 
 
 def _by_id(content: dict[str, Any], section: str, findings: Findings) -> dict[Any, dict[str, Any]]:

@@ -21,6 +21,7 @@ ZERO = "has the id 0, which means 'no match' to pycocotools: start at 1"
 RIGHT_AREA = "give the object's area in pixels"
 FORM = "a bbox must be [x, y, width, height] in pixels"
 NEEDED = "which COCO evaluation needs"
+IGNORED = "is a crowd region (iscrowd 1), which training and AP leave out: give 0 to a single object"
 LEFT_OUT = "and Detectron2 leaves it out"
 RUN = "[P-o]{0,6}[0-O]"  # of COCO's compressed RLE: groups of five bits; the last lacks the sixth
 
@@ -119,20 +120,20 @@ def _evaluation_rows(objects: Objects) -> list[Row]:
 
 
 def _mask_rows(objects: Objects) -> list[Row]:
-    masks = [entry.get("segmentation") for entry in objects.annotations]
+    masks = [entry.get("segmentation") or None for entry in objects.annotations]
     sizes = objects.sizes.astype(int).tolist()
     faults = [_mask_fault(mask, *size) for mask, size in zip(masks, sizes, strict=True)]
     faulty = np.array([bool(fault) for fault in faults])
     crowd = np.array([bool(entry.get("iscrowd")) for entry in objects.annotations])
     rle = np.array([isinstance(mask, dict) for mask in masks])
-    outlines = [_outline(mask, fault) for mask, fault in zip(masks, faults, strict=True)]
-    lost = ~rle & [bool(mask) and not outline for mask, outline in zip(masks, outlines, strict=True)]
-    outlines = [[] if fault else outline for outline, fault in zip(outlines, faults, strict=True)]
+    outlines = [outline(mask, fault) for mask, fault in zip(masks, faults, strict=True)]
+    lost = ~rle & [bool(mask) and not kept for mask, kept in zip(masks, outlines, strict=True)]
+    outlines = [[] if fault else kept for kept, fault in zip(outlines, faults, strict=True)]
     points = np.fromiter(itertools.chain.from_iterable(itertools.chain.from_iterable(outlines)), float).reshape(-1, 2)
-    spans = _spans(points, np.array([sum(map(len, outline)) // 2 for outline in outlines]))
+    spans = _spans(points, np.array([sum(map(len, kept)) // 2 for kept in outlines]))
     return [
         (lost, {"training": objects.few, "doubts": 0}, f"has no polygon of 3 points or more, {LEFT_OUT}"),
-        (crowd, {"training": len(crowd) - 1}, "is a crowd region (iscrowd 1), as all are"),
+        (crowd, {"training": len(crowd) - 1, "doubts": objects.many}, IGNORED),
         (faulty & ~crowd, {"masks": 0}, f"has {faults[(faulty & ~crowd).argmax()]}"),
         (faulty & crowd, {"crowd masks": 0}, f"has {faults[(faulty & crowd).argmax()]}"),
         (rle & ~crowd, {"polygons": 0}, "has an RLE mask"),
@@ -237,7 +238,7 @@ def _repeats(values: np.ndarray) -> np.ndarray:
     return np.isin(np.arange(len(values)), np.unique(values, return_index=True)[1], invert=True)
 
 
-def _outline(segmentation: list | dict | str | None, fault: str | None) -> list[list[float]]:
+def outline(segmentation: list | dict | None, fault: str | None = None) -> list[list[float]]:
     """Lists of x, y, x, y, ...: the polygons that Detectron2 keeps, or two corners of a sound RLE."""
     if not isinstance(segmentation, dict):
         return [polygon for polygon in segmentation or [] if len(polygon) >= 6 and len(polygon) % 2 == 0]

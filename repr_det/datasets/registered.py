@@ -3,7 +3,7 @@
 import difflib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,8 @@ def _check(json_file: str, image_root: str, name: str, state: object) -> CocoSum
 
 
 def register_coco_format(name: str, json_file: str | os.PathLike, image_root: str | os.PathLike) -> None:
-    """Check a COCO-format data set and register it with Detectron2; again with the same files: no effect.
-
-    Raises:
-        UserError: the name is registered with other files, or what `check_coco_format` finds
-    """
+    """Check a COCO-format data set and register it with Detectron2; again with the same files: no effect. UserError if
+    the name is registered with other files, or for what `check_coco_format` finds."""
     if not name:
         raise UserError("the name of a data set must not be empty")
     json_file, image_root = (os.path.abspath(os.path.expanduser(path)) for path in (json_file, image_root))
@@ -45,8 +42,17 @@ def register_coco_format(name: str, json_file: str | os.PathLike, image_root: st
         if [*map(os.path.realpath, before)] != [*map(os.path.realpath, (json_file, image_root))]:
             raise UserError(f"data set {name} is already registered with {before[0] or 'other data'}, not {json_file}")
         return
-    classes = _check_once(json_file, image_root, name).classes
-    _register(name, json_file, image_root, classes)
+    _register(name, json_file, image_root, _check_once(json_file, image_root, name).classes)
+
+
+def name_keypoints(name: str) -> None:
+    """Takes keypoint_names of the categories, and keypoint_flip_map of left and right in them, if none are given."""
+    metadata, summary = MetadataCatalog.get(name), check_registered(name, for_evaluation=False)
+    if summary and summary.keypoint_names and not metadata.get("keypoint_names"):
+        names = summary.keypoint_names
+        sides = (("left", "right"), ("Left", "Right"), ("LEFT", "RIGHT"))
+        pairs = [(x, other) for x in names for side in sides if side[0] in x and (other := x.replace(*side)) in names]
+        metadata.set(keypoint_names=names, keypoint_flip_map=pairs)
 
 
 def _register(name: str, json_file: str, image_root: str, classes: dict[int, str], **more: str) -> None:
@@ -58,7 +64,7 @@ def _register(name: str, json_file: str, image_root: str, classes: dict[int, str
 
 def _number(name: str, reference: Sequence[str]) -> None:
     metadata = MetadataCatalog.get(name)
-    numbers = {i: reference.index(class_name) for i, class_name in metadata.own_classes.items()}
+    numbers = {i: reference.index(c) for i, c in metadata.own_classes.items() if c in reference}
     # A key of Metadata cannot be set to another value.
     vars(metadata).update(thing_classes=list(reference), thing_dataset_id_to_contiguous_id=numbers)
 
@@ -69,7 +75,7 @@ def _load(name: str) -> list[dict]:
     metadata = MetadataCatalog.get(name)
     own, numbers = metadata.own_classes, metadata.thing_dataset_id_to_contiguous_id
     if list(dict.fromkeys(own.values())) != metadata.thing_classes:
-        mapping = listed((f"{class_name} (id {i}) -> {numbers[i]}" for i, class_name in own.items()), 100)
+        mapping = listed((f"{c} (id {i}) -> {numbers.get(i, 'none, it has no objects')}" for i, c in own.items()), 100)
         what = f"data set {name}: its classes are mapped by name: {mapping}, of {len(metadata.thing_classes)} classes"
         log_first_n(logging.INFO, what, key="message")
     records = load_coco_json(metadata.json_file, metadata.image_root)
@@ -104,11 +110,8 @@ def _metadata(name: str) -> Any:
 
 
 def check_registered(name: str, *, for_evaluation: bool = True, for_objects: bool = False) -> CocoSummary | None:
-    """Check a data set by its registered name (shapes are drawn if absent); None if it is not in COCO format.
-
-    Raises:
-        UserError: the name is unknown, what `check_coco_format` finds, or other classes than those registered
-    """
+    """Check a data set by its registered name (shapes are drawn if absent); None if it is not in COCO format. UserError
+    if the name is unknown, the classes are not those registered, or for what `check_coco_format` finds."""
     metadata = _metadata(name)
     if metadata.get("shapes_root"):
         build_shapes(metadata.shapes_root)
@@ -150,30 +153,30 @@ def own_classes(name: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(own.values())) if own else class_names(name)
 
 
+def lacking(name: str, reference: Collection[str]) -> list[str]:
+    """The classes of a data set that the reference lacks; of one that can be mapped, those that have objects."""
+    missing = [class_name for class_name in own_classes(name) if class_name not in reference]
+    if missing and MetadataCatalog.get(name).get("own_classes"):
+        summary = check_registered(name, for_evaluation=False)
+        missing = [class_name for class_name in missing if summary and class_name in summary.seen]
+    return missing
+
+
 def any_mapped(data_sets: Sequence[Sequence[str]]) -> bool:
     """Tells whether any of these can be mapped; UserError for a string in place of names."""
     for names in data_sets:
         if isinstance(names, str):
             raise UserError(f"data sets must be a tuple of names, ({names!r},), got {names!r}")
-    registered = [name for names in data_sets for name in names if name in DatasetCatalog]
-    return any(MetadataCatalog.get(name).get("own_classes") for name in registered)
+    return any(MetadataCatalog.get(x).get("own_classes") for names in data_sets for x in names if x in DatasetCatalog)
 
 
 def agree_on_classes(
     train: Sequence[str], test: Sequence[str] = (), reference: Sequence[str] | None = None
 ) -> tuple[str, ...]:
-    """Gives all data sets of a run one numbering of the classes, and returns the classes in its order.
-
+    """Gives all data sets of a run one numbering of the classes, and returns the classes in its order: ``reference``,
+    else those of the training (or else test) set that has most, the first of equals.
     A data set of `register_coco_format` is mapped by name when it is loaded; others with things must number them alike.
-
-    Args:
-        train, test: registered names, not both empty.
-        reference: the classes in the order of the outputs; default those of the training (or else test) set that has
-            most, the first of equals.
-
-    Raises:
-        UserError: a data set has classes that the reference lacks, or cannot be mapped.
-    """
+    UserError if a data set has objects of classes that the reference lacks, or cannot be mapped."""
     own = {name: classes for name in (*train, *test) if (classes := own_classes(name))}
     source = "the checkpoint"
     if reference is None and own:
@@ -181,7 +184,7 @@ def agree_on_classes(
         reference = own[source]
     for name, classes in own.items():
         both = f"data set {name} has the classes {listed(classes, 20)}, and {source} has {listed(reference, 20)}"
-        if missing := [class_name for class_name in classes if class_name not in reference]:
+        if missing := lacking(name, reference):
             alike = [other for other in reference if folded(other) == folded(missing[0])]
             hint = f" (but {alike[0]!a}, so spell both alike)" if alike else ""
             raise UserError(f"{both}: they cannot be mapped by name, since that lacks {missing[0]!a}{hint}")

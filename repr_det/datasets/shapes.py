@@ -277,13 +277,9 @@ class _Canvas:
 
 
 def generate_shapes(split_seed: int, num_images: int) -> Iterator[tuple[np.ndarray, list[dict]]]:
-    """Draw the first `num_images` images of the split.
-
-    Yields:
-        image: uint8 (H, W, 3), BGR
-        objects: per shape {"bbox": [x, y, w, h] int px, "category_id": 1-based index into CLASS_NAMES, "area": int px
-            inside the image, hidden ones included, "iscrowd": 0}
-    """
+    """Draw the first `num_images` images of the split, uint8 (H, W, 3), BGR, each with its objects: per shape {"bbox":
+    [x, y, w, h] int px, "category_id": 1-based index into CLASS_NAMES, "area": int px inside the image, hidden ones
+    included, "iscrowd": 0}."""
     for index in range(num_images):
         dice = Dice(split_seed, index)
         canvas = _Canvas(dice)
@@ -304,12 +300,8 @@ def annotation_file(root: Path, part: str) -> Path:
 
 def build_shapes(root: str | os.PathLike) -> Path:
     """Make sure that `root` holds the data set: train/*.png, val/*.png, annotations/*.json and VERSION.
-
-    One of several processes draws it, as a whole or not at all, also in place of another version.
-
-    Raises:
-        UserError: `root` holds something else, or cannot be written
-    """
+    One of several processes draws it, as a whole or not at all, also in place of another version. UserError if `root`
+    holds something else, or cannot be written."""
     root = Path(root).expanduser().resolve()
     if _is_finished(root):
         return root

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, build_detection_test_loader, build_detection_train_loader
+from detectron2.data import DatasetMapper, MetadataCatalog, build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, create_ddp_model, hooks
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import DatasetEvaluator
@@ -76,6 +76,8 @@ class Trainer(DefaultTrainer):
         self._trainer = inner(model, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        classes = [MetadataCatalog.get(name).get("thing_classes", []) for name in cfg.DATASETS.TRAIN]
+        self.checkpointer.thing_classes = max(classes, key=len, default=[])
         if comm.is_main_process():
             remove_unfinished(cfg.OUTPUT_DIR)
         self.start_iter = 0
@@ -182,7 +184,7 @@ class Trainer(DefaultTrainer):
     def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> dict:
         """Evaluates with test-time augmentation (bbox_TTA, ...), into OUTPUT_DIR/inference_TTA."""
         folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
-        evaluators = [build_evaluator(name, folder) for name in cfg.DATASETS.TEST]
+        evaluators = [build_evaluator(name, folder, cfg) for name in cfg.DATASETS.TEST]
         results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
         return {f"{name}_TTA": values for name, values in results.items()}
 
@@ -204,7 +206,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         """By the data set's evaluator_type; files go to OUTPUT_DIR/inference."""
-        return build_evaluator(dataset_name, os.path.join(cfg.OUTPUT_DIR, "inference"))
+        return build_evaluator(dataset_name, os.path.join(cfg.OUTPUT_DIR, "inference"), cfg)
 
 
 def check_same_arm(state: Mapping[str, Any], enabled: bool, folder: str) -> None:

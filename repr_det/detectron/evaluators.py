@@ -4,21 +4,24 @@ import importlib.util
 from collections.abc import Sequence
 
 from detectron2 import evaluation
+from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 
 from repr_det.datasets import CocoEvaluator
 from repr_det.method.errors import UserError
 
-# evaluator_type -> evaluator of a data set's name and a folder for files.
+# evaluator_type -> evaluator of a data set's name, a folder for files, and the config.
 _EVALUATORS = {
-    "coco": lambda name, folder: CocoEvaluator(name, output_dir=folder),
-    "sem_seg": lambda name, folder: evaluation.SemSegEvaluator(name, distributed=True, output_dir=folder),
-    "pascal_voc": lambda name, folder: evaluation.PascalVOCDetectionEvaluator(name),
-    "lvis": lambda name, folder: evaluation.LVISEvaluator(name, output_dir=folder),
-    "cityscapes_instance": lambda name, folder: evaluation.CityscapesInstanceEvaluator(name),
-    "cityscapes_sem_seg": lambda name, folder: evaluation.CityscapesSemSegEvaluator(name),
-    "coco_panoptic_seg": lambda name, folder: evaluation.COCOPanopticEvaluator(name, folder),
+    "coco": lambda name, folder, cfg: CocoEvaluator(
+        name, output_dir=folder, kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS
+    ),
+    "sem_seg": lambda name, folder, _: evaluation.SemSegEvaluator(name, distributed=True, output_dir=folder),
+    "pascal_voc": lambda name, folder, _: evaluation.PascalVOCDetectionEvaluator(name),
+    "lvis": lambda name, folder, _: evaluation.LVISEvaluator(name, output_dir=folder),
+    "cityscapes_instance": lambda name, folder, _: evaluation.CityscapesInstanceEvaluator(name),
+    "cityscapes_sem_seg": lambda name, folder, _: evaluation.CityscapesSemSegEvaluator(name),
+    "coco_panoptic_seg": lambda name, folder, _: evaluation.COCOPanopticEvaluator(name, folder),
 }
 _BEFORE = {"coco_panoptic_seg": ("sem_seg", "coco")}  # evaluated too
 _NEEDS = {"lvis": "lvis", "coco_panoptic_seg": "panopticapi"}
@@ -38,10 +41,10 @@ def check_evaluators(names: Sequence[str]) -> None:
             raise UserError(f"DATASETS.TEST {name}: its evaluation ({kind}) needs the package {_NEEDS[kind]}")
 
 
-def build_evaluator(name: str, folder: str) -> DatasetEvaluator:
+def build_evaluator(name: str, folder: str, cfg: CfgNode) -> DatasetEvaluator:
     """By the evaluator_type of a registered data set, else "coco"; files go to ``folder``."""
     kind = _kind(name)
-    made = [_EVALUATORS[each](name, folder) for each in (*_BEFORE.get(kind, ()), kind)]
+    made = [_EVALUATORS[each](name, folder, cfg) for each in (*_BEFORE.get(kind, ()), kind)]
     return made[0] if len(made) == 1 else DatasetEvaluators(made)
 
 

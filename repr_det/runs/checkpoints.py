@@ -21,10 +21,11 @@ class AtomicCheckpointer(DetectionCheckpointer):
     """DetectionCheckpointer whose files are whole or absent, and that runs no code of a file.
 
     Without ``last_checkpoint`` it takes the newest checkpoint of the folder. ``unfit`` are the parameters that the file
-    loaded last lacked or had in another shape."""
+    loaded last lacked or had in another shape. ``thing_classes``, in the order of the outputs, go into every file."""
 
     _resuming = False
     unfit: Sequence[str] = ()
+    thing_classes: Sequence[str] = ()
 
     def save(self, name: str, **kwargs: Any) -> None:
         """As in Detectron2; ``last_checkpoint`` changes once the file is on the disk."""
@@ -35,7 +36,8 @@ class AtomicCheckpointer(DetectionCheckpointer):
         self.logger.info("Saving checkpoint to %s", path)
         try:
             with replacing(path, "wb") as file:
-                torch.save({"model": self.model.state_dict(), **states, **kwargs}, file)
+                named = {"model": self.model.state_dict(), "thing_classes": list(self.thing_classes)}
+                torch.save(named | states | kwargs, file)
             write_atomically(path.with_name(_TAG), path.name)
         except (OSError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # torch's writer of files
