@@ -17,7 +17,7 @@ from tabulate import tabulate
 from repr_det.commands.arguments import merge_config_file
 from repr_det.detectron.config import add_repr_config, as_user_error, scale_to_world
 from repr_det.method.errors import UserError
-from repr_det.runs.files import METRICS_FILE, write_atomically
+from repr_det.runs.files import EVENTS_FILE, METRICS_FILE, write_atomically
 from repr_det.runs.record import CONFIG_FILE, DATA_FILE, describe_data_sets
 from repr_det.studies.comparison.statistics import (
     could_show,
@@ -190,6 +190,11 @@ def check_comparable(study: Study) -> list[str]:
         parts, found = settings_of_parts(run.folder)
         if of_repr and parts[run.folder]["REPR.ENABLED"] != (run.arm == REPR):
             raise UserError(f"{run.folder} has REPR.ENABLED {run.arm != REPR}: it is no {run.arm} run")
+        if parts[run.folder]["REPR.ENABLED"] and not read_json_lines(run.folder / EVENTS_FILE):
+            raise UserError(
+                f"{run.folder} has REPR.ENABLED True, but no drop in {EVENTS_FILE}: RePr did not run in it; register "
+                "RePrHook(cfg) in its trainer"
+            )
         configs[run.arm] |= parts
         notes += found
     reference, other = configs.values()
