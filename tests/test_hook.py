@@ -10,6 +10,7 @@ import torch
 from conftest import assert_same_weights
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
+from detectron2.data import build_detection_train_loader
 from detectron2.engine import DefaultTrainer, HookBase, default_setup
 from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
@@ -231,7 +232,7 @@ def test_batches_of_extra_passes_depend_on_seed_and_cycle_alone(tiny_cfg):
     state = str(random_state())
 
     def files(seed, cycle, images=2):
-        passes = training_passes(trainer.model, trainer, seed, images, True)
+        passes = training_passes(trainer.model, trainer, seed, images)
         return [[image["file_name"] for image in batch] for batch in passes.batches(2, cycle)]
 
     assert files(3, 0) == files(3, 0) != files(3, 1)
@@ -240,7 +241,14 @@ def test_batches_of_extra_passes_depend_on_seed_and_cycle_alone(tiny_cfg):
     assert str(random_state()) == state
     # Calibration of FrozenBN looks at eight images.
     for images, batches in ((None, 4), (1, 8), (3, 3), (8, 1), (10, 1)):
-        assert training_passes(trainer.model, trainer, 0, images, True).calibration_batches == batches
+        assert training_passes(trainer.model, trainer, 0, images).calibration_batches == batches
+
+    def name(image):
+        return {"file_name": image["file_name"]}
+
+    # One that is not grouped by shape, which takes width and height.
+    trainer._trainer.data_loader = build_detection_train_loader(cfg, mapper=name, aspect_ratio_grouping=False)
+    assert files(3, 0) == files(3, 0)
 
 
 def test_a_network_that_diverges_is_named_as_such_at_a_transition(tiny_cfg):

@@ -19,6 +19,7 @@ from outcomes import json_lines
 from small_loop import config as small_config
 from small_loop import small_trainer, train
 from torch import nn
+from torch.utils.data import DataLoader
 
 from repr_det import RePrHook, UserError
 from repr_det.commands.data import check_same_classes
@@ -100,8 +101,9 @@ def test_data_that_a_transition_needs_is_missed_before_the_first_step(tmp_path):
     def once():
         yield pytest.fail("a step was made")
 
-    with pytest.raises(UserError, match="this trainer's data loader is an iterator"):
-        trained(tmp_path, config(tmp_path), norm="FrozenBN", loader=once())
+    for loader in (once(), DataLoader([0], num_workers=1, persistent_workers=True)):
+        with pytest.raises(UserError, match="this trainer's data loader must start again whenever it is iterated"):
+            trained(tmp_path, config(tmp_path), norm="FrozenBN", loader=loader)
     with pytest.raises(UserError, match="the criterion looks at training batches, and none can be drawn"):
         trained(tmp_path, config(tmp_path, "REPR.CRITERION", "apoz"), loader=[])
 

@@ -49,7 +49,6 @@ class RePrHook(HookBase):
         total_steps: iterations of the training; None takes the trainer's.
         first_lr_step: iteration of the first decay of the learning rate; None finds it in the trainer's schedule.
         images_per_batch: over all ranks; None takes the trainer's.
-        aspect_ratio_grouping: of the extra passes.
         weights: the trained weights that training starts from, for a warning.
         averages: averages of the weights that follow the model.
         names: option -> how errors spell it; None spells keyword arguments.
@@ -68,7 +67,6 @@ class RePrHook(HookBase):
         total_steps: int | None = None,
         first_lr_step: int | None = None,
         images_per_batch: int | None = None,
-        aspect_ratio_grouping: bool = True,
         weights: str = "",
         averages: Sequence[Any] = (),
         names: dict[str, str] | None = None,
@@ -80,7 +78,6 @@ class RePrHook(HookBase):
         self.total_steps = total_steps
         self.first_lr_step = first_lr_step
         self.images_per_batch = images_per_batch
-        self.aspect_ratio_grouping = aspect_ratio_grouping
         self.weights = weights
         self.averages = averages
         self.schedule: RePrSchedule | None = None
@@ -105,7 +102,6 @@ class RePrHook(HookBase):
             "total_steps": cfg.SOLVER.MAX_ITER,
             "first_lr_step": config.first_decay(cfg),
             "images_per_batch": cfg.SOLVER.IMS_PER_BATCH,
-            "aspect_ratio_grouping": cfg.DATALOADER.ASPECT_RATIO_GROUPING,
             "weights": cfg.MODEL.WEIGHTS,
             "names": config.NAMES,
             **vars(config.options_of_config(cfg)),
@@ -216,7 +212,7 @@ class RePrHook(HookBase):
             optimizer,
             trainer.max_iter,
             schedule=self.schedule,
-            passes=training_passes(model, trainer, self.seed, self.images_per_batch, self.aspect_ratio_grouping),
+            passes=training_passes(model, trainer, self.seed, self.images_per_batch),
             averages=self.averages,
             seed=seed,
             **vars(self.options),

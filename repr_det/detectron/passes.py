@@ -13,23 +13,20 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
 from repr_det.method.errors import UserError
-from repr_det.method.passes import TrainingPasses
+from repr_det.method.passes import TrainingPasses, afresh
 from repr_det.network.state import preserved_random_state
 
 CALIBRATION_IMAGES = 8  # give a channel's standard deviation to about 3 %
 
 
-def training_passes(
-    model: nn.Module, trainer: Any, seed: int, images_per_batch: int | None, grouped: bool
-) -> TrainingPasses:
+def training_passes(model: nn.Module, trainer: Any, seed: int, images_per_batch: int | None) -> TrainingPasses:
     """Extra passes, whose order depends on seed and cycle only.
 
-    They read data set and mapper of the trainer's loader if that is Detectron2's. Else ``build_train_loader`` makes
-    another, or the loader is iterated again.
+    They read data set and mapper of the trainer's loader if that is Detectron2's, and group by shape if it does. Else
+    ``build_train_loader`` makes another, or the loader is iterated again.
 
     Args:
         images_per_batch: over all ranks; None takes the loader's.
-        grouped: images of one orientation share a batch.
     """
 
     def batches(number: int, cycle: int) -> Iterable[list[dict]]:
@@ -44,7 +41,7 @@ def training_passes(
                     mapper=None,
                     sampler=TrainingSampler(len(dataset), seed=mixed),
                     total_batch_size=images_per_batch or batch_size_of(own) or 16,
-                    aspect_ratio_grouping=grouped,
+                    aspect_ratio_grouping=bool(getattr(own, "_buckets", ())),
                 )
             else:
                 loader = _own_loader(trainer, own)
@@ -100,9 +97,4 @@ def _own_loader(trainer: Any, own: Any) -> Iterable:
         cfg.defrost()
         cfg.DATALOADER.NUM_WORKERS = 0
         return build(cfg)
-    if iter(own) is own:
-        raise UserError(
-            "RePr: transitions look at training batches, and this trainer's data loader is an iterator: give one that "
-            "can be iterated again"
-        )
-    return own
+    return afresh(own, "RePr: transitions look at training batches, and this trainer's data loader")

@@ -1,5 +1,6 @@
 """Extra forward passes over training batches, for data-driven criteria and calibration."""
 
+import copy
 import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator
@@ -12,6 +13,10 @@ from torch import Tensor, nn
 
 from repr_det.method.errors import UserError
 from repr_det.network.state import generators_in, preserved_random_state
+
+
+class SharedLoaderError(UserError):
+    """A loader can be iterated only once at a time."""
 
 
 @dataclass
@@ -42,11 +47,7 @@ def passes_over(
     Raises:
         UserError: ``loader`` is an iterator, or keeps its workers.
     """
-    if isinstance(loader, Iterator) or getattr(loader, "persistent_workers", False):
-        raise UserError(
-            "loader= must start again whenever it is iterated: give a list of batches, or a DataLoader without "
-            "persistent_workers"
-        )
+    afresh(loader, "loader=")
 
     def batches(number: int, cycle: int) -> list[Any]:
         own = [generator for generator in generators_in(loader) if isinstance(generator, torch.Generator)]
@@ -57,6 +58,26 @@ def passes_over(
             for generator in own:
                 generator.manual_seed(mixed)
             torch.manual_seed(mixed)
-            return list(itertools.islice(iter(loader), number))
+            return list(itertools.islice(afresh(loader, "loader="), number))
 
     return TrainingPasses(model, batches, loss)
+
+
+def afresh(loader: Any, name: str) -> Iterable[Any]:
+    """``loader``, to be iterated while training iterates it. Detectron2's grouping by shape gets buckets of its own.
+
+    Raises:
+        SharedLoaderError: the training would miss batches.
+    """
+    part = loader
+    while part is not None:
+        if isinstance(part, Iterator) or getattr(part, "persistent_workers", False):
+            raise SharedLoaderError(
+                f"{name} must start again whenever it is iterated: give a list of batches, or a DataLoader without "
+                "persistent_workers"
+            )
+        part = None if getattr(part, "num_workers", 0) else getattr(part, "dataset", None)  # a worker has a copy
+    if hasattr(loader, "_buckets"):
+        loader = copy.copy(loader)
+        loader._buckets = [[] for _ in loader._buckets]
+    return loader
