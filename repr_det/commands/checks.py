@@ -208,7 +208,9 @@ def _check_same_training(cfg: CfgNode, trainer: dict[str, Any]) -> None:
     check_same_arm(trainer, cfg.REPR.ENABLED, cfg.OUTPUT_DIR)
     if cfg.REPR.ENABLED:
         own = changed(cfg, "SOLVER.REFERENCE_WORLD_SIZE", 0)  # it is scaled already
-        RePrHook(own).load_state_dict(trainer["hooks"][RePrHook.__qualname__])
+        hook = RePrHook(own)
+        hook.schedule = validate_repr_config(own)
+        hook.load_state_dict(trainer["hooks"][RePrHook.__qualname__])
 
 
 def changed(cfg: CfgNode, key: str, value: Any) -> CfgNode:

@@ -1,9 +1,11 @@
 """The config node REPR, made from ``RePrOptions``, and the decays of a learning-rate schedule."""
 
 import contextlib
+import copy
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ import yaml
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 from detectron2.solver import LRMultiplier, build_lr_scheduler
+from fvcore.common.param_scheduler import ParamScheduler
 
 from repr_det.method.criteria import get_criterion
 from repr_det.method.errors import UserError, spelling
@@ -50,7 +53,7 @@ def value_at(node: CfgNode, key: str) -> Any:
 
 
 def validate_repr_config(cfg: CfgNode) -> RePrSchedule | None:
-    """Checks every key of REPR that can be checked without a model.
+    """Checks every key of REPR that can be checked without a model, with the scheduler that SOLVER names.
 
     Returns:
         The schedule; None if REPR.ENABLED is False.
@@ -103,17 +106,16 @@ def without_repr(cfg: CfgNode) -> CfgNode:
     return stock
 
 
-def decays(multiplier: Callable[[float], float], max_iter: int) -> tuple[int, ...]:
+def decays(scheduler: Any, max_iter: int) -> tuple[int, ...]:
     """The iterations at which the rate steps down; of a gradual fall (cosine, ...) the first at half of the peak, and
     none after it.
 
     Args:
-        multiplier: fvcore's ParamScheduler: position in [0, 1) -> multiplier of the rates.
+        scheduler: fvcore's ParamScheduler, Detectron2's LRMultiplier, or one of torch that has not been stepped yet.
     """
     found: list[int] = []
     peak = before = 0.0
-    for iteration in range(max_iter):
-        value = float(multiplier(iteration / max_iter))
+    for iteration, value in enumerate(_rates(scheduler, max_iter)):
         stepped = before > 0 and value <= _STEP * before
         halved = not found and peak > 0 and value <= _HALF * peak
         if stepped or halved:
@@ -122,6 +124,23 @@ def decays(multiplier: Callable[[float], float], max_iter: int) -> tuple[int, ..
             break
         peak, before = max(peak, value), value
     return tuple(found)
+
+
+def _rates(scheduler: Any, max_iter: int) -> Iterator[float]:
+    """The rate of every iteration, by a factor; one of torch is stepped as a copy, on groups without parameters."""
+    if isinstance(scheduler, (ParamScheduler, LRMultiplier)):
+        multiplier, length = getattr(scheduler, "_multiplier", scheduler), getattr(scheduler, "_max_iter", max_iter)
+        yield from (float(multiplier(iteration / length)) for iteration in range(max_iter))
+        return
+    if scheduler.last_epoch != 0:
+        raise ValueError("it has been stepped")
+    optimizer = scheduler.optimizer
+    groups = [copy.deepcopy({**group, "params": []}) for group in optimizer.param_groups]
+    stand_in = SimpleNamespace(param_groups=groups, step=optimizer.step, _opt_called=True)
+    played = copy.deepcopy(scheduler, {id(optimizer): stand_in})
+    for _ in range(max_iter):
+        yield max(float(group["lr"]) for group in groups)
+        played.step()
 
 
 def decays_of_config(cfg: CfgNode) -> tuple[int, ...]:
@@ -137,7 +156,7 @@ def _decays_of_solver(solver: str) -> tuple[int, ...]:
     level = logger.level
     logger.setLevel(logging.ERROR)  # its warnings come when the run builds its own
     try:
-        return decays(build_lr_scheduler(cfg, optimizer)._multiplier, cfg.SOLVER.MAX_ITER)
+        return decays(build_lr_scheduler(cfg, optimizer), cfg.SOLVER.MAX_ITER)
     finally:
         logger.setLevel(level)
 

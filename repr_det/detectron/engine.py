@@ -87,7 +87,6 @@ class Trainer(DefaultTrainer):
         cfg, built = self.cfg, [hook for hook in super().build_hooks() if hook is not None]
         period = cfg.SOLVER.CHECKPOINT_PERIOD
         repr_hook = self.build_repr_hook(cfg)
-        transitions = () if repr_hook is None else (*repr_hook.schedule.drop_iters, *repr_hook.schedule.restore_iters)
         loaders = [self._trainer.data_loader]
         for hook in built:
             if isinstance(hook, hooks.PreciseBN) and not hook._disabled:
@@ -97,7 +96,7 @@ class Trainer(DefaultTrainer):
         exact = ExactResume(model, loaders, period, cfg.OUTPUT_DIR)
         built.insert(_place_before(built, hooks.PeriodicCheckpointer, hooks.EvalHook), exact)
         on_cpu = next(model.parameters()).device.type == "cpu"  # elsewhere the host would wait
-        guard = FiniteGuard(on_cpu and not cfg.SOLVER.AMP.ENABLED, period, transitions)
+        guard = FiniteGuard(on_cpu and not cfg.SOLVER.AMP.ENABLED, period)
         stop = StopAtSignal(period, lambda: (guard.check_weights(), exact.collect()))
         built.insert(_place_before(built, hooks.EvalHook), stop)
         built.insert(0, guard)

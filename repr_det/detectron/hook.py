@@ -84,8 +84,8 @@ class RePrHook(HookBase):
         with spelling(names):
             self.options = RePrOptions.of({"layers": DETECTRON2_LAYERS, **options})
             get_criterion(self.options.criterion)
-            if total_steps is not None:
-                self.schedule = schedule_of(self.options, total_steps, first_lr_step)
+            if self.options.s1_iters:
+                self.schedule = schedule_of(self.options, 0, None)
         self.repr: RePr | None = None
         self._loaded: dict[str, Any] | None = None
 
@@ -95,12 +95,10 @@ class RePrHook(HookBase):
         cfg = config.scale_to_world(cfg, comm.get_world_size())
         if not cfg.REPR.ENABLED:
             raise UserError("RePrHook needs REPR.ENABLED True, got False")
-        config.validate_repr_config(cfg)
         return {
             "output_dir": cfg.OUTPUT_DIR,
             "seed": cfg.SEED,
             "total_steps": cfg.SOLVER.MAX_ITER,
-            "first_lr_step": config.first_decay(cfg),
             "images_per_batch": cfg.SOLVER.IMS_PER_BATCH,
             "weights": cfg.MODEL.WEIGHTS,
             "names": config.NAMES,
@@ -126,8 +124,9 @@ class RePrHook(HookBase):
         index, mine = first_later_hook(trainer._hooks), trainer._hooks.index(self)
         if index < mine:
             trainer._hooks.insert(index, trainer._hooks.pop(mine))
+        note = ""
         if self.schedule is None:
-            self.schedule = schedule_of(self.options, trainer.max_iter, self._first_decay())
+            note = self._derive()
             if self._loaded is not None:
                 check_resumed(self._loaded["run"], self._fingerprint())
         if self.total_steps is not None and trainer.max_iter <= self.schedule.end_iter < self.total_steps:
@@ -155,7 +154,7 @@ class RePrHook(HookBase):
         if comm.is_main_process() and self.output_dir:
             for name in (EVENTS_FILE, OVERLAPS_FILE):  # transitions that a resumed run makes again
                 truncate_log(Path(self.output_dir, name), self.repr.steps)
-        logger.info(describe_schedule(self.schedule))
+        logger.info(describe_schedule(self.schedule) + note)
         if (left := trainer.max_iter - self.schedule.end_iter) < self.schedule.s1_iters:
             logger.warning(
                 "RePr: %d iterations are left after the last restore, fewer than S1 %d", left, self.schedule.s1_iters
@@ -262,14 +261,21 @@ class RePrHook(HookBase):
             ours.setLevel(theirs.level)
             ours.propagate = theirs.propagate
 
-    def _first_decay(self) -> int | None:
-        if self.first_lr_step is not None:
-            return self.first_lr_step
-        for hook in self.trainer._hooks:
-            multiplier = getattr(getattr(hook, "scheduler", None), "_multiplier", None)
-            if isinstance(hook, hooks.LRScheduler) and multiplier is not None:
-                return next(iter(config.decays(multiplier, self.trainer.max_iter)), None)
-        return None
+    def _derive(self) -> str:
+        """Derives the schedule from the trainer's scheduler of the learning rate. Returns a note if that is no help."""
+        total, first, note = self.total_steps or self.trainer.max_iter, self.first_lr_step, ""
+        if first is None:
+            try:
+                scheduler = next(hook.scheduler for hook in self.trainer._hooks if isinstance(hook, hooks.LRScheduler))
+                first = next(iter(config.decays(scheduler, total)), None)
+            except Exception:  # a scheduler of one's own can be anything
+                if self._loaded is not None:  # torch's could be read when the run began
+                    phases = (self._loaded["run"][CONFIG_KEYS[name]] for name in ("s1_iters", "s2_iters"))
+                    self.schedule = RePrSchedule(*phases, self.options.num_cycles, self.options.start_iter)
+                    return note
+                note = "; the schedule of the learning rate cannot be read (first_lr_step= says where it first decays)"
+        self.schedule = schedule_of(self.options, total, first)
+        return note
 
 
 def first_later_hook(registered: Sequence[HookBase]) -> int:

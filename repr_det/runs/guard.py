@@ -1,7 +1,7 @@
 """A guard against numbers that are not finite."""
 
-from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from detectron2.engine import HookBase
@@ -24,12 +24,13 @@ class FiniteGuard(HookBase):
 
     check_gradients: bool  # the host waits for each step; False under AMP, where GradScaler skips those that overflow
     checkpoint_period: int
-    transitions: Collection[int]  # iterations of drops and restores
 
     def after_step(self) -> None:
         if self.check_gradients:
             self._check(non_finite_gradient(self.trainer.model))
-        if self.trainer.iter in self.transitions or is_saved(self.trainer, self.checkpoint_period):
+        hook = _repr_hook(self.trainer)
+        transitions = () if hook is None else (*hook.schedule.drop_iters, *hook.schedule.restore_iters)
+        if self.trainer.iter in transitions or is_saved(self.trainer, self.checkpoint_period):
             self.check_weights()
 
     def check_weights(self) -> None:
@@ -61,8 +62,12 @@ def _first_non_finite(what: str, tensors: dict[str, Tensor]) -> str:
     return ""
 
 
+def _repr_hook(trainer: Any) -> Any:
+    return next((hook for hook in trainer._hooks if hasattr(hook, "scheme")), None)
+
+
 def describe(trainer: object, what: str) -> str:
-    scheme = next((h.scheme for h in trainer._hooks if hasattr(h, "scheme")), None)
+    scheme = getattr(_repr_hook(trainer), "scheme", None)
     phase = "full-network" if scheme is None or not scheme.is_sub else "sub-network"
     return (
         f"iteration {trainer.iter}, {phase} phase: {what}; the run stops, its last checkpoint is untouched. "
