@@ -230,7 +230,7 @@ def test_batches_of_extra_passes_depend_on_seed_and_cycle_alone(tiny_cfg):
         return [[image["file_name"] for image in batch] for batch in passes.batches(2, cycle)]
 
     assert files(3, 0) == files(3, 0) != files(3, 1)
-    assert files(3, 0) != files(4, 0)
+    assert files(3, 0) != files(4, 0) and files(2**32 - 1, 0) != files(2**64, 0)
     assert [len(batch) for batch in files(3, 0, 4)] == [4, 4]
     assert str(random_state()) == state
     # Calibration of FrozenBN looks at eight images.

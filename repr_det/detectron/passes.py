@@ -8,13 +8,12 @@ from typing import Any
 from detectron2.data import MapDataset, build_detection_train_loader
 from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
-from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
 from repr_det.method.errors import UserError
 from repr_det.method.passes import TrainingPasses, afresh
-from repr_det.network.state import preserved_random_state
+from repr_det.network.state import seed_of, seeded
 
 CALIBRATION_IMAGES = 8  # give a channel's standard deviation to about 3 %
 
@@ -30,16 +29,14 @@ def training_passes(model: nn.Module, trainer: Any, seed: int, images_per_batch:
     """
 
     def batches(number: int, cycle: int) -> Iterable[list[dict]]:
-        mixed = max(seed, 0) * 1_000_003 + cycle * 1009
         own = _loader_of(trainer)
         dataset = map_dataset(own)
-        with preserved_random_state(own):
-            seed_all_rng(mixed + comm.get_rank())
+        with seeded(seed_of(seed, cycle, comm.get_rank()), own):
             if dataset is not None:
                 loader: Iterable = build_detection_train_loader(
                     dataset,
                     mapper=None,
-                    sampler=TrainingSampler(len(dataset), seed=mixed),
+                    sampler=TrainingSampler(len(dataset), seed=seed_of(seed, cycle)),
                     total_batch_size=images_per_batch or batch_size_of(own) or 16,
                     aspect_ratio_grouping=bool(getattr(own, "_buckets", ())),
                 )

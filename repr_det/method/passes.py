@@ -2,17 +2,14 @@
 
 import copy
 import itertools
-import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
 from repr_det.method.errors import UserError
-from repr_det.network.state import generators_in, preserved_random_state
+from repr_det.network.state import seed_of, seeded
 
 
 class SharedLoaderError(UserError):
@@ -50,14 +47,7 @@ def passes_over(
     afresh(loader, "loader=")
 
     def batches(number: int, cycle: int) -> list[Any]:
-        own = [generator for generator in generators_in(loader) if isinstance(generator, torch.Generator)]
-        with preserved_random_state(loader):
-            mixed = seed * 1_000_003 + cycle
-            random.seed(mixed)
-            np.random.seed(mixed % 2**32)
-            for generator in own:
-                generator.manual_seed(mixed)
-            torch.manual_seed(mixed)
+        with seeded(seed_of(seed, cycle), loader):
             return list(itertools.islice(afresh(loader, "loader="), number))
 
     return TrainingPasses(model, batches, loss)

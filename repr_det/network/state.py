@@ -17,10 +17,14 @@ _MOST_OBJECTS = 2000  # searched for generators
 _LARGEST = 1_000_000  # elements: a larger tensor is a cache of activations
 
 
+def seed_of(*numbers: int) -> int:
+    """A seed below 2**56 that depends on ``numbers`` alone."""
+    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7], "little")
+
+
 def generator_of(*numbers: int) -> torch.Generator:
-    """A generator of the CPU whose stream depends on ``numbers`` alone."""
-    digest = hashlib.sha256(repr(numbers).encode()).digest()[:7]
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    """A generator of the CPU with the seed ``seed_of``."""
+    return torch.Generator().manual_seed(seed_of(*numbers))
 
 
 def random_state() -> dict[str, Any]:
@@ -63,6 +67,19 @@ def preserved_random_state(*holders: Any) -> Iterator[None]:
         set_random_state(state)
         for call in put_back:
             call()
+
+
+@contextlib.contextmanager
+def seeded(seed: int, *holders: Any) -> Iterator[None]:
+    """Draws inside by ``seed``, with torch's generators in ``holders`` too, and puts every random state back."""
+    with preserved_random_state(*holders):
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+        for generator in generators_in(*holders):
+            if isinstance(generator, torch.Generator):
+                generator.manual_seed(seed)
+        yield
 
 
 def _resetting(generator: Any) -> Callable[[], Any]:
