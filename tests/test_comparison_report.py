@@ -41,7 +41,7 @@ def test_report_of_finished_folders(finished, tmp_path, capsys):
     out = tmp_path / "out"
     results, page, shown = results_of(out), Page(out), capsys.readouterr().out
     row = results["metrics"]["AP"]
-    expected = [json.loads((folder / "metrics.json").read_text().splitlines()[2])["bbox/AP"] for folder in bases]
+    expected = [json.loads((folder / "metrics.json").read_text().splitlines()[3])["bbox/AP"] for folder in bases]
     assert row["baseline"]["values"] == pytest.approx(expected)
     table = pd.read_csv(out / "results.csv")
     assert list(table) == ["seed", "arm", "metric", "value"] and set(table["arm"]) == {"baseline", "repr"}

@@ -110,17 +110,21 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def read_metrics(folder: Path) -> dict[int, dict[str, float]]:
-    """Iteration -> everything logged for it. A resumed run repeats iterations: the later line counts."""
-    rows = {}
+    """Iteration -> everything logged for it. Where a run was resumed, or another began, what came before is cut off."""
+    rows, last = {}, {}
     for line in read_json_lines(folder / METRICS_FILE):
-        rows.setdefault(line["iteration"], {}).update(line)
+        now = line.pop("iteration")
+        if any(last.get(key, -1) >= now for key in line):  # a run logs nothing twice
+            rows, last = {i: row for i, row in rows.items() if i < now}, {}
+        rows.setdefault(now, {}).update(line)
+        last |= dict.fromkeys(line, now)
     return dict(sorted(rows.items()))
 
 
 def final_row(rows: dict[int, dict[str, float]], max_iter: int) -> dict[str, float]:
     """The evaluation after the last iteration, {} if unfinished. Its AP may be NaN."""
     # A run resumed after its last step logs it one iteration later.
-    return next((row for i, row in reversed(rows.items()) if i >= max_iter and "bbox/AP" in row), {})
+    return next((rows[i] for i in (max_iter + 1, max_iter) if "bbox/AP" in rows.get(i, ())), {})
 
 
 def is_finished(run: Run) -> bool:
