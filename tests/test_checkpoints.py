@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import At, assert_same_weights, end_of, interrupt
 from detectron2.engine import hooks
+from detectron2.utils.env import seed_all_rng
 from torch import nn
 
 from repr_det import Trainer, UserError
@@ -137,6 +138,24 @@ def test_a_resumed_run_keeps_its_best_checkpoint(tiny_cfg, tmp_path, monkeypatch
             trainer.train()
     assert (best.best_metric, best.best_iter, next(ap, None)) == (50.0, 1, None)
     assert torch.load(tmp_path / "run" / "model_best.pth", weights_only=True)["iteration"] == 1
+
+
+def test_a_run_whose_last_checkpoint_is_its_best_goes_on(tiny_cfg, tmp_path, monkeypatch):
+    """It is written after the last iteration."""
+    monkeypatch.setattr(Trainer, "test", lambda self, cfg, model: {"bbox": {"AP": self.iter}})
+
+    def trained(folder, max_iter, seed=5):
+        seed_all_rng(seed)
+        trainer = Trainer(tiny_cfg(*RUN, "SOLVER.MAX_ITER", max_iter, "TEST.EVAL_PERIOD", 2, "OUTPUT_DIR", folder))
+        trainer.register_hooks([hooks.BestCheckpointer(2, trainer.checkpointer, "bbox/AP")])
+        trainer.resume_or_load()
+        trainer.train()
+        assert (folder / "last_checkpoint").read_text() == "model_best.pth"
+        return trainer.model.state_dict()
+
+    short = trained(tmp_path / "run", 4)
+    assert_same_weights(trained(tmp_path / "run", 4, 6), short)
+    assert_same_weights(trained(tmp_path / "run", 6, 7), trained(tmp_path / "straight", 6))
 
 
 def test_a_run_in_a_used_folder_ends_with_files_of_its_own(tiny_cfg, tmp_path):

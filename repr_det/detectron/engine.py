@@ -27,7 +27,7 @@ from repr_det.detectron.hook import RePrHook, first_later_hook
 from repr_det.detectron.trackers import WandbWriter
 from repr_det.method.errors import UserError
 from repr_det.network.state import unwrapped
-from repr_det.runs.checkpoints import AtomicCheckpointer
+from repr_det.runs.checkpoints import AtomicCheckpointer, last_iteration
 from repr_det.runs.files import FINAL_CHECKPOINT, refuse_used, remove_unfinished
 from repr_det.runs.guard import FiniteGuard, NonFiniteError, describe, non_finite_gradient, non_finite_weight
 from repr_det.runs.loader import resumable
@@ -153,7 +153,7 @@ class Trainer(DefaultTrainer):
 
     def before_train(self) -> None:
         """Detectron2's, and writes the final checkpoint that a killed run did not."""
-        self.iter = min(self.iter, self.max_iter - 1)  # the last, of a finished run that is resumed
+        self.iter = last_iteration(self)  # of a finished run that is resumed
         super().before_train()
         finished = self.start_iter == self.max_iter and comm.is_main_process()
         if finished and os.path.basename(self.checkpointer.get_checkpoint_file()) != FINAL_CHECKPOINT:
@@ -164,6 +164,10 @@ class Trainer(DefaultTrainer):
         if self.iter < self.max_iter:  # the loop did not end
             self._hooks = [x for x in self._hooks if not isinstance(x, hooks.EvalHook | hooks.BestCheckpointer)]
         super().after_train()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Detectron2's, also where the state is asked for behind the last iteration."""
+        return super().state_dict() | {"iteration": last_iteration(self)}
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Detectron2's; refuses what is no checkpoint of such a trainer, or of the other arm."""

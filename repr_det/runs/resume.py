@@ -20,7 +20,7 @@ from torch import nn
 
 from repr_det.method.errors import UserError
 from repr_det.network.state import HiddenState, random_state, set_random_state
-from repr_det.runs.checkpoints import is_saved
+from repr_det.runs.checkpoints import is_saved, last_iteration
 from repr_det.runs.files import EVENTS_FILE, METRICS_FILE, OVERLAPS_FILE, last_logged, truncate_log
 from repr_det.runs.loader import ResumableLoader
 
@@ -130,7 +130,7 @@ class ExactResume(HookBase):
                 last = [[value, int(iteration)] for value, iteration in history.values()[-_WINDOW:]]
                 scalars[name] = [hints[name], last]
         return {
-            "iteration": self.trainer.iter,
+            "iteration": last_iteration(self.trainer),
             "ranks": comm.gather(of_this_rank),
             "scalars": scalars,
             "best": [[hook.best_metric, hook.best_iter] for hook in self._hooks_of(hooks.BestCheckpointer)],
@@ -165,7 +165,8 @@ class ExactResume(HookBase):
 
     def state_dict(self) -> dict[str, Any]:
         """The current state with one process, else that of the last ``collect``."""
-        if self._running and comm.get_world_size() == 1 and self._saved.get("iteration") != self.trainer.iter:
+        is_old = self._saved.get("iteration") != last_iteration(self.trainer)
+        if self._running and comm.get_world_size() == 1 and is_old:
             return self._state()
         return self._saved
 
