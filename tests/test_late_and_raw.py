@@ -28,7 +28,7 @@ from repr_det.detectron import evaluators
 from repr_det.detectron.hook import first_later_hook
 from repr_det.runs.checkpoints import AtomicCheckpointer
 from repr_det.runs.record import DATA_FILE, RunRecord
-from repr_det.runs.resume import apply_settings
+from repr_det.runs.resume import apply_settings, settings_of
 
 
 def config(folder, *opts):
@@ -131,12 +131,12 @@ TOLD = ["initial_lr 0.001 -> 0.005", "weight_decay 0.0001 -> 0.01", "momentum 0.
 def test_settings_of_a_resumed_run_are_those_of_its_config(steps, opts, told):
     old, old_scheduler = stepped(steps)
     optimizer, scheduler = stepped(0, **opts)
-    built = [dict(group) for group in optimizer.param_groups]
+    built = settings_of(optimizer)
     scheduler.load_state_dict(old_scheduler.state_dict())
     optimizer.load_state_dict(old.state_dict())
     rates = [[group["lr"] for group in one.param_groups] for one in (old, stepped(steps, **opts)[0])]
     told = [*told, *(f"lr {a:g} -> {b:g}" for a, b in zip(*rates, strict=True) if a != b)]
-    assert sorted(apply_settings(optimizer, scheduler, built)) == sorted(told)
+    assert sorted(apply_settings(optimizer, scheduler, built, None)) == sorted(told)
     for later in range(3):
         wanted, _ = stepped(steps + later, **opts)
         for a, b in zip(optimizer.param_groups, wanted.param_groups, strict=True):
@@ -144,6 +144,23 @@ def test_settings_of_a_resumed_run_are_those_of_its_config(steps, opts, told):
                 assert a[key] == b[key]
         optimizer.step()
         scheduler.step()
+
+
+@pytest.mark.parametrize(("base", "told"), [(0.85, []), (0.8, ["base_momentum 0.85 -> 0.8"])])
+def test_settings_that_a_scheduler_moves_are_not_those_of_the_config(base, told):
+    def cycle(lowest):
+        optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), 0.1, 0.9)
+        return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, 20, base_momentum=lowest)
+
+    (old, old_scheduler), (optimizer, scheduler) = cycle(0.85), cycle(base)
+    before, built = settings_of(old), settings_of(optimizer)
+    for _ in range(3):
+        old.step()
+        old_scheduler.step()
+    scheduler.load_state_dict(old_scheduler.state_dict())
+    optimizer.load_state_dict(old.state_dict())
+    assert apply_settings(optimizer, scheduler, built, before) == told
+    assert optimizer.param_groups[0]["momentum"] == old.param_groups[0]["momentum"] < 0.95
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ from repr_det.runs.checkpoints import AtomicCheckpointer, last_iteration
 from repr_det.runs.files import FINAL_CHECKPOINT, refuse_used, remove_unfinished
 from repr_det.runs.guard import FiniteGuard, NonFiniteError, describe, non_finite_gradient, non_finite_weight
 from repr_det.runs.loader import resumable
-from repr_det.runs.resume import ExactResume, apply_settings, check_same_optimizer
+from repr_det.runs.resume import ExactResume, apply_settings, check_same_optimizer, settings_of
 from repr_det.runs.stopping import StopAtSignal
 
 logger = logging.getLogger("repr_det.resume")
@@ -75,6 +75,7 @@ class Trainer(DefaultTrainer):
         inner = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
         self._trainer = inner(model, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self._settings = settings_of(optimizer)
         self.checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         if comm.is_main_process():
             remove_unfinished(cfg.OUTPUT_DIR)
@@ -166,8 +167,8 @@ class Trainer(DefaultTrainer):
         super().after_train()
 
     def state_dict(self) -> dict[str, Any]:
-        """Detectron2's, also where the state is asked for behind the last iteration."""
-        return super().state_dict() | {"iteration": last_iteration(self)}
+        """Detectron2's, also behind the last iteration, and the settings of the optimizer as they were built."""
+        return super().state_dict() | {"iteration": last_iteration(self), "settings": self._settings}
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Detectron2's; refuses what is no checkpoint of such a trainer, or of the other arm."""
@@ -175,9 +176,8 @@ class Trainer(DefaultTrainer):
         check_same_arm(state_dict, enabled, self.cfg.OUTPUT_DIR)
         optimizer = self._trainer.optimizer
         check_same_optimizer(optimizer, state_dict["_trainer"]["optimizer"], self.cfg.OUTPUT_DIR)
-        built = [dict(group) for group in optimizer.param_groups]
         super().load_state_dict(state_dict)
-        if changed := apply_settings(optimizer, self.scheduler, built):
+        if changed := apply_settings(optimizer, self.scheduler, self._settings, state_dict.get("settings")):
             start = state_dict["iteration"] + 1
             logger.warning("The config's settings hold from iteration %d on: %s", start, ", ".join(changed))
 

@@ -190,18 +190,26 @@ def _describe(groups: Sequence[Mapping[str, Any]]) -> str:
     return f"{parameters} parameters in {len(groups)} groups with {', '.join(sorted(settings))}"
 
 
-def apply_settings(optimizer: torch.optim.Optimizer, scheduler: Any, built: list[dict[str, Any]]) -> list[str]:
-    """Puts back the settings of ``built``, the groups before a checkpoint was loaded, and sets the scheduler's learning
-    rate for the next step.
+def settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """What the config says of every group, right after a scheduler is built, which may move some of it."""
+    groups = optimizer.param_groups
+    return [{key: value for key, value in group.items() if key not in _OF_THE_MACHINE} for group in groups]
+
+
+def apply_settings(
+    optimizer: torch.optim.Optimizer, scheduler: Any, built: list[dict[str, Any]], before: list[dict[str, Any]] | None
+) -> list[str]:
+    """Sets what differs in ``built``, the settings of this run, from ``before``, those of the run that wrote the
+    checkpoint (None: what was loaded), and the scheduler's learning rate for the next step.
 
     Returns what changed, as "weight_decay 0.0001 -> 0.001"."""
     changed: dict[str, None] = {}
     groups = optimizer.param_groups
     saved = [float(group["lr"]) for group in groups]
-    for group, own in zip(groups, built, strict=True):
+    for group, own, theirs in zip(groups, built, before or settings_of(optimizer), strict=True):
         for key, value in own.items():
-            old = group.get(key, value)
-            if key in _OF_THE_MACHINE or old == value:
+            old = theirs.get(key, value)
+            if old == value:
                 continue
             changed[f"{key} {old} -> {value}"] = None
             group[key] = value
