@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import logging
 import math
 
 import numpy as np
@@ -11,11 +12,11 @@ from conftest import assert_same_weights
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.data import build_detection_train_loader
-from detectron2.engine import DefaultTrainer, HookBase, default_setup
+from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, default_setup
 from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
 from outcomes import json_lines
-from small_loop import OPTIONS, config, hook_of, small_trainer, spelled, train
+from small_loop import OPTIONS, TwoConvs, config, hook_of, small_trainer, spelled, train
 from test_options import OTHERS
 
 from repr_det import RePrHook, Trainer, UserError
@@ -243,6 +244,42 @@ def test_batches_of_extra_passes_depend_on_seed_and_cycle_alone(tiny_cfg):
     # One that is not grouped by shape, which takes width and height.
     trainer._trainer.data_loader = build_detection_train_loader(cfg, mapper=name, aspect_ratio_grouping=False)
     assert files(3, 0) == files(3, 0)
+
+
+class TensorLoss(TwoConvs):
+    def forward(self, images):
+        return super().forward(images)["loss"]
+
+
+class Branches(TwoConvs):
+    """Called as semi-supervised trainers do."""
+
+    def forward(self, images, branch):
+        return super().forward(images)
+
+
+class BranchTrainer(SimpleTrainer):
+    def run_step(self):
+        loss = self.model(next(self._data_loader_iter), branch="supervised")["loss"]
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+
+@pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
+@pytest.mark.parametrize(("model", "kind"), [(TensorLoss, SimpleTrainer), (Branches, BranchTrainer)])
+def test_models_that_are_called_in_another_way(model, kind, norm, caplog):
+    """Without a pass of the hook's own the first step shows what participates."""
+    trainer = small_trainer(RePrHook(**OPTIONS), norm=norm)
+    trainer.model.__class__, trainer.__class__ = model, kind
+    if (model, norm) == (Branches, "FrozenBN"):
+        with pytest.raises(UserError, match="FrozenBN calibration looks at training batches, and none passes through"):
+            train(trainer)
+        return
+    with caplog.at_level(logging.WARNING):
+        train(trainer)
+    assert trainer._hooks[0].scheme.cycle == 1
+    assert ("what participates shows in the first step; " in caplog.text) == (model is Branches)
 
 
 def test_a_network_that_diverges_is_named_as_such_at_a_transition(tiny_cfg):

@@ -18,6 +18,7 @@ from repr_det.method.criteria import get_criterion
 from repr_det.method.errors import OptionError, UserError, spelling
 from repr_det.method.loop import RePr, describe_schedule, schedule_of, unwrapped
 from repr_det.method.options import CONFIG_KEYS, DETECTRON2_LAYERS, RePrOptions, check_resumed
+from repr_det.method.passes import SharedLoaderError
 from repr_det.method.schedule import RePrSchedule
 from repr_det.method.scheme import RePrScheme
 from repr_det.network.state import preserved_random_state
@@ -224,19 +225,22 @@ class RePrHook(HookBase):
         scheme = self.repr.scheme
         if self.trainer.start_iter > self.schedule.restore_iters[-1]:
             return
-        what = "the criterion" if scheme.criterion.needs_data else "FrozenBN calibration"
-        missed = f"RePr: {what} looks at training batches, and none can be drawn"
         try:
-            with config.as_user_error(f"{missed} (give a data loader that can be iterated again)"):
-                batch = next(iter(scheme.passes.batches(1, 0)))
-        except UserError:
-            if scheme.needs_batches:
+            batch = next(iter(scheme.passes.batches(1, 0)))  # asked for even if the state has shown it
+            if not scheme.participants.known:
+                self.repr.prove(lambda: scheme.passes.loss(batch))
+        except UserError as error:
+            if scheme.needs_batches or not isinstance(error, SharedLoaderError):
                 raise
-            return
-        if scheme.participants.known:  # by the state; that batches can be drawn has been asked all the same
-            return
-        self.repr.prove(lambda: scheme.passes.loss(batch))
-        if self.trainer.start_iter == 0:
+        except Exception as error:
+            if scheme.needs_batches:
+                what = "the criterion" if scheme.criterion.needs_data else "FrozenBN calibration"
+                with config.as_user_error(f"RePr: {what} looks at training batches, and none passes through the model"):
+                    raise
+            logger.warning(
+                f"RePr: what participates shows in the first step; no batch passes before it: {error!r:.200}"
+            )
+        if self.trainer.start_iter == 0 and scheme.participants.known:
             epochs = epochs_of(self.trainer, self.images_per_batch)
             if warning := fine_tuning_warning(self.weights, self.trainer.max_iter, epochs, scheme):
                 logger.warning(warning)

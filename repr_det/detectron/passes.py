@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from detectron2.data import MapDataset, build_detection_train_loader
 from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
@@ -47,7 +48,8 @@ def training_passes(model: nn.Module, trainer: Any, seed: int, images_per_batch:
     def loss(batch: list[dict]) -> Tensor:
         try:
             with EventStorage(0):  # what models log here is not the training's
-                return sum(model(batch).values())
+                found = model(batch)
+                return found if torch.is_tensor(found) else sum(found.values())
         except FloatingPointError as error:  # boxes that are not finite
             text = " ".join(str(error).split())
             raise UserError(

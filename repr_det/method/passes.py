@@ -59,14 +59,15 @@ def afresh(loader: Any, name: str) -> Iterable[Any]:
     Raises:
         SharedLoaderError: the training would miss batches.
     """
-    part = loader
+    part, is_shared = loader, loader is None
     while part is not None:
-        if isinstance(part, Iterator) or getattr(part, "persistent_workers", False):
-            raise SharedLoaderError(
-                f"{name} must start again whenever it is iterated: give a list of batches, or a DataLoader without "
-                "persistent_workers"
-            )
+        is_shared |= isinstance(part, Iterator) or getattr(part, "persistent_workers", False)
         part = None if getattr(part, "num_workers", 0) else getattr(part, "dataset", None)  # a worker has a copy
+    if is_shared:
+        raise SharedLoaderError(
+            f"{name} must start again whenever it is iterated: give a list of batches, or a DataLoader without "
+            "persistent_workers"
+        )
     if hasattr(loader, "_buckets"):
         loader = copy.copy(loader)
         loader._buckets = [[] for _ in loader._buckets]
