@@ -12,7 +12,7 @@ from detectron2.engine import hooks
 from detectron2.utils.env import seed_all_rng
 from torch import nn
 
-from repr_det import Trainer, UserError
+from repr_det import RePrHook, Trainer, UserError
 from repr_det.runs.checkpoints import AtomicCheckpointer, find_checkpoint, zero_filters
 from repr_det.runs.files import truncate_log
 from repr_det.runs.resume import check_same_optimizer
@@ -156,6 +156,19 @@ def test_a_run_whose_last_checkpoint_is_its_best_goes_on(tiny_cfg, tmp_path, mon
     short = trained(tmp_path / "run", 4)
     assert_same_weights(trained(tmp_path / "run", 4, 6), short)
     assert_same_weights(trained(tmp_path / "run", 6, 7), trained(tmp_path / "straight", 6))
+
+
+class OwnHook(RePrHook):
+    pass
+
+
+def test_a_hook_of_ones_own_is_resumed(tiny_cfg, monkeypatch):
+    monkeypatch.setattr(Trainer, "build_repr_hook", lambda self, cfg: OwnHook(num_cycles=1))
+    for _ in range(2):
+        end_of(tiny_cfg("SOLVER.MAX_ITER", 6, "DATASETS.TEST", "()"), resume=True)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="was trained with RePr on, this run has it off"):
+        end_of(tiny_cfg(), resume=True)
 
 
 def test_a_run_in_a_used_folder_ends_with_files_of_its_own(tiny_cfg, tmp_path):

@@ -23,7 +23,7 @@ from repr_det.datasets.image_files import NamingMapper
 from repr_det.datasets.registered import agree_on_classes, any_mapped
 from repr_det.detectron.config import defined_at_its_end, scale_to_world
 from repr_det.detectron.evaluators import build_evaluator, check_evaluators
-from repr_det.detectron.hook import RePrHook, first_later_hook
+from repr_det.detectron.hook import RePrHook, first_later_hook, saved_state
 from repr_det.detectron.trackers import WandbWriter
 from repr_det.method.errors import UserError
 from repr_det.network.state import unwrapped
@@ -217,7 +217,7 @@ def check_same_arm(state: Mapping[str, Any], enabled: bool, folder: str) -> None
             f"the checkpoint in {folder} holds weights, not a run of this trainer: give it as MODEL.WEIGHTS, with "
             "another OUTPUT_DIR"
         )
-    saved = RePrHook.__qualname__ in state.get("hooks", {})
+    saved = saved_state(state) is not None
     if saved != enabled:
         raise UserError(
             f"the checkpoint in {folder} was trained with RePr {'on' if saved else 'off'}, this run has it "

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -280,6 +280,11 @@ class RePrHook(HookBase):
                 note = "; the schedule of the learning rate cannot be read (first_lr_step= says where it first decays)"
         self.schedule = schedule_of(self.options, total, first)
         return note
+
+
+def saved_state(trainer: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The state of a RePrHook, of whatever class, in "trainer" of a checkpoint."""
+    return next((one for one in trainer.get("hooks", {}).values() if "scheme" in one), None)
 
 
 def first_later_hook(registered: Sequence[HookBase]) -> int:
