@@ -20,7 +20,7 @@ from repr_det.studies.comparison.records import check_same_data, is_finished, re
         ("metrics.json", None, r"repr_1 has no evaluation .* after SOLVER.MAX_ITER 40: run .*/config.yaml --resume"),
         ("config.yaml", None, "repr_1/config.yaml is missing: give the OUTPUT_DIR"),
         ("config.yaml", "SEDE: 1", "repr_1/config.yaml: .*SEDE"),
-        ("repr_events.jsonl", None, "repr_1 has REPR.ENABLED True, but no drop in repr_events.jsonl: RePr did not run"),
+        ("repr_events.jsonl", None, "repr_1 has REPR.ENABLED True, but no repr_events.jsonl: its trainer had"),
     ],
 )
 def test_what_is_no_finished_run_is_refused(finished, tmp_path, name, content, message):

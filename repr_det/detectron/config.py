@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import functools
 import logging
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -66,17 +65,9 @@ def validate_repr_config(cfg: CfgNode) -> RePrSchedule | None:
     with spelling(NAMES):
         options = options_of_config(cfg)
         get_criterion(options.criterion)
-        schedule = schedule_of(options, cfg.SOLVER.MAX_ITER, first_decay(cfg))
+        schedule = schedule_of(options, cfg.SOLVER.MAX_ITER, next(iter(decays_of_config(cfg)), None))
         schedule.check_fits(cfg.SOLVER.MAX_ITER)
     return schedule
-
-
-def first_decay(cfg: CfgNode) -> int | None:
-    """The iteration at which the learning rate first decays; None if no schedule is derived from it."""
-    if cfg.REPR.S1_ITERS:
-        return None
-    with as_user_error(f"SOLVER.LR_SCHEDULER_NAME {cfg.SOLVER.LR_SCHEDULER_NAME}"):
-        return next(iter(decays_of_config(cfg)), None)
 
 
 def scale_to_world(cfg: CfgNode, world_size: int) -> CfgNode:
@@ -134,23 +125,16 @@ def _rates(scheduler: Any, max_iter: int) -> Iterator[float]:
         return
     if scheduler.last_epoch != 0:
         raise ValueError("it has been stepped")
-    optimizer = scheduler.optimizer
-    groups = [copy.deepcopy({**group, "params": []}) for group in optimizer.param_groups]
-    stand_in = SimpleNamespace(param_groups=groups, step=optimizer.step, _opt_called=True)
-    played = copy.deepcopy(scheduler, {id(optimizer): stand_in})
+    groups = [copy.deepcopy({**group, "params": []}) for group in scheduler.optimizer.param_groups]
+    stand_in = SimpleNamespace(param_groups=groups, step=scheduler.optimizer.step, _opt_called=True)
+    played = copy.deepcopy(scheduler, {id(scheduler.optimizer): stand_in})
     for _ in range(max_iter):
         yield max(float(group["lr"]) for group in groups)
         played.step()
 
 
 def decays_of_config(cfg: CfgNode) -> tuple[int, ...]:
-    """``decays`` of the scheduler that Detectron2 builds for SOLVER; remembered, for it asks for every iteration."""
-    return _decays_of_solver(cfg.SOLVER.dump())
-
-
-@functools.lru_cache
-def _decays_of_solver(solver: str) -> tuple[int, ...]:
-    cfg = CfgNode({"SOLVER": CfgNode.load_cfg(solver)})
+    """``decays`` of the scheduler that Detectron2 builds for SOLVER."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     logger = logging.getLogger("detectron2.solver.build")
     level = logger.level

@@ -97,7 +97,7 @@ class Trainer(DefaultTrainer):
         exact = ExactResume(model, loaders, period, cfg.OUTPUT_DIR)
         built.insert(_place_before(built, hooks.PeriodicCheckpointer, hooks.EvalHook), exact)
         on_cpu = next(model.parameters()).device.type == "cpu"  # elsewhere the host would wait
-        guard = FiniteGuard(on_cpu and not cfg.SOLVER.AMP.ENABLED, period)
+        guard = FiniteGuard(on_cpu and not cfg.SOLVER.AMP.ENABLED, period, repr_hook)
         stop = StopAtSignal(period, lambda: (guard.check_weights(), exact.collect()))
         built.insert(_place_before(built, hooks.EvalHook), stop)
         built.insert(0, guard)

@@ -125,9 +125,8 @@ class RePrHook(HookBase):
         index, mine = first_later_hook(trainer._hooks), trainer._hooks.index(self)
         if index < mine:
             trainer._hooks.insert(index, trainer._hooks.pop(mine))
-        note = ""
         if self.schedule is None:
-            note = self._derive()
+            self.schedule = self._derived()
             if self._loaded is not None:
                 check_resumed(self._loaded["run"], self._fingerprint())
         if self.total_steps is not None and trainer.max_iter <= self.schedule.end_iter < self.total_steps:
@@ -155,7 +154,7 @@ class RePrHook(HookBase):
         if comm.is_main_process() and self.output_dir:
             for name in (EVENTS_FILE, OVERLAPS_FILE):  # transitions that a resumed run makes again
                 truncate_log(Path(self.output_dir, name), self.repr.steps)
-        logger.info(describe_schedule(self.schedule) + note)
+        logger.info(describe_schedule(self.schedule))
         if (left := trainer.max_iter - self.schedule.end_iter) < self.schedule.s1_iters:
             logger.warning(
                 "RePr: %d iterations are left after the last restore, fewer than S1 %d", left, self.schedule.s1_iters
@@ -233,13 +232,10 @@ class RePrHook(HookBase):
             if scheme.needs_batches or not isinstance(error, SharedLoaderError):
                 raise
         except Exception as error:
+            failed = f"no training batch passes through the model before the first step, {error!r:.200}"
             if scheme.needs_batches:
-                what = "the criterion" if scheme.criterion.needs_data else "FrozenBN calibration"
-                with config.as_user_error(f"RePr: {what} looks at training batches, and none passes through the model"):
-                    raise
-            logger.warning(
-                f"RePr: what participates shows in the first step; no batch passes before it: {error!r:.200}"
-            )
+                raise UserError(f"RePr: transitions look at training batches, and {failed}") from error
+            logger.warning(f"RePr: {failed}; the step shows what participates")
         if self.trainer.start_iter == 0 and scheme.participants.known:
             epochs = epochs_of(self.trainer, self.images_per_batch)
             if warning := fine_tuning_warning(self.weights, self.trainer.max_iter, epochs, scheme):
@@ -265,21 +261,19 @@ class RePrHook(HookBase):
             ours.setLevel(theirs.level)
             ours.propagate = theirs.propagate
 
-    def _derive(self) -> str:
-        """Derives the schedule from the trainer's scheduler of the learning rate. Returns a note if that is no help."""
-        total, first, note = self.total_steps or self.trainer.max_iter, self.first_lr_step, ""
+    def _derived(self) -> RePrSchedule:
+        """The schedule by the trainer's scheduler of the learning rate."""
+        first = self.first_lr_step
         if first is None:
             try:
                 scheduler = next(hook.scheduler for hook in self.trainer._hooks if isinstance(hook, hooks.LRScheduler))
-                first = next(iter(config.decays(scheduler, total)), None)
+                first = next(iter(config.decays(scheduler, self.total_steps or self.trainer.max_iter)), None)
             except Exception:  # a scheduler of one's own can be anything
                 if self._loaded is not None:  # torch's could be read when the run began
                     phases = (self._loaded["run"][CONFIG_KEYS[name]] for name in ("s1_iters", "s2_iters"))
-                    self.schedule = RePrSchedule(*phases, self.options.num_cycles, self.options.start_iter)
-                    return note
-                note = "; the schedule of the learning rate cannot be read (first_lr_step= says where it first decays)"
-        self.schedule = schedule_of(self.options, total, first)
-        return note
+                    return RePrSchedule(*phases, self.options.num_cycles, self.options.start_iter)
+                logger.info("RePr: no schedule of the learning rate can be read (first_lr_step= says when it decays)")
+        return schedule_of(self.options, self.total_steps or self.trainer.max_iter, first)
 
 
 def saved_state(trainer: Mapping[str, Any]) -> dict[str, Any] | None:

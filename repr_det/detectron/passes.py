@@ -13,8 +13,8 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
 from repr_det.method.errors import UserError
-from repr_det.method.passes import TrainingPasses, afresh
-from repr_det.network.state import seed_of, seeded
+from repr_det.method.passes import TrainingPasses, afresh, parts_of
+from repr_det.network.state import preserved_random_state, seed_of
 
 CALIBRATION_IMAGES = 8  # give a channel's standard deviation to about 3 %
 
@@ -32,7 +32,7 @@ def training_passes(model: nn.Module, trainer: Any, seed: int, images_per_batch:
     def batches(number: int, cycle: int) -> Iterable[list[dict]]:
         own = _loader_of(trainer)
         dataset = map_dataset(own)
-        with seeded(seed_of(seed, cycle, comm.get_rank()), own):
+        with preserved_random_state(own, seed=seed_of(seed, cycle, comm.get_rank())):
             if dataset is not None:
                 loader: Iterable = build_detection_train_loader(
                     dataset,
@@ -64,9 +64,7 @@ def training_passes(model: nn.Module, trainer: Any, seed: int, images_per_batch:
 
 def map_dataset(loader: Any) -> MapDataset | None:
     """The map-style data set inside a loader of ``build_detection_train_loader``, or None."""
-    while loader is not None and not isinstance(loader, MapDataset):
-        loader = getattr(loader, "dataset", None)
-    return loader
+    return next((part for part in parts_of(loader) if isinstance(part, MapDataset)), None)
 
 
 def epochs_of(trainer: Any, images_per_batch: int | None) -> float | None:
@@ -78,11 +76,8 @@ def epochs_of(trainer: Any, images_per_batch: int | None) -> float | None:
 
 def batch_size_of(loader: Any) -> int | None:
     """Images of a batch over all ranks; None if the loader does not tell."""
-    while loader is not None:
-        if isinstance(size := getattr(loader, "batch_size", None), int):
-            return size * comm.get_world_size()
-        loader = getattr(loader, "dataset", None)
-    return None
+    sizes = (getattr(part, "batch_size", None) for part in parts_of(loader))
+    return next((size * comm.get_world_size() for size in sizes if isinstance(size, int)), None)
 
 
 def _loader_of(trainer: Any) -> Any:

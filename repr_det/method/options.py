@@ -10,8 +10,7 @@ from repr_det.method.errors import OptionError
 # Convs of FPN backbones, of C4 backbones, and of C4's box head.
 DETECTRON2_LAYERS = ("backbone.bottom_up.res*.conv*", "backbone.res*.conv*", "roi_heads.res5.*.conv*")
 
-# Keywords that had one in versions before.
-_WITHOUT_EFFECT = ("norms", "slim", "slim_model", "readers", "apart", "aspect_ratio_grouping")
+_WITHOUT_EFFECT = ("norms", "slim", "slim_model", "readers", "apart")  # keywords of version 0.2.0
 _OF_SCHEDULE = ("s1_iters", "s2_iters", "num_cycles", "start_iter")  # a resumed run must have the same drops
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from repr_det.method.errors import UserError
-from repr_det.network.state import seed_of, seeded
+from repr_det.network.state import preserved_random_state, seed_of
 
 
 class SharedLoaderError(UserError):
@@ -47,10 +47,17 @@ def passes_over(
     afresh(loader, "loader=")
 
     def batches(number: int, cycle: int) -> list[Any]:
-        with seeded(seed_of(seed, cycle), loader):
+        with preserved_random_state(loader, seed=seed_of(seed, cycle)):
             return list(itertools.islice(afresh(loader, "loader="), number))
 
     return TrainingPasses(model, batches, loss)
+
+
+def parts_of(loader: Any) -> Iterator[Any]:
+    """Yields ``loader`` and, from the outside in, the loaders and data sets in it."""
+    while loader is not None:
+        yield loader
+        loader = getattr(loader, "dataset", None)
 
 
 def afresh(loader: Any, name: str) -> Iterable[Any]:
@@ -59,15 +66,14 @@ def afresh(loader: Any, name: str) -> Iterable[Any]:
     Raises:
         SharedLoaderError: the training would miss batches.
     """
-    part, is_shared = loader, loader is None
-    while part is not None:
+    is_shared = loader is None
+    for part in parts_of(loader):
         is_shared |= isinstance(part, Iterator) or getattr(part, "persistent_workers", False)
-        part = None if getattr(part, "num_workers", 0) else getattr(part, "dataset", None)  # a worker has a copy
+        if getattr(part, "num_workers", 0):  # each has a data set of its own
+            break
     if is_shared:
-        raise SharedLoaderError(
-            f"{name} must start again whenever it is iterated: give a list of batches, or a DataLoader without "
-            "persistent_workers"
-        )
+        told = "must start again whenever it is iterated: give a list, or a DataLoader without persistent_workers"
+        raise SharedLoaderError(f"{name} {told}")
     if hasattr(loader, "_buckets"):
         loader = copy.copy(loader)
         loader._buckets = [[] for _ in loader._buckets]

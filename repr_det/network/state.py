@@ -57,29 +57,22 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def preserved_random_state(*holders: Any) -> Iterator[None]:
-    """Puts every random state back, and the generators in ``holders`` (``generators_in``)."""
-    state = random_state()
-    put_back = [_resetting(generator) for generator in generators_in(*holders)]
+def preserved_random_state(*holders: Any, seed: int | None = None) -> Iterator[None]:
+    """Puts every random state back, and the generators in ``holders`` (``generators_in``); inside, ``seed`` sets those
+    of Python, NumPy and torch."""
+    state, generators = random_state(), generators_in(*holders)
+    put_back = [_resetting(generator) for generator in generators]
     try:
+        if seed is not None:
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            for one in (torch, *(generator for generator in generators if isinstance(generator, torch.Generator))):
+                one.manual_seed(seed)
         yield
     finally:
         set_random_state(state)
         for call in put_back:
             call()
-
-
-@contextlib.contextmanager
-def seeded(seed: int, *holders: Any) -> Iterator[None]:
-    """Draws inside by ``seed``, with torch's generators in ``holders`` too, and puts every random state back."""
-    with preserved_random_state(*holders):
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
-        for generator in generators_in(*holders):
-            if isinstance(generator, torch.Generator):
-                generator.manual_seed(seed)
-        yield
 
 
 def _resetting(generator: Any) -> Callable[[], Any]:

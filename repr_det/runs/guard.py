@@ -24,13 +24,14 @@ class FiniteGuard(HookBase):
 
     check_gradients: bool  # the host waits for each step; False under AMP, where GradScaler skips those that overflow
     checkpoint_period: int
+    repr_hook: Any  # None without RePr
 
     def after_step(self) -> None:
         if self.check_gradients:
             self._check(non_finite_gradient(self.trainer.model))
-        hook = _repr_hook(self.trainer)
-        transitions = () if hook is None else (*hook.schedule.drop_iters, *hook.schedule.restore_iters)
-        if self.trainer.iter in transitions or is_saved(self.trainer, self.checkpoint_period):
+        now, hook = self.trainer.iter, self.repr_hook
+        is_due = hook is not None and hook.schedule.phase(now) != hook.schedule.phase(now + 1)
+        if is_due or is_saved(self.trainer, self.checkpoint_period):
             self.check_weights()
 
     def check_weights(self) -> None:
@@ -62,12 +63,8 @@ def _first_non_finite(what: str, tensors: dict[str, Tensor]) -> str:
     return ""
 
 
-def _repr_hook(trainer: Any) -> Any:
-    return next((hook for hook in trainer._hooks if hasattr(hook, "scheme")), None)
-
-
 def describe(trainer: object, what: str) -> str:
-    scheme = getattr(_repr_hook(trainer), "scheme", None)
+    scheme = next((h.scheme for h in trainer._hooks if hasattr(h, "scheme")), None)
     phase = "full-network" if scheme is None or not scheme.is_sub else "sub-network"
     return (
         f"iteration {trainer.iter}, {phase} phase: {what}; the run stops, its last checkpoint is untouched. "

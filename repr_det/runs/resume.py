@@ -192,13 +192,10 @@ def _describe(groups: Sequence[Mapping[str, Any]]) -> str:
 
 def settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     """What the config says of every group, right after a scheduler is built, which may move some of it."""
-    groups = optimizer.param_groups
-    return [{key: value for key, value in group.items() if key not in _OF_THE_MACHINE} for group in groups]
+    return [{key: x for key, x in group.items() if key not in _OF_THE_MACHINE} for group in optimizer.param_groups]
 
 
-def apply_settings(
-    optimizer: torch.optim.Optimizer, scheduler: Any, built: list[dict[str, Any]], before: list[dict[str, Any]] | None
-) -> list[str]:
+def apply_settings(optimizer: torch.optim.Optimizer, scheduler: Any, built: list, before: list | None) -> list[str]:
     """Sets what differs in ``built``, the settings of this run, from ``before``, those of the run that wrote the
     checkpoint (None: what was loaded), and the scheduler's learning rate for the next step.
 

@@ -195,10 +195,7 @@ def check_comparable(study: Study) -> list[str]:
         if of_repr and parts[run.folder]["REPR.ENABLED"] != (run.arm == REPR):
             raise UserError(f"{run.folder} has REPR.ENABLED {run.arm != REPR}: it is no {run.arm} run")
         if parts[run.folder]["REPR.ENABLED"] and not read_json_lines(run.folder / EVENTS_FILE):
-            raise UserError(
-                f"{run.folder} has REPR.ENABLED True, but no drop in {EVENTS_FILE}: RePr did not run in it; register "
-                "RePrHook(cfg) in its trainer"
-            )
+            raise UserError(f"{run.folder} has REPR.ENABLED True, but no {EVENTS_FILE}: its trainer had no RePrHook")
         configs[run.arm] |= parts
         notes += found
     reference, other = configs.values()
