@@ -65,7 +65,11 @@ def validate_repr_config(cfg: CfgNode) -> RePrSchedule | None:
     with spelling(NAMES):
         options = options_of_config(cfg)
         get_criterion(options.criterion)
-        schedule = schedule_of(options, cfg.SOLVER.MAX_ITER, next(iter(decays_of_config(cfg)), None))
+        first = None
+        if not options.s1_iters:
+            with as_user_error(f"SOLVER.LR_SCHEDULER_NAME {cfg.SOLVER.LR_SCHEDULER_NAME}"):
+                first = next(iter(decays_of_config(cfg)), None)
+        schedule = schedule_of(options, cfg.SOLVER.MAX_ITER, first)
         schedule.check_fits(cfg.SOLVER.MAX_ITER)
     return schedule
 
