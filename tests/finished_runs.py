@@ -63,7 +63,8 @@ def finished(named_data, tiny_cfg, tmp_path):
             final["bbox/AP"] = ap
         again = {"iteration": 19, "bbox/AP": final["bbox/AP"] + 1}  # of a run that was killed and resumed
         metrics = folder / "metrics.json"
-        write_lines(metrics, {"iteration": 19, "bbox/AP": 0.0}, again, {"iteration": 40, **final})
+        longer = {"iteration": 60, "bbox/AP": 99.0}  # of a run before it in this folder
+        write_lines(metrics, longer, {"iteration": 19, "bbox/AP": 0.0}, again, {"iteration": 40, **final})
         with open(metrics, "a") as file:
             file.write('{"iteration": 59, "total_lo')
         layers = {"backbone.bottom_up.res2.0.conv1": 8, "backbone.bottom_up.res2.0.conv2": 300}

@@ -9,9 +9,10 @@ import pytest
 import torch
 from conftest import At, assert_same_weights, end_of, interrupt
 from detectron2.engine import hooks
+from detectron2.utils.env import seed_all_rng
 from torch import nn
 
-from repr_det import Trainer, UserError
+from repr_det import RePrHook, Trainer, UserError
 from repr_det.runs.checkpoints import AtomicCheckpointer, find_checkpoint, zero_filters
 from repr_det.runs.files import truncate_log
 from repr_det.runs.resume import check_same_optimizer
@@ -137,6 +138,32 @@ def test_a_resumed_run_keeps_its_best_checkpoint(tiny_cfg, tmp_path, monkeypatch
             trainer.train()
     assert (best.best_metric, best.best_iter, next(ap, None)) == (50.0, 1, None)
     assert torch.load(tmp_path / "run" / "model_best.pth", weights_only=True)["iteration"] == 1
+
+
+class OwnHook(RePrHook):
+    pass
+
+
+def test_a_run_whose_last_checkpoint_is_its_best_goes_on(tiny_cfg, tmp_path, monkeypatch):
+    """It is written after the last iteration; here RePr is a hook of the user's own."""
+    monkeypatch.setattr(Trainer, "test", lambda self, cfg, model: {"bbox": {"AP": self.iter}})
+    monkeypatch.setattr(Trainer, "build_repr_hook", lambda *_: OwnHook(s1_iters=1, s2_iters=1, num_cycles=1))
+
+    def trained(folder, max_iter, seed=5):
+        seed_all_rng(seed)
+        trainer = Trainer(tiny_cfg("SOLVER.MAX_ITER", max_iter, "TEST.EVAL_PERIOD", 2, "OUTPUT_DIR", tmp_path / folder))
+        trainer.register_hooks([hooks.BestCheckpointer(2, trainer.checkpointer, "bbox/AP")])
+        trainer.resume_or_load()
+        trainer.train()
+        assert (tmp_path / folder / "last_checkpoint").read_text() == "model_best.pth"
+        return trainer.model.state_dict()
+
+    short = trained("run", 4)
+    assert_same_weights(trained("run", 4, 6), short)
+    assert_same_weights(trained("run", 6, 7), trained("straight", 6))
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="was trained with RePr on, this run has it off"):
+        Trainer(tiny_cfg()).resume_or_load()
 
 
 def test_a_run_in_a_used_folder_ends_with_files_of_its_own(tiny_cfg, tmp_path):

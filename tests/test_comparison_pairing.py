@@ -4,13 +4,14 @@ import json
 
 import pytest
 import yaml
+from detectron2.utils.events import EventStorage, JSONWriter
 from finished_runs import BASELINE_CONFIG, OPTS, REPR_CONFIG, compare_folders, results_of
 
 from repr_det.datasets import register_coco_format
 from repr_det.method.errors import UserError
 from repr_det.runs.record import PROCESSES_FILE, describe_data_sets
 from repr_det.studies.comparison.command import arm_names, main, parse, plan_study
-from repr_det.studies.comparison.records import check_same_data, is_finished, run_from_folder
+from repr_det.studies.comparison.records import check_same_data, is_finished, read_metrics, run_from_folder
 
 
 @pytest.mark.parametrize(
@@ -19,6 +20,7 @@ from repr_det.studies.comparison.records import check_same_data, is_finished, ru
         ("metrics.json", None, r"repr_1 has no evaluation .* after SOLVER.MAX_ITER 40: run .*/config.yaml --resume"),
         ("config.yaml", None, "repr_1/config.yaml is missing: give the OUTPUT_DIR"),
         ("config.yaml", "SEDE: 1", "repr_1/config.yaml: .*SEDE"),
+        ("repr_events.jsonl", None, "repr_1 has REPR.ENABLED True, but no repr_events.jsonl: its trainer had"),
     ],
 )
 def test_what_is_no_finished_run_is_refused(finished, tmp_path, name, content, message):
@@ -83,7 +85,23 @@ def test_max_iter_is_that_of_the_scaled_config(finished):
     for processes, iterations in ((2, 40), (4, 20), (1, 80)):
         (folder / PROCESSES_FILE).write_text(str(processes))
         run = run_from_folder(folder, "baseline")
-        assert run.max_iter == iterations and is_finished(run) == (iterations <= 40)
+        assert run.max_iter == iterations and is_finished(run) == (iterations == 40)
+
+
+def test_metrics_are_those_of_the_last_run_in_a_folder(tmp_path):
+    """As Detectron2 writes them: an evaluation after iteration 14 stands behind the losses of 19."""
+    for steps in (60, 40):
+        writer = JSONWriter(str(tmp_path / "metrics.json"))
+        with EventStorage() as storage:
+            for storage.iter in range(steps):
+                storage.put_scalar("loss", storage.iter)
+                if storage.iter % 15 == 14:
+                    storage.put_scalar("bbox/AP", storage.iter)
+                if storage.iter % 20 == 19:
+                    writer.write()
+        writer.close()
+    found = {i: set(row) - {"iteration"} for i, row in read_metrics(tmp_path).items()}
+    assert found == {14: {"bbox/AP"}, 19: {"loss"}, 29: {"bbox/AP"}, 39: {"loss"}}
 
 
 def test_runs_on_other_data_of_one_name_are_refused(finished, named_data, tmp_path):

@@ -41,7 +41,7 @@ def test_report_of_finished_folders(finished, tmp_path, capsys):
     out = tmp_path / "out"
     results, page, shown = results_of(out), Page(out), capsys.readouterr().out
     row = results["metrics"]["AP"]
-    expected = [json.loads((folder / "metrics.json").read_text().splitlines()[2])["bbox/AP"] for folder in bases]
+    expected = [json.loads((folder / "metrics.json").read_text().splitlines()[3])["bbox/AP"] for folder in bases]
     assert row["baseline"]["values"] == pytest.approx(expected)
     table = pd.read_csv(out / "results.csv")
     assert list(table) == ["seed", "arm", "metric", "value"] and set(table["arm"]) == {"baseline", "repr"}
@@ -122,7 +122,7 @@ def test_report_says_what_is_missing(finished, catalogs, tmp_path):
     assert seed in page.text and collapsed.startswith(f"{other}: the AP of its last evaluation is NaN")
     assert data.startswith("No pictures of detections: data set gone: ") and data in page.text
     for run in (base, other):
-        for name in ("inference/coco_instances_results.json", "repr_events.jsonl", "repr_overlaps.jsonl"):
+        for name in ("inference/coco_instances_results.json", "repr_overlaps.jsonl"):
             (run / name).unlink(missing_ok=True)
     compare_folders(tmp_path, [base], [other], "--eval-images", "1")
     page = Page(tmp_path / "out")

@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import logging
 import math
 
 import numpy as np
@@ -10,11 +11,12 @@ import torch
 from conftest import assert_same_weights
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
-from detectron2.engine import DefaultTrainer, HookBase, default_setup
+from detectron2.data import build_detection_train_loader
+from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, default_setup
 from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
 from outcomes import json_lines
-from small_loop import OPTIONS, config, hook_of, small_trainer, spelled, train
+from small_loop import OPTIONS, TwoConvs, config, hook_of, small_trainer, spelled, train
 from test_options import OTHERS
 
 from repr_det import RePrHook, Trainer, UserError
@@ -151,18 +153,13 @@ def test_wrong_options_are_refused_before_the_first_step_by_the_names_that_were_
     assert spelled(message, way) in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("way", [*WAYS, "a schedule that is known in before_train"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", ["s1_iters", "drop_ratio", "layers"])
 def test_a_resumed_run_must_have_the_same_options(way, name):
-
-    def begun(**options):
-        return small_trainer(hook_of(way, 20, **OPTIONS | options) if way in WAYS else RePrHook(**OPTIONS | options))
-
-    trainer, other = begun(), begun(**{name: OTHERS[name]})
+    trainer, other = (small_trainer(hook_of(way, 20, **OPTIONS | more)) for more in ({}, {name: OTHERS[name]}))
     train(trainer, stop=5)  # in the sub-network phase
     with pytest.raises(UserError) as error:
         other.load_state_dict(trainer.state_dict())
-        train(other, 5)
     was = getattr(trainer._hooks[0].options, name)
     was = list(was) if isinstance(was, tuple) else was
     assert spelled(f"trained with {{{name}}} {was}, this run has {OTHERS[name]}", way) in str(error.value)
@@ -213,9 +210,8 @@ def test_a_function_as_criterion():
     masks = trainer._hooks[0].scheme.masks
     found = {name: mask.nonzero().flatten().tolist() for name, mask in masks.items()}
     assert found == {"backbone.conv1": [0, 1, 2, 3], "backbone.conv2": [0, 1, 2]}
-    other.load_state_dict(trainer.state_dict())
     with pytest.raises(UserError, match=r"criterion= test_hook\.first_ones, this run has ortho"):
-        train(other, 5)
+        other.load_state_dict(trainer.state_dict())
 
 
 def test_reference_world_size_scales_the_schedule(tiny_cfg):
@@ -231,16 +227,59 @@ def test_batches_of_extra_passes_depend_on_seed_and_cycle_alone(tiny_cfg):
     state = str(random_state())
 
     def files(seed, cycle, images=2):
-        passes = training_passes(trainer.model, trainer, seed, images, True)
+        passes = training_passes(trainer.model, trainer, seed, images)
         return [[image["file_name"] for image in batch] for batch in passes.batches(2, cycle)]
 
     assert files(3, 0) == files(3, 0) != files(3, 1)
-    assert files(3, 0) != files(4, 0)
+    assert files(3, 0) != files(4, 0) and files(2**32 - 1, 0) != files(2**64, 0)
     assert [len(batch) for batch in files(3, 0, 4)] == [4, 4]
     assert str(random_state()) == state
     # Calibration of FrozenBN looks at eight images.
     for images, batches in ((None, 4), (1, 8), (3, 3), (8, 1), (10, 1)):
-        assert training_passes(trainer.model, trainer, 0, images, True).calibration_batches == batches
+        assert training_passes(trainer.model, trainer, 0, images).calibration_batches == batches
+
+    def name(image):
+        return {"file_name": image["file_name"]}
+
+    # One that is not grouped by shape, which takes width and height.
+    trainer._trainer.data_loader = build_detection_train_loader(cfg, mapper=name, aspect_ratio_grouping=False)
+    assert files(3, 0) == files(3, 0)
+
+
+class TensorLoss(TwoConvs):
+    def forward(self, images):
+        return super().forward(images)["loss"]
+
+
+class Branches(TwoConvs):
+    """Called as semi-supervised trainers do."""
+
+    def forward(self, images, branch):
+        return super().forward(images)
+
+
+class BranchTrainer(SimpleTrainer):
+    def run_step(self):
+        loss = self.model(next(self._data_loader_iter), branch="supervised")["loss"]
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+
+@pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
+@pytest.mark.parametrize(("model", "kind"), [(TensorLoss, SimpleTrainer), (Branches, BranchTrainer)])
+def test_models_that_are_called_in_another_way(model, kind, norm, caplog):
+    """Without a pass of the hook's own the first step shows what participates."""
+    trainer = small_trainer(RePrHook(**OPTIONS), norm=norm)
+    trainer.model.__class__, trainer.__class__ = model, kind
+    if (model, norm) == (Branches, "FrozenBN"):
+        with pytest.raises(UserError, match=r"transitions look at training batches, and no .*, TypeError"):
+            train(trainer)
+        return
+    with caplog.at_level(logging.WARNING):
+        train(trainer)
+    assert trainer._hooks[0].scheme.cycle == 1
+    assert ("; the step shows what participates" in caplog.text) == (model is Branches)
 
 
 def test_a_network_that_diverges_is_named_as_such_at_a_transition(tiny_cfg):

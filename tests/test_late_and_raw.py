@@ -19,6 +19,7 @@ from outcomes import json_lines
 from small_loop import config as small_config
 from small_loop import small_trainer, train
 from torch import nn
+from torch.utils.data import DataLoader
 
 from repr_det import RePrHook, UserError
 from repr_det.commands.data import check_same_classes
@@ -27,7 +28,7 @@ from repr_det.detectron import evaluators
 from repr_det.detectron.hook import first_later_hook
 from repr_det.runs.checkpoints import AtomicCheckpointer
 from repr_det.runs.record import DATA_FILE, RunRecord
-from repr_det.runs.resume import apply_settings
+from repr_det.runs.resume import apply_settings, settings_of
 
 
 def config(folder, *opts):
@@ -100,9 +101,10 @@ def test_data_that_a_transition_needs_is_missed_before_the_first_step(tmp_path):
     def once():
         yield pytest.fail("a step was made")
 
-    with pytest.raises(UserError, match="this trainer's data loader is an iterator"):
-        trained(tmp_path, config(tmp_path), norm="FrozenBN", loader=once())
-    with pytest.raises(UserError, match="the criterion looks at training batches, and none can be drawn"):
+    for loader in (once(), DataLoader([0], num_workers=1, persistent_workers=True)):
+        with pytest.raises(UserError, match="this trainer's data loader must start again whenever it is iterated"):
+            trained(tmp_path, config(tmp_path), norm="FrozenBN", loader=loader)
+    with pytest.raises(UserError, match=r"look at training batches, and no training batch passes .*, StopIteration"):
         trained(tmp_path, config(tmp_path, "REPR.CRITERION", "apoz"), loader=[])
 
 
@@ -129,12 +131,12 @@ TOLD = ["initial_lr 0.001 -> 0.005", "weight_decay 0.0001 -> 0.01", "momentum 0.
 def test_settings_of_a_resumed_run_are_those_of_its_config(steps, opts, told):
     old, old_scheduler = stepped(steps)
     optimizer, scheduler = stepped(0, **opts)
-    built = [dict(group) for group in optimizer.param_groups]
+    built = settings_of(optimizer)
     scheduler.load_state_dict(old_scheduler.state_dict())
     optimizer.load_state_dict(old.state_dict())
     rates = [[group["lr"] for group in one.param_groups] for one in (old, stepped(steps, **opts)[0])]
     told = [*told, *(f"lr {a:g} -> {b:g}" for a, b in zip(*rates, strict=True) if a != b)]
-    assert sorted(apply_settings(optimizer, scheduler, built)) == sorted(told)
+    assert sorted(apply_settings(optimizer, scheduler, built, None)) == sorted(told)
     for later in range(3):
         wanted, _ = stepped(steps + later, **opts)
         for a, b in zip(optimizer.param_groups, wanted.param_groups, strict=True):
@@ -142,6 +144,23 @@ def test_settings_of_a_resumed_run_are_those_of_its_config(steps, opts, told):
                 assert a[key] == b[key]
         optimizer.step()
         scheduler.step()
+
+
+@pytest.mark.parametrize(("base", "told"), [(0.85, []), (0.8, ["base_momentum 0.85 -> 0.8"])])
+def test_settings_that_a_scheduler_moves_are_not_those_of_the_config(base, told):
+    def cycle(lowest):
+        optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), 0.1, 0.9)
+        return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, 20, base_momentum=lowest)
+
+    (old, old_scheduler), (optimizer, scheduler) = cycle(0.85), cycle(base)
+    before, built = settings_of(old), settings_of(optimizer)
+    for _ in range(3):
+        old.step()
+        old_scheduler.step()
+    scheduler.load_state_dict(old_scheduler.state_dict())
+    optimizer.load_state_dict(old.state_dict())
+    assert apply_settings(optimizer, scheduler, built, before) == told
+    assert optimizer.param_groups[0]["momentum"] == old.param_groups[0]["momentum"] < 0.95
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from fvcore.common.param_scheduler import CosineParamScheduler
 from omegaconf import OmegaConf
 from outcomes import json_lines
 
-from repr_det import RePrHook, find_filter_layers
+from repr_det import find_filter_layers
 from repr_det.commands.arguments import build_config
 from repr_det.commands.data import check_datasets
 from repr_det.commands.lazy import LazyTrainer, instantiate, load_lazy_config, record_reads, repr_cfg_from_lazy
@@ -69,7 +69,7 @@ def test_same_schedule_layers_and_model_as_the_yaml_twin():
     assert yacs.REPR == twin.REPR and yacs.REPR.ENABLED and yacs.DATALOADER.ASPECT_RATIO_GROUPING
     for key in ("IMS_PER_BATCH", "MAX_ITER", "STEPS", "LR_SCHEDULER_NAME", "REFERENCE_WORLD_SIZE"):
         assert yacs.SOLVER[key] == twin.SOLVER[key], key
-    assert RePrHook(yacs).schedule.drop_iters == RePrHook(twin).schedule.drop_iters == (9999, 24999, 39999)
+    assert validate_repr_config(yacs).drop_iters == validate_repr_config(twin).drop_iters == (9999, 24999, 39999)
     assert (yacs.DATASETS.TRAIN, yacs.DATASETS.TEST) == (twin.DATASETS.TRAIN, twin.DATASETS.TEST)
     assert yacs.MODEL.ROI_HEADS.NUM_CLASSES == 80
     twin.defrost()

@@ -3,16 +3,19 @@
 import copy
 import random
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import assert_same_weights
+from detectron2.data.common import AspectRatioGroupedDataset
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from frozen_nets import make
 from torch import nn
 from torch.utils.data import DataLoader
 
+from repr_det.detectron.passes import training_passes
 from repr_det.method.passes import passes_over
 from repr_det.network.state import HiddenState, random_state, set_random_state, undisturbed
 
@@ -150,6 +153,24 @@ def test_passes_leave_loader_and_data_set_of_the_training_alone(own_generator, m
             if with_passes and len(seen) in (1, 3):
                 assert images_of(0) == images_of(0) != images_of(1)
         return seen, draw_from_everything()
+
+    assert epoch(True) == epoch(False)
+
+
+@pytest.mark.parametrize("by_hook", [False, True])
+def test_passes_have_buckets_of_their_own(by_hook):
+    """Detectron2's grouping by shape keeps the images that wait for others from one iterator to the next."""
+
+    def epoch(with_passes):
+        loader = AspectRatioGroupedDataset([dict(n=n, width=1 + n % 3, height=2) for n in range(40)], 2)
+        trainer = SimpleNamespace(data_loader=loader)
+        passes = training_passes(nn.ReLU(), trainer, 3, None) if by_hook else passes_over(nn.ReLU(), loader, sum)
+        seen = []
+        for batch in loader:
+            seen.append([image["n"] for image in batch])
+            if with_passes:
+                assert next(iter(passes.batches(1, 0)))[0]["n"] == 0
+        return seen
 
     assert epoch(True) == epoch(False)
 

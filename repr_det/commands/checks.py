@@ -28,7 +28,7 @@ from repr_det.detectron.config import (
     validate_repr_config,
 )
 from repr_det.detectron.engine import Trainer, check_same_arm
-from repr_det.detectron.hook import RePrHook
+from repr_det.detectron.hook import RePrHook, saved_state
 from repr_det.method.criteria import check_capacity
 from repr_det.method.errors import UserError, spelling
 from repr_det.method.layers import find_filter_layers
@@ -210,7 +210,9 @@ def _check_same_training(cfg: CfgNode, trainer: dict[str, Any]) -> None:
     check_same_arm(trainer, cfg.REPR.ENABLED, cfg.OUTPUT_DIR)
     if cfg.REPR.ENABLED:
         own = changed(cfg, "SOLVER.REFERENCE_WORLD_SIZE", 0)  # it is scaled already
-        RePrHook(own).load_state_dict(trainer["hooks"][RePrHook.__qualname__])
+        hook = RePrHook(own)
+        hook.schedule = validate_repr_config(own)
+        hook.load_state_dict(saved_state(trainer))
 
 
 def changed(cfg: CfgNode, key: str, value: Any) -> CfgNode:

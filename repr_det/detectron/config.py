@@ -1,9 +1,10 @@
 """The config node REPR, made from ``RePrOptions``, and the decays of a learning-rate schedule."""
 
 import contextlib
-import functools
+import copy
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import yaml
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 from detectron2.solver import LRMultiplier, build_lr_scheduler
+from fvcore.common.param_scheduler import ParamScheduler
 
 from repr_det.method.criteria import get_criterion
 from repr_det.method.errors import UserError, spelling
@@ -50,7 +52,7 @@ def value_at(node: CfgNode, key: str) -> Any:
 
 
 def validate_repr_config(cfg: CfgNode) -> RePrSchedule | None:
-    """Checks every key of REPR that can be checked without a model.
+    """Checks every key of REPR that can be checked without a model, with the scheduler that SOLVER names.
 
     Returns:
         The schedule; None if REPR.ENABLED is False.
@@ -63,17 +65,13 @@ def validate_repr_config(cfg: CfgNode) -> RePrSchedule | None:
     with spelling(NAMES):
         options = options_of_config(cfg)
         get_criterion(options.criterion)
-        schedule = schedule_of(options, cfg.SOLVER.MAX_ITER, first_decay(cfg))
+        first = None
+        if not options.s1_iters:
+            with as_user_error(f"SOLVER.LR_SCHEDULER_NAME {cfg.SOLVER.LR_SCHEDULER_NAME}"):
+                first = next(iter(decays_of_config(cfg)), None)
+        schedule = schedule_of(options, cfg.SOLVER.MAX_ITER, first)
         schedule.check_fits(cfg.SOLVER.MAX_ITER)
     return schedule
-
-
-def first_decay(cfg: CfgNode) -> int | None:
-    """The iteration at which the learning rate first decays; None if no schedule is derived from it."""
-    if cfg.REPR.S1_ITERS:
-        return None
-    with as_user_error(f"SOLVER.LR_SCHEDULER_NAME {cfg.SOLVER.LR_SCHEDULER_NAME}"):
-        return next(iter(decays_of_config(cfg)), None)
 
 
 def scale_to_world(cfg: CfgNode, world_size: int) -> CfgNode:
@@ -103,17 +101,16 @@ def without_repr(cfg: CfgNode) -> CfgNode:
     return stock
 
 
-def decays(multiplier: Callable[[float], float], max_iter: int) -> tuple[int, ...]:
+def decays(scheduler: Any, max_iter: int) -> tuple[int, ...]:
     """The iterations at which the rate steps down; of a gradual fall (cosine, ...) the first at half of the peak, and
     none after it.
 
     Args:
-        multiplier: fvcore's ParamScheduler: position in [0, 1) -> multiplier of the rates.
+        scheduler: fvcore's ParamScheduler, Detectron2's LRMultiplier, or one of torch that has not been stepped yet.
     """
     found: list[int] = []
     peak = before = 0.0
-    for iteration in range(max_iter):
-        value = float(multiplier(iteration / max_iter))
+    for iteration, value in enumerate(_rates(scheduler, max_iter)):
         stepped = before > 0 and value <= _STEP * before
         halved = not found and peak > 0 and value <= _HALF * peak
         if stepped or halved:
@@ -124,20 +121,30 @@ def decays(multiplier: Callable[[float], float], max_iter: int) -> tuple[int, ..
     return tuple(found)
 
 
+def _rates(scheduler: Any, max_iter: int) -> Iterator[float]:
+    """The rate of every iteration, by a factor; one of torch is stepped as a copy, on groups without parameters."""
+    if isinstance(scheduler, (ParamScheduler, LRMultiplier)):
+        multiplier, length = getattr(scheduler, "_multiplier", scheduler), getattr(scheduler, "_max_iter", max_iter)
+        yield from (float(multiplier(iteration / length)) for iteration in range(max_iter))
+        return
+    if scheduler.last_epoch != 0:
+        raise ValueError("it has been stepped")
+    groups = [copy.deepcopy({**group, "params": []}) for group in scheduler.optimizer.param_groups]
+    stand_in = SimpleNamespace(param_groups=groups, step=scheduler.optimizer.step, _opt_called=True)
+    played = copy.deepcopy(scheduler, {id(scheduler.optimizer): stand_in})
+    for _ in range(max_iter):
+        yield max(float(group["lr"]) for group in groups)
+        played.step()
+
+
 def decays_of_config(cfg: CfgNode) -> tuple[int, ...]:
-    """``decays`` of the scheduler that Detectron2 builds for SOLVER; remembered, for it asks for every iteration."""
-    return _decays_of_solver(cfg.SOLVER.dump())
-
-
-@functools.lru_cache
-def _decays_of_solver(solver: str) -> tuple[int, ...]:
-    cfg = CfgNode({"SOLVER": CfgNode.load_cfg(solver)})
+    """``decays`` of the scheduler that Detectron2 builds for SOLVER."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     logger = logging.getLogger("detectron2.solver.build")
     level = logger.level
     logger.setLevel(logging.ERROR)  # its warnings come when the run builds its own
     try:
-        return decays(build_lr_scheduler(cfg, optimizer)._multiplier, cfg.SOLVER.MAX_ITER)
+        return decays(build_lr_scheduler(cfg, optimizer), cfg.SOLVER.MAX_ITER)
     finally:
         logger.setLevel(level)
 

@@ -23,15 +23,15 @@ from repr_det.datasets.image_files import NamingMapper
 from repr_det.datasets.registered import agree_on_classes, any_mapped
 from repr_det.detectron.config import defined_at_its_end, scale_to_world
 from repr_det.detectron.evaluators import build_evaluator, check_evaluators
-from repr_det.detectron.hook import RePrHook, first_later_hook
+from repr_det.detectron.hook import RePrHook, first_later_hook, saved_state
 from repr_det.detectron.trackers import WandbWriter
 from repr_det.method.errors import UserError
 from repr_det.network.state import unwrapped
-from repr_det.runs.checkpoints import AtomicCheckpointer
+from repr_det.runs.checkpoints import AtomicCheckpointer, last_iteration
 from repr_det.runs.files import FINAL_CHECKPOINT, refuse_used, remove_unfinished
 from repr_det.runs.guard import FiniteGuard, NonFiniteError, describe, non_finite_gradient, non_finite_weight
 from repr_det.runs.loader import resumable
-from repr_det.runs.resume import ExactResume, apply_settings, check_same_optimizer
+from repr_det.runs.resume import ExactResume, apply_settings, check_same_optimizer, settings_of
 from repr_det.runs.stopping import StopAtSignal
 
 logger = logging.getLogger("repr_det.resume")
@@ -75,6 +75,7 @@ class Trainer(DefaultTrainer):
         inner = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
         self._trainer = inner(model, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self._settings = settings_of(optimizer)
         self.checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         classes = [MetadataCatalog.get(name).get("thing_classes", []) for name in cfg.DATASETS.TRAIN]
         self.checkpointer.thing_classes = max(classes, key=len, default=[])
@@ -89,7 +90,6 @@ class Trainer(DefaultTrainer):
         cfg, built = self.cfg, [hook for hook in super().build_hooks() if hook is not None]
         period = cfg.SOLVER.CHECKPOINT_PERIOD
         repr_hook = self.build_repr_hook(cfg)
-        transitions = () if repr_hook is None else (*repr_hook.schedule.drop_iters, *repr_hook.schedule.restore_iters)
         loaders = [self._trainer.data_loader]
         for hook in built:
             if isinstance(hook, hooks.PreciseBN) and not hook._disabled:
@@ -99,7 +99,7 @@ class Trainer(DefaultTrainer):
         exact = ExactResume(model, loaders, period, cfg.OUTPUT_DIR)
         built.insert(_place_before(built, hooks.PeriodicCheckpointer, hooks.EvalHook), exact)
         on_cpu = next(model.parameters()).device.type == "cpu"  # elsewhere the host would wait
-        guard = FiniteGuard(on_cpu and not cfg.SOLVER.AMP.ENABLED, period, transitions)
+        guard = FiniteGuard(on_cpu and not cfg.SOLVER.AMP.ENABLED, period, repr_hook)
         stop = StopAtSignal(period, lambda: (guard.check_weights(), exact.collect()))
         built.insert(_place_before(built, hooks.EvalHook), stop)
         built.insert(0, guard)
@@ -156,7 +156,7 @@ class Trainer(DefaultTrainer):
 
     def before_train(self) -> None:
         """Detectron2's, and writes the final checkpoint that a killed run did not."""
-        self.iter = min(self.iter, self.max_iter - 1)  # the last, of a finished run that is resumed
+        self.iter = last_iteration(self)  # of a finished run that is resumed
         super().before_train()
         finished = self.start_iter == self.max_iter and comm.is_main_process()
         if finished and os.path.basename(self.checkpointer.get_checkpoint_file()) != FINAL_CHECKPOINT:
@@ -168,15 +168,18 @@ class Trainer(DefaultTrainer):
             self._hooks = [x for x in self._hooks if not isinstance(x, hooks.EvalHook | hooks.BestCheckpointer)]
         super().after_train()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Detectron2's, also behind the last iteration, and the settings of the optimizer as they were built."""
+        return super().state_dict() | {"iteration": last_iteration(self), "settings": self._settings}
+
     def load_state_dict(self, state_dict: dict) -> None:
         """Detectron2's; refuses what is no checkpoint of such a trainer, or of the other arm."""
         enabled = any(isinstance(hook, RePrHook) for hook in self._hooks)
         check_same_arm(state_dict, enabled, self.cfg.OUTPUT_DIR)
         optimizer = self._trainer.optimizer
         check_same_optimizer(optimizer, state_dict["_trainer"]["optimizer"], self.cfg.OUTPUT_DIR)
-        built = [dict(group) for group in optimizer.param_groups]
         super().load_state_dict(state_dict)
-        if changed := apply_settings(optimizer, self.scheduler, built):
+        if changed := apply_settings(optimizer, self.scheduler, self._settings, state_dict.get("settings")):
             start = state_dict["iteration"] + 1
             logger.warning("The config's settings hold from iteration %d on: %s", start, ", ".join(changed))
 
@@ -216,7 +219,7 @@ def check_same_arm(state: Mapping[str, Any], enabled: bool, folder: str) -> None
             f"the checkpoint in {folder} holds weights, not a run of this trainer: give it as MODEL.WEIGHTS, with "
             "another OUTPUT_DIR"
         )
-    saved = RePrHook.__qualname__ in state.get("hooks", {})
+    saved = saved_state(state) is not None
     if saved != enabled:
         raise UserError(
             f"the checkpoint in {folder} was trained with RePr {'on' if saved else 'off'}, this run has it "

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from repr_det.method.criteria import get_criterion
 from repr_det.method.errors import OptionError, UserError, spelling
 from repr_det.method.loop import RePr, describe_schedule, schedule_of, unwrapped
 from repr_det.method.options import CONFIG_KEYS, DETECTRON2_LAYERS, RePrOptions, check_resumed
+from repr_det.method.passes import SharedLoaderError
 from repr_det.method.schedule import RePrSchedule
 from repr_det.method.scheme import RePrScheme
 from repr_det.network.state import preserved_random_state
@@ -49,7 +50,6 @@ class RePrHook(HookBase):
         total_steps: iterations of the training; None takes the trainer's.
         first_lr_step: iteration of the first decay of the learning rate; None finds it in the trainer's schedule.
         images_per_batch: over all ranks; None takes the trainer's.
-        aspect_ratio_grouping: of the extra passes.
         weights: the trained weights that training starts from, for a warning.
         averages: averages of the weights that follow the model.
         names: option -> how errors spell it; None spells keyword arguments.
@@ -68,7 +68,6 @@ class RePrHook(HookBase):
         total_steps: int | None = None,
         first_lr_step: int | None = None,
         images_per_batch: int | None = None,
-        aspect_ratio_grouping: bool = True,
         weights: str = "",
         averages: Sequence[Any] = (),
         names: dict[str, str] | None = None,
@@ -80,15 +79,14 @@ class RePrHook(HookBase):
         self.total_steps = total_steps
         self.first_lr_step = first_lr_step
         self.images_per_batch = images_per_batch
-        self.aspect_ratio_grouping = aspect_ratio_grouping
         self.weights = weights
         self.averages = averages
         self.schedule: RePrSchedule | None = None
         with spelling(names):
             self.options = RePrOptions.of({"layers": DETECTRON2_LAYERS, **options})
             get_criterion(self.options.criterion)
-            if total_steps is not None:
-                self.schedule = schedule_of(self.options, total_steps, first_lr_step)
+            if self.options.s1_iters:
+                self.schedule = schedule_of(self.options, 0, None)
         self.repr: RePr | None = None
         self._loaded: dict[str, Any] | None = None
 
@@ -98,14 +96,11 @@ class RePrHook(HookBase):
         cfg = config.scale_to_world(cfg, comm.get_world_size())
         if not cfg.REPR.ENABLED:
             raise UserError("RePrHook needs REPR.ENABLED True, got False")
-        config.validate_repr_config(cfg)
         return {
             "output_dir": cfg.OUTPUT_DIR,
             "seed": cfg.SEED,
             "total_steps": cfg.SOLVER.MAX_ITER,
-            "first_lr_step": config.first_decay(cfg),
             "images_per_batch": cfg.SOLVER.IMS_PER_BATCH,
-            "aspect_ratio_grouping": cfg.DATALOADER.ASPECT_RATIO_GROUPING,
             "weights": cfg.MODEL.WEIGHTS,
             "names": config.NAMES,
             **vars(config.options_of_config(cfg)),
@@ -131,7 +126,7 @@ class RePrHook(HookBase):
         if index < mine:
             trainer._hooks.insert(index, trainer._hooks.pop(mine))
         if self.schedule is None:
-            self.schedule = schedule_of(self.options, trainer.max_iter, self._first_decay())
+            self.schedule = self._derived()
             if self._loaded is not None:
                 check_resumed(self._loaded["run"], self._fingerprint())
         if self.total_steps is not None and trainer.max_iter <= self.schedule.end_iter < self.total_steps:
@@ -216,7 +211,7 @@ class RePrHook(HookBase):
             optimizer,
             trainer.max_iter,
             schedule=self.schedule,
-            passes=training_passes(model, trainer, self.seed, self.images_per_batch, self.aspect_ratio_grouping),
+            passes=training_passes(model, trainer, self.seed, self.images_per_batch),
             averages=self.averages,
             seed=seed,
             **vars(self.options),
@@ -229,19 +224,19 @@ class RePrHook(HookBase):
         scheme = self.repr.scheme
         if self.trainer.start_iter > self.schedule.restore_iters[-1]:
             return
-        what = "the criterion" if scheme.criterion.needs_data else "FrozenBN calibration"
-        missed = f"RePr: {what} looks at training batches, and none can be drawn"
         try:
-            with config.as_user_error(f"{missed} (give a data loader that can be iterated again)"):
-                batch = next(iter(scheme.passes.batches(1, 0)))
-        except UserError:
-            if scheme.needs_batches:
+            batch = next(iter(scheme.passes.batches(1, 0)))  # asked for even if the state has shown it
+            if not scheme.participants.known:
+                self.repr.prove(lambda: scheme.passes.loss(batch))
+        except UserError as error:
+            if scheme.needs_batches or not isinstance(error, SharedLoaderError):
                 raise
-            return
-        if scheme.participants.known:  # by the state; that batches can be drawn has been asked all the same
-            return
-        self.repr.prove(lambda: scheme.passes.loss(batch))
-        if self.trainer.start_iter == 0:
+        except Exception as error:
+            failed = f"no training batch passes through the model before the first step, {error!r:.200}"
+            if scheme.needs_batches:
+                raise UserError(f"RePr: transitions look at training batches, and {failed}") from error
+            logger.warning(f"RePr: {failed}; the step shows what participates")
+        if self.trainer.start_iter == 0 and scheme.participants.known:
             epochs = epochs_of(self.trainer, self.images_per_batch)
             if warning := fine_tuning_warning(self.weights, self.trainer.max_iter, epochs, scheme):
                 logger.warning(warning)
@@ -266,14 +261,24 @@ class RePrHook(HookBase):
             ours.setLevel(theirs.level)
             ours.propagate = theirs.propagate
 
-    def _first_decay(self) -> int | None:
-        if self.first_lr_step is not None:
-            return self.first_lr_step
-        for hook in self.trainer._hooks:
-            multiplier = getattr(getattr(hook, "scheduler", None), "_multiplier", None)
-            if isinstance(hook, hooks.LRScheduler) and multiplier is not None:
-                return next(iter(config.decays(multiplier, self.trainer.max_iter)), None)
-        return None
+    def _derived(self) -> RePrSchedule:
+        """The schedule by the trainer's scheduler of the learning rate."""
+        first = self.first_lr_step
+        if first is None:
+            try:
+                scheduler = next(hook.scheduler for hook in self.trainer._hooks if isinstance(hook, hooks.LRScheduler))
+                first = next(iter(config.decays(scheduler, self.total_steps or self.trainer.max_iter)), None)
+            except Exception:  # a scheduler of one's own can be anything
+                if self._loaded is not None:  # torch's could be read when the run began
+                    phases = (self._loaded["run"][CONFIG_KEYS[name]] for name in ("s1_iters", "s2_iters"))
+                    return RePrSchedule(*phases, self.options.num_cycles, self.options.start_iter)
+                logger.info("RePr: no schedule of the learning rate can be read (first_lr_step= says when it decays)")
+        return schedule_of(self.options, self.total_steps or self.trainer.max_iter, first)
+
+
+def saved_state(trainer: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The state of a RePrHook, of whatever class, in "trainer" of a checkpoint."""
+    return next((one for one in trainer.get("hooks", {}).values() if "scheme" in one), None)
 
 
 def first_later_hook(registered: Sequence[HookBase]) -> int:

@@ -5,46 +5,41 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from detectron2.data import MapDataset, build_detection_train_loader
 from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
-from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
 from repr_det.method.errors import UserError
-from repr_det.method.passes import TrainingPasses
-from repr_det.network.state import preserved_random_state
+from repr_det.method.passes import TrainingPasses, afresh, parts_of
+from repr_det.network.state import preserved_random_state, seed_of
 
 CALIBRATION_IMAGES = 8  # give a channel's standard deviation to about 3 %
 
 
-def training_passes(
-    model: nn.Module, trainer: Any, seed: int, images_per_batch: int | None, grouped: bool
-) -> TrainingPasses:
+def training_passes(model: nn.Module, trainer: Any, seed: int, images_per_batch: int | None) -> TrainingPasses:
     """Extra passes, whose order depends on seed and cycle only.
 
-    They read data set and mapper of the trainer's loader if that is Detectron2's. Else ``build_train_loader`` makes
-    another, or the loader is iterated again.
+    They read data set and mapper of the trainer's loader if that is Detectron2's, and group by shape if it does. Else
+    ``build_train_loader`` makes another, or the loader is iterated again.
 
     Args:
         images_per_batch: over all ranks; None takes the loader's.
-        grouped: images of one orientation share a batch.
     """
 
     def batches(number: int, cycle: int) -> Iterable[list[dict]]:
-        mixed = max(seed, 0) * 1_000_003 + cycle * 1009
         own = _loader_of(trainer)
         dataset = map_dataset(own)
-        with preserved_random_state(own):
-            seed_all_rng(mixed + comm.get_rank())
+        with preserved_random_state(own, seed=seed_of(seed, cycle, comm.get_rank())):
             if dataset is not None:
                 loader: Iterable = build_detection_train_loader(
                     dataset,
                     mapper=None,
-                    sampler=TrainingSampler(len(dataset), seed=mixed),
+                    sampler=TrainingSampler(len(dataset), seed=seed_of(seed, cycle)),
                     total_batch_size=images_per_batch or batch_size_of(own) or 16,
-                    aspect_ratio_grouping=grouped,
+                    aspect_ratio_grouping=bool(getattr(own, "_buckets", ())),
                 )
             else:
                 loader = _own_loader(trainer, own)
@@ -53,7 +48,8 @@ def training_passes(
     def loss(batch: list[dict]) -> Tensor:
         try:
             with EventStorage(0):  # what models log here is not the training's
-                return sum(model(batch).values())
+                found = model(batch)
+                return found if torch.is_tensor(found) else sum(found.values())
         except FloatingPointError as error:  # boxes that are not finite
             text = " ".join(str(error).split())
             raise UserError(
@@ -68,9 +64,7 @@ def training_passes(
 
 def map_dataset(loader: Any) -> MapDataset | None:
     """The map-style data set inside a loader of ``build_detection_train_loader``, or None."""
-    while loader is not None and not isinstance(loader, MapDataset):
-        loader = getattr(loader, "dataset", None)
-    return loader
+    return next((part for part in parts_of(loader) if isinstance(part, MapDataset)), None)
 
 
 def epochs_of(trainer: Any, images_per_batch: int | None) -> float | None:
@@ -82,11 +76,8 @@ def epochs_of(trainer: Any, images_per_batch: int | None) -> float | None:
 
 def batch_size_of(loader: Any) -> int | None:
     """Images of a batch over all ranks; None if the loader does not tell."""
-    while loader is not None:
-        if isinstance(size := getattr(loader, "batch_size", None), int):
-            return size * comm.get_world_size()
-        loader = getattr(loader, "dataset", None)
-    return None
+    sizes = (getattr(part, "batch_size", None) for part in parts_of(loader))
+    return next((size * comm.get_world_size() for size in sizes if isinstance(size, int)), None)
 
 
 def _loader_of(trainer: Any) -> Any:
@@ -100,9 +91,4 @@ def _own_loader(trainer: Any, own: Any) -> Iterable:
         cfg.defrost()
         cfg.DATALOADER.NUM_WORKERS = 0
         return build(cfg)
-    if iter(own) is own:
-        raise UserError(
-            "RePr: transitions look at training batches, and this trainer's data loader is an iterator: give one that "
-            "can be iterated again"
-        )
-    return own
+    return afresh(own, "RePr: transitions look at training batches, and this trainer's data loader")

@@ -1,17 +1,19 @@
 """Extra forward passes over training batches, for data-driven criteria and calibration."""
 
+import copy
 import itertools
-import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
 from repr_det.method.errors import UserError
-from repr_det.network.state import generators_in, preserved_random_state
+from repr_det.network.state import preserved_random_state, seed_of
+
+
+class SharedLoaderError(UserError):
+    """A loader can be iterated only once at a time."""
 
 
 @dataclass
@@ -42,21 +44,37 @@ def passes_over(
     Raises:
         UserError: ``loader`` is an iterator, or keeps its workers.
     """
-    if isinstance(loader, Iterator) or getattr(loader, "persistent_workers", False):
-        raise UserError(
-            "loader= must start again whenever it is iterated: give a list of batches, or a DataLoader without "
-            "persistent_workers"
-        )
+    afresh(loader, "loader=")
 
     def batches(number: int, cycle: int) -> list[Any]:
-        own = [generator for generator in generators_in(loader) if isinstance(generator, torch.Generator)]
-        with preserved_random_state(loader):
-            mixed = seed * 1_000_003 + cycle
-            random.seed(mixed)
-            np.random.seed(mixed % 2**32)
-            for generator in own:
-                generator.manual_seed(mixed)
-            torch.manual_seed(mixed)
-            return list(itertools.islice(iter(loader), number))
+        with preserved_random_state(loader, seed=seed_of(seed, cycle)):
+            return list(itertools.islice(afresh(loader, "loader="), number))
 
     return TrainingPasses(model, batches, loss)
+
+
+def parts_of(loader: Any) -> Iterator[Any]:
+    """Yields ``loader`` and, from the outside in, the loaders and data sets in it."""
+    while loader is not None:
+        yield loader
+        loader = getattr(loader, "dataset", None)
+
+
+def afresh(loader: Any, name: str) -> Iterable[Any]:
+    """``loader``, to be iterated while training iterates it. Detectron2's grouping by shape gets buckets of its own.
+
+    Raises:
+        SharedLoaderError: the training would miss batches.
+    """
+    is_shared = loader is None
+    for part in parts_of(loader):
+        is_shared |= isinstance(part, Iterator) or getattr(part, "persistent_workers", False)
+        if getattr(part, "num_workers", 0):  # each has a data set of its own
+            break
+    if is_shared:
+        told = "must start again whenever it is iterated: give a list, or a DataLoader without persistent_workers"
+        raise SharedLoaderError(f"{name} {told}")
+    if hasattr(loader, "_buckets"):
+        loader = copy.copy(loader)
+        loader._buckets = [[] for _ in loader._buckets]
+    return loader

@@ -17,10 +17,14 @@ _MOST_OBJECTS = 2000  # searched for generators
 _LARGEST = 1_000_000  # elements: a larger tensor is a cache of activations
 
 
+def seed_of(*numbers: int) -> int:
+    """A seed below 2**56 that depends on ``numbers`` alone."""
+    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7], "little")
+
+
 def generator_of(*numbers: int) -> torch.Generator:
-    """A generator of the CPU whose stream depends on ``numbers`` alone."""
-    digest = hashlib.sha256(repr(numbers).encode()).digest()[:7]
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    """A generator of the CPU with the seed ``seed_of``."""
+    return torch.Generator().manual_seed(seed_of(*numbers))
 
 
 def random_state() -> dict[str, Any]:
@@ -53,11 +57,17 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def preserved_random_state(*holders: Any) -> Iterator[None]:
-    """Puts every random state back, and the generators in ``holders`` (``generators_in``)."""
-    state = random_state()
-    put_back = [_resetting(generator) for generator in generators_in(*holders)]
+def preserved_random_state(*holders: Any, seed: int | None = None) -> Iterator[None]:
+    """Puts every random state back, and the generators in ``holders`` (``generators_in``); inside, ``seed`` sets those
+    of Python, NumPy and torch."""
+    state, generators = random_state(), generators_in(*holders)
+    put_back = [_resetting(generator) for generator in generators]
     try:
+        if seed is not None:
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            for one in (torch, *(generator for generator in generators if isinstance(generator, torch.Generator))):
+                one.manual_seed(seed)
         yield
     finally:
         set_random_state(state)

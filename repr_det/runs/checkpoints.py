@@ -129,6 +129,11 @@ def is_saved(trainer: TrainerBase, checkpoint_period: int) -> bool:
     return done % checkpoint_period == 0 or done >= trainer.max_iter
 
 
+def last_iteration(trainer: TrainerBase) -> int:
+    """The iteration that a checkpoint belongs to: Detectron2 counts on behind the last."""
+    return min(trainer.iter, trainer.max_iter - 1)
+
+
 def zero_filters(weights: Mapping[str, Any]) -> dict[str, list[int]]:
     """Finds filters whose row, bias and norm (by Detectron2's name) are 0, as a drop leaves them, by conv.
 

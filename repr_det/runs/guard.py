@@ -1,7 +1,7 @@
 """A guard against numbers that are not finite."""
 
-from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from detectron2.engine import HookBase
@@ -24,12 +24,14 @@ class FiniteGuard(HookBase):
 
     check_gradients: bool  # the host waits for each step; False under AMP, where GradScaler skips those that overflow
     checkpoint_period: int
-    transitions: Collection[int]  # iterations of drops and restores
+    repr_hook: Any  # None without RePr
 
     def after_step(self) -> None:
         if self.check_gradients:
             self._check(non_finite_gradient(self.trainer.model))
-        if self.trainer.iter in self.transitions or is_saved(self.trainer, self.checkpoint_period):
+        now, hook = self.trainer.iter, self.repr_hook
+        is_due = hook is not None and hook.schedule.phase(now) != hook.schedule.phase(now + 1)
+        if is_due or is_saved(self.trainer, self.checkpoint_period):
             self.check_weights()
 
     def check_weights(self) -> None:

@@ -20,7 +20,7 @@ from torch import nn
 
 from repr_det.method.errors import UserError
 from repr_det.network.state import HiddenState, random_state, set_random_state
-from repr_det.runs.checkpoints import is_saved
+from repr_det.runs.checkpoints import is_saved, last_iteration
 from repr_det.runs.files import EVENTS_FILE, METRICS_FILE, OVERLAPS_FILE, last_logged, truncate_log
 from repr_det.runs.loader import ResumableLoader
 
@@ -130,7 +130,7 @@ class ExactResume(HookBase):
                 last = [[value, int(iteration)] for value, iteration in history.values()[-_WINDOW:]]
                 scalars[name] = [hints[name], last]
         return {
-            "iteration": self.trainer.iter,
+            "iteration": last_iteration(self.trainer),
             "ranks": comm.gather(of_this_rank),
             "scalars": scalars,
             "best": [[hook.best_metric, hook.best_iter] for hook in self._hooks_of(hooks.BestCheckpointer)],
@@ -165,7 +165,8 @@ class ExactResume(HookBase):
 
     def state_dict(self) -> dict[str, Any]:
         """The current state with one process, else that of the last ``collect``."""
-        if self._running and comm.get_world_size() == 1 and self._saved.get("iteration") != self.trainer.iter:
+        is_old = self._saved.get("iteration") != last_iteration(self.trainer)
+        if self._running and comm.get_world_size() == 1 and is_old:
             return self._state()
         return self._saved
 
@@ -189,18 +190,23 @@ def _describe(groups: Sequence[Mapping[str, Any]]) -> str:
     return f"{parameters} parameters in {len(groups)} groups with {', '.join(sorted(settings))}"
 
 
-def apply_settings(optimizer: torch.optim.Optimizer, scheduler: Any, built: list[dict[str, Any]]) -> list[str]:
-    """Puts back the settings of ``built``, the groups before a checkpoint was loaded, and sets the scheduler's learning
-    rate for the next step.
+def settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """What the config says of every group, right after a scheduler is built, which may move some of it."""
+    return [{key: x for key, x in group.items() if key not in _OF_THE_MACHINE} for group in optimizer.param_groups]
+
+
+def apply_settings(optimizer: torch.optim.Optimizer, scheduler: Any, built: list, before: list | None) -> list[str]:
+    """Sets what differs in ``built``, the settings of this run, from ``before``, those of the run that wrote the
+    checkpoint (None: what was loaded), and the scheduler's learning rate for the next step.
 
     Returns what changed, as "weight_decay 0.0001 -> 0.001"."""
     changed: dict[str, None] = {}
     groups = optimizer.param_groups
     saved = [float(group["lr"]) for group in groups]
-    for group, own in zip(groups, built, strict=True):
+    for group, own, theirs in zip(groups, built, before or settings_of(optimizer), strict=True):
         for key, value in own.items():
-            old = group.get(key, value)
-            if key in _OF_THE_MACHINE or old == value:
+            old = theirs.get(key, value)
+            if old == value:
                 continue
             changed[f"{key} {old} -> {value}"] = None
             group[key] = value

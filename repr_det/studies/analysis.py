@@ -285,8 +285,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.batches:
             check_datasets(cfg)
             source = SimpleNamespace(cfg=cfg, build_train_loader=Trainer.build_train_loader)
-            images, grouped = cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.ASPECT_RATIO_GROUPING
-            passes = training_passes(model, source, cfg.SEED, images, grouped)
+            passes = training_passes(model, source, cfg.SEED, cfg.SOLVER.IMS_PER_BATCH)
     else:
         for flag, values in (("--batches", args.batches), ("--register", args.register), ("KEY VALUE", args.opts)):
             if values:

@@ -17,7 +17,7 @@ from tabulate import tabulate
 from repr_det.commands.arguments import merge_config_file
 from repr_det.detectron.config import add_repr_config, as_user_error, scale_to_world
 from repr_det.method.errors import UserError
-from repr_det.runs.files import METRICS_FILE, write_atomically
+from repr_det.runs.files import EVENTS_FILE, METRICS_FILE, write_atomically
 from repr_det.runs.record import CONFIG_FILE, DATA_FILE, describe_data_sets
 from repr_det.studies.comparison.statistics import (
     could_show,
@@ -110,17 +110,21 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def read_metrics(folder: Path) -> dict[int, dict[str, float]]:
-    """Iteration -> everything logged for it. A resumed run repeats iterations: the later line counts."""
-    rows = {}
+    """Iteration -> everything logged for it. Where a run was resumed, or another began, what came before is cut off."""
+    rows, last = {}, {}
     for line in read_json_lines(folder / METRICS_FILE):
-        rows.setdefault(line["iteration"], {}).update(line)
+        now = line.pop("iteration")
+        if any(last.get(key, -1) >= now for key in line):  # a run logs nothing twice
+            rows, last = {i: row for i, row in rows.items() if i < now}, {}
+        rows.setdefault(now, {}).update(line)
+        last |= dict.fromkeys(line, now)
     return dict(sorted(rows.items()))
 
 
 def final_row(rows: dict[int, dict[str, float]], max_iter: int) -> dict[str, float]:
     """The evaluation after the last iteration, {} if unfinished. Its AP may be NaN."""
     # A run resumed after its last step logs it one iteration later.
-    return next((row for i, row in reversed(rows.items()) if i >= max_iter and "bbox/AP" in row), {})
+    return next((rows[i] for i in (max_iter + 1, max_iter) if "bbox/AP" in rows.get(i, ())), {})
 
 
 def is_finished(run: Run) -> bool:
@@ -190,6 +194,8 @@ def check_comparable(study: Study) -> list[str]:
         parts, found = settings_of_parts(run.folder)
         if of_repr and parts[run.folder]["REPR.ENABLED"] != (run.arm == REPR):
             raise UserError(f"{run.folder} has REPR.ENABLED {run.arm != REPR}: it is no {run.arm} run")
+        if parts[run.folder]["REPR.ENABLED"] and not read_json_lines(run.folder / EVENTS_FILE):
+            raise UserError(f"{run.folder} has REPR.ENABLED True, but no {EVENTS_FILE}: its trainer had no RePrHook")
         configs[run.arm] |= parts
         notes += found
     reference, other = configs.values()
