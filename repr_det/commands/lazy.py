@@ -124,7 +124,7 @@ def _data_sets(cfg: DictConfig, which: str) -> tuple[str, ...]:
 
 
 def _evaluators(cfg: DictConfig) -> list[DictConfig]:
-    given = cfg.dataloader.get("evaluator")
+    given = OmegaConf.select(cfg, "dataloader.evaluator")
     return [x.copy() for x in ([given] if isinstance(given, DictConfig) else given or ())]
 
 
