@@ -177,6 +177,12 @@ def test_a_resumed_run_begins_where_its_state_was_and_may_have_other_batches():
     assert larger._hooks[0].scheme.cycle == 1
 
 
+@pytest.mark.parametrize(("name", "wrong"), [("seed", None), ("images_per_batch", "8"), ("total_steps", 8.0)])
+def test_an_argument_of_another_type_is_refused(name, wrong):
+    with pytest.raises(UserError, match=f"{name}= must be of type int, got {wrong!r}"):
+        RePrHook(**OPTIONS, **{name: wrong})
+
+
 def test_a_second_hook_is_refused_and_one_without_a_seed_draws_none_from_the_trainings():
     hook = RePrHook(**OPTIONS)
     trainer = small_trainer(RePrHook(**OPTIONS))

@@ -14,7 +14,7 @@ from repr_det.method.criteria import drop_total
 from repr_det.method.errors import UserError
 from repr_det.method.holding import Transition
 from repr_det.method.layers import find_filter_layers, what_attention_means
-from repr_det.method.options import RePrOptions, check_count
+from repr_det.method.options import RePrOptions, check_count, check_types
 from repr_det.method.participants import trains
 from repr_det.method.passes import TrainingPasses, passes_over
 from repr_det.method.schedule import RePrSchedule
@@ -75,10 +75,8 @@ class RePr:
     ) -> None:
         self.options = RePrOptions.of(options)
         check_count("total_steps", total_steps)
-        given = {"schedule": (schedule, RePrSchedule), "first_lr_step": (first_lr_step, int), "seed": (seed, int)}
-        for name, (value, kind) in given.items():
-            if not isinstance(value, kind) and (value is not None or name == "seed"):
-                raise UserError(f"{name}= must be of type {kind.__name__}, got {value!r}")
+        check_types({"schedule": schedule}, RePrSchedule)
+        check_types({"first_lr_step": first_lr_step, "seed": seed}, int)
         if not isinstance(first_step, int) or not 0 <= first_step <= total_steps:
             raise UserError(f"first_step= must be 0 to total_steps= {total_steps}, got {first_step!r}")
         if (loader is None) != (loss is None) or (loader is not None and passes is not None):

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from repr_det.method.errors import OptionError
+from repr_det.method.errors import OptionError, UserError
 
 # Convs of FPN backbones, of C4 backbones, and of C4's box head.
 DETECTRON2_LAYERS = ("backbone.bottom_up.res*.conv*", "backbone.res*.conv*", "roi_heads.res5.*.conv*")
@@ -145,6 +145,13 @@ class RePrOptions:
 def check_count(name: str, value: Any) -> None:
     """Raises OptionError unless ``value`` is an integer of at least 1."""
     About("", "", least=1).check(name, value)
+
+
+def check_types(given: Mapping[str, Any], kind: type) -> None:
+    """Raises UserError unless every keyword has a value of that type; None is right for all but ``seed``."""
+    for name, value in given.items():
+        if not isinstance(value, kind) and (value is not None or name == "seed"):
+            raise UserError(f"{name}= must be of type {kind.__name__}, got {value!r}")
 
 
 def about_option(name: str) -> About:
