@@ -59,6 +59,19 @@ def test_quickstart_without_detectron2():
     assert float(re.search(r"test accuracy ([\d.]+) %", done.stdout).group(1)) > 80
 
 
+def test_widening(told, capsys):
+    widening = example("widening", "sklearn")
+    torch.manual_seed(0)
+    small = widening.network(8)
+    widening.train(small, 60)
+    wide = widening.widened(small, 4)
+    torch.testing.assert_close(wide(widening.images), small(widening.images))
+    widening.train(wide, 80, with_repr=True)
+    assert told() == [("drop", 1), ("restore", 2), ("drop", 4), ("restore", 5), ("drop", 7), ("restore", 8)]
+    accuracies = re.findall(r"test accuracy ([\d.]+) %", capsys.readouterr().out)
+    assert len(accuracies) == 2 and all(float(one) > 40 for one in accuracies)
+
+
 def of_timm(file: Path) -> nn.Module:
     return example("timm_training", "timm").train(file, "test_resnet", steps=12, save_every=8)
 
