@@ -7,12 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, SMALL
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 
 from repr_det import UserError, datasets
+from repr_det.commands.arguments import build_config
 from repr_det.datasets.findings import Findings
 
 SIZES = {1: (40, 30), 2: (30, 40), 5: (64, 64)}  # image id -> width, height
@@ -64,6 +66,23 @@ def catalogs(monkeypatch):
     own = ("bccd_", "shapes_")
     for catalog in (DatasetCatalog, MetadataCatalog):
         monkeypatch.setattr(catalog, "data", {k: v for k, v in catalog.data.items() if not k.startswith(own)})
+
+
+@pytest.fixture
+def mine(folder, catalogs, tmp_path):
+    """``mine(KEY, VALUE, ..., edit=)``: a config that trains on the folder after a change of it."""
+
+    def make(*opts: str, edit=lambda folder: None):
+        edit(folder)
+        folder.check(for_evaluation=False)
+        own = [*SMALL, "DATASETS.TRAIN", "('mine',)", "DATASETS.TEST", "('mine',)", "OUTPUT_DIR", str(tmp_path / "run")]
+        return build_config(
+            str(ROOT / "configs" / "baseline_r50_fpn.yaml"),
+            [*own, *opts],
+            [["mine", str(folder.json), str(folder.images)]],
+        )
+
+    return make
 
 
 def refused(action, *args, **options):
