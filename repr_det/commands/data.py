@@ -143,8 +143,11 @@ def _check_number(cfg: CfgNode, name: str) -> None:
     for base, head in _READS_NUMBER.items():
         number, classes = cfg.MODEL[head].NUM_CLASSES, class_names(name)
         if base in getattr(architecture, "__mro__", ()) and len(classes) != number:
-            what = f"{len(classes)} classes, its own or those it is mapped to ({listed(classes, 3)}): set it to that"
-            what = what if classes else "no thing_classes in MetadataCatalog"
+            what = "no thing_classes in MetadataCatalog"
+            if classes:
+                what = (
+                    f"{len(classes)} classes, its own or those it is mapped to ({listed(classes, 3)}): set it to that"
+                )
             raise UserError(f"MODEL.{head}.NUM_CLASSES is {number}, but {name} has {what}")
 
 

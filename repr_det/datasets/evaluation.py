@@ -45,9 +45,11 @@ class CocoEvaluator(COCOEvaluator):
 def _keep_what_can_be_learned(truth: COCO) -> None:
     """Leaves out what training leaves out: polygons of less than 3 points, objects with no other ones, flat boxes."""
     for annotations in truth.imgToAnns.values():
-        for entry in [*annotations]:
+        kept = []
+        for entry in annotations:
             given = entry.get("segmentation")
             if isinstance(given, list):
                 entry["segmentation"] = outline(given)
-            if not all(entry.get("bbox", ())[2:]) or (given and not entry["segmentation"]):
-                annotations.remove(entry)
+            if all(entry.get("bbox", ())[2:]) and (not given or entry["segmentation"]):
+                kept.append(entry)
+        annotations[:] = kept

@@ -51,7 +51,8 @@ def name_keypoints(name: str) -> None:
     if summary and summary.keypoint_names and not metadata.get("keypoint_names"):
         names = summary.keypoint_names
         sides = (("left", "right"), ("Left", "Right"), ("LEFT", "RIGHT"))
-        pairs = [(x, other) for x in names for side in sides if side[0] in x and (other := x.replace(*side)) in names]
+        mirrored = [(x, x.replace(*side)) for x in names for side in sides]
+        pairs = [(x, other) for x, other in mirrored if other != x and other in names]
         metadata.set(keypoint_names=names, keypoint_flip_map=pairs)
 
 
@@ -167,16 +168,25 @@ def any_mapped(data_sets: Sequence[Sequence[str]]) -> bool:
     for names in data_sets:
         if isinstance(names, str):
             raise UserError(f"data sets must be a tuple of names, ({names!r},), got {names!r}")
-    return any(MetadataCatalog.get(x).get("own_classes") for names in data_sets for x in names if x in DatasetCatalog)
+    registered = [name for names in data_sets for name in names if name in DatasetCatalog]
+    return any(MetadataCatalog.get(name).get("own_classes") for name in registered)
 
 
 def agree_on_classes(
     train: Sequence[str], test: Sequence[str] = (), reference: Sequence[str] | None = None
 ) -> tuple[str, ...]:
-    """Gives all data sets of a run one numbering of the classes, and returns the classes in its order: ``reference``,
-    else those of the training (or else test) set that has most, the first of equals.
+    """Gives all data sets of a run one numbering of the classes, and returns the classes in its order.
+
     A data set of `register_coco_format` is mapped by name when it is loaded; others with things must number them alike.
-    UserError if a data set has objects of classes that the reference lacks, or cannot be mapped."""
+
+    Args:
+        train, test: registered names, not both empty.
+        reference: the classes in the order of the outputs; default those of the training (or else test) set that has
+            most, the first of equals.
+
+    Raises:
+        UserError: a data set has objects of classes that the reference lacks, or cannot be mapped.
+    """
     own = {name: classes for name in (*train, *test) if (classes := own_classes(name))}
     source = "the checkpoint"
     if reference is None and own:

@@ -277,9 +277,13 @@ class _Canvas:
 
 
 def generate_shapes(split_seed: int, num_images: int) -> Iterator[tuple[np.ndarray, list[dict]]]:
-    """Draw the first `num_images` images of the split, uint8 (H, W, 3), BGR, each with its objects: per shape {"bbox":
-    [x, y, w, h] int px, "category_id": 1-based index into CLASS_NAMES, "area": int px inside the image, hidden ones
-    included, "iscrowd": 0}."""
+    """Draw the first `num_images` images of the split.
+
+    Yields:
+        image: uint8 (H, W, 3), BGR
+        objects: per shape {"bbox": [x, y, w, h] int px, "category_id": 1-based index into CLASS_NAMES, "area": int px
+            inside the image, hidden ones included, "iscrowd": 0}
+    """
     for index in range(num_images):
         dice = Dice(split_seed, index)
         canvas = _Canvas(dice)

@@ -18,11 +18,10 @@ from repr_det.method.criteria import get_criterion
 from repr_det.method.errors import UserError, spelling
 from repr_det.method.loop import schedule_of
 from repr_det.method.options import CONFIG_KEYS, RePrOptions, about_option, option_names
-from repr_det.method.schedule import RePrSchedule
+from repr_det.method.schedule import DECAYED, RePrSchedule
 
 NAMES = CONFIG_KEYS | {"total_steps": "SOLVER.MAX_ITER"}
 _STEP = 0.9  # a rate that falls to this share in one iteration has stepped
-_HALF = 0.5  # the share at which a rate that falls gradually has decayed
 _SCALED = ("s1_iters", "s2_iters", "start_iter", "warmup_iters")  # with the number of workers
 
 
@@ -112,7 +111,7 @@ def decays(scheduler: Any, max_iter: int) -> tuple[int, ...]:
     peak = before = 0.0
     for iteration, value in enumerate(_rates(scheduler, max_iter)):
         stepped = before > 0 and value <= _STEP * before
-        halved = not found and peak > 0 and value <= _HALF * peak
+        halved = not found and peak > 0 and value <= DECAYED * peak
         if stepped or halved:
             found.append(iteration)
         if halved and not stepped:

@@ -17,7 +17,7 @@ from repr_det.detectron.passes import epochs_of, training_passes
 from repr_det.method.criteria import get_criterion
 from repr_det.method.errors import OptionError, UserError, spelling
 from repr_det.method.loop import RePr, describe_schedule, schedule_of, unwrapped
-from repr_det.method.options import CONFIG_KEYS, DETECTRON2_LAYERS, RePrOptions, check_resumed, check_types
+from repr_det.method.options import CONFIG_KEYS, DETECTRON2_LAYERS, RePrOptions, check_resumed, check_type
 from repr_det.method.passes import SharedLoaderError
 from repr_det.method.schedule import RePrSchedule
 from repr_det.method.scheme import RePrScheme
@@ -73,8 +73,10 @@ class RePrHook(HookBase):
         names: dict[str, str] | None = None,
         **options: Any,
     ) -> None:
-        numbers = {"seed": seed, "total_steps": total_steps, "first_lr_step": first_lr_step}
-        check_types(numbers | {"images_per_batch": images_per_batch}, int)
+        check_type("seed", seed, int, or_none=False)
+        check_type("total_steps", total_steps, int)
+        check_type("first_lr_step", first_lr_step, int)
+        check_type("images_per_batch", images_per_batch, int)
         self.output_dir = output_dir
         self.names = names
         self.seed = seed

@@ -14,10 +14,10 @@ from repr_det.method.criteria import drop_total
 from repr_det.method.errors import UserError
 from repr_det.method.holding import Transition
 from repr_det.method.layers import find_filter_layers, what_attention_means
-from repr_det.method.options import RePrOptions, check_count, check_types
+from repr_det.method.options import RePrOptions, check_count, check_type
 from repr_det.method.participants import trains
 from repr_det.method.passes import TrainingPasses, passes_over
-from repr_det.method.schedule import RePrSchedule
+from repr_det.method.schedule import DECAYED, RePrSchedule
 from repr_det.method.scheme import RePrScheme
 from repr_det.network.state import undisturbed, unwrapped
 from repr_det.network.steps import around_step, scale_rates, with_inner
@@ -27,7 +27,6 @@ logger = logging.getLogger("repr_det.loop")
 _MISSED = 20  # steps of the optimizer without step(): more than those of several optimizers in an iteration
 _CALLS = 40  # of step(), at least half of which must come with a step of the optimizer: GradScaler skips fewer
 _LITTLE = 0.05  # of the trainable weights
-_DECAYED = 0.5  # a learning rate of at most this share of its initial one
 
 
 class RePr:
@@ -75,8 +74,9 @@ class RePr:
     ) -> None:
         self.options = RePrOptions.of(options)
         check_count("total_steps", total_steps)
-        check_types({"schedule": schedule}, RePrSchedule)
-        check_types({"first_lr_step": first_lr_step, "seed": seed}, int)
+        check_type("schedule", schedule, RePrSchedule)
+        check_type("first_lr_step", first_lr_step, int)
+        check_type("seed", seed, int, or_none=False)
         if not isinstance(first_step, int) or not 0 <= first_step <= total_steps:
             raise UserError(f"first_step= must be 0 to total_steps= {total_steps}, got {first_step!r}")
         if (loader is None) != (loss is None) or (loader is not None and passes is not None):
@@ -267,7 +267,7 @@ class RePr:
         """Warns once of a restore after the rates have decayed; torch's schedulers note the initial ones."""
         groups = [group for optimizer in self.scheme.optimizers for group in optimizer.param_groups]
         shares = [float(group["lr"]) / float(group["initial_lr"]) for group in groups if group.get("initial_lr")]
-        if shares and max(shares) <= _DECAYED and not self._is_late:
+        if shares and max(shares) <= DECAYED and not self._is_late:
             self._is_late = True
             self.logger.warning(
                 f"RePr: the learning rate is {100 * max(shares):.3g} % of its initial one at this restore: what comes "

@@ -147,11 +147,10 @@ def check_count(name: str, value: Any) -> None:
     About("", "", least=1).check(name, value)
 
 
-def check_types(given: Mapping[str, Any], kind: type) -> None:
-    """Raises UserError unless every keyword has a value of that type; None is right for all but ``seed``."""
-    for name, value in given.items():
-        if not isinstance(value, kind) and (value is not None or name == "seed"):
-            raise UserError(f"{name}= must be of type {kind.__name__}, got {value!r}")
+def check_type(name: str, value: Any, kind: type, or_none: bool = True) -> None:
+    """Raises UserError unless the value of the keyword ``name`` is of that type."""
+    if not isinstance(value, kind) and not (or_none and value is None):
+        raise UserError(f"{name}= must be of type {kind.__name__}, got {value!r}")
 
 
 def about_option(name: str) -> About:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from repr_det.method.errors import OptionError
 from repr_det.method.options import about_option, check_count
 
+DECAYED = 0.5  # a learning rate that has fallen to this share has decayed
+
 
 @dataclass(frozen=True)
 class RePrSchedule:
