@@ -13,7 +13,8 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from repr_det import RePrScheme, UserError
-from repr_det.method.layers import FilterLayer
+from repr_det.method.layers import FilterLayer, find_filter_layers
+from repr_det.method.passes import passes_over
 from repr_det.studies.analysis import analyze, expected_near_duplicates, layers_of_model, main
 
 CONFIG = ["--config-file", str(ROOT / "configs" / "baseline_r50_fpn.yaml")]
@@ -46,7 +47,8 @@ def run(tmp_path, capsys):
 def test_numbers_verdict_and_plot(run, tmp_path):
     weights = random_weights()
     weight, other = (weights[name].flatten(1) for name in ("a.weight", "b.conv.weight"))
-    weight[5] = -2 * weight[3] + 0.01 * torch.randn(288)  # points the other way: a near-duplicate all the same
+    weight[5] = -2 * weight[3] + 0.01 * torch.randn(288)  # points the other way: overlaps, but is not redundant
+    weight[6] = 2 * weight[4] + 0.02 * torch.randn(288)
     for row, share in ((7, 0.019), (8, 0.021)):
         weight[row] *= share * weight.norm(dim=1).median() / weight[row].norm()
     weight[9] = 0
@@ -57,16 +59,18 @@ def test_numbers_verdict_and_plot(run, tmp_path):
     np.testing.assert_allclose(np.array(first["overlap"])[used], overlaps(weight[used]), atol=1e-6)
     np.testing.assert_allclose(second["overlap"], overlaps(other), atol=1e-6)
     assert second["overlap_mean"] == pytest.approx(overlaps(other).mean(), abs=1e-6)
-    assert [first[key] for key in ("zero", "near_duplicates", "dead")] == [[9], [3, 5], [7]]
+    assert [first[key] for key in ("zero", "near_duplicates", "small")] == [[9], [3, 4, 5, 6], [7]]
+    assert first["redundant"] == [4]  # the larger of two that point alike stays
     expected = np.sqrt(2 / (np.pi * 288))  # E|cos| up to terms of 1 / d
     total = overlaps(weight[used]).sum() + overlaps(other).sum()
     assert found["overlap_factor"] == pytest.approx(total / (30 * expected + 31 * expected), rel=0.01)
     assert text.startswith(
-        "3 of 63 filters are redundant (4.8%): 2 near-duplicates (|cos| > 0.9; random directions: 0), "
+        "1 of 63 filters are redundant (1.6%): 1 near-duplicates of a filter that stays, idle ones not looked for "
+        "(--batches). 4 have |cos| > 0.9 with another (random directions: 0), 1 a norm below 2% of the median. "
+        "Mean O_f is 1.0"
     )
-    assert "1 dead (norm below 2% of the median), idle ones not looked for (--batches). Mean O_f is 1.0" in text
     assert ", iteration 11, layers by name" in text
-    assert re.search(r"^all +64 .* 1 +19$", text, re.MULTILINE)  # filters, zero, dropped
+    assert re.search(r"^all +64 .* 4 +1 +1 +0 +1 +19$", text, re.MULTILINE)  # columns of COUNTS
     pair, second, _ = found["pairs"]
     assert (pair["layer"], pair["i"], pair["j"]) == ("a", 3, 5) and pair["cosine"] < -0.99
     assert abs(pair["cosine"]) >= abs(second["cosine"])
@@ -77,15 +81,33 @@ def test_numbers_verdict_and_plot(run, tmp_path):
 
 # P(|cos| > 0.9) of random directions: length of an arc, areas of spherical caps (polynomials).
 @pytest.mark.parametrize(("dimension", "near"), [(2, 2 / np.pi * np.arccos(0.9)), (3, 0.1), (5, 0.0145), (9, 3.86e-4)])
-def test_near_duplicates_by_chance_are_nothing_to_remove(run, dimension, near):
+def test_the_number_of_near_duplicates_by_chance(run, dimension, near):
     torch.manual_seed(0)
-    weights = {"dw.weight": torch.rand(960, dimension, 1, 1) - 0.5, "pw.weight": torch.randn(64, 256, 1, 1)}
+    weights = {"dw.weight": torch.randn(960, dimension, 1, 1), "pw.weight": torch.randn(64, 256, 1, 1)}
     found, text = run(weights)
-    assert found["near_random"] == pytest.approx(960 * (1 - (1 - near) ** 959), rel=0.01)
-    assert found["redundant"] == 0 and f"random directions: {found['near_random']:.0f})" in text
+    expected = 960 * (1 - (1 - near) ** 959)
+    assert found["near_random"] == pytest.approx(expected, rel=0.01)
+    assert f"random directions: {found['near_random']:.0f})" in text
+    assert found["near_duplicates"] == pytest.approx(expected, rel=0.1)
     assert expected_near_duplicates(960, 1) == 960
-    weights["pw.weight"][5] = weights["pw.weight"][3]
-    assert run(weights)[0]["redundant"] == 2
+
+
+def test_redundant_filters_are_those_that_the_criterion_drops():
+    """Of pairs one stays, opposite signs of weight and gamma make one direction, thresholds of a norm tell apart."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 4, 3))
+    weight, norm = net[0].weight.data, net[1]
+    weight[[1, 3, 5, 7]] = torch.stack([2 * weight[0], -weight[2], -weight[4], weight[6]])
+    norm.weight.data[5], norm.bias.data[7], norm.bias.data[9] = -1.0, 3.0, -100.0
+    weight[11] *= 1e-3  # small, but behind the norm like any other
+    images = [torch.randn(8, 3, 12, 12) for _ in range(2)]
+    passes = passes_over(net, images, lambda batch: net(batch).square().mean())
+    layers = find_filter_layers(net, ["0"])
+    ((found,), _), ((weights_alone,), _) = analyze(layers, passes=passes, num_batches=2), analyze(layers)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    scheme = RePrScheme(layers, optimizer, criterion="redundant", passes=passes, drop_ratio=0.5)
+    assert found["redundant"] == list(scheme.drop().dropped["0"]) == [0, 5, 9]
+    assert weights_alone["redundant"] == [0, 5, 7] and found["small"] == weights_alone["small"] == [11]
 
 
 @pytest.mark.parametrize("criterion", ["ortho", "weight_norm"])
@@ -192,12 +214,12 @@ def test_training_batches_show_which_filters_are_idle(run, tiny_data, tiny_cfg):
     saved = {"model": model.state_dict()}
     keys = [*SMALL, "REPR.LAYERS.INCLUDE", [conv], "DATASETS.TEST", "('nowhere_val',)"]  # nothing is evaluated
     (layer,) = run(saved, *CONFIG, *keys)[0]["layers"]
-    assert "idle" not in layer and layer["dead"] == []
+    assert layer["idle"] == layer["small"] == []
     for criterion in ("redundant", "apoz"):
         found, _ = run(saved, *CONFIG, "--batches", 2, "--criterion", criterion, *keys)
         assert found["layers"][0]["idle"] == closed
         assert "2 idle (no output above 0 and no gradient on 2 training batches)" in found["verdict"]
-        assert found["redundant"] == 2
+        assert found["layers"][0]["redundant"] == closed
         assert criterion != "redundant" or found["layers"][0]["dropped"] == [3, 5, 7]
     with pytest.raises(UserError, match="nowhere_train"):
         run(saved, *CONFIG, "--batches", 2, *keys, "DATASETS.TRAIN", "('nowhere_train',)")

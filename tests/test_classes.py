@@ -229,10 +229,10 @@ def test_a_number_of_classes_is_asked_of_models_that_read_it(tiny_cfg, kind, dat
 
 def test_a_registered_data_set_that_no_key_names(folder, catalogs, mine, caplog):
     config(two_files(folder, {9: "cell"}), "DATASETS.TEST", "()")
-    assert "--register v: no key names it, the run trains on t and " in caplog.text
+    assert "--register v is not used: training data are t, test data " in caplog.text
     config(two_files(folder, {9: "cell"}), "DATASETS.TRAIN", "('shapes_train',)", eval_only=True)
     others = ["DATASETS.TRAIN", "('shapes_train',)", "DATASETS.TEST", "('shapes_val',)"]
-    message = "--register mine: no key names it, the run trains on shapes_train and tests on shapes_val"
+    message = "--register mine is not used: training data are shapes_train, test data shapes_val"
     assert message in refused(mine, *others)
 
 

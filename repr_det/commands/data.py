@@ -78,7 +78,7 @@ def _may_be_of(scores: Sequence[Sequence[int]], name: str, test: Sequence[str]) 
 def _check_used(names: set[str], train: Sequence[str], test: Sequence[str], needed: Sequence[str]) -> None:
     unused = sorted(names.difference(train, test))
     if unused:
-        what = f"--register {unused[0]}: no key names it, the run trains on {listed(train)} and tests on {listed(test)}"
+        what = f"--register {unused[0]} is not used: training data are {listed(train)}, test data {listed(test)}"
         if names.isdisjoint(needed):
             raise UserError(f"{what}: name it in DATASETS.TRAIN or TEST (LazyConfig: dataloader.*.dataset.names)")
         logger.warning(what)

@@ -97,6 +97,8 @@ class RePrHook(HookBase):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         """Arguments from a Detectron2 config; REPR.ENABLED must be True."""
+        if "REPR" not in cfg:
+            raise UserError("the config has no node REPR: call add_repr_config(cfg) before it is merged with a file")
         cfg = config.scale_to_world(cfg, comm.get_world_size())
         if not cfg.REPR.ENABLED:
             raise UserError("RePrHook needs REPR.ENABLED True, got False")

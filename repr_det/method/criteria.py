@@ -108,8 +108,16 @@ def share_of_zeros(layers: Sequence[FilterLayer], context: Context) -> Scores:
 
 
 def redundancy(layers: Sequence[FilterLayer], context: Context) -> Scores:
-    """Infinity for an idle filter (``use_of_filters``), likeness for near-duplicates (``copies``), NEVER for others."""
-    use = use_of_filters(layers, context)
+    """``redundancy_by`` what training batches show."""
+    return redundancy_by(layers, use_of_filters(layers, context))
+
+
+def redundancy_by(layers: Sequence[FilterLayer], use: dict[str, tuple[Tensor, Tensor]]) -> Scores:
+    """Infinity for an idle filter, likeness for near-duplicates (``copies``), NEVER for others.
+
+    Args:
+        use: see ``use_of_filters``.
+    """
     scores = {}
     for layer in layers:
         idle, threshold = use[layer.name]

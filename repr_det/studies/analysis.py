@@ -20,7 +20,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 from matplotlib.figure import Figure
-from scipy import special, stats
+from scipy import special
 from tabulate import tabulate
 from torch import Tensor, nn
 
@@ -29,7 +29,15 @@ from repr_det.commands.data import check_datasets
 from repr_det.detectron.config import as_user_error, options_of_config
 from repr_det.detectron.engine import Trainer
 from repr_det.detectron.passes import training_passes
-from repr_det.method.criteria import CRITERIA, NEAR_DUPLICATE, Context, get_criterion, select_filters
+from repr_det.method.criteria import (
+    NEAR_DUPLICATE,
+    NEVER,
+    Context,
+    get_criterion,
+    redundancy_by,
+    select_filters,
+    use_of_filters,
+)
 from repr_det.method.errors import UserError, spelling
 from repr_det.method.layers import FilterLayer, find_filter_layers
 from repr_det.method.options import DETECTRON2_LAYERS, RePrOptions
@@ -45,12 +53,9 @@ from repr_det.runs.safe_pickle import load_checkpoint
 logger = logging.getLogger(__name__)
 # Rows of transposed convs are no filters. What predicts (names of Detectron2 and torchvision) keeps all its filters.
 NOT_FILTERS = "*deconv* *logits* *anchor_deltas* *predictor* *cls_score* *bbox_pred* *bbox_reg* *ctrness*".split()
-DEAD = 0.02  # a filter is dead below this share of its layer's median norm
-# Near-duplicates of a layer are redundant if so many pairs are less probable than this even at twice the rate of random
-# directions (uniform weights of 9 dimensions: 1.3 times).
-_CHANCE = 1e-4
+SMALL = 0.02  # of its layer's median norm: a filter below is small
 # Columns of the table: keys of the json file, for lists of filters their number.
-COUNTS = ("near_duplicates", "dead", "idle", "zero", "dropped")
+COUNTS = ("near_duplicates", "small", "zero", "idle", "redundant", "dropped")
 COLUMNS = ("name", "filters", "dimension", "overlap_mean", "overlap_random", "near_random", *COUNTS)
 Patterns = Sequence[str] | None
 
@@ -119,14 +124,17 @@ def analyze(
         if number := int((~layer.weight.isfinite()).flatten(1).any(1).sum()):
             found = f"{number} of {layer.num_filters} filters of {layer.name} hold NaN or infinity"
             raise UserError(f"{found}: give a checkpoint from before its training diverged")
-    chosen, redundant = get_criterion(criterion), CRITERIA["redundant"]
+    chosen = get_criterion(criterion)
     if chosen.needs_data and passes is None:
         raise UserError(f"criterion {criterion!r} looks at training batches: give --config-file and --batches")
     context = Context(torch.Generator().manual_seed(0), passes, num_batches)
     scores = chosen.score(layers, context)
-    redundancy = None
     if passes is not None:
-        redundancy = scores if chosen is redundant else redundant.score(layers, context)
+        use = use_of_filters(layers, context)
+    else:  # no filter is idle, and thresholds are equal
+        zeros = {layer.name: torch.zeros(layer.num_filters) for layer in layers}
+        use = {name: (none.bool(), none) for name, none in zeros.items()}
+    redundancy = redundancy_by(layers, use)
     # As in a drop, zero filters go first.
     used = {layer.name: layer.weight.detach().flatten(1).any(1) for layer in layers}
     ranked = {name: score.masked_fill(~used[name], math.inf) for name, score in scores.items()}
@@ -137,9 +145,9 @@ def analyze(
         norms = layer.weight.detach().flatten(1).norm(dim=1)
         near = (cosines.abs() > NEAR_DUPLICATE).any(1)
         masks = {"zero": ~there, "dropped": dropped[layer.name], "near_duplicates": near}
-        masks["dead"] = there & (norms < DEAD * norms[there].nanmedian())
-        if redundancy is not None:
-            masks["idle"] = there & (redundancy[layer.name] == math.inf)
+        masks["small"] = there & (norms < SMALL * norms[there].nanmedian())
+        masks["idle"] = there & use[layer.name][0]
+        masks["redundant"] = there & (redundancy[layer.name] > NEVER)
         lists = {name: mask.nonzero().flatten().tolist() for name, mask in masks.items()}
         found.append(_overlap(layer, cosines, there) | lists)
         upper = cosines.triu()
@@ -180,31 +188,25 @@ def expected_near_duplicates(num_filters: int, dimension: int) -> float:
 
 
 def summary(layers: Sequence[dict[str, Any]], num_batches: int) -> dict[str, Any]:
-    counts = {key: sum(len(layer[key]) for layer in layers) for key in COUNTS if key in layers[0]}
+    counts = {key: sum(len(layer[key]) for layer in layers) for key in COUNTS}
     counts["filters"] = sum(layer["filters"] for layer in layers)
     used = counts["filters"] - counts["zero"]
     expected = sum(layer["overlap_random"] * (layer["filters"] - len(layer["zero"])) for layer in layers)
     counts["near_random"] = sum(layer["near_random"] for layer in layers)
     factor = sum(sum(layer["overlap"]) for layer in layers) / expected if expected else 1.0
-    counts["redundant"] = sum(map(_redundant, layers))
-    what = (
-        f"{counts['near_duplicates']} near-duplicates (|cos| > {NEAR_DUPLICATE:g}; random directions: "
-        f"{counts['near_random']:.0f}), {counts['dead']} dead (norm below {DEAD:.0%} of the median), "
-    )
+    copies = counts["redundant"] - counts["idle"]
+    verdict = f"{counts['redundant']} of {used} filters are redundant ({counts['redundant'] / max(1, used):.1%}): "
+    verdict += f"{copies} near-duplicates of a filter that stays, "
     if num_batches:
-        what += f"{counts['idle']} idle (no output above 0 and no gradient on {num_batches} training batches)"
+        verdict += f"{counts['idle']} idle (no output above 0 and no gradient on {num_batches} training batches). "
     else:
-        what += "idle ones not looked for (--batches)"
-    share = f"{counts['redundant']} of {used} filters are redundant ({counts['redundant'] / max(1, used):.1%})"
-    verdict = f"{share}: {what}. Mean O_f is {factor:.2f} times that of random directions."
+        verdict += "idle ones not looked for (--batches). "
+    verdict += (
+        f"{counts['near_duplicates']} have |cos| > {NEAR_DUPLICATE:g} with another (random directions: "
+        f"{counts['near_random']:.0f}), {counts['small']} a norm below {SMALL:.0%} of the median. "
+        f"Mean O_f is {factor:.2f} times that of random directions."
+    )
     return {"verdict": verdict, "overlap_factor": factor, **counts}
-
-
-def _redundant(layer: dict[str, Any]) -> int:
-    """Number of filters that are dead, idle, or near-duplicates if these are too many to be chance."""
-    near, found = layer["near_duplicates"], {*layer["dead"], *layer.get("idle", ())}
-    chance = stats.poisson.sf((len(near) - 1) // 2, layer["near_random"])
-    return len(found.union(near) if chance < _CHANCE else found)
 
 
 def as_text(found: dict[str, Any]) -> str:
