@@ -20,8 +20,10 @@ from detectron2.config import get_cfg
 from option_table import markdown_table
 from torch import nn
 
-from repr_det import add_repr_config
+from repr_det import RePrHook, UserError, add_repr_config
 from repr_det.commands.arguments import config_path, train_argument_parser
+from repr_det.detectron.config import options_of_config
+from repr_det.method.options import RePrOptions
 from repr_det.studies.analysis import argument_parser as analysis_argument_parser
 from repr_det.studies.comparison.command import argument_parser as comparison_argument_parser
 
@@ -126,13 +128,29 @@ def test_the_plain_pytorch_snippet_runs():
     assert names["repr_training"].phase == "full" and names["repr_training"].scheme.cycle == 3
 
 
-def test_detectron2_snippet_runs(tiny_cfg):
+def test_detectron2_snippets_run_on_a_stock_config():
     page = (ROOT / "docs" / "own_loop.md").read_text()
     section = page.partition("## A Detectron2 trainer\n")[2].partition("\n## ")[0]
     block = "\n".join(line for line in section.splitlines() if line.startswith("    "))
+    line = re.search(r"`(trainer\.register_hooks.*)`", (ROOT / "README.md").read_text())[1]
     hooks = []
-    trainer = SimpleNamespace(register_hooks=hooks.extend)
-    block = block.replace("add_repr_config(cfg)  ", "pass  ")  # tiny_cfg has the node and values in it
-    exec(textwrap.dedent(block), {"cfg": tiny_cfg("REPR.ENABLED", "True"), "trainer": trainer})
-    plain, configured = hooks
-    assert plain.options.resumed() == configured.options.resumed()
+    names = {"cfg": get_cfg(), "trainer": SimpleNamespace(register_hooks=hooks.extend), "RePrHook": RePrHook}
+    with pytest.raises(UserError, match="has no node REPR: call add_repr_config"):
+        RePrHook(names["cfg"])
+    exec(line, names)
+    exec(textwrap.dedent(block), names)
+    assert len(hooks) == 3 and all(hook.options.resumed() == hooks[0].options.resumed() for hook in hooks)
+
+
+def test_the_form_for_fine_tuning_is_that_of_the_config():
+    call = re.search(r"    RePr\((.*?)loader=", (ROOT / "docs" / "own_loop.md").read_text(), re.S)[1]
+    given = eval(f"dict({call.partition('total_steps,')[2]})", {})
+    cfg = get_cfg()
+    add_repr_config(cfg)
+    cfg.merge_from_file(config_path("repr_r50_fpn_redundant.yaml"))
+    options = vars(options_of_config(cfg))
+    layers, exclude = given.pop("layers"), given.pop("exclude")
+    assert given.items() <= options.items() and layers == ["backbone.body.layer*.conv*"] and exclude == ["*.conv3"]
+    defaults = vars(RePrOptions())
+    changed = {name for name in options if options[name] != defaults[name]} - {"layers", "exclude"}
+    assert changed == given.keys()

@@ -107,23 +107,27 @@ def table(runs: list[dict[str, Any]]) -> str:
     return markdown([*head, "standard at the same fit", "RePr - it"], lines)
 
 
-def verdict(runs: list[dict[str, Any]]) -> tuple[int, int]:
-    """Counts the pairs in which RePr tests worse than the standard network did at the same fit, and all pairs.
+def differences(runs: list[dict[str, Any]]) -> dict[int, list[float]]:
+    """Number of images -> test accuracy of RePr minus that of the standard network at the same fit, in every pair.
 
     Pairs with planted filters do not count, nor those whose standard network never fitted as well.
     """
+    found: dict[int, list[float]] = {}
     unplanted = [run for run in runs if not (run["settings"].get("duplicates") or run["settings"].get("dead"))]
-    differences = [float(found) for *_, found in (line(*pair) for pair in pairs(unplanted)) if found]
-    return sum(found < 0 for found in differences), len(differences)
+    for standard, ours in pairs(unplanted):
+        if difference := line(standard, ours)[-1]:
+            found.setdefault(ours["settings"]["train_images"], []).append(float(difference))
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="?", default=RUNS)
     found = runs(parser.parse_args().runs)
-    print(
-        table(found), "\nRePr tests worse in {} of {} pairs without planted filters".format(*verdict(found)), sep="\n"
-    )
+    print(table(found))
+    for images, values in sorted(differences(found).items()):
+        worse, by = sum(value < 0 for value in values), statistics.mean(values)
+        print(f"{images:,} images, nothing planted: RePr tests worse in {worse} of {len(values)} pairs, {by:+.1f}")
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ SUMMARY = {
     "5,000 images, 60 epochs": (SMALL, ["ortho"]),
     "25,000 images, 12 epochs": (SHORT, ["ortho"]),
     "the same, three quarters of the filters copies": (f"{SHORT} --duplicates 0.75", ["ortho", "redundant"]),
-    "the same, three quarters dead": (f"{SHORT} --dead 0.75", ["ortho", "redundant"]),
+    "the same, three quarters idle": (f"{SHORT} --dead 0.75", ["ortho", "redundant"]),
     "the same, nothing planted, Adam at five times its rate": (f"{SHORT} --optimizer adam --lr 0.005", ["redundant"]),
 }
 
