@@ -6,9 +6,9 @@ import math
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from repr_det.method.errors import UserError
 
@@ -91,12 +91,19 @@ def truncate_log(path: str | Path, start_iter: int) -> None:
         file.truncate(len(kept))
 
 
+def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
+    """One object a line, without lines that a crash cut short; [] without file."""
+    found = []
+    if os.path.isfile(path):
+        for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError):
+                found.append(json.loads(line))
+    return found
+
+
 def last_logged(path: str | Path) -> int:
     """The largest "iteration" in a file of json lines, else -1."""
-    if not os.path.exists(path):
-        return -1
-    iterations = map(_iteration, Path(path).read_bytes().splitlines(keepends=True))
-    return max((int(i) for i in iterations if i < math.inf), default=-1)
+    return max((line["iteration"] for line in read_json_lines(path)), default=-1)
 
 
 def _iteration(line: bytes) -> float:

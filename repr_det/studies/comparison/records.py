@@ -17,7 +17,7 @@ from tabulate import tabulate
 from repr_det.commands.arguments import merge_config_file
 from repr_det.detectron.config import add_repr_config, as_user_error, scale_to_world
 from repr_det.method.errors import UserError
-from repr_det.runs.files import EVENTS_FILE, METRICS_FILE, write_atomically
+from repr_det.runs.files import EVENTS_FILE, METRICS_FILE, read_json_lines, write_atomically
 from repr_det.runs.record import CONFIG_FILE, DATA_FILE, describe_data_sets
 from repr_det.studies.comparison.statistics import (
     could_show,
@@ -97,16 +97,6 @@ def read_json(path: Path) -> Any:
     """The content of a file; UserError if it is damaged."""
     with as_user_error(f"{path} is damaged"):
         return json.loads(path.read_text(encoding="utf-8"))
-
-
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """One object a line, without lines that a crash cut short; [] without file."""
-    found = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError):
-                found.append(json.loads(line))
-    return found
 
 
 def read_metrics(folder: Path) -> dict[int, dict[str, float]]:

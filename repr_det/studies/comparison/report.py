@@ -24,7 +24,7 @@ from repr_det.datasets import check_registered
 from repr_det.detectron.engine import Trainer
 from repr_det.method.errors import UserError
 from repr_det.method.orthogonality import inter_filter_orthogonality
-from repr_det.runs.files import EVENTS_FILE, FINAL_CHECKPOINT, OVERLAPS_FILE, write_atomically
+from repr_det.runs.files import EVENTS_FILE, FINAL_CHECKPOINT, OVERLAPS_FILE, read_json_lines, write_atomically
 from repr_det.runs.safe_pickle import load_checkpoint
 from repr_det.studies.comparison.records import (
     FREE_WITHIN_REPR,
@@ -35,7 +35,6 @@ from repr_det.studies.comparison.records import (
     lines_of,
     read_config,
     read_json,
-    read_json_lines,
     read_settings,
     title,
 )
