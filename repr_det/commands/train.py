@@ -14,8 +14,9 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
 from repr_det.commands.arguments import build_config, train_argument_parser
-from repr_det.commands.checks import changed, check_run, quiet
+from repr_det.commands.checks import check_run
 from repr_det.commands.processes import check_processes, launch_processes, may_continue, setup_process, write_configs
+from repr_det.detectron.config import changed, quiet
 from repr_det.detectron.engine import Trainer
 from repr_det.detectron.passes import epochs_of, map_dataset
 from repr_det.detectron.trackers import wandb_module
