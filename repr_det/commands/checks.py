@@ -69,13 +69,13 @@ def check_run(
     _check_output_folder(cfg)
     if not (eval_only or resume):
         refuse_used(cfg.OUTPUT_DIR, "add --resume")
-    check_datasets(cfg, eval_only)
+    summaries = check_datasets(cfg, eval_only)
     _check_input(scaled, eval_only)
     if resume and not eval_only:
         check_same_classes(class_names(cfg.DATASETS.TRAIN[0]), cfg.OUTPUT_DIR)
     model = model_of_shapes(scaled, trainer, eval_only)
     if cfg.MODEL.KEYPOINT_ON:
-        check_number_of_keypoints(cfg, model, eval_only)
+        check_number_of_keypoints(cfg, model, summaries)
     _check_model(cfg, model, eval_only, processes)
     _check_weights(scaled, model, resume, eval_only)
 

@@ -103,8 +103,9 @@ def check_same_classes(classes: Sequence[str], folder: str | Path) -> None:
         )
 
 
-def check_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
-    """Refuses data sets that are absent or malformed, or lack what the model needs or its classes."""
+def check_datasets(cfg: CfgNode, eval_only: bool = False) -> dict[str, CocoSummary | None]:
+    """Refuses data sets that are absent or malformed, or lack what the model needs or its classes. Returns what is
+    known of each; None if it is not in COCO format."""
     train, test = (() if eval_only else cfg.DATASETS.TRAIN), cfg.DATASETS.TEST
     any_mapped((train, test))  # refuses a name in place of names
     key, needed = ("TEST", test) if eval_only else ("TRAIN", train)
@@ -136,6 +137,7 @@ def check_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
                 f"{len(pairs)} of {compared} images of {tested} (DATASETS.TEST) that were compared are in {trained} "
                 f"(DATASETS.TRAIN) too, such as {pairs[0][1]}: AP of trained images says nothing about new ones"
             )
+    return summaries
 
 
 def _check_number(cfg: CfgNode, name: str) -> None:
@@ -170,14 +172,14 @@ def _check_keypoints(name: str, summary: CocoSummary, train: bool, test: bool) -
     _report("MODEL.KEYPOINT_ON", name, gaps, doubts)
 
 
-def check_number_of_keypoints(cfg: CfgNode, model: nn.Module, eval_only: bool) -> None:
+def check_number_of_keypoints(cfg: CfgNode, model: nn.Module, summaries: dict[str, CocoSummary | None]) -> None:
     """Refuses data, keypoint_names, keypoint head and OKS sigmas of a run that differ in it."""
     heads = [module for module in model.modules() if isinstance(module, BaseKeypointRCNNHead)]
     numbers = [(head.num_keypoints, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS") for head in heads]
     if cfg.DATASETS.TEST:
         numbers.append((len(cfg.TEST.KEYPOINT_OKS_SIGMAS) or 17, "TEST.KEYPOINT_OKS_SIGMAS"))  # COCO's 17
-    for name in dict.fromkeys((*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST)):
-        if summary := check_registered(name, for_evaluation=False):
+    for name, summary in summaries.items():
+        if summary:
             numbers += [(number / 3, f"objects of {name}") for number in sorted(summary.keypoint_numbers)]
         if names := MetadataCatalog.get(name).get("keypoint_names"):
             numbers.append((len(names), f"keypoint_names of {name}"))

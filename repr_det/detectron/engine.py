@@ -17,7 +17,6 @@ from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from repr_det.datasets.image_files import NamingMapper
 from repr_det.datasets.registered import agree_on_classes, any_mapped
@@ -56,7 +55,7 @@ class Trainer(DefaultTrainer):
     _resumes = False
 
     def __init__(self, cfg: CfgNode, wandb_project: str = "") -> None:
-        # Not DefaultTrainer.__init__: CPU modules cannot take its create_ddp_model.
+        # Not DefaultTrainer.__init__, which gives DistributedDataParallel a GPU.
         TrainerBase.__init__(self)
         cfg = scale_to_world(cfg, comm.get_world_size())
         self.cfg = cfg
@@ -68,10 +67,9 @@ class Trainer(DefaultTrainer):
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = resumable(self.build_train_loader(cfg))
-        if comm.get_world_size() > 1 and next(model.parameters()).device.type == "cpu":
-            model = DistributedDataParallel(model, broadcast_buffers=False)
-        else:
-            model = create_ddp_model(model, broadcast_buffers=False)
+        on_cpu = next(model.parameters()).device.type == "cpu"
+        device_ids = None if on_cpu else [comm.get_local_rank()]
+        model = create_ddp_model(model, broadcast_buffers=False, device_ids=device_ids)
         inner = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
         self._trainer = inner(model, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
