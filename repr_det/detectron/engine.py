@@ -86,7 +86,6 @@ class Trainer(DefaultTrainer):
     def build_hooks(self) -> list[HookBase]:
         """Detectron2's hooks, FiniteGuard, ExactResume, StopAtSignal and RePrHook."""
         cfg, built = self.cfg, [hook for hook in super().build_hooks() if hook is not None]
-        period = cfg.SOLVER.CHECKPOINT_PERIOD
         repr_hook = self.build_repr_hook(cfg)
         loaders = [self._trainer.data_loader]
         for hook in built:
@@ -94,11 +93,11 @@ class Trainer(DefaultTrainer):
                 hook._data_loader = resumable(hook._data_loader)
                 loaders.append(hook._data_loader)
         model = unwrapped(self.model)
-        exact = ExactResume(model, loaders, period, cfg.OUTPUT_DIR)
+        exact = ExactResume(model, loaders)
         built.insert(_place_before(built, hooks.PeriodicCheckpointer, hooks.EvalHook), exact)
         on_cpu = next(model.parameters()).device.type == "cpu"  # elsewhere the host would wait
-        guard = FiniteGuard(on_cpu and not cfg.SOLVER.AMP.ENABLED, period, repr_hook)
-        stop = StopAtSignal(period, lambda: (guard.check_weights(), exact.collect()))
+        guard = FiniteGuard(on_cpu and not cfg.SOLVER.AMP.ENABLED, repr_hook)
+        stop = StopAtSignal(lambda: (guard.check_weights(), exact.collect()))
         built.insert(_place_before(built, hooks.EvalHook), stop)
         built.insert(0, guard)
         if cfg.TEST.AUG.ENABLED:

@@ -123,10 +123,10 @@ def find_checkpoint(folder: str | Path) -> Path | None:
     return found[0] if found else None
 
 
-def is_saved(trainer: TrainerBase, checkpoint_period: int) -> bool:
+def is_saved(trainer: TrainerBase) -> bool:
     """Tells whether the PeriodicCheckpointer saves after this iteration."""
     done = trainer.iter + 1
-    return done % checkpoint_period == 0 or done >= trainer.max_iter
+    return done % trainer.cfg.SOLVER.CHECKPOINT_PERIOD == 0 or done >= trainer.max_iter
 
 
 def last_iteration(trainer: TrainerBase) -> int:

@@ -34,19 +34,16 @@ class ExactResume(HookBase):
     """Saves and restores what stock checkpoints lack. Belongs right before the PeriodicCheckpointer.
 
     A resumed run repeats every evaluation after its checkpoint, and gets back the scalars of the last iterations, so
-    that metrics.json has every row.
+    that metrics.json has every row. Lines after the checkpoint are removed from the logs in OUTPUT_DIR.
 
     Args:
         model: not wrapped.
         loaders: the training loader, and others that hooks read while training.
-        folder: OUTPUT_DIR; lines after the checkpoint are removed from its logs.
     """
 
-    def __init__(self, model: nn.Module, loaders: Sequence[Any], checkpoint_period: int, folder: str) -> None:
+    def __init__(self, model: nn.Module, loaders: Sequence[Any]) -> None:
         self.hidden = HiddenState(model)
         self.loaders = [loader for loader in loaders if isinstance(loader, ResumableLoader)]
-        self.checkpoint_period = checkpoint_period
-        self.folder = folder
         self._running = False
         self._saved: dict[str, Any] = {}
         self._loaded: dict[str, Any] | None = None  # until the first step
@@ -56,7 +53,7 @@ class ExactResume(HookBase):
         start, loaded = self.trainer.start_iter, self._loaded
         if comm.is_main_process():
             for name in (METRICS_FILE, EVENTS_FILE, OVERLAPS_FILE):  # RePr may be off now
-                truncate_log(os.path.join(self.folder, name), start)
+                truncate_log(os.path.join(self.trainer.cfg.OUTPUT_DIR, name), start)
         if loaded is not None and loaded["iteration"] == start - 1:
             self._bring_back(loaded)
             self._bring_back_scalars(loaded["scalars"])
@@ -114,7 +111,7 @@ class ExactResume(HookBase):
         periods = [hook._period for hook in self._hooks_of(hooks.EvalHook)]
         # BestCheckpointer saves after an evaluation.
         evaluated = any(period > 0 and done % period == 0 for period in periods)
-        if evaluated or is_saved(self.trainer, self.checkpoint_period):
+        if evaluated or is_saved(self.trainer):
             self.collect()
 
     def collect(self) -> None:
@@ -146,7 +143,7 @@ class ExactResume(HookBase):
                 storage.iter = iteration
                 storage.put_scalar(name, value, smoothing_hint=smoothed)
         storage.iter = now
-        written = last_logged(os.path.join(self.folder, METRICS_FILE))
+        written = last_logged(os.path.join(self.trainer.cfg.OUTPUT_DIR, METRICS_FILE))
         for _, writer in self._json_writers():
             writer._last_write = written
         if self.trainer.start_iter == self.trainer.max_iter:
