@@ -2,7 +2,6 @@
 
 import errno
 import json
-import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -84,7 +83,7 @@ def truncate_log(path: str | Path, start_iter: int) -> None:
         return
     with open(path, "r+b") as file:  # in place: others hold it open for appending
         whole = file.read()
-        kept = b"".join(line for line in whole.splitlines(keepends=True) if _iteration(line) < start_iter)
+        kept = b"".join(line for line in whole.splitlines(keepends=True) if _is_before(line, start_iter))
         if not whole.startswith(kept):
             file.seek(0)
             file.write(kept)
@@ -106,8 +105,8 @@ def last_logged(path: str | Path) -> int:
     return max((line["iteration"] for line in read_json_lines(path)), default=-1)
 
 
-def _iteration(line: bytes) -> float:
+def _is_before(line: bytes, start_iter: int) -> bool:
     try:
-        return json.loads(line)["iteration"] if line.endswith(b"\n") else math.inf
+        return line.endswith(b"\n") and json.loads(line)["iteration"] < start_iter
     except (ValueError, KeyError, TypeError):
-        return math.inf
+        return False

@@ -24,9 +24,8 @@ logger = logging.getLogger("repr_det.resume")
 SAMPLERS = (TrainingSampler, RandomSubsetTrainingSampler, RepeatFactorTrainingSampler)
 _DRAWN = ("_seed", "_indexes")  # what a sampler draws for itself
 _OPTIONS = (  # of a DataLoader
-    *("batch_size", "drop_last", "num_workers", "worker_init_fn", "timeout", "prefetch_factor", "persistent_workers"),
-    "multiprocessing_context",
-)
+    "batch_size drop_last num_workers worker_init_fn timeout prefetch_factor persistent_workers multiprocessing_context"
+).split()
 _LOOKED_AT = 64  # samples in the digest of a data set, evenly spread
 
 

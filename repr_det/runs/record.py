@@ -26,7 +26,8 @@ PROCESSES_FILE = "processes.json"
 class RunRecord(HookBase):
     """Writes the record in ``before_train``; registered last, after every check.
 
-    A run that is resumed with another record keeps that up to iteration 999: config_until_0000999.yaml and so on.
+    If a resumed run has another record than before, the old files stay under the last iteration of which they tell,
+    such as config_until_0000999.yaml.
     """
 
     folder: str  # OUTPUT_DIR
@@ -39,7 +40,8 @@ class RunRecord(HookBase):
             return
         with tempfile.TemporaryDirectory(dir=self.folder, prefix=".record-") as new, preserved_random_state():
             self.write_config(Path(new))
-            (Path(new) / DATA_FILE).write_text(json.dumps(describe_data_sets(self.data_sets), indent=1), "utf-8")
+            data = {name: describe_data_set(name) for name in self.data_sets}
+            (Path(new) / DATA_FILE).write_text(json.dumps(data, indent=1), "utf-8")
             (Path(new) / PROCESSES_FILE).write_text(f"{comm.get_world_size()}\n", "utf-8")
             files = {file: Path(self.folder) / file.name for file in sorted(Path(new).iterdir())}
             there = [(file, place) for file, place in files.items() if start > 0 and place.exists()]
@@ -55,13 +57,9 @@ class RunRecord(HookBase):
                 os.replace(file, place)
 
 
-def describe_data_sets(names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """By name: file, SHA-256 of its content, folder of images, classes (as the outputs), number of images; None if
-    unknown."""
-    return {name: _describe(name) for name in dict.fromkeys(names)}
-
-
-def _describe(name: str) -> dict[str, Any]:
+def describe_data_set(name: str) -> dict[str, Any]:
+    """File, SHA-256 of its content, folder of images, classes (as the outputs) and number of images of a registered
+    data set; None for what is unknown."""
     metadata = MetadataCatalog.get(name)
     path = metadata.get("json_file")
     found = {"file": path, "sha256": None, "image_root": metadata.get("image_root")}

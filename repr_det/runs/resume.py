@@ -44,12 +44,10 @@ class ExactResume(HookBase):
     def __init__(self, model: nn.Module, loaders: Sequence[Any]) -> None:
         self.hidden = HiddenState(model)
         self.loaders = [loader for loader in loaders if isinstance(loader, ResumableLoader)]
-        self._running = False
         self._saved: dict[str, Any] = {}
         self._loaded: dict[str, Any] | None = None  # until the first step
 
     def before_train(self) -> None:
-        self._running = True
         start, loaded = self.trainer.start_iter, self._loaded
         if comm.is_main_process():
             for name in (METRICS_FILE, EVENTS_FILE, OVERLAPS_FILE):  # RePr may be off now
@@ -162,8 +160,8 @@ class ExactResume(HookBase):
 
     def state_dict(self) -> dict[str, Any]:
         """The current state with one process, else that of the last ``collect``."""
-        is_old = self._saved.get("iteration") != last_iteration(self.trainer)
-        if self._running and comm.get_world_size() == 1 and is_old:
+        is_training = hasattr(self.trainer, "storage")
+        if is_training and comm.get_world_size() == 1 and self._saved.get("iteration") != last_iteration(self.trainer):
             return self._state()
         return self._saved
 
@@ -188,15 +186,20 @@ def _describe(groups: Sequence[Mapping[str, Any]]) -> str:
 
 
 def settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """What the config says of every group, right after a scheduler is built, which may move some of it."""
+    """The settings of every parameter group, to be read right after the scheduler is built: it moves some of them."""
     return [{key: x for key, x in group.items() if key not in _OF_THE_MACHINE} for group in optimizer.param_groups]
 
 
 def apply_settings(optimizer: torch.optim.Optimizer, scheduler: Any, built: list, before: list | None) -> list[str]:
-    """Sets what differs in ``built``, the settings of this run, from ``before``, those of the run that wrote the
-    checkpoint (None: what was loaded), and the scheduler's learning rate for the next step.
+    """Applies the settings that the config has changed, and the scheduler's learning rate for the next step.
 
-    Returns what changed, as "weight_decay 0.0001 -> 0.001"."""
+    Args:
+        built: settings of this run.
+        before: those of the run that wrote the checkpoint; None takes the loaded ones.
+
+    Returns:
+        What changed, as "weight_decay 0.0001 -> 0.001".
+    """
     changed: dict[str, None] = {}
     groups = optimizer.param_groups
     saved = [float(group["lr"]) for group in groups]

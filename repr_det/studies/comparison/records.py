@@ -18,7 +18,7 @@ from repr_det.commands.arguments import merge_config_file
 from repr_det.detectron.config import add_repr_config, as_user_error, scale_to_world
 from repr_det.method.errors import UserError
 from repr_det.runs.files import EVENTS_FILE, METRICS_FILE, read_json_lines, write_atomically
-from repr_det.runs.record import CONFIG_FILE, DATA_FILE, describe_data_sets
+from repr_det.runs.record import CONFIG_FILE, DATA_FILE, describe_data_set
 from repr_det.studies.comparison.statistics import (
     could_show,
     interval,
@@ -223,7 +223,7 @@ def check_same_data(folders: Iterable[Path]) -> list[str]:
     registered = {name for _, name, _ in used}.intersection(DatasetCatalog)
     for name in sorted(registered):
         with contextlib.suppress(OSError, ImportError):  # data that are not here cannot contradict the runs
-            used += [("this command", name, entry) for entry in describe_data_sets([name]).values()]
+            used.append(("this command", name, describe_data_set(name)))
     first = {}
     for place, name, entry in used:
         other, known = first.setdefault(name, (place, entry))
