@@ -32,9 +32,9 @@ def prepare_data(
     register: Sequence[Sequence[str]], train: Sequence[str], test: Sequence[str], weights: str | None
 ) -> int:
     """Registers this package's data sets and those of --register, and numbers the classes of a run. Returns their
-    number, 0 without --register. An evaluation, of the file ``weights``, goes by the classes that it or the record
-    beside it names, else by those of the training set if these can be the model's. UserError if a data set is bad, or
-    none of --register is used."""
+    number, 0 without --register. An evaluation has the ``weights`` of a file: it goes by the classes that this file or
+    the record beside it names, else by those of the training set if these can be the model's. UserError if a data set
+    is bad, or none of --register is used."""
     register_builtin()
     for entry in register:
         register_coco_format(*entry)
@@ -66,8 +66,8 @@ def _classes_of_outputs(weights: str, train: Sequence[str], test: Sequence[str])
 
 
 def _may_be_of(scores: Sequence[Sequence[int]], name: str, test: Sequence[str]) -> bool:
-    """Tells whether a data set has the classes of the test sets, and as many as weights of these shapes score: those of
-    boxes (linear) one more, for the background; RetinaNet's (of a conv) all at each anchor."""
+    """Tells whether a data set has the classes of the test sets, and as many as weights of these shapes score. Those of
+    boxes (linear) have one row more, for the background; those of RetinaNet (a conv) one for each class and anchor."""
     if not MetadataCatalog.get(name).get("thing_classes"):  # in a file that need not be there
         return False
     classes = own_classes(name)

@@ -35,7 +35,7 @@ class Run:
     trainer: type[Trainer]
     text: str  # for the log
     write_config: Callable[[Path], None]
-    unread: Callable[[], list[str]] = list  # names keys without a read
+    unread: Callable[[], list[str]] = list  # lists keys that nothing has read
     naming: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext  # spells keys in errors
 
 

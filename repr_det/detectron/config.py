@@ -130,7 +130,7 @@ def decays(scheduler: Any, max_iter: int) -> tuple[int, ...]:
 
 
 def _rates(scheduler: Any, max_iter: int) -> Iterator[float]:
-    """The rate of every iteration, by a factor; one of torch is stepped as a copy, on groups without parameters."""
+    """The rate of every iteration, up to a factor. Of a scheduler of torch a copy is stepped, without parameters."""
     if isinstance(scheduler, (ParamScheduler, LRMultiplier)):
         multiplier, length = getattr(scheduler, "_multiplier", scheduler), getattr(scheduler, "_max_iter", max_iter)
         yield from (float(multiplier(iteration / length)) for iteration in range(max_iter))
