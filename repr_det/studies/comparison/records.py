@@ -32,8 +32,8 @@ BASELINE, REPR = "baseline", "repr"
 PROCESSES = "number of processes"
 # Keys on which no result depends, those in which runs of an arm differ, and those in which baseline and RePr differ.
 WITHOUT_EFFECT = ("OUTPUT_DIR", "VERSION", "VIS_PERIOD", "SOLVER.CHECKPOINT_PERIOD")
-FREE_WITHIN_REPR = (*WITHOUT_EFFECT, "SEED")
-FREE = (*FREE_WITHIN_REPR, "REPR.")
+FREE_WITHIN_ARM = (*WITHOUT_EFFECT, "SEED")
+FREE = (*FREE_WITHIN_ARM, "REPR.")
 # What any two configs must share: data, their order, iterations, evaluations.
 SHARED = (PROCESSES, "SOLVER.MAX_ITER", "SOLVER.IMS_PER_BATCH", "DATASETS.", "DATALOADER.", "TEST.EVAL_PERIOD")
 # What may have been another one before a run was resumed.
@@ -191,15 +191,16 @@ def check_comparable(study: Study) -> list[str]:
     reference, other = configs.values()
     refuse_differences(reference | other, only_shared=not of_repr)
     for own in configs.values():
-        enabled = any(config["REPR.ENABLED"] for config in own.values())
-        refuse_differences(own, FREE_WITHIN_REPR if enabled else FREE)
+        refuse_differences(own, FREE_WITHIN_ARM)
     return notes + check_same_data([run.folder for run in study.runs])
 
 
 def refuse_differences(configs: dict[Any, Settings], free: Sequence[str] = FREE, only_shared: bool = False) -> None:
-    """Refuses configs (by name) that differ from the first one in keys not ``free``; PROCESSES if all have it."""
+    """Refuses configs (by name) that differ from the first one in keys that are not ``free`` and have an effect."""
     if any(PROCESSES not in config for config in configs.values()):
         free = (*free, PROCESSES)
+    if not any(config["REPR.ENABLED"] for config in configs.values()):
+        free = (*free, "REPR.")
     first, reference = next(iter(configs.items()))
     for name, config in configs.items():
         for key in differing_keys(reference, config, free):
@@ -208,8 +209,8 @@ def refuse_differences(configs: dict[Any, Settings], free: Sequence[str] = FREE,
                 raise UserError(f"{first} and {name} cannot be compared: {key} is {values}")
 
 
-def differing_keys(a: Settings, b: Settings, free: Sequence[str] = FREE) -> list[str]:
-    """The keys whose values differ, or that only one has."""
+def differing_keys(a: Settings, b: Settings, free: Sequence[str]) -> list[str]:
+    """The keys that are not ``free`` and whose values differ, or that only one has."""
     found = [key for key in {**a, **b} if key not in a or key not in b or a[key] != b[key]]
     return [key for key in found if not key.startswith(tuple(free))]
 

@@ -27,7 +27,7 @@ from repr_det.method.orthogonality import inter_filter_orthogonality
 from repr_det.runs.files import EVENTS_FILE, FINAL_CHECKPOINT, OVERLAPS_FILE, read_json_lines, write_atomically
 from repr_det.runs.safe_pickle import load_checkpoint
 from repr_det.studies.comparison.records import (
-    FREE_WITHIN_REPR,
+    FREE_WITHIN_ARM,
     Comparison,
     Run,
     Study,
@@ -62,7 +62,7 @@ def write_report(comparison: Comparison, settings: dict[str, Any], output: Path,
     study, results = comparison.study, comparison.results
     firsts = [study.of(arm)[0] for arm in study.arms]
     configs = [read_settings(run.folder) for run in firsts]
-    differing = differing_keys(*configs, free=FREE_WITHIN_REPR)
+    differing = differing_keys(*configs, free=FREE_WITHIN_ARM)
     classes = {f"AP of {name}": row for name, row in results["classes"].items()}
     loader = jinja2.PackageLoader("repr_det.studies.comparison", ".")
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
