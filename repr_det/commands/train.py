@@ -89,8 +89,7 @@ def _train(run: Run, args: argparse.Namespace) -> dict | None:
         if isinstance(hook, FiniteGuard) and args.check_gradients:
             hook.check_gradients = not cfg.SOLVER.AMP.ENABLED
     trainer.resume_or_load(resume=args.resume)
-    data_sets = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
-    trainer.register_hooks([RunRecord(cfg.OUTPUT_DIR, run.write_config, data_sets)])
+    trainer.register_hooks([RunRecord(run.write_config)])
     logger.info(describe_run(trainer))
     return trainer.train()
 

@@ -82,12 +82,11 @@ def scale_to_world(cfg: CfgNode, world_size: int) -> CfgNode:
     scaled = DefaultTrainer.auto_scale_workers(cfg, world_size)
     if "REPR" not in scaled:
         return scaled
-    scaled.defrost()
     for name in _SCALED:
         key = about_option(name).key
         value = value_at(cfg.REPR, key)
         if value > 0:
-            scaled.merge_from_list([f"REPR.{key}", max(1, round(value * reference / world_size))])
+            scaled = changed(scaled, f"REPR.{key}", max(1, round(value * reference / world_size)))
     scaled.freeze()
     return scaled
 

@@ -73,10 +73,9 @@ class ExactResume(HookBase):
             hook.best_metric, hook.best_iter = metric, iteration
 
         changes: dict[str, None] = {}
+        known = [[state for state in one["loaders"] if state is not None] for one in ranks]  # 0.2.0 has None too
         # A loader that the run did not have before (TEST.PRECISE_BN) begins at its beginning.
-        for loader, *states in zip(self.loaders, *(one["loaders"] for one in ranks), strict=False):
-            if None in states:  # of an older version
-                continue
+        for loader, *states in zip(self.loaders, *known, strict=False):
             if changed := loader.changes(states[rank]):
                 changes.update(dict.fromkeys(changed))
                 loader.skip(states, self.trainer.start_iter)
