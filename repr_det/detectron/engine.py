@@ -108,16 +108,16 @@ class Trainer(DefaultTrainer):
         return built
 
     def build_writers(self) -> list[EventWriter]:
-        """Detectron2's, and that of Weights & Biases."""
+        """Adds that of Weights & Biases to Detectron2's."""
         more = [WandbWriter(self.cfg, project=self.wandb_project)] if self.wandb_project else []
         return [*super().build_writers(), *more]
 
     def build_repr_hook(self, cfg: CfgNode) -> RePrHook | None:
-        """None if RePr is off."""
+        """Builds the hook of RePr; None if it is off."""
         return RePrHook(cfg) if "REPR" in cfg and cfg.REPR.ENABLED else None
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Detectron2's; refuses a run that was trained beyond SOLVER.MAX_ITER, or whose ranks see other files."""
+        """Loads as Detectron2 does. Refuses a run trained beyond SOLVER.MAX_ITER, or whose ranks see other files."""
         self._resumes = resume
         if resume:
             found = comm.all_gather(os.path.basename(self.checkpointer.get_checkpoint_file()))
@@ -152,7 +152,7 @@ class Trainer(DefaultTrainer):
             raise NonFiniteError(describe(self, what)) from error
 
     def before_train(self) -> None:
-        """Detectron2's, and writes the final checkpoint that a killed run did not."""
+        """Prepares as Detectron2 does, and writes the final checkpoint that a killed run did not."""
         self.iter = last_iteration(self)  # of a finished run that is resumed
         super().before_train()
         finished = self.start_iter == self.max_iter and comm.is_main_process()
@@ -160,17 +160,17 @@ class Trainer(DefaultTrainer):
             self.checkpointer.save(os.path.splitext(FINAL_CHECKPOINT)[0], iteration=self.iter)
 
     def after_train(self) -> None:
-        """Detectron2's; a run that failed in its last iteration is not evaluated."""
+        """Ends as Detectron2 does. A run that failed in its last iteration is not evaluated."""
         if self.iter < self.max_iter:  # the loop did not end
             self._hooks = [x for x in self._hooks if not isinstance(x, hooks.EvalHook | hooks.BestCheckpointer)]
         super().after_train()
 
     def state_dict(self) -> dict[str, Any]:
-        """Detectron2's, also behind the last iteration, and the settings of the optimizer as they were built."""
+        """Adds the settings of the optimizer as they were built. The iteration is right behind the last one too."""
         return super().state_dict() | {"iteration": last_iteration(self), "settings": self._settings}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Detectron2's; refuses what is no checkpoint of such a trainer, or of the other arm."""
+        """Loads as Detectron2 does. Refuses what is no checkpoint of such a trainer, or of the other arm."""
         enabled = any(isinstance(hook, RePrHook) for hook in self._hooks)
         check_same_arm(state_dict, enabled, self.cfg.OUTPUT_DIR)
         optimizer = self._trainer.optimizer
@@ -190,7 +190,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-        """Detectron2's, which for WarmupStepWithFixedGammaLR fails after the last iteration."""
+        """Builds Detectron2's, and fixes WarmupStepWithFixedGammaLR, which fails after the last iteration."""
         return defined_at_its_end(super().build_lr_scheduler(cfg, optimizer))
 
     @classmethod
@@ -205,7 +205,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        """By the data set's evaluator_type; files go to OUTPUT_DIR/inference."""
+        """Chooses by the data set's evaluator_type; files go to OUTPUT_DIR/inference."""
         return build_evaluator(dataset_name, os.path.join(cfg.OUTPUT_DIR, "inference"), cfg)
 
 

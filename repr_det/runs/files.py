@@ -91,7 +91,7 @@ def truncate_log(path: str | Path, start_iter: int) -> None:
 
 
 def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
-    """One object a line, without lines that a crash cut short; [] without file."""
+    """Reads an object from every line, but for lines that a crash cut short; [] without file."""
     found = []
     if os.path.isfile(path):
         for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
