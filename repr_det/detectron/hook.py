@@ -251,7 +251,8 @@ class RePrHook(HookBase):
         if done is None or not self.output_dir or not comm.is_main_process():
             return
         event = {"iteration": iteration, **dataclasses.asdict(done)}
-        overlap = {key: event[key] for key in ("iteration", "event", "cycle")} | {"overlap": event.pop("overlaps")}
+        del event["overlaps"]
+        overlap = {"iteration": iteration, "event": done.event, "cycle": done.cycle, "overlap": done.overlaps}
         Path(self.output_dir).mkdir(parents=True, exist_ok=True)
         for name, line in ((OVERLAPS_FILE, overlap), (EVENTS_FILE, event)):
             with open(Path(self.output_dir, name), "a", encoding="utf-8") as file:

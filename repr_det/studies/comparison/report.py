@@ -68,8 +68,9 @@ def write_report(comparison: Comparison, settings: dict[str, Any], output: Path,
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     filters = filter_values(study, results["notes"])
     with matplotlib.rc_context(_STYLE):
+        pictures = _pictures(firsts, results, images)  # may add a note to the results
         page = environment.get_template("report.html.j2").render(
-            pictures=_pictures(firsts, results, images),  # first: it may add a note to the results
+            pictures=pictures,
             results=results,
             settings=settings,
             titles=[title(arm) for arm in study.arms],
