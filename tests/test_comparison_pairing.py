@@ -9,7 +9,7 @@ from finished_runs import BASELINE_CONFIG, OPTS, REPR_CONFIG, compare_folders, r
 
 from repr_det.datasets import register_coco_format
 from repr_det.method.errors import UserError
-from repr_det.runs.record import PROCESSES_FILE, describe_data_sets
+from repr_det.runs.record import PROCESSES_FILE, describe_data_set
 from repr_det.studies.comparison.command import arm_names, main, parse, plan_study
 from repr_det.studies.comparison.records import check_same_data, is_finished, read_metrics, run_from_folder
 
@@ -108,7 +108,7 @@ def test_runs_on_other_data_of_one_name_are_refused(finished, named_data, tmp_pa
     base, other = finished("baseline", 1), finished("repr", 1)
 
     def recorded(folder, name="data_sets.json", **changed):
-        record = describe_data_sets(("odd_train", "odd_val"))
+        record = {name: describe_data_set(name) for name in ("odd_train", "odd_val")}
         record["odd_val"] |= changed
         (folder / name).write_text(json.dumps(record))
 

@@ -181,8 +181,9 @@ def test_record_of_a_run(tmp_path, data_set, caplog):
     run.mkdir()
 
     def begin(text, start):
-        record = RunRecord(str(run), lambda folder: (folder / "config.yaml").write_text(text), [data_set])
-        record.trainer = SimpleNamespace(start_iter=start, max_iter=6)
+        record = RunRecord(lambda folder: (folder / "config.yaml").write_text(text))
+        cfg = SimpleNamespace(OUTPUT_DIR=str(run), DATASETS=SimpleNamespace(TRAIN=[data_set], TEST=[]))
+        record.trainer = SimpleNamespace(start_iter=start, max_iter=6, cfg=cfg)
         with caplog.at_level(logging.WARNING, "repr_det.resume"):
             record.before_train()
         return {path.name: path.read_text() for path in run.iterdir() if path.suffix == ".yaml"}

@@ -69,9 +69,9 @@ def drawn(loader, batches):
 
 def resumed(loader, saved, iteration, caplog):
     """Warnings of ExactResume with a checkpoint of ``iteration`` iterations."""
-    hook = ExactResume(torch.nn.Linear(1, 1), [loader], 100, "nowhere")
+    hook = ExactResume(torch.nn.Linear(1, 1), [loader])
     hook.trainer = SimpleNamespace(start_iter=iteration, max_iter=99, iter=iteration, _hooks=[hook])
-    hook.trainer.storage = SimpleNamespace(iter=0)
+    hook.trainer.storage, hook.trainer.cfg = SimpleNamespace(iter=0), SimpleNamespace(OUTPUT_DIR="nowhere")
     if saved is not None:
         hook.load_state_dict({"iteration": iteration - 1, "ranks": saved, "scalars": {}})
     caplog.clear()

@@ -8,6 +8,7 @@ import time
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock, call
 
 import forked
@@ -149,7 +150,8 @@ def test_signals(iteration, where, saved, last):
     number = {3: signal.SIGUSR1, 4: signal.SIGINT}.get(iteration, signal.SIGTERM)
     trainer, prepared = small_trainer(steps=10), []
     trainer.iter, trainer.checkpointer = 0, Mock()
-    stop = StopAtSignal(3 if iteration == 5 else 100, lambda: prepared.append(trainer.iter))
+    trainer.cfg = SimpleNamespace(SOLVER=SimpleNamespace(CHECKPOINT_PERIOD=3 if iteration == 5 else 100))
+    stop = StopAtSignal(lambda: prepared.append(trainer.iter))
     sender = HookBase()
     setattr(sender, where, lambda: trainer.iter == iteration and os.kill(os.getpid(), number))
     trainer.register_hooks([stop, sender])

@@ -1,11 +1,9 @@
 """Checks of a run before it writes a file; what Detectron2 checks is tried, not checked again."""
 
-import contextlib
 import logging
 import os
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +20,10 @@ from repr_det.datasets import class_names
 from repr_det.detectron.config import (
     NAMES,
     as_user_error,
+    changed,
     decays_of_config,
     options_of_config,
+    quiet,
     scale_to_world,
     validate_repr_config,
 )
@@ -69,13 +69,13 @@ def check_run(
     _check_output_folder(cfg)
     if not (eval_only or resume):
         refuse_used(cfg.OUTPUT_DIR, "add --resume")
-    check_datasets(cfg, eval_only)
+    summaries = check_datasets(cfg, eval_only)
     _check_input(scaled, eval_only)
     if resume and not eval_only:
         check_same_classes(class_names(cfg.DATASETS.TRAIN[0]), cfg.OUTPUT_DIR)
     model = model_of_shapes(scaled, trainer, eval_only)
     if cfg.MODEL.KEYPOINT_ON:
-        check_number_of_keypoints(cfg, model, eval_only)
+        check_number_of_keypoints(cfg, model, summaries)
     _check_model(cfg, model, eval_only, processes)
     _check_weights(scaled, model, resume, eval_only)
 
@@ -215,29 +215,9 @@ def _check_same_training(cfg: CfgNode, trainer: dict[str, Any]) -> None:
         hook.load_state_dict(saved_state(trainer))
 
 
-def changed(cfg: CfgNode, key: str, value: Any) -> CfgNode:
-    own = cfg.clone()
-    own.defrost()
-    own.merge_from_list([key, value])
-    return own
-
-
 class _TrialCheckpointer(AtomicCheckpointer):
     """Keeps the weights as the file has them."""
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         self.weights = dict(checkpoint["model"])
         return super()._load_model(checkpoint)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Drops logs and warnings of what is tried, or done again."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

@@ -32,9 +32,9 @@ def prepare_data(
     register: Sequence[Sequence[str]], train: Sequence[str], test: Sequence[str], weights: str | None
 ) -> int:
     """Registers this package's data sets and those of --register, and numbers the classes of a run. Returns their
-    number, 0 without --register. An evaluation, of the file ``weights``, goes by the classes that it or the record
-    beside it names, else by those of the training set if these can be the model's. UserError if a data set is bad, or
-    none of --register is used."""
+    number, 0 without --register. An evaluation has the ``weights`` of a file: it goes by the classes that this file or
+    the record beside it names, else by those of the training set if these can be the model's. UserError if a data set
+    is bad, or none of --register is used."""
     register_builtin()
     for entry in register:
         register_coco_format(*entry)
@@ -66,8 +66,8 @@ def _classes_of_outputs(weights: str, train: Sequence[str], test: Sequence[str])
 
 
 def _may_be_of(scores: Sequence[Sequence[int]], name: str, test: Sequence[str]) -> bool:
-    """Tells whether a data set has the classes of the test sets, and as many as weights of these shapes score: those of
-    boxes (linear) one more, for the background; RetinaNet's (of a conv) all at each anchor."""
+    """Tells whether a data set has the classes of the test sets, and as many as weights of these shapes score. Those of
+    boxes (linear) have one row more, for the background; those of RetinaNet (a conv) one for each class and anchor."""
     if not MetadataCatalog.get(name).get("thing_classes"):  # in a file that need not be there
         return False
     classes = own_classes(name)
@@ -103,8 +103,9 @@ def check_same_classes(classes: Sequence[str], folder: str | Path) -> None:
         )
 
 
-def check_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
-    """Refuses data sets that are absent or malformed, or lack what the model needs or its classes."""
+def check_datasets(cfg: CfgNode, eval_only: bool = False) -> dict[str, CocoSummary | None]:
+    """Refuses data sets that are absent or malformed, or lack what the model needs or its classes. Returns what is
+    known of each; None if it is not in COCO format."""
     train, test = (() if eval_only else cfg.DATASETS.TRAIN), cfg.DATASETS.TEST
     any_mapped((train, test))  # refuses a name in place of names
     key, needed = ("TEST", test) if eval_only else ("TRAIN", train)
@@ -136,6 +137,7 @@ def check_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
                 f"{len(pairs)} of {compared} images of {tested} (DATASETS.TEST) that were compared are in {trained} "
                 f"(DATASETS.TRAIN) too, such as {pairs[0][1]}: AP of trained images says nothing about new ones"
             )
+    return summaries
 
 
 def _check_number(cfg: CfgNode, name: str) -> None:
@@ -170,14 +172,14 @@ def _check_keypoints(name: str, summary: CocoSummary, train: bool, test: bool) -
     _report("MODEL.KEYPOINT_ON", name, gaps, doubts)
 
 
-def check_number_of_keypoints(cfg: CfgNode, model: nn.Module, eval_only: bool) -> None:
+def check_number_of_keypoints(cfg: CfgNode, model: nn.Module, summaries: dict[str, CocoSummary | None]) -> None:
     """Refuses data, keypoint_names, keypoint head and OKS sigmas of a run that differ in it."""
     heads = [module for module in model.modules() if isinstance(module, BaseKeypointRCNNHead)]
     numbers = [(head.num_keypoints, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS") for head in heads]
     if cfg.DATASETS.TEST:
         numbers.append((len(cfg.TEST.KEYPOINT_OKS_SIGMAS) or 17, "TEST.KEYPOINT_OKS_SIGMAS"))  # COCO's 17
-    for name in dict.fromkeys((*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST)):
-        if summary := check_registered(name, for_evaluation=False):
+    for name, summary in summaries.items():
+        if summary:
             numbers += [(number / 3, f"objects of {name}") for number in sorted(summary.keypoint_numbers)]
         if names := MetadataCatalog.get(name).get("keypoint_names"):
             numbers.append((len(names), f"keypoint_names of {name}"))

@@ -161,7 +161,7 @@ def _takes(node: Any, name: str) -> bool:
 
 
 def record_reads(cfg: DictConfig) -> Callable[[], list[str]]:
-    """Lets the keys of nodes that are not called, such as ``train``, record reads; returns what names those without."""
+    """Notes which keys of nodes that are not called, such as ``train``, are read. Returns what lists the others."""
     values, used = {}, set()
 
     def read(key: str) -> Any:

@@ -218,8 +218,8 @@ def may_continue(args: argparse.Namespace) -> bool:
 
 
 def _take(args: argparse.Namespace, folder: str) -> None:
-    """Rank 0 locks the folder and tells all ranks whether it could, and whether the run resumes: by --resume, or since
-    an agent of torchrun that took part in the run takes part again. Others may have joined, and rank 0 be theirs."""
+    """Rank 0 locks the folder and tells all ranks whether it could, and whether the run resumes. It does with --resume,
+    or if any of its agents of torchrun was in the run before: rank 0 may belong to one that has joined since."""
     agents, trouble = [agent for agent in comm.all_gather(torchrun_agent()) if agent], ""
     if comm.is_main_process():
         try:

@@ -14,8 +14,9 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
 from repr_det.commands.arguments import build_config, train_argument_parser
-from repr_det.commands.checks import changed, check_run, quiet
+from repr_det.commands.checks import check_run
 from repr_det.commands.processes import check_processes, launch_processes, may_continue, setup_process, write_configs
+from repr_det.detectron.config import changed, quiet
 from repr_det.detectron.engine import Trainer
 from repr_det.detectron.passes import epochs_of, map_dataset
 from repr_det.detectron.trackers import wandb_module
@@ -34,7 +35,7 @@ class Run:
     trainer: type[Trainer]
     text: str  # for the log
     write_config: Callable[[Path], None]
-    unread: Callable[[], list[str]] = list  # names keys without a read
+    unread: Callable[[], list[str]] = list  # lists keys that nothing has read
     naming: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext  # spells keys in errors
 
 
@@ -88,8 +89,7 @@ def _train(run: Run, args: argparse.Namespace) -> dict | None:
         if isinstance(hook, FiniteGuard) and args.check_gradients:
             hook.check_gradients = not cfg.SOLVER.AMP.ENABLED
     trainer.resume_or_load(resume=args.resume)
-    data_sets = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
-    trainer.register_hooks([RunRecord(cfg.OUTPUT_DIR, run.write_config, data_sets)])
+    trainer.register_hooks([RunRecord(run.write_config)])
     logger.info(describe_run(trainer))
     return trainer.train()
 

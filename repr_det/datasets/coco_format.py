@@ -63,14 +63,13 @@ _CONTENT = TypeAdapter(Content)
 
 @dataclass(frozen=True)
 class CocoSummary:
-    """Classes by ascending id, their keypoints if alike, classes of objects, what ``objects.gaps_of`` finds, lengths of
-    single objects' keypoint lists (or 0)."""
+    """The findings about a data set."""
 
-    classes: dict[int, str]
-    keypoint_names: list[str]
-    seen: frozenset[str]
-    gaps: dict[str, list[str]]
-    keypoint_numbers: frozenset[int]
+    classes: dict[int, str]  # by ascending id
+    keypoint_names: list[str]  # of the categories, if all have the same
+    seen: frozenset[str]  # classes with objects
+    gaps: dict[str, list[str]]  # of ``objects.gaps_of``
+    keypoint_numbers: frozenset[int]  # lengths of the keypoint lists of single objects, 0 for none
     files: list[ImageFile] = field(repr=False)
 
 

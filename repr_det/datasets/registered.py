@@ -155,7 +155,7 @@ def own_classes(name: str) -> tuple[str, ...]:
 
 
 def lacking(name: str, reference: Collection[str]) -> list[str]:
-    """The classes of a data set that the reference lacks; of one that can be mapped, those that have objects."""
+    """The classes of a data set that the reference lacks. If it can be mapped, those without objects do not count."""
     missing = [class_name for class_name in own_classes(name) if class_name not in reference]
     if missing and MetadataCatalog.get(name).get("own_classes"):
         summary = check_registered(name, for_evaluation=False)

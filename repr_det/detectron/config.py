@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import logging
+import warnings
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -81,14 +82,21 @@ def scale_to_world(cfg: CfgNode, world_size: int) -> CfgNode:
     scaled = DefaultTrainer.auto_scale_workers(cfg, world_size)
     if "REPR" not in scaled:
         return scaled
-    scaled.defrost()
     for name in _SCALED:
         key = about_option(name).key
         value = value_at(cfg.REPR, key)
         if value > 0:
-            scaled.merge_from_list([f"REPR.{key}", max(1, round(value * reference / world_size))])
+            scaled = changed(scaled, f"REPR.{key}", max(1, round(value * reference / world_size)))
     scaled.freeze()
     return scaled
+
+
+def changed(cfg: CfgNode, key: str, value: Any) -> CfgNode:
+    """A copy with another value of a key, not frozen."""
+    own = cfg.clone()
+    own.defrost()
+    own.merge_from_list([key, value])
+    return own
 
 
 def without_repr(cfg: CfgNode) -> CfgNode:
@@ -121,7 +129,7 @@ def decays(scheduler: Any, max_iter: int) -> tuple[int, ...]:
 
 
 def _rates(scheduler: Any, max_iter: int) -> Iterator[float]:
-    """The rate of every iteration, by a factor; one of torch is stepped as a copy, on groups without parameters."""
+    """The rate of every iteration, up to a factor. Of a scheduler of torch a copy is stepped, without parameters."""
     if isinstance(scheduler, (ParamScheduler, LRMultiplier)):
         multiplier, length = getattr(scheduler, "_multiplier", scheduler), getattr(scheduler, "_max_iter", max_iter)
         yield from (float(multiplier(iteration / length)) for iteration in range(max_iter))
@@ -139,13 +147,8 @@ def _rates(scheduler: Any, max_iter: int) -> Iterator[float]:
 def decays_of_config(cfg: CfgNode) -> tuple[int, ...]:
     """``decays`` of the scheduler that Detectron2 builds for SOLVER."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    logger = logging.getLogger("detectron2.solver.build")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # its warnings come when the run builds its own
-    try:
+    with quiet():  # it warns again when the run builds its own
         return decays(build_lr_scheduler(cfg, optimizer), cfg.SOLVER.MAX_ITER)
-    finally:
-        logger.setLevel(level)
 
 
 def defined_at_its_end(scheduler: LRMultiplier) -> LRMultiplier:
@@ -153,6 +156,19 @@ def defined_at_its_end(scheduler: LRMultiplier) -> LRMultiplier:
     multiplier = scheduler._multiplier
     scheduler._multiplier = lambda where: multiplier(min(where, 1 - 1e-5))  # beyond fvcore's tolerance of 1e-6
     return scheduler
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Drops logs and warnings of what is tried, or done again."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 @contextlib.contextmanager

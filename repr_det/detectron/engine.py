@@ -17,7 +17,6 @@ from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from repr_det.datasets.image_files import NamingMapper
 from repr_det.datasets.registered import agree_on_classes, any_mapped
@@ -56,7 +55,7 @@ class Trainer(DefaultTrainer):
     _resumes = False
 
     def __init__(self, cfg: CfgNode, wandb_project: str = "") -> None:
-        # Not DefaultTrainer.__init__: CPU modules cannot take its create_ddp_model.
+        # Not DefaultTrainer.__init__, which gives DistributedDataParallel a GPU.
         TrainerBase.__init__(self)
         cfg = scale_to_world(cfg, comm.get_world_size())
         self.cfg = cfg
@@ -68,10 +67,9 @@ class Trainer(DefaultTrainer):
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = resumable(self.build_train_loader(cfg))
-        if comm.get_world_size() > 1 and next(model.parameters()).device.type == "cpu":
-            model = DistributedDataParallel(model, broadcast_buffers=False)
-        else:
-            model = create_ddp_model(model, broadcast_buffers=False)
+        on_cpu = next(model.parameters()).device.type == "cpu"
+        device_ids = None if on_cpu else [comm.get_local_rank()]
+        model = create_ddp_model(model, broadcast_buffers=False, device_ids=device_ids)
         inner = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
         self._trainer = inner(model, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
@@ -88,7 +86,6 @@ class Trainer(DefaultTrainer):
     def build_hooks(self) -> list[HookBase]:
         """Detectron2's hooks, FiniteGuard, ExactResume, StopAtSignal and RePrHook."""
         cfg, built = self.cfg, [hook for hook in super().build_hooks() if hook is not None]
-        period = cfg.SOLVER.CHECKPOINT_PERIOD
         repr_hook = self.build_repr_hook(cfg)
         loaders = [self._trainer.data_loader]
         for hook in built:
@@ -96,11 +93,11 @@ class Trainer(DefaultTrainer):
                 hook._data_loader = resumable(hook._data_loader)
                 loaders.append(hook._data_loader)
         model = unwrapped(self.model)
-        exact = ExactResume(model, loaders, period, cfg.OUTPUT_DIR)
+        exact = ExactResume(model, loaders)
         built.insert(_place_before(built, hooks.PeriodicCheckpointer, hooks.EvalHook), exact)
         on_cpu = next(model.parameters()).device.type == "cpu"  # elsewhere the host would wait
-        guard = FiniteGuard(on_cpu and not cfg.SOLVER.AMP.ENABLED, period, repr_hook)
-        stop = StopAtSignal(period, lambda: (guard.check_weights(), exact.collect()))
+        guard = FiniteGuard(on_cpu and not cfg.SOLVER.AMP.ENABLED, repr_hook)
+        stop = StopAtSignal(lambda: (guard.check_weights(), exact.collect()))
         built.insert(_place_before(built, hooks.EvalHook), stop)
         built.insert(0, guard)
         if cfg.TEST.AUG.ENABLED:
@@ -111,16 +108,16 @@ class Trainer(DefaultTrainer):
         return built
 
     def build_writers(self) -> list[EventWriter]:
-        """Detectron2's, and that of Weights & Biases."""
+        """Adds that of Weights & Biases to Detectron2's."""
         more = [WandbWriter(self.cfg, project=self.wandb_project)] if self.wandb_project else []
         return [*super().build_writers(), *more]
 
     def build_repr_hook(self, cfg: CfgNode) -> RePrHook | None:
-        """None if RePr is off."""
+        """Builds the hook of RePr; None if it is off."""
         return RePrHook(cfg) if "REPR" in cfg and cfg.REPR.ENABLED else None
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Detectron2's; refuses a run that was trained beyond SOLVER.MAX_ITER, or whose ranks see other files."""
+        """Loads as Detectron2 does. Refuses a run trained beyond SOLVER.MAX_ITER, or whose ranks see other files."""
         self._resumes = resume
         if resume:
             found = comm.all_gather(os.path.basename(self.checkpointer.get_checkpoint_file()))
@@ -155,7 +152,7 @@ class Trainer(DefaultTrainer):
             raise NonFiniteError(describe(self, what)) from error
 
     def before_train(self) -> None:
-        """Detectron2's, and writes the final checkpoint that a killed run did not."""
+        """Prepares as Detectron2 does, and writes the final checkpoint that a killed run did not."""
         self.iter = last_iteration(self)  # of a finished run that is resumed
         super().before_train()
         finished = self.start_iter == self.max_iter and comm.is_main_process()
@@ -163,17 +160,17 @@ class Trainer(DefaultTrainer):
             self.checkpointer.save(os.path.splitext(FINAL_CHECKPOINT)[0], iteration=self.iter)
 
     def after_train(self) -> None:
-        """Detectron2's; a run that failed in its last iteration is not evaluated."""
+        """Ends as Detectron2 does. A run that failed in its last iteration is not evaluated."""
         if self.iter < self.max_iter:  # the loop did not end
             self._hooks = [x for x in self._hooks if not isinstance(x, hooks.EvalHook | hooks.BestCheckpointer)]
         super().after_train()
 
     def state_dict(self) -> dict[str, Any]:
-        """Detectron2's, also behind the last iteration, and the settings of the optimizer as they were built."""
+        """Adds the settings of the optimizer as they were built. The iteration is right behind the last one too."""
         return super().state_dict() | {"iteration": last_iteration(self), "settings": self._settings}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Detectron2's; refuses what is no checkpoint of such a trainer, or of the other arm."""
+        """Loads as Detectron2 does. Refuses what is no checkpoint of such a trainer, or of the other arm."""
         enabled = any(isinstance(hook, RePrHook) for hook in self._hooks)
         check_same_arm(state_dict, enabled, self.cfg.OUTPUT_DIR)
         optimizer = self._trainer.optimizer
@@ -193,7 +190,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-        """Detectron2's, which for WarmupStepWithFixedGammaLR fails after the last iteration."""
+        """Builds Detectron2's, and fixes WarmupStepWithFixedGammaLR, which fails after the last iteration."""
         return defined_at_its_end(super().build_lr_scheduler(cfg, optimizer))
 
     @classmethod
@@ -208,7 +205,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        """By the data set's evaluator_type; files go to OUTPUT_DIR/inference."""
+        """Chooses by the data set's evaluator_type; files go to OUTPUT_DIR/inference."""
         return build_evaluator(dataset_name, os.path.join(cfg.OUTPUT_DIR, "inference"), cfg)
 
 

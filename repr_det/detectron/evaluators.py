@@ -42,7 +42,7 @@ def check_evaluators(names: Sequence[str]) -> None:
 
 
 def build_evaluator(name: str, folder: str, cfg: CfgNode) -> DatasetEvaluator:
-    """By the evaluator_type of a registered data set, else "coco"; files go to ``folder``."""
+    """Chooses by the evaluator_type of a registered data set, else "coco"; files go to ``folder``."""
     kind = _kind(name)
     made = [_EVALUATORS[each](name, folder, cfg) for each in (*_BEFORE.get(kind, ()), kind)]
     return made[0] if len(made) == 1 else DatasetEvaluators(made)

@@ -151,8 +151,8 @@ class RePrHook(HookBase):
         scheme, last = self.repr.scheme, trainer.start_iter - 1
         is_due = last in (self.schedule.restore_iters if scheme.is_sub else self.schedule.drop_iters)
         self.repr.steps = trainer.start_iter - is_due
-        cycles = sum(i < self.repr.steps for i in self.schedule.restore_iters)
-        if is_missing or scheme.cycle != cycles or self.repr.phase != self.schedule.phase(self.repr.steps):
+        is_elsewhere = scheme.cycle != self.schedule.cycle(self.repr.steps)
+        if is_missing or is_elsewhere or self.repr.phase != self.schedule.phase(self.repr.steps):
             raise UserError(
                 f"iteration {trainer.start_iter} is not in cycle {scheme.cycle} of RePr, {self.repr.phase} phase, "
                 "where this trainer is: load a checkpoint of that iteration, and register RePrHook before that"
@@ -253,7 +253,8 @@ class RePrHook(HookBase):
         if done is None or not self.output_dir or not comm.is_main_process():
             return
         event = {"iteration": iteration, **dataclasses.asdict(done)}
-        overlap = {key: event[key] for key in ("iteration", "event", "cycle")} | {"overlap": event.pop("overlaps")}
+        del event["overlaps"]
+        overlap = {"iteration": iteration, "event": done.event, "cycle": done.cycle, "overlap": done.overlaps}
         Path(self.output_dir).mkdir(parents=True, exist_ok=True)
         for name, line in ((OVERLAPS_FILE, overlap), (EVENTS_FILE, event)):
             with open(Path(self.output_dir, name), "a", encoding="utf-8") as file:

@@ -12,6 +12,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
+from repr_det.detectron.config import changed
 from repr_det.method.errors import UserError
 from repr_det.method.passes import TrainingPasses, afresh, parts_of
 from repr_det.network.state import preserved_random_state, seed_of
@@ -87,8 +88,5 @@ def _loader_of(trainer: Any) -> Any:
 def _own_loader(trainer: Any, own: Any) -> Iterable:
     build = getattr(trainer, "build_train_loader", None)
     if build is not None:
-        cfg = trainer.cfg.clone()
-        cfg.defrost()
-        cfg.DATALOADER.NUM_WORKERS = 0
-        return build(cfg)
+        return build(changed(trainer.cfg, "DATALOADER.NUM_WORKERS", 0))
     return afresh(own, "RePr: transitions look at training batches, and this trainer's data loader")

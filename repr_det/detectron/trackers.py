@@ -1,7 +1,6 @@
 """A run in Weights & Biases."""
 
 import importlib
-import json
 import uuid
 from itertools import chain
 from pathlib import Path
@@ -13,7 +12,7 @@ from detectron2.config import CfgNode
 from detectron2.utils.events import EventWriter, get_event_storage
 
 from repr_det.method.errors import UserError
-from repr_det.runs.files import EVENTS_FILE, OVERLAPS_FILE, write_atomically
+from repr_det.runs.files import EVENTS_FILE, OVERLAPS_FILE, read_json_lines, write_atomically
 
 _ID_FILE = "wandb_id.txt"
 _SENT_FILE = "wandb_sent.txt"  # iteration of the last transition in the run
@@ -53,7 +52,7 @@ class WandbWriter(EventWriter):
         scalars = {name: value for name, (value, iteration) in latest.items() if iteration > self._last_write}
         self._last_write = max((iteration for _, iteration in latest.values()), default=self._last_write)
         sent = int(self._read(_SENT_FILE) or -1)
-        events, overlaps = (map(json.loads, self._read(name).splitlines()) for name in (EVENTS_FILE, OVERLAPS_FILE))
+        events, overlaps = (read_json_lines(self._folder / name) for name in (EVENTS_FILE, OVERLAPS_FILE))
         for event, overlap in zip(events, overlaps, strict=False):
             if event["iteration"] > sent:
                 self._log_transition(event, overlap["overlap"])

@@ -76,7 +76,7 @@ class FrozenNorms:
         return {name: {"moments": both[:, held.masks[name]].float()} for name, both in after.items()}
 
     def can_renew(self, layers: Sequence[FilterLayer]) -> list[FilterLayer]:
-        """Without those whose norm was frozen since the drop, where no batches give statistics."""
+        """Leaves out layers whose norm has been frozen since the drop, if no batches give statistics."""
         without = [] if self._passes is not None and self._recalibrates else self.of(layers)
         lost = [layer.name for layer in without if layer.name not in self.at_drop]
         for name in lost:

@@ -256,7 +256,7 @@ def finished(layers: Sequence[FilterLayer], criterion: str, found: Scores) -> Sc
 
 
 def _averaged(layers: Sequence[FilterLayer], found: Scores) -> Scores:
-    """Over the ranks, by one collective call; what is missing or not finite is 0."""
+    """Averages scores over the ranks in one collective call. Missing and non-finite ones are 0."""
     sizes = {layer.name: layer.num_filters for layer in layers}
     parts = to_cpu([found.get(name, torch.zeros(size)) for name, size in sizes.items()])
     joined = mean_over_ranks(torch.cat([part.double() for part in parts]), layers[0].weight.device)
@@ -291,7 +291,7 @@ def drop_total(num_filters: int, drop_ratio: float) -> int:
 
 
 def drop_cap(num_filters: int, max_drop_per_layer: float) -> int:
-    """One filter always stays."""
+    """The most filters that a layer can lose: one always stays."""
     return max(0, min(num_filters - 1, math.ceil(max_drop_per_layer * num_filters - _ROUNDING)))
 
 

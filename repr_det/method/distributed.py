@@ -51,7 +51,7 @@ def to_cpu(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def to_devices(tensors: Sequence[Tensor], devices: Sequence[torch.device]) -> list[Tensor]:
-    """By one transfer for all of a type and way; what is there already is not copied."""
+    """Moves tensors, with one transfer for all of a type, origin and target. Those at their target are not copied."""
     found = [tensor.detach() for tensor in tensors]
     kinds: dict[Any, list[int]] = {}
     for place, (tensor, device) in enumerate(zip(found, devices, strict=True)):

@@ -166,7 +166,7 @@ def _true_ones(flags: Mapping[Any, Tensor]) -> list[Any]:
 
 
 def _hook_gradient(parameter: nn.Parameter, rows: Tensor) -> RemovableHandle:
-    """Also where the parameter does not train now: it may later."""
+    """Hooks a parameter even if it does not train now: it may later."""
 
     def zero(gradient: Tensor) -> Tensor | None:
         here = rows.to(gradient.device)

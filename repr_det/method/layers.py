@@ -88,7 +88,7 @@ class FilterLayer:
 
 @torch.no_grad()
 def zero_rows_(tensors: Iterable[Tensor], rows: Tensor) -> None:
-    """Whatever was there (NaN included)."""
+    """Sets rows to 0, also where they are NaN."""
     for tensor in tensors:
         tensor.index_fill_(0, rows.to(tensor.device), 0)
 

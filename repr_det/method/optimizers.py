@@ -92,7 +92,7 @@ def restart_optimizer_state_(
     dim: int = 0,
     within: slice = slice(None),
 ) -> None:
-    """For entries that begin to train again: ``rows`` along ``dim`` among the filters ``within``.
+    """Restarts entries that train again: ``rows`` along ``dim`` among the filters ``within``.
 
     With squared gradients of 0 Adam's first steps would be several times the learning rate.
     """
@@ -112,7 +112,7 @@ def restart_optimizer_state_(
 def raise_squares_of_inputs_(
     optimizers: Sequence[Optimizer], weight: Tensor, rows: Tensor, others: Tensor, within: slice
 ) -> None:
-    """The same for kernels on input channels that return, whose squares have decayed."""
+    """Raises the squared gradients of kernels on input channels that return: they have decayed."""
     for key, whole in optimizer_state(optimizers, weight):
         tensor = whole[within]
         if key in _SCALES and len(others):

@@ -162,7 +162,7 @@ def option_names() -> tuple[str, ...]:
 
 
 def _storable(value: Any) -> Any:
-    """For ``torch.load(weights_only=True)``: a function by its name."""
+    """Makes a value fit for ``torch.load(weights_only=True)``: a function becomes its name."""
     if isinstance(value, (str, int, float)):
         return value
     if isinstance(value, Sequence):

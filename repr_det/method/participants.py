@@ -51,7 +51,7 @@ class Participants:
             self._watch.close()
 
     def update(self) -> list[FilterLayer]:
-        """By the passes of this process; logs the others."""
+        """Returns who participates by the passes of this process, and logs the others."""
         if self._watch is None:
             return self.candidates
         self._watch.update()
@@ -62,7 +62,7 @@ class Participants:
         return self._proved(self._watch.verdicts)
 
     def agreed(self) -> list[FilterLayer]:
-        """By the passes of all ranks. Collective. UserError if none has been seen, or there are none."""
+        """Returns who participates by the passes of all ranks. Collective. UserError without a pass or a layer."""
         if self._watch is None:
             return self.candidates
         if not self.known:
@@ -82,7 +82,7 @@ class Participants:
         return found
 
     def required(self, found: list[FilterLayer]) -> list[FilterLayer]:
-        """The same; OptionError if there are none."""
+        """Returns the layers it is given; OptionError if there are none."""
         if self._watch is None or found:
             return found
         nearest = ", ".join(closest([layer.name for layer in self.candidates], self._watch.others())[:6])
@@ -163,7 +163,7 @@ class Learning:
         return dict.fromkeys(still, "its learning rate is 0") | dict.fromkeys(fixed, "it does not require a gradient")
 
     def without(self, layers: Sequence[FilterLayer]) -> dict[str, str]:
-        """The same, with layers that have had no gradient where others have."""
+        """Adds to ``frozen`` the layers that have had no gradient, if others have."""
         missing = [layer.name for layer in layers if self.seen and layer.name not in self.seen]
         return dict.fromkeys(missing, "it has had no gradient") | self.frozen(layers)
 

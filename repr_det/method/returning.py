@@ -85,7 +85,7 @@ def put_back(layer: FilterLayer, rows: Tensor, values: Mapping[str, Tensor]) -> 
 
 
 def can_be_silent(layer: FilterLayer, modules: Modules, moved: Collection[Tensor]) -> bool:
-    """By kernels or a gamma, until a returned channel has learned; not if it enters the statistics of others.
+    """Tells whether kernels or a gamma can silence returned channels until they learn. No norm may mix in others.
 
     Args:
         moved: the parameters that learn.
@@ -147,8 +147,8 @@ def _inputs(reader: nn.Conv2d | nn.Linear) -> int:
 
 
 def _kernels(reader: nn.Conv2d | nn.Linear, mask: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """For every group of ``reader`` that sees a channel of ``mask`` (J,): its filters, their inputs of the mask, and
-    the others. A linear layer may read several inputs of a channel."""
+    """Yields for every group of ``reader`` that sees a channel of ``mask`` (J,) its filters, their inputs of the mask,
+    and the others. A linear layer may read several inputs of a channel."""
     number = getattr(reader, "groups", 1)
     filters = len(reader.weight) // number
     inputs = mask.repeat_interleave(_inputs(reader) // len(mask)).chunk(number)
@@ -166,7 +166,7 @@ def _kernels_can_be_silent(layer: FilterLayer, modules: Modules, moved: Collecti
 
 
 def _gamma_can_be_silent(layer: FilterLayer, modules: Modules, moved: Collection[Tensor]) -> bool:
-    """Not in front of a depthwise conv, whose filter would put out a constant that a later ReLU may close for good."""
+    """Tells whether a gamma can. A depthwise conv behind it puts out a constant, which a ReLU may close for good."""
     readers = [modules.get(reader.name) for reader in layer.readers]
     is_alone = any(isinstance(reader, nn.Conv2d) and reader.weight.shape[1] == 1 for reader in readers)
     return not is_alone and layer.tensors().get("norm.weight") in moved

@@ -28,7 +28,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
     thing_classes: Sequence[str] = ()
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """As in Detectron2; ``last_checkpoint`` changes once the file is on the disk."""
+        """Saves as Detectron2 does; ``last_checkpoint`` changes once the file is on the disk."""
         if not self.save_dir or not self.save_to_disk:
             return
         path = Path(self.save_dir) / f"{name}.pth"
@@ -56,7 +56,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         return str(find_checkpoint(self.save_dir) or "") if self.save_dir else ""
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
-        """As in Detectron2; a resumed run must find every weight of its model."""
+        """Loads as Detectron2 does; a resumed run must find every weight of its model."""
         self._resuming = resume and self.has_checkpoint()
         if self._resuming and not (Path(self.save_dir) / _TAG).exists():
             newest = self.get_checkpoint_file()
@@ -64,7 +64,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         return super().resume_or_load(path, resume=resume)
 
     def _load_file(self, filename: str) -> dict[str, Any]:
-        """As in Detectron2, which would run what a .pkl or .pyth names."""
+        """Reads as Detectron2 does, which would run what a .pkl or .pyth names."""
         if not filename.endswith((".pkl", ".pyth")):
             return super()._load_file(filename)
         data = load_checkpoint(filename)
@@ -123,10 +123,10 @@ def find_checkpoint(folder: str | Path) -> Path | None:
     return found[0] if found else None
 
 
-def is_saved(trainer: TrainerBase, checkpoint_period: int) -> bool:
+def is_saved(trainer: TrainerBase) -> bool:
     """Tells whether the PeriodicCheckpointer saves after this iteration."""
     done = trainer.iter + 1
-    return done % checkpoint_period == 0 or done >= trainer.max_iter
+    return done % trainer.cfg.SOLVER.CHECKPOINT_PERIOD == 0 or done >= trainer.max_iter
 
 
 def last_iteration(trainer: TrainerBase) -> int:

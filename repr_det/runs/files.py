@@ -2,13 +2,12 @@
 
 import errno
 import json
-import math
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from repr_det.method.errors import UserError
 
@@ -84,23 +83,30 @@ def truncate_log(path: str | Path, start_iter: int) -> None:
         return
     with open(path, "r+b") as file:  # in place: others hold it open for appending
         whole = file.read()
-        kept = b"".join(line for line in whole.splitlines(keepends=True) if _iteration(line) < start_iter)
+        kept = b"".join(line for line in whole.splitlines(keepends=True) if _is_before(line, start_iter))
         if not whole.startswith(kept):
             file.seek(0)
             file.write(kept)
         file.truncate(len(kept))
 
 
+def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
+    """Reads an object from every line, but for lines that a crash cut short; [] without file."""
+    found = []
+    if os.path.isfile(path):
+        for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError):
+                found.append(json.loads(line))
+    return found
+
+
 def last_logged(path: str | Path) -> int:
     """The largest "iteration" in a file of json lines, else -1."""
-    if not os.path.exists(path):
-        return -1
-    iterations = map(_iteration, Path(path).read_bytes().splitlines(keepends=True))
-    return max((int(i) for i in iterations if i < math.inf), default=-1)
+    return max((line["iteration"] for line in read_json_lines(path)), default=-1)
 
 
-def _iteration(line: bytes) -> float:
+def _is_before(line: bytes, start_iter: int) -> bool:
     try:
-        return json.loads(line)["iteration"] if line.endswith(b"\n") else math.inf
+        return line.endswith(b"\n") and json.loads(line)["iteration"] < start_iter
     except (ValueError, KeyError, TypeError):
-        return math.inf
+        return False

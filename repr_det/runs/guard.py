@@ -23,7 +23,6 @@ class FiniteGuard(HookBase):
     """
 
     check_gradients: bool  # the host waits for each step; False under AMP, where GradScaler skips those that overflow
-    checkpoint_period: int
     repr_hook: Any  # None without RePr
 
     def after_step(self) -> None:
@@ -31,7 +30,7 @@ class FiniteGuard(HookBase):
             self._check(non_finite_gradient(self.trainer.model))
         now, hook = self.trainer.iter, self.repr_hook
         is_due = hook is not None and hook.schedule.phase(now) != hook.schedule.phase(now + 1)
-        if is_due or is_saved(self.trainer, self.checkpoint_period):
+        if is_due or is_saved(self.trainer):
             self.check_weights()
 
     def check_weights(self) -> None:

@@ -24,9 +24,8 @@ logger = logging.getLogger("repr_det.resume")
 SAMPLERS = (TrainingSampler, RandomSubsetTrainingSampler, RepeatFactorTrainingSampler)
 _DRAWN = ("_seed", "_indexes")  # what a sampler draws for itself
 _OPTIONS = (  # of a DataLoader
-    *("batch_size", "drop_last", "num_workers", "worker_init_fn", "timeout", "prefetch_factor", "persistent_workers"),
-    "multiprocessing_context",
-)
+    "batch_size drop_last num_workers worker_init_fn timeout prefetch_factor persistent_workers multiprocessing_context"
+).split()
 _LOOKED_AT = 64  # samples in the digest of a data set, evenly spread
 
 
@@ -170,8 +169,8 @@ class ResumableLoader:
                 bucket.append(_Marked(self.stream.dataset[index], (stream, number, index, before)))
 
     def skip(self, states: list[dict[str, Any]], iteration: int) -> None:
-        """Begins after as many images as all processes had drawn by ``iteration``: by ``states``, else by this batch
-        size. The order is that of the saved sampler if it is of the same kind."""
+        """Skips as many images as all processes had drawn by ``iteration``: ``states`` tell the number, else this batch
+        size does. A saved sampler of the same kind gives the order."""
         drawn = iteration * self.batch_size * comm.get_world_size()
         if states:
             drawn = sum(s.get("skipped", 0) + sum(count for count, _ in s["consumed"].values()) for s in states)

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,22 +26,22 @@ PROCESSES_FILE = "processes.json"
 class RunRecord(HookBase):
     """Writes the record in ``before_train``; registered last, after every check.
 
-    A run that is resumed with another record keeps that up to iteration 999: config_until_0000999.yaml and so on.
+    If a resumed run has another record than before, the old files stay under the last iteration of which they tell,
+    such as config_until_0000999.yaml.
     """
 
-    folder: str  # OUTPUT_DIR
     write_config: Callable[[Path], None]  # writes config.yaml, and other files, into a folder
-    data_sets: Sequence[str]  # names of DATASETS.TRAIN and TEST
 
     def before_train(self) -> None:
-        start = self.trainer.start_iter
+        cfg, start = self.trainer.cfg, self.trainer.start_iter
         if not comm.is_main_process():
             return
-        with tempfile.TemporaryDirectory(dir=self.folder, prefix=".record-") as new, preserved_random_state():
+        with tempfile.TemporaryDirectory(dir=cfg.OUTPUT_DIR, prefix=".record-") as new, preserved_random_state():
             self.write_config(Path(new))
-            (Path(new) / DATA_FILE).write_text(json.dumps(describe_data_sets(self.data_sets), indent=1), "utf-8")
+            data = {name: describe_data_set(name) for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)}
+            (Path(new) / DATA_FILE).write_text(json.dumps(data, indent=1), "utf-8")
             (Path(new) / PROCESSES_FILE).write_text(f"{comm.get_world_size()}\n", "utf-8")
-            files = {file: Path(self.folder) / file.name for file in sorted(Path(new).iterdir())}
+            files = {file: Path(cfg.OUTPUT_DIR) / file.name for file in sorted(Path(new).iterdir())}
             there = [(file, place) for file, place in files.items() if start > 0 and place.exists()]
             changed = [place.name for file, place in there if place.read_bytes() != file.read_bytes()]
             if changed:
@@ -55,13 +55,9 @@ class RunRecord(HookBase):
                 os.replace(file, place)
 
 
-def describe_data_sets(names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """By name: file, SHA-256 of its content, folder of images, classes (as the outputs), number of images; None if
-    unknown."""
-    return {name: _describe(name) for name in dict.fromkeys(names)}
-
-
-def _describe(name: str) -> dict[str, Any]:
+def describe_data_set(name: str) -> dict[str, Any]:
+    """File, SHA-256 of its content, folder of images, classes (as the outputs) and number of images of a registered
+    data set; None for what is unknown."""
     metadata = MetadataCatalog.get(name)
     path = metadata.get("json_file")
     found = {"file": path, "sha256": None, "image_root": metadata.get("image_root")}

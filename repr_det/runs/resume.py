@@ -34,29 +34,24 @@ class ExactResume(HookBase):
     """Saves and restores what stock checkpoints lack. Belongs right before the PeriodicCheckpointer.
 
     A resumed run repeats every evaluation after its checkpoint, and gets back the scalars of the last iterations, so
-    that metrics.json has every row.
+    that metrics.json has every row. Lines after the checkpoint are removed from the logs in OUTPUT_DIR.
 
     Args:
         model: not wrapped.
         loaders: the training loader, and others that hooks read while training.
-        folder: OUTPUT_DIR; lines after the checkpoint are removed from its logs.
     """
 
-    def __init__(self, model: nn.Module, loaders: Sequence[Any], checkpoint_period: int, folder: str) -> None:
+    def __init__(self, model: nn.Module, loaders: Sequence[Any]) -> None:
         self.hidden = HiddenState(model)
         self.loaders = [loader for loader in loaders if isinstance(loader, ResumableLoader)]
-        self.checkpoint_period = checkpoint_period
-        self.folder = folder
-        self._running = False
         self._saved: dict[str, Any] = {}
         self._loaded: dict[str, Any] | None = None  # until the first step
 
     def before_train(self) -> None:
-        self._running = True
         start, loaded = self.trainer.start_iter, self._loaded
         if comm.is_main_process():
             for name in (METRICS_FILE, EVENTS_FILE, OVERLAPS_FILE):  # RePr may be off now
-                truncate_log(os.path.join(self.folder, name), start)
+                truncate_log(os.path.join(self.trainer.cfg.OUTPUT_DIR, name), start)
         if loaded is not None and loaded["iteration"] == start - 1:
             self._bring_back(loaded)
             self._bring_back_scalars(loaded["scalars"])
@@ -78,10 +73,9 @@ class ExactResume(HookBase):
             hook.best_metric, hook.best_iter = metric, iteration
 
         changes: dict[str, None] = {}
+        known = [[state for state in one["loaders"] if state is not None] for one in ranks]  # 0.2.0 has None too
         # A loader that the run did not have before (TEST.PRECISE_BN) begins at its beginning.
-        for loader, *states in zip(self.loaders, *(one["loaders"] for one in ranks), strict=False):
-            if None in states:  # of an older version
-                continue
+        for loader, *states in zip(self.loaders, *known, strict=False):
             if changed := loader.changes(states[rank]):
                 changes.update(dict.fromkeys(changed))
                 loader.skip(states, self.trainer.start_iter)
@@ -114,7 +108,7 @@ class ExactResume(HookBase):
         periods = [hook._period for hook in self._hooks_of(hooks.EvalHook)]
         # BestCheckpointer saves after an evaluation.
         evaluated = any(period > 0 and done % period == 0 for period in periods)
-        if evaluated or is_saved(self.trainer, self.checkpoint_period):
+        if evaluated or is_saved(self.trainer):
             self.collect()
 
     def collect(self) -> None:
@@ -146,7 +140,7 @@ class ExactResume(HookBase):
                 storage.iter = iteration
                 storage.put_scalar(name, value, smoothing_hint=smoothed)
         storage.iter = now
-        written = last_logged(os.path.join(self.folder, METRICS_FILE))
+        written = last_logged(os.path.join(self.trainer.cfg.OUTPUT_DIR, METRICS_FILE))
         for _, writer in self._json_writers():
             writer._last_write = written
         if self.trainer.start_iter == self.trainer.max_iter:
@@ -165,8 +159,8 @@ class ExactResume(HookBase):
 
     def state_dict(self) -> dict[str, Any]:
         """The current state with one process, else that of the last ``collect``."""
-        is_old = self._saved.get("iteration") != last_iteration(self.trainer)
-        if self._running and comm.get_world_size() == 1 and is_old:
+        is_training = hasattr(self.trainer, "storage")
+        if is_training and comm.get_world_size() == 1 and self._saved.get("iteration") != last_iteration(self.trainer):
             return self._state()
         return self._saved
 
@@ -191,15 +185,20 @@ def _describe(groups: Sequence[Mapping[str, Any]]) -> str:
 
 
 def settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """What the config says of every group, right after a scheduler is built, which may move some of it."""
+    """The settings of every parameter group, to be read right after the scheduler is built: it moves some of them."""
     return [{key: x for key, x in group.items() if key not in _OF_THE_MACHINE} for group in optimizer.param_groups]
 
 
 def apply_settings(optimizer: torch.optim.Optimizer, scheduler: Any, built: list, before: list | None) -> list[str]:
-    """Sets what differs in ``built``, the settings of this run, from ``before``, those of the run that wrote the
-    checkpoint (None: what was loaded), and the scheduler's learning rate for the next step.
+    """Applies the settings that the config has changed, and the scheduler's learning rate for the next step.
 
-    Returns what changed, as "weight_decay 0.0001 -> 0.001"."""
+    Args:
+        built: settings of this run.
+        before: those of the run that wrote the checkpoint; None takes the loaded ones.
+
+    Returns:
+        What changed, as "weight_decay 0.0001 -> 0.001".
+    """
     changed: dict[str, None] = {}
     groups = optimizer.param_groups
     saved = [float(group["lr"]) for group in groups]

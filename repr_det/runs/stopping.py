@@ -97,7 +97,6 @@ class StopAtSignal(HookBase):
     Comes after the PeriodicCheckpointer and before evaluation.
     """
 
-    checkpoint_period: int
     prepare: Callable[[], None]  # called on every rank before a checkpoint is written
     _stopping = False
 
@@ -108,7 +107,7 @@ class StopAtSignal(HookBase):
         if not NOTICE.answered:
             return
         last = self.trainer.iter + 1 >= self.trainer.max_iter
-        saved = is_saved(self.trainer, self.checkpoint_period)
+        saved = is_saved(self.trainer)
         self._stopping = any(comm.all_gather(bool(NOTICE.asked)))
         if self._stopping and not saved:
             self.prepare()

@@ -198,8 +198,7 @@ def _check_run(run: Run, cfg: CfgNode, num_gpus: int) -> None:
     if (run.folder / CONFIG_FILE).exists():
         parts, _ = settings_of_parts(run.folder)
         configs = {**parts, "this command": settings_by(num_gpus, cfg)}
-        enabled = any(config["REPR.ENABLED"] for config in configs.values())
-        refuse_differences(configs, WITHOUT_EFFECT if enabled else (*WITHOUT_EFFECT, "REPR."))
+        refuse_differences(configs, WITHOUT_EFFECT)
     if not is_finished(run):
         check_run(cfg, resume=bool(run_traces(run.folder)), num_gpus=num_gpus)
         check_registered(cfg.DATASETS.TEST[0], for_objects=True)

@@ -17,8 +17,8 @@ from tabulate import tabulate
 from repr_det.commands.arguments import merge_config_file
 from repr_det.detectron.config import add_repr_config, as_user_error, scale_to_world
 from repr_det.method.errors import UserError
-from repr_det.runs.files import EVENTS_FILE, METRICS_FILE, write_atomically
-from repr_det.runs.record import CONFIG_FILE, DATA_FILE, describe_data_sets
+from repr_det.runs.files import EVENTS_FILE, METRICS_FILE, read_json_lines, write_atomically
+from repr_det.runs.record import CONFIG_FILE, DATA_FILE, describe_data_set
 from repr_det.studies.comparison.statistics import (
     could_show,
     interval,
@@ -32,8 +32,8 @@ BASELINE, REPR = "baseline", "repr"
 PROCESSES = "number of processes"
 # Keys on which no result depends, those in which runs of an arm differ, and those in which baseline and RePr differ.
 WITHOUT_EFFECT = ("OUTPUT_DIR", "VERSION", "VIS_PERIOD", "SOLVER.CHECKPOINT_PERIOD")
-FREE_WITHIN_REPR = (*WITHOUT_EFFECT, "SEED")
-FREE = (*FREE_WITHIN_REPR, "REPR.")
+FREE_WITHIN_ARM = (*WITHOUT_EFFECT, "SEED")
+FREE = (*FREE_WITHIN_ARM, "REPR.")
 # What any two configs must share: data, their order, iterations, evaluations.
 SHARED = (PROCESSES, "SOLVER.MAX_ITER", "SOLVER.IMS_PER_BATCH", "DATASETS.", "DATALOADER.", "TEST.EVAL_PERIOD")
 # What may have been another one before a run was resumed.
@@ -97,16 +97,6 @@ def read_json(path: Path) -> Any:
     """The content of a file; UserError if it is damaged."""
     with as_user_error(f"{path} is damaged"):
         return json.loads(path.read_text(encoding="utf-8"))
-
-
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """One object a line, without lines that a crash cut short; [] without file."""
-    found = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError):
-                found.append(json.loads(line))
-    return found
 
 
 def read_metrics(folder: Path) -> dict[int, dict[str, float]]:
@@ -201,15 +191,16 @@ def check_comparable(study: Study) -> list[str]:
     reference, other = configs.values()
     refuse_differences(reference | other, only_shared=not of_repr)
     for own in configs.values():
-        enabled = any(config["REPR.ENABLED"] for config in own.values())
-        refuse_differences(own, FREE_WITHIN_REPR if enabled else FREE)
+        refuse_differences(own, FREE_WITHIN_ARM)
     return notes + check_same_data([run.folder for run in study.runs])
 
 
 def refuse_differences(configs: dict[Any, Settings], free: Sequence[str] = FREE, only_shared: bool = False) -> None:
-    """Refuses configs (by name) that differ from the first one in keys not ``free``; PROCESSES if all have it."""
+    """Refuses configs (by name) that differ from the first one in keys that are not ``free`` and have an effect."""
     if any(PROCESSES not in config for config in configs.values()):
         free = (*free, PROCESSES)
+    if not any(config["REPR.ENABLED"] for config in configs.values()):
+        free = (*free, "REPR.")
     first, reference = next(iter(configs.items()))
     for name, config in configs.items():
         for key in differing_keys(reference, config, free):
@@ -218,8 +209,8 @@ def refuse_differences(configs: dict[Any, Settings], free: Sequence[str] = FREE,
                 raise UserError(f"{first} and {name} cannot be compared: {key} is {values}")
 
 
-def differing_keys(a: Settings, b: Settings, free: Sequence[str] = FREE) -> list[str]:
-    """The keys whose values differ, or that only one has."""
+def differing_keys(a: Settings, b: Settings, free: Sequence[str]) -> list[str]:
+    """The keys that are not ``free`` and whose values differ, or that only one has."""
     found = [key for key in {**a, **b} if key not in a or key not in b or a[key] != b[key]]
     return [key for key in found if not key.startswith(tuple(free))]
 
@@ -233,7 +224,7 @@ def check_same_data(folders: Iterable[Path]) -> list[str]:
     registered = {name for _, name, _ in used}.intersection(DatasetCatalog)
     for name in sorted(registered):
         with contextlib.suppress(OSError, ImportError):  # data that are not here cannot contradict the runs
-            used += [("this command", name, entry) for entry in describe_data_sets([name]).values()]
+            used.append(("this command", name, describe_data_set(name)))
     first = {}
     for place, name, entry in used:
         other, known = first.setdefault(name, (place, entry))

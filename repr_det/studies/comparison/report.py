@@ -24,10 +24,10 @@ from repr_det.datasets import check_registered
 from repr_det.detectron.engine import Trainer
 from repr_det.method.errors import UserError
 from repr_det.method.orthogonality import inter_filter_orthogonality
-from repr_det.runs.files import EVENTS_FILE, FINAL_CHECKPOINT, OVERLAPS_FILE, write_atomically
+from repr_det.runs.files import EVENTS_FILE, FINAL_CHECKPOINT, OVERLAPS_FILE, read_json_lines, write_atomically
 from repr_det.runs.safe_pickle import load_checkpoint
 from repr_det.studies.comparison.records import (
-    FREE_WITHIN_REPR,
+    FREE_WITHIN_ARM,
     Comparison,
     Run,
     Study,
@@ -35,7 +35,6 @@ from repr_det.studies.comparison.records import (
     lines_of,
     read_config,
     read_json,
-    read_json_lines,
     read_settings,
     title,
 )
@@ -63,14 +62,15 @@ def write_report(comparison: Comparison, settings: dict[str, Any], output: Path,
     study, results = comparison.study, comparison.results
     firsts = [study.of(arm)[0] for arm in study.arms]
     configs = [read_settings(run.folder) for run in firsts]
-    differing = differing_keys(*configs, free=FREE_WITHIN_REPR)
+    differing = differing_keys(*configs, free=FREE_WITHIN_ARM)
     classes = {f"AP of {name}": row for name, row in results["classes"].items()}
     loader = jinja2.PackageLoader("repr_det.studies.comparison", ".")
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     filters = filter_values(study, results["notes"])
     with matplotlib.rc_context(_STYLE):
+        pictures = _pictures(firsts, results, images)  # may add a note to the results
         page = environment.get_template("report.html.j2").render(
-            pictures=_pictures(firsts, results, images),  # first: it may add a note to the results
+            pictures=pictures,
             results=results,
             settings=settings,
             titles=[title(arm) for arm in study.arms],
