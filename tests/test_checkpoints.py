@@ -228,4 +228,5 @@ def test_which_filters_are_switched_off(rows, norm, expected):
     for tensor, zeros in ((net.conv.weight, rows), (net.conv.norm.weight, norm), (net.conv.norm.bias, norm)):
         tensor.data[list(zeros)] = 0
     weights = net.state_dict()
+    weights |= {f"transposed.{key}": value for key, value in nn.ConvTranspose2d(8, 4, 2).state_dict().items()}
     assert zero_filters(weights) == zero_filters({k: v.numpy() for k, v in weights.items()}) == expected

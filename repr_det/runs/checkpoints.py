@@ -137,7 +137,8 @@ def last_iteration(trainer: TrainerBase) -> int:
 def zero_filters(weights: Mapping[str, Any]) -> dict[str, list[int]]:
     """Finds filters whose row, bias and norm (by Detectron2's name) are 0, as a drop leaves them, by conv.
 
-    Convs that are all zero, as deformable offsets are at first, are left out.
+    Convs that are all zero, as deformable offsets are at first, are left out; so are transposed ones, whose rows are
+    inputs.
     """
     found = {}
     for name, value in weights.items():
@@ -146,6 +147,8 @@ def zero_filters(weights: Mapping[str, Any]) -> dict[str, list[int]]:
         conv = name.removesuffix(".weight")
         keys = (name, f"{conv}.bias", f"{conv}.norm.weight", f"{conv}.norm.bias")
         parts = [torch.as_tensor(weights[key]) for key in keys if key in weights]
+        if any(len(part) != len(value) for part in parts):
+            continue
         is_on = torch.stack([part.reshape(len(part), -1).any(1) for part in parts]).any(0)
         if is_on.any() and not is_on.all():
             found[conv] = (~is_on).nonzero().flatten().tolist()
