@@ -13,7 +13,7 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 
-from repr_det import UserError, datasets
+from repr_det import datasets
 from repr_det.commands.arguments import build_config
 from repr_det.datasets.findings import Findings
 
@@ -83,14 +83,6 @@ def mine(folder, catalogs, tmp_path):
         )
 
     return make
-
-
-def refused(action, *args, **options):
-    """The one line by which a call is refused."""
-    with pytest.raises(UserError) as error:
-        action(*args, **options)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 def change(edit):

@@ -14,7 +14,7 @@ import torch
 from detectron2.engine import HookBase
 from detectron2.utils.env import seed_all_rng
 
-from repr_det import Trainer
+from repr_det import Trainer, UserError
 from repr_det.commands.arguments import build_config
 from repr_det.datasets import register_coco_format
 
@@ -43,6 +43,14 @@ def assert_same_weights(a: dict, b: dict) -> None:
     assert a.keys() == b.keys()
     for name, value in a.items():
         assert torch.equal(value, b[name]), name
+
+
+def refused(action, *args, **options) -> str:
+    """The one line by which a call is refused."""
+    with pytest.raises(UserError) as error:
+        action(*args, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
 
 
 class At(HookBase):

@@ -6,8 +6,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from coco_folder import refused
-from conftest import ROOT, SMALL, assert_same_weights, end_of
+from conftest import ROOT, SMALL, assert_same_weights, end_of, refused
 from detectron2 import model_zoo
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model

@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 import torch
-from coco_folder import Folder, annotation, annotations_of, evaluate, put, refused
-from conftest import ROOT, SMALL
+from coco_folder import Folder, annotation, annotations_of, evaluate, put
+from conftest import ROOT, SMALL, refused
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.evaluation import COCOEvaluator

@@ -20,8 +20,8 @@ from coco_folder import (
     image,
     many,
     put,
-    refused,
 )
+from conftest import refused
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, DatasetMapper
 from detectron2.data.datasets import register_coco_instances

@@ -1,9 +1,11 @@
 """Runs that may be compared or not, and the plan of a comparison, from made-up runs."""
 
 import json
+import re
 
 import pytest
 import yaml
+from conftest import refused
 from detectron2.utils.events import EventStorage, JSONWriter
 from finished_runs import BASELINE_CONFIG, OPTS, REPR_CONFIG, compare_folders, results_of
 
@@ -28,9 +30,8 @@ def test_what_is_no_finished_run_is_refused(finished, tmp_path, name, content, m
     (other / name).unlink()
     if content:
         (other / name).write_text(content)
-    with pytest.raises(UserError, match=message) as error:
-        compare_folders(tmp_path, [base], [other])
-    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+    assert re.search(message, refused(compare_folders, tmp_path, [base], [other]))
+    assert not (tmp_path / "out").exists()
 
 
 def test_seeds_arms_and_settings_must_fit(finished, tmp_path):
@@ -71,8 +72,7 @@ def test_a_resumed_run_is_compared_by_its_settings_from_the_start(finished, tmp_
     for first, node, key, old, new in changes:
         before.write_text(config.replace(f"{key}: {old}", f"{key}: {new}"))
         message = f"{first} and {before} cannot be compared: {node}.{key} is {old} in the first and {new} in the"
-        with pytest.raises(UserError, match=message):
-            compare_folders(tmp_path, [base], [other])
+        assert message in refused(compare_folders, tmp_path, [base], [other])
 
 
 def test_max_iter_is_that_of_the_scaled_config(finished):
@@ -122,14 +122,12 @@ def test_runs_on_other_data_of_one_name_are_refused(finished, named_data, tmp_pa
     compare_folders(tmp_path, [base], [other])
     assert f"The images of odd_val were those {folders}" in results_of(tmp_path / "out")["notes"]
     recorded(other, sha256=None, images=3)
-    with pytest.raises(UserError, match="odd_val was"):
-        check_same_data([base, other])
+    assert "odd_val was" in refused(check_same_data, [base, other])
     recorded(other)
     recorded(other, "data_sets_until_0000019.json", file="old.json", sha256="0" * 64)  # before it was resumed
     words = f"odd_val was {named_data[0]} in the first and old.json, with other content, in the second"
-    with pytest.raises(UserError) as error:
-        compare_folders(tmp_path, [base], [other])
-    assert str(error.value) == f"{base} and {other} cannot be compared: {words}"
+    line = refused(compare_folders, tmp_path, [base], [other])
+    assert line == f"{base} and {other} cannot be compared: {words}"
     recorded(base, file="old.json", sha256="0" * 64)
     with pytest.raises(UserError, match=r"and this command cannot be compared: odd_val was old\.json in the first and"):
         check_same_data([base])
@@ -150,8 +148,7 @@ WAYS = "give --config-file and --seeds, or --baseline-runs, --repr-runs and --ou
     ],
 )
 def test_arguments_that_make_no_comparison(words, message):
-    with pytest.raises(UserError, match=message):
-        main(words.split())
+    assert message in refused(main, words.split())
 
 
 @pytest.mark.parametrize("between", ["", "-- ", "--jobs 2 "])
@@ -198,22 +195,20 @@ def test_plan_of_two_configs(named_data, tmp_path):
     assert output.name == "baseline_r50_fpn_comparison"
     for change, message in (
         ("SOLVER: {MAX_ITER: 50}", "SOLVER.MAX_ITER is 90000 in the first and 50 in the second"),
-        ("DATASETS: {TEST: [coco_2017_train]}", r"TEST is \['coco_2017_val'\] in the first and \['coco_2017_train"),
+        ("DATASETS: {TEST: [coco_2017_train]}", "DATASETS.TEST is ['coco_2017_val'] in the first and ['coco_2017_tr"),
         ("SOLVER: {IMS_PER_BATCH: 4}", "SOLVER.IMS_PER_BATCH is 16 in the first and 4 in the second"),
         ("DATALOADER: {SAMPLER_TRAIN: RandomSubsetTrainingSampler}", "DATALOADER.SAMPLER_TRAIN is Training"),
     ):
         warm.write_text(f"_BASE_: {BASELINE_CONFIG}\n{change}\n")
-        with pytest.raises(UserError, match=message) as error:
-            planned(tmp_path / "out", config=str(warm), against=REPR_CONFIG)
-        assert str(error.value).startswith(f"{REPR_CONFIG} and {warm} cannot be compared: ")
+        line = refused(planned, tmp_path / "out", config=str(warm), against=REPR_CONFIG)
+        assert line.startswith(f"{REPR_CONFIG} and {warm} cannot be compared: {message}")
 
 
 def test_arms_are_named_after_their_configs():
     assert arm_names("a/config.yaml", "b/config.yaml") == ("a_config", "b_config")
     assert arm_names("a/baseline.yaml", "a/repr.yaml") == ("a_baseline", "a_repr")  # any two configs
     for files in (("a/x.yaml", "a/x.yml"), ("a/difference.yaml", "b/x.yaml")):
-        with pytest.raises(UserError, match="rename one"):
-            arm_names(*files)
+        assert "rename one" in refused(arm_names, *files)
 
 
 def test_folders_that_hold_runs_already(finished, named_data, tmp_path):
@@ -230,8 +225,7 @@ def test_folders_that_hold_runs_already(finished, named_data, tmp_path):
         ("repr_seed1", "REPR.REINIT.RETURN", "as_published", "function_preserving"),
     ):
         message = f"{folder} and this command cannot be compared: {key} is {held} in the first and {wanted} in the"
-        with pytest.raises(UserError, match=message):
-            planned(tmp_path, *OPTS, key, wanted)
+        assert message in refused(planned, tmp_path, *OPTS, key, wanted)
     (folders[0] / PROCESSES_FILE).write_text("2")
     with pytest.raises(UserError, match=r"baseline_seed1 and this command .* number of processes is 2 in the first"):
         planned(tmp_path, *OPTS)

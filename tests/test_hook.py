@@ -4,11 +4,12 @@ import argparse
 import copy
 import logging
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same_weights
+from conftest import assert_same_weights, refused
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.data import build_detection_train_loader
@@ -148,9 +149,8 @@ def test_every_option_by_plain_arguments_and_by_a_config(way):
     ],
 )
 def test_wrong_options_are_refused_before_the_first_step_by_the_names_that_were_written(way, options, steps, message):
-    with pytest.raises(UserError) as error:
-        train(small_trainer(hook_of(way, steps, **(OPTIONS | options)), steps=steps), stop=1)
-    assert spelled(message, way) in str(error.value) and "\n" not in str(error.value)
+    line = refused(lambda: train(small_trainer(hook_of(way, steps, **(OPTIONS | options)), steps=steps), stop=1))
+    assert spelled(message, way) in line
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -158,11 +158,10 @@ def test_wrong_options_are_refused_before_the_first_step_by_the_names_that_were_
 def test_a_resumed_run_must_have_the_same_options(way, name):
     trainer, other = (small_trainer(hook_of(way, 20, **OPTIONS | more)) for more in ({}, {name: OTHERS[name]}))
     train(trainer, stop=5)  # in the sub-network phase
-    with pytest.raises(UserError) as error:
-        other.load_state_dict(trainer.state_dict())
+    line = refused(other.load_state_dict, trainer.state_dict())
     was = getattr(trainer._hooks[0].options, name)
     was = list(was) if isinstance(was, tuple) else was
-    assert spelled(f"trained with {{{name}}} {was}, this run has {OTHERS[name]}", way) in str(error.value)
+    assert spelled(f"trained with {{{name}}} {was}, this run has {OTHERS[name]}", way) in line
 
 
 def test_a_resumed_run_begins_where_its_state_was_and_may_have_other_batches():
@@ -171,26 +170,22 @@ def test_a_resumed_run_begins_where_its_state_was_and_may_have_other_batches():
     train(trainer, stop=5)
     larger.model.load_state_dict(trainer.model.state_dict())
     larger.load_state_dict(trainer.state_dict())
-    with pytest.raises(UserError, match="iteration 2 is not in cycle 0 of RePr, sub phase, where this trainer is"):
-        train(larger, 2)
+    assert "iteration 2 is not in cycle 0 of RePr, sub phase, where this trainer is" in refused(train, larger, 2)
     train(larger, 5)
     assert larger._hooks[0].scheme.cycle == 1
 
 
 @pytest.mark.parametrize(("name", "wrong"), [("seed", None), ("images_per_batch", "8"), ("total_steps", 8.0)])
 def test_an_argument_of_another_type_is_refused(name, wrong):
-    with pytest.raises(UserError, match=f"{name}= must be of type int, got {wrong!r}"):
-        RePrHook(**OPTIONS, **{name: wrong})
+    assert f"{name}= must be of type int, got {wrong!r}" in refused(RePrHook, **OPTIONS, **{name: wrong})
 
 
 def test_a_second_hook_is_refused_and_one_without_a_seed_draws_none_from_the_trainings():
     hook = RePrHook(**OPTIONS)
     trainer = small_trainer(RePrHook(**OPTIONS))
     del trainer.optimizer
-    with pytest.raises(UserError, match="needs a trainer with the attributes model and optimizer: 'SimpleTrainer' ob"):
-        trainer.train(0, 8)
-    with pytest.raises(UserError, match="registered twice in this trainer"):
-        train(small_trainer(hook, RePrHook(**OPTIONS)))
+    assert "needs a trainer with the attributes model and optimizer: 'SimpleTrainer' ob" in refused(trainer.train, 0, 8)
+    assert "registered twice in this trainer" in refused(train, small_trainer(hook, RePrHook(**OPTIONS)))
     np.random.seed(3)
     train(small_trainer(hook))
     assert np.random.rand() == np.random.RandomState(3).rand()
@@ -216,8 +211,7 @@ def test_a_function_as_criterion():
     masks = trainer._hooks[0].scheme.masks
     found = {name: mask.nonzero().flatten().tolist() for name, mask in masks.items()}
     assert found == {"backbone.conv1": [0, 1, 2, 3], "backbone.conv2": [0, 1, 2]}
-    with pytest.raises(UserError, match=r"criterion= test_hook\.first_ones, this run has ortho"):
-        other.load_state_dict(trainer.state_dict())
+    assert "criterion= test_hook.first_ones, this run has ortho" in refused(other.load_state_dict, trainer.state_dict())
 
 
 def test_reference_world_size_scales_the_schedule(tiny_cfg):
@@ -298,6 +292,4 @@ def test_a_network_that_diverges_is_named_as_such_at_a_transition(tiny_cfg):
     trainer = Trainer(tiny_cfg(*SCHEDULE, "REPR.CRITERION", "redundant", "DATASETS.TEST", "()"))
     trainer.register_hooks([Seen(blow)])
     trainer._hooks.insert(0, trainer._hooks.pop())
-    with pytest.raises(UserError, match=r"in a pass of a transition: .* has diverged\. Lower the") as error:
-        trainer.train()
-    assert "\n" not in str(error.value)
+    assert re.search(r"in a pass of a transition: .* has diverged\. Lower the", refused(trainer.train))

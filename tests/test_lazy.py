@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from coco_folder import refused
-from conftest import ROOT, assert_same_weights
+from conftest import ROOT, assert_same_weights, refused
 from conftest import SMALL as YAML_SMALL
 from detectron2.config import LazyConfig
 from detectron2.modeling import build_model

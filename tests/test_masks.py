@@ -5,7 +5,8 @@ import json
 
 import numpy as np
 import pytest
-from coco_folder import SIZES, Folder, annotation, category, every, many, refused
+from coco_folder import SIZES, Folder, annotation, category, every, many
+from conftest import refused
 from detectron2.data import MetadataCatalog
 from detectron2.data.detection_utils import create_keypoint_hflip_indices
 from pycocotools import mask as mask_utils

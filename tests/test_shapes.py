@@ -10,7 +10,8 @@ from unittest.mock import Mock
 import cv2
 import numpy as np
 import pytest
-from coco_folder import ap_of_the_truth, refused
+from coco_folder import ap_of_the_truth
+from conftest import refused
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from repr_det import datasets
