@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from conftest import refused
 from detectron2.layers import Conv2d, FrozenBatchNorm2d, get_norm
-from test_orthogonality import unit_rows
+from textbook import unit_rows
 from torch import nn
 
 from repr_det import RePrScheme, UserError, find_filter_layers
