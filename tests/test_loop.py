@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from traced_nets import Net, conv
 
 from repr_det import RePr, RePrSchedule, RePrScheme, UserError, apply_repr, find_filter_layers
+from repr_det.method.options import option_names
 
 SCHEDULE = RePrSchedule(3, 2, 2)  # drops after 2 and 7, restores after 4 and 9
 
@@ -119,7 +120,6 @@ def test_resumed_from_a_file_it_ends_with_the_same_weights(tmp_path, stop, make,
         (dict(sample=torch.zeros(1, 5, 8, 8)), "sample= is not what the model can be called with: RuntimeError("),
         (dict(averages=[nn.Linear(1, 1)]), "averages= must be models with the parameters of the model"),
         (dict(averages=nn.Linear(1, 1)), "averages= must be a list, got Linear"),
-        (dict(layers=None), "layers= must be a list of patterns, got None"),
         (dict(schedule=(20, 10, 1)), "schedule= must be of type RePrSchedule, got (20, 10, 1)"),
         (dict(first_lr_step=6.6), "first_lr_step= must be of type int, got 6.6"),
         (dict(seed=None), "seed= must be of type int, got None"),
@@ -127,7 +127,7 @@ def test_resumed_from_a_file_it_ends_with_the_same_weights(tmp_path, stop, make,
             dict(kind=lambda parameters, rate: {"generator": 0}),
             "optimizer= must be a torch.optim.Optimizer, or hold one",
         ),
-        (dict(ratio=0.3), "RePr has no option 'ratio': take one of s1_iters, "),
+        (dict(ratio=0.3), f"RePr has no option 'ratio': take one of {', '.join(option_names())}"),
     ],
 )
 def test_what_is_wrong_is_said_before_the_first_step(options, message):

@@ -77,11 +77,6 @@ def test_braces_that_a_user_typed_stay_what_they_are():
         assert str(error.value) == f"REPR.LAYERS.INCLUDE {typed} matches nothing"
 
 
-def test_what_is_no_option_is_refused_with_those_that_are():
-    with pytest.raises(OptionError, match=rf"RePr has no option 'ratio': take one of {', '.join(option_names())}$"):
-        RePrOptions.of({"drop_ratio": 0.2, "ratio": 0.3})
-
-
 @pytest.mark.parametrize("name", option_names())
 def test_an_option_is_described_once(name):
     """What is written elsewhere follows: keyword, default and key of a config, LazyConfig, table of the pages."""
