@@ -32,6 +32,7 @@ MODEL.ROI_BOX_HEAD.FC_DIM 32 MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION 3 INPUT.MIN_SI
 INPUT.MIN_SIZE_TEST 64 INPUT.MAX_SIZE_TEST 96 DATALOADER.NUM_WORKERS 0 SOLVER.IMS_PER_BATCH 2 SOLVER.BASE_LR 0.005
 SOLVER.WARMUP_ITERS 2 SOLVER.CHECKPOINT_PERIOD 1000 SEED 7 DATASETS.TRAIN ('tiny_train',) DATASETS.TEST ('tiny_val',)
 """.split()
+SCHEDULE = "SOLVER.MAX_ITER 8 REPR.ENABLED True REPR.S1_ITERS 2 REPR.S2_ITERS 1 REPR.NUM_CYCLES 2".split()
 R18 = ("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone")  # instead of the tiny backbone
 
 
@@ -68,14 +69,19 @@ def interrupt():
     raise KeyboardInterrupt
 
 
-def end_of(cfg, *hooks, resume=False) -> dict:
-    """Trains; returns a copy of the state dict."""
+def trained(cfg, *hooks, resume=False, kind=Trainer):
+    """A trainer that has trained."""
     seed_all_rng(99 if resume else 5)
-    trainer = Trainer(cfg)
+    trainer = kind(cfg)
     trainer.register_hooks(hooks)
     trainer.resume_or_load(resume=resume)
     trainer.train()
-    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    return trainer
+
+
+def end_of(cfg, *hooks, resume=False) -> dict:
+    """The state dict that a training ends with."""
+    return trained(cfg, *hooks, resume=resume).model.state_dict()
 
 
 @pytest.fixture(autouse=True)

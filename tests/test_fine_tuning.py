@@ -6,9 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import R18, At, interrupt
+from conftest import R18, SCHEDULE, At, interrupt, trained
 from detectron2.modeling import build_model
-from test_hook import SCHEDULE, trained
 
 from repr_det import RePrHook, Trainer
 from repr_det.detectron.hook import ADVICE, SHORT, fine_tuning_warning
@@ -47,9 +46,9 @@ def test_one_warning_before_the_first_step_and_none_on_resume(tiny_cfg, tmp_path
     torch.save({"model": build_model(tiny_cfg()).state_dict()}, tmp_path / "trained.pth")
     keys = *SCHEDULE, "MODEL.WEIGHTS", tmp_path / "trained.pth", "DATASETS.TEST", "()"
     with caplog.at_level(logging.WARNING, "repr_det.hook"):
-        trained(Trainer, tiny_cfg(*keys))
+        trained(tiny_cfg(*keys))
         assert caplog.text.count(ADVICE) == 1
-        trained(Trainer, tiny_cfg(*keys, "SOLVER.MAX_ITER", 10), resume=True)
+        trained(tiny_cfg(*keys, "SOLVER.MAX_ITER", 10), resume=True)
     assert caplog.text.count(ADVICE) == 1
 
 

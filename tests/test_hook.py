@@ -9,13 +9,12 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same_weights, refused
+from conftest import SCHEDULE, assert_same_weights, refused, trained
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.data import build_detection_train_loader
 from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, default_setup
 from detectron2.modeling import build_model
-from detectron2.utils.env import seed_all_rng
 from outcomes import json_lines
 from small_loop import OPTIONS, TwoConvs, config, hook_of, small_trainer, spelled, train
 from test_options import OTHERS
@@ -26,17 +25,7 @@ from repr_det.detectron.config import options_of_config, without_repr
 from repr_det.detectron.passes import training_passes
 from repr_det.network.state import random_state
 
-SCHEDULE = "SOLVER.MAX_ITER 8 REPR.ENABLED True REPR.S1_ITERS 2 REPR.S2_ITERS 1 REPR.NUM_CYCLES 2".split()
 WAYS = ("config", "plain")
-
-
-def trained(trainer_class, cfg, *registered, resume=False):
-    seed_all_rng(cfg.SEED)
-    trainer = trainer_class(cfg)
-    trainer.register_hooks(registered)
-    trainer.resume_or_load(resume=resume)
-    trainer.train()
-    return trainer
 
 
 def zero_filters(model) -> int:
@@ -65,8 +54,9 @@ def test_changes_nothing_bit_for_bit_before_the_first_drop(tiny_cfg, tmp_path, e
     common = ["MODEL.RESNETS.NORM", norm, "SOLVER.BASE_LR", "0.0005", "SOLVER.MAX_ITER", 7, "DATASETS.TEST", "()"]
     late = ["REPR.START_ITER", 4, "REPR.S1_ITERS", 1, "REPR.S2_ITERS", 1, "REPR.NUM_CYCLES", 1]
     ours, stock = Seen(state_of), Seen(state_of)
-    trained(Trainer, tiny_cfg(*common, *late, "REPR.ENABLED", enabled), ours)
-    trained(DefaultTrainer, without_repr(tiny_cfg(*common, "OUTPUT_DIR", tmp_path / "stock")), stock)
+    trained(tiny_cfg(*common, *late, "REPR.ENABLED", enabled), ours)
+    cfg = without_repr(tiny_cfg(*common, "OUTPUT_DIR", tmp_path / "stock"))
+    trained(cfg, stock, kind=DefaultTrainer)
     assert_same_weights(ours.found[3], stock.found[3])
 
 
@@ -75,7 +65,7 @@ def test_one_run(tiny_cfg, tmp_path):
     data = ["REPR.CRITERION", "apoz", "REPR.CRITERION_BATCHES", 2, "DATASETS.TEST", "()"]
     cfg = tiny_cfg(*SCHEDULE, *data, "SOLVER.CHECKPOINT_PERIOD", 2)
     seen = Seen(lambda trainer: zero_filters(trainer.model))
-    trainer = trained(Trainer, cfg, seen)
+    trainer = trained(cfg, seen)
     assert [seen.found[i] > 0 for i in range(8)] == [False, True, False, False, True, False, False, False]
 
     events = json_lines(tmp_path / "run" / "repr_events.jsonl")
@@ -120,7 +110,7 @@ def test_in_a_stock_trainer_it_moves_and_logs(tiny_cfg, tmp_path):
             return {}
 
     default_setup(cfg, argparse.Namespace())
-    trained(Evaluated, cfg, RePrHook(seed=1, **vars(options_of_config(cfg))))
+    trained(cfg, RePrHook(seed=1, **vars(options_of_config(cfg))), kind=Evaluated)
     saved = torch.load(tmp_path / "run" / "model_0000001.pth", weights_only=True)
     masks = saved["trainer"]["hooks"]["RePrHook"]["scheme"]["masks"]
     assert masks and not any(saved["model"][f"{name}.weight"][mask].any() for name, mask in masks.items())

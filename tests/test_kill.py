@@ -40,8 +40,8 @@ ROUNDS = int(os.environ.get("KILL_ROUNDS", "1"))  # `make soak` sets more
 def test_killed_and_resumed_bit_for_bit(tiny_data, tmp_path, workers, round_):
     def trained(name, resume=False, moment="", iteration=0, after=None):
         """Whether it was killed."""
-        words = train_words(tiny_data, tmp_path / name, *OPTS, "DATALOADER.NUM_WORKERS", workers)
-        words[2:2] = ["--resume"] * resume
+        flags = ["--resume"] if resume else []
+        words = train_words(tiny_data, tmp_path / name, *OPTS, "DATALOADER.NUM_WORKERS", workers, flags=flags)
         command = forked.Command(
             words, f"{tmp_path / name}.log", before="misbehaviour:kill_at", arguments=(moment, iteration)
         )

@@ -14,8 +14,7 @@ TRANSITIONS = (
 
 def run(folder, data, *opts, processes=2, flags=(), before="misbehaviour:end_in", arguments=()):
     folder.mkdir(exist_ok=True)
-    words = train_words(data, folder / "run", *TRANSITIONS, *opts)
-    words[2:2] = ["--num-gpus", processes, *flags]
+    words = train_words(data, folder / "run", *TRANSITIONS, *opts, flags=["--num-gpus", processes, *flags])
     return forked.run(words, folder / "log", before=before, arguments=arguments or [folder])
 
 

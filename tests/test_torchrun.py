@@ -35,8 +35,8 @@ def train(tiny_data):
     begun = []
 
     def start(folder, torchrun=(), *, resume=False, misbehave=(), opts=(), tell="", **environment):
-        words = train_words(tiny_data, folder, *OPTS, *opts)
-        words[2:2] = ["--resume"] * resume + ([] if torchrun else ["--num-gpus", 2])
+        flags = [*(["--resume"] if resume else []), *([] if torchrun else ["--num-gpus", 2])]
+        words = train_words(tiny_data, folder, *OPTS, *opts, flags=flags)
         before = "misbehaviour:tell" if tell else "misbehaviour:signal_at" if misbehave else ""
         arguments = ([tell] if tell else []) + ([*misbehave, f"{folder}.once"] if misbehave else [])
         options = {"environment": environment, "before": before, "arguments": arguments, "torchrun": torchrun}
