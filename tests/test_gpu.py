@@ -160,10 +160,8 @@ def test_a_detectors_steps_wait_as_often_as_without_repr_and_a_cycle_is_resumed(
     counts = []
     for more in ("REPR.ENABLED False", "REPR.ENABLED True REPR.S1_ITERS 2 REPR.S2_ITERS 4 REPR.NUM_CYCLES 1"):
         seed_all_rng(5)
-        trainer, steps = (
-            Trainer(tiny_cfg(*opts, *more.split(), "OUTPUT_DIR", tmp_path / str(len(counts)))),
-            CountedSteps(),
-        )
+        trainer = Trainer(tiny_cfg(*opts, *more.split(), "OUTPUT_DIR", tmp_path / str(len(counts))))
+        steps = CountedSteps()
         trainer.register_hooks([steps])
         trainer.train()
         counts.append(steps.waits)

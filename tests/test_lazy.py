@@ -151,11 +151,7 @@ def test_trains_evaluates_and_resumes_bit_for_bit(small_config, tmp_path):
         ("small", "optimizer.lr=-1", "optimizer: Invalid learning rate: -1"),
         ("small", "train.log_period=0", "train.log_period must be at least 1, got 0"),
         ("small", "train.init_checkpoint=gone.pth", "train.init_checkpoint 'gone.pth' cannot be read"),
-        (
-            "small",
-            "model.roi_heads.num_classes=7",
-            "model.roi_heads.num_classes is 7, but tiny_train has 2 classes",
-        ),
+        ("small", "model.roi_heads.num_classes=7", "model.roi_heads.num_classes is 7, but tiny_train has 2 classes"),
         ("small", "dataloader.evaluator.dataset_name=v", f"{OTHER_DATA} (v), got tiny_val"),
         ("two", None, f"{OTHER_DATA} (tiny_val), got tiny_val, tiny_train"),
         ("small", "train.max_itr=5", "override train.max_itr: the config has no 'max_itr' in train; did you mean trai"),
