@@ -1,7 +1,6 @@
 """Data sets by name: their classes, mapped or refused naming both lists, and what they lack that a run needs."""
 
 import json
-import logging
 import shutil
 
 import pytest
@@ -90,7 +89,7 @@ def test_other_ids_and_a_subset_are_evaluated_as_stock_detectron2_does(folder, c
 
 
 def test_training_sets_may_number_and_list_otherwise(folder, catalogs, caplog):
-    caplog.set_level(logging.INFO, "repr_det")
+    caplog.set_level("INFO", "repr_det")
     register(folder, a={1: "drop", 2: "cell"}, b=CLASSES, v={0: "pets-a1b2", 5: "plate", 9: "cell"})
     agree = registered.agree_on_classes
     assert agree(("a", "b"), ("v",)) == ("cell", "plate", "drop")  # those of the one that has most

@@ -2,7 +2,6 @@
 the record of a run."""
 
 import json
-import logging
 import os
 import weakref
 from types import SimpleNamespace
@@ -182,8 +181,7 @@ def test_record_of_a_run(tmp_path, data_set, caplog):
     def begin(text, start):
         record = RunRecord(str(run), lambda folder: (folder / "config.yaml").write_text(text), [data_set])
         record.trainer = SimpleNamespace(start_iter=start, max_iter=6)
-        with caplog.at_level(logging.WARNING, "repr_det.resume"):
-            record.before_train()
+        record.before_train()
         return {path.name: path.read_text() for path in run.iterdir() if path.suffix == ".yaml"}
 
     assert begin("lr 1", 0) == {"config.yaml": "lr 1"}
