@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL
+from conftest import SMALL
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
@@ -76,11 +76,7 @@ def mine(folder, catalogs, tmp_path):
         edit(folder)
         folder.check(for_evaluation=False)
         own = [*SMALL, "DATASETS.TRAIN", "('mine',)", "DATASETS.TEST", "('mine',)", "OUTPUT_DIR", str(tmp_path / "run")]
-        return build_config(
-            str(ROOT / "configs" / "baseline_r50_fpn.yaml"),
-            [*own, *opts],
-            [["mine", str(folder.json), str(folder.images)]],
-        )
+        return build_config("baseline_r50_fpn.yaml", [*own, *opts], [["mine", str(folder.json), str(folder.images)]])
 
     return make
 

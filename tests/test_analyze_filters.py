@@ -56,9 +56,7 @@ def test_numbers_verdict_and_plot(run, tmp_path):
     expected = np.sqrt(2 / (np.pi * 288))  # E|cos| up to terms of 1 / d
     total = textbook_overlap(weight[used]).sum() + textbook_overlap(other).sum()
     assert found["overlap_factor"] == pytest.approx(total / (30 * expected + 31 * expected), rel=0.01)
-    assert text.startswith(
-        "3 of 63 filters are redundant (4.8%): 2 near-duplicates (|cos| > 0.9; random directions: 0), "
-    )
+    assert text.startswith("3 of 63 filters are redundant (4.8%): 2 near-duplicates (|cos| > 0.9; random directions: 0")
     assert "1 dead (norm below 2% of the median), idle ones not looked for (--batches). Mean O_f is 1.0" in text
     assert ", iteration 11, layers by name" in text
     assert re.search(r"^all +64 .* 1 +19$", text, re.MULTILINE)  # filters, zero, dropped

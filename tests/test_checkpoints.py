@@ -72,8 +72,7 @@ def test_a_used_folder_is_resumed_with_the_same_model_or_refused(tiny_cfg, tmp_p
         Trainer(tiny_cfg("MODEL.BACKBONE.FREEZE_AT", 2)).resume_or_load(resume=True)
     other = Trainer(tiny_cfg())
     other.resume_or_load(resume=False)
-    with pytest.raises(UserError, match=r"holds another run \(last_ch.*\): resume_or_load\(resume=True\) to continue"):
-        other.train()
+    assert "holds another run (last_checkpoint, model_0000001.pth): resume_or_load(resume" in refused(other.train)
     assert before.items() <= contents(tmp_path / "run").items()
 
 
@@ -119,8 +118,7 @@ def test_one_trainer_trains_once(tiny_cfg, enabled):
     trainer.register_hooks([At(1, interrupt)])
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    with pytest.raises(UserError, match=r"this trainer has trained .*: make another one and call resume_or_load"):
-        trainer.train()
+    assert "this trainer has trained before: make another one and call resume_or_load" in refused(trainer.train)
 
 
 def test_a_resumed_run_keeps_its_best_checkpoint(tiny_cfg, tmp_path, monkeypatch):
@@ -197,8 +195,7 @@ def test_evaluations_of_ones_own_are_repeated(tiny_cfg, tmp_path):
 def test_training_in_pieces_is_told_its_cause(tiny_cfg):
     trainer = Trainer(tiny_cfg(*RUN))
     trainer.max_iter = 2
-    with pytest.raises(UserError, match=r"max_iter is 2, but SOLVER.MAX_ITER is 4: .* resume it in another trainer"):
-        trainer.train()
+    assert "max_iter is 2, but SOLVER.MAX_ITER is 4: to train in pieces, stop a run and" in refused(trainer.train)
 
 
 @pytest.mark.parametrize(

@@ -107,8 +107,8 @@ def test_optimizers_that_are_not_understood_are_refused_before_the_drop(key, val
     assert f"the optimizer SGD keeps '{key}' for {message}" in refused(scheme.drop)
     assert not scheme.is_sub
     assert_same_weights(net.state_dict(), before)
-    with pytest.raises(UserError, match="the optimizer Adam has eps 0"):
-        plain_scheme(net, torch.optim.Adam(net.parameters(), 0.1, eps=0.0))
+    without_eps = torch.optim.Adam(net.parameters(), 0.1, eps=0.0)
+    assert "the optimizer Adam has eps 0" in refused(plain_scheme, net, without_eps)
 
 
 @pytest.mark.parametrize(
