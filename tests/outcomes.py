@@ -1,4 +1,4 @@
-"""What a run of the tiny detector leaves behind, to be compared bit for bit."""
+"""The outcome of a run of the tiny detector, to be compared bit for bit."""
 
 import json
 

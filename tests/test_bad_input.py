@@ -230,7 +230,7 @@ def test_weights_that_can_be_begun_with(tiny_cfg, tmp_path, weights):
 
 
 def test_what_a_resumed_run_reads(tiny_cfg, tmp_path, weights):
-    """Not MODEL.WEIGHTS. A file of a plain loop, of a SimpleTrainer or of weights alone can be evaluated only."""
+    """MODEL.WEIGHTS is not read. A file of a plain loop, a SimpleTrainer or of weights alone can only be evaluated."""
     (tmp_path / "run").mkdir()
     checkpoint = tmp_path / "run" / "model_0000003.pth"
     gone = ["MODEL.WEIGHTS", "gone.pth"]

@@ -126,7 +126,7 @@ def test_a_scale_out_of_reach_of_eps_still_gets_its_mean():
 
 @pytest.mark.parametrize("all_closed", [False, True])
 def test_a_channel_whose_relu_never_opens_returns_as_one_that_opens(all_closed):
-    """With the moments it had it would be closed again; what is added to a shortcut may well be below 0 everywhere."""
+    """With its old moments it would be closed again; what is added to a shortcut may well be below 0 everywhere."""
     closed = {"conv1": [2, 5], "conv2": list(range(WIDTH)) if all_closed else [0, 7, 8], "conv3": [3]}
     leaving = {"conv1": [2, 5, 6], "conv2": [0, 7, 9], "conv3": [3, 4]}
     net, _, scheme, images = make(traced=True, criterion=chosen(leaving), drop_ratio=8.5 / (4 * WIDTH))

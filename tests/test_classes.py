@@ -51,7 +51,7 @@ def classes_as_loaded(name: str) -> dict[int, list[int]]:
 
 
 def evaluated(evaluator: COCOEvaluator, folder: Folder) -> dict[str, float]:
-    """Of a model with the classes of CLASSES in this order."""
+    """The evaluation of a model whose outputs are CLASSES, in this order."""
     order, found = list(CLASSES.values()), []
     for entry in folder.content["images"]:
         own = [(box, order.index(c)) for image_id, c, box in FOUND if image_id == entry["id"]]
@@ -185,7 +185,7 @@ def test_names_that_come_with_the_packages(catalogs, folder, tmp_path, monkeypat
 
 
 def test_images_without_annotations_are_evaluated_as_in_detectron2(mine, folder, tmp_path, caplog):
-    """As of COCO's test-dev: the detections are written, for a server."""
+    """COCO's test-dev has none: the detections are written, for a server."""
     cfg = mine(edit=put(annotations=...))
     check_datasets(cfg, eval_only=True)
     assert caplog.messages == [f"data set mine: {folder.json}: has no 'annotations', which training and AP need"]
@@ -219,7 +219,7 @@ def config(register, *opts, **options):
     ],
 )
 def test_a_number_of_classes_is_asked_of_models_that_read_it(tiny_cfg, kind, data):
-    """Not of those without heads; ADE20k has no things."""
+    """Models without heads read none; ADE20k has no things."""
     names = ["DATASETS.TRAIN", f"('{data}_train',)", "DATASETS.TEST", f"('{data}_val',)"]
     opts = [*names, "MODEL.ROI_HEADS.NUM_CLASSES", 80]
     check_datasets(tiny_cfg(*opts, "MODEL.META_ARCHITECTURE", kind))

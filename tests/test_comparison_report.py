@@ -144,7 +144,7 @@ def test_overlap_of_grouped_convs(finished, tmp_path):
 
 
 def test_ap_over_training(finished):
-    """Of runs that were resumed and killed while they wrote a line."""
+    """The runs were resumed, and killed while they wrote a line."""
     runs = (Run(arm, 1, finished(arm, 1, ap=ap), 40) for arm, ap in (("baseline", 30.0), ("repr", math.nan)))
     curves = compare(Study(tuple(runs))).curves
     assert curves["baseline"][1].to_dict() == {20: 31.0, 40: 30.0} and curves["repr"][1].isna().all()

@@ -17,7 +17,7 @@ CONFIG = "configs/repr_r50_fpn.yaml"
 
 
 def rates(cfg):
-    """Of every iteration, as the optimizer has them; the scheduler is asked once more after the last one."""
+    """The optimizer's rate in every iteration; the scheduler is asked once more after the last one."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     scheduler, found = Trainer.build_lr_scheduler(cfg, optimizer), []
     for _ in range(cfg.SOLVER.MAX_ITER):

@@ -50,8 +50,8 @@ def test_one_warning_before_the_first_step_and_none_on_resume(tiny_cfg, tmp_path
     assert caplog.text.count(ADVICE) == 1
 
 
-def test_in_the_form_for_fine_tuning_no_conv_returns_loud(tiny_cfg):
-    """Of a ResNet-50, FrozenBN and all, at a quarter of its width: conv1 and conv2 of res3 to res5 take part."""
+def test_the_config_for_fine_tuning_has_no_conv_that_cannot_return_silently(tiny_cfg):
+    """A ResNet-50 with FrozenBN, at a quarter of its width: conv1 and conv2 of res3 to res5 participate."""
     small = "MODEL.RESNETS.DEPTH 50 MODEL.RESNETS.NORM FrozenBN MODEL.RESNETS.WIDTH_PER_GROUP 8 SOLVER.STEPS () "
     small += "MODEL.RESNETS.STEM_OUT_CHANNELS 16 MODEL.RESNETS.RES2_OUT_CHANNELS 32 MODEL.BACKBONE.FREEZE_AT 2"
     for exclude, convs, not_silent in (((), "12", ""), (("REPR.LAYERS.EXCLUDE", []), "123", "3")):

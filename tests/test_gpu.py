@@ -86,7 +86,7 @@ class NoFloat64(TorchDispatchMode):
     "criterion, norm", [("ortho", "FrozenBN"), ("random", "GN"), ("apoz", "BN"), ("redundant", "BN")]
 )
 def test_no_float64_on_the_device_and_no_kernel_that_is_not_deterministic(criterion, norm, monkeypatch):
-    """Of two devices on the one that is not the current one."""
+    """The network is on the last device; the current one is the first."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     device = torch.device("cuda", torch.cuda.device_count() - 1)
     net = Net(norm).to(device)

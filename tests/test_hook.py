@@ -154,7 +154,7 @@ def test_a_resumed_run_must_have_the_same_options(way, name):
 
 
 def test_a_resumed_run_begins_where_its_state_was_and_may_have_other_batches():
-    """How many of them are looked at follows from their size, unless an option says it."""
+    """Unless an option says it, their size decides how many of them a transition looks at."""
     trainer, larger = (small_trainer(RePrHook(**OPTIONS, images_per_batch=n), norm="FrozenBN") for n in (4, 8))
     train(trainer, stop=5)
     larger.model.load_state_dict(trainer.model.state_dict())

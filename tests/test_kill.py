@@ -39,7 +39,7 @@ ROUNDS = int(os.environ.get("KILL_ROUNDS", "1"))  # `make soak` sets more
 @pytest.mark.parametrize("round_", range(ROUNDS))
 def test_killed_and_resumed_bit_for_bit(tiny_data, tmp_path, workers, round_):
     def trained(name, resume=False, moment="", iteration=0, after=None):
-        """Whether it was killed."""
+        """Trains; True if the run was killed."""
         flags = ["--resume"] if resume else []
         words = train_words(tiny_data, tmp_path / name, *OPTS, "DATALOADER.NUM_WORKERS", workers, flags=flags)
         command = forked.Command(

@@ -91,7 +91,7 @@ def test_a_node_of_version_0_2_0_says_the_same(caplog):
 
 
 def test_learning_rate_steps():
-    """Where the multiplier steps, with or without the warm-up around it; half of a cosine."""
+    """STEPS are where the multiplier steps, with or without a warm-up around it, or half of a cosine."""
     updates = ["lr_multiplier.scheduler.num_updates=180000", "lr_multiplier.scheduler.milestones=[60000,80000]"]
     for overrides, steps in (([], (600, 800)), (updates, (300, 400))):  # milestones count in units of the last one
         lazy = load_lazy_config(CONFIG, ["train.max_iter=900", *overrides])

@@ -38,7 +38,7 @@ def test_a_run_is_resumed_with_the_same_options_alone(name):
 
 
 def test_states_without_an_option_are_taken():
-    """Of versions that did not have it, or did not save any."""
+    """Earlier versions did not have it, or did not save any."""
     saved = RePrOptions().resumed()
     del saved["REPR.DROP_RATIO"]
     check_resumed(saved, RePrOptions(drop_ratio=0.1).resumed())

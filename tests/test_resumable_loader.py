@@ -1,4 +1,4 @@
-"""Where a training loader goes on: exactly if nothing changed, else behind as many images as were drawn."""
+"""A training loader resumes exactly if nothing changed, else behind as many images as were drawn."""
 
 import itertools
 import random
@@ -80,7 +80,7 @@ def resumed(loader, saved, iteration, caplog):
 
 
 def states(loader, batches):
-    """Of a run that has drawn so many batches, as its only rank."""
+    """The states of a run on one rank that has drawn so many batches."""
     drawn(loader, batches)
     return [{"random": random_state(), "loaders": [loader.state_dict()]}]
 

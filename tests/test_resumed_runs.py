@@ -201,7 +201,7 @@ def test_record_of_a_run(tmp_path, data_set, caplog):
 
 @pytest.mark.parametrize(("kind", "evaluator"), [("sem_seg", "SemSeg"), ("pascal_voc", "PascalVOCDetection")])
 def test_evaluator_of_a_data_set(tmp_path, data_set, monkeypatch, kind, evaluator):
-    """Of COCO, the default: test_classes."""
+    """Other kinds than COCO, which test_classes tests."""
     monkeypatch.setattr(evaluation, f"{evaluator}Evaluator", lambda *_, **__: evaluator)
     MetadataCatalog.get(data_set).evaluator_type = kind
     evaluators.check_evaluators([data_set])

@@ -67,7 +67,7 @@ def in_sub_network(model, layers=("[34].conv*",), kind=torch.optim.SGD, **option
 
 
 def outputs(model):
-    """Of training and of evaluation mode; of copies, for training moves running statistics."""
+    """Outputs in training and in evaluation mode, of copies: training moves running statistics."""
     with torch.no_grad():
         return [copy.deepcopy(model).train(mode)(images_of(0)) for mode in (True, False)]
 

@@ -126,7 +126,7 @@ RETURNS = [*((norm, "kept", "ortho") for norm in NORMS), ("BN", "old", "ortho"),
 
 @pytest.mark.parametrize(("norm", "scale", "criterion"), [*RETURNS, ("BN", "kept", first_group)])
 def test_restored_filters_are_orthogonal_reset_and_scaled(norm, scale, criterion):
-    """To the kept and the old ones of their group: filters of another group look at other channels."""
+    """Orthogonal to the kept and the old filters of their group: those of another group look at other channels."""
     net, opt, scheme = make(norm, "adam", scale=scale, criterion=criterion)
     steps(net, opt, 3, seed=1)
     before = copy.deepcopy({layer.name: layer.tensors() for layer in scheme.layers})

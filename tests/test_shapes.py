@@ -24,7 +24,7 @@ PINNED = {
 
 
 def test_pixels_and_annotations_are_the_pinned_ones():
-    """And the two splits share no image."""
+    """The two splits share no image."""
     images = []
     for split, pinned in PINNED.items():
         digest = hashlib.sha256()

@@ -23,7 +23,7 @@ ROUNDS = int(os.environ.get("KILL_ROUNDS", "1"))  # `make soak` sets more
 
 
 def one_machine(processes=2):
-    """What torchrun --standalone stands for, and restarts."""
+    """The options that torchrun --standalone stands for, and restarts."""
     words = ["--nproc_per_node", processes, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
     return [*words, "--rdzv-id", uuid.uuid4(), "--max-restarts", 3]
 
@@ -49,7 +49,7 @@ def train(tiny_data):
 
 
 def ended(command):
-    """What a command that ends well leaves behind."""
+    """The outcome of a command, which must end well."""
     assert command.status() == 0, command.text[-4000:]
     folder = command.log.with_suffix("")
     log = (folder / "log.txt").read_text()
