@@ -124,7 +124,7 @@ def test_every_option_by_plain_arguments_and_by_a_config(way):
     chosen = OTHERS | {"layers": ["backbone.conv?"], "criterion": "apoz", "frozen_norm": "recalibrate", "num_cycles": 2}
     hook = hook_of(way, 20, **chosen)
     train(small_trainer(hook, steps=20, norm="FrozenBN"))
-    assert vars(hook.options) == chosen and hook.scheme.cycle == 2
+    assert vars(hook.options) == vars(hook.repr.options) == chosen and hook.scheme.cycle == 2
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -7,12 +7,11 @@ import torch.nn.functional as F
 from conftest import assert_same_weights
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
+from traced_nets import IMAGES
 
 from repr_det import RePrScheme, find_filter_layers
 from repr_det.method.criteria import Context, copies, redundancy, use_of_filters
 from repr_det.method.passes import TrainingPasses
-
-IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 class Net(nn.Module):
