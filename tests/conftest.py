@@ -54,6 +54,10 @@ def refused(action, *args, **options) -> str:
     return str(error.value)
 
 
+def contents(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
 class At(HookBase):
     """Calls ``action`` before an iteration."""
 

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import At, assert_same_weights, end_of, interrupt, refused
+from conftest import At, assert_same_weights, contents, end_of, interrupt, refused
 from detectron2.engine import hooks
 from detectron2.utils.env import seed_all_rng
 from torch import nn
@@ -15,10 +15,6 @@ from repr_det import RePrHook, Trainer, UserError
 from repr_det.runs.checkpoints import AtomicCheckpointer, find_checkpoint, zero_filters
 from repr_det.runs.files import truncate_log
 from repr_det.runs.resume import check_same_optimizer
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_resumes_from_the_newest_checkpoint_and_says_so(tmp_path, caplog):

@@ -128,7 +128,7 @@ def test_report_says_what_is_missing(finished, catalogs, tmp_path):
     assert "Filters Bar" not in page.text and page.tags.count("img") == 1
 
 
-def test_overlap_of_grouped_convs(finished, tmp_path):
+def test_overlap_of_grouped_convs(finished):
     """Filters equal to those of other groups and orthogonal in their own, as training measures it."""
     opts = "MODEL.BACKBONE.NAME build_resnet_fpn_backbone MODEL.RESNETS.DEPTH 50 MODEL.RESNETS.NUM_GROUPS 4".split()
     runs = [Run(arm, 1, finished(arm, 1, *opts), 40) for arm in ("baseline", "repr")]

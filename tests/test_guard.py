@@ -13,10 +13,9 @@ from torch import nn
 from repr_det import Trainer, UserError
 from repr_det.runs.guard import FiniteGuard, NonFiniteError, non_finite_weight
 
-FAULTS = (
-    "SOLVER.MAX_ITER 8 REPR.ENABLED True REPR.S1_ITERS 3 REPR.S2_ITERS 3 REPR.NUM_CYCLES 1 DATASETS.TEST () "
-    "SOLVER.CHECKPOINT_PERIOD 2"
-).split()  # iterations 3 to 5 are in the sub-network phase
+# Iterations 3 to 5 are in the sub-network phase.
+FAULTS = "SOLVER.MAX_ITER 8 REPR.ENABLED True REPR.S1_ITERS 3 REPR.S2_ITERS 3 REPR.NUM_CYCLES 1".split()
+FAULTS += "SOLVER.CHECKPOINT_PERIOD 2 DATASETS.TEST ()".split()
 LAYER = "backbone.bottom_up.res4.0.conv2"
 
 

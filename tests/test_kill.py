@@ -9,10 +9,8 @@ import forked
 import pytest
 from outcomes import assert_same, outcome, train_words
 
-OPTS = (
-    "SOLVER.MAX_ITER 14 REPR.ENABLED True REPR.S1_ITERS 3 REPR.S2_ITERS 3 REPR.NUM_CYCLES 2 SOLVER.CHECKPOINT_PERIOD 2 "
-    "TEST.EVAL_PERIOD 6"
-).split()
+OPTS = "SOLVER.MAX_ITER 14 REPR.ENABLED True REPR.S1_ITERS 3 REPR.S2_ITERS 3 REPR.NUM_CYCLES 2".split()
+OPTS += "SOLVER.CHECKPOINT_PERIOD 2 TEST.EVAL_PERIOD 6".split()
 # (moment, first, last): the run is killed the first time that the moment comes at or after an iteration drawn from the
 # range. Drops end iterations 2 and 8, restores 5 and 11, evaluations 5, 11 and 13, checkpoints every second one.
 MOMENTS = [

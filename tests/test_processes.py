@@ -6,10 +6,8 @@ import forked
 import torch
 from outcomes import json_lines, train_words
 
-TRANSITIONS = (
-    "SOLVER.MAX_ITER 6 REPR.ENABLED True REPR.S1_ITERS 1 REPR.S2_ITERS 2 REPR.NUM_CYCLES 1 SOLVER.CHECKPOINT_PERIOD 1 "
-    "DATASETS.TEST ()"
-).split()
+TRANSITIONS = "SOLVER.MAX_ITER 6 REPR.ENABLED True REPR.S1_ITERS 1 REPR.S2_ITERS 2 REPR.NUM_CYCLES 1".split()
+TRANSITIONS += "SOLVER.CHECKPOINT_PERIOD 1 DATASETS.TEST ()".split()
 
 
 def run(folder, data, *opts, processes=2, flags=(), before="misbehaviour:end_in", arguments=()):

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import pytest
 from coco_folder import ap_of_the_truth
-from conftest import refused
+from conftest import contents, refused
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from repr_det import datasets
@@ -85,10 +85,6 @@ def test_every_object_stays_visible_and_many_are_partly_hidden(monkeypatch):
 def few_images(monkeypatch):
     monkeypatch.setattr(shapes, "SPLITS", {"train": (1, 4), "val": (2, 3)})
     monkeypatch.setitem(shapes.PARTS, "train_75", ("train", 2))
-
-
-def contents(root):
-    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
 
 
 def test_the_folder_holds_what_is_generated_and_is_reused_silently(few_images, tmp_path, capsys):

@@ -14,10 +14,8 @@ import torch
 from conftest import ROOT
 from outcomes import assert_same, json_lines, outcome, train_words
 
-OPTS = (
-    "SOLVER.MAX_ITER 12 REPR.ENABLED True REPR.S1_ITERS 2 REPR.S2_ITERS 2 REPR.NUM_CYCLES 2 SOLVER.CHECKPOINT_PERIOD 3 "
-    "DATASETS.TEST () DATALOADER.NUM_WORKERS 1"  # a signal to a group of processes reaches loader workers too
-).split()
+OPTS = "SOLVER.MAX_ITER 12 REPR.ENABLED True REPR.S1_ITERS 2 REPR.S2_ITERS 2 REPR.NUM_CYCLES 2 DATASETS.TEST ()".split()
+OPTS += "SOLVER.CHECKPOINT_PERIOD 3 DATALOADER.NUM_WORKERS 1".split()  # signals to a process group reach workers too
 EARLY_WARNING = "--register tiny_val: no key names it"  # said before the run has a log
 ROUNDS = int(os.environ.get("KILL_ROUNDS", "1"))  # `make soak` sets more
 
