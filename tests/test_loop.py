@@ -219,22 +219,29 @@ def test_averages_begin_again_at_a_restore_and_stay_at_a_drop():
     assert_same_weights(held.module.state_dict(), before)
 
 
-@pytest.mark.parametrize(("given", "moves"), [(False, True), (False, False), (True, True)])
-def test_an_average_that_is_not_given_is_warned_of_once(caplog, given, moves):
-    average = AveragedModel(readable_net())
+@pytest.mark.parametrize("kind", ["average", "given average", "copy that stays", "network that trains"])
+def test_an_average_that_is_not_given_is_warned_of_once(caplog, kind):
+    """A second network that trains is none, as in CycleGAN or mutual learning, with gradients cleared before step()."""
+    other = AveragedModel(readable_net())
+    if kind == "network that trains":
+        other = readable_net()
+        optimizer = torch.optim.SGD(other.parameters(), 0.05)
     half_made = object.__new__(nn.Sequential)  # what is left of a module whose __init__ has failed
     lazy = nn.Sequential(nn.LazyLinear(3))  # somewhere in the program
     with torch.device("meta"):
         shapes = readable_net()
 
     def after(one):
-        if moves:
-            average.update_parameters(one.model)
+        if "average" in kind:
+            other.update_parameters(one.model)
+        elif kind == "network that trains":
+            train(other, optimizer, steps=1)
+            optimizer.zero_grad()
         one.step()
 
-    run(begin(averages=[average] if given else []), 10, after)
+    run(begin(averages=[other] if kind == "given average" else []), 10, after)
     warned = caplog.text.count("a copy of the model (Sequential) is updated without gradients")
-    assert warned == (moves and not given) and not vars(half_made) and len(lazy) == 1 and shapes[0].weight.is_meta
+    assert warned == (kind == "average") and not vars(half_made) and len(lazy) == 1 and shapes[0].weight.is_meta
 
 
 @pytest.mark.parametrize(("milestone", "warned"), [(2, 1), (8, 1), (11, 0)])
@@ -255,20 +262,6 @@ def test_what_lies_before_the_first_step_is_left_out(first_step, phases):
 
     run(one, len(phases), after)
     assert seen == phases and one.steps == first_step + len(phases)
-
-
-def test_a_second_network_that_trains_is_no_average(caplog):
-    """As in CycleGAN or mutual learning, with gradients cleared before step()."""
-    other = readable_net()
-    optimizer = torch.optim.SGD(other.parameters(), 0.05)
-
-    def after(one):
-        train(other, optimizer, steps=1)
-        optimizer.zero_grad()
-        one.step()
-
-    run(begin(), 10, after)
-    assert "is updated without gradients" not in caplog.text
 
 
 def test_a_network_that_is_fixed_for_the_rest_of_a_step_learns():
