@@ -13,7 +13,7 @@ export PYTHON
 
 PROCESSES ?= 2
 NUMERIC = $(addprefix tests/test_, $(addsuffix .py, orthogonality criteria data_criteria redundancy scheme returning calibration \
-    held_filters proof watch optimizers rooms ranks))
+    held_filters proof watch optimizers earlier_versions ranks))
 
 .PHONY: install test slow portable demo lint docs soak gpu-report clean
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL
+from conftest import SMALL
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 
-from repr_det import UserError, datasets
+from repr_det import datasets
 from repr_det.commands.arguments import build_config
 from repr_det.datasets.findings import Findings
 
@@ -76,21 +76,9 @@ def mine(folder, catalogs, tmp_path):
         edit(folder)
         folder.check(for_evaluation=False)
         own = [*SMALL, "DATASETS.TRAIN", "('mine',)", "DATASETS.TEST", "('mine',)", "OUTPUT_DIR", str(tmp_path / "run")]
-        return build_config(
-            str(ROOT / "configs" / "baseline_r50_fpn.yaml"),
-            [*own, *opts],
-            [["mine", str(folder.json), str(folder.images)]],
-        )
+        return build_config("baseline_r50_fpn.yaml", [*own, *opts], [["mine", str(folder.json), str(folder.images)]])
 
     return make
-
-
-def refused(action, *args, **options):
-    """The one line by which a call is refused."""
-    with pytest.raises(UserError) as error:
-        action(*args, **options)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 def change(edit):

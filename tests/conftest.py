@@ -14,7 +14,7 @@ import torch
 from detectron2.engine import HookBase
 from detectron2.utils.env import seed_all_rng
 
-from repr_det import Trainer
+from repr_det import Trainer, UserError
 from repr_det.commands.arguments import build_config
 from repr_det.datasets import register_coco_format
 
@@ -32,6 +32,7 @@ MODEL.ROI_BOX_HEAD.FC_DIM 32 MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION 3 INPUT.MIN_SI
 INPUT.MIN_SIZE_TEST 64 INPUT.MAX_SIZE_TEST 96 DATALOADER.NUM_WORKERS 0 SOLVER.IMS_PER_BATCH 2 SOLVER.BASE_LR 0.005
 SOLVER.WARMUP_ITERS 2 SOLVER.CHECKPOINT_PERIOD 1000 SEED 7 DATASETS.TRAIN ('tiny_train',) DATASETS.TEST ('tiny_val',)
 """.split()
+SCHEDULE = "SOLVER.MAX_ITER 8 REPR.ENABLED True REPR.S1_ITERS 2 REPR.S2_ITERS 1 REPR.NUM_CYCLES 2".split()
 R18 = ("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone")  # instead of the tiny backbone
 
 
@@ -43,6 +44,18 @@ def assert_same_weights(a: dict, b: dict) -> None:
     assert a.keys() == b.keys()
     for name, value in a.items():
         assert torch.equal(value, b[name]), name
+
+
+def refused(action, *args, **options) -> str:
+    """The one line by which a call is refused."""
+    with pytest.raises(UserError) as error:
+        action(*args, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
 class At(HookBase):
@@ -60,14 +73,19 @@ def interrupt():
     raise KeyboardInterrupt
 
 
-def end_of(cfg, *hooks, resume=False) -> dict:
-    """Trains; returns a copy of the state dict."""
+def trained(cfg, *hooks, resume=False, kind=Trainer):
+    """A trainer that has trained."""
     seed_all_rng(99 if resume else 5)
-    trainer = Trainer(cfg)
+    trainer = kind(cfg)
     trainer.register_hooks(hooks)
     trainer.resume_or_load(resume=resume)
     trainer.train()
-    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    return trainer
+
+
+def end_of(cfg, *hooks, resume=False) -> dict:
+    """The state dict that a training ends with."""
+    return trained(cfg, *hooks, resume=resume).model.state_dict()
 
 
 @pytest.fixture(autouse=True)

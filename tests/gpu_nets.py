@@ -98,7 +98,7 @@ def trained(net: nn.Module, **options) -> Loop:
 
 @contextmanager
 def counted_waits() -> Iterator[Counter[str]]:
-    """How often the host waits for a device inside, by line or by torch's warning; complete at the end."""
+    """Counts how often the host waits for a device inside, by line or by torch's warning; complete at the end."""
     found: Counter[str] = Counter()
     simulated = sys.modules.get("simulated_cuda.device")
     if simulated is not None:

@@ -1,4 +1,4 @@
-"""What goes wrong in a run, or is watched there: functions that a forked command calls before it begins."""
+"""Faults and watchers of a run: functions that a forked command calls before it begins."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""What a run of the tiny detector leaves behind, to be compared bit for bit."""
+"""The outcome of a run of the tiny detector, to be compared bit for bit."""
 
 import json
 
@@ -6,9 +6,9 @@ import torch
 from conftest import SMALL
 
 
-def train_words(data, folder, *opts):
+def train_words(data, folder, *opts, flags=()):
     """``repr-det train`` of the tiny detector on the tiny data."""
-    words = ["repr-det", "train", "--config-file", "baseline_r50_fpn.yaml"]
+    words = ["repr-det", "train", *flags, "--config-file", "baseline_r50_fpn.yaml"]
     for name in ("tiny_train", "tiny_val"):
         words += ["--register", name, data / "tiny.json", data / "images"]
     return [*words, *SMALL, "OUTPUT_DIR", folder, *opts]

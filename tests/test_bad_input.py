@@ -6,8 +6,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from coco_folder import refused
-from conftest import ROOT, SMALL, assert_same_weights, end_of
+from conftest import ROOT, SMALL, assert_same_weights, end_of, refused
 from detectron2 import model_zoo
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
@@ -231,7 +230,7 @@ def test_weights_that_can_be_begun_with(tiny_cfg, tmp_path, weights):
 
 
 def test_what_a_resumed_run_reads(tiny_cfg, tmp_path, weights):
-    """Not MODEL.WEIGHTS. A file of a plain loop, of a SimpleTrainer or of weights alone can be evaluated only."""
+    """MODEL.WEIGHTS is not read. A file of a plain loop, a SimpleTrainer or of weights alone can only be evaluated."""
     (tmp_path / "run").mkdir()
     checkpoint = tmp_path / "run" / "model_0000003.pth"
     gone = ["MODEL.WEIGHTS", "gone.pth"]

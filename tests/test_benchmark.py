@@ -11,9 +11,7 @@ import numpy as np
 import pytest
 import torch
 from benchmark import S1, S2, STOCK, Detector, parse
-from conftest import R18, ROOT, SMALL
-
-from repr_det import UserError
+from conftest import R18, ROOT, SMALL, refused
 
 TINY = ["--config-file", str(ROOT / "configs" / "repr_r50_fpn.yaml"), "--size", "64", *SMALL]
 
@@ -28,9 +26,7 @@ TINY = ["--config-file", str(ROOT / "configs" / "repr_r50_fpn.yaml"), "--size", 
     ],
 )
 def test_wrong_arguments(flags, message):
-    with pytest.raises(UserError) as error:
-        parse(flags)
-    assert message in str(error.value)
+    assert message in refused(parse, flags)
 
 
 def test_ratios_are_those_of_a_round():

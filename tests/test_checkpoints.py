@@ -1,13 +1,12 @@
 """Which checkpoint a resumed run continues from; other files of weights; a run leaves another one's files alone."""
 
 import errno
-import logging
 import os
 from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import At, assert_same_weights, end_of, interrupt
+from conftest import At, assert_same_weights, contents, end_of, interrupt, refused
 from detectron2.engine import hooks
 from detectron2.utils.env import seed_all_rng
 from torch import nn
@@ -16,10 +15,6 @@ from repr_det import RePrHook, Trainer, UserError
 from repr_det.runs.checkpoints import AtomicCheckpointer, find_checkpoint, zero_filters
 from repr_det.runs.files import truncate_log
 from repr_det.runs.resume import check_same_optimizer
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_resumes_from_the_newest_checkpoint_and_says_so(tmp_path, caplog):
@@ -38,8 +33,7 @@ def test_resumes_from_the_newest_checkpoint_and_says_so(tmp_path, caplog):
     before = contents(tmp_path)
     state.num_batches_tracked.fill_(0)
     nn.init.constant_(model.weight, 0)
-    with caplog.at_level(logging.WARNING, "repr_det.resume"):
-        checkpointer.resume_or_load("", resume=True)
+    checkpointer.resume_or_load("", resume=True)
     assert state.num_batches_tracked == 100 and model.weight[0, 0] == 100
     assert "no last_checkpoint: resuming from the newest checkpoint, " in caplog.text
     assert contents(tmp_path) == before
@@ -74,8 +68,7 @@ def test_a_used_folder_is_resumed_with_the_same_model_or_refused(tiny_cfg, tmp_p
         Trainer(tiny_cfg("MODEL.BACKBONE.FREEZE_AT", 2)).resume_or_load(resume=True)
     other = Trainer(tiny_cfg())
     other.resume_or_load(resume=False)
-    with pytest.raises(UserError, match=r"holds another run \(last_ch.*\): resume_or_load\(resume=True\) to continue"):
-        other.train()
+    assert "holds another run (last_checkpoint, model_0000001.pth): resume_or_load(resume" in refused(other.train)
     assert before.items() <= contents(tmp_path / "run").items()
 
 
@@ -121,8 +114,7 @@ def test_one_trainer_trains_once(tiny_cfg, enabled):
     trainer.register_hooks([At(1, interrupt)])
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    with pytest.raises(UserError, match=r"this trainer has trained .*: make another one and call resume_or_load"):
-        trainer.train()
+    assert "this trainer has trained before: make another one and call resume_or_load" in refused(trainer.train)
 
 
 def test_a_resumed_run_keeps_its_best_checkpoint(tiny_cfg, tmp_path, monkeypatch):
@@ -162,8 +154,7 @@ def test_a_run_whose_last_checkpoint_is_its_best_goes_on(tiny_cfg, tmp_path, mon
     assert_same_weights(trained("run", 4, 6), short)
     assert_same_weights(trained("run", 6, 7), trained("straight", 6))
     monkeypatch.undo()
-    with pytest.raises(UserError, match="was trained with RePr on, this run has it off"):
-        Trainer(tiny_cfg()).resume_or_load()
+    assert "was trained with RePr on, this run has it off" in refused(Trainer(tiny_cfg()).resume_or_load)
 
 
 def test_a_run_in_a_used_folder_ends_with_files_of_its_own(tiny_cfg, tmp_path):
@@ -200,14 +191,7 @@ def test_evaluations_of_ones_own_are_repeated(tiny_cfg, tmp_path):
 def test_training_in_pieces_is_told_its_cause(tiny_cfg):
     trainer = Trainer(tiny_cfg(*RUN))
     trainer.max_iter = 2
-    with pytest.raises(UserError, match=r"max_iter is 2, but SOLVER.MAX_ITER is 4: .* resume it in another trainer"):
-        trainer.train()
-
-
-def test_weights_of_which_none_fits_are_refused(tmp_path):
-    torch.save(nn.Conv2d(2, 2, 3).state_dict(), tmp_path / "weights.pth")
-    with pytest.raises(UserError, match=r"not hold any weight of this model: weight is missing .*rename its w"):
-        AtomicCheckpointer(nn.Linear(2, 2)).load(str(tmp_path / "weights.pth"))
+    assert "max_iter is 2, but SOLVER.MAX_ITER is 4: to train in pieces, stop a run and" in refused(trainer.train)
 
 
 @pytest.mark.parametrize(

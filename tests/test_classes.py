@@ -1,13 +1,12 @@
 """Data sets by name: their classes, mapped or refused naming both lists, and what they lack that a run needs."""
 
 import json
-import logging
 import shutil
 
 import pytest
 import torch
-from coco_folder import Folder, annotation, annotations_of, evaluate, put, refused
-from conftest import ROOT, SMALL
+from coco_folder import Folder, annotation, annotations_of, evaluate, put
+from conftest import ROOT, SMALL, refused
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.evaluation import COCOEvaluator
@@ -52,7 +51,7 @@ def classes_as_loaded(name: str) -> dict[int, list[int]]:
 
 
 def evaluated(evaluator: COCOEvaluator, folder: Folder) -> dict[str, float]:
-    """Of a model with the classes of CLASSES in this order."""
+    """The evaluation of a model whose outputs are CLASSES, in this order."""
     order, found = list(CLASSES.values()), []
     for entry in folder.content["images"]:
         own = [(box, order.index(c)) for image_id, c, box in FOUND if image_id == entry["id"]]
@@ -90,7 +89,7 @@ def test_other_ids_and_a_subset_are_evaluated_as_stock_detectron2_does(folder, c
 
 
 def test_training_sets_may_number_and_list_otherwise(folder, catalogs, caplog):
-    caplog.set_level(logging.INFO, "repr_det")
+    caplog.set_level("INFO", "repr_det")
     register(folder, a={1: "drop", 2: "cell"}, b=CLASSES, v={0: "pets-a1b2", 5: "plate", 9: "cell"})
     agree = registered.agree_on_classes
     assert agree(("a", "b"), ("v",)) == ("cell", "plate", "drop")  # those of the one that has most
@@ -186,7 +185,7 @@ def test_names_that_come_with_the_packages(catalogs, folder, tmp_path, monkeypat
 
 
 def test_images_without_annotations_are_evaluated_as_in_detectron2(mine, folder, tmp_path, caplog):
-    """As of COCO's test-dev: the detections are written, for a server."""
+    """COCO's test-dev has none: the detections are written, for a server."""
     cfg = mine(edit=put(annotations=...))
     check_datasets(cfg, eval_only=True)
     assert caplog.messages == [f"data set mine: {folder.json}: has no 'annotations', which training and AP need"]
@@ -220,7 +219,7 @@ def config(register, *opts, **options):
     ],
 )
 def test_a_number_of_classes_is_asked_of_models_that_read_it(tiny_cfg, kind, data):
-    """Not of those without heads; ADE20k has no things."""
+    """Models without heads read none; ADE20k has no things."""
     names = ["DATASETS.TRAIN", f"('{data}_train',)", "DATASETS.TEST", f"('{data}_val',)"]
     opts = [*names, "MODEL.ROI_HEADS.NUM_CLASSES", 80]
     check_datasets(tiny_cfg(*opts, "MODEL.META_ARCHITECTURE", kind))

@@ -1,14 +1,15 @@
 """Runs that may be compared or not, and the plan of a comparison, from made-up runs."""
 
 import json
+import re
 
 import pytest
 import yaml
+from conftest import refused
 from detectron2.utils.events import EventStorage, JSONWriter
 from finished_runs import BASELINE_CONFIG, OPTS, REPR_CONFIG, compare_folders, results_of
 
 from repr_det.datasets import register_coco_format
-from repr_det.method.errors import UserError
 from repr_det.runs.record import PROCESSES_FILE, describe_data_set
 from repr_det.studies.comparison.command import arm_names, main, parse, plan_study
 from repr_det.studies.comparison.records import check_same_data, is_finished, read_metrics, run_from_folder
@@ -28,30 +29,27 @@ def test_what_is_no_finished_run_is_refused(finished, tmp_path, name, content, m
     (other / name).unlink()
     if content:
         (other / name).write_text(content)
-    with pytest.raises(UserError, match=message) as error:
-        compare_folders(tmp_path, [base], [other])
-    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+    assert re.search(message, refused(compare_folders, tmp_path, [base], [other]))
+    assert not (tmp_path / "out").exists()
 
 
 def test_seeds_arms_and_settings_must_fit(finished, tmp_path):
     base, other, third = finished("baseline", 1), finished("repr", 1), finished("repr", 3)
     random, second = finished("baseline", -1), finished("baseline", 2)
     scheme, data = finished("repr", 2, "REPR.DROP_RATIO", 0.25), finished("repr", 4, "DATASETS.TRAIN", "('odd_val',)")
-    other_data = r"DATASETS.TRAIN is \['odd_train'\] in the first and \['odd_val'\] in the second"
+    other_data = "DATASETS.TRAIN is ['odd_train'] in the first and ['odd_val'] in the second"
     for bases, others, message in (
-        ([base], [other, third], r"no baseline run has SEED 3: runs are paired by seed"),
-        ([base], [other, other], r"are both RePr seed 1"),
-        ([other], [other], r"repr_1 has REPR.ENABLED True: it is no baseline run"),
-        ([random], [other], r"has SEED -1: .* must be 0 or more"),
-        ([base, second], [other, scheme], r"REPR.DROP_RATIO is 0.3 in the first and 0.25 in the second"),
-        ([finished("baseline", 4)], [data], rf"baseline_4 and {data} cannot be compared: {other_data}"),
+        ([base], [other, third], "no baseline run has SEED 3: runs are paired by seed"),
+        ([base], [other, other], "are both RePr seed 1"),
+        ([other], [other], "repr_1 has REPR.ENABLED True: it is no baseline run"),
+        ([random], [other], "has SEED -1: runs are paired by seed, it must be 0 or more"),
+        ([base, second], [other, scheme], "REPR.DROP_RATIO is 0.3 in the first and 0.25 in the second"),
+        ([finished("baseline", 4)], [data], f"baseline_4 and {data} cannot be compared: {other_data}"),
     ):
-        with pytest.raises(UserError, match=message):
-            compare_folders(tmp_path, bases, others)
+        assert message in refused(compare_folders, tmp_path, bases, others)
     for folder, processes in ((base, "1"), (other, "2")):
         (folder / PROCESSES_FILE).write_text(processes)
-    with pytest.raises(UserError, match=r"number of processes is 1 in the first and 2 in the second"):
-        compare_folders(tmp_path, [base], [other])
+    assert "number of processes is 1 in the first and 2 in the" in refused(compare_folders, tmp_path, [base], [other])
     assert not (tmp_path / "out").exists()
 
 
@@ -71,19 +69,18 @@ def test_a_resumed_run_is_compared_by_its_settings_from_the_start(finished, tmp_
     for first, node, key, old, new in changes:
         before.write_text(config.replace(f"{key}: {old}", f"{key}: {new}"))
         message = f"{first} and {before} cannot be compared: {node}.{key} is {old} in the first and {new} in the"
-        with pytest.raises(UserError, match=message):
-            compare_folders(tmp_path, [base], [other])
+        assert message in refused(compare_folders, tmp_path, [base], [other])
 
 
 def test_max_iter_is_that_of_the_scaled_config(finished):
     """SOLVER.REFERENCE_WORLD_SIZE 2 and one process: twice as many iterations."""
     folder = finished("baseline", 1, "SOLVER.REFERENCE_WORLD_SIZE", 2)  # evaluated after 40 of 80 iterations
-    for message in (r"write the number of its processes into .*/processes\.json", r"processes\.json is damaged: inv"):
-        with pytest.raises(UserError, match=message):
-            run_from_folder(folder, "baseline")
-        (folder / PROCESSES_FILE).write_text("two")
+    path = folder / PROCESSES_FILE
+    for message in (f"write the number of its processes into {path}", f"{path} is damaged: invalid literal"):
+        assert message in refused(run_from_folder, folder, "baseline")
+        path.write_text("two")
     for processes, iterations in ((2, 40), (4, 20), (1, 80)):
-        (folder / PROCESSES_FILE).write_text(str(processes))
+        path.write_text(str(processes))
         run = run_from_folder(folder, "baseline")
         assert run.max_iter == iterations and is_finished(run) == (iterations == 40)
 
@@ -122,17 +119,14 @@ def test_runs_on_other_data_of_one_name_are_refused(finished, named_data, tmp_pa
     compare_folders(tmp_path, [base], [other])
     assert f"The images of odd_val were those {folders}" in results_of(tmp_path / "out")["notes"]
     recorded(other, sha256=None, images=3)
-    with pytest.raises(UserError, match="odd_val was"):
-        check_same_data([base, other])
+    assert "odd_val was" in refused(check_same_data, [base, other])
     recorded(other)
     recorded(other, "data_sets_until_0000019.json", file="old.json", sha256="0" * 64)  # before it was resumed
     words = f"odd_val was {named_data[0]} in the first and old.json, with other content, in the second"
-    with pytest.raises(UserError) as error:
-        compare_folders(tmp_path, [base], [other])
-    assert str(error.value) == f"{base} and {other} cannot be compared: {words}"
+    line = refused(compare_folders, tmp_path, [base], [other])
+    assert line == f"{base} and {other} cannot be compared: {words}"
     recorded(base, file="old.json", sha256="0" * 64)
-    with pytest.raises(UserError, match=r"and this command cannot be compared: odd_val was old\.json in the first and"):
-        check_same_data([base])
+    assert "and this command cannot be compared: odd_val was old.json in the first" in refused(check_same_data, [base])
 
 
 WAYS = "give --config-file and --seeds, or --baseline-runs, --repr-runs and --output, or --report-only and --output"
@@ -150,8 +144,7 @@ WAYS = "give --config-file and --seeds, or --baseline-runs, --repr-runs and --ou
     ],
 )
 def test_arguments_that_make_no_comparison(words, message):
-    with pytest.raises(UserError, match=message):
-        main(words.split())
+    assert message in refused(main, words.split())
 
 
 @pytest.mark.parametrize("between", ["", "-- ", "--jobs 2 "])
@@ -166,8 +159,9 @@ def planned(folder, *opts, seeds=(1,), config=REPR_CONFIG, against=""):
 
 def test_plan(named_data, catalogs, tmp_path):
     content = json.loads(named_data[0].read_text(encoding="utf-8"))
-    (tmp_path / "bare.json").write_text(json.dumps({key: content[key] for key in ("images", "categories")}))
-    register_coco_format("odd_bare", tmp_path / "bare.json", named_data[1])
+    bare = tmp_path / "bare.json"
+    bare.write_text(json.dumps({key: content[key] for key in ("images", "categories")}))
+    register_coco_format("odd_bare", bare, named_data[1])
     runs = planned(tmp_path, *OPTS, seeds=[4, 2]).runs
     assert [run.folder.name for run in runs] == ["baseline_seed4", "repr_seed4", "baseline_seed2", "repr_seed2"]
     assert all(run.arguments[-4:] == ("SEED", str(run.seed), "OUTPUT_DIR", str(run.folder)) for run in runs)
@@ -180,11 +174,10 @@ def test_plan(named_data, catalogs, tmp_path):
     for config, words, message in (
         (REPR_CONFIG, ["SEED", "3"], "SEED on the command line"),
         (REPR_CONFIG, ["DATASETS.TEST", "('odd_val', 'odd_train')"], "DATASETS.TEST must name one data set"),
-        (REPR_CONFIG, ["DATASETS.TEST", "('odd_bare',)"], "odd_bare: .*bare.json: has no 'annotations', which"),
-        (BASELINE_CONFIG, [], r"REPR\.ENABLED False: give a config with RePr, or one --against it"),
+        (REPR_CONFIG, ["DATASETS.TEST", "('odd_bare',)"], f"odd_bare: {bare}: has no 'annotations', which"),
+        (BASELINE_CONFIG, [], "REPR.ENABLED False: give a config with RePr, or one --against it"),
     ):
-        with pytest.raises(UserError, match=message):
-            planned(tmp_path, *OPTS, *words, config=config)
+        assert message in refused(planned, tmp_path, *OPTS, *words, config=config)
 
 
 def test_plan_of_two_configs(named_data, tmp_path):
@@ -198,22 +191,20 @@ def test_plan_of_two_configs(named_data, tmp_path):
     assert output.name == "baseline_r50_fpn_comparison"
     for change, message in (
         ("SOLVER: {MAX_ITER: 50}", "SOLVER.MAX_ITER is 90000 in the first and 50 in the second"),
-        ("DATASETS: {TEST: [coco_2017_train]}", r"TEST is \['coco_2017_val'\] in the first and \['coco_2017_train"),
+        ("DATASETS: {TEST: [coco_2017_train]}", "DATASETS.TEST is ['coco_2017_val'] in the first and ['coco_2017_tr"),
         ("SOLVER: {IMS_PER_BATCH: 4}", "SOLVER.IMS_PER_BATCH is 16 in the first and 4 in the second"),
         ("DATALOADER: {SAMPLER_TRAIN: RandomSubsetTrainingSampler}", "DATALOADER.SAMPLER_TRAIN is Training"),
     ):
         warm.write_text(f"_BASE_: {BASELINE_CONFIG}\n{change}\n")
-        with pytest.raises(UserError, match=message) as error:
-            planned(tmp_path / "out", config=str(warm), against=REPR_CONFIG)
-        assert str(error.value).startswith(f"{REPR_CONFIG} and {warm} cannot be compared: ")
+        line = refused(planned, tmp_path / "out", config=str(warm), against=REPR_CONFIG)
+        assert line.startswith(f"{REPR_CONFIG} and {warm} cannot be compared: {message}")
 
 
 def test_arms_are_named_after_their_configs():
     assert arm_names("a/config.yaml", "b/config.yaml") == ("a_config", "b_config")
     assert arm_names("a/baseline.yaml", "a/repr.yaml") == ("a_baseline", "a_repr")  # any two configs
     for files in (("a/x.yaml", "a/x.yml"), ("a/difference.yaml", "b/x.yaml")):
-        with pytest.raises(UserError, match="rename one"):
-            arm_names(*files)
+        assert "rename one" in refused(arm_names, *files)
 
 
 def test_folders_that_hold_runs_already(finished, named_data, tmp_path):
@@ -230,21 +221,17 @@ def test_folders_that_hold_runs_already(finished, named_data, tmp_path):
         ("repr_seed1", "REPR.REINIT.RETURN", "as_published", "function_preserving"),
     ):
         message = f"{folder} and this command cannot be compared: {key} is {held} in the first and {wanted} in the"
-        with pytest.raises(UserError, match=message):
-            planned(tmp_path, *OPTS, key, wanted)
+        assert message in refused(planned, tmp_path, *OPTS, key, wanted)
     (folders[0] / PROCESSES_FILE).write_text("2")
-    with pytest.raises(UserError, match=r"baseline_seed1 and this command .* number of processes is 2 in the first"):
-        planned(tmp_path, *OPTS)
+    assert "this command cannot be compared: number of processes is 2 in" in refused(planned, tmp_path, *OPTS)
     (folders[0] / PROCESSES_FILE).unlink()
     before = (folders[1] / "config.yaml").read_text().replace("BASE_LR: 0.005", "BASE_LR: 0.5")
     (folders[1] / "config_until_0000019.yaml").write_text(before)
-    with pytest.raises(UserError, match=r"config_until_0000019.yaml cannot be compared: SOLVER.BASE_LR is 0.005 in"):
-        planned(tmp_path, *OPTS)
+    assert "config_until_0000019.yaml cannot be compared: SOLVER.BASE_LR is 0.005" in refused(planned, tmp_path, *OPTS)
     (folders[1] / "config_until_0000019.yaml").unlink()
     (folders[1] / "data_sets.json").write_text(json.dumps({"odd_val": {"sha256": "0" * 64, "file": "old.json"}}))
-    with pytest.raises(UserError, match=r"repr_seed1 and this command .* odd_val was old.json in the first and"):
-        planned(tmp_path, *OPTS, seeds=[1, 2])
+    line = refused(planned, tmp_path, *OPTS, seeds=[1, 2])
+    assert "repr_seed1 and this command cannot be compared: odd_val was old.json in the first and" in line
     (folders[1] / "data_sets.json").unlink()
     (folders[0] / "config.yaml").write_text((folders[1] / "config.yaml").read_text())
-    with pytest.raises(UserError, match=r"baseline_seed1 and this command cannot be compared: REPR.ENABLED is True in"):
-        planned(tmp_path, *OPTS)
+    assert "baseline_seed1 and this command cannot be compared: REPR.ENABLED is" in refused(planned, tmp_path, *OPTS)

@@ -11,11 +11,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import refused
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from finished_runs import METRICS, OPTS, REPR_CONFIG, compare_folders, results_of, write_lines
 
-from repr_det.method.errors import UserError
 from repr_det.studies.comparison.command import main
 from repr_det.studies.comparison.records import Run, Study, compare, metric_row
 from repr_det.studies.comparison.report import filter_values, phases
@@ -67,8 +67,7 @@ def test_report_of_finished_folders(finished, tmp_path, capsys):
     assert Page(out).tags == page.tags and results_of(out) == results
     for content in ("{", "{}", "[]"):
         (out / "comparison.json").write_text(content)
-        with pytest.raises(UserError, match=r"comparison.json is damaged: "):
-            main(["--report-only", "--output", str(out)])
+        assert "comparison.json is damaged: " in refused(main, ["--report-only", "--output", str(out)])
 
 
 def test_report_only_from_another_folder(finished, named_data, tmp_path, monkeypatch):
@@ -129,7 +128,7 @@ def test_report_says_what_is_missing(finished, catalogs, tmp_path):
     assert "Filters Bar" not in page.text and page.tags.count("img") == 1
 
 
-def test_overlap_of_grouped_convs(finished, tmp_path):
+def test_overlap_of_grouped_convs(finished):
     """Filters equal to those of other groups and orthogonal in their own, as training measures it."""
     opts = "MODEL.BACKBONE.NAME build_resnet_fpn_backbone MODEL.RESNETS.DEPTH 50 MODEL.RESNETS.NUM_GROUPS 4".split()
     runs = [Run(arm, 1, finished(arm, 1, *opts), 40) for arm in ("baseline", "repr")]
@@ -145,7 +144,7 @@ def test_overlap_of_grouped_convs(finished, tmp_path):
 
 
 def test_ap_over_training(finished):
-    """Of runs that were resumed and killed while they wrote a line."""
+    """The runs were resumed, and killed while they wrote a line."""
     runs = (Run(arm, 1, finished(arm, 1, ap=ap), 40) for arm, ap in (("baseline", 30.0), ("repr", math.nan)))
     curves = compare(Study(tuple(runs))).curves
     assert curves["baseline"][1].to_dict() == {20: 31.0, 40: 30.0} and curves["repr"][1].isna().all()

@@ -7,10 +7,10 @@ from math import ceil, floor
 import numpy as np
 import pytest
 import torch
+from conftest import refused
 from textbook import textbook_overlap
 from torch import nn
 
-from repr_det import RePrScheme, UserError
 from repr_det.method.criteria import Context, get_criterion, select_filters
 from repr_det.method.layers import FilterLayer, find_filter_layers
 
@@ -101,46 +101,6 @@ def test_scores_are_never_nan(name, bad, dtype):
         assert not np.isnan(layer_scores).any()
 
 
-GROUPS, WIDTH = 4, 8
-
-
-@pytest.mark.parametrize("in_channels", [16, 64])  # 36 and 144 dimensions
-@pytest.mark.parametrize("whole", [False, True], ids=["", "a whole group"])
-def test_new_filters_avoid_those_of_their_group(in_channels, whole):
-    """Filters of different groups look at different channels."""
-    torch.manual_seed(0)
-    conv = nn.Conv2d(in_channels, GROUPS * WIDTH, 3, padding=1, groups=GROUPS, bias=False)
-    net = nn.Sequential(conv, nn.BatchNorm2d(GROUPS * WIDTH))
-
-    def score(layer):
-        return torch.arange(GROUPS * WIDTH) < WIDTH if whole else torch.rand(layer.num_filters, generator=generator)
-
-    generator = torch.Generator().manual_seed(0)
-    layers, optimizer = find_filter_layers(net, ["*"]), torch.optim.SGD(net.parameters(), 0.1)
-    scheme = RePrScheme(layers, optimizer, criterion=lambda layer: score(layer).float(), drop_ratio=0.4)
-    old = net[0].weight.detach().clone()
-    scheme.drop()
-    mask = scheme.masks["0"].numpy()
-    assert mask[:WIDTH].all() or not whole
-    transition = scheme.restore()
-    new = net[0].weight.detach()
-    largest = 0.0
-    for before, now, returned in zip(old.chunk(GROUPS), new.chunk(GROUPS), np.split(mask, GROUPS), strict=True):
-        before, now = (nn.functional.normalize(w.flatten(1).double()).numpy() for w in (before, now))
-        cosines = np.abs(before @ now[returned].T)  # kept filters and the old values of the returned ones
-        largest = max(largest, cosines.max(initial=0))
-        gram = now[returned] @ now[returned].T
-        np.testing.assert_allclose(gram, np.eye(len(gram)), atol=1e-5)
-    assert transition.max_cosine["0"] == pytest.approx(largest, abs=1e-6) and largest < 1e-5
-    np.testing.assert_allclose(transition.overlaps["0"], textbook_overlap(new, GROUPS), atol=2e-6)
-    assert transition.overlap_after == pytest.approx(textbook_overlap(new, GROUPS).mean(), abs=1e-9)
-    parts = zip(old.chunk(GROUPS), np.split(~mask, GROUPS), strict=True)
-    before = np.concatenate([textbook_overlap(part[rows]) for part, rows in parts])
-    assert transition.overlap_before == pytest.approx(before.mean(), abs=1e-6)
-    kept = old[~mask].flatten(1).norm(dim=1).mean()
-    torch.testing.assert_close(new[mask].flatten(1).norm(dim=1), kept.expand(int(mask.sum())))
-
-
 def greedy(scores, ratio: str, cap: str) -> dict[str, list[int]]:
     """Filters in the order (largest score, first layer, first index), each taken unless its layer is at its cap.
 
@@ -215,9 +175,8 @@ def test_scores_of_any_type_and_without_limits(dtype):
     ],
 )  # fmt: skip
 def test_shares_that_cannot_be_had_are_refused(sizes, ratio, cap, told):
-    with pytest.raises(UserError) as error:
-        select_filters({str(i): torch.ones(size) for i, size in enumerate(sizes)}, ratio, cap)
-    assert told in str(error.value)
+    scores = {str(i): torch.ones(size) for i, size in enumerate(sizes)}
+    assert told in refused(select_filters, scores, ratio, cap)
 
 
 def test_scores_that_are_not_numbers_are_refused_by_name():

@@ -1,7 +1,5 @@
 """The derived RePr schedule ends before the learning rate decays, under every scheduler that Detectron2 offers."""
 
-import logging
-
 import pytest
 import torch
 from detectron2.engine import hooks
@@ -19,7 +17,7 @@ CONFIG = "configs/repr_r50_fpn.yaml"
 
 
 def rates(cfg):
-    """Of every iteration, as the optimizer has them; the scheduler is asked once more after the last one."""
+    """The optimizer's rate in every iteration; the scheduler is asked once more after the last one."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     scheduler, found = Trainer.build_lr_scheduler(cfg, optimizer), []
     for _ in range(cfg.SOLVER.MAX_ITER):
@@ -111,7 +109,7 @@ def test_schedule_of_a_hook_by_the_scheduler_of_its_trainer(build, decay, first)
 def test_a_scheduler_that_cannot_be_read_is_named_in_the_log(caplog):
     trainer = small_trainer(RePrHook(num_cycles=1, layers=["backbone.conv*"]), steps=40)
     trainer.register_hooks([hooks.LRScheduler(trainer.optimizer, lr_scheduler.ReduceLROnPlateau(trainer.optimizer))])
-    with caplog.at_level(logging.INFO, "repr_det.hook"):
+    with caplog.at_level("INFO", "repr_det.hook"):
         train(trainer, stop=0)
     assert "S1 20, S2 10, 1 cycles" in caplog.text
     assert "no schedule of the learning rate can be read (first_lr_step= says" in caplog.text

@@ -1,14 +1,12 @@
 """The warning before the first step of a run that fine-tunes a trained backbone for few iterations."""
 
-import logging
 import re
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import R18, At, interrupt
+from conftest import R18, SCHEDULE, At, interrupt, trained
 from detectron2.modeling import build_model
-from test_hook import SCHEDULE, trained
 
 from repr_det import RePrHook, Trainer
 from repr_det.detectron.hook import ADVICE, SHORT, fine_tuning_warning
@@ -46,15 +44,14 @@ def test_who_is_warned(weights, iterations, epochs, spares, names, not_silent, w
 def test_one_warning_before_the_first_step_and_none_on_resume(tiny_cfg, tmp_path, caplog):
     torch.save({"model": build_model(tiny_cfg()).state_dict()}, tmp_path / "trained.pth")
     keys = *SCHEDULE, "MODEL.WEIGHTS", tmp_path / "trained.pth", "DATASETS.TEST", "()"
-    with caplog.at_level(logging.WARNING, "repr_det.hook"):
-        trained(Trainer, tiny_cfg(*keys))
-        assert caplog.text.count(ADVICE) == 1
-        trained(Trainer, tiny_cfg(*keys, "SOLVER.MAX_ITER", 10), resume=True)
+    trained(tiny_cfg(*keys))
+    assert caplog.text.count(ADVICE) == 1
+    trained(tiny_cfg(*keys, "SOLVER.MAX_ITER", 10), resume=True)
     assert caplog.text.count(ADVICE) == 1
 
 
-def test_in_the_form_for_fine_tuning_no_conv_returns_loud(tiny_cfg):
-    """Of a ResNet-50, FrozenBN and all, at a quarter of its width: conv1 and conv2 of res3 to res5 take part."""
+def test_the_config_for_fine_tuning_has_no_conv_that_cannot_return_silently(tiny_cfg):
+    """A ResNet-50 with FrozenBN, at a quarter of its width: conv1 and conv2 of res3 to res5 participate."""
     small = "MODEL.RESNETS.DEPTH 50 MODEL.RESNETS.NORM FrozenBN MODEL.RESNETS.WIDTH_PER_GROUP 8 SOLVER.STEPS () "
     small += "MODEL.RESNETS.STEM_OUT_CHANNELS 16 MODEL.RESNETS.RES2_OUT_CHANNELS 32 MODEL.BACKBONE.FREEZE_AT 2"
     for exclude, convs, not_silent in (((), "12", ""), (("REPR.LAYERS.EXCLUDE", []), "123", "3")):

@@ -86,7 +86,7 @@ class NoFloat64(TorchDispatchMode):
     "criterion, norm", [("ortho", "FrozenBN"), ("random", "GN"), ("apoz", "BN"), ("redundant", "BN")]
 )
 def test_no_float64_on_the_device_and_no_kernel_that_is_not_deterministic(criterion, norm, monkeypatch):
-    """Of two devices on the one that is not the current one."""
+    """The network is on the last device; the current one is the first."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     device = torch.device("cuda", torch.cuda.device_count() - 1)
     net = Net(norm).to(device)
@@ -160,10 +160,8 @@ def test_a_detectors_steps_wait_as_often_as_without_repr_and_a_cycle_is_resumed(
     counts = []
     for more in ("REPR.ENABLED False", "REPR.ENABLED True REPR.S1_ITERS 2 REPR.S2_ITERS 4 REPR.NUM_CYCLES 1"):
         seed_all_rng(5)
-        trainer, steps = (
-            Trainer(tiny_cfg(*opts, *more.split(), "OUTPUT_DIR", tmp_path / str(len(counts)))),
-            CountedSteps(),
-        )
+        trainer = Trainer(tiny_cfg(*opts, *more.split(), "OUTPUT_DIR", tmp_path / str(len(counts))))
+        steps = CountedSteps()
         trainer.register_hooks([steps])
         trainer.train()
         counts.append(steps.waits)

@@ -2,19 +2,18 @@
 
 import argparse
 import copy
-import logging
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same_weights
+from conftest import SCHEDULE, assert_same_weights, refused, trained
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.data import build_detection_train_loader
 from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, default_setup
 from detectron2.modeling import build_model
-from detectron2.utils.env import seed_all_rng
 from outcomes import json_lines
 from small_loop import OPTIONS, TwoConvs, config, hook_of, small_trainer, spelled, train
 from test_options import OTHERS
@@ -25,17 +24,7 @@ from repr_det.detectron.config import options_of_config, without_repr
 from repr_det.detectron.passes import training_passes
 from repr_det.network.state import random_state
 
-SCHEDULE = "SOLVER.MAX_ITER 8 REPR.ENABLED True REPR.S1_ITERS 2 REPR.S2_ITERS 1 REPR.NUM_CYCLES 2".split()
 WAYS = ("config", "plain")
-
-
-def trained(trainer_class, cfg, *registered, resume=False):
-    seed_all_rng(cfg.SEED)
-    trainer = trainer_class(cfg)
-    trainer.register_hooks(registered)
-    trainer.resume_or_load(resume=resume)
-    trainer.train()
-    return trainer
 
 
 def zero_filters(model) -> int:
@@ -64,8 +53,9 @@ def test_changes_nothing_bit_for_bit_before_the_first_drop(tiny_cfg, tmp_path, e
     common = ["MODEL.RESNETS.NORM", norm, "SOLVER.BASE_LR", "0.0005", "SOLVER.MAX_ITER", 7, "DATASETS.TEST", "()"]
     late = ["REPR.START_ITER", 4, "REPR.S1_ITERS", 1, "REPR.S2_ITERS", 1, "REPR.NUM_CYCLES", 1]
     ours, stock = Seen(state_of), Seen(state_of)
-    trained(Trainer, tiny_cfg(*common, *late, "REPR.ENABLED", enabled), ours)
-    trained(DefaultTrainer, without_repr(tiny_cfg(*common, "OUTPUT_DIR", tmp_path / "stock")), stock)
+    trained(tiny_cfg(*common, *late, "REPR.ENABLED", enabled), ours)
+    cfg = without_repr(tiny_cfg(*common, "OUTPUT_DIR", tmp_path / "stock"))
+    trained(cfg, stock, kind=DefaultTrainer)
     assert_same_weights(ours.found[3], stock.found[3])
 
 
@@ -74,7 +64,7 @@ def test_one_run(tiny_cfg, tmp_path):
     data = ["REPR.CRITERION", "apoz", "REPR.CRITERION_BATCHES", 2, "DATASETS.TEST", "()"]
     cfg = tiny_cfg(*SCHEDULE, *data, "SOLVER.CHECKPOINT_PERIOD", 2)
     seen = Seen(lambda trainer: zero_filters(trainer.model))
-    trainer = trained(Trainer, cfg, seen)
+    trainer = trained(cfg, seen)
     assert [seen.found[i] > 0 for i in range(8)] == [False, True, False, False, True, False, False, False]
 
     events = json_lines(tmp_path / "run" / "repr_events.jsonl")
@@ -119,7 +109,7 @@ def test_in_a_stock_trainer_it_moves_and_logs(tiny_cfg, tmp_path):
             return {}
 
     default_setup(cfg, argparse.Namespace())
-    trained(Evaluated, cfg, RePrHook(seed=1, **vars(options_of_config(cfg))))
+    trained(cfg, RePrHook(seed=1, **vars(options_of_config(cfg))), kind=Evaluated)
     saved = torch.load(tmp_path / "run" / "model_0000001.pth", weights_only=True)
     masks = saved["trainer"]["hooks"]["RePrHook"]["scheme"]["masks"]
     assert masks and not any(saved["model"][f"{name}.weight"][mask].any() for name, mask in masks.items())
@@ -134,7 +124,7 @@ def test_every_option_by_plain_arguments_and_by_a_config(way):
     chosen = OTHERS | {"layers": ["backbone.conv?"], "criterion": "apoz", "frozen_norm": "recalibrate", "num_cycles": 2}
     hook = hook_of(way, 20, **chosen)
     train(small_trainer(hook, steps=20, norm="FrozenBN"))
-    assert vars(hook.options) == chosen and hook.scheme.cycle == 2
+    assert vars(hook.options) == vars(hook.repr.options) == chosen and hook.scheme.cycle == 2
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -148,9 +138,8 @@ def test_every_option_by_plain_arguments_and_by_a_config(way):
     ],
 )
 def test_wrong_options_are_refused_before_the_first_step_by_the_names_that_were_written(way, options, steps, message):
-    with pytest.raises(UserError) as error:
-        train(small_trainer(hook_of(way, steps, **(OPTIONS | options)), steps=steps), stop=1)
-    assert spelled(message, way) in str(error.value) and "\n" not in str(error.value)
+    line = refused(lambda: train(small_trainer(hook_of(way, steps, **(OPTIONS | options)), steps=steps), stop=1))
+    assert spelled(message, way) in line
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -158,39 +147,34 @@ def test_wrong_options_are_refused_before_the_first_step_by_the_names_that_were_
 def test_a_resumed_run_must_have_the_same_options(way, name):
     trainer, other = (small_trainer(hook_of(way, 20, **OPTIONS | more)) for more in ({}, {name: OTHERS[name]}))
     train(trainer, stop=5)  # in the sub-network phase
-    with pytest.raises(UserError) as error:
-        other.load_state_dict(trainer.state_dict())
+    line = refused(other.load_state_dict, trainer.state_dict())
     was = getattr(trainer._hooks[0].options, name)
     was = list(was) if isinstance(was, tuple) else was
-    assert spelled(f"trained with {{{name}}} {was}, this run has {OTHERS[name]}", way) in str(error.value)
+    assert spelled(f"trained with {{{name}}} {was}, this run has {OTHERS[name]}", way) in line
 
 
 def test_a_resumed_run_begins_where_its_state_was_and_may_have_other_batches():
-    """How many of them are looked at follows from their size, unless an option says it."""
+    """Unless an option says it, their size decides how many of them a transition looks at."""
     trainer, larger = (small_trainer(RePrHook(**OPTIONS, images_per_batch=n), norm="FrozenBN") for n in (4, 8))
     train(trainer, stop=5)
     larger.model.load_state_dict(trainer.model.state_dict())
     larger.load_state_dict(trainer.state_dict())
-    with pytest.raises(UserError, match="iteration 2 is not in cycle 0 of RePr, sub phase, where this trainer is"):
-        train(larger, 2)
+    assert "iteration 2 is not in cycle 0 of RePr, sub phase, where this trainer is" in refused(train, larger, 2)
     train(larger, 5)
     assert larger._hooks[0].scheme.cycle == 1
 
 
 @pytest.mark.parametrize(("name", "wrong"), [("seed", None), ("images_per_batch", "8"), ("total_steps", 8.0)])
 def test_an_argument_of_another_type_is_refused(name, wrong):
-    with pytest.raises(UserError, match=f"{name}= must be of type int, got {wrong!r}"):
-        RePrHook(**OPTIONS, **{name: wrong})
+    assert f"{name}= must be of type int, got {wrong!r}" in refused(RePrHook, **OPTIONS, **{name: wrong})
 
 
 def test_a_second_hook_is_refused_and_one_without_a_seed_draws_none_from_the_trainings():
     hook = RePrHook(**OPTIONS)
     trainer = small_trainer(RePrHook(**OPTIONS))
     del trainer.optimizer
-    with pytest.raises(UserError, match="needs a trainer with the attributes model and optimizer: 'SimpleTrainer' ob"):
-        trainer.train(0, 8)
-    with pytest.raises(UserError, match="registered twice in this trainer"):
-        train(small_trainer(hook, RePrHook(**OPTIONS)))
+    assert "needs a trainer with the attributes model and optimizer: 'SimpleTrainer' ob" in refused(trainer.train, 0, 8)
+    assert "registered twice in this trainer" in refused(train, small_trainer(hook, RePrHook(**OPTIONS)))
     np.random.seed(3)
     train(small_trainer(hook))
     assert np.random.rand() == np.random.RandomState(3).rand()
@@ -216,8 +200,7 @@ def test_a_function_as_criterion():
     masks = trainer._hooks[0].scheme.masks
     found = {name: mask.nonzero().flatten().tolist() for name, mask in masks.items()}
     assert found == {"backbone.conv1": [0, 1, 2, 3], "backbone.conv2": [0, 1, 2]}
-    with pytest.raises(UserError, match=r"criterion= test_hook\.first_ones, this run has ortho"):
-        other.load_state_dict(trainer.state_dict())
+    assert "criterion= test_hook.first_ones, this run has ortho" in refused(other.load_state_dict, trainer.state_dict())
 
 
 def test_reference_world_size_scales_the_schedule(tiny_cfg):
@@ -282,8 +265,7 @@ def test_models_that_are_called_in_another_way(model, kind, norm, caplog):
         with pytest.raises(UserError, match=r"transitions look at training batches, and no .*, TypeError"):
             train(trainer)
         return
-    with caplog.at_level(logging.WARNING):
-        train(trainer)
+    train(trainer)
     assert trainer._hooks[0].scheme.cycle == 1
     assert ("; the step shows what participates" in caplog.text) == (model is Branches)
 
@@ -298,6 +280,4 @@ def test_a_network_that_diverges_is_named_as_such_at_a_transition(tiny_cfg):
     trainer = Trainer(tiny_cfg(*SCHEDULE, "REPR.CRITERION", "redundant", "DATASETS.TEST", "()"))
     trainer.register_hooks([Seen(blow)])
     trainer._hooks.insert(0, trainer._hooks.pop())
-    with pytest.raises(UserError, match=r"in a pass of a transition: .* has diverged\. Lower the") as error:
-        trainer.train()
-    assert "\n" not in str(error.value)
+    assert re.search(r"in a pass of a transition: .* has diverged\. Lower the", refused(trainer.train))

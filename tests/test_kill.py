@@ -9,10 +9,8 @@ import forked
 import pytest
 from outcomes import assert_same, outcome, train_words
 
-OPTS = (
-    "SOLVER.MAX_ITER 14 REPR.ENABLED True REPR.S1_ITERS 3 REPR.S2_ITERS 3 REPR.NUM_CYCLES 2 SOLVER.CHECKPOINT_PERIOD 2 "
-    "TEST.EVAL_PERIOD 6"
-).split()
+OPTS = "SOLVER.MAX_ITER 14 REPR.ENABLED True REPR.S1_ITERS 3 REPR.S2_ITERS 3 REPR.NUM_CYCLES 2".split()
+OPTS += "SOLVER.CHECKPOINT_PERIOD 2 TEST.EVAL_PERIOD 6".split()
 # (moment, first, last): the run is killed the first time that the moment comes at or after an iteration drawn from the
 # range. Drops end iterations 2 and 8, restores 5 and 11, evaluations 5, 11 and 13, checkpoints every second one.
 MOMENTS = [
@@ -39,9 +37,9 @@ ROUNDS = int(os.environ.get("KILL_ROUNDS", "1"))  # `make soak` sets more
 @pytest.mark.parametrize("round_", range(ROUNDS))
 def test_killed_and_resumed_bit_for_bit(tiny_data, tmp_path, workers, round_):
     def trained(name, resume=False, moment="", iteration=0, after=None):
-        """Whether it was killed."""
-        words = train_words(tiny_data, tmp_path / name, *OPTS, "DATALOADER.NUM_WORKERS", workers)
-        words[2:2] = ["--resume"] * resume
+        """Trains; True if the run was killed."""
+        flags = ["--resume"] if resume else []
+        words = train_words(tiny_data, tmp_path / name, *OPTS, "DATALOADER.NUM_WORKERS", workers, flags=flags)
         command = forked.Command(
             words, f"{tmp_path / name}.log", before="misbehaviour:kill_at", arguments=(moment, iteration)
         )

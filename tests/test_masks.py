@@ -5,7 +5,8 @@ import json
 
 import numpy as np
 import pytest
-from coco_folder import SIZES, Folder, annotation, category, every, many, refused
+from coco_folder import SIZES, Folder, annotation, category, every, many
+from conftest import refused
 from detectron2.data import MetadataCatalog
 from detectron2.data.detection_utils import create_keypoint_hflip_indices
 from pycocotools import mask as mask_utils
@@ -70,9 +71,7 @@ def masks(**second):
 
 def test_masks(mine, caplog):
     assert "segmentation" in refused(check_run, mine(*MASK_ON))
-    outside = (
-        "MODEL.MASK_ON is True, but in mine annotation 2 has a segmentation more outside than in its bbox (bbox [20"
-    )
+    outside = "MODEL.MASK_ON is True, but in mine annotation 2 has a segmentation more outside than in its bbox (bbox ["
     for more in ((), MASK_ON):
         assert outside not in caplog.text
         check_run(mine(*more, edit=masks()))
@@ -92,10 +91,7 @@ def test_masks(mine, caplog):
     [
         ({"segmentation": [], "iscrowd": 1}, "segmentation"),
         ({"segmentation": {"size": [30, 40], "counts": [0, 1300]}}, "RLE whose counts add up to 1300, not to 1200"),
-        (
-            {"segmentation": {"size": [40, 30], "counts": "x"}},
-            "RLE of the size [40, 30], which must be [height, width]",
-        ),
+        ({"segmentation": {"size": [40, 30], "counts": "x"}}, "RLE of the size [40, 30], which must be [height, width"),
         ({"segmentation": [[1, 2, 3, float("nan"), 5, 6]]}, "a polygon with a coordinate that is no finite number"),
         ({"segmentation": [[1, 2, 3, 10**400, 5, 6]]}, "a polygon with a coordinate that is no finite number"),
     ],

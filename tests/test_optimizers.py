@@ -9,7 +9,7 @@ import torch
 from plain_nets import IMAGES, in_sub_network, largest_dropped, loss_of, plain_net, plain_scheme, readable_net, train
 from torch import nn
 
-from repr_det import RePr, RePrSchedule, UserError, apply_repr
+from repr_det import RePr, RePrSchedule, apply_repr
 from repr_det.network.steps import scale_rates
 
 TIMM = {"MADGRAD": 1e-3, "AdaBelief": 1e-3, "Adan": 1e-3, "Lion": 1e-4, "Lamb": 1e-3, "NAdamW": 1e-3, "RMSpropTF": 1e-3}
@@ -237,29 +237,6 @@ def test_optimizers_of_torch_and_timm(kind):
     for name, mask in masks.items():
         now = net.get_submodule(name).weight[mask].flatten(1)
         assert (nn.functional.cosine_similarity(now, given[name]) > 0.9).all()
-
-
-class Forgetful(torch.optim.SGD):
-    """Moves weights by what nobody can see."""
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        super().step(closure)
-        for p in self.param_groups[0]["params"]:
-            p.add_(1e-3)
-
-
-@pytest.mark.parametrize("is_remade", [False, True])
-def test_what_moves_dropped_filters_is_named_after_the_drop(is_remade):
-    """Gradients are held for any optimizer; what momentum moves is seen of one that RePr does not know."""
-    net = plain_net()
-    remade = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-2)
-    train(net, remade)
-    optimizer = torch.optim.Adam(net.parameters()) if is_remade else Forgetful(net.parameters(), lr=1e-3)
-    _, _, scheme, _ = in_sub_network(net, optimizer)
-    train(net, remade if is_remade else optimizer, steps=1)
-    with pytest.raises(UserError, match=r"dropped filters of 0 are not zero any more .*\(their weight\)"):
-        scheme.check()
 
 
 def test_cumulative_statistics_begin_anew_where_the_network_changes():

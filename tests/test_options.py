@@ -38,7 +38,7 @@ def test_a_run_is_resumed_with_the_same_options_alone(name):
 
 
 def test_states_without_an_option_are_taken():
-    """Of versions that did not have it, or did not save any."""
+    """Earlier versions did not have it, or did not save any."""
     saved = RePrOptions().resumed()
     del saved["REPR.DROP_RATIO"]
     check_resumed(saved, RePrOptions(drop_ratio=0.1).resumed())
@@ -75,11 +75,6 @@ def test_braces_that_a_user_typed_stay_what_they_are():
         with pytest.raises(OptionError) as error, spelling(CONFIG_KEYS):
             raise OptionError(f"{{layers}} {typed} matches nothing")
         assert str(error.value) == f"REPR.LAYERS.INCLUDE {typed} matches nothing"
-
-
-def test_what_is_no_option_is_refused_with_those_that_are():
-    with pytest.raises(OptionError, match=rf"RePr has no option 'ratio': take one of {', '.join(option_names())}$"):
-        RePrOptions.of({"drop_ratio": 0.2, "ratio": 0.3})
 
 
 @pytest.mark.parametrize("name", option_names())

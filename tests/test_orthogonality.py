@@ -80,7 +80,7 @@ SIZES = [
 @pytest.mark.parametrize(("kept", "dropped", "trailing"), SIZES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_new_filters_have_the_least_total_overlap(kept, dropped, trailing, dtype):
-    """From the generator alone; kept and dropped filters are left as they were."""
+    """They depend on the generator alone; kept and dropped filters are left as they were."""
     kept, dropped = randn(kept, *trailing, seed=1).to(dtype), randn(dropped, *trailing, seed=2).to(dtype)
     before, state = (kept.clone(), dropped.clone()), torch.get_rng_state()
     new = least_overlap_filters(torch.nn.Parameter(kept), dropped, generator(3))

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from repr_det.detectron.passes import training_passes
 from repr_det.method.passes import passes_over
-from repr_det.network.state import HiddenState, random_state, set_random_state, undisturbed
+from repr_det.network.state import HiddenState, undisturbed
 
 
 def draw_from_everything() -> tuple:
@@ -173,15 +173,6 @@ def test_passes_have_buckets_of_their_own(by_hook):
         return seen
 
     assert epoch(True) == epoch(False)
-
-
-def test_random_state_survives_a_file_that_holds_weights_only(tmp_path):
-    seed_everything()
-    torch.save(random_state(), tmp_path / "state.pth")
-    expected = [draw_from_everything() for _ in range(5)]
-    random.seed(0), np.random.seed(0), torch.manual_seed(0)
-    set_random_state(torch.load(tmp_path / "state.pth", weights_only=True))
-    assert [draw_from_everything() for _ in range(5)] == expected
 
 
 def test_no_hook_stays_where_a_pass_fails():

@@ -4,10 +4,8 @@ import pytest
 import torch
 from conftest import At, assert_same_weights, end_of, interrupt
 
-OPTS = (
-    "SOLVER.MAX_ITER 12 REPR.ENABLED True REPR.S1_ITERS 3 REPR.S2_ITERS 3 REPR.NUM_CYCLES 1 DATASETS.TEST () "
-    "SOLVER.CHECKPOINT_PERIOD 3 TEST.PRECISE_BN.ENABLED True TEST.PRECISE_BN.NUM_ITER 2"
-).split()
+OPTS = "SOLVER.MAX_ITER 12 REPR.ENABLED True REPR.S1_ITERS 3 REPR.S2_ITERS 3 REPR.NUM_CYCLES 1 DATASETS.TEST ()".split()
+OPTS += "SOLVER.CHECKPOINT_PERIOD 3 TEST.PRECISE_BN.ENABLED True TEST.PRECISE_BN.NUM_ITER 2".split()
 
 
 @pytest.mark.parametrize(("workers", "grouping", "period"), [(0, True, 4), (2, False, 100)])

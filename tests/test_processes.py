@@ -6,16 +6,13 @@ import forked
 import torch
 from outcomes import json_lines, train_words
 
-TRANSITIONS = (
-    "SOLVER.MAX_ITER 6 REPR.ENABLED True REPR.S1_ITERS 1 REPR.S2_ITERS 2 REPR.NUM_CYCLES 1 SOLVER.CHECKPOINT_PERIOD 1 "
-    "DATASETS.TEST ()"
-).split()
+TRANSITIONS = "SOLVER.MAX_ITER 6 REPR.ENABLED True REPR.S1_ITERS 1 REPR.S2_ITERS 2 REPR.NUM_CYCLES 1".split()
+TRANSITIONS += "SOLVER.CHECKPOINT_PERIOD 1 DATASETS.TEST ()".split()
 
 
 def run(folder, data, *opts, processes=2, flags=(), before="misbehaviour:end_in", arguments=()):
     folder.mkdir(exist_ok=True)
-    words = train_words(data, folder / "run", *TRANSITIONS, *opts)
-    words[2:2] = ["--num-gpus", processes, *flags]
+    words = train_words(data, folder / "run", *TRANSITIONS, *opts, flags=["--num-gpus", processes, *flags])
     return forked.run(words, folder / "log", before=before, arguments=arguments or [folder])
 
 

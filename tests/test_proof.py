@@ -8,7 +8,7 @@ from detectron2.layers import Conv2d as Detectron2Conv2d
 from detectron2.layers import get_norm
 from torch import nn
 from torch.nn.utils import parametrizations, prune
-from traced_nets import Net, build, conv, is_silent, told, vary_norms, verdicts
+from traced_nets import Net, build, calling, conv, is_silent, told, vary_norms, verdicts
 
 from repr_det.method.layers import find_filter_layers
 from repr_det.method.participants import Participants
@@ -16,10 +16,6 @@ from repr_det.network.norms import epsilon, norm_kind
 from repr_det.network.proof import Reader
 
 BN = nn.BatchNorm2d
-
-
-def calling(function) -> Net:
-    return Net(lambda _, x: function(x))
 
 
 def in_place_on_a_view(x):

@@ -32,7 +32,7 @@ def ranks(request, tmp_path_factory):
     return [torch.load(folder / f"{rank}.pth", weights_only=True) for rank in (0, 1)]
 
 
-def test_who_takes_part_is_what_all_ranks_have_shown(ranks):
+def test_a_layer_participates_if_all_ranks_have_shown_that_it_can(ranks):
     """The third conv predicts on rank 1."""
     assert [found["layers"] for found in ranks] == [["first", "second"]] * 2
 

@@ -7,12 +7,11 @@ import torch.nn.functional as F
 from conftest import assert_same_weights
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
+from traced_nets import IMAGES
 
 from repr_det import RePrScheme, find_filter_layers
 from repr_det.method.criteria import Context, copies, redundancy, use_of_filters
 from repr_det.method.passes import TrainingPasses
-
-IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 class Net(nn.Module):
@@ -39,9 +38,9 @@ def context_of(net: nn.Module) -> Context:
     return Context(torch.Generator(), passes, 2)
 
 
-def scheme_of(net: Net, optimizer: torch.optim.SGD) -> RePrScheme:
-    layers = find_filter_layers(net, ["first", "summed", "last"])
-    return RePrScheme(layers, optimizer, criterion="redundant", passes=context_of(net).passes)
+def scheme_of(net: nn.Module, optimizer: torch.optim.SGD, **options) -> RePrScheme:
+    layers = find_filter_layers(net, ["*first", "*summed", "*last"])
+    return RePrScheme(layers, optimizer, criterion="redundant", passes=context_of(net).passes, **options)
 
 
 def train(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -129,40 +128,26 @@ def test_copies_and_dead_filters_go_and_come_back_as_something_else():
     assert scheme.drop().dropped == {}
 
 
-def test_where_nothing_is_redundant_training_is_training_without_repr():
-    """Also where the sub-network, which has no filter less, is saved and loaded."""
-    ends = []
-    for with_repr in (False, True):
-        net = Net()
-        optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9, weight_decay=1e-3)
-        scheme = scheme_of(net, optimizer)
-        for event in ("drop", "restore") * 2:
-            train(net, optimizer)
-            if with_repr:
-                assert getattr(scheme, event)().dropped == {}
-                state, scheme = scheme.state_dict(), scheme_of(net, optimizer)
-                scheme.load_state_dict(state)
-                assert scheme.is_sub == (event == "drop") and scheme.num_dropped == 0
-        train(net, optimizer)
-        ends.append(net.state_dict())
-    assert_same_weights(*ends)
-
-
-def test_where_nothing_is_redundant_averages_are_those_without_repr():
-    """Those of weights, and of statistics over all batches (BN of momentum None)."""
+def test_where_nothing_is_redundant_training_and_averages_are_those_without_repr():
+    """The averages are of weights, and of statistics over all batches (BN of momentum None). The sub-network, which has
+    no filter less, is saved and loaded."""
     ends = []
     for with_repr in (False, True):
         net = nn.Sequential(Net(), nn.BatchNorm2d(6, momentum=None))
         average = AveragedModel(net)
-        optimizer = torch.optim.SGD(net.parameters(), 0.01)
-        layers = find_filter_layers(net, ["0.first", "0.summed"])
-        passes = context_of(net).passes
-        scheme = RePrScheme(layers, optimizer, criterion="redundant", model=net, passes=passes, averages=[average])
-        for event in ("drop", "restore"):
+        optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9, weight_decay=1e-3)
+        scheme = scheme_of(net, optimizer, model=net, averages=[average])
+        for event in ("drop", "restore") * 2:
             train(net, optimizer)
             average.update_parameters(net)
             if with_repr:
                 assert getattr(scheme, event)().dropped == {}
+                state = scheme.state_dict()
+                scheme.close()
+                scheme = scheme_of(net, optimizer, model=net, averages=[average])
+                scheme.load_state_dict(state)
+                assert scheme.is_sub == (event == "drop") and scheme.num_dropped == 0
+        train(net, optimizer)
         ends.append(average.state_dict() | net.state_dict())
-    assert ends[0]["n_averaged"] == ends[1]["n_averaged"] == 2
+    assert ends[0]["n_averaged"] == ends[1]["n_averaged"] == 4
     assert_same_weights(*ends)

@@ -1,7 +1,6 @@
-"""Where a training loader goes on: exactly if nothing changed, else behind as many images as were drawn."""
+"""A training loader resumes exactly if nothing changed, else behind as many images as were drawn."""
 
 import itertools
-import logging
 import random
 from types import SimpleNamespace
 
@@ -75,14 +74,13 @@ def resumed(loader, saved, iteration, caplog):
     if saved is not None:
         hook.load_state_dict({"iteration": iteration - 1, "ranks": saved, "scalars": {}})
     caplog.clear()
-    with caplog.at_level(logging.WARNING, "repr_det.resume"):
-        hook.before_train()
-        hook.before_step()
+    hook.before_train()
+    hook.before_step()
     return [record.getMessage() for record in caplog.records if record.name.startswith("repr_det")]
 
 
 def states(loader, batches):
-    """Of a run that has drawn so many batches, as its only rank."""
+    """The states of a run on one rank that has drawn so many batches."""
     drawn(loader, batches)
     return [{"random": random_state(), "loaders": [loader.state_dict()]}]
 

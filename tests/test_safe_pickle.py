@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import refused
 from torch import nn
 
 from repr_det import UserError
@@ -89,9 +90,8 @@ def test_everything_else_is_refused_by_name(tmp_path, monkeypatch, thing, named,
     monkeypatch.chdir(tmp_path)
     named = named if protocol > 2 else named.replace("builtins", "__builtin__")  # Python 2's name
     Path("bad.pkl").write_bytes(pickle.dumps({"model": {"w": np.zeros(3), "x": thing}}, protocol=protocol))
-    with pytest.raises(UserError, match=rf"^bad.pkl: refused, it names {named}") as error:
-        load_checkpoint("bad.pkl")
-    assert "\n" not in str(error.value) and not Path("executed").exists()
+    assert refused(load_checkpoint, "bad.pkl").startswith(f"bad.pkl: refused, it names {named}")
+    assert not Path("executed").exists()
 
 
 def test_torch_and_pycls_files(tmp_path, monkeypatch):
@@ -136,8 +136,7 @@ def array_of(*state):
 def test_turned_files_give_numbers_or_an_error(tmp_path, attack, value):
     (tmp_path / "w.pkl").write_bytes(pickle.dumps({"w": attack}, protocol=2))
     if value is None:
-        with pytest.raises(UserError, match=r"w\.pkl: "):
-            load_checkpoint(tmp_path / "w.pkl")
+        assert "w.pkl: " in refused(load_checkpoint, tmp_path / "w.pkl")
     else:
         assert load_checkpoint(tmp_path / "w.pkl")["w"].tolist() == pytest.approx(value)
 
@@ -147,8 +146,7 @@ def test_a_length_that_the_file_does_not_have_takes_no_memory(tmp_path, opcode):
     path = tmp_path / "long.pkl"
     path.write_bytes(pickle.PROTO + b"\x05" + opcode + (2**33).to_bytes(8, "little") + b"abc.")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(UserError, match="not a readable pickle of weights, perhaps cut short"):
-        load_checkpoint(path)
+    assert "not a readable pickle of weights, perhaps cut short" in refused(load_checkpoint, path)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20
 
 
@@ -195,5 +193,4 @@ def test_mutated_files_are_an_error_or_plain(tmp_path, kind):
 
 def test_a_git_lfs_pointer_is_named(tmp_path):
     (tmp_path / "w.pkl").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    with pytest.raises(UserError, match=r"w\.pkl is a Git LFS pointer, not the file itself: git lfs pull"):
-        load_checkpoint(tmp_path / "w.pkl")
+    assert "w.pkl is a Git LFS pointer, not the file itself: git lfs" in refused(load_checkpoint, tmp_path / "w.pkl")

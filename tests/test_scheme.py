@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import refused
 from detectron2.layers import Conv2d, FrozenBatchNorm2d, get_norm
-from test_orthogonality import unit_rows
+from textbook import textbook_overlap, unit_rows
 from torch import nn
 
 from repr_det import RePrScheme, UserError, find_filter_layers
@@ -22,19 +23,19 @@ OPTIMIZERS = {
     "adamw": lambda p: torch.optim.AdamW(p, 1e-2, weight_decay=0.1),
     "clipped sgd": lambda p: Clipped(p, 0.05, momentum=0.9),
 }
-WIDTH = 32
+WIDTH, GROUPS = 32, 8  # a filter of conv2 has 36 dimensions: few for 32 filters, many for the 4 of a group
 
 
 class ResidualNet(nn.Module):
-    """conv1 - ReLU - conv2 + shortcut - ReLU - conv3 (bias) - classifier: a channel with and one without a ReLU of its
-    own before it is added to something."""
+    """conv1 - ReLU - conv2 (grouped) + shortcut - ReLU - conv3 (bias) - classifier: a channel with and one without a
+    ReLU of its own before it is added to something."""
 
     def __init__(self, norm: str) -> None:
         super().__init__()
         norms = [nn.GroupNorm(WIDTH // 2, WIDTH) if norm == "GN" else get_norm(norm, WIDTH) for _ in range(2)]
         self.shortcut = Conv2d(3, WIDTH, 1, bias=False)
         self.conv1 = Conv2d(3, WIDTH, 3, padding=1, bias=norm == "", norm=norms[0])
-        self.conv2 = Conv2d(WIDTH, WIDTH, 3, padding=1, bias=norm == "", norm=norms[1])
+        self.conv2 = Conv2d(WIDTH, WIDTH, 3, padding=1, groups=GROUPS, bias=norm == "", norm=norms[1])
         self.conv3 = Conv2d(WIDTH, WIDTH, 1, bias=True)
         self.classifier = nn.Linear(WIDTH, 5)
         for module in self.modules():
@@ -115,9 +116,18 @@ def test_sub_network_trains_as_if_dropped_filters_did_not_exist(norm, optimizer,
         assert not any(tensor[dropped].any() for tensor in [*layer.tensors().values(), *states]), layer.name
 
 
-@pytest.mark.parametrize(("norm", "scale"), [*((norm, "kept") for norm in NORMS), ("BN", "old"), ("FrozenBN", "unit")])
-def test_restored_filters_are_orthogonal_reset_and_scaled(norm, scale):
-    net, opt, scheme = make(norm, "adam", scale=scale)
+def first_group(layer):
+    """A criterion that drops all filters of conv2's first group."""
+    return torch.arange(WIDTH) < (WIDTH // GROUPS if layer.name == "conv2" else 0)
+
+
+RETURNS = [*((norm, "kept", "ortho") for norm in NORMS), ("BN", "old", "ortho"), ("FrozenBN", "unit", "ortho")]
+
+
+@pytest.mark.parametrize(("norm", "scale", "criterion"), [*RETURNS, ("BN", "kept", first_group)])
+def test_restored_filters_are_orthogonal_reset_and_scaled(norm, scale, criterion):
+    """Orthogonal to the kept and the old filters of their group: those of another group look at other channels."""
+    net, opt, scheme = make(norm, "adam", scale=scale, criterion=criterion)
     steps(net, opt, 3, seed=1)
     before = copy.deepcopy({layer.name: layer.tensors() for layer in scheme.layers})
     scheme.drop()
@@ -126,21 +136,28 @@ def test_restored_filters_are_orthogonal_reset_and_scaled(norm, scale):
     kept_then = {x.name: {key: value.detach().clone() for key, value in x.tensors().items()} for x in scheme.layers}
     event = scheme.restore()
     assert not scheme.is_sub and scheme.cycle == 1
-    for layer in [layer for layer in scheme.layers if masks[layer.name].any()]:
-        mask = masks[layer.name]
-        old, kept, weight = before[layer.name]["weight"][mask], layer.weight[~mask], layer.weight[mask]
-        new, others = unit_rows(weight), unit_rows(old, kept)
-        cosines = np.abs(others @ new.T)
-        assert event.max_cosine[layer.name] == pytest.approx(cosines.max(), abs=1e-6)
-        if len(new) <= others.shape[1] - np.linalg.matrix_rank(others):
-            assert cosines.max() <= 1e-5
-        else:  # conv1: 27 dimensions, conv3: 32
-            smallest = np.linalg.eigvalsh(others.T @ others)[: len(new)].sum()
-            assert (cosines**2).sum() == pytest.approx(smallest, rel=1e-4, abs=1e-6)
-        np.testing.assert_allclose(new @ new.T, np.eye(len(new)), atol=1e-5)
-        sizes = [part.detach().flatten(1).norm(dim=1).numpy() for part in (weight, old, kept)]
-        wanted = {"kept": sizes[2].mean(), "old": sizes[1], "unit": 1.0}[scale]
-        np.testing.assert_allclose(sizes[0], np.broadcast_to(wanted, len(new)), rtol=1e-5)
+    in_use, after = [], []  # O_f of the kept filters, and of all
+    for layer in scheme.layers:
+        weight, old = layer.weight.detach(), before[layer.name]["weight"].detach()
+        mask, largest = masks[layer.name], 0.0
+        for rows in np.split(np.arange(WIDTH), layer.conv.groups):
+            kept, out = rows[~mask[rows]], rows[mask[rows]]
+            new, others = unit_rows(weight[out]), unit_rows(old[out], weight[kept])
+            cosines = np.abs(others @ new.T)
+            largest = max(largest, cosines.max(initial=0))
+            if len(new) <= others.shape[1] - np.linalg.matrix_rank(others):
+                assert cosines.max(initial=0) <= 1e-5
+            else:  # conv1: 27 dimensions, conv3: 32
+                smallest = np.linalg.eigvalsh(others.T @ others)[: len(new)].sum()
+                assert (cosines**2).sum() == pytest.approx(smallest, rel=1e-4, abs=1e-6)
+            np.testing.assert_allclose(new @ new.T, np.eye(len(new)), atol=1e-5)
+            in_use.append(textbook_overlap(weight[kept]))
+        after.append(textbook_overlap(weight, layer.conv.groups))
+        np.testing.assert_allclose(event.overlaps[layer.name], after[-1], atol=2e-6)
+        assert event.max_cosine.get(layer.name, 0.0) == pytest.approx(largest, abs=1e-6)
+        sizes = weight.flatten(1).norm(dim=1).numpy()
+        wanted = {"kept": sizes[~mask].mean(), "old": old[mask].flatten(1).norm(dim=1).numpy(), "unit": 1.0}[scale]
+        np.testing.assert_allclose(sizes[mask], np.broadcast_to(wanted, mask.sum()), rtol=1e-5)
         for name, tensor in layer.tensors().items():
             assert torch.equal(tensor[~mask], kept_then[layer.name][name][~mask])
             if norm == "FrozenBN" and name.startswith("norm."):
@@ -153,6 +170,8 @@ def test_restored_filters_are_orthogonal_reset_and_scaled(norm, scale):
             assert not state["exp_avg"][mask].any()
             squares = state["exp_avg_sq"].double()
             np.testing.assert_allclose(squares[mask], squares[~mask].mean(), rtol=1e-5)
+    assert event.overlap_before == pytest.approx(np.concatenate(in_use).mean(), abs=1e-9)
+    assert event.overlap_after == pytest.approx(np.concatenate(after).mean(), abs=1e-9)
     x = steps(net, opt, 2, seed=3)
     assert torch.isfinite(net(x)).all()
 
@@ -166,8 +185,7 @@ def test_transitions_in_the_wrong_order_and_states_of_other_models_are_refused()
         scheme.drop()
     state = scheme.state_dict()
     other = RePrScheme(find_filter_layers(net, ["conv1"]), opt, frozen_norm="keep")
-    with pytest.raises(UserError, match="covers 3 layers, this run has 1"):
-        other.load_state_dict(state)
+    assert "covers 3 layers, this run has 1" in refused(other.load_state_dict, state)
     _, _, fresh = make("BN")
     with pytest.raises(UserError, match=r"dropped filters of conv. are not zero any more in the model, which"):
         fresh.load_state_dict(state)

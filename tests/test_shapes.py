@@ -10,7 +10,8 @@ from unittest.mock import Mock
 import cv2
 import numpy as np
 import pytest
-from coco_folder import ap_of_the_truth, refused
+from coco_folder import ap_of_the_truth
+from conftest import contents, refused
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from repr_det import datasets
@@ -23,7 +24,7 @@ PINNED = {
 
 
 def test_pixels_and_annotations_are_the_pinned_ones():
-    """And the two splits share no image."""
+    """The two splits share no image."""
     images = []
     for split, pinned in PINNED.items():
         digest = hashlib.sha256()
@@ -84,10 +85,6 @@ def test_every_object_stays_visible_and_many_are_partly_hidden(monkeypatch):
 def few_images(monkeypatch):
     monkeypatch.setattr(shapes, "SPLITS", {"train": (1, 4), "val": (2, 3)})
     monkeypatch.setitem(shapes.PARTS, "train_75", ("train", 2))
-
-
-def contents(root):
-    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
 
 
 def test_the_folder_holds_what_is_generated_and_is_reused_silently(few_images, tmp_path, capsys):

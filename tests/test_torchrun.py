@@ -14,16 +14,14 @@ import torch
 from conftest import ROOT
 from outcomes import assert_same, json_lines, outcome, train_words
 
-OPTS = (
-    "SOLVER.MAX_ITER 12 REPR.ENABLED True REPR.S1_ITERS 2 REPR.S2_ITERS 2 REPR.NUM_CYCLES 2 SOLVER.CHECKPOINT_PERIOD 3 "
-    "DATASETS.TEST () DATALOADER.NUM_WORKERS 1"  # a signal to a group of processes reaches loader workers too
-).split()
+OPTS = "SOLVER.MAX_ITER 12 REPR.ENABLED True REPR.S1_ITERS 2 REPR.S2_ITERS 2 REPR.NUM_CYCLES 2 DATASETS.TEST ()".split()
+OPTS += "SOLVER.CHECKPOINT_PERIOD 3 DATALOADER.NUM_WORKERS 1".split()  # signals to a process group reach workers too
 EARLY_WARNING = "--register tiny_val is not used"  # said before the run has a log
 ROUNDS = int(os.environ.get("KILL_ROUNDS", "1"))  # `make soak` sets more
 
 
 def one_machine(processes=2):
-    """What torchrun --standalone stands for, and restarts."""
+    """The options that torchrun --standalone stands for, and restarts."""
     words = ["--nproc_per_node", processes, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
     return [*words, "--rdzv-id", uuid.uuid4(), "--max-restarts", 3]
 
@@ -35,8 +33,8 @@ def train(tiny_data):
     begun = []
 
     def start(folder, torchrun=(), *, resume=False, misbehave=(), opts=(), tell="", **environment):
-        words = train_words(tiny_data, folder, *OPTS, *opts)
-        words[2:2] = ["--resume"] * resume + ([] if torchrun else ["--num-gpus", 2])
+        flags = [*(["--resume"] if resume else []), *([] if torchrun else ["--num-gpus", 2])]
+        words = train_words(tiny_data, folder, *OPTS, *opts, flags=flags)
         before = "misbehaviour:tell" if tell else "misbehaviour:signal_at" if misbehave else ""
         arguments = ([tell] if tell else []) + ([*misbehave, f"{folder}.once"] if misbehave else [])
         options = {"environment": environment, "before": before, "arguments": arguments, "torchrun": torchrun}
@@ -49,7 +47,7 @@ def train(tiny_data):
 
 
 def ended(command):
-    """What a command that ends well leaves behind."""
+    """The outcome of a command, which must end well."""
     assert command.status() == 0, command.text[-4000:]
     folder = command.log.with_suffix("")
     log = (folder / "log.txt").read_text()

@@ -14,7 +14,7 @@ from unittest.mock import Mock, call
 import forked
 import pytest
 import torch
-from coco_folder import refused
+from conftest import refused
 from detectron2.engine import HookBase
 from small_loop import small_trainer
 

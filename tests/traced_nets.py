@@ -42,6 +42,10 @@ class Net(nn.Module):
         return self.run(self, x)
 
 
+def calling(function) -> Net:
+    return Net(lambda _, x: function(x))
+
+
 def conv(inputs=3, filters=16) -> nn.Conv2d:
     return nn.Conv2d(inputs, filters, 3, padding=1)
 
@@ -67,7 +71,7 @@ def vary_norms(net: nn.Module) -> nn.Module:
 
 
 def verdicts(net: nn.Module, run=None) -> dict[str, Verdict]:
-    """What the first pass shows of every conv."""
+    """The verdicts of the first pass, by conv."""
     watch = Watch(net, [layer.name for layer in find_filter_layers(net, ["*"])])
     (run or (lambda: net(IMAGES)))()
     watch.update()
@@ -80,7 +84,7 @@ def told(found) -> dict[str, tuple[str, str | None]]:
 
 
 def is_silent(net: nn.Module, conv: str, norm: str | None, run=lambda net: net(IMAGES)) -> bool:
-    """Whether filters ROWS of a conv are silent where their rows of conv and norm are zero: the conv computes with its
+    """True if filters ROWS of a conv are silent where their rows of conv and norm are zero: the conv computes with its
     own weight, what reads them gets 0 where it got something else before, and they are not in the output."""
     before, output, _ = _seen(net, run)
     zeroed = copy.deepcopy(net)
@@ -99,7 +103,7 @@ def is_silent(net: nn.Module, conv: str, norm: str | None, run=lambda net: net(I
 
 
 def _is_zero_now(before: torch.Tensor, after: torch.Tensor) -> bool | None:
-    """Whether the channels that changed are 0 everywhere; None if all have, or none."""
+    """True if the channels that changed are 0 everywhere; None if all have changed, or none."""
     changed = (before != after).transpose(0, 1).flatten(1).any(1) if before.dim() > 1 else torch.zeros(1)
     return not after[:, changed].any() if 0 < changed.float().mean() < 0.5 else None
 
