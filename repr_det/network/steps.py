@@ -35,7 +35,7 @@ def around_step(
     torch runs hooks twice if ``step`` of a subclass calls that of its base. Returns handles with ``remove``.
 
     Args:
-        before: gets the arguments of ``step``, and may return others.
+        before: gets the arguments of ``step``, and may return others. With it ``after`` runs in front of other hooks.
     """
 
     @torch.compiler.disable
@@ -51,6 +51,8 @@ def around_step(
     for optimizer in optimizers:
         handles.append(optimizer.register_step_pre_hook(begin))
         handles.append(optimizer.register_step_post_hook(end))
+        if before is not None:
+            optimizer._optimizer_step_post_hooks.move_to_end(handles[-1].id, last=False)
     return handles
 
 
@@ -82,6 +84,14 @@ class _Scaled:
     @property
     def rate(self) -> Any:
         return self.own * math.prod(self.shares.values())
+
+    def take_over(self) -> None:
+        """Follows a rate that the step has computed from ``rate``; of a tensor without a wait for its device."""
+        now, share = self.group["lr"], math.prod(self.shares.values())
+        if torch.is_tensor(now):
+            self.own = torch.where(now == self.rate, self.own, now / share)
+        elif now != self.rate:
+            self.own = now / share
 
     def write(self) -> None:
         """Sets the rate. A tensor stays the same one, which a compiled step reads."""
@@ -130,8 +140,12 @@ def scale_rates(optimizers: Sequence[Optimizer], share: Callable[[], float]) -> 
 
     def put_back() -> None:
         for place, scaled in list(_SCALED.items()):
-            if scaled.shares.pop(me, None) is not None and not scaled.shares:
-                scaled.write()
+            if me not in scaled.shares:
+                continue
+            scaled.take_over()
+            del scaled.shares[me]
+            scaled.write()
+            if not scaled.shares:
                 del _SCALED[place]
 
     return around_step(optimizers, scale, put_back)
