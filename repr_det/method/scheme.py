@@ -206,7 +206,7 @@ class RePrScheme:
             restart_optimizer_state_(self.optimizers, layer.weight, held.rows[layer.name], held.kept[layer.name])
         self._norms.after_return(held, renewed, self._old, self.cycle)
         done = self._record("restore", held, self._overlaps(values_of(self.layers), {}), kept, start, cosines)
-        if self.averages is not None and renewed:
+        if self.averages is not None and held.layers:
             self.averages.begin_again()
         self.num_returned = sum(len(held.rows[layer.name]) for layer in renewed)
         self._release()
