@@ -313,7 +313,7 @@ class RePrScheme:
         """Layer name -> O_f of the filters that are not ``out`` (K,)."""
         found = {}
         for layer in self.layers:
-            dropped = out.get(layer.name, torch.zeros(layer.num_filters, dtype=torch.bool))
+            dropped = out.get(layer.name, torch.zeros(layer.num_filters, dtype=torch.bool, device="cpu"))
             found[layer.name] = overlap_of_kept(values[layer.name]["weight"], dropped, layer.conv.groups)
         return found
 
