@@ -25,7 +25,7 @@ def begin(make=RePr, total_steps=12, kind=torch.optim.SGD, build=readable_net, *
 
 def run(one: RePr, steps: int, after=RePr.step) -> None:
     for _ in range(steps):
-        train(one.model, one.scheme.optimizers[0], steps=1)
+        train(one.model, *one.scheme.optimizers, steps=1)
         after(one)
 
 
@@ -308,9 +308,15 @@ def test_an_optimizer_that_is_built_again_is_warned_of(caplog, make):
     assert (due in caplog.text) == (make is apply_repr)
 
 
+def one_a_parameter(parameters, rate) -> list[torch.optim.SGD]:
+    """As in PyTorch's recipe of optimizer steps inside the backward pass."""
+    return [torch.optim.SGD([parameter], rate) for parameter in parameters]
+
+
 @pytest.mark.parametrize("every", [1, 19, 25])
-def test_a_call_once_an_epoch_is_warned_of_once(caplog, every):
-    one, calls = begin(total_steps=100), iter(range(1, 51))
+@pytest.mark.parametrize("kind", [torch.optim.SGD, one_a_parameter])
+def test_a_call_once_an_epoch_is_warned_of_once(caplog, every, kind):
+    one, calls = begin(total_steps=100, kind=kind), iter(range(1, 51))
     run(one, 50, lambda one: one.step() if next(calls) % every == 0 else None)
     one.close()
     run(one, 30, by_itself)

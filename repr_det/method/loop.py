@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -24,7 +25,7 @@ from repr_det.network.steps import around_step, scale_rates, with_inner
 
 logger = logging.getLogger("repr_det.loop")
 
-_MISSED = 20  # steps of the optimizer without step(): more than those of several optimizers in an iteration
+_MISSED = 20  # steps of an optimizer without step(): more than it makes in an iteration
 _CALLS = 40  # of step(), at least half of which must come with a step of the optimizer: GradScaler skips fewer
 _LITTLE = 0.05  # of the trainable weights
 
@@ -99,10 +100,12 @@ class RePr:
         )
         self.steps = first_step
         self.logger = logger
-        self._announced = self._finished = self._warned = self._is_late = False
-        self._behind = 0  # steps of the optimizer since the last call of step(), up to the warning
+        self._announced = self._finished = self._warned = self._is_late = self._is_behind = False
+        self._behind: Counter[int] = Counter()  # steps of each optimizer since the last call of step()
         self._calls = self._taken = 0  # of step(), and of them with a step of the optimizer
-        self._handles = around_step(self.scheme.optimizers, after=partial(_count, weakref.ref(self)))
+        self._handles = []
+        for number, one in enumerate(self.scheme.optimizers):
+            self._handles += around_step([one], after=partial(_count, weakref.ref(self), number))
         if loader is not None and passes and self.scheme.needs_batches and not list(passes.batches(1, 0)):
             raise UserError("loader= yields no batch, and transitions look at training batches")
         if self.warmup_iters:
@@ -287,7 +290,7 @@ class RePr:
         """Counts calls of step(), and those that come without a step of the optimizer."""
         self._end["steps"] = self.steps
         self._calls += 1
-        self._taken += self._behind > 0
+        self._taken += bool(self._behind)
         if self._calls == _CALLS:
             if self._taken <= _CALLS / 2:
                 self.logger.warning(
@@ -296,8 +299,7 @@ class RePr:
                 )
             else:
                 self._calls = self._taken = 0
-        if self._behind < _MISSED:
-            self._behind = 0
+        self._behind.clear()
 
     def _share_of_rate(self) -> float:
         """The share of the learning rate that the next step has, in warm-up after a restore."""
@@ -345,12 +347,13 @@ def describe_schedule(schedule: RePrSchedule) -> str:
     )
 
 
-def _count(watched: weakref.ref[RePr]) -> None:
+def _count(watched: weakref.ref[RePr], optimizer: int) -> None:
     one = watched()
     if one is None or one._finished:
         return
-    one._behind += 1
-    if one._behind == _MISSED:
+    one._behind[optimizer] += 1
+    if one._behind[optimizer] == _MISSED and not one._is_behind:
+        one._is_behind = True
         one.logger.warning(
             f"RePr: the optimizer has made {_MISSED} steps without a call of step(), which total_steps= counts"
         )
