@@ -177,7 +177,7 @@ def test_a_part_in_torchscript_is_seen_by_its_operations(make):
 
 
 @pytest.mark.parametrize("filters", ["new", "old"])
-def test_finish_ends_with_the_full_network(filters):
+def test_finish_ends_with_the_full_network(filters, caplog):
     one = begin()
     run(one, 3)
     old, mask = one.scheme.state_dict()["old"]["0"]["weight"], one.scheme.masks["0"].clone()
@@ -187,6 +187,12 @@ def test_finish_ends_with_the_full_network(filters):
     assert torch.equal(one.model[0].weight[mask], old) == (filters == "old")
     run(one, 9)
     assert one.phase == "full" and one.scheme.cycle == 1 and one.steps == 12
+    resumed = begin()
+    resumed.load_state_dict(one.state_dict() | {"steps": 4})  # before the second drop of the schedule
+    run(resumed, 1)
+    del one, resumed
+    gc.collect()
+    assert "training ended" not in caplog.text
 
 
 @pytest.mark.parametrize(("steps", "dropped", "beyond"), [(3, 9, 0), (15, 0, 1)])

@@ -100,7 +100,7 @@ class RePr:
         )
         self.steps = first_step
         self.logger = logger
-        self._announced = self._finished = self._warned = self._is_late = self._is_behind = False
+        self._announced = self._warned = self._is_late = self._is_behind = False
         self._behind: Counter[int] = Counter()  # steps of each optimizer since the last call of step()
         self._calls = self._taken = 0  # of step(), and of them with a step of the optimizer
         self._handles = []
@@ -110,7 +110,7 @@ class RePr:
             raise UserError("loader= yields no batch, and transitions look at training batches")
         if self.warmup_iters:
             self._handles += scale_rates(self.scheme.optimizers, self._share_of_rate)
-        self._end = {"steps": 0, "dropped": 0, "drops": self.schedule.drop_iters}
+        self._end = {"steps": 0, "dropped": 0, "drops": self.schedule.drop_iters, "finished": False}
         self._at_end = weakref.finalize(self, _warn_at_end, self._end)
         if sample is not None:
             arguments = sample if isinstance(sample, tuple) else (sample,)
@@ -143,7 +143,7 @@ class RePr:
         self._look_for_steps()
         self.scheme.check()
         self._announce()
-        if self._finished:
+        if self._end["finished"]:
             return None
         if iteration == self.total_steps:
             self.logger.warning(
@@ -167,8 +167,7 @@ class RePr:
         """
         if filters not in ("new", "old"):
             raise UserError(f"filters= must be new or old, got {filters!r}")
-        self._finished = True
-        self._end["drops"] = ()
+        self._end["finished"] = True
         if not self.scheme.is_sub:
             return None
         return self._log(self.steps - 1, self.scheme.restore(as_they_were=filters == "old"))
@@ -190,8 +189,7 @@ class RePr:
 
     def close(self) -> None:
         """Lets go of model and optimizer, for another RePr."""
-        self._finished = True
-        self._end["drops"] = ()
+        self._end["finished"] = True
         self.scheme.close()
         for handle in self._handles:
             handle.remove()
@@ -201,7 +199,7 @@ class RePr:
         return {
             "steps": self.steps,
             "schedule": dataclasses.asdict(self.schedule),
-            "finished": self._finished,
+            "finished": self._end["finished"],
             "scheme": self.scheme.state_dict(),
         }
 
@@ -218,7 +216,7 @@ class RePr:
             )
         self.scheme.load_state_dict(state["scheme"])
         self.steps = state["steps"]
-        self._finished = state.get("finished", False)
+        self._end["finished"] = state.get("finished", False)
         self._end["dropped"] = self.scheme.num_dropped
 
     def __repr__(self) -> str:
@@ -304,7 +302,7 @@ class RePr:
     def _share_of_rate(self) -> float:
         """The share of the learning rate that the next step has, in warm-up after a restore."""
         restored = [i for i in self.schedule.restore_iters if i < self.steps]
-        if self._finished or not self.scheme.num_returned or not restored:
+        if self._end["finished"] or not self.scheme.num_returned or not restored:
             return 1.0
         return min(1.0, (self.steps - restored[-1]) / (self.warmup_iters + 1))
 
@@ -349,7 +347,7 @@ def describe_schedule(schedule: RePrSchedule) -> str:
 
 def _count(watched: weakref.ref[RePr], optimizer: int) -> None:
     one = watched()
-    if one is None or one._finished:
+    if one is None or one._end["finished"]:
         return
     one._behind[optimizer] += 1
     if one._behind[optimizer] == _MISSED and not one._is_behind:
@@ -361,7 +359,7 @@ def _count(watched: weakref.ref[RePr], optimizer: int) -> None:
 
 def _warn_at_end(end: dict[str, Any]) -> None:
     due = sum(iteration >= end["steps"] for iteration in end["drops"])
-    if end["steps"] and due and not end["dropped"]:
+    if end["steps"] and due and not end["dropped"] and not end["finished"]:
         logger.warning(
             f"RePr: training ended after {end['steps']} steps of the optimizer, before {due} drops that its schedule "
             "has: another optimizer trained, or finish() was not called"
