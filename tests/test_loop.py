@@ -147,6 +147,26 @@ def test_what_participates_is_said_once_it_is_known(caplog):
     assert "RePr drop after iteration 2 (cycle 1): 9 filters, mean O_f" in caplog.text
 
 
+@pytest.mark.parametrize(("others", "is_little"), [(250, False), (500, True)])
+def test_what_runs_later_is_announced_with_the_drop_and_counts(others, is_little, caplog):
+    """Two tasks in turn: 2,736 of the weights that take part run in the first step, and 5,040 in the first two."""
+
+    def forward(net, x):
+        net.calls += 1
+        return net.d([net.b, net.c][net.calls % 2](net.a(x).relu()).relu())
+
+    net = Net(forward, a=conv(), b=conv(16), c=conv(16), d=conv(16), e=nn.Linear(others, others))
+    net.calls = 0
+    with caplog.at_level("INFO", "repr_det"):
+        one = begin(build=lambda: net, schedule=RePrSchedule(5, 2, 1))
+        run(one, 4)
+        assert caplog.text.count("participate") == 1 and "RePr: 2 convs, 32 filters participate" in caplog.text
+        run(one, 4)
+    assert caplog.text.count("participate") == 2 and "RePr: 3 convs, 48 filters participate" in caplog.text
+    assert caplog.text.count("every drop takes 14 ") == 1 and caplog.text.count("RePr schedule") == 1
+    assert caplog.text.count("next to nothing to drop") == is_little
+
+
 def test_next_to_nothing_to_drop_is_warned_of(caplog):
     for outputs in (3, 3000):
         assert not caplog.text

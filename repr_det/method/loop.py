@@ -100,7 +100,8 @@ class RePr:
         )
         self.steps = first_step
         self.logger = logger
-        self._announced = self._warned = self._is_late = self._is_behind = False
+        self._announced = ""  # names of layers
+        self._is_weighed = self._warned = self._is_late = self._is_behind = False
         self._behind: Counter[int] = Counter()  # steps of each optimizer since the last call of step()
         self._calls = self._taken = 0  # of step(), and of them with a step of the optimizer
         self._handles = []
@@ -228,31 +229,44 @@ class RePr:
             f"{schedule.restore_iters})"
         )
 
-    def _announce(self) -> None:
+    def _announce(self, settled: bool = False) -> None:
+        """Says what participates once that is known, and again where a transition has ``settled`` that it is others."""
+        participants = self.scheme.participants
+        if participants.known and (settled or not self._announced):
+            self._name_layers()
+        if not self._is_weighed and (settled or participants.all_have_run):
+            self._weigh_layers()
+
+    def _name_layers(self) -> None:
         layers, options = self.scheme.layers, self.options
-        if self._announced or not self.scheme.participants.known:
+        names = ", ".join(f"{layer.name} ({layer.num_filters})" for layer in layers)
+        if names == self._announced:
             return
-        self._announced = True
-        self._look_for_averages()
+        is_first, self._announced = not self._announced, names
+        if is_first:
+            self._look_for_averages()
         filters = sum(layer.num_filters for layer in layers)
         kinds = ", ".join(sorted({layer.kind for layer in layers}))
-        names = ", ".join(f"{layer.name} ({layer.num_filters})" for layer in layers)
         number = f"{'up to ' if self.scheme.criterion.spares else ''}{drop_total(filters, options.drop_ratio)}"
         self.logger.info(
             f"RePr: {len(layers)} convs, {filters} filters participate (norm: {kinds}); every drop takes {number} "
             f"({100 * options.drop_ratio:g} %), at most {100 * options.max_drop_per_layer:g} % of a layer: {names}"
         )
+        if is_first and self.logger is logger:  # the hook has said it before
+            self.logger.info(describe_schedule(self.schedule))
+
+    def _weigh_layers(self) -> None:
+        self._is_weighed = True
         trained = sum(parameter.numel() for parameter in self.model.parameters() if trains(parameter))
-        share = sum(layer.weight.numel() for layer in layers) / max(1, trained)
+        share = sum(layer.weight.numel() for layer in self.scheme.layers) / max(1, trained)
         if share < _LITTLE:
             self.logger.warning(
                 f"RePr: there is next to nothing to drop, {100 * share:.1f} % of the trainable weights"
                 f"{what_attention_means(self.model)}"
             )
-        if self.logger is logger:  # the hook has said it before
-            self.logger.info(describe_schedule(self.schedule))
 
     def _log(self, iteration: int, done: Transition) -> Transition:
+        self._announce(settled=True)
         self._end["dropped"] = self.scheme.num_dropped
         number = sum(map(len, done.dropped.values()))
         self.logger.info(
