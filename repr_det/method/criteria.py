@@ -81,9 +81,7 @@ def _of_weight(function: Callable[[Tensor], Tensor]) -> Criterion:
 
 def calibrated_overlap(weight: Tensor) -> Tensor:
     """O_f over that of random directions, which differs with d."""
-    if len(weight) == 1:
-        return torch.zeros(1, device="cpu")
-    return inter_filter_orthogonality(weight) / expected_overlap(len(weight), weight[0].numel())
+    return inter_filter_orthogonality(weight) / (expected_overlap(len(weight), weight[0].numel()) or 1)
 
 
 def released_overlap(weight: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import math
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -117,9 +118,9 @@ def scale_rates(optimizers: Sequence[Optimizer], share: Callable[[], float]) -> 
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]  # others after load_state_dict
         for group in groups:
             rate = group["lr"]
-            scaled = _SCALED.setdefault(id(rate if torch.is_tensor(rate) else group), _Scaled(group, _copied(rate)))
+            scaled = _SCALED.setdefault(id(rate if torch.is_tensor(rate) else group), _Scaled(group, deepcopy(rate)))
             if scaled.shares and scaled.rate != rate:  # set since a step that failed
-                scaled.own, scaled.shares = _copied(rate), {}
+                scaled.own, scaled.shares = deepcopy(rate), {}
             scaled.shares[me] = factor
             scaled.write()
         return tuple(map(guarded, arguments)), {name: guarded(value) for name, value in keywords.items()}
@@ -140,19 +141,14 @@ def scale_rates(optimizers: Sequence[Optimizer], share: Callable[[], float]) -> 
 
     def put_back() -> None:
         for place, scaled in list(_SCALED.items()):
-            if me not in scaled.shares:
-                continue
-            scaled.take_over()
-            del scaled.shares[me]
-            scaled.write()
+            if me in scaled.shares:
+                scaled.take_over()
+                del scaled.shares[me]
+                scaled.write()
             if not scaled.shares:
                 del _SCALED[place]
 
     return around_step(optimizers, scale, put_back)
-
-
-def _copied(rate: Any) -> Any:
-    return rate.clone() if torch.is_tensor(rate) else rate
 
 
 def learning_rates(optimizers: Sequence[Optimizer]) -> dict[Tensor, float]:
