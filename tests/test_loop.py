@@ -253,22 +253,29 @@ def test_averages_begin_again_at_a_restore_and_stay_at_a_drop():
     assert_same_weights(held.module.state_dict(), one.model.state_dict())
 
 
-@pytest.mark.parametrize(("given", "moves"), [(False, True), (False, False), (True, True)])
-def test_an_average_that_is_not_given_is_warned_of_once(caplog, given, moves):
+@pytest.mark.parametrize("kind", ["average", "given", "nothing", "best", "trained"])
+def test_an_average_that_is_not_given_is_warned_of_once(caplog, kind):
+    """But no copy of the best model so far, and no second network that trains, as in CycleGAN or mutual learning."""
     average = AveragedModel(readable_net())
+    optimizer = torch.optim.SGD(average.module.parameters() if kind == "trained" else [torch.ones(1)], 0.05)
     half_made = object.__new__(nn.Sequential)  # what is left of a module whose __init__ has failed
     lazy = nn.Sequential(nn.LazyLinear(3))  # somewhere in the program
     with torch.device("meta"):
         shapes = readable_net()
 
     def after(one):
-        if moves:
+        if kind == "best":
+            average.module.load_state_dict(one.model.state_dict())
+        elif kind == "trained":
+            train(average.module, optimizer, steps=1)
+            optimizer.zero_grad()
+        elif kind != "nothing":
             average.update_parameters(one.model)
         one.step()
 
-    run(begin(averages=[average] if given else []), 10, after)
-    warned = caplog.text.count("a copy of the model (Sequential) is updated without gradients")
-    assert warned == (moves and not given) and not vars(half_made) and len(lazy) == 1 and shapes[0].weight.is_meta
+    run(begin(averages=[average] if kind == "given" else []), 10, after)
+    assert caplog.text.count("a copy of the model (Sequential) is updated without gradients") == (kind == "average")
+    assert not vars(half_made) and len(lazy) == 1 and shapes[0].weight.is_meta
 
 
 @pytest.mark.parametrize(("milestone", "warned"), [(2, 1), (8, 1), (11, 0)])
@@ -289,20 +296,6 @@ def test_what_lies_before_the_first_step_is_left_out(first_step, phases):
 
     run(one, len(phases), after)
     assert seen == phases and one.steps == first_step + len(phases)
-
-
-def test_a_second_network_that_trains_is_no_average(caplog):
-    """As in CycleGAN or mutual learning, with gradients cleared before step()."""
-    other = readable_net()
-    optimizer = torch.optim.SGD(other.parameters(), 0.05)
-
-    def after(one):
-        train(other, optimizer, steps=1)
-        optimizer.zero_grad()
-        one.step()
-
-    run(begin(), 10, after)
-    assert "is updated without gradients" not in caplog.text
 
 
 def test_a_network_that_is_fixed_for_the_rest_of_a_step_learns():
@@ -334,15 +327,11 @@ def test_an_optimizer_that_is_built_again_is_warned_of(caplog, make):
     assert (due in caplog.text) == (make is apply_repr)
 
 
-def one_a_parameter(parameters, rate) -> list[torch.optim.SGD]:
-    """As in PyTorch's recipe of optimizer steps inside the backward pass."""
-    return [torch.optim.SGD([parameter], rate) for parameter in parameters]
-
-
 @pytest.mark.parametrize("every", [1, 19, 25])
-@pytest.mark.parametrize("kind", [torch.optim.SGD, one_a_parameter])
-def test_a_call_once_an_epoch_is_warned_of_once(caplog, every, kind):
-    one, calls = begin(total_steps=100, kind=kind), iter(range(1, 51))
+def test_a_call_once_an_epoch_is_warned_of_once(caplog, every):
+    """With one optimizer a parameter, as in PyTorch's recipe of steps inside the backward pass."""
+    one = begin(total_steps=100, kind=lambda parameters, rate: [torch.optim.SGD([x], rate) for x in parameters])
+    calls = iter(range(1, 51))
     run(one, 50, lambda one: one.step() if next(calls) % every == 0 else None)
     one.close()
     run(one, 30, by_itself)

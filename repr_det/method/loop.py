@@ -100,8 +100,8 @@ class RePr:
         )
         self.steps = first_step
         self.logger = logger
-        self._announced = ""  # names of layers
-        self._is_weighed = self._warned = self._is_late = self._is_behind = False
+        self._announced: tuple[str, bool] | None = None  # names of layers, and whether those are all
+        self._is_late = self._is_behind = False
         self._behind: Counter[int] = Counter()  # steps of each optimizer since the last call of step()
         self._calls = self._taken = 0  # of step(), and of them with a step of the optimizer
         self._handles = []
@@ -230,21 +230,12 @@ class RePr:
         )
 
     def _announce(self, settled: bool = False) -> None:
-        """Says what participates once that is known, and again where a transition has ``settled`` that it is others."""
-        participants = self.scheme.participants
-        if participants.known and (settled or not self._announced):
-            self._name_layers()
-        if not self._is_weighed and (settled or participants.all_have_run):
-            self._weigh_layers()
-
-    def _name_layers(self) -> None:
-        layers, options = self.scheme.layers, self.options
+        """Says what participates when that is known, and when a transition has ``settled`` it if it is not the same."""
+        layers, options, participants = self.scheme.layers, self.options, self.scheme.participants
         names = ", ".join(f"{layer.name} ({layer.num_filters})" for layer in layers)
-        if names == self._announced:
+        now = names, settled or participants.all_have_run
+        if not participants.known or now == self._announced or (self._announced and not settled):
             return
-        is_first, self._announced = not self._announced, names
-        if is_first:
-            self._look_for_averages()
         filters = sum(layer.num_filters for layer in layers)
         kinds = ", ".join(sorted({layer.kind for layer in layers}))
         number = f"{'up to ' if self.scheme.criterion.spares else ''}{drop_total(filters, options.drop_ratio)}"
@@ -252,18 +243,16 @@ class RePr:
             f"RePr: {len(layers)} convs, {filters} filters participate (norm: {kinds}); every drop takes {number} "
             f"({100 * options.drop_ratio:g} %), at most {100 * options.max_drop_per_layer:g} % of a layer: {names}"
         )
-        if is_first and self.logger is logger:  # the hook has said it before
-            self.logger.info(describe_schedule(self.schedule))
-
-    def _weigh_layers(self) -> None:
-        self._is_weighed = True
         trained = sum(parameter.numel() for parameter in self.model.parameters() if trains(parameter))
-        share = sum(layer.weight.numel() for layer in self.scheme.layers) / max(1, trained)
-        if share < _LITTLE:
+        share = sum(layer.weight.numel() for layer in layers) / max(1, trained)
+        if share < _LITTLE and now[1]:
             self.logger.warning(
                 f"RePr: there is next to nothing to drop, {100 * share:.1f} % of the trainable weights"
                 f"{what_attention_means(self.model)}"
             )
+        if not self._announced and self.logger is logger:  # the hook has said it before
+            self.logger.info(describe_schedule(self.schedule))
+        self._announced = now
 
     def _log(self, iteration: int, done: Transition) -> Transition:
         self._announce(settled=True)
@@ -273,7 +262,6 @@ class RePr:
             f"RePr {done.event} after iteration {iteration} (cycle {done.cycle + 1}): {number} filters, mean O_f "
             f"{done.overlap_before:.4f} -> {done.overlap_after:.4f}, {done.seconds:.2f} s"
         )
-        self._look_for_averages()
         if number and done.event == "restore":
             self._look_at_rates()
         return done
@@ -287,15 +275,6 @@ class RePr:
             self.logger.warning(
                 f"RePr: the learning rate is {100 * max(shares):.3g} % of its initial one at this restore: what comes "
                 "back is hardly relearned; end the cycles before it decays, which first_lr_step= says"
-            )
-
-    def _look_for_averages(self) -> None:
-        averages = self.scheme.averages
-        if averages is not None and not self._warned and (found := averages.not_given()) is not None:
-            self._warned = True
-            self.logger.warning(
-                f"RePr: a copy of the model ({found}) is updated without gradients: give an average of the weights as "
-                "averages=, or it mixes old and new filters long after a restore"
             )
 
     def _look_for_steps(self) -> None:

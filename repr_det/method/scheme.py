@@ -161,6 +161,8 @@ class RePrScheme:
         held.hold()
         self._held = held
         self.participants.watch_next()
+        if self.averages is not None:
+            self.averages.note_others(held.masks)
         return self._record("drop", held, overlaps, kept, start, {})
 
     @torch.no_grad()
@@ -177,6 +179,8 @@ class RePrScheme:
             raise RuntimeError("no filters are dropped: drop() comes before restore()")
         start = time.perf_counter()
         held = self._held
+        if self.averages is not None:
+            self.averages.warn_of_others(held.masks)
         held.place()
         values = self._checked_values("restore")
         fixed = self._learning.frozen(self.layers)
