@@ -7,11 +7,12 @@ from math import ceil, floor
 import numpy as np
 import pytest
 import torch
-from conftest import refused
+from conftest import GPU, refused
+from gpu_nets import Loop, Net
 from textbook import textbook_overlap
 from torch import nn
 
-from repr_det.method.criteria import Context, get_criterion, select_filters
+from repr_det.method.criteria import CRITERIA, Context, get_criterion, select_filters
 from repr_det.method.layers import FilterLayer, find_filter_layers
 
 # (J, C_in / groups, kernel, groups): one filter, fewer filters than d, as many, more, with one channel, wide, grouped.
@@ -182,3 +183,18 @@ def test_shares_that_cannot_be_had_are_refused(sizes, ratio, cap, told):
 def test_scores_that_are_not_numbers_are_refused_by_name():
     with pytest.raises(ValueError, match=r"filter 2 of res4\.0\.conv1 is NaN"):
         select_filters({"res3": torch.ones(4), "res4.0.conv1": torch.tensor([1, 2, float("nan")])}, 0.3, 0.5)
+
+
+@pytest.mark.parametrize("default", ["meta", pytest.param("cuda", marks=GPU)])
+@pytest.mark.parametrize(("criterion", "norm"), [("ortho", "FrozenBN"), *((name, "BN") for name in CRITERIA)])
+def test_a_drop_a_resume_and_a_restore_under_a_default_device(criterion, norm, default):
+    """Where the model is not, or where it is; on "meta" tensors have no values. BN goes into eval mode meanwhile."""
+    net = Net(norm).to("cuda" if default == "cuda" else "cpu")
+    with torch.device(default):
+        loop = Loop(net, criterion=criterion)
+        for number in range(10):
+            loop.step()
+            if number == 7:
+                net.norm1.eval()
+                loop.training.load_state_dict(loop.training.state_dict())
+    assert loop.training.scheme.cycle == 1 and all(value.isfinite().all() for value in net.state_dict().values())

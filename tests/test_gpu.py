@@ -1,5 +1,5 @@
 """What a GPU may do otherwise than the CPU: waits of the host, precision, kernels that are not deterministic; several
-devices. test_simulated_cuda.py runs these, and the GPU cases of test_ranks.py, on simulated devices.
+devices. test_simulated_cuda.py runs these and the GPU cases of test_ranks.py and test_criteria.py on simulated devices.
 """
 
 import statistics

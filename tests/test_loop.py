@@ -26,7 +26,7 @@ def begin(make=RePr, total_steps=12, kind=torch.optim.SGD, build=readable_net, *
 
 def run(one: RePr, steps: int, after=RePr.step) -> None:
     for _ in range(steps):
-        train(one.model, one.scheme.optimizers[0], steps=1)
+        train(one.model, *one.scheme.optimizers, steps=1)
         after(one)
 
 
@@ -139,6 +139,26 @@ def test_what_participates_is_said_once_it_is_known(caplog):
     assert "RePr drop after iteration 2 (cycle 1): 9 filters, mean O_f" in caplog.text
 
 
+@pytest.mark.parametrize(("others", "is_little"), [(250, False), (500, True)])
+def test_what_runs_later_is_announced_with_the_drop_and_counts(others, is_little, caplog):
+    """Two tasks in turn: 2,736 of the weights that take part run in the first step, and 5,040 in the first two."""
+
+    def forward(net, x):
+        net.calls += 1
+        return net.d([net.b, net.c][net.calls % 2](net.a(x).relu()).relu())
+
+    net = Net(forward, a=conv(), b=conv(16), c=conv(16), d=conv(16), e=nn.Linear(others, others))
+    net.calls = 0
+    with caplog.at_level("INFO", "repr_det"):
+        one = begin(build=lambda: net, schedule=RePrSchedule(5, 2, 1))
+        run(one, 4)
+        assert caplog.text.count("participate") == 1 and "RePr: 2 convs, 32 filters participate" in caplog.text
+        run(one, 4)
+    assert caplog.text.count("participate") == 2 and "RePr: 3 convs, 48 filters participate" in caplog.text
+    assert caplog.text.count("every drop takes 14 ") == 1 and caplog.text.count("RePr schedule") == 1
+    assert caplog.text.count("next to nothing to drop") == is_little
+
+
 def test_next_to_nothing_to_drop_is_warned_of(caplog):
     for outputs in (3, 3000):
         assert not caplog.text
@@ -169,7 +189,9 @@ def test_a_part_in_torchscript_is_seen_by_its_operations(make):
 
 
 @pytest.mark.parametrize("filters", ["new", "old"])
-def test_finish_ends_with_the_full_network(filters):
+def test_finish_ends_with_the_full_network(filters, caplog):
+    gc.collect()  # loops of other tests
+    caplog.clear()
     one = begin()
     run(one, 3)
     old, mask = one.scheme.state_dict()["old"]["0"]["weight"], one.scheme.masks["0"].clone()
@@ -178,6 +200,12 @@ def test_finish_ends_with_the_full_network(filters):
     assert torch.equal(one.model[0].weight[mask], old) == (filters == "old")
     run(one, 9)
     assert one.phase == "full" and one.scheme.cycle == 1 and one.steps == 12
+    resumed = begin()
+    resumed.load_state_dict(one.state_dict() | {"steps": 4})  # before the second drop of the schedule
+    run(resumed, 1)
+    del one, resumed
+    gc.collect()
+    assert "training ended" not in caplog.text
 
 
 @pytest.mark.parametrize(("steps", "dropped", "beyond"), [(3, 9, 0), (15, 0, 1)])
@@ -214,34 +242,33 @@ def test_averages_begin_again_at_a_restore_and_stay_at_a_drop():
 
     run(one, 8, after)
     assert one.scheme.cycle == 1 and one.phase == "sub"
-    before = copy.deepcopy(held.module.state_dict())
     one.finish("old")
-    assert_same_weights(held.module.state_dict(), before)
+    assert_same_weights(held.module.state_dict(), one.model.state_dict())
 
 
-@pytest.mark.parametrize("kind", ["average", "given average", "copy that stays", "network that trains"])
+@pytest.mark.parametrize("kind", ["average", "given", "nothing", "best", "trained"])
 def test_an_average_that_is_not_given_is_warned_of_once(caplog, kind):
-    """A second network that trains is none, as in CycleGAN or mutual learning, with gradients cleared before step()."""
-    other = AveragedModel(readable_net())
-    if kind == "network that trains":
-        other = readable_net()
-        optimizer = torch.optim.SGD(other.parameters(), 0.05)
+    """But no copy of the best model so far, and no second network that trains, as in CycleGAN or mutual learning."""
+    average = AveragedModel(readable_net())
+    optimizer = torch.optim.SGD(average.module.parameters() if kind == "trained" else [torch.ones(1)], 0.05)
     half_made = object.__new__(nn.Sequential)  # what is left of a module whose __init__ has failed
     lazy = nn.Sequential(nn.LazyLinear(3))  # somewhere in the program
     with torch.device("meta"):
         shapes = readable_net()
 
     def after(one):
-        if "average" in kind:
-            other.update_parameters(one.model)
-        elif kind == "network that trains":
-            train(other, optimizer, steps=1)
+        if kind == "best":
+            average.module.load_state_dict(one.model.state_dict())
+        elif kind == "trained":
+            train(average.module, optimizer, steps=1)
             optimizer.zero_grad()
+        elif kind != "nothing":
+            average.update_parameters(one.model)
         one.step()
 
-    run(begin(averages=[other] if kind == "given average" else []), 10, after)
-    warned = caplog.text.count("a copy of the model (Sequential) is updated without gradients")
-    assert warned == (kind == "average") and not vars(half_made) and len(lazy) == 1 and shapes[0].weight.is_meta
+    run(begin(averages=[average] if kind == "given" else []), 10, after)
+    assert caplog.text.count("a copy of the model (Sequential) is updated without gradients") == (kind == "average")
+    assert not vars(half_made) and len(lazy) == 1 and shapes[0].weight.is_meta
 
 
 @pytest.mark.parametrize(("milestone", "warned"), [(2, 1), (8, 1), (11, 0)])
@@ -295,7 +322,9 @@ def test_an_optimizer_that_is_built_again_is_warned_of(caplog, make):
 
 @pytest.mark.parametrize("every", [1, 19, 25])
 def test_a_call_once_an_epoch_is_warned_of_once(caplog, every):
-    one, calls = begin(total_steps=100), iter(range(1, 51))
+    """With one optimizer a parameter, as in PyTorch's recipe of steps inside the backward pass."""
+    one = begin(total_steps=100, kind=lambda parameters, rate: [torch.optim.SGD([x], rate) for x in parameters])
+    calls = iter(range(1, 51))
     run(one, 50, lambda one: one.step() if next(calls) % every == 0 else None)
     one.close()
     run(one, 30, by_itself)

@@ -3,6 +3,7 @@
 import copy
 import math
 from contextlib import suppress
+from functools import partial
 
 import pytest
 import torch
@@ -96,6 +97,24 @@ def test_rates_are_those_of_the_schedule_but_around_the_step(rate):
             train(model, ended, steps=2)  # without calls of step()
             assert ended.used == pytest.approx([*before, *[float(ended.param_groups[0]["lr"])] * 2])
     assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
+
+
+@pytest.mark.parametrize("rate", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
+@pytest.mark.parametrize(("kind", "inside"), [("ExponentialLR", True), ("ExponentialLR", False), ("LambdaLR", False)])
+def test_rates_that_change_inside_a_step(kind, inside, rate):
+    """Or in a hook of it: by a scheduler that computes a rate from the last one, or from the first."""
+    optimizer, used = torch.optim.SGD([nn.Parameter(torch.ones(2, 2))], copy.deepcopy(rate)), []
+    decay = {"ExponentialLR": 0.9, "LambdaLR": lambda step: 0.9**step}[kind]
+    scheduler = getattr(torch.optim.lr_scheduler, kind)(optimizer, decay)
+    optimizer.register_step_post_hook(lambda *_: inside or scheduler.step())
+    for shares in (iter(SHARES), iter(SHARES)):
+        scale_rates([optimizer], partial(next, shares))
+    optimizer.register_step_pre_hook(lambda *_: used.append(float(optimizer.param_groups[0]["lr"])))
+    optimizer.register_step_pre_hook(lambda *_: scheduler.step() if inside else None)
+    for number in range(1, len(SHARES) + 1):
+        optimizer.step()
+        assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(0.1 * 0.9**number)
+    assert used == pytest.approx([0.1 * 0.9**step * share**2 for step, share in enumerate(SHARES)])
 
 
 @pytest.mark.parametrize("rate", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])

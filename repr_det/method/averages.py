@@ -1,8 +1,9 @@
 """Averages of the weights (EMA, SWA): begin again at every restore, else they mix old and new filters for long."""
 
 import gc
+import logging
 import weakref
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from repr_det.method.errors import UserError
 
+logger = logging.getLogger("repr_det.scheme")
 # Where wrappers (of torch, timm, Ultralytics) keep their model.
 _INNER = ("module", "ema", "model", "ema_model", "averaged_model", "average")
 
@@ -26,8 +28,8 @@ class Averages:
         self._model = model
         self._given = list(given)
         self._inside = [_module_in(one, model) for one in given]
-        self._trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-        self._copies: list[tuple[weakref.ref, Tensor]] = []
+        self._others: list[tuple[weakref.ref, Tensor]] = []
+        self._has_warned = False
 
     @torch.no_grad()
     def begin_again(self) -> None:
@@ -40,19 +42,25 @@ class Averages:
             if isinstance(one, AveragedModel):
                 one.n_averaged.zero_()  # its next update begins an average of equal weights
 
-    def not_given(self) -> str | None:
-        """The class of a copy of the model that has moved without gradients since the last call."""
-        moved = None
-        for copy, before in self._copies:
-            module = copy()
-            if module is not None and not torch.equal(self._sample(module), before):
-                moved = type(module).__name__
+    def note_others(self, masks: Mapping[str, Tensor]) -> None:
+        """Notes the copies of the model that are not given, with the filters that have just left it (``masks``)."""
         objects = gc.get_objects()
         optimizers = [one for one in objects if issubclass(type(one), Optimizer) and "state" in vars(one)]
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         trained = {parameter for group in groups for parameter in group["params"]}
-        self._copies = [(weakref.ref(one), self._sample(one)) for one in objects if self._may_average(one, trained)]
-        return moved
+        found = [one for one in objects if self._may_average(one, trained)]
+        self._others = [(weakref.ref(one), _dropped(one, masks)) for one in found]
+
+    def warn_of_others(self, masks: Mapping[str, Tensor]) -> None:
+        """Warns once if these have moved in one, and not to the zeros that a snapshot of the model has."""
+        alive = [(one, before) for other, before in self._others if self._may_average(one := other(), ())]
+        moved = [now for one, before in alive if not torch.equal(now := _dropped(one, masks), before)]
+        if any(map(torch.any, moved)) and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                f"RePr: a copy of the model ({type(self._model).__name__}) is updated without gradients: give an "
+                "average of the weights as averages=, or it mixes old and new filters long after a restore"
+            )
 
     def _may_average(self, one: Any, trained: Collection[Tensor]) -> bool:
         # A module whose __init__ has failed has no _parameters.
@@ -62,8 +70,9 @@ class Averages:
         is_copy = _shapes(one.named_parameters()) == _shapes(self._model.named_parameters())
         return is_copy and not is_given and not any(p in trained or p.is_meta for p in one.parameters())
 
-    def _sample(self, module: nn.Module) -> Tensor:
-        return module.get_parameter(self._trained[0]).detach().to("cpu", copy=True)
+
+def _dropped(copy: nn.Module, masks: Mapping[str, Tensor]) -> Tensor:
+    return torch.cat([copy.get_parameter(f"{x}.weight").detach().cpu()[mask].flatten() for x, mask in masks.items()])
 
 
 def _shapes(named: Iterable[tuple[str, Tensor]]) -> dict[str, torch.Size]:

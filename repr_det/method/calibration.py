@@ -89,7 +89,7 @@ class FrozenNorms:
         for layer in self.of(renewed) if self._recalibrates else ():
             if layer.kind == BATCH and layer.name not in wanted:
                 # Frozen since the drop: what BN does in training.
-                wanted[layer.name] = torch.tensor([[0.0], [1.0]])
+                wanted[layer.name] = torch.tensor([[0.0], [1.0]], device="cpu")
         layers = [layer for layer in renewed if layer.name in wanted]
         if not layers or self._passes is None:
             return

@@ -81,9 +81,7 @@ def _of_weight(function: Callable[[Tensor], Tensor]) -> Criterion:
 
 def calibrated_overlap(weight: Tensor) -> Tensor:
     """O_f over that of random directions, which differs with d."""
-    if len(weight) == 1:
-        return torch.zeros(1)
-    return inter_filter_orthogonality(weight) / expected_overlap(len(weight), weight[0].numel())
+    return inter_filter_orthogonality(weight) / (expected_overlap(len(weight), weight[0].numel()) or 1)
 
 
 def released_overlap(weight: Tensor) -> Tensor:
@@ -99,7 +97,7 @@ def small_weight_norm(weight: Tensor) -> Tensor:
 
 
 def _random(layers: Sequence[FilterLayer], context: Context) -> Scores:
-    return {x.name: torch.rand(x.num_filters, generator=context.generator) for x in layers}
+    return {x.name: torch.rand(x.num_filters, generator=context.generator, device="cpu") for x in layers}
 
 
 def share_of_zeros(layers: Sequence[FilterLayer], context: Context) -> Scores:
@@ -258,7 +256,7 @@ def finished(layers: Sequence[FilterLayer], criterion: str, found: Scores) -> Sc
 def _averaged(layers: Sequence[FilterLayer], found: Scores) -> Scores:
     """Averages scores over the ranks in one collective call. Missing and non-finite ones are 0."""
     sizes = {layer.name: layer.num_filters for layer in layers}
-    parts = to_cpu([found.get(name, torch.zeros(size)) for name, size in sizes.items()])
+    parts = to_cpu([found.get(name, torch.zeros(size, device="cpu")) for name, size in sizes.items()])
     joined = mean_over_ranks(torch.cat([part.double() for part in parts]), layers[0].weight.device)
     joined = torch.where(torch.isfinite(joined), joined, 0).float()
     return dict(zip(sizes, joined.split(list(sizes.values())), strict=True))
@@ -334,6 +332,6 @@ def select_filters(scores: dict[str, Tensor], drop_ratio: float, max_drop_per_la
         candidates.append(score.index_fill(0, beyond, NEVER))
     ranked = torch.cat(candidates)
     worst = ranked.sort(descending=True, stable=True).indices[: drop_total(len(ranked), drop_ratio)]
-    chosen = torch.zeros(len(ranked), dtype=torch.bool).index_fill(0, worst, True) & (ranked > NEVER)
+    chosen = torch.zeros_like(ranked, dtype=torch.bool).index_fill(0, worst, True) & (ranked > NEVER)
     masks = zip(scores.items(), chosen.split(list(sizes.values())), strict=True)
     return {name: mask.to(score.device) for (name, score), mask in masks}

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -24,7 +25,7 @@ from repr_det.network.steps import around_step, scale_rates, with_inner
 
 logger = logging.getLogger("repr_det.loop")
 
-_MISSED = 20  # steps of the optimizer without step(): more than those of several optimizers in an iteration
+_MISSED = 20  # steps of an optimizer without step(): more than it makes in an iteration
 _CALLS = 40  # of step(), at least half of which must come with a step of the optimizer: GradScaler skips fewer
 _LITTLE = 0.05  # of the trainable weights
 
@@ -99,15 +100,18 @@ class RePr:
         )
         self.steps = first_step
         self.logger = logger
-        self._announced = self._finished = self._warned = self._is_late = False
-        self._behind = 0  # steps of the optimizer since the last call of step(), up to the warning
+        self._announced: tuple[str, bool] | None = None  # names of layers, and whether those are all
+        self._is_late = self._is_behind = False
+        self._behind: Counter[int] = Counter()  # steps of each optimizer since the last call of step()
         self._calls = self._taken = 0  # of step(), and of them with a step of the optimizer
-        self._handles = around_step(self.scheme.optimizers, after=partial(_count, weakref.ref(self)))
+        self._handles = []
+        for number, one in enumerate(self.scheme.optimizers):
+            self._handles += around_step([one], after=partial(_count, weakref.ref(self), number))
         if loader is not None and passes and self.scheme.needs_batches and not list(passes.batches(1, 0)):
             raise UserError("loader= yields no batch, and transitions look at training batches")
         if self.warmup_iters:
             self._handles += scale_rates(self.scheme.optimizers, self._share_of_rate)
-        self._end = {"steps": 0, "dropped": 0, "drops": self.schedule.drop_iters}
+        self._end = {"steps": 0, "dropped": 0, "drops": self.schedule.drop_iters, "finished": False}
         self._at_end = weakref.finalize(self, _warn_at_end, self._end)
         if sample is not None:
             arguments = sample if isinstance(sample, tuple) else (sample,)
@@ -140,7 +144,7 @@ class RePr:
         self._look_for_steps()
         self.scheme.check()
         self._announce()
-        if self._finished:
+        if self._end["finished"]:
             return None
         if iteration == self.total_steps:
             self.logger.warning(
@@ -164,8 +168,7 @@ class RePr:
         """
         if filters not in ("new", "old"):
             raise UserError(f"filters= must be new or old, got {filters!r}")
-        self._finished = True
-        self._end["drops"] = ()
+        self._end["finished"] = True
         if not self.scheme.is_sub:
             return None
         return self._log(self.steps - 1, self.scheme.restore(as_they_were=filters == "old"))
@@ -187,8 +190,7 @@ class RePr:
 
     def close(self) -> None:
         """Lets go of model and optimizer, for another RePr."""
-        self._finished = True
-        self._end["drops"] = ()
+        self._end["finished"] = True
         self.scheme.close()
         for handle in self._handles:
             handle.remove()
@@ -198,7 +200,7 @@ class RePr:
         return {
             "steps": self.steps,
             "schedule": dataclasses.asdict(self.schedule),
-            "finished": self._finished,
+            "finished": self._end["finished"],
             "scheme": self.scheme.state_dict(),
         }
 
@@ -215,7 +217,7 @@ class RePr:
             )
         self.scheme.load_state_dict(state["scheme"])
         self.steps = state["steps"]
-        self._finished = state.get("finished", False)
+        self._end["finished"] = state.get("finished", False)
         self._end["dropped"] = self.scheme.num_dropped
 
     def __repr__(self) -> str:
@@ -227,15 +229,15 @@ class RePr:
             f"{schedule.restore_iters})"
         )
 
-    def _announce(self) -> None:
-        layers, options = self.scheme.layers, self.options
-        if self._announced or not self.scheme.participants.known:
+    def _announce(self, settled: bool = False) -> None:
+        """Says what participates when that is known, and when a transition has ``settled`` it if it is not the same."""
+        layers, options, participants = self.scheme.layers, self.options, self.scheme.participants
+        names = ", ".join(f"{layer.name} ({layer.num_filters})" for layer in layers)
+        now = names, settled or participants.all_have_run
+        if not participants.known or now == self._announced or (self._announced and not settled):
             return
-        self._announced = True
-        self._look_for_averages()
         filters = sum(layer.num_filters for layer in layers)
         kinds = ", ".join(sorted({layer.kind for layer in layers}))
-        names = ", ".join(f"{layer.name} ({layer.num_filters})" for layer in layers)
         number = f"{'up to ' if self.scheme.criterion.spares else ''}{drop_total(filters, options.drop_ratio)}"
         self.logger.info(
             f"RePr: {len(layers)} convs, {filters} filters participate (norm: {kinds}); every drop takes {number} "
@@ -243,22 +245,23 @@ class RePr:
         )
         trained = sum(parameter.numel() for parameter in self.model.parameters() if trains(parameter))
         share = sum(layer.weight.numel() for layer in layers) / max(1, trained)
-        if share < _LITTLE:
+        if share < _LITTLE and now[1]:
             self.logger.warning(
                 f"RePr: there is next to nothing to drop, {100 * share:.1f} % of the trainable weights"
                 f"{what_attention_means(self.model)}"
             )
-        if self.logger is logger:  # the hook has said it before
+        if not self._announced and self.logger is logger:  # the hook has said it before
             self.logger.info(describe_schedule(self.schedule))
+        self._announced = now
 
     def _log(self, iteration: int, done: Transition) -> Transition:
+        self._announce(settled=True)
         self._end["dropped"] = self.scheme.num_dropped
         number = sum(map(len, done.dropped.values()))
         self.logger.info(
             f"RePr {done.event} after iteration {iteration} (cycle {done.cycle + 1}): {number} filters, mean O_f "
             f"{done.overlap_before:.4f} -> {done.overlap_after:.4f}, {done.seconds:.2f} s"
         )
-        self._look_for_averages()
         if number and done.event == "restore":
             self._look_at_rates()
         return done
@@ -274,20 +277,11 @@ class RePr:
                 "back is hardly relearned; end the cycles before it decays, which first_lr_step= says"
             )
 
-    def _look_for_averages(self) -> None:
-        averages = self.scheme.averages
-        if averages is not None and not self._warned and (found := averages.not_given()) is not None:
-            self._warned = True
-            self.logger.warning(
-                f"RePr: a copy of the model ({found}) is updated without gradients: give an average of the weights as "
-                "averages=, or it mixes old and new filters long after a restore"
-            )
-
     def _look_for_steps(self) -> None:
         """Counts calls of step(), and those that come without a step of the optimizer."""
         self._end["steps"] = self.steps
         self._calls += 1
-        self._taken += self._behind > 0
+        self._taken += bool(self._behind)
         if self._calls == _CALLS:
             if self._taken <= _CALLS / 2:
                 self.logger.warning(
@@ -296,13 +290,12 @@ class RePr:
                 )
             else:
                 self._calls = self._taken = 0
-        if self._behind < _MISSED:
-            self._behind = 0
+        self._behind.clear()
 
     def _share_of_rate(self) -> float:
         """The share of the learning rate that the next step has, in warm-up after a restore."""
         restored = [i for i in self.schedule.restore_iters if i < self.steps]
-        if self._finished or not self.scheme.num_returned or not restored:
+        if self._end["finished"] or not self.scheme.num_returned or not restored:
             return 1.0
         return min(1.0, (self.steps - restored[-1]) / (self.warmup_iters + 1))
 
@@ -345,12 +338,13 @@ def describe_schedule(schedule: RePrSchedule) -> str:
     )
 
 
-def _count(watched: weakref.ref[RePr]) -> None:
+def _count(watched: weakref.ref[RePr], optimizer: int) -> None:
     one = watched()
-    if one is None or one._finished:
+    if one is None or one._end["finished"]:
         return
-    one._behind += 1
-    if one._behind == _MISSED:
+    one._behind[optimizer] += 1
+    if one._behind[optimizer] == _MISSED and not one._is_behind:
+        one._is_behind = True
         one.logger.warning(
             f"RePr: the optimizer has made {_MISSED} steps without a call of step(), which total_steps= counts"
         )
@@ -358,7 +352,7 @@ def _count(watched: weakref.ref[RePr]) -> None:
 
 def _warn_at_end(end: dict[str, Any]) -> None:
     due = sum(iteration >= end["steps"] for iteration in end["drops"])
-    if end["steps"] and due and not end["dropped"]:
+    if end["steps"] and due and not end["dropped"] and not end["finished"]:
         logger.warning(
             f"RePr: training ended after {end['steps']} steps of the optimizer, before {due} drops that its schedule "
             "has: another optimizer trained, or finish() was not called"

@@ -33,6 +33,11 @@ class Participants:
         return self._watch is None or self._watch.traced > 0
 
     @property
+    def all_have_run(self) -> bool:
+        """True once training passes have shown all candidates, or if none is needed."""
+        return self._watch is None or all(self._watch.verdicts.get(x.name, NOT_RUN).ran for x in self.candidates)
+
+    @property
     def has_news(self) -> bool:
         """True if a pass has been seen since ``update``."""
         return self._watch is not None and self._watch.has_news

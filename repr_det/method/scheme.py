@@ -161,6 +161,8 @@ class RePrScheme:
         held.hold()
         self._held = held
         self.participants.watch_next()
+        if self.averages is not None:
+            self.averages.note_others(held.masks)
         return self._record("drop", held, overlaps, kept, start, {})
 
     @torch.no_grad()
@@ -177,6 +179,8 @@ class RePrScheme:
             raise RuntimeError("no filters are dropped: drop() comes before restore()")
         start = time.perf_counter()
         held = self._held
+        if self.averages is not None:
+            self.averages.warn_of_others(held.masks)
         held.place()
         values = self._checked_values("restore")
         fixed = self._learning.frozen(self.layers)
@@ -206,7 +210,7 @@ class RePrScheme:
             restart_optimizer_state_(self.optimizers, layer.weight, held.rows[layer.name], held.kept[layer.name])
         self._norms.after_return(held, renewed, self._old, self.cycle)
         done = self._record("restore", held, self._overlaps(values_of(self.layers), {}), kept, start, cosines)
-        if self.averages is not None and renewed:
+        if self.averages is not None and held.layers:
             self.averages.begin_again()
         self.num_returned = sum(len(held.rows[layer.name]) for layer in renewed)
         self._release()
@@ -313,7 +317,7 @@ class RePrScheme:
         """Layer name -> O_f of the filters that are not ``out`` (K,)."""
         found = {}
         for layer in self.layers:
-            dropped = out.get(layer.name, torch.zeros(layer.num_filters, dtype=torch.bool))
+            dropped = out.get(layer.name, torch.zeros(layer.num_filters, dtype=torch.bool, device="cpu"))
             found[layer.name] = overlap_of_kept(values[layer.name]["weight"], dropped, layer.conv.groups)
         return found
 

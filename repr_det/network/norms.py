@@ -36,7 +36,7 @@ def epsilon(norm: nn.Module) -> float:
         for name, value in (("weight", 1), ("bias", 0), ("running_mean", 0), ("running_var", 0)):
             if getattr(probe, name) is not None:
                 getattr(probe, name).fill_(value)
-        gain = probe(torch.ones(1, len(probe.weight), 1, 1, dtype=torch.float64)).flatten()[0].item()
+        gain = probe(torch.ones(1, len(probe.weight), 1, 1, dtype=torch.float64, device="cpu")).flatten()[0].item()
     return 1 / gain**2
 
 

@@ -4,6 +4,7 @@ import math
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -35,7 +36,7 @@ def around_step(
     torch runs hooks twice if ``step`` of a subclass calls that of its base. Returns handles with ``remove``.
 
     Args:
-        before: gets the arguments of ``step``, and may return others.
+        before: gets the arguments of ``step``, and may return others. With it ``after`` runs in front of other hooks.
     """
 
     @torch.compiler.disable
@@ -51,6 +52,8 @@ def around_step(
     for optimizer in optimizers:
         handles.append(optimizer.register_step_pre_hook(begin))
         handles.append(optimizer.register_step_post_hook(end))
+        if before is not None:
+            optimizer._optimizer_step_post_hooks.move_to_end(handles[-1].id, last=False)
     return handles
 
 
@@ -83,6 +86,14 @@ class _Scaled:
     def rate(self) -> Any:
         return self.own * math.prod(self.shares.values())
 
+    def take_over(self) -> None:
+        """Follows a rate that the step has computed from ``rate``; of a tensor without a wait for its device."""
+        now, share = self.group["lr"], math.prod(self.shares.values())
+        if torch.is_tensor(now):
+            self.own = torch.where(now == self.rate, self.own, now / share)
+        elif now != self.rate:
+            self.own = now / share
+
     def write(self) -> None:
         """Sets the rate. A tensor stays the same one, which a compiled step reads."""
         if torch.is_tensor(self.group["lr"]):
@@ -107,9 +118,9 @@ def scale_rates(optimizers: Sequence[Optimizer], share: Callable[[], float]) -> 
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]  # others after load_state_dict
         for group in groups:
             rate = group["lr"]
-            scaled = _SCALED.setdefault(id(rate if torch.is_tensor(rate) else group), _Scaled(group, _copied(rate)))
+            scaled = _SCALED.setdefault(id(rate if torch.is_tensor(rate) else group), _Scaled(group, deepcopy(rate)))
             if scaled.shares and scaled.rate != rate:  # set since a step that failed
-                scaled.own, scaled.shares = _copied(rate), {}
+                scaled.own, scaled.shares = deepcopy(rate), {}
             scaled.shares[me] = factor
             scaled.write()
         return tuple(map(guarded, arguments)), {name: guarded(value) for name, value in keywords.items()}
@@ -130,15 +141,14 @@ def scale_rates(optimizers: Sequence[Optimizer], share: Callable[[], float]) -> 
 
     def put_back() -> None:
         for place, scaled in list(_SCALED.items()):
-            if scaled.shares.pop(me, None) is not None and not scaled.shares:
+            if me in scaled.shares:
+                scaled.take_over()
+                del scaled.shares[me]
                 scaled.write()
+            if not scaled.shares:
                 del _SCALED[place]
 
     return around_step(optimizers, scale, put_back)
-
-
-def _copied(rate: Any) -> Any:
-    return rate.clone() if torch.is_tensor(rate) else rate
 
 
 def learning_rates(optimizers: Sequence[Optimizer]) -> dict[Tensor, float]:

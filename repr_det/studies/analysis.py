@@ -132,7 +132,7 @@ def analyze(
     if passes is not None:
         use = use_of_filters(layers, context)
     else:  # no filter is idle, and thresholds are equal
-        zeros = {layer.name: torch.zeros(layer.num_filters) for layer in layers}
+        zeros = {layer.name: torch.zeros(layer.num_filters, device="cpu") for layer in layers}
         use = {name: (none.bool(), none) for name, none in zeros.items()}
     redundancy = redundancy_by(layers, use)
     # As in a drop, zero filters go first.
