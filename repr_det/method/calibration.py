@@ -46,7 +46,7 @@ class FrozenNorms:
 
     def of(self, layers: Sequence[FilterLayer]) -> list[FilterLayer]:
         """The layers whose norm is frozen in training, also while the model is evaluated."""
-        trains = self._participants.trains if self._passes is None else self._passes.trains
+        trains = self._participants.trains
         evaluates = self._model is not None and self._model.training != trains
         with undisturbed(self._model, trains=trains) if evaluates else nullcontext():
             return [layer for layer in layers if layer.is_frozen]
@@ -126,7 +126,7 @@ class FrozenNorms:
 
         passes = self._passes
         with ExitStack() as stack:
-            stack.enter_context(undisturbed(passes.model, True, passes.trains))
+            stack.enter_context(undisturbed(passes.model, True, self._participants.trains))
             stack.enter_context(torch.no_grad())
             for layer in layers:
                 hook = layer.norm.register_forward_pre_hook(lambda _, inputs, name=layer.name: note(name, inputs[0]))

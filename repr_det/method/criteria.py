@@ -33,12 +33,14 @@ logger = logging.getLogger("repr_det.data_criteria")
 
 @dataclass(frozen=True)
 class Context:
-    """The means of a criterion besides the filters: a CPU generator, ``num_batches`` training batches of ``cycle``."""
+    """The means of a criterion besides the filters: a CPU generator, ``num_batches`` training batches of ``cycle``, and
+    whether the model is in training mode while it trains."""
 
     generator: torch.Generator
     passes: TrainingPasses | None = None
     num_batches: int = 0
     cycle: int = 0
+    trains: bool = True
 
 
 @dataclass(frozen=True)
@@ -217,7 +219,7 @@ def run_batches(context: Context, on_loss: Callable[[Tensor], None], gradients: 
     passes = context.passes
     if passes is None:
         raise UserError("this criterion looks at training batches: give Context(passes=...)")
-    with undisturbed(passes.model, True, passes.trains), torch.set_grad_enabled(gradients):
+    with undisturbed(passes.model, True, context.trains), torch.set_grad_enabled(gradients):
         for batch in passes.batches(context.num_batches, context.cycle):
             on_loss(passes.loss(batch))
 

@@ -279,8 +279,6 @@ class RePrScheme:
         check_optimizers(layers, self.optimizers)
 
     def _check_participants(self) -> None:
-        if self.passes is not None:
-            self.passes.trains = self.participants.trains
         self._check(self.layers)
         self._norms.check(self.layers)
 
@@ -337,8 +335,8 @@ class RePrScheme:
         return Transition(event, self.cycle, dropped, before, after, cosines, seconds, rounded)
 
     def _scores(self) -> dict[str, Tensor]:
-        generator = generator_of(self.seed, self.cycle, 0, 0)
-        context = Context(generator, self.passes, self.options.criterion_batches, self.cycle)
+        generator, number = generator_of(self.seed, self.cycle, 0, 0), self.options.criterion_batches
+        context = Context(generator, self.passes, number, self.cycle, self.participants.trains)
         return self.criterion.score(self.layers, context)
 
     def _select(self, values: Values) -> dict[str, Tensor]:
