@@ -92,16 +92,18 @@ class Scaled(nn.Conv2d):
 
 
 class Frozen(nn.Module):
-    """FrozenBN of nobody's library, which does not tell its eps."""
+    """FrozenBN of nobody's library, which does not tell its eps; ``shape`` is that of its buffers."""
 
-    def __init__(self, channels) -> None:
+    def __init__(self, *shape, bias=True) -> None:
         super().__init__()
         for key, value in (("weight", 0.7), ("bias", 0.2), ("running_mean", 0.1), ("running_var", 2.0)):
-            self.register_buffer(key, torch.full((channels,), value))
+            if bias or key != "bias":
+                self.register_buffer(key, torch.full(shape, value))
 
     def forward(self, x):
         gain = self.weight / (self.running_var + 1e-3).sqrt()
-        return x * gain.view(1, -1, 1, 1) + (self.bias - self.running_mean * gain).view(1, -1, 1, 1)
+        shift = getattr(self, "bias", 0) - self.running_mean * gain
+        return x * gain.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
 
 
 def two_convs(join, channels=16) -> Net:
@@ -228,6 +230,7 @@ NETS = {
         lambda: build(conv(), nn.Conv2d(16, 16, 1, groups=16), nn.GroupNorm(8, 16, affine=False)),
         {}, {"1": "which is no norm of its own with a weight"},
     ),
+    "a norm of images": (lambda: build(conv(), Frozen(1, 16, 1, 1)), {}, {"0": "behind it comes add"}),
     "LN of Detectron2": (lambda: build(Detectron2Conv2d(3, 16, 3, norm=get_norm("LN", 16))), {}, {"0": ""}),
     "Detectron2's activation": (lambda: build(Detectron2Conv2d(3, 16, 3, activation=F.gelu)), {"0": None}, {}),
     "sigmoid inside": (lambda: build(Detectron2Conv2d(3, 16, 3, activation=torch.sigmoid)), {}, {"0": "sigmoid"}),
@@ -271,12 +274,15 @@ def test_an_operator_in_python_that_takes_no_single_numbers_keeps_filters_in(err
     assert found["0"] == (f"behind it comes twice_{error.__name__}, which does not make 0 of a channel that is 0", "1")
 
 
-def test_a_norm_is_known_by_what_it_does():
-    norm = Frozen(16)
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_norm_is_known_by_what_it_does(bias):
+    norm = Frozen(16, bias=bias)
     net = build(conv(), norm, nn.ReLU())
     verdict = verdicts(net)["0"]
     assert (verdict.reason, verdict.norm, verdict.rectified, norm_kind(norm)) == ("", "1", True, "frozen")
     assert epsilon(norm) == pytest.approx(1e-3) and is_silent(net, "0", "1")
+    (layer,) = find_filter_layers(net, ["0"])
+    assert layer.norm is norm and ("norm.bias" in layer.tensors()) == bias
 
 
 def residual(net, x):
