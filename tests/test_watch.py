@@ -9,6 +9,7 @@ from traced_nets import IMAGES, Net, build, conv, told, verdicts
 from repr_det.method.errors import UserError
 from repr_det.method.layers import find_filter_layers
 from repr_det.method.participants import Participants
+from repr_det.network import watch as watch_module
 from repr_det.network.watch import Watch
 
 BN = nn.BatchNorm2d
@@ -89,6 +90,42 @@ def test_a_conv_is_proved_when_it_first_runs():
         assert found == (["always"] if number < 3 else ["always", "late"])
     assert watch.traced == 2  # the first pass, and the one after the first with "late"
     assert "never (it has not run in a training pass" in " ".join(watch.left_out())
+
+
+@pytest.mark.parametrize("micro_batches", [1, 30])
+def test_tasks_in_turn_are_all_proved_and_nothing_is_named_twice(micro_batches, caplog):
+    """However many passes come before; a head that has run is traced until it runs again."""
+    heads = {f"head{number}": conv(16, 8) for number in range(30)}
+    more = {f"last{number}": conv(8, 2) for number in range(30)}
+    task = iter([0] * micro_batches + list(range(1, 30)) * 2)
+
+    def run(net, x):
+        number = next(task)
+        return getattr(net, f"last{number}")(getattr(net, f"head{number}")(net.trunk(x).relu()).relu())
+
+    net = Net(run, trunk=conv(), **heads, **more)
+    participants = Participants(find_filter_layers(net, ["*"]), net)
+    with caplog.at_level("INFO", "repr_det"):
+        for step in range(59):
+            for _ in range(1 if step else micro_batches):
+                net(IMAGES)
+            if participants.has_news:
+                found = participants.update()
+    assert {layer.name for layer in found} == {"trunk", *heads}
+    assert all(caplog.text.count(f"{name} (it predicts") + caplog.text.count(f"{name},") < 3 for name in more)
+
+
+def test_what_runs_once_is_waited_for_to_a_limit_and_named(caplog):
+    passes = iter([False, True] + [False] * (watch_module._MOST_PASSES + 5))
+    net = Net(lambda net, x: net.last(net.once(x) if next(passes) else net.always(x)), **{
+        name: conv() for name in ("once", "always")
+    }, last=conv(16))  # fmt: skip
+    watch = Watch(net, ["always"])
+    for _ in range(watch_module._MOST_PASSES + 7):
+        net(IMAGES)
+        if watch.has_news:
+            watch.update()
+    assert watch.traced == watch_module._MOST_PASSES + 1 and caplog.text.count("RePr: once has run once, and then") == 1
 
 
 def test_only_training_passes_are_looked_at_and_what_stays_out_is_said_once(caplog):

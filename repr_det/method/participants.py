@@ -25,7 +25,7 @@ class Participants:
         self.candidates = list(candidates)
         self.modules = {} if model is None else dict(model.named_modules())
         self._watch = None if model is None else Watch(model, [layer.name for layer in candidates])
-        self._logged: set[str] = set()
+        self._logged: dict[str, str] = {}
 
     @property
     def known(self) -> bool:
@@ -55,10 +55,9 @@ class Participants:
         if self._watch is None:
             return self.candidates
         self._watch.update()
-        for sentence in self._watch.left_out():
-            if sentence not in self._logged:
-                logger.info("RePr: all filters stay of %s", sentence)
-            self._logged.add(sentence)
+        for sentence in self._watch.left_out(self._logged):
+            logger.info("RePr: all filters stay of %s", sentence)
+        self._logged = self._watch.reasons()
         return self._proved(self._watch.verdicts)
 
     def agreed(self) -> list[FilterLayer]:
