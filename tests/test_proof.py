@@ -1,5 +1,7 @@
 """Convs that can lose filters: the verdict of a traced pass, against what really setting rows to zero does."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 from traced_nets import Net, build, conv, is_silent, told, vary_norms, verdicts
 
+from repr_det.method.criteria import on_output
 from repr_det.method.layers import find_filter_layers
 from repr_det.method.participants import Participants
 from repr_det.network.norms import epsilon, norm_kind
@@ -139,8 +142,14 @@ GRID = torch.rand(64, 2, generator=torch.Generator().manual_seed(0))
 BLUR = torch.full((16, 1, 3, 3), 1 / 9)
 
 
+@dataclasses.dataclass(slots=True)
+class Found:
+    boxes: torch.Tensor
+    scores: object
+
+
 def kept_aside(net, boxes, scores):
-    net.seen = [boxes]
+    net.seen = {"boxes": [boxes]}
     return scores
 
 
@@ -190,6 +199,10 @@ NETS = {
     ),
     "a dict": (
         lambda: predicting(lambda net, boxes, scores: {"a": [boxes.flatten(2)], "b": [scores.permute(0, 2, 3, 1)]}),
+        {"body": None}, dict.fromkeys(["boxes", "scores"], "it predicts"),
+    ),
+    "a dataclass with slots": (
+        lambda: predicting(lambda net, boxes, scores: Found(boxes, {"first": scores})),
         {"body": None}, dict.fromkeys(["boxes", "scores"], "it predicts"),
     ),
     "an output in an attribute": (lambda: predicting(kept_aside), {"body": None}, {"boxes": "it predicts"}),
@@ -258,6 +271,20 @@ def test_networks(name):
     for one, reason in reasons.items():
         assert found[one].reason and reason in found[one].reason
         assert name in CAUTIOUS or not is_silent(net, one, None)
+
+
+def test_what_a_forward_hook_gets_has_left():
+    """As features for distillation do; not so what hooks of this package get, and hooks in front of a pass."""
+    net = build(conv(), BN(16), nn.ReLU(), conv(16), BN(16), nn.ReLU())
+    net[3].register_forward_pre_hook(lambda *_: None)
+    with on_output(find_filter_layers(net, ["*"]), lambda *_: None):
+        assert told(verdicts(net)) == {"0": ("", "1"), "3": ("", "4"), "6": ("", None)}
+    features = []
+    handle = net[2].register_forward_hook(lambda _, __, output: features.append(output))
+    reason = "a forward hook of 2 gets its channels: remove it if it only logs"
+    assert told(verdicts(net)) == {"0": (reason, "1"), "3": ("", "4"), "6": ("", None)}
+    handle.remove()
+    assert not verdicts(net)["0"].reason
 
 
 @pytest.mark.parametrize("error", [IndexError, ValueError, AssertionError])

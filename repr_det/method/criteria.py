@@ -23,6 +23,7 @@ from repr_det.method.options import about_option
 from repr_det.method.orthogonality import by_group, expected_overlap, inter_filter_orthogonality, unit_filters
 from repr_det.method.passes import TrainingPasses
 from repr_det.network.state import undisturbed
+from repr_det.network.tracing import HookOfOne
 
 Scores = dict[str, Tensor]  # layer name -> (J,)
 NEAR_DUPLICATE = 0.9  # likeness of two filters of which one says little new
@@ -243,8 +244,8 @@ def on_output(layers: Sequence[FilterLayer], call: Callable[[FilterLayer, Tensor
     with ExitStack() as stack:
         for layer in layers:
             module = layer.output_module()
-            hook = module.register_forward_hook(lambda _, inputs, output, layer=layer: call(layer, output))
-            stack.callback(hook.remove)
+            hook = HookOfOne(lambda _, inputs, output, layer=layer: call(layer, output))
+            stack.callback(module.register_forward_hook(hook).remove)
         yield
 
 

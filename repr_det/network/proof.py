@@ -75,7 +75,7 @@ class _Graph:
         self.operations: list[Operation] = []
         self.users: dict[int, list[Operation]] = defaultdict(list)
         self.calls: dict[str, set[int]] = defaultdict(set)
-        wanted = set(trace.left)
+        wanted = trace.left | trace.hooked.keys()
         for operation in reversed(trace.operations):
             if wanted.intersection(operation.outputs):
                 self.operations.append(operation)
@@ -180,8 +180,10 @@ class _Follow:
                 layouts = laid_out(operation, before, self.trace.values)
             for number, layout in zip(operation.outputs, layouts, strict=True):
                 self.states[number] = replace(state, past=state.past or past, layout=layout)
-            if self.trace.left.intersection(operation.outputs):
-                raise _Refused("its channels leave the network: it predicts")
+                if number in self.trace.left:
+                    raise _Refused("its channels leave the network: it predicts")
+                if module := self.trace.hooked.get(number):
+                    raise _Refused(f"a forward hook of {module} gets its channels: remove it if it only logs")
 
     def _is_rectified(self) -> bool:
         """Tells whether all behind conv and norm makes 0 of negative numbers, and of no positive ones."""

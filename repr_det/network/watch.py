@@ -57,7 +57,7 @@ class Watch:
         self.close()
         self.waits = True
         around = [name for name in self.modules if any(conv.startswith(name and f"{name}.") for conv in self.convs)]
-        self._handles = [TracedPass(self._watched, [self.modules[name] for name in around], self._prove)]
+        self._handles = [TracedPass(self.modules, self._watched, [self.modules[name] for name in around], self._prove)]
 
     def update(self) -> None:
         """Ends the tracing of a step; after the first run of a module those are traced again until it runs in one."""
