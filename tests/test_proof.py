@@ -16,7 +16,7 @@ from repr_det.method.criteria import on_output
 from repr_det.method.layers import find_filter_layers
 from repr_det.method.participants import Participants
 from repr_det.network.norms import epsilon, norm_kind
-from repr_det.network.proof import Reader
+from repr_det.network.proof import Reader, Verdict, first_that_refuses
 
 BN = nn.BatchNorm2d
 
@@ -328,6 +328,8 @@ def test_readers_of_a_residual_block_and_of_what_is_gated():
     assert [found[name].rectified for name in ("conv1", "conv2", "conv3")] == [True, False, True]
     assert verdicts(NETS["gated"][0]())["0"].readers == {Reader("3.fc1", True, True), Reader("4", True, True)}
     assert verdicts(NETS["over a pyramid"][0]())["head"].readers == {Reader("scores", True, True)}
+    ranks = [{"a": Verdict(readers={Reader(name, True, True)})} for name in "bc"]
+    assert {reader.name for reader in first_that_refuses(ranks)["a"].readers} == {"b", "c"}
 
 
 @pytest.mark.parametrize("run", [lambda head, a, b: [head(a), head(b)], lambda head, a, b: head(torch.cat([a, b], 2))])

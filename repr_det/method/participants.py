@@ -62,15 +62,25 @@ class Participants:
 
     def agreed(self) -> list[FilterLayer]:
         """By the passes of all ranks. Collective. UserError if none has been seen, or there are none."""
-        if self._watch is None:
-            return self.candidates
         if not self.known:
             raise UserError(
                 "a training pass shows what can be dropped, and no pass of this model has been seen: give RePr the "
                 "module that you call, with gradients enabled"
             )
+        return self.required(self._seen_by_all())
+
+    def note_readers(self, layers: Iterable[FilterLayer]) -> None:
+        """Tells layers what else has read them, in the passes of all ranks. Collective."""
+        found = {layer.name: layer for layer in self._seen_by_all()}
+        for layer in layers:
+            if layer.name in found:
+                layer.readers, layer.rectified = found[layer.name].readers, found[layer.name].rectified
+
+    def _seen_by_all(self) -> list[FilterLayer]:
+        if self._watch is None:
+            return self.candidates
         everyone = gathered(self._watch.verdicts, self.candidates[0].weight.device)
-        return self.required(self._proved(first_that_refuses(everyone)))
+        return self._proved(first_that_refuses(everyone))
 
     def _proved(self, verdicts: Mapping[str, Verdict]) -> list[FilterLayer]:
         found = []

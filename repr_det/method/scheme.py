@@ -178,6 +178,7 @@ class RePrScheme:
         start = time.perf_counter()
         held = self._held
         held.place()
+        self.participants.note_readers(held.layers)
         values = self._checked_values("restore")
         fixed = self._learning.frozen(self.layers)
         learning = [] if as_they_were else [layer for layer in held.layers if layer.name not in fixed]
@@ -286,9 +287,6 @@ class RePrScheme:
         """Looks who participates, until the first drop settles it."""
         found = {layer.name: layer for layer in self.participants.update()}
         if self._held is not None or self.cycle:
-            for layer in self.layers:  # the state of 0.2.0 has no readers
-                if not layer.readers and layer.name in found:
-                    layer.readers, layer.rectified = found[layer.name].readers, found[layer.name].rectified
             held = [] if self._held is None else [layer.name for layer in self._held.layers]
             if refused := ", ".join(name for name in held if name not in found):
                 logger.warning("RePr: dropped channels of %s are not 0 in every pass: exclude these convs", refused)

@@ -12,6 +12,7 @@ The proof follows these zeros through the pass. It needs
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
 
 from repr_det.network import operations
 from repr_det.network.layout import Layout, laid_out
@@ -60,10 +61,22 @@ def prove(trace: Trace, convs: Sequence[str], norms: Collection[str]) -> dict[st
 
 def first_that_refuses(everyone: Sequence[Mapping[str, Verdict]]) -> dict[str, Verdict]:
     """The verdicts of several processes together: a conv can lose filters if all have shown it."""
-    return {
-        name: next((theirs[name] for theirs in everyone if theirs[name].reason), mine)
-        for name, mine in everyone[0].items()
-    }
+    found = {}
+    for name in everyone[0]:
+        all_of_it = [theirs[name] for theirs in everyone]
+        found[name] = next((verdict for verdict in all_of_it if verdict.reason), reduce(both, all_of_it))
+    return found
+
+
+def both(before: Verdict, now: Verdict) -> Verdict:
+    """What two passes show together."""
+    if not before.ran or (now.ran and now.reason):
+        return now
+    if not now.ran or before.reason:
+        return before
+    if now.norm != before.norm:
+        return replace(before, reason="several norms follow it")
+    return replace(before, readers=before.readers | now.readers, rectified=before.rectified and now.rectified)
 
 
 class _Graph:

@@ -6,7 +6,7 @@ Those of the first step are traced; for a module that has not run in them, those
 import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, replace
+from dataclasses import astuple
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from repr_det.network.norms import is_norm
-from repr_det.network.proof import Reader, Verdict, prove
+from repr_det.network.proof import Reader, Verdict, both, prove
 from repr_det.network.tracing import HookOfOne, Trace, TracedPass
 
 logger = logging.getLogger("repr_det.layers")
@@ -125,17 +125,7 @@ class Watch:
                 logger.warning("RePr: %s has run once, %s", name, told)
         for name, verdict in prove(trace, self.convs, self._norms).items():
             now = verdict if "weight" in self.modules[name]._parameters else COMPUTED
-            self.verdicts[name] = _both(self.verdicts.get(name, NOT_RUN), now)
+            self.verdicts[name] = both(self.verdicts.get(name, NOT_RUN), now)
         self.trains = self.model.training
         self.traced += 1
         self.has_news, self.waits = True, False
-
-
-def _both(before: Verdict, now: Verdict) -> Verdict:
-    if not before.ran or (now.ran and now.reason):
-        return now
-    if not now.ran or before.reason:
-        return before
-    if now.norm != before.norm:
-        return replace(before, reason="several norms follow it")
-    return replace(before, readers=before.readers | now.readers, rectified=before.rectified and now.rectified)
