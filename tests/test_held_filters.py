@@ -135,6 +135,7 @@ def test_layers_that_do_not_learn_lose_no_filter(rates, frozen, dropped, message
     for number in frozen:
         net[number].weight.requires_grad_(False)
         net[number].weight.grad = None
+    train(net, opt, steps=1)
     if dropped:
         assert {name: len(rows) for name, rows in scheme.drop().dropped.items()} == dropped
         assert message in caplog.text

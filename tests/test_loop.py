@@ -280,14 +280,18 @@ def test_a_second_network_that_trains_is_no_average(caplog):
     assert "is updated without gradients" not in caplog.text
 
 
-def test_a_network_that_is_fixed_for_the_rest_of_a_step_learns():
-    """A discriminator, whose gradients are switched off while the generator trains."""
-    one = begin()
+@pytest.mark.parametrize("freed", [False, True])
+def test_a_network_that_is_fixed_for_the_rest_of_a_step_learns(freed):
+    """A discriminator, whose gradients are switched off while the generator trains, and freed before."""
+    one = begin(returns="function_preserving")
     for _ in range(10):
         one.model.requires_grad_(True)
         train(one.model, one.scheme.optimizers[0], steps=1)
         one.model.requires_grad_(False)
+        if freed:
+            one.scheme.optimizers[0].zero_grad()
         one.step()
+        assert one.scheme.not_silent in ([], ["6"])
     assert one.scheme.cycle == 2
 
 

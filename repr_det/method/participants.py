@@ -4,9 +4,9 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from repr_det.method.distributed import gathered
 from repr_det.method.errors import OptionError, UserError
@@ -146,29 +146,33 @@ class Learning:
 
     def __init__(self, layers: Sequence[FilterLayer], optimizers: Sequence[Optimizer]) -> None:
         self.seen: set[str] = set()  # names of those that have had a gradient
+        self._layers = layers
         self._optimizers = optimizers
-        self._handles = [self._wait_for(layer) for layer in layers if layer.weight.requires_grad]
+        self._stepped: set[Tensor] = set()  # had a gradient in the last step of their optimizer
+        note = torch.compiler.disable(self._note)
+        self._handles = [optimizer.register_step_post_hook(note) for optimizer in optimizers]
 
-    def _wait_for(self, layer: FilterLayer) -> RemovableHandle:
-        def note(gradient: Tensor) -> None:
-            self.seen.add(layer.name)
-            handle.remove()
+    def _note(self, optimizer: Optimizer, *_: Any) -> None:
+        held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+        self._stepped -= held
+        self._stepped |= {parameter for parameter in held if parameter.grad is not None}
+        self.seen.update(layer.name for layer in self._layers if layer.weight in self._stepped)
 
-        handle = layer.weight.register_hook(note)
-        return handle
+    def _trains(self, parameter: Tensor) -> bool:
+        return trains(parameter) or parameter in self._stepped
 
     def moved(self) -> set[Tensor]:
         """The parameters that the optimizers move now; where every rate is 0, as in a warm-up's first step, all."""
         held = learning_rates(self._optimizers)
         all_rest = not any(held.values())
-        return {parameter for parameter, rate in held.items() if trains(parameter) and (rate or all_rest)}
+        return {parameter for parameter, rate in held.items() if self._trains(parameter) and (rate or all_rest)}
 
     def frozen(self, layers: Sequence[FilterLayer]) -> dict[str, str]:
         """Layer name -> why it cannot learn now."""
         held = learning_rates(self._optimizers)
         rates = {layer.name: held.get(layer.weight, 0.0) for layer in layers}
         still = [name for name, rate in rates.items() if not rate and any(rates.values())]
-        fixed = [layer.name for layer in layers if not trains(layer.weight)]
+        fixed = [layer.name for layer in layers if not self._trains(layer.weight)]
         return dict.fromkeys(still, "its learning rate is 0") | dict.fromkeys(fixed, "it does not require a gradient")
 
     def without(self, layers: Sequence[FilterLayer]) -> dict[str, str]:
