@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from conftest import interrupt
 from torch import nn
+from torch.utils._python_dispatch import _len_torch_dispatch_stack
 from torch.utils.checkpoint import checkpoint
 from traced_nets import IMAGES, Net, build, conv, told, verdicts
 
@@ -146,6 +148,26 @@ def test_only_training_passes_are_looked_at_and_what_stays_out_is_said_once(capl
             net(IMAGES)
     assert caplog.text.count("all filters stay of 0 (behind it comes sigmoid, which does not make 0 of") == 1
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+
+
+@pytest.mark.parametrize("entered", [0, 2])
+def test_an_interrupted_pass_is_forgotten(entered):
+    """Ctrl-C, at which hooks do not run: the next pass, of whatever module, is traced from its beginning."""
+    net = build(conv(), BN(16), nn.ReLU(), nn.Sequential(conv(16), BN(16)), nn.ReLU())
+    handle = net[3][1].register_forward_pre_hook(lambda *_: interrupt())
+    watch = Watch(net, ["0", "3.0"])
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            (net[3] if entered else net)(IMAGES if not entered else torch.ones(1, 16, 8, 8))
+    handle.remove()
+    net(IMAGES)
+    assert told(watch.verdicts) == {"0": ("", "1"), "3.0": ("", "3.1")}
+    watch.trace_next()
+    handle = net[3][1].register_forward_pre_hook(lambda *_: interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        net(IMAGES)
+    watch.close()
+    assert not _len_torch_dispatch_stack()
 
 
 def test_where_nothing_takes_part_what_could_is_named():

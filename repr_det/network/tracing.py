@@ -3,12 +3,14 @@
 It sees torch's own operations, so it does not matter how a network is written. Values are numbered and not kept.
 """
 
+import sys
 import threading
+import traceback
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any
 
 import torch
@@ -187,6 +189,7 @@ class TracedPass:
     ) -> None:
         self._done = done
         self._trace: Trace | None = None
+        self._frame: FrameType | None = None  # of the outermost module's call
         self._thread = 0
         self._depth = 0
         self._lock = threading.Lock()
@@ -201,6 +204,8 @@ class TracedPass:
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
+        if self._is_mine():
+            self._end()
 
     def _hook(self, module: nn.Module, before: Callable[..., None], after: Callable[..., None]) -> None:
         self._handles.append(module.register_forward_pre_hook(HookOfOne(before)))
@@ -209,9 +214,14 @@ class TracedPass:
     def _enter(self, module: nn.Module, _: Any) -> None:
         # Checkpointing runs parts again in the backward pass, which no public function tells.
         trains = torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1
+        frames = [frame for frame, _ in traceback.walk_stack(sys._getframe())]
         with self._lock:  # DataParallel runs replicas in threads; one is traced
+            if self._is_mine() and self._frame not in frames:  # interrupted: hooks run after an Exception only
+                self._end()
             if self._trace is None and trains:
                 self._trace, self._thread, self._depth = Trace(module), threading.get_ident(), 0
+                calls = (frame for frame in frames if frame.f_code.co_filename == nn.modules.module.__file__)
+                self._frame = next(calls, frames[-1])
                 self._trace.__enter__()
             if self._is_mine():
                 self._depth += 1
@@ -222,11 +232,15 @@ class TracedPass:
         self._depth -= 1
         if self._depth:
             return
-        trace, self._trace = self._trace, None
-        trace.__exit__(None, None, None)
+        trace = self._end()
         if output is not None:
             trace.left = {trace.number(tensor) for tensor in (*tensors_in(output), *_attributes(module))}
             self._done(trace)
+
+    def _end(self) -> Trace:
+        trace, self._trace, self._frame = self._trace, None, None
+        trace.__exit__(None, None, None)
+        return trace
 
     def _enter_watched(self, name: str, module: nn.Module) -> None:
         if self._is_mine():
