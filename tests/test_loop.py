@@ -147,6 +147,31 @@ def test_what_participates_is_said_once_it_is_known(caplog):
     assert "RePr drop after iteration 2 (cycle 1): 9 filters, mean O_f" in caplog.text
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_model_that_trains_unseen_is_refused_in_the_first_step(compiled):
+    """Compiled and run before; or its parts are called, not itself. A sample shows what the first cannot."""
+    torch._dynamo.reset()
+    net = readable_net()
+    call = torch.compile(net, backend="aot_eager") if compiled else lambda x: net[6](net[3](net[0](x)))
+
+    def step(one):
+        call(IMAGES).square().mean().backward()
+        one.scheme.optimizers[0].step()
+        one.step()
+
+    call(IMAGES).mean().backward()
+    one = begin(build=lambda: net)
+    with pytest.raises(UserError, match="no pass of this model has been seen: give RePr the module that you call"):
+        step(one)
+    one.close()
+    one = begin(build=lambda: net, sample=IMAGES)
+    for _ in range(4):
+        step(one)
+    assert one.phase == "sub"
+    torch._dynamo.reset()
+
+
 def test_next_to_nothing_to_drop_is_warned_of(caplog):
     for outputs in (3, 3000):
         assert not caplog.text

@@ -62,12 +62,16 @@ class Participants:
 
     def agreed(self) -> list[FilterLayer]:
         """By the passes of all ranks. Collective. UserError if none has been seen, or there are none."""
+        self.check_known()
+        return self.required(self._seen_by_all())
+
+    def check_known(self) -> None:
+        """Raises UserError if no training pass has been seen, and one is needed."""
         if not self.known:
             raise UserError(
                 "a training pass shows what can be dropped, and no pass of this model has been seen: give RePr the "
-                "module that you call, with gradients enabled"
+                "module that you call, with gradients enabled, or a sample= if it was compiled and run before"
             )
-        return self.required(self._seen_by_all())
 
     def note_readers(self, layers: Iterable[FilterLayer]) -> None:
         """Tells layers what else has read them, in the passes of all ranks. Collective."""

@@ -124,10 +124,12 @@ class RePrScheme:
         """Looks at the last step of the optimizer.
 
         Raises:
-            UserError: nothing participates, a dropped channel or filter is not 0, or one that returned is gone.
+            UserError: nothing participates, a model trains whose passes are not seen, a dropped channel or filter is not 0, or one that returned is gone.
         """
         if self.participants.has_news:
             self._update_layers()
+        elif self._learning.seen:
+            self.participants.check_known()
         returned, self._returned = self._returned, None
         if returned is not None:
             returned.check(self.cycle)
