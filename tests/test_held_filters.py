@@ -310,7 +310,7 @@ def test_one_scheme_a_model():
         copy.deepcopy(first)
     copied = copy.deepcopy(net)  # free, and without hooks
     in_sub_network(copied, model=copied)
-    assert not first.participants.has_news
+    assert not first.participants.watch.has_news
     first.close()
     second = build()
     del second  # one that is forgotten in the full phase is out of the way, not so one that holds filters

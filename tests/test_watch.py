@@ -11,7 +11,6 @@ from traced_nets import IMAGES, Net, build, conv, told, verdicts
 from repr_det.method.errors import UserError
 from repr_det.method.layers import find_filter_layers
 from repr_det.method.participants import Participants
-from repr_det.network import watch as watch_module
 from repr_det.network.watch import Watch
 
 BN = nn.BatchNorm2d
@@ -95,39 +94,32 @@ def test_a_conv_is_proved_when_it_first_runs():
 
 
 @pytest.mark.parametrize("micro_batches", [1, 30])
-def test_tasks_in_turn_are_all_proved_and_nothing_is_named_twice(micro_batches, caplog):
+def test_tasks_in_turn_are_all_proved_and_named_once(micro_batches, caplog):
     """However many passes come before; a head that has run is traced until it runs again."""
-    heads = {f"head{number}": conv(16, 8) for number in range(30)}
-    more = {f"last{number}": conv(8, 2) for number in range(30)}
     task = iter([0] * micro_batches + list(range(1, 30)) * 2)
-
-    def run(net, x):
-        number = next(task)
-        return getattr(net, f"last{number}")(getattr(net, f"head{number}")(net.trunk(x).relu()).relu())
-
-    net = Net(run, trunk=conv(), **heads, **more)
+    heads = nn.ModuleList(nn.Sequential(conv(16, 8), nn.ReLU(), conv(8, 2)) for _ in range(30))
+    net = Net(lambda net, x: net.heads[next(task)](net.trunk(x).relu()), trunk=conv(), heads=heads)
     participants = Participants(find_filter_layers(net, ["*"]), net)
     with caplog.at_level("INFO", "repr_det"):
-        for step in range(59):
-            for _ in range(1 if step else micro_batches):
+        for number in range(59):
+            for _ in range(1 if number else micro_batches):
                 net(IMAGES)
-            if participants.has_news:
+            if participants.watch.has_news:
                 found = participants.update()
-    assert {layer.name for layer in found} == {"trunk", *heads}
-    assert all(caplog.text.count(f"{name} (it predicts") + caplog.text.count(f"{name},") < 3 for name in more)
+    assert {layer.name for layer in found} == {"trunk", *(f"heads.{number}.0" for number in range(30))}
+    assert caplog.text.count("heads.29.") == 3  # two that have not run, one that predicts
 
 
-def test_what_runs_once_is_waited_for_to_a_limit_and_named(caplog):
-    passes = iter([False, True] + [False] * (watch_module._MOST_PASSES + 5))
-    net = Net(lambda net, x: net.last(net.once(x) if next(passes) else net.always(x)), **{
-        name: conv() for name in ("once", "always")
-    }, last=conv(16))  # fmt: skip
-    watch = Watch(net, ["always"])
-    for _ in range(watch_module._MOST_PASSES + 7):
+def test_what_runs_once_is_waited_for_to_a_limit_and_named(caplog, monkeypatch):
+    monkeypatch.setattr("repr_det.network.watch._MOST_PASSES", 4)
+    run = iter([False, True] + [False] * 8)
+    net = Net(lambda net, x: net.last(net.a(net.once(x) if next(run) else x)), once=conv(3, 3), a=conv(), last=conv(16))
+    watch = Watch(net, ["a"])
+    for _ in range(10):
         net(IMAGES)
         if watch.has_news:
             watch.update()
-    assert watch.traced == watch_module._MOST_PASSES + 1 and caplog.text.count("RePr: once has run once, and then") == 1
+    assert watch.traced == 5 and caplog.text.count("RePr: once runs too seldom to be looked at") == 1
 
 
 def test_only_training_passes_are_looked_at_and_what_stays_out_is_said_once(caplog):
@@ -142,32 +134,34 @@ def test_only_training_passes_are_looked_at_and_what_stays_out_is_said_once(capl
         participants.agreed()
     with caplog.at_level("INFO", "repr_det"):
         net(IMAGES)
-        assert participants.known and participants.has_news and participants.trains
+        assert participants.known and participants.watch.has_news and participants.watch.trains
         for _ in range(2):
-            assert [layer.name for layer in participants.update()] == ["2", "4"] and not participants.has_news
+            assert [layer.name for layer in participants.update()] == ["2", "4"] and not participants.watch.has_news
             net(IMAGES)
     assert caplog.text.count("all filters stay of 0 (behind it comes sigmoid, which does not make 0 of") == 1
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
 
 
-@pytest.mark.parametrize("entered", [0, 2])
-def test_an_interrupted_pass_is_forgotten(entered):
-    """Ctrl-C, at which hooks do not run: the next pass, of whatever module, is traced from its beginning."""
+def test_an_interrupted_pass_leaves_nothing():
+    """Ctrl-C, at which hooks do not run: the next pass is traced from its beginning."""
     net = build(conv(), BN(16), nn.ReLU(), nn.Sequential(conv(16), BN(16)), nn.ReLU())
     handle = net[3][1].register_forward_pre_hook(lambda *_: interrupt())
     watch = Watch(net, ["0", "3.0"])
-    for _ in range(2):
+
+    def interrupted(part, images):
         with pytest.raises(KeyboardInterrupt):
-            (net[3] if entered else net)(IMAGES if not entered else torch.ones(1, 16, 8, 8))
-    handle.remove()
-    net(IMAGES)
-    assert told(watch.verdicts) == {"0": ("", "1"), "3.0": ("", "3.1")}
-    watch.trace_next()
-    handle = net[3][1].register_forward_pre_hook(lambda *_: interrupt())
-    with pytest.raises(KeyboardInterrupt):
-        net(IMAGES)
+            part(images)
+        assert _len_torch_dispatch_stack() == 1
+
+    interrupted(net[3], torch.ones(1, 16, 8, 8))
+    interrupted(net, IMAGES)
     watch.close()
     assert not _len_torch_dispatch_stack()
+    watch.trace_next()
+    interrupted(net, IMAGES)
+    handle.remove()
+    net(IMAGES)
+    assert told(watch.verdicts) == {"0": ("", "1"), "3.0": ("", "3.1")} and not _len_torch_dispatch_stack()
 
 
 def test_where_nothing_takes_part_what_could_is_named():

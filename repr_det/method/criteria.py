@@ -34,14 +34,13 @@ logger = logging.getLogger("repr_det.data_criteria")
 
 @dataclass(frozen=True)
 class Context:
-    """The means of a criterion besides the filters: a CPU generator, ``num_batches`` training batches of ``cycle``, and
-    whether the model is in training mode while it trains."""
+    """The means of a criterion besides the filters: a CPU generator, ``num_batches`` training batches of ``cycle``."""
 
     generator: torch.Generator
     passes: TrainingPasses | None = None
     num_batches: int = 0
     cycle: int = 0
-    trains: bool = True
+    trains: bool = True  # in training mode
 
 
 @dataclass(frozen=True)

@@ -124,9 +124,9 @@ class RePrScheme:
         """Looks at the last step of the optimizer.
 
         Raises:
-            UserError: nothing participates, a model trains whose passes are not seen, a dropped channel or filter is not 0, or one that returned is gone.
+            UserError: nothing participates, a dropped channel or filter is not 0, or one that returned is gone.
         """
-        if self.participants.has_news:
+        if self.participants.watch.has_news:
             self._update_layers()
         elif self._learning.seen:
             self.participants.check_known()
@@ -162,7 +162,7 @@ class RePrScheme:
         held.zero_()
         held.hold()
         self._held = held
-        self.participants.watch_next()
+        self.participants.watch.trace_next()
         return self._record("drop", held, overlaps, kept, start, {})
 
     @torch.no_grad()
@@ -220,7 +220,7 @@ class RePrScheme:
     def close(self) -> None:
         """Lets go of the model, for another RePrScheme. Filters that are out stay zero."""
         self._release()
-        self.participants.close()
+        self.participants.watch.close()
         self._learning.close()
         self.is_closed = True
 
@@ -336,7 +336,7 @@ class RePrScheme:
 
     def _scores(self) -> dict[str, Tensor]:
         generator, number = generator_of(self.seed, self.cycle, 0, 0), self.options.criterion_batches
-        context = Context(generator, self.passes, number, self.cycle, self.participants.trains)
+        context = Context(generator, self.passes, number, self.cycle, self.participants.watch.trains)
         return self.criterion.score(self.layers, context)
 
     def _select(self, values: Values) -> dict[str, Tensor]:

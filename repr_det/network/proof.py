@@ -61,11 +61,8 @@ def prove(trace: Trace, convs: Sequence[str], norms: Collection[str]) -> dict[st
 
 def first_that_refuses(everyone: Sequence[Mapping[str, Verdict]]) -> dict[str, Verdict]:
     """The verdicts of several processes together: a conv can lose filters if all have shown it."""
-    found = {}
-    for name in everyone[0]:
-        all_of_it = [theirs[name] for theirs in everyone]
-        found[name] = next((verdict for verdict in all_of_it if verdict.reason), reduce(both, all_of_it))
-    return found
+    found = {name: [theirs[name] for theirs in everyone] for name in everyone[0]}
+    return {name: next((x for x in each if x.reason), reduce(both, each)) for name, each in found.items()}
 
 
 def both(before: Verdict, now: Verdict) -> Verdict:

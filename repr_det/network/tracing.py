@@ -30,6 +30,7 @@ _FRESH = {
     *("new_empty", "new_zeros", "new_ones", "new_full", "empty_strided", "new_empty_strided"),
     *("bernoulli", "uniform", "normal", "random", "exponential", "fill", "zero", "lift_fresh"),
 }
+Modules = Mapping[str, nn.Module]
 _CLOSED = (nn.Module, type, ModuleType, *weakref.ProxyTypes)  # not searched for tensors
 
 
@@ -143,7 +144,7 @@ class Trace(TorchDispatchMode):
         if name in _FRESH or (inputs and self.constants.issuperset(inputs)):
             self.constants.update(outputs)
             can_be_blank = name in _FRESH or self.zeros.issuperset(inputs)
-            if can_be_blank and ("empty" in name or not any(_is_not_zero(tensor) for tensor in tensors_in(result))):
+            if can_be_blank and ("empty" in name or not any(x.is_meta or x.any() for x in tensors_in(result))):
                 self.zeros.update(outputs)
         self._record(function, name, *noted, inputs, outputs)
         if in_place:
@@ -181,11 +182,7 @@ class TracedPass:
     """
 
     def __init__(
-        self,
-        modules: Mapping[str, nn.Module],
-        watched: Mapping[str, nn.Module],
-        outer: Iterable[nn.Module],
-        done: Callable[[Trace], None],
+        self, modules: Modules, watched: Modules, outer: Iterable[nn.Module], done: Callable[[Trace], None]
     ) -> None:
         self._done = done
         self._trace: Trace | None = None
@@ -297,10 +294,6 @@ def _attributes(model: nn.Module, depth: int = 6) -> Iterator[Tensor]:
     items = [item for module in model.modules() for item in vars(module).items()]
     others = [held for key, held in items if key not in ("_parameters", "_buffers", "_modules") and "hooks" not in key]
     return tensors_in(*others, depth=depth)
-
-
-def _is_not_zero(tensor: Tensor) -> bool:
-    return tensor.device.type == "meta" or bool(tensor.any())
 
 
 def values_in(arguments: Any) -> list[Value]:

@@ -121,8 +121,7 @@ class Watch:
         for name in self._missed.keys() - self._entered:
             self._missed[name] += 1
             if self._missed[name] == _MOST_PASSES:
-                told = f"and then in none of {_MOST_PASSES} passes: exclude the convs whose channels it reads"
-                logger.warning("RePr: %s has run once, %s", name, told)
+                logger.warning("RePr: %s runs too seldom to be looked at: exclude the convs that it reads", name)
         for name, verdict in prove(trace, self.convs, self._norms).items():
             now = verdict if "weight" in self.modules[name]._parameters else COMPUTED
             self.verdicts[name] = both(self.verdicts.get(name, NOT_RUN), now)
