@@ -197,12 +197,8 @@ NETS = {
         ),
         {"head": "norm"}, {"scores": "it predicts"},
     ),
-    "a dict": (
-        lambda: predicting(lambda net, boxes, scores: {"a": [boxes.flatten(2)], "b": [scores.permute(0, 2, 3, 1)]}),
-        {"body": None}, dict.fromkeys(["boxes", "scores"], "it predicts"),
-    ),
-    "a dataclass with slots": (
-        lambda: predicting(lambda net, boxes, scores: Found(boxes, {"first": scores})),
+    "a dict in a dataclass with slots": (
+        lambda: predicting(lambda net, boxes, scores: Found(boxes.flatten(2), {"b": [scores.permute(0, 2, 3, 1)]})),
         {"body": None}, dict.fromkeys(["boxes", "scores"], "it predicts"),
     ),
     "an output in an attribute": (lambda: predicting(kept_aside), {"body": None}, {"boxes": "it predicts"}),
