@@ -8,8 +8,10 @@ import torch
 import torchvision
 from conftest import assert_same_weights, refused
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
-from frozen_nets import LAYERS, WIDTH, InsideNet, batches, fuse, make, moments_of, train
+from frozen_nets import LAYERS, WIDTH, InsideNet, batches, fuse, make, moments_of, passes_of, train
 from torch import nn
+
+from repr_det import RePrScheme
 
 TorchvisionNet = partial(InsideNet, torchvision.ops.FrozenBatchNorm2d)  # another class with the same buffers
 BatchNet = partial(InsideNet, nn.BatchNorm2d)
@@ -219,13 +221,19 @@ def test_frozen_bn_without_batches_is_refused():
     assert told in refused(make, lambda: BatchNet().eval(), traced=True, passes=None)
 
 
-def test_a_model_that_trains_in_eval_mode_keeps_its_statistics():
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_model_that_trains_in_eval_mode_keeps_its_statistics(resumed):
     net, _, scheme, images = make(lambda: BatchNet().eval(), traced=True)
     for norm in net.norms().values():
         norm.bias.data += 3  # no channel is closed
     before = moments_of(net, images)
     scheme.drop()
     masks = dict(scheme.masks)
+    if resumed:
+        state, options = scheme.state_dict(), {"passes": passes_of(net, []), "chosen": scheme.options}
+        scheme.close()
+        scheme = RePrScheme(scheme.layers, scheme.optimizers, model=net, **options)
+        scheme.load_state_dict(state)
     scheme.restore()
     assert_same_moments(moments_of(net, images), before, masks)
     assert not net.training

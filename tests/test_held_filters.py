@@ -130,6 +130,7 @@ def test_layers_that_do_not_learn_lose_no_filter(rates, frozen, dropped, message
     for number in frozen:
         net[number].weight.requires_grad_(False)
         net[number].weight.grad = None
+    train(net, opt, steps=1)
     if dropped:
         assert {name: len(rows) for name, rows in scheme.drop().dropped.items()} == dropped
         assert message in caplog.text and bool(caplog.records) == bool(message)
@@ -299,7 +300,7 @@ def test_one_scheme_a_model():
     assert "RePr cannot be copied" in refused(copy.deepcopy, first)
     copied = copy.deepcopy(net)  # free, and without hooks
     in_sub_network(copied, model=copied)
-    assert not first.participants.has_news
+    assert not first.participants.watch.has_news
     first.close()
     second = build()
     del second  # one that is forgotten in the full phase is out of the way, not so one that holds filters

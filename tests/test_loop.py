@@ -159,6 +159,30 @@ def test_what_runs_later_is_announced_with_the_drop_and_counts(others, is_little
     assert caplog.text.count("next to nothing to drop") == is_little
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_model_that_trains_unseen_is_refused_in_the_first_step(compiled):
+    """Compiled and run before; or its parts are called, not itself. A sample shows what the first cannot."""
+    torch._dynamo.reset()
+    net = readable_net()
+    call = torch.compile(net, backend="aot_eager") if compiled else lambda x: net[6](net[3](net[0](x)))
+
+    def step(one):
+        call(IMAGES).square().mean().backward()
+        one.scheme.optimizers[0].step()
+        one.step()
+
+    call(IMAGES).mean().backward()
+    one = begin(build=lambda: net)
+    assert "no pass of this model has been seen: give RePr the module that you call" in refused(step, one)
+    one.close()
+    one = begin(build=lambda: net, sample=IMAGES)
+    for _ in range(4):
+        step(one)
+    assert one.phase == "sub"
+    torch._dynamo.reset()
+
+
 def test_next_to_nothing_to_drop_is_warned_of(caplog):
     for outputs in (3, 3000):
         assert not caplog.text
@@ -291,14 +315,18 @@ def test_what_lies_before_the_first_step_is_left_out(first_step, phases):
     assert seen == phases and one.steps == first_step + len(phases)
 
 
-def test_a_network_that_is_fixed_for_the_rest_of_a_step_learns():
-    """A discriminator, whose gradients are switched off while the generator trains."""
-    one = begin()
+@pytest.mark.parametrize("freed", [False, True])
+def test_a_network_that_is_fixed_for_the_rest_of_a_step_learns(freed):
+    """A discriminator, whose gradients are switched off while the generator trains, and freed before."""
+    one = begin(returns="function_preserving")
     for _ in range(10):
         one.model.requires_grad_(True)
         train(one.model, one.scheme.optimizers[0], steps=1)
         one.model.requires_grad_(False)
+        if freed:
+            one.scheme.optimizers[0].zero_grad()
         one.step()
+        assert one.scheme.not_silent in ([], ["6"])
     assert one.scheme.cycle == 2
 
 

@@ -1,5 +1,7 @@
 """Convs that can lose filters: the verdict of a traced pass, against what really setting rows to zero does."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,10 +12,11 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 from traced_nets import Net, build, calling, conv, is_silent, told, vary_norms, verdicts
 
+from repr_det.method.criteria import on_output
 from repr_det.method.layers import find_filter_layers
 from repr_det.method.participants import Participants
 from repr_det.network.norms import epsilon, norm_kind
-from repr_det.network.proof import Reader
+from repr_det.network.proof import Reader, Verdict, first_that_refuses
 
 BN = nn.BatchNorm2d
 
@@ -88,16 +91,18 @@ class Scaled(nn.Conv2d):
 
 
 class Frozen(nn.Module):
-    """FrozenBN of nobody's library, which does not tell its eps."""
+    """FrozenBN of nobody's library, which does not tell its eps; ``shape`` is that of its buffers."""
 
-    def __init__(self, channels) -> None:
+    def __init__(self, *shape, bias=True) -> None:
         super().__init__()
         for key, value in (("weight", 0.7), ("bias", 0.2), ("running_mean", 0.1), ("running_var", 2.0)):
-            self.register_buffer(key, torch.full((channels,), value))
+            if bias or key != "bias":
+                self.register_buffer(key, torch.full(shape, value))
 
     def forward(self, x):
         gain = self.weight / (self.running_var + 1e-3).sqrt()
-        return x * gain.view(1, -1, 1, 1) + (self.bias - self.running_mean * gain).view(1, -1, 1, 1)
+        shift = getattr(self, "bias", 0) - self.running_mean * gain
+        return x * gain.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
 
 
 def two_convs(join, channels=16) -> Net:
@@ -133,8 +138,14 @@ GRID = torch.rand(64, 2, generator=torch.Generator().manual_seed(0))
 BLUR = torch.full((16, 1, 3, 3), 1 / 9)
 
 
+@dataclasses.dataclass(slots=True)
+class Found:
+    boxes: torch.Tensor
+    scores: object
+
+
 def kept_aside(net, boxes, scores):
-    net.seen = [boxes]
+    net.seen = {"boxes": [boxes]}
     return scores
 
 
@@ -182,8 +193,8 @@ NETS = {
         ),
         {"head": "norm"}, {"scores": "it predicts"},
     ),
-    "a dict": (
-        lambda: predicting(lambda net, boxes, scores: {"a": [boxes.flatten(2)], "b": [scores.permute(0, 2, 3, 1)]}),
+    "a dict in a dataclass with slots": (
+        lambda: predicting(lambda net, boxes, scores: Found(boxes.flatten(2), {"b": [scores.permute(0, 2, 3, 1)]})),
         {"body": None}, dict.fromkeys(["boxes", "scores"], "it predicts"),
     ),
     "an output in an attribute": (lambda: predicting(kept_aside), {"body": None}, {"boxes": "it predicts"}),
@@ -224,6 +235,7 @@ NETS = {
         lambda: build(conv(), nn.Conv2d(16, 16, 1, groups=16), nn.GroupNorm(8, 16, affine=False)),
         {}, {"1": "which is no norm of its own with a weight"},
     ),
+    "a norm of images": (lambda: build(conv(), Frozen(1, 16, 1, 1)), {}, {"0": "behind it comes add"}),
     "LN of Detectron2": (lambda: build(Detectron2Conv2d(3, 16, 3, norm=get_norm("LN", 16))), {}, {"0": ""}),
     "Detectron2's activation": (lambda: build(Detectron2Conv2d(3, 16, 3, activation=F.gelu)), {"0": None}, {}),
     "sigmoid inside": (lambda: build(Detectron2Conv2d(3, 16, 3, activation=torch.sigmoid)), {}, {"0": "sigmoid"}),
@@ -253,6 +265,20 @@ def test_networks(name):
         assert name in CAUTIOUS or not is_silent(net, one, None)
 
 
+def test_what_a_forward_hook_gets_has_left():
+    """As features for distillation do; not so what hooks of this package get, and hooks in front of a pass."""
+    net = build(conv(), BN(16), nn.ReLU(), conv(16), BN(16), nn.ReLU())
+    net[3].register_forward_pre_hook(lambda *_: None)
+    with on_output(find_filter_layers(net, ["*"]), lambda *_: None):
+        assert told(verdicts(net)) == {"0": ("", "1"), "3": ("", "4"), "6": ("", None)}
+    features = []
+    handle = net[2].register_forward_hook(lambda _, __, output: features.append(output))
+    reason = "a forward hook of 2 gets its channels: remove it if it only logs"
+    assert told(verdicts(net)) == {"0": (reason, "1"), "3": ("", "4"), "6": ("", None)}
+    handle.remove()
+    assert not verdicts(net)["0"].reason
+
+
 @pytest.mark.parametrize("error", [IndexError, ValueError, AssertionError])
 def test_an_operator_in_python_that_takes_no_single_numbers_keeps_filters_in(error):
     def twice(x: torch.Tensor) -> torch.Tensor:
@@ -267,12 +293,15 @@ def test_an_operator_in_python_that_takes_no_single_numbers_keeps_filters_in(err
     assert found["0"] == (f"behind it comes twice_{error.__name__}, which does not make 0 of a channel that is 0", "1")
 
 
-def test_a_norm_is_known_by_what_it_does():
-    norm = Frozen(16)
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_norm_is_known_by_what_it_does(bias):
+    norm = Frozen(16, bias=bias)
     net = build(conv(), norm, nn.ReLU())
     verdict = verdicts(net)["0"]
     assert (verdict.reason, verdict.norm, verdict.rectified, norm_kind(norm)) == ("", "1", True, "frozen")
     assert epsilon(norm) == pytest.approx(1e-3) and is_silent(net, "0", "1")
+    (layer,) = find_filter_layers(net, ["0"])
+    assert layer.norm is norm and ("norm.bias" in layer.tensors()) == bias
 
 
 def residual(net, x):
@@ -291,6 +320,8 @@ def test_readers_of_a_residual_block_and_of_what_is_gated():
     assert [found[name].rectified for name in ("conv1", "conv2", "conv3")] == [True, False, True]
     assert verdicts(NETS["gated"][0]())["0"].readers == {Reader("3.fc1", True, True), Reader("4", True, True)}
     assert verdicts(NETS["over a pyramid"][0]())["head"].readers == {Reader("scores", True, True)}
+    ranks = [{"a": Verdict(readers={Reader(name, True, True)})} for name in "bc"]
+    assert {reader.name for reader in first_that_refuses(ranks)["a"].readers} == {"b", "c"}
 
 
 @pytest.mark.parametrize("run", [lambda head, a, b: [head(a), head(b)], lambda head, a, b: head(torch.cat([a, b], 2))])

@@ -286,6 +286,23 @@ def test_kernels_that_no_optimizer_moves_stay(how):
     torch.testing.assert_close(net[7].state_dict(), fixed, rtol=0, atol=0)
 
 
+def test_a_reader_that_first_runs_while_filters_are_out_changes_nothing_either():
+    def forward(net, x):
+        x = net.conv(x).relu()
+        return (net.first(x) + net.late(x) if net.both else net.first(x)).mean((2, 3))
+
+    torch.manual_seed(0)
+    net = Net(forward, conv=nn.Conv2d(3, 16, 3), first=nn.Conv2d(16, 3, 1), late=nn.Conv2d(16, 3, 1)).double()
+    net.both = False
+    optimizer, scheme = in_sub_network(net, ["conv"])
+    net.both = True
+    for number in range(2):
+        step(net, optimizer, scheme, number)
+    before = outputs(net)
+    scheme.restore()
+    assert largest_change(net, before) <= SAME
+
+
 @pytest.mark.parametrize("groups", [1, 4, 32])
 def test_a_restore_in_front_of_grouped_readers_changes_no_output(groups, caplog):
     """Those of a depthwise reader return as published: it has one kernel a channel, and a filter of nothing else."""

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from conftest import refused
+from conftest import interrupt, refused
 from torch import nn
+from torch.utils._python_dispatch import _len_torch_dispatch_stack
 from torch.utils.checkpoint import checkpoint
 from traced_nets import IMAGES, Net, build, conv, told, verdicts
 
@@ -92,6 +93,35 @@ def test_a_conv_is_proved_when_it_first_runs():
     assert "never (it has not run in a training pass" in " ".join(watch.left_out())
 
 
+@pytest.mark.parametrize("micro_batches", [1, 30])
+def test_tasks_in_turn_are_all_proved_and_named_once(micro_batches, caplog):
+    """However many passes come before; a head that has run is traced until it runs again."""
+    task = iter([0] * micro_batches + list(range(1, 30)) * 2)
+    heads = nn.ModuleList(nn.Sequential(conv(16, 8), nn.ReLU(), conv(8, 2)) for _ in range(30))
+    net = Net(lambda net, x: net.heads[next(task)](net.trunk(x).relu()), trunk=conv(), heads=heads)
+    participants = Participants(find_filter_layers(net, ["*"]), net)
+    with caplog.at_level("INFO", "repr_det"):
+        for number in range(59):
+            for _ in range(1 if number else micro_batches):
+                net(IMAGES)
+            if participants.watch.has_news:
+                found = participants.update()
+    assert {layer.name for layer in found} == {"trunk", *(f"heads.{number}.0" for number in range(30))}
+    assert caplog.text.count("heads.29.") == 3  # two that have not run, one that predicts
+
+
+def test_what_runs_once_is_waited_for_to_a_limit_and_named(caplog, monkeypatch):
+    monkeypatch.setattr("repr_det.network.watch._MOST_PASSES", 4)
+    run = iter([False, True] + [False] * 8)
+    net = Net(lambda net, x: net.last(net.a(net.once(x) if next(run) else x)), once=conv(3, 3), a=conv(), last=conv(16))
+    watch = Watch(net, ["a"])
+    for _ in range(10):
+        net(IMAGES)
+        if watch.has_news:
+            watch.update()
+    assert watch.traced == 5 and caplog.text.count("RePr: once runs too seldom to be looked at") == 1
+
+
 def test_only_training_passes_are_looked_at_and_what_stays_out_is_said_once(caplog):
     net = build(conv(), nn.Sigmoid(), conv(16), nn.ReLU())
     participants = Participants(find_filter_layers(net, ["*"]), net)
@@ -103,12 +133,34 @@ def test_only_training_passes_are_looked_at_and_what_stays_out_is_said_once(capl
     assert "no pass of this model has been seen: give RePr the module that you call" in refused(participants.agreed)
     with caplog.at_level("INFO", "repr_det"):
         net(IMAGES)
-        assert participants.known and participants.has_news and participants.trains
+        assert participants.known and participants.watch.has_news and participants.watch.trains
         for _ in range(2):
-            assert [layer.name for layer in participants.update()] == ["2", "4"] and not participants.has_news
+            assert [layer.name for layer in participants.update()] == ["2", "4"] and not participants.watch.has_news
             net(IMAGES)
     assert caplog.text.count("all filters stay of 0 (behind it comes sigmoid, which does not make 0 of") == 1
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+
+
+def test_an_interrupted_pass_leaves_nothing():
+    """Ctrl-C, at which hooks do not run: the next pass is traced from its beginning."""
+    net = build(conv(), BN(16), nn.ReLU(), nn.Sequential(conv(16), BN(16)), nn.ReLU())
+    handle = net[3][1].register_forward_pre_hook(lambda *_: interrupt())
+    watch = Watch(net, ["0", "3.0"])
+
+    def interrupted(part, images):
+        with pytest.raises(KeyboardInterrupt):
+            part(images)
+        assert _len_torch_dispatch_stack() == 1
+
+    interrupted(net[3], torch.ones(1, 16, 8, 8))
+    interrupted(net, IMAGES)
+    watch.close()
+    assert not _len_torch_dispatch_stack()
+    watch.trace_next()
+    interrupted(net, IMAGES)
+    handle.remove()
+    net(IMAGES)
+    assert told(watch.verdicts) == {"0": ("", "1"), "3.0": ("", "3.1")} and not _len_torch_dispatch_stack()
 
 
 def test_where_nothing_takes_part_what_could_is_named():

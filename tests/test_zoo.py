@@ -24,6 +24,7 @@ from traced_nets import Net
 
 from repr_det import RePr, RePrSchedule, find_filter_layers
 from repr_det.method.options import DETECTRON2_LAYERS
+from repr_det.network.tracing import HookOfOne
 
 TABLE = (ROOT / "docs" / "zoo.md").read_text()
 SMALL = """
@@ -113,7 +114,7 @@ def test_one_cycle(config):
         def see(_module, _inputs, output, name=layer.name):
             outputs[name].append(output.detach().clone())  # a block adds its shortcut in place
 
-        layer.output_module().register_forward_hook(see)
+        layer.output_module().register_forward_hook(HookOfOne(see))
     repr_training = RePr(model, optimizer, 4, layers=include, schedule=RePrSchedule(1, 2, 1))
     for step in range(4):
         outputs.clear()

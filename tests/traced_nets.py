@@ -91,7 +91,7 @@ def is_silent(net: nn.Module, conv: str, norm: str | None, run=lambda net: net(I
     with torch.no_grad():
         for name in (conv, norm):
             for key in ("weight", "bias") if name is not None else ():
-                tensor = getattr(zeroed.get_submodule(name), key)
+                tensor = getattr(zeroed.get_submodule(name), key, None)
                 if tensor is not None:
                     tensor[ROWS] = 0
     after, left, weights = _seen(zeroed, run)

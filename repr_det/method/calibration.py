@@ -39,16 +39,15 @@ class FrozenNorms:
     ) -> None:
         self.at_drop: set[str] = set()
         self._recalibrates = options.frozen_norm == "recalibrate"
-        self._participants = participants
+        self._watch = participants.watch
         self._model = model if passes is None else passes.model
         self._passes = passes
         self._number = options.calibration_batches or (0 if passes is None else passes.calibration_batches)
 
     def of(self, layers: Sequence[FilterLayer]) -> list[FilterLayer]:
         """The layers whose norm is frozen in training, also while the model is evaluated."""
-        trains = self._participants.trains if self._passes is None else self._passes.trains
-        evaluates = self._model is not None and self._model.training != trains
-        with undisturbed(self._model, trains=trains) if evaluates else nullcontext():
+        evaluates = self._model is not None and self._model.training != self._watch.trains
+        with undisturbed(self._model, trains=self._watch.trains) if evaluates else nullcontext():
             return [layer for layer in layers if layer.is_frozen]
 
     def need_batches(self, layers: Sequence[FilterLayer]) -> bool:
@@ -126,7 +125,7 @@ class FrozenNorms:
 
         passes = self._passes
         with ExitStack() as stack:
-            stack.enter_context(undisturbed(passes.model, True, passes.trains))
+            stack.enter_context(undisturbed(passes.model, True, self._watch.trains))
             stack.enter_context(torch.no_grad())
             for layer in layers:
                 hook = layer.norm.register_forward_pre_hook(lambda _, inputs, name=layer.name: note(name, inputs[0]))

@@ -23,6 +23,7 @@ from repr_det.method.options import about_option
 from repr_det.method.orthogonality import by_group, expected_overlap, inter_filter_orthogonality, unit_filters
 from repr_det.method.passes import TrainingPasses
 from repr_det.network.state import undisturbed
+from repr_det.network.tracing import HookOfOne
 
 Scores = dict[str, Tensor]  # layer name -> (J,)
 NEAR_DUPLICATE = 0.9  # likeness of two filters of which one says little new
@@ -39,6 +40,7 @@ class Context:
     passes: TrainingPasses | None = None
     num_batches: int = 0
     cycle: int = 0
+    trains: bool = True  # in training mode
 
 
 @dataclass(frozen=True)
@@ -215,7 +217,7 @@ def run_batches(context: Context, on_loss: Callable[[Tensor], None], gradients: 
     passes = context.passes
     if passes is None:
         raise UserError("this criterion looks at training batches: give Context(passes=...)")
-    with undisturbed(passes.model, True, passes.trains), torch.set_grad_enabled(gradients):
+    with undisturbed(passes.model, True, context.trains), torch.set_grad_enabled(gradients):
         for batch in passes.batches(context.num_batches, context.cycle):
             on_loss(passes.loss(batch))
 
@@ -239,8 +241,8 @@ def on_output(layers: Sequence[FilterLayer], call: Callable[[FilterLayer, Tensor
     with ExitStack() as stack:
         for layer in layers:
             module = layer.output_module()
-            hook = module.register_forward_hook(lambda _, inputs, output, layer=layer: call(layer, output))
-            stack.callback(hook.remove)
+            hook = HookOfOne(lambda _, inputs, output, layer=layer: call(layer, output))
+            stack.callback(module.register_forward_hook(hook).remove)
         yield
 
 

@@ -66,7 +66,7 @@ class FilterLayer:
         """The tensors (J, ...) whose row f is zero while filter f is dropped."""
         found = {"weight": self.conv.weight, "bias": self.conv.bias}
         if self.kind != NONE:
-            found |= {"norm.weight": self.norm.weight, "norm.bias": self.norm.bias}
+            found |= {"norm.weight": self.norm.weight, "norm.bias": getattr(self.norm, "bias", None)}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def parameters(self) -> Iterator[nn.Parameter]:

@@ -1,12 +1,12 @@
 """The layers that participate: candidates that, as training passes show, can lose filters and learn."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from repr_det.method.distributed import gathered
 from repr_det.method.errors import OptionError, UserError
@@ -24,59 +24,52 @@ class Participants:
     def __init__(self, candidates: Sequence[FilterLayer], model: nn.Module | None) -> None:
         self.candidates = list(candidates)
         self.modules = {} if model is None else dict(model.named_modules())
-        self._watch = None if model is None else Watch(model, [layer.name for layer in candidates])
-        self._logged: set[str] = set()
+        self.watch = Watch(nn.Module(), []) if model is None else Watch(model, [layer.name for layer in candidates])
+        self._logged: dict[str, str] = {}
 
     @property
     def known(self) -> bool:
         """True once a training pass has been seen, or if none is needed."""
-        return self._watch is None or self._watch.traced > 0
+        return not self.modules or self.watch.traced > 0
 
     @property
     def all_have_run(self) -> bool:
         """True once training passes have shown all candidates, or if none is needed."""
-        return self._watch is None or all(self._watch.verdicts.get(x.name, NOT_RUN).ran for x in self.candidates)
-
-    @property
-    def has_news(self) -> bool:
-        """True if a pass has been seen since ``update``."""
-        return self._watch is not None and self._watch.has_news
-
-    @property
-    def trains(self) -> bool:
-        """True if training runs in training mode."""
-        return self._watch is None or self._watch.trains
-
-    def watch_next(self) -> None:
-        if self._watch is not None:
-            self._watch.trace_next()
-
-    def close(self) -> None:
-        if self._watch is not None:
-            self._watch.close()
+        return not self.modules or all(self.watch.verdicts.get(x.name, NOT_RUN).ran for x in self.candidates)
 
     def update(self) -> list[FilterLayer]:
         """Returns who participates by the passes of this process, and logs the others."""
-        if self._watch is None:
-            return self.candidates
-        self._watch.update()
-        for sentence in self._watch.left_out():
-            if sentence not in self._logged:
-                logger.info("RePr: all filters stay of %s", sentence)
-            self._logged.add(sentence)
-        return self._proved(self._watch.verdicts)
+        self.watch.update()
+        for sentence in self.watch.left_out(self._logged):
+            logger.info("RePr: all filters stay of %s", sentence)
+        self._logged = self.watch.reasons()
+        return self._proved(self.watch.verdicts)
 
     def agreed(self) -> list[FilterLayer]:
         """Returns who participates by the passes of all ranks. Collective. UserError without a pass or a layer."""
-        if self._watch is None:
-            return self.candidates
+        self.check_known()
+        return self.required(self._seen_by_all())
+
+    def check_known(self) -> None:
+        """Raises UserError if no training pass has been seen, and one is needed."""
         if not self.known:
             raise UserError(
                 "a training pass shows what can be dropped, and no pass of this model has been seen: give RePr the "
-                "module that you call, with gradients enabled"
+                "module that you call, with gradients enabled, or a sample= if it was compiled and run before"
             )
-        everyone = gathered(self._watch.verdicts, self.candidates[0].weight.device)
-        return self.required(self._proved(first_that_refuses(everyone)))
+
+    def note_readers(self, layers: Iterable[FilterLayer]) -> None:
+        """Tells layers what else has read them, in the passes of all ranks. Collective."""
+        found = {layer.name: layer for layer in self._seen_by_all()}
+        for layer in layers:
+            if layer.name in found:
+                layer.readers, layer.rectified = found[layer.name].readers, found[layer.name].rectified
+
+    def _seen_by_all(self) -> list[FilterLayer]:
+        if not self.modules:
+            return self.candidates
+        everyone = gathered(self.watch.verdicts, self.candidates[0].weight.device)
+        return self._proved(first_that_refuses(everyone))
 
     def _proved(self, verdicts: Mapping[str, Verdict]) -> list[FilterLayer]:
         found = []
@@ -88,13 +81,13 @@ class Participants:
 
     def required(self, found: list[FilterLayer]) -> list[FilterLayer]:
         """Returns the layers it is given; OptionError if there are none."""
-        if self._watch is None or found:
+        if found:
             return found
-        nearest = ", ".join(closest([layer.name for layer in self.candidates], self._watch.others())[:6])
+        nearest = ", ".join(closest([layer.name for layer in self.candidates], self.watch.others())[:6])
         raise OptionError(
-            f"no filter can be dropped of the convs that {{layers}} names: {'; '.join(self._watch.left_out())}"
+            f"no filter can be dropped of the convs that {{layers}} names: {'; '.join(self.watch.left_out())}"
             + (f"; these could: {nearest}" if nearest else "")
-            + what_attention_means(self._watch.model)
+            + what_attention_means(self.watch.model)
         )
 
     def _layer(self, layer: FilterLayer, norm: str | None, readers: Iterable[Reader], rectified: bool) -> FilterLayer:
@@ -108,22 +101,21 @@ class Participants:
             "readers": {x.name: sorted([r.name, r.aligned, r.alone, r.span] for r in x.readers) for x in layers},
             "rectified": [layer.name for layer in layers if layer.rectified],
         }
-        return state if self._watch is None else state | self._watch.state_dict()
+        return state | self.watch.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> list[FilterLayer]:
         """Goes on where it was written; returns its layers. OptionError if they are not candidates here."""
         mine = {layer.name: layer for layer in self.candidates}
         theirs = set(state["filters"].items())
         sizes = {(layer.name, layer.num_filters) for layer in self.candidates}
-        different = sorted(theirs - sizes) + (sorted(sizes - theirs) if self._watch is None else [])
+        different = sorted(theirs - sizes) + ([] if self.modules else sorted(sizes - theirs))
         if different:
             raise OptionError(
                 f"the checkpoint's RePr state covers {len(theirs)} layers, this run has {len(mine)}; first difference "
                 f"{different[0]}: resume with the {{layers}} and the model of the run that wrote it"
             )
-        if self._watch is not None:
-            self._watch.load_state_dict(state)
-        if "norms" not in state or self._watch is None:  # 0.2.0 found norms by their place
+        self.watch.load_state_dict(state)
+        if "norms" not in state or not self.modules:  # 0.2.0 found norms by their place
             return [mine[name] for name in state["filters"]]
         rectified = set(state["rectified"])
         return [
@@ -132,9 +124,9 @@ class Participants:
         ]
 
 
-def trains(parameter: Tensor) -> bool:
+def trains(parameter: Tensor, stepped: Collection[Tensor] = ()) -> bool:
     """Tells whether it requires a gradient, or had one in this step and is fixed for the rest of it, as in a GAN."""
-    return parameter.requires_grad or parameter.grad is not None
+    return parameter.requires_grad or parameter.grad is not None or parameter in stepped
 
 
 class Learning:
@@ -142,29 +134,29 @@ class Learning:
 
     def __init__(self, layers: Sequence[FilterLayer], optimizers: Sequence[Optimizer]) -> None:
         self.seen: set[str] = set()  # names of those that have had a gradient
+        self._layers = layers
         self._optimizers = optimizers
-        self._handles = [self._wait_for(layer) for layer in layers if layer.weight.requires_grad]
+        self._stepped: set[Tensor] = set()  # had a gradient in the last step of their optimizer
+        note = torch.compiler.disable(self._note)
+        self._handles = [optimizer.register_step_post_hook(note) for optimizer in optimizers]
 
-    def _wait_for(self, layer: FilterLayer) -> RemovableHandle:
-        def note(gradient: Tensor) -> None:
-            self.seen.add(layer.name)
-            handle.remove()
-
-        handle = layer.weight.register_hook(note)
-        return handle
+    def _note(self, optimizer: Optimizer, *_: Any) -> None:
+        held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+        self._stepped = self._stepped - held | {parameter for parameter in held if parameter.grad is not None}
+        self.seen.update(layer.name for layer in self._layers if layer.weight in self._stepped)
 
     def moved(self) -> set[Tensor]:
         """The parameters that the optimizers move now; where every rate is 0, as in a warm-up's first step, all."""
         held = learning_rates(self._optimizers)
         all_rest = not any(held.values())
-        return {parameter for parameter, rate in held.items() if trains(parameter) and (rate or all_rest)}
+        return {one for one, rate in held.items() if trains(one, self._stepped) and (rate or all_rest)}
 
     def frozen(self, layers: Sequence[FilterLayer]) -> dict[str, str]:
         """Layer name -> why it cannot learn now."""
         held = learning_rates(self._optimizers)
         rates = {layer.name: held.get(layer.weight, 0.0) for layer in layers}
         still = [name for name, rate in rates.items() if not rate and any(rates.values())]
-        fixed = [layer.name for layer in layers if not trains(layer.weight)]
+        fixed = [layer.name for layer in layers if not trains(layer.weight, self._stepped)]
         return dict.fromkeys(still, "its learning rate is 0") | dict.fromkeys(fixed, "it does not require a gradient")
 
     def without(self, layers: Sequence[FilterLayer]) -> dict[str, str]:

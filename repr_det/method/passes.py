@@ -24,7 +24,6 @@ class TrainingPasses:
         model: not wrapped in DistributedDataParallel.
         batches: (number, cycle) -> that many training batches, always the same.
         loss: batch -> scalar loss of a forward pass in training mode.
-        trains: whether ``model`` is in training mode while it trains.
         calibration_batches: for frozen norms, where no option says it.
     """
 
@@ -32,7 +31,6 @@ class TrainingPasses:
     batches: Callable[[int, int], Iterable[Any]]
     loss: Callable[[Any], Tensor]
     join: Any = None  # without effect since version 0.3.0
-    trains: bool = True
     calibration_batches: int = 4
 
 

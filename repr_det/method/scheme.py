@@ -126,8 +126,10 @@ class RePrScheme:
         Raises:
             UserError: nothing participates, a dropped channel or filter is not 0, or one that returned is gone.
         """
-        if self.participants.has_news:
+        if self.participants.watch.has_news:
             self._update_layers()
+        elif self._learning.seen:
+            self.participants.check_known()
         returned, self._returned = self._returned, None
         if returned is not None:
             returned.check(self.cycle)
@@ -160,7 +162,7 @@ class RePrScheme:
         held.zero_()
         held.hold()
         self._held = held
-        self.participants.watch_next()
+        self.participants.watch.trace_next()
         if self.averages is not None:
             self.averages.note_others(held.masks)
         return self._record("drop", held, overlaps, kept, start, {})
@@ -182,6 +184,7 @@ class RePrScheme:
         if self.averages is not None:
             self.averages.warn_of_others(held.masks)
         held.place()
+        self.participants.note_readers(held.layers)
         values = self._checked_values("restore")
         fixed = self._learning.frozen(self.layers)
         learning = [] if as_they_were else [layer for layer in held.layers if layer.name not in fixed]
@@ -221,7 +224,7 @@ class RePrScheme:
     def close(self) -> None:
         """Lets go of the model, for another RePrScheme. Filters that are out stay zero."""
         self._release()
-        self.participants.close()
+        self.participants.watch.close()
         self._learning.close()
         self.is_closed = True
 
@@ -283,8 +286,6 @@ class RePrScheme:
         check_optimizers(layers, self.optimizers)
 
     def _check_participants(self) -> None:
-        if self.passes is not None:
-            self.passes.trains = self.participants.trains
         self._check(self.layers)
         self._norms.check(self.layers)
 
@@ -292,9 +293,6 @@ class RePrScheme:
         """Looks who participates, until the first drop settles it."""
         found = {layer.name: layer for layer in self.participants.update()}
         if self._held is not None or self.cycle:
-            for layer in self.layers:  # the state of 0.2.0 has no readers
-                if not layer.readers and layer.name in found:
-                    layer.readers, layer.rectified = found[layer.name].readers, found[layer.name].rectified
             held = [] if self._held is None else [layer.name for layer in self._held.layers]
             if refused := ", ".join(name for name in held if name not in found):
                 logger.warning("RePr: dropped channels of %s are not 0 in every pass: exclude these convs", refused)
@@ -341,8 +339,8 @@ class RePrScheme:
         return Transition(event, self.cycle, dropped, before, after, cosines, seconds, rounded)
 
     def _scores(self) -> dict[str, Tensor]:
-        generator = generator_of(self.seed, self.cycle, 0, 0)
-        context = Context(generator, self.passes, self.options.criterion_batches, self.cycle)
+        generator, number = generator_of(self.seed, self.cycle, 0, 0), self.options.criterion_batches
+        context = Context(generator, self.passes, number, self.cycle, self.participants.watch.trains)
         return self.criterion.score(self.layers, context)
 
     def _select(self, values: Values) -> dict[str, Tensor]:

@@ -23,7 +23,11 @@ def norm_kind(norm: nn.Module | None) -> str:
 def is_norm(module: nn.Module) -> bool:
     if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)):
         return True
-    return all(isinstance(getattr(module, key, None), Tensor) for key in ("weight", "running_mean", "running_var"))
+    held = [getattr(module, key, None) for key in ("weight", "running_mean", "running_var")]
+    bias = getattr(module, "bias", None)
+    if bias is not None:
+        held.append(bias)
+    return all(isinstance(x, Tensor) and x.dim() == 1 and len(x) == len(held[0]) for x in held)
 
 
 def epsilon(norm: nn.Module) -> float:
@@ -34,7 +38,7 @@ def epsilon(norm: nn.Module) -> float:
     probe = copy.deepcopy(norm).cpu().double().eval()
     with torch.no_grad():
         for name, value in (("weight", 1), ("bias", 0), ("running_mean", 0), ("running_var", 0)):
-            if getattr(probe, name) is not None:
+            if getattr(probe, name, None) is not None:
                 getattr(probe, name).fill_(value)
         gain = probe(torch.ones(1, len(probe.weight), 1, 1, dtype=torch.float64, device="cpu")).flatten()[0].item()
     return 1 / gain**2

@@ -12,6 +12,7 @@ The proof follows these zeros through the pass. It needs
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
 
 from repr_det.network import operations
 from repr_det.network.layout import Layout, laid_out
@@ -60,10 +61,19 @@ def prove(trace: Trace, convs: Sequence[str], norms: Collection[str]) -> dict[st
 
 def first_that_refuses(everyone: Sequence[Mapping[str, Verdict]]) -> dict[str, Verdict]:
     """The verdicts of several processes together: a conv can lose filters if all have shown it."""
-    return {
-        name: next((theirs[name] for theirs in everyone if theirs[name].reason), mine)
-        for name, mine in everyone[0].items()
-    }
+    found = {name: [theirs[name] for theirs in everyone] for name in everyone[0]}
+    return {name: next((x for x in each if x.reason), reduce(both, each)) for name, each in found.items()}
+
+
+def both(before: Verdict, now: Verdict) -> Verdict:
+    """What two passes show together."""
+    if not before.ran or (now.ran and now.reason):
+        return now
+    if not now.ran or before.reason:
+        return before
+    if now.norm != before.norm:
+        return replace(before, reason="several norms follow it")
+    return replace(before, readers=before.readers | now.readers, rectified=before.rectified and now.rectified)
 
 
 class _Graph:
@@ -75,7 +85,7 @@ class _Graph:
         self.operations: list[Operation] = []
         self.users: dict[int, list[Operation]] = defaultdict(list)
         self.calls: dict[str, set[int]] = defaultdict(set)
-        wanted = set(trace.left)
+        wanted = trace.left | trace.hooked.keys()
         for operation in reversed(trace.operations):
             if wanted.intersection(operation.outputs):
                 self.operations.append(operation)
@@ -180,8 +190,10 @@ class _Follow:
                 layouts = laid_out(operation, before, self.trace.values)
             for number, layout in zip(operation.outputs, layouts, strict=True):
                 self.states[number] = replace(state, past=state.past or past, layout=layout)
-            if self.trace.left.intersection(operation.outputs):
-                raise _Refused("its channels leave the network: it predicts")
+                if number in self.trace.left:
+                    raise _Refused("its channels leave the network: it predicts")
+                if module := self.trace.hooked.get(number):
+                    raise _Refused(f"a forward hook of {module} gets its channels: remove it if it only logs")
 
     def _is_rectified(self) -> bool:
         """Tells whether all behind conv and norm makes 0 of negative numbers, and of no positive ones."""

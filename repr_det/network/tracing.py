@@ -3,9 +3,14 @@
 It sees torch's own operations, so it does not matter how a network is written. Values are numbered and not kept.
 """
 
+import sys
 import threading
+import traceback
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from types import FrameType, ModuleType
 from typing import Any
 
 import torch
@@ -25,6 +30,8 @@ _FRESH = {
     *("new_empty", "new_zeros", "new_ones", "new_full", "empty_strided", "new_empty_strided"),
     *("bernoulli", "uniform", "normal", "random", "exponential", "fill", "zero", "lift_fresh"),
 }
+Modules = Mapping[str, nn.Module]
+_CLOSED = (nn.Module, type, ModuleType, *weakref.ProxyTypes)  # not searched for tensors
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,7 @@ class Trace(TorchDispatchMode):
         zeros: those of them that are 0, or not written yet.
         values: by number, as they were made.
         left: numbers of the values that left the network.
+        hooked: numbers of the values that a forward hook got -> the name of its module.
         entered: names of the watched modules that have run.
     """
 
@@ -87,8 +95,9 @@ class Trace(TorchDispatchMode):
         self.values: dict[int, Value] = {}
         self.parameters: dict[str, int] = {}
         self.left: set[int] = set()
+        self.hooked: dict[int, str] = {}
         self.entered: set[str] = set()
-        held = (*model.parameters(), *model.buffers(), *_attributes(model))
+        held = (*model.parameters(), *model.buffers(), *_attributes(model, depth=1))
         self.constants = {self.number(tensor) for tensor in held}
 
     def enter_module(self, name: str, module: nn.Module) -> None:
@@ -135,7 +144,7 @@ class Trace(TorchDispatchMode):
         if name in _FRESH or (inputs and self.constants.issuperset(inputs)):
             self.constants.update(outputs)
             can_be_blank = name in _FRESH or self.zeros.issuperset(inputs)
-            if can_be_blank and ("empty" in name or not any(_is_not_zero(tensor) for tensor in tensors_in(result))):
+            if can_be_blank and ("empty" in name or not any(x.is_meta or x.any() for x in tensors_in(result))):
                 self.zeros.update(outputs)
         self._record(function, name, *noted, inputs, outputs)
         if in_place:
@@ -166,16 +175,18 @@ class TracedPass:
     """Traces the next passes of a network, each from the entry of its outermost module to the exit.
 
     Args:
+        modules: those whose forward hooks are looked at.
         watched: modules that operations name.
         outer: modules by which a pass may be entered.
         done: called with the trace of each pass that ended without an error.
     """
 
     def __init__(
-        self, watched: Mapping[str, nn.Module], outer: Iterable[nn.Module], done: Callable[[Trace], None]
+        self, modules: Modules, watched: Modules, outer: Iterable[nn.Module], done: Callable[[Trace], None]
     ) -> None:
         self._done = done
         self._trace: Trace | None = None
+        self._frame: FrameType | None = None  # of the outermost module's call
         self._thread = 0
         self._depth = 0
         self._lock = threading.Lock()
@@ -184,10 +195,14 @@ class TracedPass:
             self._hook(module, self._enter, self._leave)
         for name, module in watched.items():
             self._hook(module, lambda module, _, name=name: self._enter_watched(name, module), self._leave_watched)
+        for name, module in modules.items():
+            self._handles.append(module.register_forward_hook(HookOfOne(partial(self._note_hooked, name))))
 
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
+        if self._is_mine():
+            self._end()
 
     def _hook(self, module: nn.Module, before: Callable[..., None], after: Callable[..., None]) -> None:
         self._handles.append(module.register_forward_pre_hook(HookOfOne(before)))
@@ -196,9 +211,14 @@ class TracedPass:
     def _enter(self, module: nn.Module, _: Any) -> None:
         # Checkpointing runs parts again in the backward pass, which no public function tells.
         trains = torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1
+        frames = [frame for frame, _ in traceback.walk_stack(sys._getframe())]
         with self._lock:  # DataParallel runs replicas in threads; one is traced
+            if self._is_mine() and self._frame not in frames:  # interrupted: hooks run after an Exception only
+                self._end()
             if self._trace is None and trains:
                 self._trace, self._thread, self._depth = Trace(module), threading.get_ident(), 0
+                calls = (frame for frame in frames if frame.f_code.co_filename == nn.modules.module.__file__)
+                self._frame = next(calls, frames[-1])
                 self._trace.__enter__()
             if self._is_mine():
                 self._depth += 1
@@ -209,11 +229,15 @@ class TracedPass:
         self._depth -= 1
         if self._depth:
             return
-        trace, self._trace = self._trace, None
-        trace.__exit__(None, None, None)
+        trace = self._end()
         if output is not None:
             trace.left = {trace.number(tensor) for tensor in (*tensors_in(output), *_attributes(module))}
             self._done(trace)
+
+    def _end(self) -> Trace:
+        trace, self._trace, self._frame = self._trace, None, None
+        trace.__exit__(None, None, None)
+        return trace
 
     def _enter_watched(self, name: str, module: nn.Module) -> None:
         if self._is_mine():
@@ -222,6 +246,10 @@ class TracedPass:
     def _leave_watched(self, *_: Any) -> None:
         if self._is_mine():
             self._trace.running.pop()
+
+    def _note_hooked(self, name: str, module: nn.Module, _: Any, output: Any) -> None:
+        if self._is_mine() and not all(isinstance(hook, HookOfOne) for hook in module._forward_hooks.values()):
+            self._trace.hooked |= dict.fromkeys(map(self._trace.number, tensors_in(output)), name)
 
     def _is_mine(self) -> bool:
         return self._trace is not None and threading.get_ident() == self._thread
@@ -244,26 +272,28 @@ def _nothing(*arguments: Any) -> None:
     pass
 
 
-def tensors_in(result: Any, depth: int = 6) -> Iterator[Tensor]:
-    """The tensors in nested lists, tuples, dicts and objects other than modules, to a depth."""
-    if isinstance(result, Tensor):
-        yield result
-    elif depth and not isinstance(result, nn.Module):
-        parts = result if isinstance(result, (list, tuple, set, Mapping)) else getattr(result, "__dict__", {})
-        for part in list(parts.values() if isinstance(parts, Mapping) else parts):
-            yield from tensors_in(part, depth - 1)
+def tensors_in(*found: Any, depth: int = 6) -> Iterator[Tensor]:
+    """The tensors in nested lists, tuples, dicts and objects other than modules, to a depth, each once."""
+    seen: dict[int, Any] = {}
+    for _ in range(depth + 1):
+        new = {id(one): one for one in found if id(one) not in seen and not issubclass(type(one), _CLOSED)}
+        seen |= new
+        yield from (one for one in new.values() if isinstance(one, Tensor))
+        found = tuple(part for one in new.values() if not isinstance(one, Tensor) for part in _parts(one))
 
 
-def _attributes(model: nn.Module) -> Iterator[Tensor]:
-    """Tensors in plain attributes of modules, or in a list or dict there."""
-    for module in model.modules():
-        for key, held in vars(module).items():
-            if key not in ("_parameters", "_buffers", "_modules") and "hooks" not in key:
-                yield from tensors_in(held, depth=1)
+def _parts(one: Any) -> list[Any]:
+    if isinstance(one, (list, tuple, set, dict)):
+        return list(one.values() if isinstance(one, dict) else one)
+    slots = [getattr(one, name, None) for name in getattr(type(one), "__slots__", ())]
+    return [*slots, *getattr(one, "__dict__", {}).values()]
 
 
-def _is_not_zero(tensor: Tensor) -> bool:
-    return tensor.device.type == "meta" or bool(tensor.any())
+def _attributes(model: nn.Module, depth: int = 6) -> Iterator[Tensor]:
+    """Tensors in plain attributes of modules, and in what these hold."""
+    items = [item for module in model.modules() for item in vars(module).items()]
+    others = [held for key, held in items if key not in ("_parameters", "_buffers", "_modules") and "hooks" not in key]
+    return tensors_in(*others, depth=depth)
 
 
 def values_in(arguments: Any) -> list[Value]:

@@ -3,9 +3,10 @@
 Those of the first step are traced; for a module that has not run in them, those from its first run to its second.
 """
 
+import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, replace
+from dataclasses import astuple
 from functools import partial
 from typing import Any
 
@@ -13,10 +14,11 @@ import torch
 from torch import nn
 
 from repr_det.network.norms import is_norm
-from repr_det.network.proof import Reader, Verdict, prove
+from repr_det.network.proof import Reader, Verdict, both, prove
 from repr_det.network.tracing import HookOfOne, Trace, TracedPass
 
-_MOST_PASSES = 20  # traced, for modules that have not run yet
+logger = logging.getLogger("repr_det.layers")
+_MOST_PASSES = 200  # traced for a module that has run once, until it runs again
 NOT_RUN = Verdict(reason="it has not run in a training pass", ran=False)
 COMPUTED = Verdict(reason="its weight is computed from other parameters")
 
@@ -28,7 +30,7 @@ class Watch:
         verdicts: conv name -> what the passes so far have shown.
         trains: the model was in training mode in them.
         waits: the next pass is traced.
-        has_news: a pass has been traced since ``update``.
+        has_news: a pass has been traced, or a module has run for the first time, since ``update``.
     """
 
     def __init__(self, model: nn.Module, convs: Sequence[str]) -> None:
@@ -44,7 +46,7 @@ class Watch:
         self._norms = [name for name, module in self.modules.items() if is_norm(module)]
         self._watched = {x: y for x, y in self.modules.items() if y._parameters or x in self._norms}
         self._entered: set[str] = set()  # in a traced pass
-        self._missed: set[str] = set()  # in another
+        self._missed: dict[str, int] = {}  # that ran in another, and the passes traced since
         self._last: Trace
         self.trace_next()
 
@@ -55,25 +57,23 @@ class Watch:
         self.close()
         self.waits = True
         around = [name for name in self.modules if any(conv.startswith(name and f"{name}.") for conv in self.convs)]
-        self._handles = [TracedPass(self._watched, [self.modules[name] for name in around], self._prove)]
+        self._handles = [TracedPass(self.modules, self._watched, [self.modules[name] for name in around], self._prove)]
 
     def update(self) -> None:
         """Ends the tracing of a step; after the first run of a module those are traced again until it runs in one."""
         self.has_news = False
         self.close()
-        if self.traced >= _MOST_PASSES:
-            return
-        if self._missed - self._entered:
+        if any(self._missed[name] < _MOST_PASSES for name in self._missed.keys() - self._entered):
             self.trace_next()
             return
-        for name in self._watched.keys() - self._entered:
+        for name in self._watched.keys() - self._entered - self._missed.keys():
             hook = HookOfOne(partial(self._has_run, name))
             self._handles.append(self._watched[name].register_forward_hook(hook))
 
     def _has_run(self, name: str, *_: Any) -> None:
         if torch.is_grad_enabled():
-            self._missed.add(name)
-            self.trace_next()
+            self._missed.setdefault(name, 0)
+            self.has_news = True
 
     def close(self) -> None:
         self.waits = False
@@ -84,24 +84,30 @@ class Watch:
     def state_dict(self) -> dict[str, Any]:
         verdicts = {name: vars(x) | {"readers": sorted(map(astuple, x.readers))} for name, x in self.verdicts.items()}
         state = {"verdicts": verdicts, "traced": self.traced, "trains": self.trains, "waits": self.waits}
-        return state | {"entered": sorted(self._entered)}
+        return state | {"entered": sorted(self._entered), "missed": dict(self._missed)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on where the watch of another process was; a state of 0.2.0 does not say it."""
         for name, found in state.get("verdicts", {}).items():
             self.verdicts[name] = Verdict(**found | {"readers": {Reader(*fields) for fields in found["readers"]}})
         self.traced, self.trains = state.get("traced", self.traced), state.get("trains", self.trains)
-        self._entered = set(state.get("entered", self._watched))
+        self._entered, self._missed = set(state.get("entered", self._watched)), dict(state.get("missed", {}))
         self.update()
         if state.get("waits", True):
             self.trace_next()
 
-    def left_out(self) -> list[str]:
-        """One sentence for each reason why convs cannot lose filters."""
+    def left_out(self, known: Mapping[str, str] | None = None) -> list[str]:
+        """One sentence for each reason why convs cannot lose filters, of those that are not ``known`` with it."""
         names = defaultdict(list)
-        for name in self.convs:
-            names[self.verdicts.get(name, NOT_RUN).reason].append(name)
-        return [f"{', '.join(convs)} ({reason})" for reason, convs in names.items() if reason]
+        for name, reason in self.reasons().items():
+            if known is None or known.get(name) != reason:
+                names[reason].append(name)
+        return [f"{', '.join(convs)} ({reason})" for reason, convs in names.items()]
+
+    def reasons(self) -> dict[str, str]:
+        """Names of the convs that cannot lose filters, and why."""
+        verdicts = {name: self.verdicts.get(name, NOT_RUN) for name in self.convs}
+        return {name: verdict.reason for name, verdict in verdicts.items() if verdict.reason}
 
     def others(self) -> list[str]:
         """Names of the other trainable convs that could lose filters, by the last pass."""
@@ -112,19 +118,13 @@ class Watch:
     def _prove(self, trace: Trace) -> None:
         self._last = trace
         self._entered |= trace.entered
+        for name in self._missed.keys() - self._entered:
+            self._missed[name] += 1
+            if self._missed[name] == _MOST_PASSES:
+                logger.warning("RePr: %s runs too seldom to be looked at: exclude the convs that it reads", name)
         for name, verdict in prove(trace, self.convs, self._norms).items():
             now = verdict if "weight" in self.modules[name]._parameters else COMPUTED
-            self.verdicts[name] = _both(self.verdicts.get(name, NOT_RUN), now)
+            self.verdicts[name] = both(self.verdicts.get(name, NOT_RUN), now)
         self.trains = self.model.training
         self.traced += 1
         self.has_news, self.waits = True, False
-
-
-def _both(before: Verdict, now: Verdict) -> Verdict:
-    if not before.ran or (now.ran and now.reason):
-        return now
-    if not now.ran or before.reason:
-        return before
-    if now.norm != before.norm:
-        return replace(before, reason="several norms follow it")
-    return replace(before, readers=before.readers | now.readers, rectified=before.rectified and now.rectified)

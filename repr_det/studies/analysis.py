@@ -72,7 +72,7 @@ def layers_of_model(path: Path, cfg: CfgNode) -> tuple[nn.Module, list[FilterLay
         logger.warning(f"All convs of REPR.LAYERS are looked at: a pass of an image ended in {type(error).__name__}")
     else:
         layers = participants.required(participants.update())
-    participants.close()
+    participants.watch.close()
     checkpointer = AtomicCheckpointer(model)
     loaded = checkpointer.load(str(path))
     for layer in layers:
