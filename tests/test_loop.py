@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import assert_same_weights, refused
+from conftest import COMPILES, assert_same_weights, refused
 from plain_nets import IMAGES, readable_net, train
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -160,7 +160,7 @@ def test_what_runs_later_is_announced_with_the_drop_and_counts(others, is_little
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=COMPILES)])
 def test_a_model_that_trains_unseen_is_refused_in_the_first_step(compiled):
     """Compiled and run before; or its parts are called, not itself. A sample shows what the first cannot."""
     torch._dynamo.reset()

@@ -287,7 +287,10 @@ def test_an_operator_in_python_that_takes_no_single_numbers_keeps_filters_in(err
         return 2 * x
 
     name = f"repr_det_tests::twice_{error.__name__}"
-    operator = torch.library.custom_op(name, twice, mutates_args=(), tags=torch.Tag.pointwise)
+    try:
+        operator = torch.library.custom_op(name, twice, mutates_args=(), tags=torch.Tag.pointwise)
+    except TypeError:
+        pytest.skip("this torch takes no tags")
     operator.register_autograd(lambda _, gradient: 2 * gradient)
     found = told(verdicts(build(conv(), BN(16), calling(operator))))
     assert found["0"] == (f"behind it comes twice_{error.__name__}, which does not make 0 of a channel that is 0", "1")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import interrupt, refused
+from conftest import COMPILES, interrupt, refused
 from torch import nn
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
 from torch.utils.checkpoint import checkpoint
@@ -42,6 +42,7 @@ def test_checkpointing(reentrant):
 
 
 @pytest.mark.filterwarnings("ignore")
+@COMPILES
 def test_compiled_networks():
     """The traced pass runs as it is; later ones are compiled, and see no trace any more."""
     torch._dynamo.reset()

@@ -50,8 +50,11 @@ MOVES = OF_IMAGES | SUMS | VIEWS | _DROPOUT | JOINS | {
 }  # fmt: skip
 # How many of the arguments are data; the others say where to look.
 STEERED = {"deform_conv2d": 2, "grid_sampler_2d": 1, "roi_align": 1, "_roi_align": 1, "roi_pool": 1}
-# Element by element, though torch does not tag them so.
-_ELEMENTWISE = {"hardswish", "_prelu_kernel", "rrelu_with_noise", "rrelu_with_noise_functional"}
+# Element by element, though torch does not tag them so, or torch 2.4 did not.
+_ELEMENTWISE = {
+    *("hardswish", "_prelu_kernel", "rrelu_with_noise", "rrelu_with_noise_functional", "celu", "elu", "hardshrink"),
+    *("hardsigmoid", "hardtanh", "leaky_relu", "mish", "relu6", "selu", "softplus", "softshrink", "threshold"),
+}
 
 
 def is_elementwise(operation: Operation) -> bool:
