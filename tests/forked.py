@@ -3,6 +3,7 @@ forks a child for each command, with its own arguments, environment and output. 
 status is that of the command."""
 
 import importlib
+import logging
 import multiprocessing
 import os
 import signal
@@ -100,6 +101,7 @@ def _main(words: list[str]) -> None:
     sys.argv = words
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the agent has its own handlers, in its workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    logging.root.handlers.clear()  # of the agent
     if words[0] == "repr-det":
         _named("repr_det.commands.console:main")()
     else:
