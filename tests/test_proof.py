@@ -231,6 +231,15 @@ NETS = {
     "the largest of several channels": (
         lambda: build(conv(), BN(16), calling(lambda x: x.amax(1, keepdim=True))), {}, {"0": "behind it comes amax"}
     ),
+    "a difference": (
+        lambda: Net(
+            lambda net, x: net.last(net.a(x).sigmoid() - net.b(x).exp()), a=conv(), b=conv(), last=conv(16)
+        ),
+        {}, {"a": "sigmoid", "b": "exp"},
+    ),
+    "a norm of every image": (
+        lambda: build(conv(), nn.InstanceNorm2d(16, affine=True), nn.ReLU(), nn.ChannelShuffle(4)), {"0": "1"}, {}
+    ),
     "a norm without a weight": (
         lambda: build(conv(), nn.Conv2d(16, 16, 1, groups=16), nn.GroupNorm(8, 16, affine=False)),
         {}, {"1": "which is no norm of its own with a weight"},

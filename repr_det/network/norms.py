@@ -11,7 +11,7 @@ BATCH, FROZEN, GROUP, NONE = "batch", "frozen", "group", "none"
 
 
 def norm_kind(norm: nn.Module | None) -> str:
-    """ "batch" (BN, SyncBN, naiveSyncBN), "frozen" (statistics that training does not move), "group" (GN) or "none"."""
+    """ "batch" (BN, SyncBN, naiveSyncBN, IN), "frozen" (statistics that training does not move), "group" or "none"."""
     if norm is None or isinstance(norm, nn.Identity):
         return NONE
     if isinstance(norm, nn.GroupNorm):
@@ -21,7 +21,7 @@ def norm_kind(norm: nn.Module | None) -> str:
 
 
 def is_norm(module: nn.Module) -> bool:
-    if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)):
+    if isinstance(module, (nn.modules.batchnorm._NormBase, nn.GroupNorm)):
         return True
     held = [getattr(module, key, None) for key in ("weight", "running_mean", "running_var")]
     bias = getattr(module, "bias", None)

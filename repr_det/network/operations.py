@@ -46,7 +46,7 @@ JOINS = {"cat", "stack", "index_put", "slice_scatter", "select_scatter", "overla
 # Every output is a sum, a copy or the largest of some inputs.
 MOVES = OF_IMAGES | SUMS | VIEWS | _DROPOUT | JOINS | {
     *(PAD, "index", "gather", "index_select", "flip", "repeat", "im2col", "roll", "pixel_shuffle"),
-    *("pixel_unshuffle", "native_channel_shuffle"),
+    *("pixel_unshuffle", "native_channel_shuffle", "channel_shuffle"),
 }  # fmt: skip
 # How many of the arguments are data; the others say where to look.
 STEERED = {"deform_conv2d": 2, "grid_sampler_2d": 1, "roi_align": 1, "_roi_align": 1, "roi_pool": 1}
@@ -62,13 +62,16 @@ def is_elementwise(operation: Operation) -> bool:
 
 
 def makes_zero(operation: Operation, zeros: Collection[int], *others: tuple[float, bool]) -> bool:
-    """Tells whether an operation is elementwise and gives 0 if the values ``zeros`` are 0 and the rest is each of
-    ``others`` (the second of a pair is for flags)."""
+    """Tells whether an operation is elementwise and gives 0 if the values ``zeros`` are 0 and the rest are several
+    numbers of the size of each of ``others`` (the second of a pair is for flags)."""
     if not is_elementwise(operation):
         return False
+    places = {number: place for place, number in enumerate(dict.fromkeys(operation.inputs))}
 
     def stand_in(value: Value, other: tuple[float, bool]) -> Tensor:
         number = 0.0 if value.number in zeros else other[value.dtype == torch.bool]
+        if value.dtype != torch.bool:
+            number *= 1 + places[value.number] / 4
         dtype = torch.float32 if value.dtype.is_floating_point else value.dtype
         return torch.tensor([number], device="cpu").to(dtype)
 
