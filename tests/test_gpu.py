@@ -227,7 +227,7 @@ class Split(Net):
         self.to("cuda:1")
         for module in (self.conv1, self.norm1):
             module.to("cuda:0")
-        self.norm1.register_forward_hook(lambda module, inputs, output: output.to("cuda:1"))
+        self.block.register_forward_pre_hook(lambda module, inputs: inputs[0].to("cuda:1"))
 
     def forward(self, images):
         return super().forward(images).to("cuda:0")

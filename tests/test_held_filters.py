@@ -268,12 +268,12 @@ def test_a_norm_that_first_runs_while_filters_are_out_is_seen(caplog):
     net.norms = nn.ModuleList([nn.BatchNorm2d(16), nn.BatchNorm2d(16)])
     opt = torch.optim.SGD(net.parameters(), 0.1)
     scheme = RePrScheme(find_filter_layers(net, ["body.0", "first"]), opt, model=net)
-    warned = "dropped channels of first are not 0 in every pass: exclude these convs"
+    warned = "filters are out of first (several norms follow it): exclude these convs"
     for step in range(8):
         domain[0] = step in (4, 6)
         train(net, opt, steps=1)
         scheme.check()
-        assert (warned in caplog.text) == (step >= 6)
+        assert caplog.text.count(warned) == (step >= 6)
         if step == 1:
             assert set(scheme.drop().dropped) == {"body.0", "first"}
     scheme.restore()

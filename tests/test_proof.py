@@ -1,6 +1,8 @@
 """Convs that can lose filters: the verdict of a traced pass, against what really setting rows to zero does."""
 
+import collections
 import dataclasses
+import types
 
 import pytest
 import torch
@@ -10,13 +12,14 @@ from detectron2.layers import Conv2d as Detectron2Conv2d
 from detectron2.layers import get_norm
 from torch import nn
 from torch.nn.utils import parametrizations, prune
-from traced_nets import Net, build, calling, conv, is_silent, told, vary_norms, verdicts
+from traced_nets import IMAGES, Net, build, calling, conv, is_silent, told, vary_norms, verdicts
 
 from repr_det.method.criteria import on_output
 from repr_det.method.layers import find_filter_layers
 from repr_det.method.participants import Participants
 from repr_det.network.norms import epsilon, norm_kind
 from repr_det.network.proof import Reader, Verdict, first_that_refuses
+from repr_det.network.watch import Watch
 
 BN = nn.BatchNorm2d
 
@@ -139,9 +142,23 @@ BLUR = torch.full((16, 1, 3, 3), 1 / 9)
 
 
 @dataclasses.dataclass(slots=True)
-class Found:
+class Boxes:
     boxes: torch.Tensor
+
+
+@dataclasses.dataclass(slots=True)
+class Found(Boxes):
     scores: object
+
+
+class Listed(list):
+    """A list with an attribute."""
+
+
+def listed(_, boxes, scores):
+    found = Listed([boxes])
+    found.scores = collections.deque([types.MappingProxyType({"scores": scores})])
+    return found
 
 
 def kept_aside(net, boxes, scores):
@@ -196,6 +213,9 @@ NETS = {
     "a dict in a dataclass with slots": (
         lambda: predicting(lambda net, boxes, scores: Found(boxes.flatten(2), {"b": [scores.permute(0, 2, 3, 1)]})),
         {"body": None}, dict.fromkeys(["boxes", "scores"], "it predicts"),
+    ),
+    "a mapping in a queue in an attribute of a list": (
+        lambda: predicting(listed), {"body": None}, dict.fromkeys(["boxes", "scores"], "it predicts"),
     ),
     "an output in an attribute": (lambda: predicting(kept_aside), {"body": None}, {"boxes": "it predicts"}),
     "key points": (  # the centre of mass of each map
@@ -280,12 +300,18 @@ def test_what_a_forward_hook_gets_has_left():
     net[3].register_forward_pre_hook(lambda *_: None)
     with on_output(find_filter_layers(net, ["*"]), lambda *_: None):
         assert told(verdicts(net)) == {"0": ("", "1"), "3": ("", "4"), "6": ("", None)}
+    watch = Watch(net, ["0"])
+    net(IMAGES)
     features = []
     handle = net[2].register_forward_hook(lambda _, __, output: features.append(output))
     reason = "a forward hook of 2 gets its channels: remove it if it only logs"
     assert told(verdicts(net)) == {"0": (reason, "1"), "3": ("", "4"), "6": ("", None)}
+    resumed = Watch(net, ["0"])
+    resumed.load_state_dict(watch.state_dict())
+    assert resumed.reasons() == watch.reasons() == {"0": reason}
+    assert (watch.others(), resumed.others()) == (["3", "6"], [])  # there it has seen no pass
     handle.remove()
-    assert not verdicts(net)["0"].reason
+    assert not resumed.reasons() and not watch.reasons() and not verdicts(net)["0"].reason
 
 
 @pytest.mark.parametrize("error", [IndexError, ValueError, AssertionError])

@@ -11,7 +11,7 @@ from traced_nets import IMAGES, Net, build, conv, told, verdicts
 from repr_det.method.errors import UserError
 from repr_det.method.layers import find_filter_layers
 from repr_det.method.participants import Participants
-from repr_det.network.watch import Watch
+from repr_det.network.watch import Watch, by_reason
 
 BN = nn.BatchNorm2d
 
@@ -91,7 +91,7 @@ def test_a_conv_is_proved_when_it_first_runs():
         found = [name for name, verdict in watch.verdicts.items() if not verdict.reason]
         assert found == (["always"] if number < 3 else ["always", "late"])
     assert watch.traced == 2  # the first pass, and the one after the first with "late"
-    assert "never (it has not run in a training pass" in " ".join(watch.left_out())
+    assert "never (it has not run in a training pass" in " ".join(by_reason(watch.reasons()))
 
 
 @pytest.mark.parametrize("micro_batches", [1, 30])

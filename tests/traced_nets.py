@@ -76,7 +76,7 @@ def verdicts(net: nn.Module, run=None) -> dict[str, Verdict]:
     (run or (lambda: net(IMAGES)))()
     watch.update()
     watch.close()
-    return watch.verdicts
+    return watch.current()
 
 
 def told(found) -> dict[str, tuple[str, str | None]]:

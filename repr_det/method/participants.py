@@ -13,7 +13,7 @@ from repr_det.method.errors import OptionError, UserError
 from repr_det.method.layers import FilterLayer, closest, what_attention_means
 from repr_det.network.proof import Reader, Verdict, first_that_refuses
 from repr_det.network.steps import learning_rates
-from repr_det.network.watch import NOT_RUN, Watch
+from repr_det.network.watch import NOT_RUN, Watch, by_reason
 
 logger = logging.getLogger("repr_det.layers")
 
@@ -37,18 +37,26 @@ class Participants:
         """True once training passes have shown all candidates, or if none is needed."""
         return not self.modules or all(self.watch.verdicts.get(x.name, NOT_RUN).ran for x in self.candidates)
 
-    def update(self) -> list[FilterLayer]:
-        """Returns who participates by the passes of this process, and logs the others."""
+    def update(self, out: Collection[str] = ()) -> list[FilterLayer]:
+        """Returns who participates by the passes of this process, and logs the others; filters of ``out`` are out."""
         self.watch.update()
-        for sentence in self.watch.left_out(self._logged):
-            logger.info("RePr: all filters stay of %s", sentence)
-        self._logged = self.watch.reasons()
-        return self._proved(self.watch.verdicts)
+        self._log_others(out)
+        return self._proved(self.watch.current())
 
     def agreed(self) -> list[FilterLayer]:
         """Returns who participates by the passes of all ranks. Collective. UserError without a pass or a layer."""
         self.check_known()
+        self._log_others()
         return self.required(self._seen_by_all())
+
+    def _log_others(self, out: Collection[str] = ()) -> None:
+        """Names the convs that have come to stay out, once for each reason."""
+        known, self._logged = self._logged, self.watch.reasons()
+        new = {name: reason for name, reason in self._logged.items() if known.get(name) != reason}
+        for sentence in by_reason({name: reason for name, reason in new.items() if name not in out}):
+            logger.info("RePr: all filters stay of %s", sentence)
+        for sentence in by_reason({name: reason for name, reason in new.items() if name in out}):
+            logger.warning("RePr: filters are out of %s: exclude these convs", sentence)
 
     def check_known(self) -> None:
         """Raises UserError if no training pass has been seen, and one is needed."""
@@ -68,7 +76,7 @@ class Participants:
     def _seen_by_all(self) -> list[FilterLayer]:
         if not self.modules:
             return self.candidates
-        everyone = gathered(self.watch.verdicts, self.candidates[0].weight.device)
+        everyone = gathered(self.watch.current(), self.candidates[0].weight.device)
         return self._proved(first_that_refuses(everyone))
 
     def _proved(self, verdicts: Mapping[str, Verdict]) -> list[FilterLayer]:
@@ -85,7 +93,7 @@ class Participants:
             return found
         nearest = ", ".join(closest([layer.name for layer in self.candidates], self.watch.others())[:6])
         raise OptionError(
-            f"no filter can be dropped of the convs that {{layers}} names: {'; '.join(self.watch.left_out())}"
+            f"no filter can be dropped of the convs that {{layers}} names: {'; '.join(by_reason(self.watch.reasons()))}"
             + (f"; these could: {nearest}" if nearest else "")
             + what_attention_means(self.watch.model)
         )

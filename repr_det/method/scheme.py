@@ -291,13 +291,11 @@ class RePrScheme:
 
     def _update_layers(self) -> None:
         """Looks who participates, until the first drop settles it."""
-        found = {layer.name: layer for layer in self.participants.update()}
+        held = [] if self._held is None else [layer.name for layer in self._held.layers]
+        found = self.participants.update(held)
         if self._held is not None or self.cycle:
-            held = [] if self._held is None else [layer.name for layer in self._held.layers]
-            if refused := ", ".join(name for name in held if name not in found):
-                logger.warning("RePr: dropped channels of %s are not 0 in every pass: exclude these convs", refused)
             return
-        self.layers = self.participants.required(list(found.values()))
+        self.layers = self.participants.required(found)
         self._check_participants()
         if self.options.returns == "function_preserving" and (layers := self.not_silent):
             named = ", ".join(layers)

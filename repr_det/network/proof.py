@@ -44,6 +44,7 @@ class Verdict:
         reason: why its filters cannot be dropped; "" if they can.
         rectified: only a ReLU comes behind its norm.
         ran: it was in the pass.
+        held_by: names of the modules whose outputs hold its channels.
     """
 
     norm: str | None = None
@@ -51,6 +52,7 @@ class Verdict:
     readers: set[Reader] = field(default_factory=set)
     rectified: bool = False
     ran: bool = True
+    held_by: set[str] = field(default_factory=set)
 
 
 def prove(trace: Trace, convs: Sequence[str], norms: Collection[str]) -> dict[str, Verdict]:
@@ -73,7 +75,8 @@ def both(before: Verdict, now: Verdict) -> Verdict:
         return before
     if now.norm != before.norm:
         return replace(before, reason="several norms follow it")
-    return replace(before, readers=before.readers | now.readers, rectified=before.rectified and now.rectified)
+    together = {"readers": before.readers | now.readers, "held_by": before.held_by | now.held_by}
+    return replace(before, **together, rectified=before.rectified and now.rectified)
 
 
 class _Graph:
@@ -85,7 +88,7 @@ class _Graph:
         self.operations: list[Operation] = []
         self.users: dict[int, list[Operation]] = defaultdict(list)
         self.calls: dict[str, set[int]] = defaultdict(set)
-        wanted = trace.left | trace.hooked.keys()
+        wanted = trace.left | trace.hooked
         for operation in reversed(trace.operations):
             if wanted.intersection(operation.outputs):
                 self.operations.append(operation)
@@ -190,10 +193,9 @@ class _Follow:
                 layouts = laid_out(operation, before, self.trace.values)
             for number, layout in zip(operation.outputs, layouts, strict=True):
                 self.states[number] = replace(state, past=state.past or past, layout=layout)
+                self.found.held_by |= self.trace.held_by.get(number, set())
                 if number in self.trace.left:
                     raise _Refused("its channels leave the network: it predicts")
-                if module := self.trace.hooked.get(number):
-                    raise _Refused(f"a forward hook of {module} gets its channels: remove it if it only logs")
 
     def _is_rectified(self) -> bool:
         """Tells whether all behind conv and norm makes 0 of negative numbers, and of no positive ones."""

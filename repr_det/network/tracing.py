@@ -3,14 +3,16 @@
 It sees torch's own operations, so it does not matter how a network is written. Values are numbered and not kept.
 """
 
+import gc
 import sys
 import threading
 import traceback
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from types import FrameType, ModuleType
+from types import CodeType, FrameType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -31,7 +33,9 @@ _FRESH = {
     *("bernoulli", "uniform", "normal", "random", "exponential", "fill", "zero", "lift_fresh"),
 }
 Modules = Mapping[str, nn.Module]
-_CLOSED = (nn.Module, type, ModuleType, *weakref.ProxyTypes)  # not searched for tensors
+# Not searched for tensors.
+_CLOSED = (nn.Module, type, ModuleType, FunctionType, MethodType, CodeType, FrameType, *weakref.ProxyTypes)
+_MOST_OBJECTS = 20_000  # searched: an attribute may hold a data set
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,8 @@ class Trace(TorchDispatchMode):
         zeros: those of them that are 0, or not written yet.
         values: by number, as they were made.
         left: numbers of the values that left the network.
-        hooked: numbers of the values that a forward hook got -> the name of its module.
+        held_by: number -> names of the modules that put the value out.
+        hooked: numbers of the values that a forward hook got.
         entered: names of the watched modules that have run.
     """
 
@@ -95,7 +100,8 @@ class Trace(TorchDispatchMode):
         self.values: dict[int, Value] = {}
         self.parameters: dict[str, int] = {}
         self.left: set[int] = set()
-        self.hooked: dict[int, str] = {}
+        self.held_by: dict[int, set[str]] = defaultdict(set)
+        self.hooked: set[int] = set()
         self.entered: set[str] = set()
         held = (*model.parameters(), *model.buffers(), *_attributes(model, depth=1))
         self.constants = {self.number(tensor) for tensor in held}
@@ -140,28 +146,29 @@ class Trace(TorchDispatchMode):
             return result
         in_place = name.endswith("_") and not name.endswith("__")
         name = name[:-1] if in_place else name
-        outputs = [self._renumber(tensor) for tensor in tensors_in(arguments[0] if in_place else result)]
+        made = [x for x in tree_leaves(arguments[0] if in_place else result) if isinstance(x, Tensor)]
+        outputs = [self._renumber(tensor) for tensor in made]
         if name in _FRESH or (inputs and self.constants.issuperset(inputs)):
             self.constants.update(outputs)
             can_be_blank = name in _FRESH or self.zeros.issuperset(inputs)
-            if can_be_blank and ("empty" in name or not any(x.is_meta or x.any() for x in tensors_in(result))):
+            if can_be_blank and ("empty" in name or not any(x.is_meta or x.any() for x in made)):
                 self.zeros.update(outputs)
         self._record(function, name, *noted, inputs, outputs)
         if in_place:
-            self._renumber_sharing(arguments[0])
+            self._renumber_sharing(made)
         return result
 
-    def _renumber_sharing(self, target: Any) -> None:
+    def _renumber_sharing(self, written: list[Tensor]) -> None:
         """Tensors that share memory with a written one hold a mixture of before and after, along some dimensions."""
-        for tensor in tensors_in(target):
+        for tensor in written:
             sharing = self._sharing.get(tensor.untyped_storage().data_ptr(), {})
             for other in [other for other in sharing if other is not tensor]:
                 values = self._value(other), self._value(tensor)
-                pairs, written = (list(zip(value.shape, value.steps, strict=True)) for value in values)
-                if pairs == written and other.storage_offset() == tensor.storage_offset():
+                pairs, here = (list(zip(value.shape, value.steps, strict=True)) for value in values)
+                if pairs == here and other.storage_offset() == tensor.storage_offset():
                     self._renumber(other, self._numbers[tensor])
                     continue
-                arguments = (*values, [dim for dim, pair in enumerate(pairs) if pair not in written])
+                arguments = (*values, [dim for dim, pair in enumerate(pairs) if pair not in here])
                 numbers = [value.number for value in values], [self._renumber(other)]
                 self._record(torch.ops.aten.slice_scatter.default, "overlap", arguments, {}, *numbers)
 
@@ -175,7 +182,7 @@ class TracedPass:
     """Traces the next passes of a network, each from the entry of its outermost module to the exit.
 
     Args:
-        modules: those whose forward hooks are looked at.
+        modules: those whose outputs are noted.
         watched: modules that operations name.
         outer: modules by which a pass may be entered.
         done: called with the trace of each pass that ended without an error.
@@ -196,7 +203,7 @@ class TracedPass:
         for name, module in watched.items():
             self._hook(module, lambda module, _, name=name: self._enter_watched(name, module), self._leave_watched)
         for name, module in modules.items():
-            self._handles.append(module.register_forward_hook(HookOfOne(partial(self._note_hooked, name))))
+            self._handles.append(module.register_forward_hook(HookOfOne(partial(self._note_output, name))))
 
     def remove(self) -> None:
         for handle in self._handles:
@@ -247,9 +254,14 @@ class TracedPass:
         if self._is_mine():
             self._trace.running.pop()
 
-    def _note_hooked(self, name: str, module: nn.Module, _: Any, output: Any) -> None:
-        if self._is_mine() and not all(isinstance(hook, HookOfOne) for hook in module._forward_hooks.values()):
-            self._trace.hooked |= dict.fromkeys(map(self._trace.number, tensors_in(output)), name)
+    def _note_output(self, name: str, module: nn.Module, _: Any, output: Any) -> None:
+        if not self._is_mine():
+            return
+        numbers = {self._trace.number(tensor) for tensor in tensors_in(output)}
+        for number in numbers:
+            self._trace.held_by[number].add(name)
+        if is_hooked(module):
+            self._trace.hooked |= numbers
 
     def _is_mine(self) -> bool:
         return self._trace is not None and threading.get_ident() == self._thread
@@ -268,28 +280,29 @@ class HookOfOne:
         return HookOfOne, (_nothing,)
 
 
+def is_hooked(module: nn.Module) -> bool:
+    """Tells whether somebody else's forward hook gets the output."""
+    return not all(isinstance(hook, HookOfOne) for hook in module._forward_hooks.values())
+
+
 def _nothing(*arguments: Any) -> None:
     pass
 
 
-def tensors_in(*found: Any, depth: int = 6) -> Iterator[Tensor]:
-    """The tensors in nested lists, tuples, dicts and objects other than modules, to a depth, each once."""
+def tensors_in(*found: Any, depth: int = 8) -> Iterator[Tensor]:
+    """The tensors in objects, in what these hold, and so on to a depth, in no order; not in modules, classes, code."""
     seen: dict[int, Any] = {}
     for _ in range(depth + 1):
-        new = {id(one): one for one in found if id(one) not in seen and not issubclass(type(one), _CLOSED)}
+        searched = (one for one in found if gc.is_tracked(one) and not issubclass(type(one), _CLOSED))
+        new = {id(one): one for one in searched if id(one) not in seen}
         seen |= new
         yield from (one for one in new.values() if isinstance(one, Tensor))
-        found = tuple(part for one in new.values() if not isinstance(one, Tensor) for part in _parts(one))
+        if len(seen) > _MOST_OBJECTS:
+            break
+        found = tuple(gc.get_referents(*(one for one in new.values() if not isinstance(one, Tensor))))
 
 
-def _parts(one: Any) -> list[Any]:
-    if isinstance(one, (list, tuple, set, dict)):
-        return list(one.values() if isinstance(one, dict) else one)
-    slots = [getattr(one, name, None) for name in getattr(type(one), "__slots__", ())]
-    return [*slots, *getattr(one, "__dict__", {}).values()]
-
-
-def _attributes(model: nn.Module, depth: int = 6) -> Iterator[Tensor]:
+def _attributes(model: nn.Module, depth: int = 8) -> Iterator[Tensor]:
     """Tensors in plain attributes of modules, and in what these hold."""
     items = [item for module in model.modules() for item in vars(module).items()]
     others = [held for key, held in items if key not in ("_parameters", "_buffers", "_modules") and "hooks" not in key]

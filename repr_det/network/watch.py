@@ -6,7 +6,7 @@ Those of the first step are traced; for a module that has not run in them, those
 import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import nn
 
 from repr_det.network.norms import is_norm
 from repr_det.network.proof import Reader, Verdict, both, prove
-from repr_det.network.tracing import HookOfOne, Trace, TracedPass
+from repr_det.network.tracing import HookOfOne, Trace, TracedPass, is_hooked
 
 logger = logging.getLogger("repr_det.layers")
 _MOST_PASSES = 200  # traced for a module that has run once, until it runs again
@@ -23,11 +23,19 @@ NOT_RUN = Verdict(reason="it has not run in a training pass", ran=False)
 COMPUTED = Verdict(reason="its weight is computed from other parameters")
 
 
+def by_reason(reasons: Mapping[str, str]) -> list[str]:
+    """One sentence for each reason, with the names that have it."""
+    names = defaultdict(list)
+    for name, reason in reasons.items():
+        names[reason].append(name)
+    return [f"{', '.join(those)} ({reason})" for reason, those in names.items()]
+
+
 class Watch:
     """Watches ``model``, which is not wrapped.
 
     Attributes:
-        verdicts: conv name -> what the passes so far have shown.
+        verdicts: conv name -> what the passes so far have shown; see ``current``.
         trains: the model was in training mode in them.
         waits: the next pass is traced.
         has_news: a pass has been traced, or a module has run for the first time, since ``update``.
@@ -47,7 +55,7 @@ class Watch:
         self._watched = {x: y for x, y in self.modules.items() if y._parameters or x in self._norms}
         self._entered: set[str] = set()  # in a traced pass
         self._missed: dict[str, int] = {}  # that ran in another, and the passes traced since
-        self._last: Trace
+        self._last: Trace | None = None
         self.trace_next()
 
     def trace_next(self) -> None:
@@ -82,35 +90,44 @@ class Watch:
         self._handles = []
 
     def state_dict(self) -> dict[str, Any]:
-        verdicts = {name: vars(x) | {"readers": sorted(map(astuple, x.readers))} for name, x in self.verdicts.items()}
+        verdicts = {
+            name: vars(x) | {"readers": sorted(map(astuple, x.readers)), "held_by": sorted(x.held_by)}
+            for name, x in self.verdicts.items()
+        }
         state = {"verdicts": verdicts, "traced": self.traced, "trains": self.trains, "waits": self.waits}
         return state | {"entered": sorted(self._entered), "missed": dict(self._missed)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on where the watch of another process was; a state of 0.2.0 does not say it."""
         for name, found in state.get("verdicts", {}).items():
-            self.verdicts[name] = Verdict(**found | {"readers": {Reader(*fields) for fields in found["readers"]}})
+            readers = {Reader(*fields) for fields in found["readers"]}
+            self.verdicts[name] = Verdict(**found | {"readers": readers, "held_by": set(found.get("held_by", ()))})
         self.traced, self.trains = state.get("traced", self.traced), state.get("trains", self.trains)
         self._entered, self._missed = set(state.get("entered", self._watched)), dict(state.get("missed", {}))
         self.update()
         if state.get("waits", True):
             self.trace_next()
 
-    def left_out(self, known: Mapping[str, str] | None = None) -> list[str]:
-        """One sentence for each reason why convs cannot lose filters, of those that are not ``known`` with it."""
-        names = defaultdict(list)
-        for name, reason in self.reasons().items():
-            if known is None or known.get(name) != reason:
-                names[reason].append(name)
-        return [f"{', '.join(convs)} ({reason})" for reason, convs in names.items()]
+    def current(self) -> dict[str, Verdict]:
+        """The verdicts with the forward hooks that there are now: what they get has left the network."""
+        hooked = {name for name, module in self.modules.items() if is_hooked(module)}
+        found = {}
+        for name in self.convs:
+            verdict = self.verdicts.get(name, NOT_RUN)
+            if not verdict.reason and (modules := sorted(hooked & verdict.held_by)):
+                reason = f"a forward hook of {modules[0]} gets its channels: remove it if it only logs"
+                verdict = replace(verdict, reason=reason)
+            found[name] = verdict
+        return found
 
     def reasons(self) -> dict[str, str]:
         """Names of the convs that cannot lose filters, and why."""
-        verdicts = {name: self.verdicts.get(name, NOT_RUN) for name in self.convs}
-        return {name: verdict.reason for name, verdict in verdicts.items() if verdict.reason}
+        return {name: verdict.reason for name, verdict in self.current().items() if verdict.reason}
 
     def others(self) -> list[str]:
-        """Names of the other trainable convs that could lose filters, by the last pass."""
+        """Names of the other trainable convs that could lose filters, by the last pass of this process."""
+        if self._last is None:
+            return []
         modules = [(name, module) for name, module in self.modules.items() if name not in self.convs]
         convs = [name for name, conv in modules if isinstance(conv, nn.Conv2d) and conv.weight.requires_grad]
         return [name for name, verdict in prove(self._last, convs, self._norms).items() if not verdict.reason]
