@@ -3,7 +3,7 @@
 import gc
 import logging
 import weakref
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,30 +45,36 @@ class Averages:
     def note_others(self, masks: Mapping[str, Tensor]) -> None:
         """Notes the copies of the model that are not given, with the filters that have just left it (``masks``)."""
         objects = gc.get_objects()
-        optimizers = [one for one in objects if issubclass(type(one), Optimizer) and "state" in vars(one)]
-        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        trained = {parameter for group in groups for parameter in group["params"]}
-        found = [one for one in objects if self._may_average(one, trained)]
-        self._others = [(weakref.ref(one), _dropped(one, masks)) for one in found]
+        copies = [one for one in objects if self._is_copy(one)]
+        if copies:  # few programs have one, and many have a million objects
+            optimizers = [one for one in objects if issubclass(type(one), Optimizer) and "state" in vars(one)]
+            groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+            trained = {parameter for group in groups for parameter in group["params"]}
+            copies = [one for one in copies if trained.isdisjoint(one.parameters())]
+        self._others = [(weakref.ref(one), _dropped(one, masks)) for one in copies]
 
     def warn_of_others(self, masks: Mapping[str, Tensor]) -> None:
         """Warns once if these have moved in one, and not to the zeros that a snapshot of the model has."""
-        alive = [(one, before) for other, before in self._others if self._may_average(one := other(), ())]
-        moved = [now for one, before in alive if not torch.equal(now := _dropped(one, masks), before)]
-        if any(map(torch.any, moved)) and not self._has_warned:
-            self._has_warned = True
-            logger.warning(
-                f"RePr: a copy of the model ({type(self._model).__name__}) is updated without gradients: give an "
-                "average of the weights as averages=, or it mixes old and new filters long after a restore"
-            )
+        if self._has_warned:
+            return
+        for other, before in self._others:
+            one = other()
+            now = _dropped(one, masks) if self._is_copy(one) else before
+            if now.any() and not torch.equal(now, before):
+                self._has_warned = True
+                logger.warning(
+                    f"RePr: a copy of the model ({type(self._model).__name__}) is updated without gradients: give an "
+                    "average of the weights as averages=, or it mixes old and new filters long after a restore"
+                )
+                return
 
-    def _may_average(self, one: Any, trained: Collection[Tensor]) -> bool:
+    def _is_copy(self, one: Any) -> bool:
         # A module whose __init__ has failed has no _parameters.
         if type(one) is not type(self._model) or one is self._model or "_parameters" not in vars(one):
             return False
         is_given = any(one is own for own in self._inside)
         is_copy = _shapes(one.named_parameters()) == _shapes(self._model.named_parameters())
-        return is_copy and not is_given and not any(p in trained or p.is_meta for p in one.parameters())
+        return is_copy and not is_given and not any(parameter.is_meta for parameter in one.parameters())
 
 
 def _dropped(copy: nn.Module, masks: Mapping[str, Tensor]) -> Tensor:
