@@ -1,5 +1,7 @@
 """Training passes that are watched: which of them are traced, in what precision, and what is said of them."""
 
+import threading
+
 import pytest
 import torch
 from conftest import COMPILES, interrupt, refused
@@ -11,6 +13,7 @@ from traced_nets import IMAGES, Net, build, conv, told, verdicts
 from repr_det.method.errors import UserError
 from repr_det.method.layers import find_filter_layers
 from repr_det.method.participants import Participants
+from repr_det.network.tracing import TracedPass
 from repr_det.network.watch import Watch, by_reason
 
 BN = nn.BatchNorm2d
@@ -121,6 +124,31 @@ def test_what_runs_once_is_waited_for_to_a_limit_and_named(caplog, monkeypatch):
         if watch.has_news:
             watch.update()
     assert watch.traced == 5 and caplog.text.count("RePr: once runs too seldom to be looked at") == 1
+
+
+def test_a_pass_belongs_to_its_thread_from_the_first_moment(monkeypatch):
+    """DataParallel's replicas run in threads: late hooks of one must not take the pass of the next for theirs."""
+    owners = []
+
+    class Noted(TracedPass):
+        def __setattr__(self, name, value):
+            super().__setattr__(name, value)
+            if name == "_trace" and value is not None:
+                owners.append(self._thread)
+
+    monkeypatch.setattr("repr_det.network.watch.TracedPass", Noted)
+    net, idents = plain_net(), []
+    watch = Watch(net, list(PLAIN))
+
+    def replica():
+        idents.append(threading.get_ident())
+        net(IMAGES)
+
+    thread = threading.Thread(target=replica)
+    thread.start()
+    thread.join()
+    replica()
+    assert owners == idents and watch.traced == 2
 
 
 def test_only_training_passes_are_looked_at_and_what_stays_out_is_said_once(caplog):

@@ -223,7 +223,8 @@ class TracedPass:
             if self._is_mine() and self._frame not in frames:  # interrupted: hooks run after an Exception only
                 self._end()
             if self._trace is None and trains:
-                self._trace, self._thread, self._depth = Trace(module), threading.get_ident(), 0
+                # The trace last: until then it is nobody's.
+                self._thread, self._depth, self._trace = threading.get_ident(), 0, Trace(module)
                 calls = (frame for frame in frames if frame.f_code.co_filename == nn.modules.module.__file__)
                 self._frame = next(calls, frames[-1])
                 self._trace.__enter__()
@@ -293,8 +294,8 @@ def tensors_in(*found: Any, depth: int = 8) -> Iterator[Tensor]:
     """The tensors in objects, in what these hold, and so on to a depth, in no order; not in modules, classes, code."""
     seen: dict[int, Any] = {}
     for _ in range(depth + 1):
-        searched = (one for one in found if gc.is_tracked(one) and not issubclass(type(one), _CLOSED))
-        new = {id(one): one for one in searched if id(one) not in seen}
+        searched = (one for one in found if gc.is_tracked(one) or isinstance(one, Tensor))
+        new = {id(x): x for x in searched if id(x) not in seen and not issubclass(type(x), _CLOSED)}
         seen |= new
         yield from (one for one in new.values() if isinstance(one, Tensor))
         if len(seen) > _MOST_OBJECTS:
