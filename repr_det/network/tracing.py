@@ -240,7 +240,8 @@ class TracedPass:
         trace = self._end()
         if output is not None:
             trace.left = {trace.number(tensor) for tensor in (*tensors_in(output), *_attributes(module))}
-            self._done(trace)
+            with self._lock:  # one replica after the other
+                self._done(trace)
 
     def _end(self) -> Trace:
         trace, self._trace, self._frame = self._trace, None, None
