@@ -151,6 +151,28 @@ def test_a_pass_belongs_to_its_thread_from_the_first_moment(monkeypatch):
     assert owners == idents and watch.traced == 2
 
 
+def test_a_pass_is_traced_from_its_beginning_or_not_at_all():
+    """The replica that began while another was traced is in its middle when that one is done."""
+    began, done = threading.Event(), threading.Event()
+
+    def run(net, x):
+        if threading.current_thread() is thread:
+            began.set()
+            done.wait(10)
+        else:
+            thread.start()
+            began.wait(10)
+        return net.head(net.body(x))
+
+    net = Net(run, body=plain_net()[:6], head=nn.Conv2d(16, 4, 1))
+    thread = threading.Thread(target=net, args=(IMAGES,))
+    watch = Watch(net, ["body.0", "body.3"])
+    net(IMAGES)
+    done.set()
+    thread.join()
+    assert watch.traced == 1 and not watch.reasons()
+
+
 def test_only_training_passes_are_looked_at_and_what_stays_out_is_said_once(caplog):
     net = build(conv(), nn.Sigmoid(), conv(16), nn.ReLU())
     participants = Participants(find_filter_layers(net, ["*"]), net)

@@ -193,9 +193,8 @@ class TracedPass:
     ) -> None:
         self._done = done
         self._trace: Trace | None = None
-        self._frame: FrameType | None = None  # of the outermost module's call
         self._thread = 0
-        self._depth = 0
+        self._passes = threading.local()  # each thread's training pass: frame of the outermost module's call, and depth
         self._lock = threading.Lock()
         self._handles: list[Any] = []
         for module in outer:
@@ -219,23 +218,33 @@ class TracedPass:
         # Checkpointing runs parts again in the backward pass, which no public function tells.
         trains = torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1
         frames = [frame for frame, _ in traceback.walk_stack(sys._getframe())]
-        with self._lock:  # DataParallel runs replicas in threads; one is traced
-            if self._is_mine() and self._frame not in frames:  # interrupted: hooks run after an Exception only
-                self._end()
-            if self._trace is None and trains:
-                # The trace last: until then it is nobody's.
-                self._thread, self._depth, self._trace = threading.get_ident(), 0, Trace(module)
-                calls = (frame for frame in frames if frame.f_code.co_filename == nn.modules.module.__file__)
-                self._frame = next(calls, frames[-1])
-                self._trace.__enter__()
+        mine = self._passes
+        if getattr(mine, "frame", None) not in frames:  # None, or interrupted: hooks run after an Exception only
+            mine.frame, mine.depth = None, 0
             if self._is_mine():
-                self._depth += 1
+                self._end()
+            if trains:
+                calls = (frame for frame in frames if frame.f_code.co_filename == nn.modules.module.__file__)
+                mine.frame = next(calls, frames[-1])
+                self._begin(module)
+        mine.depth += mine.frame is not None
+
+    def _begin(self, module: nn.Module) -> None:
+        with self._lock:  # DataParallel runs replicas in threads; a pass is traced from its beginning or not at all
+            if self._trace is None:
+                # The trace last: until then it is nobody's.
+                self._thread, self._trace = threading.get_ident(), Trace(module)
+                self._trace.__enter__()
 
     def _leave(self, module: nn.Module, _: Any, output: Any) -> None:
-        if not self._is_mine():
+        mine = self._passes
+        if not getattr(mine, "depth", 0):
             return
-        self._depth -= 1
-        if self._depth:
+        mine.depth -= 1
+        if mine.depth:
+            return
+        mine.frame = None
+        if not self._is_mine():
             return
         trace = self._end()
         if output is not None:
@@ -244,7 +253,7 @@ class TracedPass:
                 self._done(trace)
 
     def _end(self) -> Trace:
-        trace, self._trace, self._frame = self._trace, None, None
+        trace, self._trace = self._trace, None
         trace.__exit__(None, None, None)
         return trace
 
