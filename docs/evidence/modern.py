@@ -3,7 +3,8 @@
 
 docs/evidence/modern.py STUDY --data DATA --cache FOLDER [--seeds 0 1 2]
 
-STUDY is label_noise or resnet20. STUDY.md says what was expected, and STUDY.jsonl has a line for every finished run.
+STUDY is label_noise, resnet20 or resnet20_half. The pages here say what was expected, and STUDY.jsonl has a line for
+every finished run.
 The same command trains what is missing there, on any machine; without --data it only prints the table.
 """
 
@@ -230,7 +231,7 @@ class Study(ABC):
             for value in ("final", "best"):
                 values = {seed: record[value] for seed, record in of_seeds.items()}
                 standard = {seed: record[value] for seed, record in arms[STANDARD].items()}
-                line += [spread(values.values()) if values else "not yet run"]
+                line += [spread(values.values()) if values else "not run"]
                 line += ["" if arm == STANDARD or not values else interval(paired(standard, values))]
             fit = [record["train_curve"][-1] for record in of_seeds.values()]
             lines.append([*line, f"{statistics.mean(fit):.0f}" if fit else ""])
@@ -271,7 +272,18 @@ class ResNet20(Study):
             yield dataclasses.replace(self.base, arm=arm, seed=seed)
 
 
-STUDIES = {study.name: study for study in (LabelNoise, ResNet20)}
+class HalfResNet20(ResNet20):
+    """The same in half as many epochs and float32, for CPUs without bfloat16."""
+
+    name = "resnet20_half"
+    base = dataclasses.replace(ResNet20.base, epochs=37, bf16=False)
+
+    def runs(self, seeds: Iterable[int]) -> Iterable[Settings]:
+        for seed, arm in itertools.product(seeds, ARMS):
+            yield dataclasses.replace(self.base, arm=arm, seed=seed)
+
+
+STUDIES = {study.name: study for study in (LabelNoise, ResNet20, HalfResNet20)}
 
 
 def main() -> None:
