@@ -13,7 +13,6 @@ from traced_nets import IMAGES, Net, build, conv, told, verdicts
 from repr_det.method.errors import UserError
 from repr_det.method.layers import find_filter_layers
 from repr_det.method.participants import Participants
-from repr_det.network.tracing import TracedPass
 from repr_det.network.watch import Watch, by_reason
 
 BN = nn.BatchNorm2d
@@ -126,51 +125,32 @@ def test_what_runs_once_is_waited_for_to_a_limit_and_named(caplog, monkeypatch):
     assert watch.traced == 5 and caplog.text.count("RePr: once runs too seldom to be looked at") == 1
 
 
-def test_a_pass_belongs_to_its_thread_from_the_first_moment(monkeypatch):
-    """DataParallel's replicas run in threads: late hooks of one must not take the pass of the next for theirs."""
-    owners = []
-
-    class Noted(TracedPass):
-        def __setattr__(self, name, value):
-            super().__setattr__(name, value)
-            if name == "_trace" and value is not None:
-                owners.append(self._thread)
-
-    monkeypatch.setattr("repr_det.network.watch.TracedPass", Noted)
-    net, idents = plain_net(), []
-    watch = Watch(net, list(PLAIN))
-
-    def replica():
-        idents.append(threading.get_ident())
-        net(IMAGES)
-
-    thread = threading.Thread(target=replica)
-    thread.start()
-    thread.join()
-    replica()
-    assert owners == idents and watch.traced == 2
-
-
-def test_a_pass_is_traced_from_its_beginning_or_not_at_all():
-    """The replica that began while another was traced is in its middle when that one is done."""
+@pytest.mark.parametrize("outlasts", [True, False])
+def test_one_pass_is_traced_from_its_beginning_by_its_own_thread(outlasts):
+    """DataParallel: a replica that begins in the pass of another is not traced, though it outlasts that."""
     began, done = threading.Event(), threading.Event()
 
     def run(net, x):
         if threading.current_thread() is thread:
             began.set()
             done.wait(10)
-        else:
+        elif not thread.ident:
             thread.start()
             began.wait(10)
+            if not outlasts:
+                done.set()
+                thread.join()
         return net.head(net.body(x))
 
     net = Net(run, body=plain_net()[:6], head=nn.Conv2d(16, 4, 1))
     thread = threading.Thread(target=net, args=(IMAGES,))
     watch = Watch(net, ["body.0", "body.3"])
     net(IMAGES)
+    assert watch.traced == 1 and not watch.reasons()
     done.set()
     thread.join()
-    assert watch.traced == 1 and not watch.reasons()
+    net(IMAGES)
+    assert watch.traced == 2 and not watch.reasons()
 
 
 def test_only_training_passes_are_looked_at_and_what_stays_out_is_said_once(caplog):

@@ -178,6 +178,14 @@ class Trace(TorchDispatchMode):
         self.operations.append(Operation(function, name, arguments, keywords, inputs, outputs, modules, call))
 
 
+class _PassOfThread(threading.local):
+    """The training pass that a thread is in."""
+
+    frame: FrameType | None = None  # of the outermost module's call
+    depth = 0  # of calls of outer modules
+    trace: Trace | None = None
+
+
 class TracedPass:
     """Traces the next passes of a network, each from the entry of its outermost module to the exit.
 
@@ -192,10 +200,8 @@ class TracedPass:
         self, modules: Modules, watched: Modules, outer: Iterable[nn.Module], done: Callable[[Trace], None]
     ) -> None:
         self._done = done
-        self._trace: Trace | None = None
-        self._thread = 0
-        self._passes = threading.local()  # each thread's training pass: frame of the outermost module's call, and depth
-        self._lock = threading.Lock()
+        self._mine = _PassOfThread()  # DataParallel runs replicas in threads
+        self._lock = threading.Lock()  # held by the one traced pass, until it is done
         self._handles: list[Any] = []
         for module in outer:
             self._hook(module, self._enter, self._leave)
@@ -207,8 +213,7 @@ class TracedPass:
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
-        if self._is_mine():
-            self._end()
+        self._abandon()
 
     def _hook(self, module: nn.Module, before: Callable[..., None], after: Callable[..., None]) -> None:
         self._handles.append(module.register_forward_pre_hook(HookOfOne(before)))
@@ -218,64 +223,60 @@ class TracedPass:
         # Checkpointing runs parts again in the backward pass, which no public function tells.
         trains = torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1
         frames = [frame for frame, _ in traceback.walk_stack(sys._getframe())]
-        mine = self._passes
-        if getattr(mine, "frame", None) not in frames:  # None, or interrupted: hooks run after an Exception only
+        mine = self._mine
+        if mine.frame not in frames:  # None, or interrupted: hooks run after an Exception only
             mine.frame, mine.depth = None, 0
-            if self._is_mine():
-                self._end()
+            self._abandon()
             if trains:
                 calls = (frame for frame in frames if frame.f_code.co_filename == nn.modules.module.__file__)
                 mine.frame = next(calls, frames[-1])
-                self._begin(module)
+                if self._lock.acquire(blocking=False):
+                    mine.trace = Trace(module).__enter__()
         mine.depth += mine.frame is not None
 
-    def _begin(self, module: nn.Module) -> None:
-        with self._lock:  # DataParallel runs replicas in threads; a pass is traced from its beginning or not at all
-            if self._trace is None:
-                # The trace last: until then it is nobody's.
-                self._thread, self._trace = threading.get_ident(), Trace(module)
-                self._trace.__enter__()
-
     def _leave(self, module: nn.Module, _: Any, output: Any) -> None:
-        mine = self._passes
-        if not getattr(mine, "depth", 0):
+        mine = self._mine
+        if not mine.depth:
             return
         mine.depth -= 1
         if mine.depth:
             return
         mine.frame = None
-        if not self._is_mine():
+        if (trace := self._stop()) is None:
             return
-        trace = self._end()
-        if output is not None:
-            trace.left = {trace.number(tensor) for tensor in (*tensors_in(output), *_attributes(module))}
-            with self._lock:  # one replica after the other
+        try:
+            if output is not None:
+                trace.left = {trace.number(tensor) for tensor in (*tensors_in(output), *_attributes(module))}
                 self._done(trace)
+        finally:
+            self._lock.release()
 
-    def _end(self) -> Trace:
-        trace, self._trace = self._trace, None
-        trace.__exit__(None, None, None)
+    def _abandon(self) -> None:
+        if self._stop() is not None:
+            self._lock.release()
+
+    def _stop(self) -> Trace | None:
+        trace, self._mine.trace = self._mine.trace, None
+        if trace is not None:
+            trace.__exit__(None, None, None)
         return trace
 
     def _enter_watched(self, name: str, module: nn.Module) -> None:
-        if self._is_mine():
-            self._trace.enter_module(name, module)
+        if self._mine.trace is not None:
+            self._mine.trace.enter_module(name, module)
 
     def _leave_watched(self, *_: Any) -> None:
-        if self._is_mine():
-            self._trace.running.pop()
+        if self._mine.trace is not None:
+            self._mine.trace.running.pop()
 
     def _note_output(self, name: str, module: nn.Module, _: Any, output: Any) -> None:
-        if not self._is_mine():
+        if (trace := self._mine.trace) is None:
             return
-        numbers = {self._trace.number(tensor) for tensor in tensors_in(output)}
+        numbers = {trace.number(tensor) for tensor in tensors_in(output)}
         for number in numbers:
-            self._trace.held_by[number].add(name)
+            trace.held_by[number].add(name)
         if is_hooked(module):
-            self._trace.hooked |= numbers
-
-    def _is_mine(self) -> bool:
-        return self._trace is not None and threading.get_ident() == self._thread
+            trace.hooked |= numbers
 
 
 class HookOfOne:
