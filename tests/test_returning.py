@@ -158,6 +158,31 @@ def test_other_readers_of_a_conv(behind, silent):
     assert not silent or columns.any(2)[:, mask].all()
 
 
+@pytest.mark.parametrize("frozen_norm", ["recalibrate", "keep"])
+def test_a_gamma_silences_a_channel_of_bn_in_eval_mode_too(frozen_norm):
+    """It does not keep its old beta, nor get the old moments: its input is normalised, from which gamma learns."""
+    net = resnet()
+    passes = TrainingPasses(net, lambda n, _: [images_of(3)] * n, lambda batch: net(batch).square().mean())
+    with torch.no_grad():
+        net(images_of(3))  # statistics to evaluate with
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval().bias.normal_()
+    _, scheme = in_sub_network(net, ["[34].conv2"], passes=passes, frozen_norm=frozen_norm)
+    masks, before = dict(scheme.masks), outputs(net)
+    scheme.restore()
+    assert largest_change(net, before) <= ALMOST and not scheme.not_silent
+    seen = {}
+    for name in masks:
+        norm = net.get_submodule(name.replace("conv", "bn"))
+        norm.register_forward_pre_hook(lambda module, inputs, name=name: seen.update({name: (module, inputs[0])}))
+    net(images_of(3))
+    for name, (norm, found) in seen.items() if frozen_norm == "recalibrate" else ():
+        rows = ((found.transpose(0, 1).flatten(1).T - norm.running_mean) / norm.running_var.sqrt()).T[masks[name]]
+        torch.testing.assert_close(rows.std(1, correction=0), torch.ones(len(rows)).double(), rtol=0, atol=1e-3)
+        torch.testing.assert_close(rows.mean(1), torch.zeros(len(rows)).double(), rtol=0, atol=1e-3)
+
+
 class Standardised(nn.Conv2d):
     def forward(self, x):
         return self._conv_forward(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)

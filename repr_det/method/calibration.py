@@ -18,6 +18,7 @@ from repr_det.method.layers import FilterLayer, Values, on_devices, values_of
 from repr_det.method.options import RePrOptions
 from repr_det.method.participants import Participants
 from repr_det.method.passes import TrainingPasses
+from repr_det.method.returning import SILENT
 from repr_det.network.norms import BATCH, FROZEN, epsilon
 from repr_det.network.state import undisturbed
 
@@ -182,12 +183,13 @@ def _statistics_for(
     layer: FilterLayer, values: Mapping[str, Tensor], mask: Tensor, wanted: Tensor, found: Tensor
 ) -> dict[str, Tensor]:
     """Running mean m and variance v (M,) for the mean mu and deviation s that are ``wanted`` (2, M):
-    sqrt(v + eps) = |w| std(x) / s, m = mean(x) - (mu - b) sqrt(v + eps) / w. If w, s or std(x) is 0, x is normalised.
+    sqrt(v + eps) = |w| std(x) / s, m = mean(x) - (mu - b) sqrt(v + eps) / w. If s or std(x) is 0, or w 0 or SILENT, x
+    is normalised.
     """
     eps, (target_mean, target_std) = epsilon(layer.norm), wanted.double()
     mean, std = found[:2, mask]
     weight, bias = (tensor[mask] for tensor in _affine(values))
-    scale_free = (weight.abs() < 1e-12) | (target_std <= _CONSTANT * (1 + target_mean.abs())) | (std <= 0)
+    scale_free = (weight.abs() < 2 * SILENT) | (target_std <= _CONSTANT * (1 + target_mean.abs())) | (std <= 0)
     sigma = torch.where(scale_free, std.clamp_min(1e-3), weight.abs() * std / target_std.clamp_min(1e-30))
     variance = (sigma.square() - eps).clamp_min(0)
     sigma = (variance + eps).sqrt()

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from repr_det.method.distributed import to_devices
 from repr_det.method.holding import HeldFilters
-from repr_det.method.layers import FilterLayer
+from repr_det.method.layers import FilterLayer, zero_rows_
 from repr_det.method.optimizers import raise_squares_of_inputs_, restart_optimizer_state_
 from repr_det.method.orthogonality import by_group, least_overlap_filters, unit_filters
 from repr_det.network.norms import GROUP
@@ -17,7 +17,7 @@ from repr_det.network.norms import GROUP
 logger = logging.getLogger("repr_det.scheme")
 Modules = Mapping[str, nn.Module]  # of the model, by name
 
-_SILENT = 1e-7  # a gamma that float32 rounds away, and a ReLU not: it has no gradient at 0, and float16 knows no less
+SILENT = 1e-7  # a gamma that float32 rounds away, and a ReLU not: it has no gradient at 0, and float16 knows no less
 
 # What a new filter begins with.
 _FRESH = {"bias": 0.0, "norm.weight": 1.0, "norm.bias": 0.0, "norm.running_mean": 0.0, "norm.running_var": 1.0}
@@ -111,7 +111,10 @@ def prepare_readers(
     """
     if silent and not _kernels_can_be_silent(layer, modules, moved):
         if _gamma_can_be_silent(layer, modules, moved):
-            layer.norm.weight.index_fill_(0, held.rows[layer.name], _SILENT)
+            rows = held.rows[layer.name]
+            layer.norm.weight.index_fill_(0, rows, SILENT)
+            # A frozen norm has given the channel its old beta.
+            zero_rows_((tensor for name, tensor in layer.tensors().items() if name == "norm.bias"), rows)
         return
     unchanged = 0
     for reader in aligned_readers(layer, modules)[0]:
