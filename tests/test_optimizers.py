@@ -218,9 +218,13 @@ class ScheduleFree(torch.optim.Optimizer):
             z.sub_(p.grad, alpha=1e-3)
 
 
-@pytest.mark.parametrize("returns", ["as_published", "function_preserving"])
-def test_weights_that_are_kept_as_state_return_with_the_filter(returns):
+@pytest.mark.parametrize(
+    ("returns", "by_gamma"), [("as_published", False), ("function_preserving", False), ("function_preserving", True)]
+)
+def test_weights_that_are_kept_as_state_return_with_the_filter(returns, by_gamma):
     net = readable_net(bias=True)
+    if by_gamma:  # no kernels of the second conv can be silent
+        nn.utils.parametrizations.weight_norm(net[3])
     optimizer = ScheduleFree(net.parameters(), lr=1e-3)
     _, _, scheme, masks = in_sub_network(net, optimizer, 10, 5, model=net, returns=returns)
     kept = {p: optimizer.state[p]["z"].clone() for p in net.parameters()}
@@ -231,7 +235,9 @@ def test_weights_that_are_kept_as_state_return_with_the_filter(returns):
             z = optimizer.state[parameter]["z"]
             assert torch.equal(z[mask], parameter[mask])
             assert returns != "as_published" or torch.equal(z[~mask], kept[parameter][~mask])
-    if returns == "function_preserving":
+    if by_gamma:
+        assert 0 < net[1].weight[masks["0"]].max() < 1e-6
+    elif returns == "function_preserving":
         assert masks["0"].any() and not optimizer.state[net[3].weight]["z"][~masks["3"]][:, masks["0"]].any()
 
 
