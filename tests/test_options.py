@@ -1,7 +1,9 @@
 """The options are described once: keyword arguments, config keys, what a resume compares and errors follow from it."""
 
+import io
 import re
 
+import numpy as np
 import pytest
 import torch
 from detectron2.config import get_cfg
@@ -35,6 +37,14 @@ def test_a_run_is_resumed_with_the_same_options_alone(name):
     built().load_state_dict(built().state_dict())
     with pytest.raises(UserError, match=rf"trained with (RePrSchedule\(|{name}= )[^\n]*$"):
         built(**{name: OTHERS[name]} | rest).load_state_dict(mine.state_dict())
+
+
+def test_options_of_subclasses_are_saved_as_plain_ones():
+    """torch.load with weights_only=True refuses NumPy's."""
+    file = io.BytesIO()
+    torch.save(built(drop_ratio=np.float64(0.2), layers=[np.str_("0")], scale=np.str_("old")).state_dict(), file)
+    file.seek(0)
+    built(drop_ratio=0.2, layers=["0"], scale="old").load_state_dict(torch.load(file, weights_only=True))
 
 
 def test_states_without_an_option_are_taken():

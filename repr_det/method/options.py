@@ -163,10 +163,11 @@ def option_names() -> tuple[str, ...]:
 
 def _storable(value: Any) -> Any:
     """Makes a value fit for ``torch.load(weights_only=True)``: a function becomes its name."""
-    if isinstance(value, (str, int, float)):
-        return value
+    for kind in (str, int, float):
+        if isinstance(value, kind):
+            return kind(value)  # NumPy's numbers are of subclasses
     if isinstance(value, Sequence):
-        return list(value)
+        return [_storable(one) for one in value]
     named = getattr(value, "score", value)  # of a criteria.Criterion
     named = named if hasattr(named, "__qualname__") else type(named)
     return f"{named.__module__}.{named.__qualname__}"
