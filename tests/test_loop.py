@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from traced_nets import Net, conv
 
-from repr_det import RePr, RePrSchedule, RePrScheme, apply_repr, find_filter_layers
+from repr_det import RePr, RePrSchedule, RePrScheme, UserError, apply_repr, find_filter_layers
 from repr_det.method.options import option_names
 
 SCHEDULE = RePrSchedule(3, 2, 2)  # drops after 2 and 7, restores after 4 and 9
@@ -127,6 +127,22 @@ def test_resumed_from_a_file_it_ends_with_the_same_weights(tmp_path, stop, make,
 )
 def test_what_is_wrong_is_said_before_the_first_step(options, message):
     assert message in refused(begin, **{"total_steps": 40, **options})
+
+
+@pytest.mark.parametrize(
+    "options", [dict(sample=torch.zeros(1, 5, 8, 8)), dict(loader=[], loss=sum, criterion="apoz", warmup_iters=1)]
+)
+def test_a_refused_one_leaves_model_and_optimizer_alone(options):
+    """Whoever sees its error, as in a notebook, has no object to close."""
+    net = readable_net()
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    with pytest.raises(UserError) as error:
+        RePr(net, optimizer, 40, **options)
+    hooks = [optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks]
+    for module in net.modules():
+        hooks += [module._forward_hooks, module._forward_pre_hooks]
+    assert not any(hooks)
+    assert RePr(net, optimizer, 40) and error.tb  # which has the frames of the refused one
 
 
 def test_what_participates_is_said_once_it_is_known(caplog):

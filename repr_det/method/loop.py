@@ -5,6 +5,7 @@ import logging
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -107,20 +108,17 @@ class RePr:
         self._handles = []
         for number, one in enumerate(self.scheme.optimizers):
             self._handles += around_step([one], after=partial(_count, weakref.ref(self), number))
-        if loader is not None and passes and self.scheme.needs_batches and not list(passes.batches(1, 0)):
-            raise UserError("loader= yields no batch, and transitions look at training batches")
         if self.warmup_iters:
             self._handles += scale_rates(self.scheme.optimizers, self._share_of_rate)
         self._end = {"steps": 0, "dropped": 0, "drops": self.schedule.drop_iters, "finished": False}
         self._at_end = weakref.finalize(self, _warn_at_end, self._end)
-        if sample is not None:
-            arguments = sample if isinstance(sample, tuple) else (sample,)
-            try:
-                self.prove(lambda: model(*arguments))
-            except UserError:
-                raise
-            except Exception as error:
-                raise UserError(f"sample= is not what the model can be called with: {error!r}") from error
+        with ExitStack() as failing:
+            failing.callback(self.close)
+            if loader is not None and passes and self.scheme.needs_batches and not list(passes.batches(1, 0)):
+                raise UserError("loader= yields no batch, and transitions look at training batches")
+            if sample is not None:
+                self._prove_by(sample)
+            failing.pop_all()
 
     @property
     def warmup_iters(self) -> int:
@@ -183,6 +181,15 @@ class RePr:
             run()
         self.scheme.check()
         self._announce()
+
+    def _prove_by(self, sample: Any) -> None:
+        arguments = sample if isinstance(sample, tuple) else (sample,)
+        try:
+            self.prove(lambda: self.model(*arguments))
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"sample= is not what the model can be called with: {error!r}") from error
 
     def expect_no_more(self) -> None:
         """Ends the warnings of filters that are out, and of drops that are due, at the end."""
