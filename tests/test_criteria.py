@@ -2,6 +2,7 @@
 loop that takes one filter after the other."""
 
 from fractions import Fraction
+from functools import partial
 from math import ceil, floor
 
 import numpy as np
@@ -87,6 +88,20 @@ def test_random_depends_on_the_generator_alone():
     assert len(np.unique(np.concatenate(list(first.values())))) == sum(shape[0] for shape in SHAPES)
     (many,) = scores("random", make([(4096, 1, 1, 1)])).values()
     assert many.mean() == pytest.approx(0.5, abs=4 / (12 * 4096) ** 0.5)
+
+
+def test_a_function_gets_a_context_if_it_asks_for_one():
+    def size(layer, power=2.0):
+        return layer.weight.flatten(1).norm(p=power, dim=1)
+
+    def of_batches(layer, context=None):
+        return torch.full((layer.num_filters,), float(context.num_batches))
+
+    layers, context = make(), Context(torch.Generator(), num_batches=3)
+    for function, power in ((size, 2), (partial(size, power=3), 3)):
+        found = get_criterion(function).score(layers, context)
+        assert all(torch.equal(found[x.name], size(x, power)) for x in layers)
+    assert all((score == 3).all() for score in get_criterion(of_batches).score(layers, context).values())
 
 
 @pytest.mark.parametrize("name", FORMULAS)

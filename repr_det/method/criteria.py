@@ -53,7 +53,8 @@ class Criterion:
 
 
 def _of_function(function: Callable[..., Tensor]) -> Criterion:
-    takes_context = len(inspect.signature(function).parameters) > 1
+    parameters = list(inspect.signature(function).parameters.values())
+    takes_context = any(x.default is x.empty or x.name == "context" for x in parameters[1:2])
     name = getattr(function, "__name__", type(function).__name__)
 
     @torch.no_grad()
