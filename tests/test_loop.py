@@ -103,6 +103,25 @@ def test_resumed_from_a_file_it_ends_with_the_same_weights(tmp_path, stop, make,
     assert_same_weights(resumed.model.state_dict(), one.model.state_dict())
 
 
+def test_a_resumed_run_looks_at_the_batches_of_the_run_that_it_resumes():
+    """Its seed comes with the state, as that of everything else."""
+
+    def made(seed):
+        net = readable_net()
+        data = {"loader": DataLoader(IMAGES, 2, shuffle=True), "loss": lambda batch: net(batch).mean()}
+        optimizer = torch.optim.SGD(net.parameters(), 0.05)
+        return RePr(net, optimizer, 12, schedule=SCHEDULE, seed=seed, criterion="apoz", criterion_batches=1, **data)
+
+    one, resumed = made(0), made(9)
+    run(one, 1)
+    for part, state in ((resumed.model, one.model.state_dict()), (resumed, one.state_dict())):
+        part.load_state_dict(state)
+    for each in (one, resumed):
+        run(each, 2)
+    assert one.scheme.num_dropped
+    assert_same_weights(resumed.scheme.masks, one.scheme.masks)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -25,6 +25,7 @@ class TrainingPasses:
         batches: (number, cycle) -> that many training batches, always the same.
         loss: batch -> scalar loss of a forward pass in training mode.
         calibration_batches: for frozen norms, where no option says it.
+        seed: of ``passes_over``; a resumed run has that of its state.
     """
 
     model: nn.Module
@@ -32,6 +33,7 @@ class TrainingPasses:
     loss: Callable[[Any], Tensor]
     join: Any = None  # without effect since version 0.3.0
     calibration_batches: int = 4
+    seed: int = 0
 
 
 def passes_over(
@@ -45,10 +47,11 @@ def passes_over(
     afresh(loader, "loader=")
 
     def batches(number: int, cycle: int) -> list[Any]:
-        with preserved_random_state(loader, seed=seed_of(seed, cycle)):
+        with preserved_random_state(loader, seed=seed_of(passes.seed, cycle)):
             return list(itertools.islice(afresh(loader, "loader="), number))
 
-    return TrainingPasses(model, batches, loss)
+    passes = TrainingPasses(model, batches, loss, seed=seed)
+    return passes
 
 
 def parts_of(loader: Any) -> Iterator[Any]:

@@ -255,6 +255,8 @@ class RePrScheme:
         self.cycle = state["cycle"]
         self.num_returned = state.get("returned", self.cycle)  # 0.1.0 had no criterion that spares filters
         self.seed = state["seed"]
+        if self.passes is not None:
+            self.passes.seed = self.seed
         if not state["masks"]:
             return
         held = HeldFilters(layers, {x.name: state["masks"][x.name].cpu() for x in layers}, self.optimizers)
