@@ -7,8 +7,9 @@ from contextlib import nullcontext
 import pytest
 import torch
 from conftest import At, assert_same_weights, contents, end_of, interrupt, refused
-from detectron2.engine import hooks
+from detectron2.engine import HookBase, hooks
 from detectron2.utils.env import seed_all_rng
+from outcomes import json_lines
 from torch import nn
 
 from repr_det import RePrHook, Trainer, UserError
@@ -186,6 +187,26 @@ def test_evaluations_of_ones_own_are_repeated(tiny_cfg, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         end("stopped", last=lambda _: interrupt())
     assert_same_weights(end("stopped", resume=True), end("straight"))
+
+
+@pytest.mark.parametrize("period", [20, 4])
+def test_an_evaluation_that_was_stopped_is_logged_by_the_resumed_run(tiny_cfg, tmp_path, monkeypatch, period):
+    """Stopped after the checkpoint of iteration 3, and again before the resumed run has evaluated."""
+    cfg = tiny_cfg("SOLVER.MAX_ITER", 6, "SOLVER.CHECKPOINT_PERIOD", 4, "TEST.EVAL_PERIOD", 4)
+    monkeypatch.setattr(Trainer, "test", lambda *_: interrupt() if stops == "evaluation" else {"bbox": {"AP": 1.0}})
+    for stops in ("evaluation", "before_train", ""):
+        trainer, fault = Trainer(cfg), HookBase()
+        vars(fault).update({stops: interrupt})
+        trainer.register_hooks([fault])
+        for hook in trainer._hooks:
+            if isinstance(hook, hooks.PeriodicWriter):
+                hook._period = period
+        trainer.resume_or_load(resume=True)
+        with pytest.raises(KeyboardInterrupt) if stops else nullcontext():
+            trainer.train()
+    rows = json_lines(tmp_path / "run" / "metrics.json")
+    assert sorted(row["iteration"] for row in rows) == [3, 5, 6]
+    assert {row["iteration"] for row in rows if "bbox/AP" in row} == {3, 6}
 
 
 def test_training_in_pieces_is_told_its_cause(tiny_cfg):

@@ -26,12 +26,12 @@ from repr_det.detectron.hook import RePrHook, first_later_hook, saved_state
 from repr_det.detectron.trackers import WandbWriter
 from repr_det.method.errors import UserError
 from repr_det.network.state import unwrapped
-from repr_det.runs.checkpoints import AtomicCheckpointer, last_iteration
+from repr_det.runs.checkpoints import AtomicCheckpointer, is_saved, last_iteration
 from repr_det.runs.files import FINAL_CHECKPOINT, refuse_used, remove_unfinished
 from repr_det.runs.guard import FiniteGuard, NonFiniteError, describe, non_finite_gradient, non_finite_weight
 from repr_det.runs.loader import resumable
 from repr_det.runs.resume import ExactResume, apply_settings, check_same_optimizer, settings_of
-from repr_det.runs.stopping import StopAtSignal
+from repr_det.runs.stopping import StopAtSignal, close_writers
 
 logger = logging.getLogger("repr_det.resume")
 
@@ -163,6 +163,8 @@ class Trainer(DefaultTrainer):
         """Ends as Detectron2 does. A run that failed in its last iteration is not evaluated."""
         if self.iter < self.max_iter:  # the loop did not end
             self._hooks = [x for x in self._hooks if not isinstance(x, hooks.EvalHook | hooks.BestCheckpointer)]
+            if self.iter == self.start_iter or is_saved(self):
+                close_writers(self)  # a resumed run writes the row of its checkpoint, with the evaluation missing here
         super().after_train()
 
     def state_dict(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from detectron2.engine import HookBase, hooks
+from detectron2.engine.train_loop import TrainerBase
 from detectron2.utils import comm
 
 from repr_det.runs.checkpoints import is_saved
@@ -90,6 +91,13 @@ def _keep_out() -> None:
 os.register_at_fork(after_in_child=_keep_out)
 
 
+def close_writers(trainer: TrainerBase) -> None:
+    """Closes the writers of a trainer, which then write no more rows."""
+    for hook in trainer._hooks:
+        while isinstance(hook, hooks.PeriodicWriter) and hook._writers:
+            hook._writers.pop().close()
+
+
 @dataclass(eq=False)
 class StopAtSignal(HookBase):
     """Stops every rank, with a checkpoint, at the end of a step in which any was signalled.
@@ -120,10 +128,7 @@ class StopAtSignal(HookBase):
         if not self._stopping:
             return
         comm.synchronize()  # the checkpoint is written
-        for hook in self.trainer._hooks:
-            if isinstance(hook, hooks.PeriodicWriter):
-                for writer in hook._writers:  # without one more row
-                    writer.close()
+        close_writers(self.trainer)
         raise self._stopped()
 
     def _stopped(self) -> Stopped:
