@@ -1,6 +1,7 @@
 """Faults and watchers of a run: functions that a forked command calls before it begins."""
 
 import os
+import resource
 import signal
 import threading
 from pathlib import Path
@@ -102,6 +103,20 @@ def signal_at(how: str, rank: str, iteration: int, seconds: float, once: str) ->
             threading.Timer(seconds, at_once).start()
 
     around(Trainer, "run_step", begin)
+
+
+def fill_the_disk() -> None:
+    """A limit on the size of files refuses the predictions of an evaluation as a full disk does."""
+    evaluate, limits = COCOEvaluator.evaluate, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limited(*args):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        try:
+            return evaluate(*args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    COCOEvaluator.evaluate = limited
 
 
 def model_of(trainer: Trainer) -> torch.nn.Module:

@@ -3,6 +3,7 @@
 import time
 
 import forked
+import pytest
 import torch
 from outcomes import json_lines, train_words
 
@@ -10,10 +11,10 @@ TRANSITIONS = "SOLVER.MAX_ITER 6 REPR.ENABLED True REPR.S1_ITERS 1 REPR.S2_ITERS
 TRANSITIONS += "SOLVER.CHECKPOINT_PERIOD 1 DATASETS.TEST ()".split()
 
 
-def run(folder, data, *opts, processes=2, flags=(), before="misbehaviour:end_in", arguments=()):
+def run(folder, data, *opts, processes=2, flags=(), before="misbehaviour:end_in", arguments=None):
     folder.mkdir(exist_ok=True)
     words = train_words(data, folder / "run", *TRANSITIONS, *opts, flags=["--num-gpus", processes, *flags])
-    return forked.run(words, folder / "log", before=before, arguments=arguments or [folder])
+    return forked.run(words, folder / "log", before=before, arguments=[folder] if arguments is None else arguments)
 
 
 def assert_error(status, text, beginning):
@@ -49,6 +50,15 @@ def test_an_error_in_one_of_two_processes_is_one_line(tiny_data, tmp_path):
     status, text = run(tmp_path, tiny_data, "SOLVER.BASE_LR", "1e20")
     assert_error(status, text, "iteration ")
     assert "not finite" in text and "Traceback" not in text
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_disk_that_an_evaluation_fills_is_one_line(tiny_data, tmp_path, processes):
+    opts, fault = ("SOLVER.MAX_ITER", 4, "DATASETS.TEST", "('tiny_val',)"), "misbehaviour:fill_the_disk"
+    status, text = run(tmp_path, tiny_data, *opts, processes=processes, before=fault, arguments=())
+    assert_error(status, text, "[Errno 27] File too large: free space; a run goes on with --resume")
+    assert "Traceback" not in text
+    assert (tmp_path / "run" / "last_checkpoint").read_text() == "model_final.pth"
 
 
 def test_processes_that_do_not_meet(tiny_data, tmp_path):

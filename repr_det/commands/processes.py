@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from logging.handlers import MemoryHandler
 from pathlib import Path
@@ -30,7 +30,7 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from repr_det.commands.arguments import refuse_below
 from repr_det.detectron.config import without_repr
 from repr_det.method.errors import UserError
-from repr_det.runs.files import advice_for, refuse_used, write_atomically
+from repr_det.runs.files import advice_for, cause_of, refuse_used, write_atomically
 from repr_det.runs.lock import agents_of, lock_folder
 from repr_det.runs.record import CONFIG_FILE
 from repr_det.runs.stopping import NOTICE, STATUS, Stopped, answer_signals, end_with_parent
@@ -140,15 +140,11 @@ def run_tool(main: Callable[[], Any]) -> None:
         logging.basicConfig(format="%(levelname)s: %(message)s")
     logging.getLogger().addHandler(_EARLY)
     try:
-        main()
+        with _advising():
+            main()
         return
     except UserError as error:
         what = _USER_ERROR.sub("", str(error).rstrip().rpartition("\n")[2])  # of a loader's worker: a traceback
-    except (OSError, RuntimeError, EOFError) as error:
-        if not (advice := advice_for(error)):
-            raise
-        text = str(error).split(". ")[0] or "a loader worker could not hand over its images"
-        what = f"{text}: {advice}; a run goes on with --resume"
     except Stopped as stopped:
         if _of_torchrun("RANK", 0) == 0:
             _say(f"stopped by {stopped.asked} with status {STATUS}; the same command with --resume continues")
@@ -158,6 +154,19 @@ def run_tool(main: Callable[[], Any]) -> None:
         time.sleep(_FOR_THE_FIRST_TO_SPEAK)
     _say(f"error: {what}")
     sys.exit(2)
+
+
+@contextlib.contextmanager
+def _advising() -> Iterator[None]:
+    """Makes a fault of the machine a UserError that says what to do."""
+    try:
+        yield
+    except (OSError, RuntimeError, EOFError) as error:
+        cause = cause_of(error)
+        if not (advice := advice_for(cause)):
+            raise
+        text = str(cause).split(". ")[0] or "a loader worker could not hand over its images"
+        raise UserError(f"{text}: {advice}; a run goes on with --resume") from error
 
 
 def _say(line: str) -> None:
@@ -209,7 +218,7 @@ def _log_early_warnings(warnings: list[tuple[str, str]]) -> None:
 def _one_line_for_user_errors(record: logging.LogRecord) -> bool:
     """Drops Detectron2's traceback of an error that run_tool reports in one line."""
     error = record.exc_info[1] if record.exc_info else None
-    return not (isinstance(error, UserError) or advice_for(error))
+    return not (isinstance(error, UserError) or advice_for(cause_of(error)))
 
 
 def may_continue(args: argparse.Namespace) -> bool:
@@ -284,7 +293,7 @@ def _run(main: Main, args: argparse.Namespace) -> None:
     """Runs ``main`` and leaves the process group, or gloo's threads would abort some processes. After a failure it does
     not leave: peers may wait."""
     try:
-        with _AT_THE_END, answer_signals():
+        with _AT_THE_END, answer_signals(), _advising():
             main(args)
     except Stopped as stopped:
         if dist.is_initialized() and not stopped.together:

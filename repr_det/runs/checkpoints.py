@@ -10,7 +10,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine.train_loop import TrainerBase
 
 from repr_det.method.errors import UserError
-from repr_det.runs.files import FINAL_CHECKPOINT, advice_for, replacing, write_atomically
+from repr_det.runs.files import FINAL_CHECKPOINT, advice_for, cause_of, replacing, write_atomically
 from repr_det.runs.safe_pickle import load_checkpoint
 
 logger = logging.getLogger("repr_det.resume")
@@ -40,13 +40,12 @@ class AtomicCheckpointer(DetectionCheckpointer):
                 torch.save(named | states | kwargs, file)
             write_atomically(path.with_name(_TAG), path.name)
         except (OSError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # torch's writer of files
+            cause = cause_of(error)
+            if not isinstance(cause, OSError):
                 raise
-            if isinstance(error.__context__, OSError):
-                error = error.__context__
             raise UserError(
-                f"the checkpoint {name} could not be written to {self.save_dir}: {str(error).splitlines()[0]}; the "
-                f"checkpoints before it are untouched: {advice_for(error) or 'see to the cause'}, then --resume"
+                f"the checkpoint {name} could not be written to {self.save_dir}: {str(cause).splitlines()[0]}; the "
+                f"checkpoints before it are untouched: {advice_for(cause) or 'see to the cause'}, then --resume"
             ) from error
 
     def has_checkpoint(self) -> bool:

@@ -63,6 +63,12 @@ def remove_unfinished(folder: str | Path) -> None:
             leftover.unlink()
 
 
+def cause_of(error: BaseException | None) -> BaseException | None:
+    """The OSError for which torch's writer of files raises a RuntimeError, else the error itself."""
+    is_hidden = "inline_container" in str(error) and isinstance(error.__context__, OSError)
+    return error.__context__ if is_hidden else error
+
+
 def advice_for(error: BaseException | None) -> str:
     """Advice for an error of the machine (disk, quota, limits of the process), else ""."""
     number = error.errno if isinstance(error, OSError) else None
