@@ -5,7 +5,7 @@ Detectron2's AMPTrainer insists on CUDA; here it runs on torch's CPU autocast an
 
 import pytest
 import torch
-from conftest import At, assert_same_weights, interrupt
+from conftest import At, assert_same_weights, end_of, interrupt
 from detectron2.engine import HookBase
 from detectron2.utils.env import seed_all_rng
 from small_loop import TwoConvs, batch
@@ -75,6 +75,14 @@ def test_a_skipped_step_changes_nothing_and_a_run_is_resumed_bit_for_bit(tiny_cf
         assert trainer._trainer.grad_scaler.get_scale() == 1.0
         ends.append(trainer.model.state_dict())
     assert_same_weights(*ends)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_mixed_precision_may_be_switched_at_a_resume(tiny_cfg, cpu_amp, before):
+    opts = "SOLVER.MAX_ITER 4 SOLVER.CHECKPOINT_PERIOD 2 DATASETS.TEST () SOLVER.AMP.ENABLED".split()
+    with pytest.raises(KeyboardInterrupt):
+        end_of(tiny_cfg(*opts, before), At(2, interrupt))
+    assert all(value.isfinite().all() for value in end_of(tiny_cfg(*opts, not before), resume=True).values())
 
 
 def test_accelerates_optimizer_and_accumulated_gradients():

@@ -233,6 +233,7 @@ def test_training_batches_show_which_filters_are_idle(run, tiny_data, tiny_cfg):
         ("{tmp}/w.pth --criterion nope", "--criterion must be one of"),
         ("{tmp}/w.pth --drop-ratio 1.5", "--drop-ratio must be in (0, 1), got 1.5"),
         ("{tmp}/w.pth --json no/such/folder.json", "no/such/folder.json: the folder no/such does not exist"),
+        ("{tmp}/w.pth --json {tmp}", " is a folder: give a file"),
         ("{tmp}/w.pth --plot {tmp}/x.nope", "Format 'nope' is not supported"),
         ("{tmp}/w.pth --config-file nope.yaml --include a", "go without --config-file"),
     ],

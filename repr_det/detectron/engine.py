@@ -177,6 +177,8 @@ class Trainer(DefaultTrainer):
         check_same_arm(state_dict, enabled, self.cfg.OUTPUT_DIR)
         optimizer = self._trainer.optimizer
         check_same_optimizer(optimizer, state_dict["_trainer"]["optimizer"], self.cfg.OUTPUT_DIR)
+        if isinstance(self._trainer, AMPTrainer):  # a run without AMP has saved no scale
+            state_dict["_trainer"].setdefault("grad_scaler", self._trainer.grad_scaler.state_dict())
         super().load_state_dict(state_dict)
         if changed := apply_settings(optimizer, self.scheduler, self._settings, state_dict.get("settings")):
             start = state_dict["iteration"] + 1

@@ -201,13 +201,15 @@ class RePrScheme:
         back = on_devices(back, held.layers)
         for layer in held.layers:
             put_back(layer, held.rows[layer.name], back[layer.name])
+            for parameter in layer.parameters():
+                restart_optimizer_state_(self.optimizers, parameter, held.rows[layer.name], held.kept[layer.name])
         modules, moved = self.participants.modules, self._learning.moved()
         silent = self.options.returns == "function_preserving"
         for layer in renewed:
             prepare_readers(layer, modules, held, self.optimizers, silent, moved)
-        for layer in held.layers:
+        for layer in renewed:
             # A filter may lie in kernels that have just been silenced: what reads it keeps it silent itself.
-            layer.weight.index_copy_(0, held.rows[layer.name], back[layer.name]["weight"].to(layer.weight))
+            layer.weight.index_copy_(0, held.rows[layer.name], back[layer.name]["weight"])
             for parameter in layer.parameters():
                 restart_optimizer_state_(self.optimizers, parameter, held.rows[layer.name], held.kept[layer.name])
         self._norms.after_return(held, renewed, self._old, self.cycle)
