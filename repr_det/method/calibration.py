@@ -18,8 +18,7 @@ from repr_det.method.layers import FilterLayer, Values, on_devices, values_of
 from repr_det.method.options import RePrOptions
 from repr_det.method.participants import Participants
 from repr_det.method.passes import TrainingPasses
-from repr_det.method.returning import SILENT
-from repr_det.network.norms import BATCH, FROZEN, epsilon
+from repr_det.network.norms import BATCH, FROZEN, SILENT, epsilon
 from repr_det.network.state import undisturbed
 
 logger = logging.getLogger("repr_det.scheme")

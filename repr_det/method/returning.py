@@ -12,12 +12,10 @@ from repr_det.method.holding import HeldFilters
 from repr_det.method.layers import FilterLayer, zero_rows_
 from repr_det.method.optimizers import raise_squares_of_inputs_, restart_optimizer_state_
 from repr_det.method.orthogonality import by_group, least_overlap_filters, unit_filters
-from repr_det.network.norms import GROUP
+from repr_det.network.norms import GROUP, SILENT
 
 logger = logging.getLogger("repr_det.scheme")
 Modules = Mapping[str, nn.Module]  # of the model, by name
-
-SILENT = 1e-7  # a gamma that float32 rounds away, and a ReLU not: it has no gradient at 0, and float16 knows no less
 
 # What a new filter begins with.
 _FRESH = {"bias": 0.0, "norm.weight": 1.0, "norm.bias": 0.0, "norm.running_mean": 0.0, "norm.running_var": 1.0}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 BATCH, FROZEN, GROUP, NONE = "batch", "frozen", "group", "none"
+SILENT = 1e-7  # a gamma that float32 rounds away, and a ReLU not: it has no gradient at 0, and float16 knows no less
 
 
 def norm_kind(norm: nn.Module | None) -> str:
