@@ -239,6 +239,11 @@ class Study(ABC):
         return markdown([*head, "training accuracy"], lines)
 
 
+def in_all_arms(settings: Settings, seeds: Iterable[int]) -> Iterable[Settings]:
+    for seed, arm in itertools.product(seeds, ARMS):
+        yield dataclasses.replace(settings, arm=arm, seed=seed)
+
+
 class LabelNoise(Study):
     """40 % of the labels replaced: weight decay and augmentation are chosen for the standard network first."""
 
@@ -252,8 +257,7 @@ class LabelNoise(Study):
         ]
         yield from grid
         tuned = max(grid, key=lambda settings: self.records.get(settings.key, {"final": 0})["final"])
-        for seed, arm in itertools.product(seeds, ARMS):
-            yield dataclasses.replace(tuned, arm=arm, seed=seed)
+        yield from in_all_arms(tuned, seeds)
 
 
 class ResNet20(Study):
@@ -268,8 +272,7 @@ class ResNet20(Study):
     def runs(self, seeds: Iterable[int]) -> Iterable[Settings]:
         for arm, bf16 in itertools.product([STANDARD, "ortho"], [False, True]):
             yield dataclasses.replace(self.base, arm=arm, seed=TUNING_SEED, images=10_000, epochs=15, bf16=bf16)
-        for seed, arm in itertools.product(seeds, ARMS):
-            yield dataclasses.replace(self.base, arm=arm, seed=seed)
+        yield from in_all_arms(self.base, seeds)
 
 
 class HalfResNet20(ResNet20):
@@ -279,8 +282,7 @@ class HalfResNet20(ResNet20):
     base = dataclasses.replace(ResNet20.base, epochs=37, bf16=False)
 
     def runs(self, seeds: Iterable[int]) -> Iterable[Settings]:
-        for seed, arm in itertools.product(seeds, ARMS):
-            yield dataclasses.replace(self.base, arm=arm, seed=seed)
+        return in_all_arms(self.base, seeds)
 
 
 STUDIES = {study.name: study for study in (LabelNoise, ResNet20, HalfResNet20)}

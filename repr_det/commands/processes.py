@@ -162,10 +162,9 @@ def _advising() -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, EOFError) as error:
-        cause = cause_of(error)
-        if not (advice := advice_for(cause)):
+        if not (advice := advice_for(error)):
             raise
-        text = str(cause).split(". ")[0] or "a loader worker could not hand over its images"
+        text = str(cause_of(error)).split(". ")[0] or "a loader worker could not hand over its images"
         raise UserError(f"{text}: {advice}; a run goes on with --resume") from error
 
 
@@ -218,7 +217,7 @@ def _log_early_warnings(warnings: list[tuple[str, str]]) -> None:
 def _one_line_for_user_errors(record: logging.LogRecord) -> bool:
     """Drops Detectron2's traceback of an error that run_tool reports in one line."""
     error = record.exc_info[1] if record.exc_info else None
-    return not (isinstance(error, UserError) or advice_for(cause_of(error)))
+    return not (isinstance(error, UserError) or advice_for(error))
 
 
 def may_continue(args: argparse.Namespace) -> bool:

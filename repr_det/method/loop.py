@@ -5,7 +5,6 @@ import logging
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -112,13 +111,14 @@ class RePr:
             self._handles += scale_rates(self.scheme.optimizers, self._share_of_rate)
         self._end = {"steps": 0, "dropped": 0, "drops": self.schedule.drop_iters, "finished": False}
         self._at_end = weakref.finalize(self, _warn_at_end, self._end)
-        with ExitStack() as failing:
-            failing.callback(self.close)
+        try:
             if loader is not None and passes and self.scheme.needs_batches and not list(passes.batches(1, 0)):
                 raise UserError("loader= yields no batch, and transitions look at training batches")
             if sample is not None:
                 self._prove_by(sample)
-            failing.pop_all()
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def warmup_iters(self) -> int:

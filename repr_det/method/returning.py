@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from repr_det.method.distributed import to_devices
 from repr_det.method.holding import HeldFilters
-from repr_det.method.layers import FilterLayer, zero_rows_
+from repr_det.method.layers import FilterLayer
 from repr_det.method.optimizers import raise_squares_of_inputs_, restart_optimizer_state_
 from repr_det.method.orthogonality import by_group, least_overlap_filters, unit_filters
 from repr_det.network.norms import GROUP, SILENT
@@ -112,7 +112,8 @@ def prepare_readers(
             rows = held.rows[layer.name]
             layer.norm.weight.index_fill_(0, rows, SILENT)
             # A frozen norm has given the channel its old beta.
-            zero_rows_((tensor for name, tensor in layer.tensors().items() if name == "norm.bias"), rows)
+            if (beta := layer.tensors().get("norm.bias")) is not None:
+                beta.index_fill_(0, rows, 0)
         return
     unchanged = 0
     for reader in aligned_readers(layer, modules)[0]:

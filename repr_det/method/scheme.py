@@ -208,7 +208,8 @@ class RePrScheme:
         for layer in renewed:
             prepare_readers(layer, modules, held, self.optimizers, silent, moved)
         for layer in renewed:
-            # A filter may lie in kernels that have just been silenced: what reads it keeps it silent itself.
+            # Again: it may lie in kernels that have just been silenced (what reads it keeps it silent itself), and its
+            # gamma may have been.
             layer.weight.index_copy_(0, held.rows[layer.name], back[layer.name]["weight"])
             for parameter in layer.parameters():
                 restart_optimizer_state_(self.optimizers, parameter, held.rows[layer.name], held.kept[layer.name])

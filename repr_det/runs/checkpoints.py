@@ -45,7 +45,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
                 raise
             raise UserError(
                 f"the checkpoint {name} could not be written to {self.save_dir}: {str(cause).splitlines()[0]}; the "
-                f"checkpoints before it are untouched: {advice_for(cause) or 'see to the cause'}, then --resume"
+                f"checkpoints before it are untouched: {advice_for(error) or 'see to the cause'}, then --resume"
             ) from error
 
     def has_checkpoint(self) -> bool:

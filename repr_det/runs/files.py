@@ -71,6 +71,7 @@ def cause_of(error: BaseException | None) -> BaseException | None:
 
 def advice_for(error: BaseException | None) -> str:
     """Advice for an error of the machine (disk, quota, limits of the process), else ""."""
+    error = cause_of(error)
     number = error.errno if isinstance(error, OSError) else None
     worker_failed = isinstance(error, RuntimeError) and "Too many open files" in str(error)
     # EOFError: a worker could not hand an image over.

@@ -263,10 +263,10 @@ def argument_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = argument_parser().parse_intermixed_args(argv)
-    for path in (args.json, args.plot):
-        if path is not None and not path.absolute().parent.is_dir():
+    for path in filter(None, (args.json, args.plot)):
+        if not path.absolute().parent.is_dir():
             raise UserError(f"{path}: the folder {path.parent} does not exist")
-        if path is not None and path.is_dir():
+        if path.is_dir():
             raise UserError(f"{path} is a folder: give a file")
     refuse_below(args, batches=0, pairs=0)
     config_file = args.config_file
